@@ -1,0 +1,39 @@
+"""What can go wrong, and by whose doing: the user's input (exit 2), a damaged artefact (exit 1), a run that diverged."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The user's input is wrong: one line with file, key, what is wrong, what to do. The CLI prints it and exits 2."""
+
+    def __init__(self, what: str, *, file: str | None = None, key: str | None = None, fix: str | None = None) -> None:
+        self.what, self.file, self.key, self.fix = what, file, key, fix
+        place = ": ".join(part for part in (file, key) if part)
+        line = f"{place}: {what}" if place else what
+        super().__init__(f"{line}; {fix}" if fix else line)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions with keyword-only arguments do not survive pickling (Ray carries them between processes).
+        return _rebuild_user_error, (type(self), self.what, self.file, self.key, self.fix)
+
+
+class InfeasibleError(UserError):
+    """No model, step count or batch satisfies the request; the message names the bound that binds."""
+
+
+class CorruptError(RuntimeError):
+    """An artefact (shard, checkpoint, ledger segment) is truncated, altered or not what it says it is. Exit 1."""
+
+
+class DivergedError(ArithmeticError):
+    """Training produced a non-finite loss or gradient: a result of the configuration, never retried."""
+
+
+class OutOfMemoryError(MemoryError):
+    """A configuration does not fit its worker: infeasible there, not a bad loss."""
+
+
+def _rebuild_user_error(
+    kind: type[UserError], what: str, file: str | None, key: str | None, fix: str | None
+) -> UserError:
+    return kind(what, file=file, key=key, fix=fix)

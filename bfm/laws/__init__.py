@@ -1,0 +1,1 @@
+"""Tables of runs to fitted laws. Pure."""

@@ -1,0 +1,1 @@
+"""The two-part model: event embedder, contextualizer, sizing and exact FLOPs."""

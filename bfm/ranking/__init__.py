@@ -1,0 +1,1 @@
+"""Full-catalogue metrics, their brute force-checked core, and the floors to beat."""

@@ -1,0 +1,1 @@
+"""Spec, space, ledger, policy, driver: the sweep as a pure state machine."""

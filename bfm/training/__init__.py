@@ -1,0 +1,1 @@
+"""One loop, two engines, engine-neutral checkpoints."""

@@ -1,0 +1,67 @@
+"""Numbers with units: what users write (1e17, 64k, 2M, 1.5 GB) to numbers, and numbers to what users read."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from bfm.errors import UserError
+
+_NUMBER_FIX = "write a number such as 1e17 or 64k"
+_SUFFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGBTPE]?)\s*(?:FLOPs?)?")
+
+
+def parse_number(value: object, *, file: str | None = None, key: str | None = None) -> float:
+    """A finite number from a YAML scalar. YAML 1.1 reads `1e17` as text; here it is a number.
+
+    Raises UserError for booleans, text without a number, NaN and infinities.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise UserError(f"expected a number, got {value!r}", file=file, key=key, fix=_NUMBER_FIX)
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value.strip())
+        if match is None:
+            raise UserError(f"{value!r} is not a number", file=file, key=key, fix=_NUMBER_FIX)
+        number = float(match[1].replace("_", "")) * _SUFFIX[match[2]]
+    else:
+        number = float(value)
+    if not math.isfinite(number):
+        raise UserError(f"{value!r} is not finite", file=file, key=key, fix="write a finite number")
+    return number
+
+
+def parse_count(value: object, *, file: str | None = None, key: str | None = None) -> int:
+    """A whole number (`4096`, `64k`, `1e5`). Raises UserError where a fraction is left."""
+    number = parse_number(value, file=file, key=key)
+    if number != int(number):
+        raise UserError(f"{value!r} is not a whole number", file=file, key=key, fix="write a whole number")
+    return int(number)
+
+
+def format_count(number: float) -> str:
+    """1234567 -> '1.23M'; exact below 1,000."""
+    for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.3g}{suffix}"
+    return f"{number:.3g}" if number != int(number) else str(int(number))
+
+
+def format_flops(flops: float) -> str:
+    """1.8e11 -> '1.8e11'."""
+    if flops == 0:
+        return "0"
+    mantissa, exponent = f"{flops:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def format_seconds(elapsed_s: float) -> str:
+    """75 -> '1m15s'."""
+    if not math.isfinite(elapsed_s):
+        return "?"
+    whole_s = round(elapsed_s)
+    if whole_s < 60:
+        return f"{elapsed_s:.1f}s" if elapsed_s < 10 else f"{whole_s}s"
+    minutes, seconds = divmod(whole_s, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
