@@ -1,0 +1,254 @@
+"""Raw rows to cleaned rows: every row comes out, either usable or with a fault and its original content.
+
+A row is *quarantined* when it cannot be an event: its user, an item column, or its time (position) is missing, not
+readable, infinite or of a nested type, or the row itself could not be read. A *field value* that cannot be used (text
+where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
+such repairs are counted per field and fault. NaN is missing.
+
+A cleaned table has the columns of `cleaned_schema`. Item fields travel as text (`to_text`): which value an item has is
+decided by counting equal texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bfm.events import parse
+from bfm.events.schema import EventSchema, FieldSpec, ItemPart
+
+USER, TIME, ITEM, FAULT, RAW = "user", "time", "item", "fault", "raw"
+_TEXT = pa.large_string()
+_CONTEXT_TYPE = {
+    "categorical": _TEXT,
+    "text": _TEXT,
+    "numeric": pa.float64(),
+    "list": pa.large_list(_TEXT),
+    "vector": pa.large_list(pa.float32()),
+    "time": pa.int64(),
+}
+_RAW_SLICE_ROWS = 4096
+
+
+@dataclass
+class Cleaned:
+    """One cleaned table and what was repaired in it."""
+
+    table: pa.Table
+    repairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(field, fault) -> values made missing."""
+
+
+def item_column(name: str) -> str:
+    """Column of an item field in cleaned tables."""
+    return f"i.{name}"
+
+
+def context_column(name: str) -> str:
+    """Column of a context field in cleaned tables."""
+    return f"c.{name}"
+
+
+def cleaned_schema(schema: EventSchema, event_item_fields: list[str]) -> pa.Schema:
+    """Columns of a cleaned table; `event_item_fields` are the item fields that stand in the log itself."""
+    fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
+    fields += [(item_column(name), _TEXT) for name in event_item_fields]
+    fields += [(context_column(name), _CONTEXT_TYPE[spec.kind]) for name, spec in schema.context_fields.items()]
+    return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
+
+
+def log_columns(schema: EventSchema, event_item_fields: list[str]) -> list[str]:
+    """Columns that are read from the log, each once."""
+    order = schema.time.column if schema.time else schema.position
+    columns = [schema.user, order, *(part.column for part in schema.item)]
+    columns += [schema.item_fields[name].column for name in event_item_fields]
+    columns += [spec.column for spec in schema.context_fields.values()]
+    return list(dict.fromkeys(column for column in columns if column is not None))
+
+
+def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]) -> Cleaned:
+    """Clean one table that has the `log_columns` (a column that the file lacks may be left out: all missing).
+
+    Args:
+        raw: rows as read, any column types.
+    """
+    faults = _Faults(raw.num_rows)
+    user = _key(_column(raw, schema.user), "user", faults)
+    item = item_key(raw, schema.item, faults)
+    time = _order(raw, schema, faults)
+    repairs: Counter[tuple[str, str]] = Counter()
+    columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
+    for name in event_item_fields:
+        values = field_values(_column(raw, schema.item_fields[name].column), schema.item_fields[name], name, repairs)
+        columns[item_column(name)] = to_text(values)
+    for name, spec in schema.context_fields.items():
+        columns[context_column(name)] = field_values(_column(raw, spec.column), spec, name, repairs)
+    columns[FAULT] = faults.column()
+    columns[RAW] = _raw_text(raw, faults.found())
+    target = cleaned_schema(schema, event_item_fields)
+    return Cleaned(pa.table([columns[name] for name in target.names], schema=target), repairs)
+
+
+def unreadable_rows(reason: str, lines: list[str], schema: EventSchema, event_item_fields: list[str]) -> pa.Table:
+    """Cleaned table of rows that could not even be read."""
+    target = cleaned_schema(schema, event_item_fields)
+    content = {FAULT: pa.array([reason] * len(lines), _TEXT), RAW: pa.array(lines, _TEXT)}
+    return pa.table([content.get(f.name, pa.nulls(len(lines), f.type)) for f in target], schema=target)
+
+
+def item_key(raw: pa.Table, parts: list[ItemPart], faults: _Faults) -> pa.Array:
+    """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
+    texts = []
+    for part in parts:
+        column = _column(raw, part.column)
+        if part.buckets is None:
+            texts.append(_key(column, "item", faults))
+            continue
+        values, wrong, infinite = parse.numbers(column)
+        faults.add("item is not a number", wrong)
+        faults.add("item is infinite", infinite)
+        faults.add("missing item", parse.to_mask(values.is_null()))
+        texts.append(parse.bucket_names(values, part.buckets))
+    if len(texts) == 1:
+        return texts[0]
+    for text in texts:
+        faults.add("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR)))
+    return pc.binary_join_element_wise(*texts, pa.scalar(parse.SEPARATOR, _TEXT))
+
+
+def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[tuple[str, str]]) -> pa.Array:
+    """A field's values in the type of its kind; unusable ones are null and counted in `repairs`."""
+    faults: list[tuple[str, np.ndarray]] = []
+    values: pa.Array
+    if spec.kind == "time":
+        values, wrong = parse.times(column, spec.time)
+        faults = [("not a time", wrong)]
+    elif spec.kind == "numeric" or spec.buckets is not None:
+        values, wrong, infinite = parse.numbers(column)
+        faults = [("not a number", wrong), ("infinite", infinite)]
+        if spec.buckets is not None:
+            values = parse.bucket_names(values, spec.buckets)
+    elif spec.kind == "list":
+        values, wrong = parse.lists(column, spec.separator)
+        faults = [("not a list", wrong)]
+    elif spec.kind == "vector":
+        values, wrong = parse.vectors(column, spec.separator)
+        faults = [("not a vector of finite numbers", wrong)]
+    elif parse.is_nested(column.type):
+        values = pa.nulls(len(column), _TEXT)
+        faults = [("not a plain value", parse.to_mask(column.is_valid()))]
+    else:
+        values, infinite = parse.keys(column)
+        faults = [("infinite", infinite)]
+    for fault, mask in faults:
+        if mask.any():
+            repairs[name, fault] += int(mask.sum())
+    return values
+
+
+def to_text(values: pa.Array) -> pa.Array:
+    """Values of any kind as one text each (lists joined), so that equal values are equal texts."""
+    kind = values.type
+    if pa.types.is_large_list(kind):
+        texts = pa.LargeListArray.from_arrays(
+            values.offsets, values.values.cast(_TEXT), mask=values.is_null() if values.null_count else None
+        )
+        return pc.binary_join(texts, pa.scalar(parse.SEPARATOR, _TEXT))
+    return values.cast(_TEXT)
+
+
+def from_text(texts: pa.Array, kind: str) -> pa.Array:
+    """Inverse of `to_text`."""
+    target = _CONTEXT_TYPE[kind]
+    if not pa.types.is_large_list(target):
+        return texts.cast(target)
+    split = pc.split_pattern(texts, parse.SEPARATOR)
+    elements = parse.plain(split.values).cast(target.value_type)
+    return pa.LargeListArray.from_arrays(
+        split.offsets.cast(pa.int64()), elements, mask=texts.is_null() if texts.null_count else None
+    )
+
+
+# ---------------------------------------------------------------- inside
+
+
+class _Faults:
+    """The first fault of each row."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._reasons: list[str] = []
+        self._first = np.full(num_rows, -1, np.int32)
+
+    def add(self, reason: str, mask: np.ndarray) -> None:
+        fresh = mask & (self._first < 0)
+        if fresh.any():
+            self._first[fresh] = len(self._reasons)
+            self._reasons.append(reason)
+
+    def found(self) -> np.ndarray:
+        return self._first >= 0
+
+    def column(self) -> pa.Array:
+        if not self._reasons:
+            return pa.nulls(len(self._first), _TEXT)
+        return pa.array(self._reasons, _TEXT).take(pa.array(self._first, mask=self._first < 0))
+
+
+def no_faults(num_rows: int) -> _Faults:
+    """A fresh collector, for `item_key` on an item table."""
+    return _Faults(num_rows)
+
+
+def _column(raw: pa.Table, name: str) -> pa.Array:
+    return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
+
+
+def _key(column: pa.Array, role: str, faults: _Faults) -> pa.Array:
+    if parse.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        faults.add(f"wrong type of {role}", parse.to_mask(column.is_valid()))
+        faults.add(f"missing {role}", parse.to_mask(column.is_null()))
+        return pa.nulls(len(column), _TEXT)
+    values, infinite = parse.keys(column)
+    faults.add(f"{role} is infinite", infinite)
+    faults.add(f"missing {role}", parse.to_mask(values.is_null()))
+    return values
+
+
+def _order(raw: pa.Table, schema: EventSchema, faults: _Faults) -> pa.Array:
+    if schema.time is not None:
+        role, values, wrong = "time", *parse.times(_column(raw, schema.time.column), schema.time)
+    else:
+        assert schema.position is not None
+        role, values, wrong = "position", *parse.positions(_column(raw, schema.position))
+    faults.add(f"unparsable {role}", wrong)
+    faults.add(f"missing {role}", parse.to_mask(values.is_null()))
+    return values
+
+
+def _raw_text(raw: pa.Table, found: np.ndarray) -> pa.Array:
+    """The original row as JSON where `found`, else null."""
+    if not found.any():
+        return pa.nulls(raw.num_rows, _TEXT)
+    rows = np.flatnonzero(found)
+    texts = pa.array(list(_json_lines(raw.take(pa.array(rows)))), _TEXT)
+    index = np.zeros(raw.num_rows, np.int64)
+    index[rows] = np.arange(len(rows))
+    return texts.take(pa.array(index, mask=~found))
+
+
+def _json_lines(table: pa.Table) -> Iterator[str]:
+    # Rows become Python objects a slice at a time: a log may be unusable altogether.
+    for batch in table.to_batches(max_chunksize=_RAW_SLICE_ROWS):
+        for row in batch.to_pylist():
+            yield json.dumps(row, default=_json_value, ensure_ascii=False)
+
+
+def _json_value(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,163 @@
+"""What a person wants to know first about a shard set: `describe` computes it, `format_description` writes it.
+
+Figures of the raw log (order inside ties, item features that conflict) were measured by `data prepare` and stand in
+the manifest's `checks`; all others are computed here from the shards, in chunks of users.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from typing import Any
+
+import numpy as np
+
+from bfm.events.protocol import PARTS, Protocol
+from bfm.events.shards import Shards
+from bfm.events.ties import tie_monotonicity
+from bfm.units import format_count
+
+_CHUNK_EVENTS = 1 << 20
+_QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+
+
+def describe(shards: Shards) -> dict[str, Any]:
+    """JSON-able description of a finished shard set."""
+    manifest = shards.manifest
+    return {
+        "name": manifest.name,
+        "users": manifest.users,
+        "events": manifest.events,
+        "items": manifest.items,
+        "catalogue": manifest.catalogue,
+        "has_clock": manifest.has_clock,
+        "time_range": list(manifest.time_range),
+        "rows_read": manifest.rows_read,
+        "rows_quarantined": manifest.rows_quarantined,
+        "history_length": _history_lengths(shards),
+        "popularity": _popularity(shards.train_counts),
+        **_repeats_and_ties(shards),
+        "split": _split(shards),
+        "protocol": _protocol(shards),
+        "fields": [field.as_dict() for field in shards.fields],
+        "checks": manifest.checks,
+        "hash": shards.hash,
+    }
+
+
+def _history_lengths(shards: Shards) -> dict[str, Any]:
+    lengths = shards.user_lengths
+    quantiles = np.quantile(lengths, list(_QUANTILES.values()), method="inverted_cdf")
+    figures = {name: int(value) for name, value in zip(_QUANTILES, quantiles, strict=True)}
+    return {**figures, "mean": float(lengths.mean()), "users_with_one_event": int((lengths == 1).sum())}
+
+
+def _popularity(counts: np.ndarray) -> dict[str, float]:
+    """Of training events: shares of the most popular items, and the Gini coefficient of the counts."""
+    total, num = counts.sum(), len(counts)
+    # Counts fall with the id, so the Lorenz curve is summed from the end.
+    rising = counts[::-1].astype(np.float64)
+    gini = (2 * np.sum(np.arange(1, num + 1) * rising) / (num * total)) - (num + 1) / num
+    return {
+        "top_1_percent_share": float(counts[: -(-num // 100)].sum() / total),
+        "top_10_percent_share": float(counts[: -(-num // 10)].sum() / total),
+        "gini": float(gini),
+        "items_with_one_training_event": int((counts == 1).sum()),
+    }
+
+
+def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
+    """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
+    bounds = np.searchsorted(shards.user_starts, np.arange(0, shards.num_events, _CHUNK_EVENTS))
+    bounds = np.unique(np.concatenate([bounds, [0, shards.num_users]]))
+    first_times, ties = 0, tie_monotonicity(np.zeros(0), np.zeros(0), {"item": np.zeros(0, np.int32)})
+    for low, high in itertools.pairwise(bounds):
+        starts = shards.user_starts[low : high + 1]
+        located = shards.locate(np.arange(starts[0], starts[-1]))
+        item = shards.take_item(located)
+        user = np.repeat(np.arange(low, high), np.diff(starts))
+        first_times += len(np.unique(user * np.int64(shards.num_items) + item))
+        ties += tie_monotonicity(user, shards.take_time(located), {"item": item})
+    return {"repeat_share": 1 - first_times / shards.num_events, "ties_stored": ties.as_dict()}
+
+
+def _split(shards: Shards) -> dict[str, Any]:
+    train, valid, every = shards.train_lengths, shards.valid_lengths, shards.user_lengths
+    parts = {"train": train, "validation": valid - train, "test": every - valid}
+    figures = {name: {"events": int(part.sum()), "users": int((part > 0).sum())} for name, part in parts.items()}
+    return {**shards.manifest.split, **figures, "train_targets": shards.manifest.train_targets}
+
+
+def _protocol(shards: Shards) -> dict[str, Any]:
+    info = Protocol.load(shards).info
+    parts = {}
+    for name, part in info["parts"].items():
+        shown = {key: value for key, value in part.items() if not key.endswith("sha256")}
+        parts[name] = {**shown, "cold_target_share": part["cold_targets"] / max(part["targets"], 1)}
+    return {"hash": info["hash"], "filter_seen": info["filter_seen"], "parts": parts}
+
+
+# ---------------------------------------------------------------- text
+
+
+def format_description(description: dict[str, Any]) -> str:
+    """The description as lines for people."""
+    d = description
+    lengths, popularity, split = d["history_length"], d["popularity"], d["split"]
+    quarantined = ", ".join(f"{reason} {count:,}" for reason, count in sorted(d["rows_quarantined"].items()))
+    lines = [
+        f"{d['name']}: {d['events']:,} events, {d['users']:,} users, {d['items']:,} items",
+        f"rows read      {d['rows_read']:,}; quarantined: {quarantined or 'none'}",
+        f"time           {_time_text(d['time_range'], d['has_clock'])}",
+        "history        "
+        + ", ".join(f"{name} {lengths[name]:,}" for name in _QUANTILES)
+        + f", mean {lengths['mean']:.1f}; {lengths['users_with_one_event']:,} users with one event",
+        f"popularity     top 1% of items have {popularity['top_1_percent_share']:.1%} of training events, "
+        f"top 10% {popularity['top_10_percent_share']:.1%}, Gini {popularity['gini']:.3f}; "
+        f"{popularity['items_with_one_training_event']:,} items with one",
+        f"repeats        {d['repeat_share']:.1%} of events are of an item that the user had before",
+        f"ties in time   {d['ties_stored']['share']:.1%} of events share the time of the user's previous event",
+        f"split          by {split['by']}: "
+        + "; ".join(f"{part} {split[part]['events']:,} events of {split[part]['users']:,} users" for part in _PARTS),
+        f"catalogue      {d['catalogue']:,} items known in training, {d['items'] - d['catalogue']:,} cold",
+    ]
+    for name in PARTS:
+        part = d["protocol"]["parts"][name]
+        lines.append(
+            f"{name:<14} {part['queries']:,} queries of {part['candidates']:,} possible, {part['users']:,} users; "
+            f"{part['basket_queries']:,} inside baskets; {part['cold_target_share']:.1%} of targets are cold"
+        )
+    lines += [_field_line(field) for field in d["fields"]]
+    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items())]
+    return "\n".join(lines + _warnings(d))
+
+
+_PARTS = ("train", "validation", "test")
+
+
+def _field_line(field: dict[str, Any]) -> str:
+    rows = f", {format_count(field['rows'])} table rows" if field["rows"] else ""
+    return f"field          {field['side']} {field['name']}: {field['kind']}{rows}"
+
+
+def _check_text(value: Any) -> str:
+    if isinstance(value, dict):
+        shown = {key: entry for key, entry in value.items() if key != "warning"}
+        return ", ".join(f"{key} {_check_text(entry)}" for key, entry in shown.items()) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _warnings(d: dict[str, Any]) -> list[str]:
+    raw = [check.get("warning") for check in d["checks"].values() if isinstance(check, dict)]
+    lines = [f"warning: {text}" for text in raw if text]
+    if d["ties_stored"]["warning"]:
+        lines.append(f"warning: in the shards themselves, {d['ties_stored']['warning']}")
+    return lines
+
+
+def _time_text(time_range: list[int], has_clock: bool) -> str:
+    if not has_clock:
+        return f"positions {time_range[0]:,} to {time_range[1]:,}"
+    epoch = datetime.datetime(1970, 1, 1)
+    first, last = (epoch + datetime.timedelta(milliseconds=value) for value in time_range)
+    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC ({(last - first).days:,} days)"

@@ -1,0 +1,265 @@
+"""Columns of any Arrow type to the few types of a cleaned log, vectorised. Each value is judged by itself alone.
+
+Nothing here depends on the other values of a column, so the result does not depend on how a log is cut into files and
+blocks. Every parser returns the values (null where there is none) and boolean masks [n] of what was wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bfm.events.schema import TimeSpec
+
+SEPARATOR = "\x1f"
+"""Joins the parts of composite keys and of lists written as one text."""
+_NUMBER = r"^(?:[0-9]+\.?[0-9]*|-[0-9]+\.?[0-9]*|-?\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?$"
+_INFINITE = r"(?i)^-?inf(?:inity)?$"
+_NULL_TEXTS = pa.array(["", "nan", "null", "none", "n/a", "\\n"], pa.large_string())
+_ISO = (
+    r"^(?P<year>[0-9]{4})[-/](?P<month>[0-9]{1,2})[-/](?P<day>[0-9]{1,2})"
+    r"(?:[T ]+(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,9}))?)?)?"
+    r" ?(?P<zone>Z|z|UTC|[-+][0-9]{2}(?::?[0-9]{2})?)?$"
+)
+# Years 1 to 9999.
+_MIN_MS, _MAX_MS = -62_135_596_800_000, 253_402_300_799_999
+_UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6}
+
+
+def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One contiguous array; dictionaries are decoded, strings are large strings, null columns are strings."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_null(kind) or pa.types.is_string(kind) or pa.types.is_string_view(kind):
+        return column.cast(pa.large_string())
+    return column
+
+
+def is_nested(kind: pa.DataType) -> bool:
+    """Lists, structs, maps: no scalar."""
+    return pa.types.is_nested(kind)
+
+
+def to_mask(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Arrow booleans (null counts as False) to numpy."""
+    return values.fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
+
+
+def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Ids and categories as text. Whole floats lose their `.0` (pandas writes integers with gaps as floats).
+
+    Returns:
+        large strings, null where missing (null, NaN, blank text); mask of infinite numbers (null too).
+    """
+    kind = column.type
+    infinite = np.zeros(len(column), bool)
+    if pa.types.is_decimal(kind):
+        column, kind = column.cast(pa.float64()), pa.float64()
+    if pa.types.is_floating(kind):
+        numbers = column.cast(pa.float64())
+        infinite = to_mask(pc.is_inf(numbers))
+        kept = pc.if_else(pc.is_finite(numbers), numbers, None)
+        whole = to_mask(pc.and_(pc.equal(pc.round(kept), kept), pc.less(pc.abs(kept), 2.0**53)))
+        as_int = pc.if_else(pa.array(whole), kept, None).cast(pa.int64()).cast(pa.large_string())
+        # The shortest text of a float32 is not that of the same value as float64.
+        exact = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
+        return pc.coalesce(as_int, exact), infinite
+    text = column.cast(pa.large_string())
+    if pa.types.is_large_string(kind):
+        text = pc.utf8_trim_whitespace(text)
+        text = pc.if_else(pc.equal(text, ""), None, text)
+    return text, infinite
+
+
+def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Float64.
+
+    Returns:
+        numbers, null where missing (null, NaN, blank text); mask of text that is no number; mask of infinities.
+    """
+    kind = column.type
+    wrong = np.zeros(len(column), bool)
+    if is_nested(kind) or pa.types.is_binary(kind):
+        return pa.nulls(len(column), pa.float64()), to_mask(column.is_valid()), wrong
+    if pa.types.is_large_string(kind):
+        text = pc.utf8_trim_whitespace(column)
+        text = pc.if_else(pc.is_in(pc.utf8_lower(text), _NULL_TEXTS), None, text)
+        # Arrow's number parser refuses a leading plus.
+        text = pc.replace_substring_regex(text, r"^\+([0-9.])", r"\1")
+        good = pc.match_substring_regex(text, _NUMBER)
+        infinite = to_mask(pc.match_substring_regex(text, _INFINITE))
+        wrong = to_mask(pc.and_(text.is_valid(), pc.invert(good))) & ~infinite
+        values = pc.if_else(good, text, None).cast(pa.float64())
+    else:
+        if pa.types.is_temporal(kind):
+            column = (
+                column.cast(pa.timestamp("ms")).cast(pa.int64())
+                if not pa.types.is_time(kind)
+                else column.cast(pa.int64())
+            )
+        values = column.cast(pa.float64(), safe=False)
+        infinite = wrong.copy()
+    infinite = infinite | to_mask(pc.is_inf(values))
+    return pc.if_else(pc.is_finite(values), values, None), wrong, infinite
+
+
+def positions(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Whole numbers as int64; mask of what is there but is no whole number."""
+    values, wrong, infinite = numbers(column)
+    whole = to_mask(pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), 2.0**53)))
+    wrong = wrong | infinite | (to_mask(values.is_valid()) & ~whole)
+    return pc.if_else(pa.array(whole), values, None).cast(pa.int64()), wrong
+
+
+def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
+    """Milliseconds since the epoch from timestamps, dates, epoch numbers or text; without a zone, UTC.
+
+    Returns:
+        int64, null where missing or wrong; mask of values that are no time between the years 1 and 9999.
+    """
+    kind = column.type
+    if is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_boolean(kind) or pa.types.is_time(kind):
+        return pa.nulls(len(column), pa.int64()), to_mask(column.is_valid())
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        # safe=False: finer units are cut to milliseconds (floor for the years after 1970).
+        return _in_range(column.cast(pa.timestamp("ms", getattr(kind, "tz", None)), safe=False).cast(pa.int64()))
+    if not pa.types.is_large_string(kind):
+        return _epoch(column, spec.unit)
+    text = pc.utf8_trim_whitespace(column)
+    text = pc.if_else(pc.is_in(pc.utf8_lower(text), _NULL_TEXTS), None, text)
+    if spec.format is not None:
+        parsed = pc.strptime(text, format=spec.format, unit="ms", error_is_null=True).cast(pa.int64())
+        values, wrong = _in_range(parsed)
+        return values, wrong | to_mask(pc.and_(text.is_valid(), parsed.is_null()))
+    numeric = pc.match_substring_regex(text, _NUMBER)
+    from_number, wrong_number = _epoch(pc.if_else(numeric, text, None), spec.unit)
+    from_text, wrong_text = _iso(pc.if_else(numeric, None, text))
+    return pc.coalesce(from_number, from_text), wrong_number | wrong_text
+
+
+def lists(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray]:
+    """Lists of texts; blank elements are left out, empty lists are null. Mask of values that are no list."""
+    wrong = np.zeros(len(column), bool)
+    kind = column.type
+    if pa.types.is_large_string(kind):
+        column = pc.split_pattern(column, separator) if separator else _singletons(column)
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        if is_nested(kind):
+            return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
+        column = _singletons(keys(column)[0])
+    flat = plain(pc.list_flatten(column))
+    if is_nested(flat.type):
+        return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
+    parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+    elements, _ = keys(flat)
+    kept = to_mask(elements.is_valid())
+    return _relist(elements.filter(pa.array(kept)), parents[kept], len(column)), wrong
+
+
+def vectors(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray]:
+    """Lists of float32. Mask of values with a missing, infinite or unreadable element (null then)."""
+    kind = column.type
+    if pa.types.is_large_string(kind):
+        column = pc.split_pattern(column, separator or ",")
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return pa.nulls(len(column), pa.large_list(pa.float32())), to_mask(column.is_valid())
+    parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+    values, _, _ = numbers(plain(pc.list_flatten(column)))
+    wrong = np.zeros(len(column), bool)
+    wrong[parents[to_mask(values.is_null())]] = True
+    good = ~wrong[parents]
+    return _relist(values.filter(pa.array(good)).cast(pa.float32()), parents[good], len(column)), wrong
+
+
+def bucket_names(values: pa.Array, edges: list[float]) -> pa.Array:
+    """Numbers to the names of half-open buckets: `..10`, `10..50`, `50..`."""
+    marks = [f"{edge:g}" for edge in edges]
+    names = [f"..{marks[0]}", *(f"{a}..{b}" for a, b in itertools.pairwise(marks)), f"{marks[-1]}.."]
+    index = np.searchsorted(edges, values.fill_null(0).to_numpy(zero_copy_only=False), side="right")
+    taken = pa.array(names, pa.large_string()).take(pa.array(index))
+    return pc.if_else(values.is_valid(), taken, None)
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _singletons(values: pa.Array) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(np.arange(len(values) + 1)), values)
+
+
+def _relist(elements: pa.Array, parents: np.ndarray, count: int) -> pa.Array:
+    """Lists from elements and the row of each; rows without elements are null."""
+    lengths = np.bincount(parents, minlength=count)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]))
+    return pa.LargeListArray.from_arrays(offsets, elements, mask=pa.array(lengths == 0))
+
+
+def _in_range(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    inside = pc.and_(pc.greater_equal(values, _MIN_MS), pc.less_equal(values, _MAX_MS))
+    return pc.if_else(inside, values, None), to_mask(pc.invert(inside))
+
+
+def _epoch(column: pa.Array, unit: str) -> tuple[pa.Array, np.ndarray]:
+    """Epoch numbers to milliseconds; `auto` goes by size."""
+    integral = pa.types.is_integer(column.type)
+    values, wrong, infinite = numbers(column)
+    raw = values.fill_null(0).to_numpy(zero_copy_only=False)
+    if unit == "auto":
+        size = np.abs(raw)
+        per_ms = np.select([size < 1e11, size < 1e14, size < 1e17], [1e-3, 1.0, 1e3], 1e6)
+    else:
+        per_ms = np.full(len(raw), _UNIT_PER_MS[unit])
+    out_of_range = np.abs(raw / per_ms) > 1e15
+    ms = np.floor(np.where(out_of_range, 0, raw) / per_ms).astype(np.int64)
+    if integral:
+        # Nanoseconds exceed the 53 bits of a float.
+        exact = column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        ms = np.where(per_ms > 1, exact // np.maximum(per_ms, 1).astype(np.int64), ms)
+    parsed, outside = _in_range(pc.if_else(values.is_valid(), pa.array(ms), None))
+    return pc.if_else(pa.array(out_of_range), None, parsed), wrong | infinite | outside | out_of_range
+
+
+def _iso(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """ISO 8601 text (also with slashes or a blank) to milliseconds."""
+    parts = pc.extract_regex(text, _ISO)
+
+    def number(name: str) -> np.ndarray:
+        digits = pc.struct_field(parts, name)
+        filled = pc.if_else(pc.equal(digits, ""), "0", digits).fill_null("0")
+        return filled.cast(pa.int64()).to_numpy(zero_copy_only=False)
+
+    year, month, day = number("year"), number("month"), number("day")
+    hour, minute, second = number("hour"), number("minute"), number("second")
+    fraction = pc.struct_field(parts, "fraction")
+    milli = pc.utf8_slice_codeunits(pc.utf8_rpad(fraction, 3, "0"), 0, 3).fill_null("000")
+    good = to_mask(parts.is_valid()) & (month >= 1) & (month <= 12) & (day >= 1) & (hour < 24) & (minute < 60)
+    good &= (second <= 60) & (year >= 1)
+    first = ((year - 1970) * 12 + np.clip(month, 1, 12) - 1).astype("datetime64[M]")
+    days = first.astype("datetime64[D]").astype(np.int64) + day - 1
+    good &= days < (first + 1).astype("datetime64[D]").astype(np.int64)
+    total_s = days * 86_400 + hour * 3600 + minute * 60 + second - _zone_s(pc.struct_field(parts, "zone"))
+    ms = total_s * 1000 + milli.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return pc.if_else(pa.array(good), pa.array(ms), None), to_mask(text.is_valid()) & ~good
+
+
+def _zone_s(zone: pa.Array) -> np.ndarray:
+    """Seconds east of UTC."""
+    digits = pc.replace_substring(zone, ":", "")
+    hours = pc.utf8_slice_codeunits(digits, 1, 3)
+    minutes = pc.utf8_slice_codeunits(digits, 3, 5)
+    signed = pc.match_substring_regex(digits, r"^[-+][0-9]{2}")
+    east_s = [
+        pc.if_else(pc.and_(signed, pc.not_equal(part, "")), part, "0")
+        .fill_null("0")
+        .cast(pa.int64())
+        .to_numpy(zero_copy_only=False)
+        * scale
+        for part, scale in ((hours, 3600), (minutes, 60))
+    ]
+    return np.where(to_mask(pc.starts_with(digits, "-")), -1, 1) * (east_s[0] + east_s[1])

@@ -1,0 +1,304 @@
+"""The evaluation protocol: which positions are queries, frozen once per shard set (DESIGN: Data, Evaluation protocol).
+
+A query is (user, position): the user's history up to and including `position` is known. Its next event lies in the
+part. Headline queries have their next event at a later timestamp; all distinct items of that timestamp are targets.
+Basket queries have it at the same timestamp; targets are the distinct items that are left of it. Targets never leave
+the query's part.
+
+Order of a table: headline queries first, then basket queries; inside each, round-robin over users in a seeded order
+(every user's first query, then every user's second, ...). So the first n rows are themselves a user-stratified sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bfm.errors import CorruptError, UserError
+from bfm.events.mixing import keyed, mix64, stream_key
+from bfm.events.shards import Shards
+from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
+
+PROTOCOL = "protocol.json"
+PROTOCOL_VERSION = 1
+PARTS = ("validation", "test")
+DEFAULT_QUERIES = 10_000
+BASKET_DIVISOR = 4
+TARGET_RULE = "distinct items of all events of the next timestamp, inside the part"
+_CHUNK_EVENTS = 1 << 20
+_CHUNK_QUERIES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of item ids, one per query (compressed rows)."""
+
+    ids: np.ndarray
+    """Int32 [sum of lengths], ascending inside each list."""
+    offsets: np.ndarray
+    """Int64 [Q+1]."""
+
+    def __getitem__(self, query: int) -> np.ndarray:
+        """The ids of one query."""
+        return self.ids[self.offsets[query] : self.offsets[query + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class QueryTable:
+    """Queries, or a slice of them (`table[a:b]`)."""
+
+    user: np.ndarray
+    """Int64 [Q], global user index."""
+    position: np.ndarray
+    """Int64 [Q], index of the last known event in the user's history."""
+    basket: np.ndarray
+    """Bool [Q]; False = headline."""
+    filter_seen: bool = False
+    """Items of the history are no candidates."""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> QueryTable:
+        """A subset of the queries."""
+        return QueryTable(self.user[rows], self.position[rows], self.basket[rows], self.filter_seen)
+
+    @property
+    def num_headline(self) -> int:
+        """Headline queries; they stand first."""
+        return int((~self.basket).sum())
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A shard set's frozen protocol."""
+
+    info: dict[str, Any]
+    tables: dict[str, QueryTable]
+
+    @classmethod
+    def load(cls, shards: Shards) -> Protocol:
+        """Read the protocol. Raises CorruptError where a file is missing or does not fit its hash."""
+        path = shards.path / PROTOCOL
+        if not path.is_file():
+            raise CorruptError(f"{path}: is missing")
+        info = read_json(path)
+        if protocol_hash(info) != info.get("hash"):
+            raise CorruptError(f"{path}: was altered (its hash does not fit)")
+        tables = {}
+        for part in PARTS:
+            raw_path = shards.path / table_name(part)
+            raw = raw_path.read_bytes() if raw_path.is_file() else b""
+            if sha256_bytes(raw) != info["parts"][part]["sha256"]:
+                raise CorruptError(f"{raw_path}: is missing or was altered (its sha256 does not fit {PROTOCOL})")
+            columns = np.load(io.BytesIO(raw), allow_pickle=False)
+            tables[part] = QueryTable(columns[0], columns[1], columns[2].astype(bool), bool(info["filter_seen"]))
+        return cls(info, tables)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the protocol: rows of different protocols are never compared."""
+        return str(self.info["hash"])
+
+    @property
+    def filter_seen(self) -> bool:
+        """Whether items of the query's history are taken out of the candidates."""
+        return bool(self.info["filter_seen"])
+
+    @property
+    def catalogue(self) -> int:
+        """Candidates: items known at the split."""
+        return int(self.info["catalogue"])
+
+    def queries(self, part: str) -> QueryTable:
+        """The queries of `validation` or `test`; headline first. Raises UserError for another part."""
+        if part not in self.tables:
+            raise UserError(f"there is no part {part!r}", key="part", fix=f"use one of {', '.join(PARTS)}")
+        return self.tables[part]
+
+
+def table_name(part: str) -> str:
+    """File of a part's queries: int64 [3, Q] (user, position, basket)."""
+    return f"protocol-{part}.npy"
+
+
+def protocol_hash(info: dict[str, Any]) -> str:
+    """Sha256 of the protocol's canonical JSON without its own hash."""
+    return sha256_bytes(canonical_json({key: value for key, value in info.items() if key != "hash"}))
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_protocol(
+    shards: Shards, *, queries: int | None = DEFAULT_QUERIES, filter_seen: bool = False, seed: int
+) -> Protocol:
+    """Choose the queries of both parts and write protocol.json and its tables into the shard set (before `finish`).
+
+    Args:
+        shards: opened from a draft manifest.
+        queries: headline queries per part (and a quarter as many basket queries); None takes all of them.
+        filter_seen: take the items of a query's history out of the candidates.
+        seed: of the sample and its order.
+
+    Raises:
+        UserError: the validation part has no headline query.
+    """
+    parts, tables = {}, {}
+    for number, part in enumerate(PARTS):
+        key = stream_key(seed, 0x9107, number)
+        headline, num_headline = _sample(shards, part, key, basket=False, limit=queries)
+        allowed = (num_headline if queries is None else queries) // BASKET_DIVISOR
+        basket, num_basket = _sample(shards, part, key, basket=True, limit=allowed)
+        if part == "validation" and num_headline == 0:
+            raise UserError(
+                "no query for validation: no user has an event in the validation range after an earlier event",
+                file=str(shards.path),
+                key="split",
+                fix="give a larger validation share, an earlier split or a longer log",
+            )
+        columns = np.concatenate([headline, basket], axis=1)
+        table = QueryTable(columns[0], columns[1], columns[2].astype(bool), filter_seen)
+        buffer = io.BytesIO()
+        np.save(buffer, columns, allow_pickle=False)
+        write_atomic(shards.path / table_name(part), buffer.getvalue())
+        parts[part] = {
+            "queries": headline.shape[1],
+            "candidates": num_headline,
+            "basket_queries": basket.shape[1],
+            "basket_candidates": num_basket,
+            "users": len(np.unique(table.user)),
+            "sha256": sha256_bytes(buffer.getvalue()),
+            **_target_summary(shards, table),
+        }
+        tables[part] = table
+    info: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "seed": seed,
+        "catalogue": shards.num_catalogue,
+        "split": shards.manifest.split,
+        "parts": parts,
+        "filter_seen": filter_seen,
+        "ties": "half",
+        "target_rule": TARGET_RULE,
+    }
+    info["hash"] = protocol_hash(info)
+    write_json(shards.path / PROTOCOL, info)
+    return Protocol(info, tables)
+
+
+def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """[U], [U]: first query position and number of candidate positions of each user (p + 1 lies in the part)."""
+    if part == "validation":
+        start, stop = shards.train_lengths, shards.valid_lengths
+    else:
+        start, stop = shards.valid_lengths, shards.user_lengths
+    first = np.maximum(start - 1, 0)
+    return first, np.maximum(stop - 1 - first, 0)
+
+
+def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
+    """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
+    first_U, count_U = _part_bounds(shards, part)
+    bounds = _chunks(count_U, _CHUNK_EVENTS)
+    kept: list[np.ndarray] = []
+    num_kept, num_found = 0, 0
+    for low, high in itertools.pairwise(bounds):
+        found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
+        num_found += found.shape[1]
+        kept.append(_ranked(found, key))
+        num_kept += found.shape[1]
+        if limit is not None and num_kept > 2 * limit + _CHUNK_EVENTS:
+            kept = [_first(np.concatenate(kept, axis=1), key, limit)]
+            num_kept = kept[0].shape[1]
+    everything = np.concatenate(kept, axis=1) if kept else np.zeros((3, 0), np.int64)
+    chosen = _first(everything, key, num_found if limit is None else limit)
+    flags = np.full((1, chosen.shape[1]), basket, np.int64)
+    return np.concatenate([chosen[:2], flags]), num_found
+
+
+def _chunks(count_U: np.ndarray, target: int) -> np.ndarray:
+    """User boundaries of chunks that hold about `target` events each."""
+    total_U = np.cumsum(count_U)
+    cuts = np.searchsorted(total_U, np.arange(target, int(total_U[-1]) if len(total_U) else 0, target)) + 1
+    return np.unique(np.concatenate([[0], cuts, [len(count_U)]]))
+
+
+def _candidates(shards: Shards, first: np.ndarray, count: np.ndarray, low: int, basket: bool) -> np.ndarray:
+    """Int64 [2, n]: (user, position) of the wanted kind among users low..low+len(first)."""
+    user = np.repeat(np.arange(low, low + len(first)), count)
+    position = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    event = shards.user_starts[user] + position
+    now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
+    wanted = (now == following) if basket else (now < following)
+    return np.stack([user[wanted], position[wanted]])
+
+
+def _ranked(found: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Append each query's rank among its user's queries, in a seeded order: [3, n]."""
+    user, position = found
+    order = np.lexsort((keyed(key, mix64(user) + position.astype(np.uint64)), user))
+    user, position = user[order], position[order]
+    starts = np.flatnonzero(np.diff(user, prepend=-1))
+    rank = np.arange(len(user)) - np.repeat(starts, np.diff(np.append(starts, len(user))))
+    return np.stack([user, position, rank])
+
+
+def _first(ranked: np.ndarray, key: np.uint64, limit: int) -> np.ndarray:
+    """The first `limit` of (rank, seeded order of users)."""
+    user, _, rank = ranked
+    order = np.lexsort((keyed(key, user), rank))
+    return ranked[:, order[:limit]]
+
+
+# ---------------------------------------------------------------- targets
+
+
+def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
+    """Distinct target items of each query, cold ones included (ids >= V)."""
+    user, position = queries.user, queries.position
+    following = position + 1
+    in_train, in_valid = following < shards.train_lengths[user], following < shards.valid_lengths[user]
+    stop = np.where(in_train, shards.train_lengths[user], np.where(in_valid, shards.valid_lengths[user], 0))
+    start = shards.user_starts[user]
+    end = np.where(stop > 0, start + stop, shards.user_starts[user + 1])
+    first = start + following
+    time = shards.take_time(shards.locate(first))
+    length = np.ones(len(user), np.int64)
+    active = np.arange(len(user))
+    while len(active):
+        candidate = first[active] + length[active]
+        active, candidate = active[candidate < end[active]], candidate[candidate < end[active]]
+        same = shards.take_time(shards.locate(candidate)) == time[active]
+        active = active[same]
+        length[active] += 1
+    return distinct_items(shards, first, length)
+
+
+def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:
+    """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
+    query = np.repeat(np.arange(len(first)), length)
+    event = np.arange(len(query)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(first, length)
+    item = shards.take_item(shards.locate(event)).astype(np.int64)
+    pair = np.unique(query * shards.num_items + item)
+    offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
+    return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))
+
+
+def _target_summary(shards: Shards, table: QueryTable) -> dict[str, Any]:
+    """Counts and the sha256 of all targets: the hash of the protocol covers the answers too."""
+    digest, targets, cold = hashlib.sha256(), 0, 0
+    for start in range(0, len(table), _CHUNK_QUERIES):
+        piece = query_targets(shards, table[start : start + _CHUNK_QUERIES])
+        digest.update(np.diff(piece.offsets).astype("<i8").tobytes() + piece.ids.astype("<i4").tobytes())
+        targets += len(piece.ids)
+        cold += int((piece.ids >= shards.num_catalogue).sum())
+    return {"targets": targets, "cold_targets": cold, "targets_sha256": digest.hexdigest()}

@@ -1,0 +1,260 @@
+"""The schema of an event log: a YAML file in, a checked `EventSchema` out, or one line that says what is wrong.
+
+name: shop
+user: customer
+time: bought_at                 # or {column, format | unit}; or `position: step` where there is no clock
+item: [mcc, {column: amount, buckets: [10, 50, 100]}]     # a column, or several that together are the item
+items: {path: items.parquet, key: mcc}                     # optional: a table with one row per item
+item_fields: {brand: categorical, tags: {kind: list, separator: "|"}}
+context_fields: {quantity: numeric, shop: {kind: categorical, column: shop_id}}
+split: {by: time, valid: 0.1, test: 0.1}                   # or dates (valid_from, test_from); or by: leave_one_out
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from bfm.errors import UserError
+from bfm.units import parse_count
+from bfm.yaml import did_you_mean, load_yaml, validate
+
+KINDS = ("categorical", "numeric", "text", "list", "vector", "time")
+RESERVED = ("item_id", "gap", "later", "clock")
+_BUILT_IN = Path(__file__).parent / "schemas"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _as_column(value: Any) -> Any:
+    return {"column": value} if isinstance(value, str) else value
+
+
+def _as_columns(value: Any) -> Any:
+    return [_as_column(part) for part in (value if isinstance(value, list) else [value])]
+
+
+def _as_names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_fields(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return {} if value is None else value
+    fields = {}
+    for name, entry in value.items():
+        settings = {"kind": entry} if isinstance(entry, str) else entry
+        fields[name] = {"column": name, **settings} if isinstance(settings, dict) else settings
+    return fields
+
+
+def _as_queries(value: Any) -> Any:
+    return None if value == "all" else parse_count(value)
+
+
+class TimeSpec(_Strict):
+    """Where the time stands and how it is written."""
+
+    column: str
+    format: str | None = None
+    """strptime format of text, where it is not ISO 8601."""
+    unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    """Unit of numbers; `auto` goes by each number's size (seconds below 1e11, then milliseconds, micro, nano)."""
+
+
+class ItemPart(_Strict):
+    """One column of the item's key; a number may be cut into buckets."""
+
+    column: str
+    buckets: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ItemPart:
+        _check_buckets(self.buckets)
+        return self
+
+
+class FieldSpec(_Strict):
+    """One item or context field."""
+
+    kind: Literal["categorical", "numeric", "text", "list", "vector", "time"]
+    column: str
+    separator: str | None = None
+    """list, vector: what separates the elements where the column is text."""
+    buckets: list[float] | None = None
+    """categorical: cut a number into buckets."""
+    format: str | None = None
+    """time: strptime format."""
+    unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> FieldSpec:
+        _check_buckets(self.buckets)
+        for option, kinds in (("separator", ("list", "vector")), ("buckets", ("categorical",)), ("format", ("time",))):
+            if getattr(self, option) is not None and self.kind not in kinds:
+                fix = f"remove it, or set kind to {' or '.join(kinds)}"
+                raise UserError(f"does not go with kind {self.kind}", key=option, fix=fix)
+        return self
+
+    @property
+    def time(self) -> TimeSpec:
+        """The settings of a time field."""
+        return TimeSpec(column=self.column, format=self.format, unit=self.unit)
+
+
+class ItemTable(_Strict):
+    """A table with one row per item, joined by key."""
+
+    path: str
+    key: Annotated[list[str], BeforeValidator(_as_names)]
+
+
+class CleanSpec(_Strict):
+    """What cleaning does beyond quarantine."""
+
+    drop_duplicates: bool = False
+
+
+class SplitSpec(_Strict):
+    """Where training ends. Fractions are of the events, dates are of their times (UTC)."""
+
+    by: Literal["time", "leave_one_out"] | None = None
+    valid: float | None = Field(default=None, gt=0, lt=1)
+    test: float | None = Field(default=None, gt=0, lt=1)
+    valid_from: str | None = None
+    test_from: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SplitSpec:
+        dates = [self.valid_from, self.test_from]
+        fractions = [self.valid, self.test]
+        if self.by == "leave_one_out" and any(value is not None for value in (*dates, *fractions)):
+            raise UserError("leave_one_out takes no fractions and no dates", fix="remove them, or use by: time")
+        if any(date is not None for date in dates):
+            if None in dates:
+                raise UserError("valid_from and test_from go together", fix="give both")
+            if any(value is not None for value in fractions):
+                raise UserError("fractions and dates exclude each other", fix="give one of the two")
+        if sum(value or 0.1 for value in fractions) >= 1:
+            raise UserError("valid and test leave nothing for training", fix="let them sum to less than 1")
+        return self
+
+
+class EvaluationSpec(_Strict):
+    """The evaluation protocol."""
+
+    queries: Annotated[int | None, BeforeValidator(_as_queries)] = 10_000
+    """Headline queries per part; None (written `all`) takes all of them."""
+    filter_seen: bool | None = None
+    """Seen items are no candidates; None: only with leave_one_out."""
+
+
+class BuiltIn(_Strict):
+    """An installed package that ships the log."""
+
+    package: str
+    log: Annotated[list[str], BeforeValidator(_as_names)]
+    extra: str
+
+
+class EventSchema(_Strict):
+    """A checked schema."""
+
+    name: str
+    user: str
+    time: Annotated[TimeSpec | None, BeforeValidator(_as_column)] = None
+    position: str | None = None
+    item: Annotated[list[ItemPart], BeforeValidator(_as_columns), Field(min_length=1)]
+    items: ItemTable | None = None
+    item_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
+    context_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
+    clean: CleanSpec = CleanSpec()
+    split: SplitSpec = SplitSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    hash_rows: Annotated[int | None, BeforeValidator(lambda v: v if v is None else parse_count(v))] = None
+    id_field: bool = True
+    seed: int = Field(default=0, ge=0)
+    builtin: BuiltIn | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EventSchema:
+        if (self.time is None) == (self.position is None):
+            raise UserError(
+                "give exactly one of time and position", key="time", fix="name the column that orders events"
+            )
+        if self.position is not None and self.split.by == "time":
+            fix = "use by: leave_one_out, the only split for logs with positions"
+            raise UserError("positions are no clock", key="split.by", fix=fix)
+        if self.position is not None and (self.split.valid or self.split.test or self.split.valid_from):
+            raise UserError("positions have no common clock to cut", key="split", fix="remove fractions and dates")
+        for side, fields in (("item_fields", self.item_fields), ("context_fields", self.context_fields)):
+            for name in fields:
+                _check_name(name, side)
+        for name in set(self.item_fields) & set(self.context_fields):
+            raise UserError("is also an item field", key=f"context_fields.{name}", fix="rename one of the two")
+        if self.items and len(self.items.key) != len(self.item):
+            raise UserError("needs as many columns as item", key="items.key", fix="name one key column per item column")
+        if self.hash_rows is not None and (self.hash_rows < 16 or self.hash_rows & (self.hash_rows - 1)):
+            raise UserError("is not a power of two from 16 on", key="hash_rows", fix="write for example 4096")
+        if not self.id_field and not self.item_fields:
+            raise UserError("items would have no field at all", key="id_field", fix="keep it, or declare item_fields")
+        return self
+
+    @property
+    def has_clock(self) -> bool:
+        """Times are milliseconds since the epoch; else positions."""
+        return self.time is not None
+
+    @property
+    def split_by(self) -> Literal["time", "leave_one_out"]:
+        """The split, its default resolved."""
+        return self.split.by or ("time" if self.has_clock else "leave_one_out")
+
+    @property
+    def filter_seen(self) -> bool:
+        """The protocol's rule, its default resolved."""
+        given = self.evaluation.filter_seen
+        return self.split_by == "leave_one_out" if given is None else given
+
+
+def built_in_schemas() -> list[str]:
+    """Names of the schemas that come with the package."""
+    return sorted(path.stem for path in _BUILT_IN.glob("*.yaml"))
+
+
+def schema_path(schema: str) -> Path:
+    """The file of a schema: a path, or the name of a built-in one. Raises UserError."""
+    path = Path(schema)
+    if path.is_file():
+        return path
+    if path.suffix not in (".yaml", ".yml"):
+        if schema in built_in_schemas():
+            return _BUILT_IN / f"{schema}.yaml"
+        fix = did_you_mean(schema, built_in_schemas())
+        raise UserError("is neither a file nor a built-in schema", file=schema, fix=fix)
+    raise UserError("there is no such file", file=schema, fix=f"built-in schemas: {', '.join(built_in_schemas())}")
+
+
+def load_schema(schema: str) -> EventSchema:
+    """Read and check a schema (a path or a built-in name). Raises UserError (file, key, what, fix)."""
+    path = schema_path(schema)
+    return validate(EventSchema, load_yaml(path), file=str(path))
+
+
+def _check_name(name: str, side: str) -> None:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        fix = "use letters, digits and underscores, and `column:` for the column's own name"
+        raise UserError("is not a field name", key=f"{side}.{name}", fix=fix)
+    if name in RESERVED:
+        raise UserError("is a reserved name", key=f"{side}.{name}", fix=f"rename it and set `column: {name}`")
+
+
+def _check_buckets(buckets: list[float] | None) -> None:
+    if buckets is not None and (not buckets or any(a >= b for a, b in itertools.pairwise(buckets))):
+        raise UserError("are not ascending numbers", key="buckets", fix="write for example [10, 50, 100]")

@@ -1,0 +1,310 @@
+"""The shard set on disk: low-level writers (nothing but numpy and pyarrow), the manifest, the memory-mapping reader.
+
+Layout of a shard set (one directory):
+
+    manifest.json        written last by `finish`: a directory without it is not a shard set
+    protocol.json, protocol-<part>.npy
+    items.parquet        row i = item i: key columns (strings), train_count, first_time, raw field values
+    items/<field>.npy    encoded item field, row = item id
+    shard-00000/         item.npy time.npy context/<field>.npy user_offsets.npy train_end.npy valid_end.npy
+                         users.parquet
+    quarantine/*.parquet
+    derived/             caches; not in the manifest, may be deleted at any time
+
+How to write one: `write_shard` per partition, `write_items`, then `Shards(path, draft_manifest)` reads what stands
+already (for the protocol and the checks), then `finish(path, manifest)` hashes every file and publishes manifest.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bfm.errors import CorruptError
+from bfm.events.fields import FittedField
+from bfm.events.manifest import MANIFEST, Manifest, check_files, fetch, read_manifest
+from bfm.files import sha256_file, write_json
+
+# ---------------------------------------------------------------- writers
+
+
+def shard_name(index: int) -> str:
+    """The directory name of a shard."""
+    return f"shard-{index:05d}"
+
+
+def write_shard(
+    directory: Path,
+    index: int,
+    *,
+    item: np.ndarray,
+    time: np.ndarray,
+    context: Mapping[str, np.ndarray],
+    user_offsets: np.ndarray,
+    train_end: np.ndarray,
+    valid_end: np.ndarray,
+    users: Sequence[str] | pa.Array | pa.ChunkedArray,
+) -> None:
+    """Write one user partition. E events of U users, already in their final order.
+
+    Args:
+        directory: the shard set.
+        index: the shard's number, from 0 without gaps.
+        item: item ids [E]. time: milliseconds or positions [E]. context: encoded context fields [E] or [E, M].
+        user_offsets: [U+1], first event of each user. train_end, valid_end: [U], counts of the user's events that lie
+            in training, and before the end of validation (train_end <= valid_end <= the user's events).
+        users: [U] original keys.
+
+    Raises:
+        ValueError: lengths that do not fit together (a mistake of the caller, never of the user).
+    """
+    num_events, num_users = len(item), len(users)
+    lengths = np.diff(user_offsets)
+    if len(time) != num_events or user_offsets[-1] != num_events or len(user_offsets) != num_users + 1:
+        raise ValueError(f"shard {index}: lengths of item, time, user_offsets and users do not fit")
+    if any(len(values) != num_events for values in context.values()):
+        raise ValueError(f"shard {index}: a context field has another length than item")
+    if not ((train_end >= 0) & (train_end <= valid_end) & (valid_end <= lengths)).all():
+        raise ValueError(f"shard {index}: train_end <= valid_end <= history length does not hold")
+    base = directory / shard_name(index)
+    (base / "context").mkdir(parents=True, exist_ok=True)
+    _save(base / "item.npy", item, np.int32)
+    _save(base / "time.npy", time, np.int64)
+    _save(base / "user_offsets.npy", user_offsets, np.int64)
+    _save(base / "train_end.npy", train_end, np.int64)
+    _save(base / "valid_end.npy", valid_end, np.int64)
+    for name, values in context.items():
+        _save(base / "context" / f"{name}.npy", values, values.dtype)
+    keys = users if isinstance(users, pa.ChunkedArray | pa.Array) else pa.array(users, pa.string())
+    pq.write_table(pa.table({"user": keys}), base / "users.parquet")
+
+
+def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarray]) -> None:
+    """Write the items in id order.
+
+    Args:
+        directory: the shard set.
+        table: items.parquet; must have int64 columns train_count (falling over the catalogue, 0 for cold items) and
+            first_time, besides key columns and raw values.
+        encoded: item fields by name, [I] or [I, M].
+
+    Raises:
+        ValueError: lengths that do not fit together.
+    """
+    if any(len(values) != table.num_rows for values in encoded.values()):
+        raise ValueError("an encoded item field has another length than the item table")
+    (directory / "items").mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, directory / "items.parquet")
+    for name, values in encoded.items():
+        _save(directory / "items" / f"{name}.npy", values, values.dtype)
+
+
+def finish(directory: Path, manifest: Manifest) -> Manifest:
+    """Hash every file below the directory (derived/ apart) and publish manifest.json; returns the final manifest."""
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    files = {
+        name: {"sha256": sha256_file(directory / name), "bytes": (directory / name).stat().st_size}
+        for name in names
+        if name != MANIFEST and not name.startswith(("derived/", "."))
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    write_json(directory / MANIFEST, {**manifest.as_dict(), "hash": manifest.hash})
+    return manifest
+
+
+def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
+    np.save(path, np.ascontiguousarray(values, dtype=dtype), allow_pickle=False)
+
+
+# ---------------------------------------------------------------- reader
+
+
+@dataclass(frozen=True)
+class History:
+    """One user's events (views of the memory maps)."""
+
+    item: np.ndarray
+    time: np.ndarray
+    context: dict[str, np.ndarray]
+    train_end: int
+    valid_end: int
+
+
+@dataclass(frozen=True)
+class Located:
+    """Global event indices split by shard once, so that several columns can be taken."""
+
+    count: int
+    pieces: tuple[tuple[int, np.ndarray | slice, np.ndarray], ...]
+    """(shard, where in the output, row in the shard)."""
+
+
+class Shards:
+    """A shard set, memory-mapped and read-only. Events have a global index: shards one after the other."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Map the files that stand under `path` as the manifest describes them, without verification."""
+        self.path, self.manifest = path, manifest
+        bases = [path / shard_name(index) for index in range(manifest.shards)]
+        self._item = [_map(base / "item.npy") for base in bases]
+        self._time = [_map(base / "time.npy") for base in bases]
+        self._context = {
+            f.name: [_map(base / "context" / f"{f.name}.npy") for base in bases] for f in self.context_fields
+        }
+        self._first_event = np.cumsum([0] + [len(items) for items in self._item])
+        offsets = [np.load(base / "user_offsets.npy") for base in bases]
+        self._first_user = np.cumsum([0] + [len(values) - 1 for values in offsets])
+        starts = [values[:-1] + first for values, first in zip(offsets, self._first_event, strict=False)]
+        self.user_starts: np.ndarray = np.concatenate([*starts, self._first_event[-1:]])
+        """[U+1] global index of each user's first event."""
+        self.train_lengths: np.ndarray = np.concatenate([np.load(base / "train_end.npy") for base in bases])
+        """[U] training events of each user."""
+        self.valid_lengths: np.ndarray = np.concatenate([np.load(base / "valid_end.npy") for base in bases])
+        """[U] events of each user up to the end of validation."""
+        if len(self.train_lengths) != manifest.users or self._first_event[-1] != manifest.events:
+            raise CorruptError(f"{path}: users or events differ from what {MANIFEST} says")
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Shards:
+        """Open a finished shard set; a URI is copied to a local cache first.
+
+        Args:
+            path: directory or URI.
+            verify: check the sha256 of every file, not only names and sizes.
+
+        Raises:
+            UserError: there is no shard set, or it is of another version.
+            CorruptError: a file is missing, truncated or altered (the message names it).
+        """
+        local = fetch(str(path)) if "://" in str(path) else Path(path)
+        manifest = read_manifest(local)
+        check_files(local, manifest, verify)
+        return cls(local, manifest)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the shard set."""
+        return self.manifest.hash
+
+    @property
+    def seed(self) -> int:
+        """Seed of the preparation."""
+        return self.manifest.seed
+
+    @property
+    def num_users(self) -> int:
+        """Users over all shards."""
+        return self.manifest.users
+
+    @property
+    def num_events(self) -> int:
+        """Events over all shards."""
+        return self.manifest.events
+
+    @property
+    def num_items(self) -> int:
+        """Items, cold ones included (I)."""
+        return self.manifest.items
+
+    @property
+    def num_catalogue(self) -> int:
+        """Items known in training (V)."""
+        return self.manifest.catalogue
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether times are milliseconds since the epoch (else positions)."""
+        return self.manifest.has_clock
+
+    @property
+    def fields(self) -> tuple[FittedField, ...]:
+        """All fitted fields."""
+        return self.manifest.fields
+
+    @cached_property
+    def item_fields(self) -> tuple[FittedField, ...]:
+        """Fields that say what an item is."""
+        return tuple(f for f in self.manifest.fields if f.side == "item")
+
+    @cached_property
+    def context_fields(self) -> tuple[FittedField, ...]:
+        """Fields that say what happened."""
+        return tuple(f for f in self.manifest.fields if f.side == "context")
+
+    @cached_property
+    def item_arrays(self) -> dict[str, np.ndarray]:
+        """Encoded item fields, memory-mapped; row = item id."""
+        return {f.name: _map(self.path / "items" / f"{f.name}.npy") for f in self.item_fields}
+
+    @cached_property
+    def train_counts(self) -> np.ndarray:
+        """Int64 [V]: training events of each catalogue item, falling."""
+        return self.items_table(["train_count"])["train_count"].to_numpy()[: self.num_catalogue]
+
+    @property
+    def user_lengths(self) -> np.ndarray:
+        """Int64 [U]: events of each user."""
+        return np.diff(self.user_starts)
+
+    def items_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """items.parquet (keys, counts and raw values); row = item id."""
+        return pq.read_table(self.path / "items.parquet", columns=list(columns) if columns else None)
+
+    def user_keys(self) -> pa.ChunkedArray:
+        """Original user keys [U] in global order."""
+        names = [self.path / shard_name(index) / "users.parquet" for index in range(self.manifest.shards)]
+        return pa.concat_tables([pq.read_table(name) for name in names])["user"]
+
+    def history(self, user: int) -> History:
+        """All events of one user (global index, shard-major)."""
+        shard = int(np.searchsorted(self._first_user, user, side="right")) - 1
+        start, stop = self.user_starts[user : user + 2] - self._first_event[shard]
+        rows = slice(int(start), int(stop))
+        context = {name: columns[shard][rows] for name, columns in self._context.items()}
+        ends = int(self.train_lengths[user]), int(self.valid_lengths[user])
+        return History(self._item[shard][rows], self._time[shard][rows], context, *ends)
+
+    def locate(self, index_N: np.ndarray) -> Located:
+        """Split global event indices by shard."""
+        if len(self._item) == 1:
+            return Located(len(index_N), ((0, slice(None), index_N),))
+        shard_N = np.searchsorted(self._first_event, index_N, side="right") - 1
+        pieces = []
+        for shard in np.flatnonzero(np.bincount(shard_N, minlength=len(self._item))):
+            where = np.flatnonzero(shard_N == shard)
+            pieces.append((int(shard), where, index_N[where] - self._first_event[shard]))
+        return Located(len(index_N), tuple(pieces))
+
+    def take_item(self, located: Located) -> np.ndarray:
+        """Item ids int32 [N] of the located events."""
+        return _take(self._item, located)
+
+    def take_time(self, located: Located) -> np.ndarray:
+        """Times int64 [N] of the located events."""
+        return _take(self._time, located)
+
+    def take_context(self, name: str, located: Located) -> np.ndarray:
+        """A context field [N] or [N, M] of the located events."""
+        return _take(self._context[name], located)
+
+
+def _map(path: Path) -> np.ndarray:
+    # A plain view of the map: np.memmap's own indexing is several times slower.
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:
+    if len(columns) == 1:
+        return columns[0][located.pieces[0][2]]
+    out = np.empty((located.count, *columns[0].shape[1:]), columns[0].dtype)
+    for shard, where, rows in located.pieces:
+        out[where] = columns[shard][rows]
+    return out

