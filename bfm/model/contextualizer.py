@@ -1,0 +1,62 @@
+"""A user's events to one vector per position: the history's query for the next item.
+
+Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position of packed windows, and their segments.
+Leaves: h_TD at the wanted positions, float32, unit length. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a
+mask that lets an event see its own user's events up to itself; a final norm and the projection to d_item run on the
+wanted rows only. Attention is dense over the row: L x L pairs, masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bfm.model.blocks import Block, Rotation, make_linear, make_rotation, rms_norm
+from bfm.model.sizing import Shape
+
+
+class Contextualizer(nn.Module):
+    """The second part of the model."""
+
+    def __init__(self, shape: Shape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.head_dim = shape.width // shape.heads
+        self.item_inputs = make_linear(shape.d_item, shape.width, generator)
+        self.context_inputs = make_linear(shape.d_item, shape.width, generator)
+        self.blocks = nn.ModuleList(
+            Block(shape.width, shape.heads, shape.hidden, generator) for _ in range(shape.depth)
+        )
+        self.out = make_linear(shape.width, shape.d_item, generator)
+        self._rotations: dict[tuple[int, torch.device], Rotation] = {}
+
+    def forward(self, v_RLD: Tensor, context_RLD: Tensor, segment_RL: Tensor, position_T: Tensor) -> Tensor:
+        """Unit vectors h_TD, float32, at the flat positions r * L + l."""
+        rows, length, d_item = v_RLD.shape
+        dtype = self.out.weight.dtype
+        # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
+        x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
+        mask = attention_mask(segment_RL, x_RLW.dtype)
+        rotation = self._rotation(length, x_RLW.device)
+        for block in self.blocks:
+            x_RLW = block(x_RLW, mask, rotation.cosine, rotation.sine)
+        x_TW = x_RLW.reshape(rows * length, -1).index_select(0, position_T)
+        return F.normalize(self.out(rms_norm(x_TW)).float(), dim=-1)
+
+    def _rotation(self, length: int, device: torch.device) -> Rotation:
+        key = length, device
+        if key not in self._rotations:
+            self._rotations[key] = make_rotation(length, self.head_dim, device)
+        return self._rotations[key]
+
+
+def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, 1, L, L], additive: 0 where the key is an event of the same user up to the query, else -inf.
+
+    Pads form a segment of their own, so no row of the softmax is empty.
+    """
+    length = segment_RL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_RL.device).tril()
+    allowed_RLL = (segment_RL[:, :, None] == segment_RL[:, None, :]) & causal_LL
+    mask_RLL = torch.zeros(allowed_RLL.shape, dtype=dtype, device=segment_RL.device)
+    return mask_RLL.masked_fill_(~allowed_RLL, float("-inf")).unsqueeze(1)

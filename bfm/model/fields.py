@@ -1,0 +1,309 @@
+"""From encoded fields to field tokens of the retrieval width d_item: the stem.
+
+Enters: encoded arrays of one side (item or context; see bfm.events.fields). Leaves: one token per field, or their sum.
+
+| kind        | token                                                                                         |
+|-------------|-----------------------------------------------------------------------------------------------|
+| categorical | W_f table[id]                                                                                 |
+| hashed      | W_f (table[hash 1] + table[hash 2])                                                           |
+| text, list  | W_f mean of table[id] over the ids that are not pads                                          |
+| numeric     | W_f [standardised x', is zero, is missing, linear bins of x'], x' = sign(x) log(1 + abs x)    |
+| vector      | W_f x / rms(x)                                                                                |
+| time        | W_f [log-distance to the event, its ramps; hour, weekday, day of month on circles]            |
+
+All tables of a side are one matrix and all weights W_f of its table fields one stack, so a side costs one gather and
+one product. Tables are looked up, never multiplied: they cost no FLOPs. Encoded arrays are packed once
+(`FieldLayout.pack`) into ids with table offsets, raw floats and times; dense features are computed where they are used.
+
+Shape legend: N rows (items, or positions of windows), S table slots, F fields, W table width, X dense features,
+D d_item, E quantile edges.
+"""
+# ruff: noqa: N815
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bfm.errors import UserError
+from bfm.events.fields import FittedField
+from bfm.model.blocks import look_up
+
+TABLE_KINDS = ("categorical", "hashed", "text", "list")
+_BAG_KINDS = ("text", "list")
+_RAMPS = 8
+CLOCK_FEATURES = 6
+GAP_FEATURES = 1 + _RAMPS
+_DAY_MS = 86_400_000
+_WEEK_MS = 7 * _DAY_MS
+_DECADE_MS = 3652.5 * _DAY_MS
+_YEAR_2000_MS = 946_684_800_000
+# The log-distance of ten years is about 17.5: eight ramps of this width cover it.
+_RAMP_WIDTH = 2.25
+_CLAMP_STD = 8.0
+_EDGE_WIDTH = 2e-6
+_TABLE_STD = 0.25
+
+
+@dataclass(frozen=True)
+class PackedFields:
+    """The encoded fields of N rows of one side in at most three tensors (None where the side has no such field)."""
+
+    ids_NS: Tensor | None
+    """int32 rows of the side's one table."""
+    raw_NX: Tensor | None
+    """float32 raw numbers, then raw vectors."""
+    time_NF: Tensor | None
+    """int64 milliseconds since the epoch."""
+
+    def take(self, index_N: Tensor) -> PackedFields:
+        """Some rows."""
+        return PackedFields(*(None if part is None else part[index_N] for part in self._parts()))
+
+    def to(self, device: torch.device | str) -> PackedFields:
+        """On another device."""
+        return PackedFields(*(None if part is None else part.to(device) for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.ids_NS, self.raw_NX, self.time_NF
+
+
+class FieldLayout:
+    """Where each field of one side stands: table offsets, slots, dense features. Pure bookkeeping, no weights."""
+
+    def __init__(self, fields: Sequence[FittedField]) -> None:
+        def of(*kinds: str) -> list[FittedField]:
+            return [field for field in fields if field.kind in kinds]
+
+        # Bags of equal length stand together, so that each length is pooled at once.
+        self.bags = sorted(of(*_BAG_KINDS), key=lambda field: field.columns)
+        self.categorical, self.hashed = of("categorical"), of("hashed")
+        self.numeric, self.vectors, self.times = of("numeric"), of("vector"), of("time")
+        self.tables = [*self.categorical, *self.hashed, *self.bags]
+        self.dense = [*self.numeric, *self.vectors, *self.times]
+        self.fields = [*self.tables, *self.dense]
+        if len(self.fields) != len(fields):
+            unknown = next(field for field in fields if field not in self.fields)
+            raise UserError(f"unknown kind {unknown.kind!r}", key=unknown.name, fix="prepare the shards again")
+        self.table_offsets = [0, *itertools.accumulate(field.rows for field in self.tables)]
+        self.feature_counts = [count_features(field) for field in self.dense]
+        self._constants: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the side's one table."""
+        return self.table_offsets[-1]
+
+    def pack(self, arrays: Mapping[str, Tensor], rows: int) -> PackedFields:
+        """Encoded arrays with any leading dimensions of `rows` elements in all."""
+        ids = [
+            arrays[field.name].reshape(rows, -1).to(torch.int32) + offset
+            for field, offset in zip(self.tables, self.table_offsets, strict=False)
+        ]
+        raw = [arrays[field.name].reshape(rows, -1).to(torch.float32) for field in [*self.numeric, *self.vectors]]
+        times = [arrays[field.name].reshape(rows, 1) for field in self.times]
+        return PackedFields(*(torch.cat(parts, 1) if parts else None for parts in (ids, raw, times)))
+
+    def pool_slots(self, slots_NSW: Tensor, ids_NS: Tensor) -> Tensor:
+        """Table rows of all slots to one vector per table field, [N, F, W]."""
+        rows, _, width = slots_NSW.shape
+        single, start = len(self.categorical), len(self.categorical)
+        parts = [slots_NSW[:, :single]] if single else []
+        if self.hashed:
+            stop = start + 2 * len(self.hashed)
+            parts.append(slots_NSW[:, start:stop].view(rows, -1, 2, width).sum(2))
+            start = stop
+        for columns, group in itertools.groupby(self.bags, key=lambda field: field.columns):
+            count = len(list(group))
+            stop = start + count * columns
+            offsets_F1 = self._bag_offsets(columns, ids_NS.device)
+            valid_NFM = (ids_NS[:, start:stop].view(rows, count, columns) != offsets_F1).to(slots_NSW.dtype)
+            weight_NFM = valid_NFM / valid_NFM.sum(-1, keepdim=True).clamp(min=1)
+            bag_NFMW = slots_NSW[:, start:stop].view(rows, count, columns, width)
+            parts.append((bag_NFMW * weight_NFM.unsqueeze(-1)).sum(2))
+            start = stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def features(self, packed: PackedFields, event_ms_N: Tensor | None) -> Tensor | None:
+        """Dense features [N, X] of all numeric, vector and time fields, float32; None where there are none."""
+        parts = []
+        if self.numeric:
+            assert packed.raw_NX is not None
+            parts.append(self._numeric_features(packed.raw_NX[:, : len(self.numeric)]))
+        if self.vectors:
+            assert packed.raw_NX is not None
+            widths = [len(self.numeric), *(field.columns for field in self.vectors)]
+            for vector_NX in packed.raw_NX.split(widths, 1)[1:]:
+                parts.append(F.rms_norm(vector_NX, vector_NX.shape[1:]))
+        if self.times:
+            assert packed.time_NF is not None
+            parts.append(_time_features(packed.time_NF, event_ms_N))
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _numeric_features(self, raw_NF: Tensor) -> Tensor:
+        lower_FE, span_FE, mean_F, std_F, columns_X = self._numeric_constants(raw_NF.device)
+        missing_NF = raw_NF.isnan()
+        known_NF = torch.nan_to_num(raw_NF)
+        log_NF = known_NF.sign() * known_NF.abs().log1p()
+        standard_NF = ((log_NF - mean_F) / std_F).clamp(-_CLAMP_STD, _CLAMP_STD)
+        bins_NFE = ((log_NF.unsqueeze(-1) - lower_FE) / span_FE).clamp(0, 1)
+        flags_NF3 = torch.stack([standard_NF, (known_NF == 0).float(), torch.zeros_like(log_NF)], -1)
+        # A missing number has no value and no bin: only its flag.
+        all_NFX = torch.cat([flags_NF3, bins_NFE], -1) * (~missing_NF).unsqueeze(-1)
+        all_NFX[..., 2] = missing_NF
+        return all_NFX.flatten(1)[:, columns_X]
+
+    def _numeric_constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Bins of E edges e: below e_1, at least e_E, and a ramp from each edge to the next."""
+        if device not in self._constants:
+            longest = max(len(field.edges) for field in self.numeric)
+            lower = np.zeros((len(self.numeric), longest + 1))
+            span = np.ones_like(lower)
+            columns: list[int] = []
+            for row, field in enumerate(self.numeric):
+                edges = np.asarray(field.edges, np.float64)
+                count = _bins(field)
+                if count:
+                    # The outer bins are steps: ramps of negligible width that end just below their edge, where
+                    # rounding cannot push a value that equals the edge to its lower side.
+                    first, last = (_EDGE_WIDTH * max(1.0, abs(edge)) for edge in (edges[0], edges[-1]))
+                    lower[row, :count] = [edges[0] - first, *edges[:-1], edges[-1] - 2 * last]
+                    span[row, :count] = [-first, *np.diff(edges), last]
+                columns.extend(row * (longest + 4) + column for column in range(3 + count))
+            mean = np.array([field.mean for field in self.numeric])
+            std = np.array([field.std for field in self.numeric])
+            floats = (torch.tensor(part, dtype=torch.float32, device=device) for part in (lower, span, mean, std))
+            self._constants[device] = (*floats, torch.tensor(columns, device=device))
+        return self._constants[device]
+
+    def _bag_offsets(self, columns: int, device: torch.device) -> Tensor:
+        offsets = [
+            offset
+            for field, offset in zip(self.tables, self.table_offsets, strict=False)
+            if field.kind in _BAG_KINDS and field.columns == columns
+        ]
+        return torch.tensor(offsets, dtype=torch.int32, device=device).unsqueeze(-1)
+
+
+class FieldEncoder(nn.Module):
+    """Tables and weights of one side. `extra_features` are dense inputs that are no fields (the gap, the clock)."""
+
+    def __init__(
+        self,
+        layout: FieldLayout,
+        d_item: int,
+        table_width: int,
+        generator: torch.Generator,
+        extra_features: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.dense_inputs = [*layout.feature_counts, *([extra_features] if extra_features else [])]
+        self.table = self.table_weight = self.dense_weight = None
+        if layout.tables:
+            table = torch.randn(layout.table_rows, table_width, generator=generator) * _TABLE_STD
+            self.table = nn.Parameter(table)
+            weight_FWD = torch.randn(len(layout.tables), table_width, d_item, generator=generator)
+            self.table_weight = nn.Parameter(weight_FWD * table_width**-0.5)
+        if self.dense_inputs:
+            weights = [torch.randn(count, d_item, generator=generator) * count**-0.5 for count in self.dense_inputs]
+            self.dense_weight = nn.Parameter(torch.cat(weights))
+
+    def forward(
+        self,
+        ids_NS: Tensor | None,
+        dense_NX: Tensor | None,
+        tokens: bool = False,
+    ) -> Tensor:
+        """Sum of the side's tokens [N, D], or the tokens [N, F, D]. The sum costs the same FLOPs without the tokens."""
+        parts = []
+        if ids_NS is not None:
+            assert self.table is not None
+            assert self.table_weight is not None
+            pooled_NFW = self.layout.pool_slots(look_up(self.table, ids_NS), ids_NS)
+            if tokens:
+                parts.append(torch.bmm(pooled_NFW.transpose(0, 1), self.table_weight).transpose(0, 1))
+            else:
+                parts.append(pooled_NFW.flatten(1) @ self.table_weight.flatten(0, 1))
+        if dense_NX is not None:
+            assert self.dense_weight is not None
+            dense_NX = dense_NX.to(self.dense_weight.dtype)
+            if tokens:
+                inputs = zip(
+                    dense_NX.split(self.dense_inputs, 1), self.dense_weight.split(self.dense_inputs), strict=True
+                )
+                parts.append(torch.stack([part_NX @ weight_XD for part_NX, weight_XD in inputs], 1))
+            else:
+                parts.append(dense_NX @ self.dense_weight)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1) if tokens else parts[0] + parts[1]
+
+
+def count_features(field: FittedField) -> int:
+    """Dense features of a numeric, vector or time field."""
+    if field.kind == "numeric":
+        return 3 + _bins(field)
+    if field.kind == "vector":
+        return field.columns
+    return (GAP_FEATURES if field.side == "context" else 1) + CLOCK_FEATURES
+
+
+def gap_features(gap_N: Tensor) -> Tensor:
+    """8 ln(1 + gap / 8), scaled, and its ramps: [N, 1 + 8]. Negative gaps keep their sign in the first."""
+    log_N1 = (gap_N.abs() / 8).log1p().unsqueeze(-1)
+    starts = torch.arange(_RAMPS, device=gap_N.device) * _RAMP_WIDTH
+    ramps_N8 = ((log_N1 - starts) / _RAMP_WIDTH).clamp(0, 1)
+    return torch.cat([log_N1 * gap_N.sign().unsqueeze(-1) / 8, ramps_N8], -1)
+
+
+def clock_features(time_ms_N: Tensor) -> Tensor:
+    """Hour, weekday and day of month on circles, [N, 6], from int64 milliseconds (UTC)."""
+    phase_N3 = torch.stack(
+        [
+            torch.remainder(time_ms_N, _DAY_MS).float() / _DAY_MS,
+            torch.remainder(time_ms_N, _WEEK_MS).float() / _WEEK_MS,
+            _day_of_month(torch.div(time_ms_N, _DAY_MS, rounding_mode="floor")).float() / 31,
+        ],
+        -1,
+    ) * (2 * math.pi)
+    return torch.cat([phase_N3.sin(), phase_N3.cos()], -1)
+
+
+def _day_of_month(days_N: Tensor) -> Tensor:
+    """Day (0-based) of the civil month from days since 1970-01-01: eras of 400 years that begin on March 1."""
+    of_era = torch.remainder(days_N + 719_468, 146_097)
+    year = torch.div(
+        of_era
+        - torch.div(of_era, 1_460, rounding_mode="floor")
+        + torch.div(of_era, 36_524, rounding_mode="floor")
+        - torch.div(of_era, 146_096, rounding_mode="floor"),
+        365,
+        rounding_mode="floor",
+    )
+    leap_days = torch.div(year, 4, rounding_mode="floor") - torch.div(year, 100, rounding_mode="floor")
+    of_year = of_era - (365 * year + leap_days)
+    month = torch.div(5 * of_year + 2, 153, rounding_mode="floor")
+    return of_year - torch.div(153 * month + 2, 5, rounding_mode="floor")
+
+
+def _time_features(time_NF: Tensor, event_ms_N: Tensor | None) -> Tensor:
+    """Context times relative to the event; item times, which have no event, in decades since 2000."""
+    if event_ms_N is None:
+        distance_NFX = ((time_NF - _YEAR_2000_MS).float() / _DECADE_MS).unsqueeze(-1)
+    else:
+        distance_NFX = gap_features((event_ms_N.unsqueeze(-1) - time_NF).float() / 1000)
+    return torch.cat([distance_NFX, clock_features(time_NF)], -1).flatten(1)
+
+
+def _bins(field: FittedField) -> int:
+    return len(field.edges) + 1 if field.edges else 0

@@ -1,0 +1,244 @@
+"""From a size to a model: (N, share s, retrieval width) to widths and depths, and back to exact counts.
+
+Enters: N (every dense weight after the field tokens and before the final logits), the embedder's share of it,
+`d_item`, the aspect (width / depth) and, where wanted, depths. Leaves: a `Shape`, whose matmul weights are counted
+exactly. Norms have no parameters and nothing has a bias, so N is the sum of the matmul weights:
+
+    contextualizer  2 d_item w (item and context inputs) + depth (4 w^2 + 3 w hidden) + w d_item (output)
+    MLP embedder    2 d_item hidden, on the pooled vector, added to the path of s = 0
+    transformer     2 d_item w + depth (4 w^2 + 3 w hidden), on the field tokens, pooled, added to the same path
+
+Widths are even and lie on a grid that grows with them; `hidden` (about 8/3 w) then moves in steps of 2 to meet N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bfm.errors import InfeasibleError, UserError
+
+LARGEST_SHARE = 0.5
+_HIDDEN_RATIO = 8 / 3
+
+EmbedderKind = Literal["none", "mlp", "transformer"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths and depths of both parts. Embedder fields that its kind does not have are 0."""
+
+    d_item: int
+    """Retrieval width: item vectors, output vectors, field tokens."""
+    width: int
+    """Residual width of the contextualizer."""
+    depth: int
+    heads: int
+    hidden: int
+    """SwiGLU width of the contextualizer's blocks."""
+    embedder_kind: EmbedderKind = "none"
+    embedder_width: int = 0
+    embedder_depth: int = 0
+    embedder_heads: int = 0
+    embedder_hidden: int = 0
+    """Hidden width of the MLP, or SwiGLU width of the embedder's blocks."""
+
+    @property
+    def embedder_params(self) -> int:
+        """Weights of the embedder: 0 at s = 0."""
+        if self.embedder_kind == "none":
+            return 0
+        if self.embedder_kind == "mlp":
+            return 2 * self.d_item * self.embedder_hidden
+        stack = _block_params(self.embedder_width, self.embedder_depth, self.embedder_hidden)
+        return 2 * self.d_item * self.embedder_width + stack
+
+    @property
+    def contextualizer_params(self) -> int:
+        """Weights of the contextualizer, its input and output projections included."""
+        return 3 * self.d_item * self.width + _block_params(self.width, self.depth, self.hidden)
+
+    @property
+    def params(self) -> int:
+        """Realised N."""
+        return self.embedder_params + self.contextualizer_params
+
+    @property
+    def embedder_share(self) -> float:
+        """Realised s."""
+        return self.embedder_params / self.params
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shape:
+        """Inverse of `as_dict`."""
+        return cls(**values)
+
+
+def size_model(
+    params: float,
+    embedder_share: float,
+    *,
+    d_item: int,
+    aspect: float = 32.0,
+    depth: int | None = None,
+    embedder_depth: int | None = None,
+) -> Shape:
+    """The model of N = `params` with embedder share s = `embedder_share`.
+
+    N and the embedder's size are met within the larger of 3 % and one width unit (2 channels).
+    `embedder_depth` None chooses: an MLP for small embedders, a transformer once its single layer would be at least
+    half as wide as d_item; 0 always takes the MLP, 1 and more a transformer of that depth.
+    Raises UserError for arguments outside their range, InfeasibleError for 0 < s < s_min(N) and for N below the
+    minimum of this d_item; both messages name the bound.
+    """
+    _check(params, embedder_share, d_item, aspect, depth, embedder_depth)
+    embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
+    smallest = _smallest_stack(3 * d_item, depth or 1)
+    if params * (1 - embedder_share) < smallest:
+        least = math.ceil(smallest / (1 - embedder_share))
+        raise InfeasibleError(
+            f"N = {params:g} is below the minimum {least} for d_item {d_item}, s = {embedder_share:g}"
+            + (f", depth {depth}" if depth else ""),
+            key="params",
+            fix="take a larger N or a smaller d_item",
+        )
+    budget = max(params - embedder.embedder_params, smallest)
+    width, layers, hidden = _size_stack(budget, 3 * d_item, aspect, depth)
+    return dataclasses.replace(embedder, width=width, depth=layers, heads=_choose_heads(width), hidden=hidden)
+
+
+def smallest_share(params: float, d_item: int, embedder_depth: int | None = None) -> float:
+    """s_min(N): the smallest share above 0 that can be built (its embedder has one width unit)."""
+    return _smallest_embedder(d_item, embedder_depth) / params
+
+
+def width_unit_params(shape: Shape) -> tuple[int, int]:
+    """Weights of one width unit (2 channels) of the contextualizer and of the embedder: the floor of the tolerance."""
+
+    def wider(width: int, fixed: int, depth: int, hidden: int) -> int:
+        return 2 * fixed + _block_params(width + 2, depth, hidden) - _block_params(width, depth, hidden)
+
+    contextualizer = wider(shape.width, 3 * shape.d_item, shape.depth, shape.hidden)
+    if shape.embedder_kind == "none":
+        return contextualizer, 0
+    if shape.embedder_kind == "mlp":
+        return contextualizer, 4 * shape.d_item
+    return contextualizer, wider(shape.embedder_width, 2 * shape.d_item, shape.embedder_depth, shape.embedder_hidden)
+
+
+def _check(
+    params: float, share: float, d_item: int, aspect: float, depth: int | None, embedder_depth: int | None
+) -> None:
+    if not (math.isfinite(params) and params > 0):
+        raise UserError(f"{params!r} is not a model size", key="params", fix="write a positive number")
+    if not 0 <= share <= LARGEST_SHARE:
+        raise UserError(f"{share!r} is outside 0..{LARGEST_SHARE}", key="embedder_share", fix="take a share inside")
+    if d_item < 2 or d_item % 2:
+        raise UserError(f"{d_item!r} is not an even width", key="d_item", fix="take 32, 64, 128, ...")
+    if not (math.isfinite(aspect) and aspect > 0):
+        raise UserError(f"{aspect!r} is not an aspect (width / depth)", key="aspect", fix="take 16 to 128")
+    if depth is not None and depth < 1:
+        raise UserError(f"{depth!r} is not a depth", key="depth", fix="take 1 or more")
+    if embedder_depth is not None and embedder_depth < 0:
+        raise UserError(f"{embedder_depth!r} is not a depth", key="embedder_depth", fix="take 0 (MLP) or more")
+
+
+def _size_embedder(params: float, share: float, d_item: int, aspect: float, embedder_depth: int | None) -> Shape:
+    """A shape whose contextualizer is still empty."""
+    bare = Shape(d_item=d_item, width=0, depth=0, heads=0, hidden=0)
+    if share == 0:
+        return bare
+    budget = params * share
+    smallest = _smallest_embedder(d_item, embedder_depth)
+    # A share computed as smallest_share(...) must not be refused for a rounding error.
+    if budget < smallest * (1 - 1e-9):
+        raise InfeasibleError(
+            f"{share:g} is below s_min = {smallest / params:.3g}, the smallest embedder of N = {params:g}"
+            f" at d_item {d_item}",
+            key="embedder_share",
+            fix="take 0 or at least s_min",
+        )
+    if embedder_depth is None:
+        transformer = budget >= max(4 * d_item**2, _smallest_stack(2 * d_item, 1))
+    else:
+        transformer = embedder_depth > 0
+    if not transformer:
+        hidden = 2 * max(1, round(budget / (4 * d_item)))
+        return dataclasses.replace(bare, embedder_kind="mlp", embedder_hidden=hidden)
+    width, depth, hidden = _size_stack(budget, 2 * d_item, aspect, embedder_depth)
+    return dataclasses.replace(
+        bare,
+        embedder_kind="transformer",
+        embedder_width=width,
+        embedder_depth=depth,
+        embedder_heads=_choose_heads(width),
+        embedder_hidden=hidden,
+    )
+
+
+def _size_stack(budget: float, fixed: int, aspect: float, depth: int | None) -> tuple[int, int, int]:
+    """(width, depth, hidden) with fixed * width + depth (4 width^2 + 3 width hidden) as near `budget` as can be."""
+    layers = depth if depth is not None else _choose_depth(budget, fixed, aspect)
+    width = _on_grid(_ideal_width(budget, fixed, layers))
+    while True:
+        hidden = 2 * round((budget - fixed * width - 4 * layers * width**2) / (6 * layers * width))
+        if hidden >= width or width == 2:
+            return width, layers, max(2, hidden)
+        width -= _grid_step(width - 1)
+
+
+def _ideal_width(budget: float, fixed: int, depth: int) -> float:
+    """Root of (4 + 3 * 8/3) depth w^2 + fixed w = budget."""
+    square = (4 + 3 * _HIDDEN_RATIO) * depth
+    return (math.sqrt(fixed**2 + 4 * square * budget) - fixed) / (2 * square)
+
+
+def _choose_depth(budget: float, fixed: int, aspect: float) -> int:
+    """The depth whose width / depth is nearest `aspect` on the log scale; falls with depth, so the walk ends."""
+    depth = 1
+    while _ideal_width(budget, fixed, depth) * _ideal_width(budget, fixed, depth + 1) > aspect**2 * depth * (depth + 1):
+        depth += 1
+    return depth
+
+
+def _grid_step(width: float) -> int:
+    """Distance between allowed widths: 2 channels for narrow models, 64 for wide ones."""
+    for bound, step in ((16, 2), (64, 4), (128, 8), (256, 16), (512, 32)):
+        if width < bound:
+            return step
+    return 64
+
+
+def _on_grid(width: float) -> int:
+    step = _grid_step(width)
+    return max(2, step * round(width / step))
+
+
+def _choose_heads(width: int) -> int:
+    """Heads of an even dimension, near 16 for narrow, 32 for middle and 64 for wide models."""
+    target = 16 if width < 64 else 32 if width < 256 else 64
+
+    def cost(head_dim: int) -> tuple[float, int]:
+        # Attention kernels on GPUs want multiples of 8.
+        odd = 0.5 if width >= 64 and head_dim % 8 else 0.0
+        return abs(math.log(head_dim / target)) + odd, head_dim
+
+    return width // min((dim for dim in range(2, width + 1, 2) if width % dim == 0), key=cost)
+
+
+def _block_params(width: int, depth: int, hidden: int) -> int:
+    return depth * (4 * width**2 + 3 * width * hidden)
+
+
+def _smallest_stack(fixed: int, depth: int) -> int:
+    return 2 * fixed + _block_params(2, depth, 2)
+
+
+def _smallest_embedder(d_item: int, embedder_depth: int | None) -> int:
+    return _smallest_stack(2 * d_item, embedder_depth) if embedder_depth else 4 * d_item

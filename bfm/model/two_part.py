@@ -1,0 +1,159 @@
+"""The two-part model: an embedder (item fields to unit vectors) and a contextualizer (a user's events to unit queries).
+
+Enters: a `ModelBatch`. Leaves: item vectors v_UD per distinct item, queries h_TD per target row, and a learned scale;
+the score of an item is scale * <h, v>. Stage 1 trains both parts; in stage 2 the embedder is frozen and item vectors
+are rows of a constant catalogue matrix, with the same `contextualize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bfm.errors import UserError
+from bfm.events.fields import FittedField
+from bfm.model.batch import ModelBatch
+from bfm.model.blocks import look_up
+from bfm.model.contextualizer import Contextualizer
+from bfm.model.embedder import ItemEmbedder
+from bfm.model.fields import (
+    CLOCK_FEATURES,
+    GAP_FEATURES,
+    FieldEncoder,
+    FieldLayout,
+    PackedFields,
+    clock_features,
+    gap_features,
+)
+from bfm.model.sizing import Shape
+
+INITIAL_SCALE = 20.0
+LARGEST_SCALE = 100.0
+
+
+class ItemStore:
+    """Encoded fields of all items as plain tensors: no parameters, no buffers, not in any checkpoint."""
+
+    def __init__(self, fields: Sequence[FittedField], arrays: Mapping[str, np.ndarray]) -> None:
+        self.layout = FieldLayout([field for field in fields if field.side == "item"])
+        if not self.layout.fields:
+            raise UserError("the log has no item field", key="item_fields", fix="keep the item id as a field")
+        lengths = {len(arrays[field.name]) for field in self.layout.fields}
+        if len(lengths) != 1:
+            raise ValueError(f"item fields differ in length: {sorted(lengths)}")
+        self.num_items = lengths.pop()
+        tensors = {field.name: torch.from_numpy(np.array(arrays[field.name])) for field in self.layout.fields}
+        self._packed = {torch.device("cpu"): self.layout.pack(tensors, self.num_items)}
+
+    def packed(self, device: torch.device) -> PackedFields:
+        """The packed fields on `device`, copied there once."""
+        if device not in self._packed:
+            self._packed[device] = self._packed[torch.device("cpu")].to(device)
+        return self._packed[device]
+
+
+class ContextEncoder(nn.Module):
+    """Sum of the context tokens c_RLD: declared fields, the gap, the clock and the bit `later`."""
+
+    def __init__(
+        self, fields: Sequence[FittedField], has_clock: bool, d_item: int, table_width: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.layout = FieldLayout([field for field in fields if field.side == "context"])
+        self.has_clock = has_clock
+        self.fields = FieldEncoder(self.layout, d_item, table_width, generator, automatic_features(has_clock))
+        self.later_table = nn.Parameter(torch.randn(2, d_item, generator=generator))
+
+    def forward(self, context: dict[str, Tensor], gap_RL: Tensor, time_RL: Tensor, later_RL: Tensor) -> Tensor:
+        """c_RLD in the dtype of the weights."""
+        rows = gap_RL.numel()
+        packed = self.layout.pack(context, rows)
+        time_N = time_RL.reshape(rows)
+        dense = [self.layout.features(packed, time_N), gap_features(gap_RL.reshape(rows))]
+        if self.has_clock:
+            dense.append(clock_features(time_N))
+        dense_NX = torch.cat([part for part in dense if part is not None], -1)
+        c_RLD = self.fields(packed.ids_NS, dense_NX).view(*gap_RL.shape, -1)
+        return c_RLD + look_up(self.later_table, later_RL.long())
+
+
+class TwoPartModel(nn.Module):
+    """Embedder and contextualizer of a `Shape` over the fields of one shard set. Weights are a function of the seed."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        fields: Sequence[FittedField],
+        item_store: ItemStore,
+        has_clock: bool,
+        table_width: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.item_store = item_store
+        # One generator per part: the context side and the contextualizer start alike whatever the embedder draws.
+        generators = [torch.Generator().manual_seed(_mix(seed, part)) for part in range(3)]
+        self.embedder = ItemEmbedder(shape, item_store.layout, table_width, generators[0])
+        self.context = ContextEncoder(fields, has_clock, shape.d_item, table_width, generators[1])
+        self.contextualizer = Contextualizer(shape, generators[2])
+        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+
+    @property
+    def scale(self) -> Tensor:
+        """What multiplies cosines: a positive float32 scalar, at most 100."""
+        return self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp().squeeze(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.log_scale.device
+
+    def forward(self, batch: ModelBatch, objective: Callable[[TwoPartModel, ModelBatch], Tensor]) -> Tensor:
+        """The objective's loss. Engines wrap this call, so that every weight is used inside one forward."""
+        return objective(self, batch)
+
+    def embed_items(self, ids_U: Tensor) -> Tensor:
+        """Unit vectors v_UD (float32) of item ids (int64)."""
+        packed = self.item_store.packed(ids_U.device).take(ids_U)
+        return self.embedder(packed.ids_NS, self.item_store.layout.features(packed, None))
+
+    @torch.no_grad()
+    def embed_all(self, chunk: int = 8192) -> Tensor:
+        """The catalogue and the cold items: [I, d_item], float32."""
+        ids = torch.arange(self.item_store.num_items, device=self.device)
+        return torch.cat([self.embed_items(part) for part in ids.split(chunk)])
+
+    def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Tensor:
+        """Unit queries h_TD (float32) of the batch's target rows, in row-major order.
+
+        v_UD: vectors of batch.items_U, from `embed_items` (stage 1) or rows of the frozen catalogue (stage 2).
+        """
+        v_RLD = look_up(v_UD, batch.item_RL)
+        context_RLD = self.context(batch.context, batch.gap_RL, batch.time_RL, batch.later_RL)
+        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.target_position_T)
+
+    def embedder_parameter_names(self) -> tuple[str, ...]:
+        """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""
+        return tuple(name for name, _ in self.named_parameters() if name.startswith("embedder."))
+
+    def table_parameter_names(self) -> tuple[str, ...]:
+        """Names of the lookup tables of both sides: no weight decay, a learning rate of their own."""
+        return tuple(name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in ("table", "later_table"))
+
+    def freeze_embedder(self) -> None:
+        """Stage 2: no gradients for the embedder from here on."""
+        self.embedder.requires_grad_(False)
+
+
+def automatic_features(has_clock: bool) -> int:
+    """Dense context inputs of every log: the gap, and the clock where there is one."""
+    return GAP_FEATURES + (CLOCK_FEATURES if has_clock else 0)
+
+
+def _mix(seed: int, part: int) -> int:
+    return int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))

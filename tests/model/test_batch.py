@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from bfm.events.protocol import Ragged
+from bfm.events.windows import EvalWindows, Windows
+from bfm.model.batch import count_attended_pairs, make_batch, make_query_batch
+from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, make_windows
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[Windows]:
+    return [make_windows(ALL_FIELDS, rows=rows, length=16, seed=rows) for rows in (2, 4, 3)]
+
+
+def test_indices_lead_back_to_the_windows(groups):
+    batch = make_batch(groups, "cpu", [7, 8, 11])
+    item_RL = np.concatenate([group.item_RL for group in groups])
+    target_RL = np.concatenate([group.target_RL for group in groups])
+    valid_RL = item_RL >= 0
+    np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], item_RL[valid_RL])
+    assert (batch.item_RL.numpy()[~valid_RL] == 0).all()
+    np.testing.assert_array_equal(batch.target_position_T.numpy(), np.flatnonzero(target_RL >= 0))
+    np.testing.assert_array_equal(batch.target_item_T.numpy(), target_RL[target_RL >= 0])
+    np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
+    for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
+        np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
+    assert batch.group_indices == (7, 8, 11)
+    assert (batch.num_groups, batch.windows) == (3, (2, 4, 3))
+
+
+def test_each_group_has_its_own_items_and_candidates(groups):
+    batch = make_batch(groups)
+    for number, group in enumerate(groups):
+        inputs, targets = set(group.item_RL.ravel()) - {-1}, set(group.target_RL.ravel()) - {-1}
+        items = batch.items_U[slice(*batch.items_offset[number : number + 2])].tolist()
+        candidates_K = batch.candidates_C[slice(*batch.candidate_offset[number : number + 2])]
+        rows = slice(*batch.row_offset[number : number + 2])
+        assert items == sorted(inputs | targets)
+        assert batch.items_U[candidates_K].tolist() == sorted(targets)
+        assert batch.distinct_items[number] == len(inputs | targets)
+        assert batch.candidates[number] == len(targets)
+        assert batch.target_rows[number] == (group.target_RL >= 0).sum()
+        assert torch.equal(candidates_K[batch.hit_T[rows]], batch.target_index_T[rows])
+
+
+def test_a_group_without_targets_or_events_is_empty_not_an_error():
+    windows = make_windows(PLAIN_FIELDS, rows=1, length=8)
+    empty = np.full_like(windows.item_RL, -1)
+    nothing = dataclasses.replace(windows, item_RL=empty, target_RL=empty, segment_RL=empty)
+    batch = make_batch([nothing])
+    assert batch.distinct_items == batch.target_rows == batch.candidates == batch.attended_pairs == (0,)
+    assert make_batch([windows, nothing]).candidates == (make_batch([windows]).candidates[0], 0)
+
+
+def test_a_batch_needs_groups_and_one_index_for_each(groups):
+    with pytest.raises(ValueError, match="at least one group"):
+        make_batch([])
+    with pytest.raises(ValueError, match="3 groups, but 1"):
+        make_batch(groups, "cpu", [4])
+
+
+def test_batches_do_not_share_memory_with_the_windows(groups):
+    batch = make_batch(groups[:1])
+    before = batch.gap_RL.clone()
+    groups[0].gap_RL[...] += 1
+    assert torch.equal(batch.gap_RL, before)
+
+
+def test_query_rows_stand_in_the_order_of_the_queries():
+    windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
+    row, column = np.array([2, 0, 0, 1]), np.array([5, 15, 3, 0])
+    targets = Ragged(np.zeros(4, np.int32), np.arange(5))
+    batch = make_query_batch(EvalWindows(windows, row, column, targets, None, np.arange(4)))
+    assert batch.target_position_T.tolist() == [37, 15, 3, 16]
+    valid_RL = windows.item_RL >= 0
+    np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])
+    assert len(batch.target_item_T) == len(batch.candidates_C) == len(batch.hit_T) == 0
+    assert (batch.target_rows, batch.candidates, batch.windows) == ((4,), (0,), (3,))
+
+
+def test_attended_pairs_of_a_known_row():
+    segment_RL = np.array([[0, 0, 0, 1, 1, -1], [5, 5, 5, 5, 5, 5]], np.int32)
+    assert count_attended_pairs(segment_RL) == 6 + 3 + 21

@@ -1,0 +1,128 @@
+"""Formula against torch's own counter, forward and backward, with unfused attention forced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.flops import ModelCost
+from bfm.model.sizing import Shape, size_model
+from bfm.model.two_part import TwoPartModel
+from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, contextualize, make_model, make_windows
+
+TABLE_WIDTH = 8
+ATTENTION_HEAVY = Shape(d_item=8, width=8, depth=3, heads=2, hidden=8)
+EMBEDDER_HEAVY = Shape(16, 16, 1, 1, 32, "transformer", 32, 2, 2, 80)
+
+
+def counted(call) -> int:
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        call()
+    return counter.get_total_flops()
+
+
+def head(model: TwoPartModel, h_TD: torch.Tensor, candidates_KD: torch.Tensor) -> torch.Tensor:
+    return (model.scale * (h_TD @ candidates_KD.T)).logsumexp(-1).mean()
+
+
+def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor | None) -> None:
+    """Forward and backward with a dense head per group: in-batch candidates, or `frozen_KD` drawn negatives."""
+    if frozen_KD is None:
+        v_UD = model.embed_items(batch.items_U)
+    else:
+        v_UD = torch.randn(len(batch.items_U), model.shape.d_item)
+    h_TD = model.contextualize(batch, v_UD)
+    loss = h_TD.new_zeros(())
+    for group in range(batch.num_groups):
+        candidates = v_UD[batch.candidates_C[slice(*batch.candidate_offset[group : group + 2])]]
+        rows = h_TD[slice(*batch.row_offset[group : group + 2])]
+        loss = loss + head(model, rows, candidates if frozen_KD is None else frozen_KD)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "length", "stage", "negatives", "has_clock"),
+    [
+        pytest.param(ATTENTION_HEAVY, PLAIN_FIELDS, 128, 1, 0, True, id="attention-heavy"),
+        pytest.param(EMBEDDER_HEAVY, PLAIN_FIELDS, 16, 1, 0, True, id="embedder-heavy-transformer"),
+        pytest.param(size_model(6e3, 0.3, d_item=16), PLAIN_FIELDS, 16, 1, 0, False, id="mlp-no-clock"),
+        pytest.param(size_model(4e3, 0.0, d_item=16), PLAIN_FIELDS, 16, 2, 5000, True, id="negatives-heavy-stage-2"),
+        pytest.param(EMBEDDER_HEAVY, ALL_FIELDS, 32, 2, 64, True, id="stage-2-all-kinds"),
+        pytest.param(size_model(2e4, 0.0, d_item=16), PLAIN_FIELDS, 32, 1, 0, True, id="share-0"),
+        pytest.param(size_model(2e4, 0.1, d_item=16), ALL_FIELDS, 32, 1, 0, True, id="mlp-all-kinds"),
+        pytest.param(EMBEDDER_HEAVY, ALL_FIELDS, 32, 1, 0, False, id="transformer-all-kinds"),
+        pytest.param(size_model(3e3, 0.0, d_item=16), ALL_FIELDS[:1], 16, 1, 0, True, id="ids-only"),
+    ],
+)
+def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock):
+    model = make_model(fields=fields, shape=shape, has_clock=has_clock)
+    batch = make_batch([make_windows(fields, rows=rows, length=length, seed=rows) for rows in (2, 3)])
+    if stage == 2:
+        model.freeze_embedder()
+    frozen_KD = torch.randn(negatives, shape.d_item) if stage == 2 else None
+    cost = ModelCost(shape, fields, TABLE_WIDTH, length, has_clock)
+    formula = sum(
+        cost.group_flops(stage, distinct, rows, negatives or in_batch, windows)
+        for distinct, rows, in_batch, windows in zip(
+            batch.distinct_items, batch.target_rows, batch.candidates, batch.windows, strict=True
+        )
+    )
+    assert formula == counted(lambda: train_step(model, batch, frozen_KD))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_catalogue_flops_equal_the_counter(share):
+    model = make_model(2e4, share, ALL_FIELDS)
+    cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
+    assert cost.catalogue_flops(model.item_store.num_items) == counted(lambda: model.embed_all(chunk=50))
+
+
+def test_eval_flops_equal_the_counter():
+    model = make_model(2e4, 0.1, ALL_FIELDS)
+    batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
+    catalogue_ID = model.embed_all()
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        head(model, model.contextualize(batch, catalogue_ID[batch.items_U]), catalogue_ID)
+
+    cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
+    formula = cost.eval_flops(4, len(batch.target_position_T), len(catalogue_ID))
+    assert formula == counted(evaluate)
+
+
+def test_stem_and_table_params_are_what_the_model_has():
+    for share in (0.0, 0.1, 0.5):
+        model = make_model(2e4, share, ALL_FIELDS)
+        cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
+        tables = set(model.table_parameter_names())
+        sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+        assert cost.table_params == sum(size for name, size in sizes.items() if name in tables)
+        # What remains besides N, tables and the scale is the stem.
+        assert sum(sizes.values()) == model.shape.params + cost.stem_params + cost.table_params + 1
+
+
+def test_useful_attention_counts_causal_pairs_inside_users():
+    windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
+    batch = make_batch([windows])
+    pairs = sum(
+        windows.segment_RL[row, query] == windows.segment_RL[row, key] >= 0
+        for row in range(3)
+        for query in range(16)
+        for key in range(query + 1)
+    )
+    assert batch.attended_pairs == (pairs,)
+    cost = ModelCost(ATTENTION_HEAVY, PLAIN_FIELDS, TABLE_WIDTH, 16, True)
+    assert cost.useful_attention_flops(1, 40, pairs) == 12 * pairs * 8 * 3
+    assert cost.useful_attention_flops(1, 40, 3 * 16 * 16) == cost.attention_flops(1, 40, 3)
+
+
+def test_contextualize_alone_spends_nothing_on_frozen_items():
+    model = make_model(2e4, 0.3)
+    model.freeze_embedder()
+    contextualize(model, make_batch([make_windows(PLAIN_FIELDS)])).sum().backward()
+    assert all(weight.grad is None for weight in model.embedder.parameters())
