@@ -1,0 +1,153 @@
+"""What a training step minimises: the mean over its negative groups of each group's mean loss over its target rows.
+
+Enters: the two-part model and a batch of whole groups. Leaves: one scalar. A group's candidates and its loss depend
+on that group alone, so the value and the gradient do not depend on how groups are split into micro-batches or workers
+(each of which holds equally many groups).
+
+Stage 1 (`InBatchObjective`): both parts are trained, the negatives are the group's distinct targets.
+Stage 2 (`DrawnObjective`): item vectors are rows of the frozen catalogue, K negatives are drawn per group.
+
+U = distinct items of the batch's groups, T = target rows, V = catalogue items, I = all items, K = candidates of a
+group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bfm.model.batch import ModelBatch
+from bfm.objective.sampling import (
+    Candidates,
+    draw_systematic,
+    drawn_inclusion,
+    fixed_candidates,
+    group_rng,
+    mix_inclusion,
+)
+from bfm.objective.softmax import sampled_softmax
+
+
+class TwoParts(Protocol):
+    """What an objective needs of the model."""
+
+    scale: Tensor
+    embed_items: Callable[[Tensor], Tensor]
+    contextualize: Callable[[ModelBatch, Tensor], Tensor]
+
+
+class InBatchObjective:
+    """Stage 1: a row's negatives are the other distinct targets of its group, corrected by their chance to be there."""
+
+    def __init__(self, log_pi_V: Tensor) -> None:
+        """log_pi_V: log of the share of groups whose targets contain each catalogue item, on the model's device."""
+        self.log_pi_V = log_pi_V
+
+    def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
+        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        v_UD = model.embed_items(batch.items_U)
+        h_TD = model.contextualize(batch, v_UD)
+        losses = []
+        for group, rows in _groups(batch):
+            chosen_K = batch.candidates_C[batch.candidate_offset[group] : batch.candidate_offset[group + 1]]
+            loss_T = sampled_softmax(
+                h_TD[rows],
+                v_UD[batch.target_index_T[rows]],
+                v_UD[chosen_K],
+                self.log_pi_V[batch.items_U[chosen_K]],
+                batch.hit_T[rows],
+                model.scale,
+            )
+            losses.append(_mean(loss_T))
+        return torch.stack(losses).mean()
+
+    def candidates(self, batch: ModelBatch) -> list[int]:
+        """Candidates of each group: its distinct targets."""
+        return list(batch.candidates)
+
+    def evaluation_candidates(self, seed: int) -> Candidates:
+        """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
+        return fixed_candidates(np.exp(self.log_pi_V.double().cpu().numpy()), seed)
+
+
+class DrawnObjective:
+    """Stage 2: K negatives drawn from the frozen catalogue per group, on request together with the group's targets."""
+
+    def __init__(
+        self,
+        catalogue_ID: Tensor,
+        popularity_V: NDArray[np.integer],
+        negatives: int,
+        exponent: float,
+        in_batch: bool,
+        log_pi_batch_V: Tensor,
+        seed: int,
+    ) -> None:
+        """Fix the proposal: pi = min(1, c * popularity^exponent) with sum `negatives`, mixed with the in-batch one.
+
+        catalogue_ID holds the constant vectors of all items, whose first V are the candidates; log_pi_batch_V is used
+        only where `in_batch` adds the group's targets. Raises UserError where `negatives` is not in 1..V (0 is allowed
+        beside `in_batch`).
+        """
+        self.catalogue_ID, self.seed, self.in_batch, self.negatives = catalogue_ID.detach(), seed, in_batch, negatives
+        if negatives == 0 and in_batch:
+            self.pi_drawn_V = np.zeros(len(popularity_V))
+        else:
+            self.pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
+        self.pi_V = self.pi_drawn_V
+        if in_batch:
+            self.pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), self.pi_drawn_V)
+        self.log_pi_V = torch.from_numpy(np.log(self.pi_V)).float().to(catalogue_ID.device)
+
+    def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
+        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        h_TD = model.contextualize(batch, self.catalogue_ID[batch.items_U])
+        losses = []
+        for group, rows in _groups(batch):
+            ids_K = self._candidate_ids(batch, group)
+            target_T = batch.target_item_T[rows]
+            place_T = torch.searchsorted(ids_K, target_T).clamp(max=len(ids_K) - 1)
+            loss_T = sampled_softmax(
+                h_TD[rows],
+                self.catalogue_ID[target_T],
+                self.catalogue_ID[ids_K],
+                self.log_pi_V[ids_K],
+                torch.where(ids_K[place_T] == target_T, place_T, -1),
+                model.scale,
+            )
+            losses.append(_mean(loss_T))
+        return torch.stack(losses).mean()
+
+    def candidates(self, batch: ModelBatch) -> list[int]:
+        """Candidates of each group: K, or the size of the union with the group's distinct targets."""
+        if not self.in_batch:
+            return [self.negatives] * batch.num_groups
+        return [len(self._candidate_ids(batch, group)) for group in range(batch.num_groups)]
+
+    def evaluation_candidates(self, seed: int) -> Candidates:
+        """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
+        return fixed_candidates(self.pi_V, seed)
+
+    def _candidate_ids(self, batch: ModelBatch, group: int) -> Tensor:
+        """Ascending item ids; a pure function of the seed, the group's global index and its targets."""
+        drawn = draw_systematic(self.pi_drawn_V, group_rng(self.seed, batch.group_indices[group]))
+        ids_K = torch.from_numpy(drawn).to(batch.items_U.device)
+        if not self.in_batch:
+            return ids_K
+        targets = batch.candidates_C[batch.candidate_offset[group] : batch.candidate_offset[group + 1]]
+        return torch.unique(torch.cat([ids_K, batch.items_U[targets]]))
+
+
+def _groups(batch: ModelBatch) -> Iterator[tuple[int, slice]]:
+    for group in range(batch.num_groups):
+        yield group, slice(batch.row_offset[group], batch.row_offset[group + 1])
+
+
+def _mean(loss_T: Tensor) -> Tensor:
+    # Not .mean(): the last group of a small log may hold no target, and its mean would be NaN.
+    return loss_T.sum() / max(1, len(loss_T))

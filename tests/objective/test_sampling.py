@@ -1,0 +1,87 @@
+"""Inclusion probabilities and draws that keep them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bfm.errors import UserError
+from bfm.objective.sampling import draw_systematic, drawn_inclusion, fixed_candidates, group_rng, mix_inclusion
+
+
+@given(
+    st.lists(st.integers(1, 10**9), min_size=1, max_size=200),
+    st.floats(0.0, 2.0),
+    st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_inclusion_is_proportional_below_one_and_sums_to_k(popularity, exponent, data):
+    popularity_V = np.array(popularity)
+    num_negatives = data.draw(st.integers(1, len(popularity)))
+    pi_V = drawn_inclusion(popularity_V, num_negatives, exponent)
+    assert pi_V.max() <= 1.0
+    assert pi_V.sum() == pytest.approx(num_negatives, rel=1e-9)
+    free_V = pi_V < 1
+    if free_V.any():
+        weight_V = popularity_V.astype(float) ** exponent
+        factor_V = pi_V / weight_V
+        np.testing.assert_allclose(factor_V[free_V], factor_V[free_V][0], rtol=1e-9)
+        # The certain items would exceed one.
+        assert (factor_V[free_V][0] * weight_V[~free_V] >= 1 - 1e-9).all()
+    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    assert len(ids_K) == num_negatives
+    assert (np.diff(ids_K) > 0).all()
+
+
+def test_as_many_negatives_as_items_is_every_item_and_more_is_a_users_mistake():
+    popularity_V = np.array([5, 3, 1])
+    np.testing.assert_array_equal(drawn_inclusion(popularity_V, 3, 0.5), 1.0)
+    np.testing.assert_array_equal(draw_systematic(np.ones(3), group_rng(1, 2)), [0, 1, 2])
+    for wrong in (4, 0):
+        with pytest.raises(UserError, match="catalogue of 3 items"):
+            drawn_inclusion(popularity_V, wrong, 0.5)
+    with pytest.raises(ValueError, match="positive"):
+        drawn_inclusion(np.array([1, 0]), 1, 0.5)
+
+
+def test_draws_have_the_stated_inclusion_and_every_pair_is_possible():
+    pi_V = drawn_inclusion(np.array([100, 30, 10, 5, 3, 2, 1, 1]), 3, 0.7)
+    num_draws = 20_000
+    shown_NV = np.zeros((num_draws, 8))
+    for index in range(num_draws):
+        shown_NV[index, draw_systematic(pi_V, group_rng(7, index))] = 1
+    error_V = np.sqrt(pi_V * (1 - pi_V) / num_draws)
+    assert (np.abs(shown_NV.mean(0) - pi_V) <= 4.5 * error_V).all()
+    assert ((shown_NV.T @ shown_NV) > 0).all()
+
+
+def test_a_draw_is_a_pure_function_of_seed_and_group():
+    pi_V = np.full(100, 0.1)
+    first = draw_systematic(pi_V, group_rng(3, 4))
+    np.testing.assert_array_equal(first, draw_systematic(pi_V, group_rng(3, 4)))
+    assert any((draw_systematic(pi_V, group_rng(*other)) != first).any() for other in ((3, 5), (4, 3)))
+
+
+def test_a_fractional_sum_draws_its_floor_or_ceiling():
+    pi_V = np.array([0.5, 0.25, 0.6, 0.0, 1.0])
+    sizes = [len(draw_systematic(pi_V, group_rng(0, index))) for index in range(2000)]
+    assert set(sizes) == {2, 3}
+    assert np.mean(sizes) == pytest.approx(2.35, abs=0.05)
+    for wrong in (np.array([0.5, 1.1]), np.array([np.nan])):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            draw_systematic(wrong, group_rng(0, 0))
+
+
+def test_mixture_is_the_chance_to_be_in_either_sample():
+    pi_batch_V, pi_drawn_V = np.array([0.0, 0.3, 1.0, 1e-9]), np.array([0.4, 0.5, 0.2, 1e-9])
+    np.testing.assert_allclose(mix_inclusion(pi_batch_V, pi_drawn_V), [0.4, 0.65, 1.0, 2e-9], rtol=1e-8)
+
+
+def test_fixed_candidates_carry_their_own_correction():
+    pi_V = drawn_inclusion(np.arange(1, 51), 20, 0.5)
+    fixed = fixed_candidates(pi_V, seed=3)
+    assert len(fixed.ids_K) == 20
+    np.testing.assert_allclose(np.exp(fixed.log_pi_K), pi_V[fixed.ids_K])
+    np.testing.assert_array_equal(fixed.ids_K, fixed_candidates(pi_V, seed=3).ids_K)

@@ -1,0 +1,204 @@
+"""Metrics against brute force in plain Python: ties, several targets, cold targets, filters, chunks, merging."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bfm.errors import DivergedError
+from bfm.events.protocol import Ragged
+from bfm.ranking.metrics import clustered_error, merge, score_queries, summarise
+from bfm.ranking.ranks import rank_targets
+
+
+def ragged(lists):
+    offsets = np.cumsum([0, *map(len, lists)])
+    return Ragged(np.array([item for ids in lists for item in ids], dtype=np.int32), offsets)
+
+
+def block_of(table_QV):
+    return lambda rows, items: table_QV[rows, items].clone()
+
+
+def scored(table_QV, targets, seen=None, ks=(1, 3), users=None, basket=None, rows=None, **options):
+    """All queries, or those in `rows`, of one table of scores."""
+    num_queries, num_items = table_QV.shape
+    rows = np.arange(num_queries) if rows is None else rows
+    chosen = ragged([targets[q] for q in rows])
+    ranked = rank_targets(
+        block_of(table_QV[rows]), chosen, num_items, max(ks), seen and ragged([seen[q] for q in rows]), **options
+    )
+    users = np.arange(num_queries) if users is None else np.asarray(users)
+    basket = np.zeros(num_queries, bool) if basket is None else np.asarray(basket)
+    scores = score_queries(ranked, chosen, num_items, ks, query_Q=rows, user_Q=users[rows], basket_Q=basket[rows])
+    return ranked, scores
+
+
+def brute_force(row, targets, seen, k):
+    """rank, nll of each target, the first k items, and recall, ndcg, mrr of one query."""
+    num_items = len(row)
+    hidden = set(seen) - set(targets)
+    ranks, nlls = [], []
+    for target in targets:
+        if target >= num_items:
+            ranks.append(math.inf)
+            nlls.append(math.nan)
+            continue
+        others = [row[v] for v in range(num_items) if v != target and v not in hidden]
+        ranks.append(1 + sum(s > row[target] for s in others) + 0.5 * sum(s == row[target] for s in others))
+        nlls.append(math.log(sum(math.exp(s) for s in row)) - row[target])
+    order = sorted((v for v in range(num_items) if v not in hidden), key=lambda v: (-row[v], v))
+
+    def metrics(kept):
+        if not kept:
+            return math.nan, math.nan, math.nan
+        gains = sum(1 / math.log2(1 + rank) for rank in kept if rank <= k)
+        ideal = sum(1 / math.log2(1 + i) for i in range(1, min(k, len(kept)) + 1))
+        return sum(r <= k for r in kept) / len(kept), gains / ideal, 1 / min(kept) if min(kept) <= k else 0.0
+
+    warm = [(rank, nll) for rank, nll, target in zip(ranks, nlls, targets, strict=True) if target < num_items]
+    mean_nll = sum(nll for _, nll in warm) / len(warm) if warm else math.nan
+    return metrics(ranks), metrics([rank for rank, _ in warm]), mean_nll, set(order[:k])
+
+
+@st.composite
+def worlds(draw):
+    num_items = draw(st.integers(1, 40))
+    num_queries = draw(st.integers(1, 8))
+    # Few score levels: ties everywhere, across the end of the list too.
+    levels = draw(st.integers(1, 6))
+    table = draw(
+        st.lists(
+            st.lists(st.integers(0, levels), min_size=num_items, max_size=num_items),
+            min_size=num_queries,
+            max_size=num_queries,
+        )
+    )
+    ids = st.lists(st.integers(0, num_items + 3), min_size=0, max_size=6, unique=True)
+    targets = [draw(ids) for _ in range(num_queries)]
+    seen = draw(st.none() | st.just([draw(ids) for _ in range(num_queries)]))
+    return torch.tensor(table, dtype=torch.float32) / 2, targets, seen
+
+
+@given(worlds(), st.sampled_from([1, 3, 10]), st.integers(4, 400))
+@settings(max_examples=150, deadline=None)
+def test_metrics_equal_brute_force(world, k, block_bytes):
+    table_QV, targets, seen = world
+    _, scores = scored(table_QV, targets, seen, ks=(k,), block_bytes=block_bytes)
+    union = set()
+    for query in range(len(table_QV)):
+        everything, warm, nll, first = brute_force(
+            table_QV[query].tolist(), targets[query], seen[query] if seen else [], k
+        )
+        found = [scores.values[f"{name}@{k}"][query] for name in ("recall", "ndcg", "mrr")]
+        found_warm = [scores.values[f"warm.{name}@{k}"][query] for name in ("recall", "ndcg", "mrr")]
+        np.testing.assert_allclose(found, everything, rtol=1e-12)
+        np.testing.assert_allclose(found_warm, warm, rtol=1e-12)
+        np.testing.assert_allclose(scores.values["nll"][query], nll, rtol=1e-5, atol=1e-5)
+        union |= first
+    assert set(np.flatnonzero(scores.shown[k])) == union
+
+
+@given(worlds())
+@settings(max_examples=50, deadline=None)
+def test_single_and_double_precision_agree(world):
+    table_QV, targets, seen = world
+    ranked_single, _ = scored(table_QV, targets, seen)
+    ranked_double, _ = scored(table_QV.double(), targets, seen)
+    np.testing.assert_array_equal(ranked_single.rank_N, ranked_double.rank_N)
+    np.testing.assert_array_equal(ranked_single.top_Qk, ranked_double.top_Qk)
+    np.testing.assert_allclose(ranked_single.nll_N, ranked_double.nll_N, rtol=1e-5, atol=1e-6)
+
+
+def test_long_rows_take_the_grouped_path_and_agree_with_a_full_sort():
+    generator = torch.Generator().manual_seed(0)
+    table_QV = torch.randint(0, 400, (7, 5003), generator=generator).float() / 100
+    targets = [table_QV[q].topk(12).indices[q:].tolist() for q in range(7)]
+    for block_bytes in (1 << 24, 40_000, 3_000):
+        ranked, scores = scored(table_QV, targets, ks=(10,), block_bytes=block_bytes)
+        for query in range(7):
+            expected, _, _, first = brute_force(table_QV[query].tolist(), targets[query], [], 10)
+            assert scores.values["recall@10"][query] == pytest.approx(expected[0])
+            assert set(ranked.top_Qk[query]) == first
+
+
+def test_a_constant_scorer_gains_nothing_from_ties():
+    num_items = 1000
+    table_QV = torch.zeros(200, num_items)
+    targets = [[int(item)] for item in np.random.default_rng(0).integers(0, num_items, 200)]
+    _, scores = scored(table_QV, targets, ks=(10,))
+    metrics = summarise(scores).metrics
+    # Chance level is 10 / V; a strict `>` would give 1.
+    assert metrics["recall@10"] == pytest.approx(10 / num_items, abs=10 / num_items)
+    assert metrics["coverage@10"] == 10 / num_items
+    assert metrics["nll"] == pytest.approx(math.log(num_items), rel=1e-6)
+    ranked, _ = scored(table_QV, targets, ks=(num_items,))
+    assert set(ranked.rank_N) == {(num_items + 1) / 2}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_an_error(bad):
+    table_QV = torch.zeros(3, 50)
+    table_QV[1, 7] = bad
+    with pytest.raises(DivergedError, match="NaN or infinite"):
+        scored(table_QV, [[1], [2], [3]])
+
+
+def test_a_seen_target_stays_a_target_and_other_seen_items_do_not_compete():
+    table_QV = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    ranked, _ = scored(table_QV, [[1, 3]], [[0, 1, 2]], ks=(4,))
+    np.testing.assert_array_equal(ranked.rank_N, [1, 2])
+    np.testing.assert_array_equal(ranked.top_Qk[0, :2], [1, 3])
+
+
+@given(worlds(), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_merging_what_workers_scored_equals_one_worker(world, num_workers):
+    table_QV, targets, seen = world
+    num_queries = len(table_QV)
+    users, basket = np.arange(num_queries) // 2, np.arange(num_queries) % 3 == 2
+    _, whole = scored(table_QV, targets, seen, users=users, basket=basket)
+    parts = [
+        scored(table_QV, targets, seen, users=users, basket=basket, rows=np.arange(num_queries)[rank::num_workers])[1]
+        for rank in range(num_workers)
+    ]
+    parts = [dataclasses.replace(part, eval_flops=3) for part in parts]
+    merged = merge(parts)
+    assert merged.eval_flops == 3 * num_workers
+    np.testing.assert_array_equal(merged.query_Q, whole.query_Q)
+    first, second = summarise(merged), summarise(whole)
+    assert first.metrics == pytest.approx(second.metrics, rel=1e-6)
+    assert first.errors == pytest.approx(second.errors, rel=1e-6, abs=1e-7)
+
+
+def test_basket_queries_stand_apart():
+    table_QV = torch.eye(4)[[0, 1, 2, 3]]
+    _, scores = scored(table_QV, [[0], [1], [0], [0]], ks=(1,), users=[0, 1, 0, 1], basket=[False, False, True, True])
+    metrics = summarise(scores).metrics
+    assert metrics["recall@1"] == 1.0
+    assert metrics["basket.recall@1"] == 0.0
+    assert metrics["coverage@1"] == 0.5
+    assert "basket.warm.recall@1" not in metrics
+
+
+def test_a_cold_target_is_a_miss_except_in_the_warm_metrics():
+    _, scores = scored(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), [[0, 2], [3]], ks=(1,))
+    evaluation = summarise(scores)
+    assert evaluation.metrics["recall@1"] == 0.25
+    assert evaluation.metrics["warm.recall@1"] == 1.0
+    assert "warm.recall@1" not in evaluation.errors
+
+
+def test_clustered_error_is_the_plain_one_for_single_queries_and_wider_for_repeats():
+    value_Q = np.random.default_rng(1).normal(size=50)
+    plain = value_Q.std(ddof=1) / math.sqrt(50)
+    assert clustered_error(value_Q, np.arange(50)) == pytest.approx(plain)
+    repeated = clustered_error(np.repeat(value_Q, 4), np.repeat(np.arange(50), 4))
+    assert repeated == pytest.approx(plain)
+    assert clustered_error(value_Q, np.zeros(50)) is None
