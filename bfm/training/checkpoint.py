@@ -1,0 +1,131 @@
+"""Engine-neutral checkpoints: `<name>/state.pt` with tensors, then `<name>/meta.json`, whose presence is completeness.
+
+In: engine state and JSON-able meta (configuration, seed, counters, versions). Out: the same, verified, or an error that
+says what is wrong with it. A crash or a full disk leaves either a whole checkpoint or none.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bfm.errors import CorruptError, UserError
+from bfm.files import Store, canonical_json, sha256_bytes
+from bfm.training.config import TrainConfig
+from bfm.training.engine import EngineState
+
+VERSION = 1
+STAGE2_KEYS = frozenset({"freeze_at_flops", "negatives", "negatives_exponent", "negatives_in_batch"})
+"""What a stage-1 trunk is not a function of, as long as it has not passed `freeze_at_flops`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    state: EngineState
+    meta: dict[str, Any]
+
+
+def save_checkpoint(store: Store, name: str, state: EngineState, meta: dict[str, Any]) -> None:
+    """Publish a checkpoint under a name that no complete checkpoint has yet, or that has the same content.
+
+    Raises OSError where the disk is full; nothing that could be taken for a checkpoint is left then.
+    """
+    buffer = io.BytesIO()
+    torch.save(state.as_tensors(), buffer)
+    data = buffer.getvalue()
+    whole = {**meta, "version": VERSION, "state_sha256": sha256_bytes(data), "state_bytes": len(data)}
+    sealed = {**whole, "meta_sha256": sha256_bytes(canonical_json(whole))}
+    # Without this a rewrite cut off between the two objects would leave a meta that lies about the state.
+    if store.exists(f"{name}/meta.json"):
+        store.delete_folder(name)
+    store.put(f"{name}/state.pt", data)
+    store.put(f"{name}/meta.json", json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def read_meta(store: Store, name: str) -> dict[str, Any]:
+    """The meta of a checkpoint. Raises UserError where there is none, CorruptError where it was altered."""
+    where = f"{store.uri}/{name}"
+    try:
+        text = store.get(f"{name}/meta.json")
+    except FileNotFoundError:
+        raise UserError("there is no checkpoint here", file=where, fix="name a folder with a meta.json") from None
+    try:
+        sealed = json.loads(text)
+        seal = sealed.pop("meta_sha256")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise CorruptError(f"{where}/meta.json: not a checkpoint's meta ({error!r})") from error
+    if sha256_bytes(canonical_json(sealed)) != seal:
+        raise CorruptError(f"{where}/meta.json: altered (its checksum does not match)")
+    if sealed["version"] != VERSION:
+        raise UserError(f"checkpoint version {sealed['version']}, this code reads {VERSION}", file=where)
+    return sealed
+
+
+def load_checkpoint(
+    store: Store,
+    name: str,
+    *,
+    expect_config: TrainConfig | None = None,
+    expect_seed: int | None = None,
+    expect: dict[str, Any] | None = None,
+) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Args:
+        store, name: where it stands.
+        expect_config: the configuration it must be of; a stage-1 trunk may differ in what only stage 2 uses.
+        expect_seed: the seed it must be of.
+        expect: further keys of meta and their values (shard hash, formula version).
+
+    Raises:
+        UserError: there is none, or it is of another configuration, seed or shard set (with every difference).
+        CorruptError: truncated or altered.
+    """
+    meta = read_meta(store, name)
+    _check_expected(f"{store.uri}/{name}", meta, expect_config, expect_seed, expect or {})
+    where = f"{store.uri}/{name}/state.pt"
+    try:
+        data = store.get(f"{name}/state.pt")
+    except FileNotFoundError:
+        raise CorruptError(f"{where}: missing, though meta.json stands") from None
+    if len(data) != meta["state_bytes"]:
+        raise CorruptError(f"{where}: {len(data)} bytes, {meta['state_bytes']} were written")
+    if sha256_bytes(data) != meta["state_sha256"]:
+        raise CorruptError(f"{where}: altered (its sha256 does not match)")
+    try:
+        tensors = torch.load(io.BytesIO(data), weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise CorruptError(f"{where}: not readable ({error})") from error
+    return Checkpoint(EngineState.from_tensors(tensors), meta)
+
+
+def _check_expected(
+    where: str, meta: dict[str, Any], config: TrainConfig | None, seed: int | None, expect: dict[str, Any]
+) -> None:
+    differences = []
+    if config is not None:
+        wanted, found = config.as_dict(), meta["config"]
+        differs = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
+        freeze_flops = config.freeze_at_flops
+        shared_trunk = meta["counters"]["stage"] == 1 and (
+            freeze_flops is None or meta["counters"]["path_flops"] <= freeze_flops
+        )
+        ignored = STAGE2_KEYS if shared_trunk else frozenset()
+        differences += [f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in differs if key not in ignored]
+    if seed is not None and meta["seed"] != seed:
+        differences.append(f"seed is {meta['seed']}, not {seed}")
+    differences += [f"{key} is {meta.get(key)}, not {value}" for key, value in expect.items() if meta.get(key) != value]
+    if differences:
+        raise UserError(
+            f"the checkpoint is of another run: {'; '.join(differences)}",
+            file=where,
+            fix="name a checkpoint of this configuration, seed and shard set",
+        )

@@ -1,0 +1,188 @@
+"""The configuration of a trial: everything, beside the seed and the data, that the trunk of a run is a function of.
+
+In: a flat JSON object (from a YAML space, a ledger row or a checkpoint). Out: a checked, frozen TrainConfig.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bfm.errors import UserError
+from bfm.files import canonical_json, sha256_bytes
+from bfm.units import parse_count, parse_number
+
+if TYPE_CHECKING:
+    from bfm.model.sizing import Shape
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One point of the search space. Rates and shares are plain numbers, FLOPs absolute, events training targets."""
+
+    params: float
+    """N asked for: dense weights of embedder + contextualizer."""
+    embedder_share: float = 0.02
+    """s asked for: embedder / N."""
+    learning_rate: float = 3e-3
+    """Peak (and constant) rate of the dense weights."""
+    groups_per_step: int = 1
+    """B: negative groups per optimizer step, over all workers."""
+    window: int = 256
+    """L: events per training window."""
+    group_windows: int = 4
+    """G: windows per negative group."""
+    d_item: int = 64
+    """Retrieval width."""
+    table_width: int = 16
+    """Width of vocabulary and hash tables."""
+    aspect: float = 32.0
+    """Width per layer that sizing aims at where `depth` is free."""
+    depth: int | None = None
+    """Layers of the contextualizer; None: from `aspect`."""
+    embedder_depth: int | None = None
+    """Layers of the embedder; None: sizing chooses."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the dense matrices (not of tables and scalars)."""
+    table_learning_rate_ratio: float = 1.0
+    """Rate of the tables over the rate of the dense weights."""
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_events: float | None = None
+    """Length of the linear warmup; None: as many events as the model has params."""
+    cooldown_fraction: float = 0.2
+    """Share of a rung's C that its cooldown branch gets."""
+    freeze_at_flops: float | None = None
+    """path_flops at which stage 2 begins; None: stage 1 only."""
+    negatives: int = 0
+    """K: sampled negatives per group in stage 2."""
+    negatives_exponent: float = 0.5
+    """Draws are proportional to popularity to this power."""
+    negatives_in_batch: bool = False
+    """Stage 2 also uses the group's own targets as negatives."""
+    averaging: bool = False
+    """Keep a running average of the trunk's weights (probes need it)."""
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in _CHECKS}
+        for name, value in values.items():
+            object.__setattr__(self, name, _CHECKS[name](value, name))
+        if self.freeze_at_flops is not None and self.negatives == 0 and not self.negatives_in_batch:
+            raise UserError("stage 2 has no negatives", key="negatives", fix="set `negatives` or `negatives_in_batch`")
+        if self.freeze_at_flops is None and (self.negatives or self.negatives_in_batch):
+            raise UserError(
+                "sampled negatives are of stage 2, which this configuration never enters",
+                key="negatives",
+                fix="set `freeze_at_flops`, or leave `negatives` and `negatives_in_batch` out",
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, file: str | None = None) -> TrainConfig:
+        """Strict: raises UserError that names file and key for unknown or missing keys, wrong types and ranges."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                fix = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}"
+                raise UserError("unknown key", file=file, key=str(key), fix=fix)
+        if "params" not in values:
+            raise UserError("missing", file=file, key="params", fix="give the number of dense weights, e.g. 1e5")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise type(error)(error.what, file=file, key=error.key, fix=error.fix) from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` inverts it."""
+        return dataclasses.asdict(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical form: equal exactly for equal configurations."""
+        return sha256_bytes(canonical_json(self.as_dict()))
+
+    def shape(self) -> Shape:
+        """Widths and depths; raises InfeasibleError where (N, s) cannot be built."""
+        return _shape(self.params, self.embedder_share, self.d_item, self.aspect, self.depth, self.embedder_depth)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape(
+    params: float, embedder_share: float, d_item: int, aspect: float, depth: int | None, embedder_depth: int | None
+) -> Shape:
+    # Imported late: the border code that only checks configurations need not load the model room.
+    from bfm.model.sizing import size_model
+
+    return size_model(params, embedder_share, d_item=d_item, aspect=aspect, depth=depth, embedder_depth=embedder_depth)
+
+
+Check = Callable[[object, str], Any]
+
+
+def _number(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Check:
+    def check(value: object, key: str) -> float:
+        number = parse_number(value, key=key)
+        too_low = number <= low if low_open else number < low
+        too_high = number >= high if high_open else number > high
+        if too_low or too_high:
+            left = f"{'>' if low_open else '>='} {low:g}"
+            right = "" if math.isinf(high) else f" and {'<' if high_open else '<='} {high:g}"
+            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be {left}{right}")
+        return number
+
+    return check
+
+
+def _count(low: int, high: int) -> Check:
+    def check(value: object, key: str) -> int:
+        number = parse_count(value, key=key)
+        if not low <= number <= high:
+            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be from {low} to {high}")
+        return number
+
+    return check
+
+
+def _flag(value: object, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"expected true or false, got {value!r}", key=key, fix="write true or false")
+    return value
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value, key: None if value is None else check(value, key)
+
+
+_INFINITE = math.inf
+_CHECKS: dict[str, Check] = {
+    "params": _number(1, 1e12),
+    "embedder_share": _number(0, 0.5),
+    "learning_rate": _number(0, 10, low_open=True),
+    "groups_per_step": _count(1, 1 << 20),
+    "window": _count(2, 1 << 16),
+    "group_windows": _count(1, 1 << 20),
+    "d_item": _count(2, 1 << 14),
+    "table_width": _count(1, 1 << 14),
+    "aspect": _number(0, _INFINITE, low_open=True),
+    "depth": _or_none(_count(1, 1024)),
+    "embedder_depth": _or_none(_count(1, 1024)),
+    "weight_decay": _number(0, 100),
+    "table_learning_rate_ratio": _number(0, 1e4),
+    "clip_norm": _number(0, _INFINITE, low_open=True),
+    "beta1": _number(0, 1, high_open=True),
+    "beta2": _number(0, 1, high_open=True),
+    "warmup_events": _or_none(_number(0, _INFINITE)),
+    "cooldown_fraction": _number(0, 1, high_open=True),
+    "freeze_at_flops": _or_none(_number(0, _INFINITE, low_open=True)),
+    "negatives": _count(0, 1 << 31),
+    "negatives_exponent": _number(0, 2),
+    "negatives_in_batch": _flag,
+    "averaging": _flag,
+}

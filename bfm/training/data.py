@@ -1,0 +1,77 @@
+"""What all runs over one shard set share: encoded items, inclusion probabilities, the protocol. Kept by warm workers.
+
+In: an opened shard set. Out: models, cost formulas and window orders of any configuration over it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bfm.events.protocol import Protocol
+from bfm.events.shards import Shards
+from bfm.events.statistics import inclusion_in_batch
+from bfm.events.windows import WindowOrder
+from bfm.files import canonical_json, sha256_bytes
+from bfm.model.flops import ModelCost
+from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.training.config import TrainConfig
+
+_KEPT: weakref.WeakKeyDictionary[Shards, TrainingData] = weakref.WeakKeyDictionary()
+
+
+class TrainingData:
+    """Everything of a shard set that does not depend on a run."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self._log_pi: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def of(cls, shards: Shards) -> TrainingData:
+        """The one instance of an opened shard set: a warm worker pays for it once."""
+        if shards not in _KEPT:
+            _KEPT[shards] = cls(shards)
+        return _KEPT[shards]
+
+    @cached_property
+    def item_store(self) -> ItemStore:
+        """Encoded fields of all items."""
+        return ItemStore(self.shards.item_fields, self.shards.item_arrays)
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """The shard set's evaluation protocol."""
+        return Protocol.load(self.shards)
+
+    @cached_property
+    def fields_hash(self) -> str:
+        """Identity of what the embedder reads beside its weights: fitted item fields and their encoded values."""
+        files = {name: seal for name, seal in self.shards.manifest.files.items() if name.startswith("items/")}
+        fields = [field.as_dict() for field in self.shards.item_fields]
+        return sha256_bytes(canonical_json({"fields": fields, "files": files}))
+
+    def log_pi(self, config: TrainConfig) -> Tensor:
+        """Log inclusion probabilities of in-batch negatives, float32 [V], on the CPU."""
+        key = config.window, config.group_windows
+        if key not in self._log_pi:
+            self._log_pi[key] = torch.from_numpy(np.log(inclusion_in_batch(self.shards, *key))).float()
+        return self._log_pi[key]
+
+    def order(self, config: TrainConfig, seed: int) -> WindowOrder:
+        """The endless order of groups of a run."""
+        return WindowOrder(self.shards, config.window, config.group_windows, seed)
+
+    def cost(self, config: TrainConfig) -> ModelCost:
+        """FLOPs of the configuration's model."""
+        return ModelCost(config.shape(), self.shards.fields, config.table_width, config.window, self.shards.has_clock)
+
+    def build_model(self, config: TrainConfig, seed: int) -> TwoPartModel:
+        """A freshly initialised model on the CPU: a function of (configuration, seed, fields)."""
+        return TwoPartModel(
+            config.shape(), self.shards.fields, self.item_store, self.shards.has_clock, config.table_width, seed
+        )

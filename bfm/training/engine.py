@@ -1,0 +1,131 @@
+"""What the loop needs of an engine, and the engine-neutral state that moves between engines.
+
+An engine owns a model whose weights are loaded and whose frozen part is marked, and makes optimizer steps on it.
+It is never re-pointed at other weights: to restore or to freeze, the loop exports, builds a new model and a new engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bfm.model.batch import ModelBatch
+from bfm.model.two_part import TwoPartModel
+from bfm.training.config import TrainConfig
+
+Objective = Callable[[Any, ModelBatch], Tensor]
+"""(model, batch) -> scalar mean over the batch's groups."""
+
+
+@dataclass
+class EngineState:
+    """Full fp32 CPU tensors by parameter name, the same whatever engine and however many workers wrote them."""
+
+    weight: dict[str, Tensor]
+    """Every parameter of the model."""
+    moment1: dict[str, Tensor] = field(default_factory=dict)
+    """AdamW's mean of gradients; trainable parameters only, empty before the first step."""
+    moment2: dict[str, Tensor] = field(default_factory=dict)
+    """AdamW's mean of squared gradients."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Running average of the trunk's weights, where the configuration keeps one."""
+    steps: int = 0
+    """AdamW's step counter."""
+
+    def without(self, names: set[str]) -> EngineState:
+        """The state with the optimizer's part of some parameters dropped (the freeze); their weights stay."""
+
+        def keep(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+        return EngineState(self.weight, keep(self.moment1), keep(self.moment2), keep(self.average), self.steps)
+
+    def as_tensors(self) -> dict[str, Any]:
+        """Nested plain dict for a checkpoint."""
+        return {name: getattr(self, name) for name in ("weight", "moment1", "moment2", "average", "steps")}
+
+    @classmethod
+    def from_tensors(cls, values: dict[str, Any]) -> EngineState:
+        """Inverse of `as_tensors`."""
+        return cls(**values)
+
+
+class Engine(Protocol):
+    """Makes optimizer steps with averaged gradients over all workers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: TwoPartModel
+
+    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
+        """Loss of one micro-batch (scalar), under the engine's precision."""
+
+    def backward(self, loss: Tensor, micro_batches: int) -> None:
+        """Adds the gradient of loss / micro_batches."""
+
+    def step(self, learning_rate: float, average_weight: float) -> float:
+        """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
+
+        `average_weight` is the new weights' share in the running average (0 leaves it alone).
+        A non-finite norm is returned, the weights are then worthless.
+        """
+
+    def all_reduce_sum(self, values: list[int]) -> list[int]:
+        """Exact sums over workers (each below 2**63)."""
+
+    def all_reduce_mean(self, value: float) -> float:
+        """Mean over workers, equal on all of them."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all workers, by rank, on all workers."""
+
+    def export_state(self) -> EngineState:
+        """Collective; the same on every rank."""
+
+    def close(self) -> None:
+        """Frees what the engine holds; the model is not usable afterwards."""
+
+
+class EngineFactory(Protocol):
+    """Knows the workers and the device before any model exists, and builds engines."""
+
+    @property
+    def name(self) -> str:
+        """`plain` or `zero`."""
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+
+    @property
+    def rank(self) -> int:
+        """This process among the workers."""
+
+    @property
+    def world_size(self) -> int:
+        """How many workers step together."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker's model lives."""
+
+    def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> Engine:
+        """Collective. `model` has its weights and its frozen part marked; `micro_batches` per step are to come."""
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matmuls run in: bf16 on CUDA, fp32 on CPU. Weights and optimizer state are fp32 on both."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def compute_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast where matmuls run in bf16."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=compute_dtype(device))
+    return nullcontext()

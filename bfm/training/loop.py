@@ -1,0 +1,348 @@
+"""The training loop: one optimizer step after the other along a trunk and, at a rung, along its cooldown branch.
+
+In: a configuration, a seed, the data and an engine factory. Out: counters, engine-neutral state, step records.
+The trunk is a pure function of (configuration, seed): group i of the global order belongs to step i // B, everything
+random is seeded by (seed, group index), and no decision looks at how far the run is meant to go. The cost of a step is
+known, as an exact integer summed over workers, before the step runs; so a limit is never passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from bfm.errors import CorruptError, DivergedError, UserError
+from bfm.files import Store, sha256_bytes
+from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.flops import FLOPS_VERSION
+from bfm.model.two_part import TwoPartModel
+from bfm.objective.loss import DrawnObjective, InBatchObjective
+from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bfm.training.config import TrainConfig
+from bfm.training.data import TrainingData
+from bfm.training.engine import Engine, EngineFactory, EngineState
+from bfm.training.optimizer import average_weight
+from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
+from bfm.units import format_flops
+
+Phase = Literal["trunk", "cooldown"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What an observer sees after every optimizer step."""
+
+    step: int
+    stage: int
+    phase: Phase
+    path_flops: int
+    events: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    events_per_s: float
+    flops_per_s: float
+    elapsed_s: float
+
+
+Observer = Callable[[StepRecord], None]
+
+
+@dataclass
+class Counters:
+    """Where a run is. All whole numbers are exact and over all workers."""
+
+    stage: int = 1
+    phase: Phase = "trunk"
+    step: int = 0
+    cursor: int = 0
+    """Next group of the global order."""
+    path_flops: int = 0
+    hardware_flops: int = 0
+    useful_attention_flops: int = 0
+    events: int = 0
+    branch_from_flops: int = 0
+    """path_flops where the cooldown branch left the trunk."""
+
+
+@dataclass(frozen=True)
+class _StepPlan:
+    """The next step: this worker's micro-batches, and what the step costs over all workers."""
+
+    batches: list[ModelBatch]
+    path_flops: int
+    hardware_flops: int
+    useful_attention_flops: int
+    events: int
+    save_due: bool
+
+
+class Trainer:
+    """Trains one (configuration, seed); every method is collective over the factory's workers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        seed: int,
+        data: TrainingData,
+        factory: EngineFactory,
+        *,
+        observer: Observer | None = None,
+        micro_groups: int = 1,
+        start: Checkpoint | None = None,
+    ) -> None:
+        """Begin at step 0, or where a loaded checkpoint stands.
+
+        Raises UserError where the workers do not divide the groups of a step.
+        """
+        self.config, self.seed, self.data, self.factory, self.observer = config, seed, data, factory, observer
+        own_groups = groups_per_worker(config, factory.world_size)
+        self.micro_groups = max(m for m in range(1, micro_groups + 1) if own_groups % m == 0)
+        self.micro_batches = own_groups // self.micro_groups
+        self.order = data.order(config, seed)
+        self.cost = data.cost(config)
+        self.catalogue_flops = self.cost.catalogue_flops(data.shards.num_items)
+        self.warmup_events = config.shape().params if config.warmup_events is None else config.warmup_events
+        self.counters = Counters() if start is None else Counters(**start.meta["counters"])
+        self.spent_flops = 0
+        """FLOPs trained by this object, a diverged step included."""
+        self.on_save_due: Callable[[], None] | None = None
+        self.save_every_s = math.inf
+        self._started_s = self._saved_s = time.monotonic()
+        self._plan: _StepPlan | None = None
+        self._embedder_hash = None if start is None else start.meta["embedder_hash"]
+        self.engine: Engine
+        self.objective: InBatchObjective | DrawnObjective
+        self._build_engine(EngineState({}) if start is None else start.state)
+
+    def run_trunk(self, until_flops: float) -> None:
+        """Train the trunk to the largest step whose path_flops is at most `until_flops`.
+
+        Raises DivergedError (on all workers) at a non-finite loss or gradient.
+        """
+        assert self.counters.phase == "trunk", "a cooled-down run has left its trunk"
+        freeze_flops = math.inf if self.config.freeze_at_flops is None else self.config.freeze_at_flops
+        while True:
+            plan = self._next_plan()
+            after_flops = self.counters.path_flops + plan.path_flops
+            if self.counters.stage == 1 and after_flops > freeze_flops:
+                if self.counters.path_flops + self.catalogue_flops > until_flops:
+                    return
+                self._freeze()
+            elif after_flops > until_flops:
+                return
+            else:
+                factor = lr_factor_trunk(self.counters.events + plan.events, self.warmup_events)
+                self._step(plan, factor, average_weight(self.counters.step + 1) if self.config.averaging else 0.0)
+
+    def run_cooldown(self, until_flops: float) -> None:
+        """Leave the trunk here and cool down to rate 0 at `until_flops`, never passing it. Raises DivergedError."""
+        counters = self.counters
+        if counters.phase == "trunk":
+            counters.phase, counters.branch_from_flops = "cooldown", counters.path_flops
+        while True:
+            plan = self._next_plan()
+            if counters.path_flops + plan.path_flops > until_flops:
+                return
+            factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
+            self._step(plan, factor * lr_factor_trunk(counters.events + plan.events, self.warmup_events), 0.0)
+
+    def next_step_flops(self, stage: int | None = None) -> int:
+        """Exact cost of the next step; with `stage` 2 from stage 1, an estimate from the same groups."""
+        if stage is None or stage == self.counters.stage:
+            return self._next_plan().path_flops
+        flops = 0
+        for batch in self._next_plan().batches:
+            for items, rows, candidates, windows in zip(
+                batch.distinct_items, batch.target_rows, batch.candidates, batch.windows, strict=True
+            ):
+                drawn = self.config.negatives + (candidates if self.config.negatives_in_batch else 0)
+                flops += self.cost.group_flops(stage, items, rows, drawn, windows)
+        return self.engine.all_reduce_sum([flops])[0]
+
+    def meta(self) -> dict[str, Any]:
+        """JSON-able identity and counters of the present state."""
+        return {
+            "config": self.config.as_dict(),
+            "seed": self.seed,
+            "counters": dataclasses.asdict(self.counters),
+            "shards_hash": self.data.shards.hash,
+            "flops_version": FLOPS_VERSION,
+            "embedder_hash": self._embedder_hash,
+        }
+
+    def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> EngineState:
+        """Collective; rank 0 writes the checkpoint. Returns the exported state."""
+        state = self.engine.export_state()
+        if self.engine.rank == 0:
+            save_checkpoint(store, name, state, {**self.meta(), **(extra or {})})
+        self.engine.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
+        return state
+
+    def plain_model(self, state: EngineState, *, averaged: bool = False) -> TwoPartModel:
+        """A model outside any engine with the state's weights, or with the trunk's average of them."""
+        model = self.data.build_model(self.config, self.seed)
+        model.load_state_dict({**state.weight, **state.average} if averaged else state.weight)
+        return model.to(self.factory.device).eval()
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+    def _build_engine(self, state: EngineState) -> None:
+        """A model with the state's weights, its objective, and an engine around it."""
+        model = self.data.build_model(self.config, self.seed)
+        if state.weight:
+            model.load_state_dict(state.weight)
+        model = model.to(self.factory.device)
+        log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
+        if self.counters.stage == 1:
+            self.objective = InBatchObjective(log_pi_V)
+        else:
+            model.freeze_embedder()
+            digest = embedder_hash(model, self.data.fields_hash)
+            if self._embedder_hash not in (None, digest):
+                raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
+            self._embedder_hash = digest
+            self.objective = DrawnObjective(
+                model.embed_all(),
+                self.data.shards.train_counts,
+                self.config.negatives,
+                self.config.negatives_exponent,
+                self.config.negatives_in_batch,
+                log_pi_V,
+                self.seed,
+            )
+        self.engine = self.factory.build(model, self.config, state, self.micro_batches)
+
+    def _freeze(self) -> None:
+        """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
+        names = set(self.engine.model.embedder_parameter_names())
+        state = self.engine.export_state().without(names)
+        self.engine.close()
+        self.counters.stage = 2
+        self.counters.path_flops += self.catalogue_flops
+        self.counters.hardware_flops += self.catalogue_flops
+        self.spent_flops += self.catalogue_flops
+        self._plan = None
+        self._build_engine(state)
+
+    def _next_plan(self) -> _StepPlan:
+        if self._plan is not None:
+            return self._plan
+        rank, workers = self.engine.rank, self.engine.world_size
+        own = list(range(self.counters.cursor + rank, self.counters.cursor + self.config.groups_per_step, workers))
+        batches, path_flops, hardware_flops, attention_flops, events = [], 0, 0, 0, 0
+        for begin in range(0, len(own), self.micro_groups):
+            indices = own[begin : begin + self.micro_groups]
+            batch = make_batch([self.order.group(index) for index in indices], self.engine.device, indices)
+            batches.append(batch)
+            for items, rows, candidates, windows, pairs in zip(
+                batch.distinct_items,
+                batch.target_rows,
+                self.objective.candidates(batch),
+                batch.windows,
+                batch.attended_pairs,
+                strict=True,
+            ):
+                stage = self.counters.stage
+                path_flops += self.cost.group_flops(stage, items, rows, candidates, windows)
+                hardware_flops += self.cost.hardware_flops(stage, items, rows, candidates, windows)
+                attention_flops += self.cost.useful_attention_flops(stage, items, pairs)
+                events += rows
+        # Only rank 0's clock decides when to save, so that all workers save at the same step.
+        save_due = int(rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s)
+        sums = self.engine.all_reduce_sum([path_flops, hardware_flops, attention_flops, events, save_due])
+        self._plan = _StepPlan(batches, sums[0], sums[1], sums[2], sums[3], save_due=bool(sums[4]))
+        return self._plan
+
+    def _step(self, plan: _StepPlan, lr_factor: float, weight_in_average: float) -> None:
+        if plan.save_due and self.on_save_due is not None:
+            self.on_save_due()
+            self._saved_s = time.monotonic()
+        begin_s = time.monotonic()
+        self.spent_flops += plan.path_flops
+        loss = self._forward_backward(plan.batches)
+        learning_rate = lr_factor * self.config.learning_rate
+        grad_norm = self.engine.step(learning_rate, weight_in_average) if math.isfinite(loss) else math.nan
+        counters = self.counters
+        counters.step += 1
+        counters.cursor += self.config.groups_per_step
+        counters.path_flops += plan.path_flops
+        counters.hardware_flops += plan.hardware_flops
+        counters.useful_attention_flops += plan.useful_attention_flops
+        counters.events += plan.events
+        self._plan = None
+        if not math.isfinite(grad_norm):
+            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+            raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
+        if self.observer is not None and self.engine.rank == 0:
+            step_s = max(time.monotonic() - begin_s, 1e-9)
+            self.observer(
+                StepRecord(
+                    counters.step,
+                    counters.stage,
+                    counters.phase,
+                    counters.path_flops,
+                    counters.events,
+                    loss,
+                    learning_rate,
+                    grad_norm,
+                    plan.events / step_s,
+                    plan.path_flops / step_s,
+                    time.monotonic() - self._started_s,
+                )
+            )
+
+    def _forward_backward(self, batches: list[ModelBatch]) -> float:
+        """Accumulate the step's gradient; returns the loss over all workers."""
+        total: Tensor | float = 0.0
+        for batch in batches:
+            loss = self.engine.forward(batch, self.objective)
+            self.engine.backward(loss, len(batches))
+            total = total + loss.detach()
+        return self.engine.all_reduce_mean(float(total) / len(batches))
+
+
+def groups_per_worker(config: TrainConfig, workers: int) -> int:
+    """Groups of a step that each worker takes. Raises UserError, with the allowed counts, where they do not divide."""
+    if config.groups_per_step % workers:
+        allowed = [w for w in range(1, config.groups_per_step + 1) if config.groups_per_step % w == 0]
+        raise UserError(
+            f"{workers} workers cannot share the {config.groups_per_step} groups of a step",
+            key="workers",
+            fix=f"use one of {', '.join(map(str, allowed[:24]))} workers",
+        )
+    return config.groups_per_step // workers
+
+
+def embedder_hash(model: TwoPartModel, fields_hash: str) -> str:
+    """Identity of the frozen catalogue: weights of the embedder and what it reads."""
+    parameters = dict(model.named_parameters())
+    digests = [fields_hash]
+    for name in sorted(model.embedder_parameter_names()):
+        digests.append(name)
+        digests.append(sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes()))
+    return sha256_bytes("\n".join(digests).encode())
+
+
+def resume(
+    store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, phase: Phase | None = "trunk"
+) -> Checkpoint:
+    """Load a checkpoint of this run. Raises UserError where it is another run's, CorruptError where it is damaged."""
+    expect = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
+    checkpoint = load_checkpoint(store, name, expect_config=config, expect_seed=seed, expect=expect)
+    found = checkpoint.meta["counters"]["phase"]
+    if phase is not None and found != phase:
+        raise UserError(
+            f"this is a {found} checkpoint, training goes on from a trunk only",
+            file=f"{store.uri}/{name}",
+            fix="name the trunk's checkpoint",
+        )
+    return checkpoint

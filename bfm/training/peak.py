@@ -1,0 +1,42 @@
+"""The measured matmul peak of this machine: what "share of peak" is a share of.
+
+In: a device. Out: FLOP/s of the fastest square matmul, for the dtypes that training may run in.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+_SIZES = {"cpu": (256, 512, 1024), "cuda": (4096, 8192)}
+_SECONDS_PER_SIZE = 0.25
+
+
+@functools.cache
+def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of the best of a few sizes; measured once per process, in under a second (plus CUDA's own start)."""
+    kind = torch.device(device).type
+    return max(_measure(size, torch.device(device), dtype) for size in _SIZES[kind])
+
+
+def _measure(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.full((size, size), 0.5, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    best_flops_per_s = 0.0
+    deadline_s = time.perf_counter() + _SECONDS_PER_SIZE
+    torch.mm(a, a, out=out)
+    # Best of several: other processes only ever make a run slower.
+    while time.perf_counter() < deadline_s:
+        _synchronize(device)
+        begin_s = time.perf_counter()
+        torch.mm(a, a, out=out)
+        _synchronize(device)
+        best_flops_per_s = max(best_flops_per_s, 2 * size**3 / (time.perf_counter() - begin_s))
+    return best_flops_per_s
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
