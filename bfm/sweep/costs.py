@@ -1,0 +1,216 @@
+"""Nominal costs: what a configuration costs per step on a log, before anything is trained.
+
+Enters: a TrainConfig, and what is known of the log (fields, sizes, mean distinct items per negative group).
+Leaves: a ConfigCost, from which steps, events, epochs and memory at any C follow. Realised C is counted by the
+trainer from the groups it really saw; policies and plans see only the nominal costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from bfm.events.fields import FittedField
+from bfm.events.protocol import Protocol as EvaluationProtocol
+from bfm.events.shards import Shards
+from bfm.events.statistics import DistinctStats, expected_distinct
+from bfm.model.flops import ModelCost
+from bfm.model.sizing import Shape
+from bfm.sweep.settings import Tier
+from bfm.training.config import TrainConfig
+from bfm.training.schedule import check_rung
+
+FLOAT_BYTES = 4
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class LogFacts:
+    """What costs depend on of a log."""
+
+    fields: tuple[FittedField, ...]
+    has_clock: bool
+    num_items: int
+    """All items (I)."""
+    num_catalogue: int
+    """Candidates (V)."""
+    train_targets: int
+    """Targets per epoch."""
+    context_lengths: np.ndarray
+    """Events known to each evaluated query."""
+    groups: Callable[[int, int], DistinctStats]
+    """(window, group_windows) -> means per negative group."""
+
+    @classmethod
+    def from_shards(cls, shards: Shards, protocol: EvaluationProtocol, evaluation_queries: int | None) -> LogFacts:
+        """Of a shard set; distinct items from the curve in its manifest."""
+        manifest = shards.manifest
+        return cls(
+            fields=manifest.fields,
+            has_clock=manifest.has_clock,
+            num_items=manifest.items,
+            num_catalogue=manifest.catalogue,
+            train_targets=manifest.train_targets,
+            context_lengths=protocol.queries("validation").position[:evaluation_queries] + 1,
+            groups=lambda window, group_windows: expected_distinct(manifest, window, group_windows),
+        )
+
+
+@dataclass(frozen=True)
+class ConfigCost:
+    """What a configuration costs on a log."""
+
+    params: int
+    """Realised N."""
+    embedder_share: float
+    """Realised s."""
+    state_params: int
+    """N, stem and tables: everything that the optimizer holds state for."""
+    step_flops: float
+    """Mean FLOPs of an optimizer step of stage 1."""
+    step_events: float
+    """Mean targets of a step."""
+    epoch_events: int
+    """Targets per epoch."""
+    evaluation_flops: int
+    """One evaluation of the validation part."""
+    group_bytes: int
+    """Activations of one negative group."""
+    catalogue_bytes: int
+    """Vectors of all items."""
+    stage2_step_flops: float | None = None
+    freeze_at_flops: float | None = None
+    catalogue_flops: int = 0
+    """Embedding the catalogue at the freeze."""
+    relative_error: float = 0.0
+    """Stated error of the step's cost."""
+
+    def steps(self, rung_flops: float, cooldown_fraction: float) -> int:
+        """Steps to a rung, cautious by the stated error. Raises InfeasibleError (see `check_rung`)."""
+        caution = 1.0 + self.relative_error
+        return check_rung(
+            rung_flops,
+            step_flops=self.step_flops * caution,
+            cooldown_fraction=cooldown_fraction,
+            freeze_at_flops=self.freeze_at_flops,
+            catalogue_flops=self.catalogue_flops,
+            stage2_step_flops=None if self.stage2_step_flops is None else self.stage2_step_flops * caution,
+        )
+
+    def events(self, flops: float) -> float:
+        """D on a path of `flops`."""
+        freeze_flops = self.freeze_at_flops
+        if freeze_flops is None or flops <= freeze_flops or self.stage2_step_flops is None:
+            return flops / self.step_flops * self.step_events
+        later_flops = max(0.0, flops - freeze_flops - self.catalogue_flops)
+        return (freeze_flops / self.step_flops + later_flops / self.stage2_step_flops) * self.step_events
+
+    def epochs(self, flops: float) -> float:
+        """D over the targets of one epoch."""
+        return self.events(flops) / self.epoch_events
+
+    def memory_bytes(self, tier: Tier, micro_groups: int, averaging: bool) -> int:
+        """Estimate for one worker: weights, gradients, AdamW's moments as ZeRO divides them, activations, catalogue."""
+        divided = {0: 0, 1: 2, 2: 3, 3: 4}[tier.zero_stage]
+        copies = (4 - divided) + divided / tier.workers + (1 if averaging else 0)
+        state = copies * FLOAT_BYTES * self.state_params
+        return math.ceil(state + micro_groups * self.group_bytes + self.catalogue_bytes)
+
+
+class CostModel(Protocol):
+    """From a configuration to its nominal cost."""
+
+    num_catalogue: int
+    """V, the bound of `negatives`."""
+
+    def of(self, config: TrainConfig) -> ConfigCost:
+        """Raises InfeasibleError where (N, s) cannot be built."""
+        ...
+
+
+class Costs:
+    """Costs on one log."""
+
+    def __init__(self, facts: LogFacts) -> None:
+        self.facts = facts
+        self.num_catalogue = facts.num_catalogue
+        self._groups: dict[tuple[int, int], DistinctStats] = {}
+
+    def of(self, config: TrainConfig) -> ConfigCost:
+        """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
+        shape = config.shape()
+        groups = self._statistics(config.window, config.group_windows)
+        cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
+        first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
+        freezes = config.freeze_at_flops is not None
+        candidates = config.negatives + (groups.distinct_targets_mean if config.negatives_in_batch else 0)
+        second_flops = self._group_flops(cost, config, groups, 2, candidates) if freezes else None
+        return ConfigCost(
+            params=shape.params,
+            embedder_share=shape.embedder_share,
+            state_params=shape.params + cost.stem_params + cost.table_params,
+            step_flops=first_flops * config.groups_per_step,
+            step_events=groups.target_rows_mean * config.groups_per_step,
+            epoch_events=self.facts.train_targets,
+            evaluation_flops=self._evaluation_flops(cost, config.window),
+            group_bytes=group_bytes(
+                shape, config, self.facts.fields, groups, max(groups.distinct_targets_mean, candidates)
+            ),
+            catalogue_bytes=FLOAT_BYTES * self.facts.num_items * config.d_item,
+            stage2_step_flops=None if second_flops is None else second_flops * config.groups_per_step,
+            freeze_at_flops=config.freeze_at_flops,
+            catalogue_flops=cost.catalogue_flops(self.facts.num_items) if freezes else 0,
+            relative_error=groups.relative_error,
+        )
+
+    def _statistics(self, window: int, group_windows: int) -> DistinctStats:
+        key = window, group_windows
+        if key not in self._groups:
+            self._groups[key] = self.facts.groups(*key)
+        return self._groups[key]
+
+    def _group_flops(
+        self, cost: ModelCost, config: TrainConfig, groups: DistinctStats, stage: int, candidates: float
+    ) -> int:
+        return cost.group_flops(
+            stage,
+            distinct_items=round(groups.distinct_items_mean),
+            target_rows=round(groups.target_rows_mean),
+            candidates=round(candidates),
+            windows=config.group_windows,
+        )
+
+    def _evaluation_flops(self, cost: ModelCost, window: int) -> int:
+        lengths = np.minimum(self.facts.context_lengths, window)
+        # Short contexts are packed into common rows.
+        rows = math.ceil(int(lengths.sum()) / window)
+        scoring = cost.eval_flops(rows, len(lengths), self.facts.num_catalogue)
+        return scoring + cost.catalogue_flops(self.facts.num_items)
+
+
+def group_bytes(
+    shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats, candidates: float
+) -> int:
+    """Activations kept for the backward of one group, fp32: blocks, attention scores, field tokens, logits.
+
+    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head.
+    """
+
+    def block(width: int, hidden: int, heads: int, length: int) -> int:
+        return 10 * width + 3 * hidden + 2 * heads * length
+
+    positions = config.group_windows * config.window
+    tokens = sum(1 for field in fields if field.side == "item")
+    embedder_positions = groups.distinct_items_mean * (tokens if shape.embedder_kind == "transformer" else 1)
+    embedder_block = block(shape.embedder_width, shape.embedder_hidden, shape.embedder_heads, tokens)
+    numbers = (
+        positions * shape.depth * block(shape.width, shape.hidden, shape.heads, config.window)
+        + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
+        + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item
+        + 3 * groups.target_rows_mean * candidates
+    )
+    return math.ceil(FLOAT_BYTES * numbers)

@@ -1,0 +1,285 @@
+"""The driver of a sweep: asks the policy, reserves under the cap, journals, and can be killed at any point.
+
+Enters: `next_task` for a free slot, `report` of rows, `lost` of dead tasks. Leaves: tasks, and ledger records; nothing
+is true before it stands in the ledger. A driver that resumes charges the tasks it finds open as lost and starts them
+again first; with one worker its decisions then equal those of the unbroken run. No Ray here: `run_serial` is a whole
+executor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bfm.errors import CorruptError, DivergedError, OutOfMemoryError, UserError
+from bfm.sweep.costs import CostModel
+from bfm.sweep.ledger import Ledger
+from bfm.sweep.policy import Policy, Promote, Propose, Stop, StrataPolicy
+from bfm.sweep.proposer import Proposer
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
+from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
+from bfm.sweep.task import Finished, Task, Wait
+from bfm.training.config import TrainConfig
+from bfm.units import format_flops
+
+__all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
+
+Row = Mapping[str, Any]
+STATUSES = ("ok", "diverged", "oom")
+_NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
+# A resumed sweep may have more to spend, or other machines; everything else would make its rows incomparable.
+_MAY_CHANGE = ("budget.total_flops", "budget.max_trials", "scaling.")
+
+
+class SweepDriver:
+    """One sweep over one ledger."""
+
+    def __init__(self, spec: SweepSpec, ledger: Ledger, policy: Policy, proposer: Proposer) -> None:
+        self.spec, self.policy, self.proposer = spec, policy, proposer
+        self.state = SweepState.fold(ledger.replay.records)
+        self._ledger = ledger
+        self._can_propose = True
+        self._open()
+
+    @classmethod
+    def start(cls, spec: SweepSpec, ledger: Ledger, costs: CostModel) -> SweepDriver:
+        """With the policy and proposals that the spec names. Raises InfeasibleError for a space without a point."""
+        feasible = FeasibleSet(spec, costs)
+        return cls(spec, ledger, StrataPolicy(spec, feasible), Proposer(spec, feasible))
+
+    @property
+    def available_flops(self) -> int:
+        """What may still be reserved."""
+        return self.spec.budget.total_flops - self.state.spent_flops - self.state.reserved_flops
+
+    def next_task(self) -> Task | Wait | Finished:
+        """The next task, its cost reserved in the ledger; Wait only while tasks are running."""
+        if self.state.finished is not None:
+            return Finished(self.state.finished)
+        if len(self.state.open_tasks) >= self.spec.slots:
+            return Wait(f"all {self.spec.slots} slots are busy")
+        while True:
+            owed = self.state.owed()
+            if owed:
+                task = self._again(owed[0])
+                if task is not None:
+                    return task
+                continue
+            decision = self.policy.decide(self.state, self.available_flops, self._can_propose)
+            if isinstance(decision, Wait):
+                assert self.state.open_tasks, "a policy waits although nothing is running"
+                return decision
+            if isinstance(decision, Stop):
+                if self.state.open_tasks:
+                    return Wait(f"the last tasks are running ({decision.reason})")
+                self._write({"kind": "finished", "reason": decision.reason})
+                return Finished(decision.reason)
+            if isinstance(decision, Promote):
+                return self._promote(decision)
+            task = self._propose(decision)
+            if task is not None:
+                return task
+
+    def report(self, task_id: str, rows: Row | Sequence[Row]) -> bool:
+        """Commit a task's rung row (and its probe rows). False for a task that is already closed: nothing is written.
+
+        Raises ValueError for a task that never was or a row that is not the task's, UserError where an ok row lacks
+        the metric that the sweep selects by.
+        """
+        if not self._is_open(task_id):
+            return False
+        given = [rows] if isinstance(rows, Mapping) else list(rows)
+        rung_rows = [row for row in given if row.get("kind", "rung") == "rung"]
+        if len(rung_rows) != 1:
+            raise ValueError(f"task {task_id} brought {len(rung_rows)} rung rows")
+        row = self._checked(task_id, rung_rows[0])
+        probes = [_finite(probe) for probe in given if probe.get("kind", "rung") == "probe"]
+        self._write({"kind": "row", "task_id": task_id, "row": row, "probes": probes})
+        return True
+
+    def lost(self, task_id: str, reason: str) -> bool:
+        """A task ended without a row: its reservation is charged. False for a task that is already closed."""
+        if not self._is_open(task_id):
+            return False
+        self._write(self._loss(task_id, reason, WORKER))
+        return True
+
+    def close(self) -> None:
+        """Give the lease back; the sweep can be resumed."""
+        self._ledger.close()
+
+    def _open(self) -> None:
+        records: list[Record] = [{"kind": "opened", "epoch": self._ledger.lease.epoch}]
+        spec = self.spec.as_dict()
+        if self.state.spec is not None:
+            _refuse_changes(self.state.spec, spec)
+        if self.state.spec != spec:
+            records.append({"kind": "spec", "spec": spec, "hash": self.spec.hash})
+        records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
+        self._write(*records)
+
+    def _write(self, *records: Record) -> None:
+        self._ledger.append(records)
+        for record in records:
+            self.state.apply(record)
+
+    def _is_open(self, task_id: str) -> bool:
+        if task_id not in self.state.open_tasks and task_id not in self.state.closed_tasks:
+            raise ValueError(f"there is no task {task_id}")
+        return task_id in self.state.open_tasks
+
+    def _loss(self, task_id: str, reason: str, fault: str) -> Record:
+        task = self.state.attempts[self.state.open_tasks[task_id]].task
+        charged = {"charged_flops": task["reserved_flops"], "reason": reason, "fault": fault}
+        return {"kind": "lost", "task_id": task_id, "trial": task["trial"], "rung": task["rung"], **charged}
+
+    def _again(self, place: tuple[str, int]) -> Task | None:
+        """Start a lost task again; None after giving it up."""
+        attempt = self.state.attempts[place]
+        trial, rung = place
+        old = Task.from_dict(attempt.task)
+        if attempt.lost > self.spec.max_retries:
+            reason = f"its worker died {attempt.lost} times"
+        elif old.reserved_flops > self.available_flops:
+            if self.state.open_tasks:
+                return self._wait_for_room()
+            reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
+        else:
+            task = self._task(trial, rung, old.from_rung, attempt.tries)
+            self._write({"kind": "task", "task": task.as_dict(), "reason": f"try {attempt.tries + 1}"})
+            return task
+        self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
+        return None
+
+    def _promote(self, decision: Promote) -> Task:
+        reached = [rung for rung in self.state.trials[decision.trial].rows if rung < decision.rung]
+        task = self._task(decision.trial, decision.rung, max(reached), 0)
+        self._reserve(task, decision.reason)
+        return task
+
+    def _propose(self, decision: Propose) -> Task | None:
+        number = len(self.state.trials)
+        seed_index = number % len(self.spec.seeds)
+        record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number}
+        record["seed"] = self.spec.seeds[seed_index]
+        if seed_index:
+            first = list(self.state.trials.values())[-1]
+            record |= {"config": first.config, "params": first.params, "source": first.source, "rejected": {}}
+        else:
+            proposal = self.proposer.propose(self.state, number)
+            if proposal is None:
+                self._can_propose = False
+                return None
+            record |= {
+                "config": proposal.point.config.as_dict(),
+                "params": proposal.point.cost.params,
+                "source": proposal.source,
+                "rejected": proposal.rejected,
+            }
+        task = self._build(record["trial"], record["config"], record["params"], record["seed"], decision.rung, None, 0)
+        self._reserve(task, decision.reason, record)
+        return task
+
+    def _reserve(self, task: Task, reason: str, *before: Record) -> None:
+        assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
+        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": reason})
+
+    def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
+        trial = self.state.trials[name]
+        return self._build(name, trial.config, trial.params, trial.seed, rung, from_rung, tries)
+
+    def _build(
+        self, trial: str, config: dict[str, Any], params: int, seed: int, rung: int, from_rung: int | None, tries: int
+    ) -> Task:
+        rung_flops = self.spec.budget.ladder_flops[rung]
+        cooldown_fraction = TrainConfig.from_dict(config).cooldown_fraction
+        checkpoint = None if from_rung is None else self.state.trials[trial].rows[from_rung]["checkpoint"]
+        return Task(
+            task_id=f"{trial}-r{rung}-a{tries}",
+            trial=trial,
+            rung=rung,
+            rung_flops=rung_flops,
+            config=config,
+            seed=seed,
+            resume_from=checkpoint,
+            from_rung=from_rung,
+            reserved_flops=self.spec.task_flops(cooldown_fraction, rung, from_rung),
+            scaling=self.spec.tier(rung_flops, params).scaling(config["groups_per_step"]),
+            probes=self.spec.probes_between(cooldown_fraction, rung, from_rung),
+            evaluation_queries=self.spec.evaluation_queries,
+        )
+
+    def _checked(self, task_id: str, row: Row) -> Record:
+        missing = [key for key in _NEEDED if key not in row]
+        if missing:
+            raise ValueError(f"the row of task {task_id} lacks {', '.join(missing)}")
+        place = self.state.open_tasks[task_id]
+        if (row["trial"], row["rung"]) != place or row["status"] not in STATUSES:
+            raise ValueError(f"the row of task {task_id} is of {row['trial']} rung {row['rung']} {row['status']}")
+        checked = _finite(row)
+        if checked["status"] == "ok":
+            name = self.spec.metric.name
+            if name not in row["metrics"]:
+                known = ", ".join(sorted(row["metrics"]))
+                raise UserError(f"no row has {name!r}", key="metric.name", fix=f"rows of this log have {known}")
+            if checked["metrics"][name] is None:
+                checked["status"] = "diverged"
+        return checked
+
+
+def run_serial(driver: SweepDriver, execute: Callable[[Task], Row | Sequence[Row]]) -> str:
+    """Run a sweep to its end in this process, one task at a time; returns why it ended.
+
+    `execute` trains a task. What it raises as a fault of its own (not of the configuration, not of the input) loses
+    the task, which is then tried again.
+    """
+    while True:
+        task = driver.next_task()
+        if isinstance(task, Finished):
+            return task.reason
+        assert isinstance(task, Task), "one task at a time leaves nothing to wait for"
+        try:
+            rows = execute(task)
+        except (UserError, CorruptError, DivergedError, OutOfMemoryError):
+            raise
+        except Exception as error:
+            driver.lost(task.task_id, f"{type(error).__name__}: {error}")
+        else:
+            driver.report(task.task_id, rows)
+
+
+def _finite(row: Row) -> Record:
+    """A copy in which numbers that JSON has no word for are None."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: clean(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(inner) for inner in value]
+        return value
+
+    return clean(row)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping) and values:
+        return {name: leaf for key, inner in values.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): values}
+
+
+def _refuse_changes(before: Record, now: Record) -> None:
+    old, new = _flat(before), _flat(now)
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
+    if refused:
+        key = refused[0]
+        raise UserError(
+            f"the sweep in this folder has {old.get(key)!r}, not {new.get(key)!r}"
+            + (f" (also changed: {', '.join(refused[1:])})" if refused[1:] else ""),
+            key=key,
+            fix="give the changed sweep another name, or undo the change; budgets and scaling may change",
+        )

@@ -1,0 +1,179 @@
+"""The next configuration: Optuna's TPE, random draws or a grid, always inside the feasible set.
+
+Enters: a SweepState and the number of the proposal. Leaves: values of the free parameters with the counted reasons of
+the infeasible draws on the way. Nothing is remembered between calls: Optuna's study is rebuilt in memory from the rows
+of one rung (results at different C are never mixed), and all randomness is seeded by (seed, number, try).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.space import Feasible, FeasibleSet, Rejection, binding_bound
+from bfm.sweep.state import SweepState, Trial, metric_value
+
+STARTUP_ROWS = 10
+MAX_TRIES = 500
+_DUPLICATE = "was proposed before"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point to train."""
+
+    point: Feasible
+    source: str
+    """optuna, random or grid."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Reason -> draws that were not feasible, on the way to this one."""
+
+
+class Proposer:
+    """Proposals of one sweep."""
+
+    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
+        self.spec, self.feasible = spec, feasible
+        self._names = [parameter.name for parameter in spec.free_parameters]
+
+    def propose(self, state: SweepState, number: int) -> Proposal | None:
+        """The point of proposal `number`; None where the space has no further one.
+
+        Raises InfeasibleError, naming the bound that binds, where no feasible point is found.
+        """
+        if self.spec.method == "grid":
+            return self._next_of_grid(number)
+        seen = {self._key(trial.config) for trial in state.trials.values()}
+        rejected: Counter[str] = Counter()
+        refusals: list[Rejection] = []
+        for source, values in self._draws(state, number):
+            verdict = self.feasible.judge(values)
+            if isinstance(verdict, Rejection):
+                rejected[verdict.reason] += 1
+                refusals.append(verdict)
+            elif self._key(verdict.config.as_dict()) in seen:
+                rejected[_DUPLICATE] += 1
+            else:
+                return Proposal(verdict, source, dict(sorted(rejected.items())))
+        if rejected[_DUPLICATE]:
+            return None
+        raise binding_bound(refusals)
+
+    def _next_of_grid(self, number: int) -> Proposal | None:
+        points, rejected = self.feasible.feasible_grid
+        index = number // len(self.spec.seeds)
+        if not points:
+            raise binding_bound(self.feasible.sample[1])
+        if index >= len(points):
+            return None
+        verdict = self.feasible.judge(points[index])
+        assert isinstance(verdict, Feasible)
+        return Proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+
+    def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        seed = self.spec.seeds[0]
+        rung = self._learning_rung(state) if self.spec.method == "optuna" else None
+        if rung is not None:
+            study = self._study(state, rung)
+            for attempt in range(MAX_TRIES):
+                yield "optuna", self._ask(study, np.random.default_rng((seed, number, attempt)))
+        for attempt in range(MAX_TRIES):
+            yield "random", self.feasible.draw(np.random.default_rng((seed, number, attempt)))
+
+    def _learning_rung(self, state: SweepState) -> int | None:
+        """The highest rung with enough comparable rows; None before the entry rung has them."""
+        for rung in reversed(range(len(self.spec.budget.ladder_flops))):
+            rows = state.rungs.get(rung, {}).values()
+            if sum(self._value(row) is not None for row in rows) >= STARTUP_ROWS:
+                return rung
+        return None
+
+    def _study(self, state: SweepState, rung: int) -> optuna.Study:
+        direction = self.spec.metric.goal
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(direction=direction, storage=optuna.storages.InMemoryStorage())
+        worst = math.inf if direction == "minimize" else -math.inf
+        finished = []
+        for name, row in state.rungs[rung].items():
+            value = self._value(row)
+            # A trial that diverged, or did not fit, is as bad as can be: TPE must learn to keep away.
+            finished.append(self._frozen(state.trials[name], TrialState.COMPLETE, worst if value is None else value))
+        running = [
+            self._frozen(state.trials[name], TrialState.RUNNING, None)
+            for name, at in state.attempts
+            if at == rung and name not in state.rungs[rung]
+        ]
+        study.add_trials(finished + running)
+        return study
+
+    def _ask(self, study: optuna.Study, rng: np.random.Generator) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.sampler = optuna.samplers.TPESampler(
+                seed=int(rng.integers(1 << 31)), n_startup_trials=STARTUP_ROWS, multivariate=True
+            )
+        trial = study.ask(self._distributions())
+        # Only the draw is wanted: a failed trial is one that TPE never looks at.
+        study.tell(trial, state=TrialState.FAIL)
+        return {
+            parameter.name: _to_value(parameter, trial.params[parameter.name])
+            for parameter in self.spec.free_parameters
+        }
+
+    def _distributions(self) -> dict[str, BaseDistribution]:
+        return {parameter.name: _distribution(parameter) for parameter in self.spec.free_parameters}
+
+    def _frozen(self, trial: Trial, state: TrialState, value: float | None) -> FrozenTrial:
+        params = {
+            parameter.name: _from_value(parameter, trial.config[parameter.name])
+            for parameter in self.spec.free_parameters
+        }
+        return create_trial(state=state, value=value, params=params, distributions=self._distributions())
+
+    def _value(self, row: dict[str, Any]) -> float | None:
+        return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)
+
+    def _key(self, config: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(config[name] for name in self._names)
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if parameter.values:
+        # Positions, because TPE takes no account of the order of choices.
+        if _is_ordered(parameter):
+            return IntDistribution(0, len(parameter.values) - 1)
+        return CategoricalDistribution(parameter.values)
+    if parameter.distribution == "int_uniform":
+        return IntDistribution(int(parameter.low), int(parameter.high))
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.is_log)
+
+
+def _to_value(parameter: Parameter, drawn: Any) -> Any:
+    if parameter.values:
+        return sorted(parameter.values)[drawn] if _is_ordered(parameter) else drawn  # type: ignore[type-var]
+    return drawn if parameter.distribution == "int_uniform" else parameter.quantise(drawn)
+
+
+def _from_value(parameter: Parameter, value: Any) -> Any:
+    if parameter.values and _is_ordered(parameter):
+        return sorted(parameter.values).index(value)  # type: ignore[type-var]
+    return value
+
+
+def _is_ordered(parameter: Parameter) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in parameter.values)

@@ -1,0 +1,234 @@
+"""The feasible set: which points of the space can be trained to every rung, and why the others cannot.
+
+Enters: a SweepSpec and a cost model. Leaves: verdicts with a counted reason, feasible samples, size strata.
+Steps follow from C and the configuration; a point is feasible if its entry rung has at least 100 steps within the
+tolerance (higher rungs then have more), N and s can be built, D/N at the entry rung is sensible, every rung's workers
+can share the batch and its memory suffices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from bfm.errors import InfeasibleError, UserError
+from bfm.sweep.costs import GIB, ConfigCost, CostModel
+from bfm.sweep.settings import SweepSpec, Tier
+from bfm.training.config import TrainConfig
+from bfm.training.schedule import trunk_flops
+from bfm.units import format_count, format_flops
+
+SAMPLE_SIZE = 256
+SAMPLE_TRIES = 4096
+_SAMPLE_SEED = 20_260_613
+
+
+@dataclass(frozen=True)
+class Feasible:
+    """A point that can be trained to every rung."""
+
+    config: TrainConfig
+    cost: ConfigCost
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A point that cannot, by the first bound that it breaks."""
+
+    reason: str
+    """The bound in few words: equal text is counted together."""
+    detail: str
+    """This point's figures."""
+    key: str
+    """The YAML key to change."""
+    fix: str
+
+
+class FeasibleSet:
+    """The points of a space that its ladder, its workers and a log allow."""
+
+    def __init__(self, spec: SweepSpec, costs: CostModel) -> None:
+        self.spec, self.costs = spec, costs
+
+    def judge(self, values: Mapping[str, Any]) -> Feasible | Rejection:
+        """The verdict on the values of the free parameters."""
+        try:
+            config = self.spec.config(values)
+            cost = self.costs.of(config)
+        except InfeasibleError as error:
+            return _from_error("cannot be built", error)
+        except UserError as error:
+            return _from_error("is contradictory", error)
+        rejection = (
+            self._steps(config, cost)
+            or self._data(config, cost)
+            or self._negatives(config)
+            or next(filter(None, (self._fits(config, cost, tier) for tier in self._tiers(cost))), None)
+        )
+        return rejection or Feasible(config, cost)
+
+    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Values of the free parameters, from their distributions, feasible or not."""
+        return {parameter.name: parameter.draw(rng) for parameter in self.spec.free_parameters}
+
+    def grid_size(self) -> int:
+        """Number of points of the grid."""
+        return prod(len(parameter.grid()) for parameter in self.spec.free_parameters)
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """All points, the last parameter fastest; only where every axis is finite."""
+        axes = self.spec.free_parameters
+        for point in product(*(parameter.grid() for parameter in axes)):
+            yield {parameter.name: value for parameter, value in zip(axes, point, strict=True)}
+
+    @cached_property
+    def feasible_grid(self) -> tuple[tuple[dict[str, Any], ...], Counter[str]]:
+        """The feasible points of the grid in order, and the reasons of the others."""
+        feasible, rejected = [], Counter[str]()
+        for values in self.grid():
+            verdict = self.judge(values)
+            if isinstance(verdict, Feasible):
+                feasible.append(values)
+            else:
+                rejected[verdict.reason] += 1
+        return tuple(feasible), rejected
+
+    @cached_property
+    def sample(self) -> tuple[tuple[Feasible, ...], tuple[Rejection, ...]]:
+        """A fixed random sample of the space: feasible points, and the rejected draws on the way to them.
+
+        Raises InfeasibleError naming the bound that rejects most, where no draw is feasible.
+        """
+        rng = np.random.default_rng(_SAMPLE_SEED)
+        feasible: list[Feasible] = []
+        rejected: list[Rejection] = []
+        draws = self.grid() if self.spec.method == "grid" else (self.draw(rng) for _ in range(SAMPLE_TRIES))
+        for values in draws:
+            verdict = self.judge(values)
+            if isinstance(verdict, Feasible):
+                feasible.append(verdict)
+            else:
+                rejected.append(verdict)
+            if len(feasible) >= SAMPLE_SIZE:
+                break
+        if not feasible:
+            raise binding_bound(rejected)
+        return tuple(feasible), tuple(rejected)
+
+    def size_edges(self, strata: int) -> tuple[float, ...]:
+        """Inner edges of `strata` classes of model size: quantiles of log N over the feasible set, as N."""
+        log_params = np.log([point.cost.params for point in self.sample[0]])
+        return tuple(float(np.exp(edge)) for edge in np.quantile(log_params, np.arange(1, strata) / strata))
+
+    def _tiers(self, cost: ConfigCost) -> list[Tier]:
+        reached = [self.spec.tier(rung_flops, cost.params) for rung_flops in self.spec.budget.ladder_flops]
+        return list(dict.fromkeys(reached))
+
+    def _steps(self, config: TrainConfig, cost: ConfigCost) -> Rejection | None:
+        entry_flops, tolerance = self.spec.budget.ladder_flops[0], self.spec.budget.tolerance
+        try:
+            steps = cost.steps(entry_flops, config.cooldown_fraction)
+        except InfeasibleError as error:
+            begins = error.key == "freeze_at_flops"
+            reason = "stage 2 does not begin below rung" if begins else "fewer than 100 steps at rung"
+            return _from_error(f"{reason} {format_flops(entry_flops)}", error, exact=True)
+        last_flops = cost.step_flops if cost.stage2_step_flops is None else cost.stage2_step_flops
+        if last_flops > tolerance * entry_flops:
+            return Rejection(
+                reason=f"a step exceeds the tolerance at rung {format_flops(entry_flops)}",
+                detail=f"{steps} steps of {format_flops(last_flops)} FLOPs",
+                key="budget.tolerance",
+                fix="use a smaller batch or model, a higher rung, or the full tolerance",
+            )
+        return None
+
+    def _data(self, config: TrainConfig, cost: ConfigCost) -> Rejection | None:
+        budget = self.spec.budget
+        entry_flops = budget.ladder_flops[0]
+        c = format_flops(entry_flops)
+        events = cost.events(entry_flops)
+        ratio = events / cost.params
+        low, high = budget.events_per_param
+        if not low <= ratio <= high:
+            side, bound = ("below", low) if ratio < low else ("above", high)
+            size = "smaller" if ratio < low else "larger"
+            return Rejection(
+                reason=f"D/N {side} {bound:g} at rung {c}",
+                detail=f"D/N = {ratio:.3g} at N = {format_count(cost.params)}",
+                key="budget.events_per_param",
+                fix=f"search {size} models, or widen events_per_param",
+            )
+        warmup_events = cost.params if config.warmup_events is None else config.warmup_events
+        trunk_events = cost.events(trunk_flops(entry_flops, config.cooldown_fraction))
+        if warmup_events > trunk_events:
+            return Rejection(
+                reason=f"warmup longer than the trunk of rung {c}",
+                detail=f"{format_count(warmup_events)} events of warmup, {format_count(trunk_events)} of trunk",
+                key="parameters.warmup_events",
+                fix="shorten the warmup, search smaller models, or raise the first rung",
+            )
+        epochs = cost.epochs(budget.ladder_flops[-1])
+        if budget.max_epochs is not None and epochs > budget.max_epochs:
+            return Rejection(
+                reason=f"more than {budget.max_epochs:g} epochs at rung {format_flops(budget.ladder_flops[-1])}",
+                detail=f"{epochs:.3g} epochs",
+                key="budget.max_epochs",
+                fix="search larger models, lower the top rung, or allow more epochs",
+            )
+        return None
+
+    def _negatives(self, config: TrainConfig) -> Rejection | None:
+        if config.negatives <= self.costs.num_catalogue:
+            return None
+        return Rejection(
+            reason="more negatives than items in the catalogue",
+            detail=f"K = {config.negatives} of {self.costs.num_catalogue} items",
+            key="parameters.negatives",
+            fix=f"use at most {self.costs.num_catalogue}",
+        )
+
+    def _fits(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
+        if config.groups_per_step % tier.workers:
+            return Rejection(
+                reason=f"{tier.workers} workers do not divide groups_per_step",
+                detail=f"groups_per_step = {config.groups_per_step}",
+                key="parameters.groups_per_step",
+                fix=f"use multiples of {tier.workers}, or a smaller group_windows with more groups per step",
+            )
+        if tier.memory_gib is None:
+            return None
+        micro_groups = tier.scaling(config.groups_per_step)["micro_groups"]
+        needed_gib = cost.memory_bytes(tier, micro_groups, config.averaging) / GIB
+        if needed_gib <= tier.memory_gib:
+            return None
+        return Rejection(
+            reason=f"more than {tier.memory_gib:g} GiB per worker",
+            detail=f"about {needed_gib:.3g} GiB with {tier.workers} workers at ZeRO {tier.zero_stage}",
+            key="scaling.tiers",
+            fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
+        )
+
+
+def binding_bound(rejected: list[Rejection] | tuple[Rejection, ...]) -> InfeasibleError:
+    """The error for a space without a feasible point: names the bound that rejects most draws."""
+    counts = Counter(rejection.reason for rejection in rejected)
+    (reason, count), *_ = counts.most_common(1)
+    example = next(rejection for rejection in rejected if rejection.reason == reason)
+    return InfeasibleError(
+        f"no point of the space is feasible; {count} of {len(rejected)} tries: {reason} ({example.detail})",
+        key=example.key,
+        fix=example.fix,
+    )
+
+
+def _from_error(reason: str, error: UserError, *, exact: bool = False) -> Rejection:
+    name = error.key or "parameters"
+    reason = reason if exact else f"{name} {reason}"
+    return Rejection(reason=reason, detail=error.what, key=f"parameters.{name}", fix=error.fix or "change the space")

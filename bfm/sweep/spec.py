@@ -1,0 +1,310 @@
+"""A search space in YAML, in the shape that users of W&B sweeps know, to a checked SweepSpec.
+
+Enters: a file and overrides (`budget.total_flops=1e12`). Leaves: a frozen SweepSpec, or one line that names file, key,
+fault and fix. Nothing here opens data or starts Ray; whether the space is feasible on a log is `bfm.sweep.space`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from bfm.errors import UserError
+from bfm.sweep.parameters import read_parameters
+from bfm.sweep.settings import DISTRIBUTIONS, Budget, Metric, Scheduler, SweepSpec, Tier
+from bfm.training.schedule import MIN_STEPS, TOLERANCE
+from bfm.units import format_flops, parse_count, parse_number
+from bfm.yaml import did_you_mean, load_yaml, parse_yaml, validate
+
+_TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+Number = Annotated[float, BeforeValidator(parse_number), _TEXT_OR_NUMBER]
+Count = Annotated[int, BeforeValidator(parse_count), _TEXT_OR_NUMBER]
+
+_RANKING = [f"{kind}@10" for kind in ("recall", "ndcg", "mrr", "coverage")]
+METRICS = ("nll", *_RANKING, *(f"warm.{m}" for m in _RANKING), "basket.nll", *(f"basket.{m}" for m in _RANKING))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _MetricKeys(_Section):
+    name: str = Field(description=f"One of {', '.join(METRICS)}")
+    goal: Literal["minimize", "maximize"] | None = None
+
+
+class _ParameterKeys(_Section):
+    value: Any = None
+    values: list[Any] | None = None
+    min: Any = None
+    max: Any = None
+    q: Any = None
+    distribution: Literal[*DISTRIBUTIONS] | None = None  # type: ignore[valid-type]
+
+
+def _mapping(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{value!r} is not a mapping", fix=f"write {{value: {value}}}")
+    return value
+
+
+class _BudgetKeys(_Section):
+    ladder_flops: list[Count] = Field(description="C of the rungs, strictly increasing")
+    total_flops: Count = Field(description="hard cap on everything trained")
+    max_trials: Count = 1_000_000
+    tolerance: Number = 0.01
+    events_per_param: list[Number] = [2.0, 10_000.0]
+    max_epochs: Number | None = None
+
+
+class _SchedulerKeys(_Section):
+    type: Literal["strata"] = "strata"
+    eta: Number = 3.0
+    strata: Count = 3
+    shares: list[Number] | None = None
+
+
+class _TierKeys(_Section):
+    from_rung_flops: Number = 0.0
+    from_params: Number = 0.0
+    engine: Literal["plain", "deepspeed"] = "plain"
+    workers: Count = 1
+    zero_stage: Count = 0
+    cpus: Number = 1.0
+    gpus: Number = 0.0
+    micro_groups: Count = 1
+    memory_gib: Number | None = None
+
+
+class _ScalingKeys(_Section):
+    slots: Count = 1
+    max_retries: Count = 2
+    tiers: list[_TierKeys] = [_TierKeys()]
+
+
+class _DataKeys(_Section):
+    shards: str = Field(description="folder or URI written by `bfm data prepare`")
+    evaluation_queries: Count | None = None
+
+
+_SEEDS_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]})
+
+
+def _read_seeds(value: Any) -> list[int]:
+    """A list of seeds, or how many."""
+    seeds = [parse_count(seed) for seed in value] if isinstance(value, list) else list(range(parse_count(value)))
+    if not seeds:
+        raise UserError("no seed", fix="write a list such as [0, 1], or how many")
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"{seeds} repeats a seed or has one below 0", fix="write different seeds from 0 up")
+    return seeds
+
+
+class _SweepKeys(_Section):
+    """The search-space file."""
+
+    name: str
+    metric: _MetricKeys
+    method: Literal["optuna", "random", "grid"] = "optuna"
+    parameters: dict[str, Annotated[_ParameterKeys, BeforeValidator(_mapping)]]
+    budget: _BudgetKeys
+    scheduler: _SchedulerKeys = _SchedulerKeys()
+    scaling: _ScalingKeys = _ScalingKeys()
+    data: _DataKeys
+    seeds: Annotated[list[int], BeforeValidator(_read_seeds), _SEEDS_SCHEMA] = [0]
+    probes: list[Count] = []
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Read a search space. `overrides` are `dotted.key=value` with the value in YAML. Raises UserError."""
+    values = load_yaml(path)
+    for override in overrides:
+        _override(values, override)
+    return from_dict(values, file=str(path))
+
+
+def from_dict(values: Mapping[str, Any], *, file: str | None = None) -> SweepSpec:
+    """A checked SweepSpec from the YAML form (also from `SweepSpec.as_dict`). Raises UserError naming `file`."""
+    try:
+        return _build(validate(_SweepKeys, values))
+    except UserError as error:
+        raise type(error)(error.what, file=file, key=error.key, fix=error.fix) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_SweepKeys.model_json_schema()}
+
+
+def _build(keys: _SweepKeys) -> SweepSpec:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", keys.name):
+        raise UserError(f"{keys.name!r} cannot name a folder", key="name", fix="use letters, digits, '.', '-' and '_'")
+    raw = {name: parameter.model_dump(exclude_unset=True) for name, parameter in keys.parameters.items()}
+    parameters = read_parameters(raw, finite=keys.method == "grid")
+    spec = SweepSpec(
+        name=keys.name,
+        metric=_metric(keys.metric),
+        method=keys.method,
+        parameters=parameters,
+        budget=_budget(keys.budget),
+        scheduler=_scheduler(keys.scheduler, len(keys.budget.ladder_flops)),
+        tiers=tuple(_tier(tier, f"scaling.tiers.{index}") for index, tier in enumerate(keys.scaling.tiers)),
+        slots=_at_least(keys.scaling.slots, 1, "scaling.slots"),
+        max_retries=_at_least(keys.scaling.max_retries, 0, "scaling.max_retries"),
+        shards=keys.data.shards,
+        evaluation_queries=keys.data.evaluation_queries,
+        seeds=tuple(keys.seeds),
+        probes=tuple(sorted(set(keys.probes))),
+    )
+    if spec.evaluation_queries is not None:
+        _at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
+    _check_tiers(spec)
+    _check_probes(spec)
+    _check_cap(spec)
+    return spec
+
+
+def _metric(keys: _MetricKeys) -> Metric:
+    if keys.name not in METRICS:
+        raise UserError(f"unknown metric {keys.name!r}", key="metric.name", fix=did_you_mean(keys.name, METRICS))
+    goal = "minimize" if keys.name.endswith("nll") else "maximize"
+    if keys.goal not in (None, goal):
+        raise UserError(f"{keys.name} is to be {goal}d, not {keys.goal}d", key="metric.goal", fix=f"write {goal}")
+    return Metric(keys.name, goal)
+
+
+def _budget(keys: _BudgetKeys) -> Budget:
+    ladder = keys.ladder_flops
+    if not ladder:
+        raise UserError("has no rungs", key="budget.ladder_flops", fix="list the C of at least one rung")
+    if min(ladder) <= 0:
+        raise UserError("a rung needs FLOPs", key="budget.ladder_flops", fix="write numbers above 0, such as 1e11")
+    if any(above <= below for below, above in zip(ladder, ladder[1:], strict=False)):
+        raise UserError("is not strictly increasing", key="budget.ladder_flops", fix="sort it and drop repetitions")
+    if not 0 < keys.tolerance <= TOLERANCE:
+        raise UserError(
+            f"{keys.tolerance:g} is out of range",
+            key="budget.tolerance",
+            fix=f"must be above 0 and at most {TOLERANCE:g}",
+        )
+    bounds = keys.events_per_param
+    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
+        raise UserError(f"{bounds} is no range", key="budget.events_per_param", fix="write [smallest D/N, largest D/N]")
+    if keys.max_epochs is not None and keys.max_epochs <= 0:
+        raise UserError("must be above 0", key="budget.max_epochs", fix="write a number of epochs, or leave it out")
+    return Budget(
+        ladder_flops=tuple(ladder),
+        total_flops=_at_least(keys.total_flops, 1, "budget.total_flops"),
+        max_trials=_at_least(keys.max_trials, 1, "budget.max_trials"),
+        tolerance=keys.tolerance,
+        events_per_param=(bounds[0], bounds[1]),
+        max_epochs=keys.max_epochs,
+    )
+
+
+def _scheduler(keys: _SchedulerKeys, num_rungs: int) -> Scheduler:
+    if keys.eta <= 1:
+        raise UserError(f"{keys.eta:g} promotes everything", key="scheduler.eta", fix="must be above 1")
+    shares = keys.shares
+    if shares is not None:
+        if len(shares) != num_rungs:
+            raise UserError(
+                f"{len(shares)} shares for {num_rungs} rungs", key="scheduler.shares", fix="give one per rung"
+            )
+        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise UserError("are not parts of one", key="scheduler.shares", fix="write shares above 0 that sum to 1")
+    strata = _at_least(keys.strata, 1, "scheduler.strata")
+    return Scheduler(keys.type, keys.eta, strata, tuple(shares) if shares else None)
+
+
+def _tier(keys: _TierKeys, key: str) -> Tier:
+    for name in ("workers", "micro_groups"):
+        _at_least(getattr(keys, name), 1, f"{key}.{name}")
+    if keys.engine == "plain" and (keys.workers > 1 or keys.zero_stage > 0):
+        raise UserError("the plain engine has one worker and no ZeRO", key=key, fix="write engine: deepspeed")
+    if not 0 <= keys.zero_stage <= 3:
+        raise UserError(f"there is no ZeRO stage {keys.zero_stage}", key=f"{key}.zero_stage", fix="write 0, 1, 2 or 3")
+    if keys.cpus <= 0:
+        raise UserError("a worker needs a part of a CPU", key=f"{key}.cpus", fix="write a number above 0, such as 0.5")
+    if keys.gpus < 0 or (keys.gpus > 1 and keys.gpus != int(keys.gpus)):
+        raise UserError(
+            f"{keys.gpus:g} GPUs cannot be given", key=f"{key}.gpus", fix="write 0, a fraction or a whole number"
+        )
+    if keys.memory_gib is not None and keys.memory_gib <= 0:
+        raise UserError("must be above 0", key=f"{key}.memory_gib", fix="write GiB per worker, or leave it out")
+    return Tier(**keys.model_dump())
+
+
+def _check_tiers(spec: SweepSpec) -> None:
+    if not spec.tiers or spec.tiers[0].from_rung_flops > 0 or spec.tiers[0].from_params > 0:
+        raise UserError(
+            "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
+        )
+    top = spec.budget.ladder_flops[-1]
+    for index, tier in enumerate(spec.tiers):
+        if tier.from_rung_flops > top:
+            raise UserError(
+                f"no rung reaches it (the top is {format_flops(top)})",
+                key=f"scaling.tiers.{index}.from_rung_flops",
+                fix="lower it, or leave the tier out",
+            )
+
+
+def _check_probes(spec: SweepSpec) -> None:
+    if not spec.probes:
+        return
+    longest = (1 - spec.cooldown_fractions[0]) * spec.budget.ladder_flops[-1]
+    if spec.probes[0] <= 0 or spec.probes[-1] > longest:
+        raise UserError(
+            "lie outside every trunk", key="probes", fix=f"write C above 0 and up to {format_flops(longest)}"
+        )
+    for parameter in spec.parameters:
+        if parameter.name == "averaging" and False in parameter.values:
+            raise UserError("probes need averaged weights", key="parameters.averaging", fix="write value: true")
+
+
+def _check_cap(spec: SweepSpec) -> None:
+    budget = spec.budget
+    needed = spec.ascent_flops(spec.cooldown_fractions[1], len(budget.ladder_flops) - 1)
+    if needed > budget.total_flops:
+        raise UserError(
+            f"{format_flops(budget.total_flops)} cannot pay for one trial up to the top rung ({format_flops(needed)})",
+            key="budget.total_flops",
+            fix=f"raise it to at least {format_flops(needed)}, or lower the ladder",
+        )
+    if budget.ladder_flops[0] < MIN_STEPS:
+        raise UserError(
+            f"a rung takes at least {MIN_STEPS} steps", key="budget.ladder_flops", fix="raise the first rung"
+        )
+
+
+def _at_least(value: int, low: int, key: str) -> int:
+    if value < low:
+        raise UserError(f"{value} is too small", key=key, fix=f"must be at least {low}")
+    return value
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"{override!r} is not KEY=VALUE", file="--set", fix="write e.g. budget.total_flops=1e12")
+    value = parse_yaml(f"value: {text}", file=f"--set {override}")["value"]
+    *parents, last = dotted.split(".")
+    here: Any = values
+    for part in parents:
+        here = here[_index(here, part, dotted)] if isinstance(here, list) else here.setdefault(part, {})
+        if not isinstance(here, (dict, list)):
+            raise UserError("leads through a value", file="--set", key=dotted, fix=f"set {part!r} itself")
+    here[_index(here, last, dotted) if isinstance(here, list) else last] = value
+
+
+def _index(values: list[Any], part: str, dotted: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise UserError(
+            f"{part!r} is no place in a list of {len(values)}", file="--set", key=dotted, fix="count from 0"
+        )
+    return int(part)

@@ -1,0 +1,200 @@
+"""The state of a sweep: a pure fold over the records of its ledger, nothing else.
+
+Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a reservation
+charged without a row), abandoned (a task that will not be tried again), finished. Unknown fields are carried, unknown
+kinds refused. What a task's place in the ladder is called is its integer rung index, never a FLOP count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bfm.errors import CorruptError
+
+Record = dict[str, Any]
+DRIVER = "driver"
+WORKER = "worker"
+
+
+@dataclass
+class Trial:
+    """One configuration and seed, and how far it has come."""
+
+    trial: str
+    number: int
+    """Proposals count from 0; those of one configuration follow each other, one per seed."""
+    config: dict[str, Any]
+    seed: int
+    params: int
+    """Nominal N, as sized."""
+    source: str
+    rows: dict[int, Record] = field(default_factory=dict)
+    """Rung rows by rung index."""
+
+
+@dataclass
+class Attempt:
+    """What is known of one (trial, rung) that has no row yet."""
+
+    task: Record
+    lost: int = 0
+    """How often its worker died (ends of the driver itself are not held against it)."""
+    tries: int = 1
+    is_open: bool = True
+    """False: it is owed, to be started again."""
+
+
+@dataclass
+class SweepState:
+    """Everything that decisions and reports are made from."""
+
+    spec: Record | None = None
+    trials: dict[str, Trial] = field(default_factory=dict)
+    rungs: dict[int, dict[str, Record]] = field(default_factory=dict)
+    """Rung index -> trial -> rung row, in order of arrival."""
+    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
+    """Reserved or owed (trial, rung), in order of their first reservation."""
+    abandoned: dict[tuple[str, int], str] = field(default_factory=dict)
+    """(trial, rung) given up -> reason."""
+    probes: list[Record] = field(default_factory=list)
+    closed_tasks: set[str] = field(default_factory=set)
+    """Ids of tasks that have a row or are lost."""
+    open_tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    spent_flops: int = 0
+    """Everything trained: task_flops of rows and reservations of lost tasks."""
+    lost_flops: int = 0
+    """The part of spent_flops that gave no row."""
+    reserved_flops: int = 0
+    eval_flops: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Reason -> infeasible proposals."""
+    losses: list[Record] = field(default_factory=list)
+    finished: str | None = None
+    """Why the sweep ended; None while it has not."""
+    num_records: int = 0
+
+    @classmethod
+    def fold(cls, records: Iterable[Record]) -> SweepState:
+        """The state after all records."""
+        state = cls()
+        for record in records:
+            state.apply(record)
+        return state
+
+    def apply(self, record: Record) -> None:
+        """One record further. Raises CorruptError for one that no writer can have meant."""
+        handler = _HANDLERS.get(record["kind"])
+        if handler is None:
+            raise CorruptError(f"ledger record {self.num_records}: unknown kind {record['kind']!r}")
+        try:
+            handler(self, record)
+        except KeyError as error:
+            raise CorruptError(f"ledger record {self.num_records} ({record['kind']}): no {error}") from error
+        self.num_records += 1
+
+    def members(self, rung: int) -> set[str]:
+        """Trials that have a row at a rung, are on their way to one, or were given up there."""
+        return {
+            *self.rungs.get(rung, ()),
+            *(trial for trial, at in self.attempts if at == rung),
+            *(trial for trial, at in self.abandoned if at == rung),
+        }
+
+    def pending(self, rung: int) -> list[str]:
+        """Trials that are reserved or owed at a rung."""
+        return [trial for trial, at in self.attempts if at == rung]
+
+    def owed(self) -> list[tuple[str, int]]:
+        """Lost (trial, rung) to be started again, oldest first."""
+        return [place for place, attempt in self.attempts.items() if not attempt.is_open]
+
+    def _opened(self, record: Record) -> None:
+        del record
+
+    def _take_spec(self, record: Record) -> None:
+        self.spec = record["spec"]
+        self.finished = None
+
+    def _propose(self, record: Record) -> None:
+        trial = Trial(**{name: record[name] for name in ("trial", "number", "config", "seed", "params", "source")})
+        if trial.number != len(self.trials):
+            raise CorruptError(f"proposal {trial.number} stands where {len(self.trials)} is due")
+        self.trials[trial.trial] = trial
+        self.rejected.update(record["rejected"])
+
+    def _reserve(self, record: Record) -> None:
+        task = record["task"]
+        place = task["trial"], task["rung"]
+        if task["task_id"] in self.closed_tasks or task["task_id"] in self.open_tasks:
+            raise CorruptError(f"task {task['task_id']} is reserved twice")
+        attempt = self.attempts.get(place)
+        if attempt is None:
+            self.attempts[place] = Attempt(task)
+        else:
+            attempt.task, attempt.is_open = task, True
+            attempt.tries += 1
+        self.open_tasks[task["task_id"]] = place
+        self.reserved_flops += task["reserved_flops"]
+
+    def _close(self, task_id: str) -> tuple[tuple[str, int], Attempt]:
+        place = self.open_tasks.pop(task_id)
+        attempt = self.attempts[place]
+        self.reserved_flops -= attempt.task["reserved_flops"]
+        self.closed_tasks.add(task_id)
+        return place, attempt
+
+    def _take_row(self, record: Record) -> None:
+        row = record["row"]
+        (trial, rung), _ = self._close(record["task_id"])
+        if (row["trial"], row["rung"]) != (trial, rung):
+            raise CorruptError(f"task {record['task_id']} brought the row of another place")
+        del self.attempts[trial, rung]
+        self.rungs.setdefault(rung, {})[trial] = row
+        self.trials[trial].rows[rung] = row
+        self.spent_flops += row["task_flops"]
+        self.eval_flops += row["eval_flops"]
+        for probe in record["probes"]:
+            self.probes.append(probe)
+            self.eval_flops += probe["eval_flops"]
+
+    def _lose(self, record: Record) -> None:
+        _, attempt = self._close(record["task_id"])
+        attempt.is_open = False
+        attempt.lost += record["fault"] == WORKER
+        self.spent_flops += record["charged_flops"]
+        self.lost_flops += record["charged_flops"]
+        self.losses.append(record)
+
+    def _abandon(self, record: Record) -> None:
+        place = record["trial"], record["rung"]
+        del self.attempts[place]
+        self.abandoned[place] = record["reason"]
+
+    def _finish(self, record: Record) -> None:
+        self.finished = record["reason"]
+
+
+_HANDLERS = {
+    "opened": SweepState._opened,
+    "spec": SweepState._take_spec,
+    "proposal": SweepState._propose,
+    "task": SweepState._reserve,
+    "row": SweepState._take_row,
+    "lost": SweepState._lose,
+    "abandoned": SweepState._abandon,
+    "finished": SweepState._finish,
+}
+
+
+def metric_value(row: Mapping[str, Any], metric: str, tolerance: float) -> float | None:
+    """The row's value where it may be compared: status ok, finite, and C within the tolerance of the rung."""
+    value = row["metrics"].get(metric) if row["status"] == "ok" else None
+    if value is None or not math.isfinite(value):
+        return None
+    # A last step that did not fit is allowed for; one that is larger than the tolerance is not.
+    within = abs(row["path_flops"] / row["rung_flops"] - 1.0) <= tolerance
+    return float(value) if within else None

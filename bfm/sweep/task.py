@@ -1,0 +1,56 @@
+"""The unit of work: train one trial from one rung's trunk to another rung, and what the driver answers instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """One (trial, rung); JSON-able, carries everything that running it needs beside the shards."""
+
+    task_id: str
+    trial: str
+    rung: int
+    """Index in the ladder."""
+    rung_flops: int
+    config: dict[str, Any]
+    """A whole TrainConfig."""
+    seed: int
+    resume_from: str | None
+    """Name of the trunk checkpoint to go on from; None: from initial weights."""
+    from_rung: int | None
+    """The rung of that checkpoint."""
+    reserved_flops: int
+    """Upper bound of what the task trains, reserved under the cap."""
+    scaling: dict[str, Any]
+    """engine, workers, zero_stage, cpus, gpus, micro_groups."""
+    probes: tuple[int, ...] = ()
+    """C on the way at which the trunk is evaluated."""
+    evaluation_queries: int | None = None
+    """The first so many validation queries; None: all."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "probes": list(self.probes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Task:
+        """Inverse of `as_dict`."""
+        return cls(**{**values, "probes": tuple(values["probes"])})
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to start before a running task ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The sweep is over."""
+
+    reason: str
