@@ -1,4 +1,4 @@
-"""What can go wrong, and by whose doing: the user's input (exit 2), a damaged artefact (exit 1), a run that diverged."""
+"""What can go wrong, by whose doing: the user (exit 2), a damaged artefact (exit 1), a run that diverged."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import fsspec.core
 import pyarrow.fs
 
-from bfm.errors import CorruptError
+from bfm.errors import CorruptError, UserError
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -70,10 +71,7 @@ class Store:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        if "://" in self.uri:
-            self.filesystem, self.prefix = pyarrow.fs.FileSystem.from_uri(self.uri)
-        else:
-            self.filesystem, self.prefix = pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
+        self.filesystem, self.prefix = _resolve(self.uri)
         self.is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     def child(self, name: str) -> Store:
@@ -137,3 +135,19 @@ class Store:
         """Remove a folder of objects if it stands."""
         if self.filesystem.get_file_info(f"{self.prefix}/{folder}").type == pyarrow.fs.FileType.Directory:
             self.filesystem.delete_dir(f"{self.prefix}/{folder}")
+
+
+def _resolve(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and path of a local path or URI; schemes unknown to pyarrow are asked of fsspec."""
+    if "://" not in uri:
+        return pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
+    try:
+        return pyarrow.fs.FileSystem.from_uri(uri)
+    except pyarrow.ArrowInvalid:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://..."
+            ) from error
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path

@@ -1,0 +1,178 @@
+"""The compute frontier: ledger rows in, the best value of each metric reachable with at most C in one trial out.
+
+A row is a ledger row as a plain dict; only rung rows count (`kind` "rung", `status` "ok", a finite value), because a
+probe is measured on a subset of the queries. C is the row's nominal `rung_flops`: results at one rung have spent the
+same C within 1 %, and must be compared with each other and not sorted by that last percent. Metrics are those of the
+evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, each also as `warm.` and `basket.`) and `loss_sampled`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bfm.errors import UserError
+
+Row = Mapping[str, Any]
+Goal = Literal["minimize", "maximize"]
+
+_ORDER = ("nll", "loss_sampled", "recall", "ndcg", "mrr", "coverage")
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The best value of one metric with at most `flops` (C) in one trial, and who reached it."""
+
+    flops: float
+    value: float
+    error: float
+    """Standard error of `value` over queries, clustered by user; NaN where the row has none."""
+    row: Row
+    """The row that holds the value; its `rung_flops` is below `flops` where no trial of this rung did better."""
+    rows: int
+    """Rows measured at exactly this rung."""
+    rivals: int
+    """Other rows with at most C whose value is within two standard errors (unpaired) of the best."""
+
+    @property
+    def carried(self) -> bool:
+        """Whether the value comes from a lower rung."""
+        return float(self.row["rung_flops"]) < self.flops
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman correlation of two metrics over the rows of one rung; +1 where both prefer the same trials."""
+
+    flops: float
+    spearman: float
+    rows: int
+
+
+def goal_of(metric: str) -> Goal:
+    """Losses go down, ranking metrics go up: 'warm.nll' -> 'minimize', 'recall@10' -> 'maximize'."""
+    return "minimize" if metric.rsplit(".", 1)[-1].startswith(("nll", "loss")) else "maximize"
+
+
+def metric_value(row: Row, metric: str) -> float:
+    """The row's value, NaN where it has none (diverged rows, metrics that were not asked for)."""
+    return _number((row.get("metrics") or {}).get(metric))
+
+
+def metric_error(row: Row, metric: str) -> float:
+    """The row's standard error of a metric, NaN where it has none."""
+    return _number((row.get("errors") or {}).get(metric))
+
+
+def rung_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rung rows, diverged ones included, in ledger order; probes left out."""
+    return [row for row in rows if row.get("kind", "rung") == "rung"]
+
+
+def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
+    """Metrics of the rows, losses first; `headline` leaves out `warm.` and `basket.` and `loss_sampled`."""
+    names = {name for row in rung_rows(rows) for name in row.get("metrics") or {}}
+    if headline:
+        names = {name for name in names if "." not in name and name != "loss_sampled"}
+    return sorted(names, key=_sort_key)
+
+
+def rung_ladder(rows: Iterable[Row]) -> list[float]:
+    """The rungs (C in FLOPs, ascending) that have rows."""
+    return sorted({float(row["rung_flops"]) for row in rung_rows(rows)})
+
+
+def measured(rows: Iterable[Row], metric: str) -> list[Row]:
+    """Rung rows with a finite value of the metric.
+
+    Raises UserError where rows of different evaluation protocols are mixed: their values do not compare.
+    """
+    found = [
+        row
+        for row in rung_rows(rows)
+        if row.get("status", "ok") == "ok" and math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0
+    ]
+    protocols = {row["protocol_hash"] for row in found if row.get("protocol_hash")}
+    if len(protocols) > 1:
+        short = ", ".join(sorted(str(protocol)[:12] for protocol in protocols))
+        raise UserError(
+            f"rows of {len(protocols)} evaluation protocols ({short}) do not compare",
+            fix="report them apart, one protocol at a time",
+        )
+    return found
+
+
+def frontier(rows: Iterable[Row], metric: str) -> list[FrontierPoint]:
+    """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N."""
+    sign = 1.0 if goal_of(metric) == "minimize" else -1.0
+    found = measured(rows, metric)
+    points: list[FrontierPoint] = []
+    for flops in sorted({float(row["rung_flops"]) for row in found}):
+        within = [row for row in found if row["rung_flops"] <= flops]
+        best = min(within, key=lambda row: (sign * metric_value(row, metric), _number(row.get("params"))))
+        points.append(
+            FrontierPoint(
+                flops=flops,
+                value=metric_value(best, metric),
+                error=metric_error(best, metric),
+                row=best,
+                rows=sum(row["rung_flops"] == flops for row in within),
+                rivals=sum(row is not best and _within_error(row, best, metric) for row in within),
+            )
+        )
+    return points
+
+
+def frontier_at(points: Sequence[FrontierPoint], flops: float) -> FrontierPoint | None:
+    """The frontier as a function of C: the last point with at most `flops`, None below the first."""
+    below = [point for point in points if point.flops <= flops * (1 + 1e-9)]
+    return below[-1] if below else None
+
+
+def rank_agreement(rows: Iterable[Row], first: str, second: str, *, minimum_rows: int = 4) -> list[Agreement]:
+    """Whether two metrics prefer the same trials, rung by rung (PAPER: their disagreement grows with C).
+
+    Both are oriented so that better ranks first. Rungs with fewer than `minimum_rows` rows, or without spread in one
+    of the metrics, are left out.
+    """
+    turn = 1.0 if goal_of(first) == goal_of(second) else -1.0
+    both = [row for row in measured(rows, first) if math.isfinite(metric_value(row, second))]
+    found: list[Agreement] = []
+    for flops in sorted({float(row["rung_flops"]) for row in both}):
+        here = [row for row in both if row["rung_flops"] == flops]
+        ranks = [_ranks([metric_value(row, metric) for row in here]) for metric in (first, second)]
+        if len(here) >= minimum_rows and all(np.ptp(rank) > 0 for rank in ranks):
+            found.append(Agreement(flops, turn * float(np.corrcoef(ranks[0], ranks[1])[0, 1]), len(here)))
+    return found
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks of values, equal values share their mean rank."""
+    array = np.asarray(values)
+    below = (array[None, :] < array[:, None]).sum(1)
+    equal = (array[None, :] == array[:, None]).sum(1)
+    return below + 0.5 * (equal - 1)
+
+
+def _within_error(row: Row, best: Row, metric: str) -> bool:
+    spread = math.hypot(metric_error(row, metric), metric_error(best, metric))
+    return abs(metric_value(row, metric) - metric_value(best, metric)) <= 2 * spread
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _sort_key(name: str) -> tuple[int, int, float, str]:
+    prefix, _, base = name.rpartition(".")
+    stem, _, cut = base.partition("@")
+    place = _ORDER.index(stem) if stem in _ORDER else len(_ORDER)
+    return (("", "warm", "basket").index(prefix) if prefix in ("", "warm", "basket") else 3, place, _cut(cut), name)
+
+
+def _cut(text: str) -> float:
+    return float(text) if text.isdigit() else 0.0

@@ -1,0 +1,327 @@
+"""The written parts of the report page: rows, summary, baselines and provenance in, pieces of HTML out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from bfm.laws.frontier import (
+    Row,
+    frontier,
+    goal_of,
+    metric_error,
+    metric_names,
+    metric_value,
+    rung_ladder,
+    rung_rows,
+)
+from bfm.report.figures import varied_fields
+from bfm.report.style import power_text
+from bfm.report.tables import failed_rows, point_text, trials_in_order, value_text
+from bfm.report.template import Cell, escape, facts, paragraph, table
+from bfm.units import format_count, format_seconds
+
+Baselines = Mapping[str, Mapping[str, float]]
+
+_DEFINITIONS = (
+    (
+        "C",
+        "training FLOPs (forward and backward) on the path that made a result: matmuls as the reference implementation "
+        "runs them; evaluation, recomputation and lost work are not in it",
+    ),
+    ("rung", "a step of the ladder of C; a result at a rung has spent exactly that C within 1 %"),
+    ("trial", "one configuration and seed, trained along the ladder as far as it was promoted"),
+    ("frontier", "the best value of a metric reachable with at most C in one trial"),
+    (
+        "N",
+        "dense weights after the field tokens and before the final logits: embedder + contextualizer; stem and tables "
+        "are counted apart",
+    ),
+    ("s", "embedder share: embedder weights / N"),
+    ("D", "training positions with a next-event target, repeats counted; epochs = D / distinct ones"),
+    ("B", "mean target positions of one optimizer step"),
+    ("nll", "exact negative log-likelihood over the full catalogue, in nats per warm target"),
+    ("recall@k, ndcg@k, mrr@k", "means over queries against the full catalogue; a target unseen in training is a miss"),
+    ("coverage@k", "share of the catalogue that appears in any query's top k"),
+    ("\u00b1", "one standard error over queries, clustered by user; it holds no seed-to-seed spread"),
+)
+
+
+_SEEN: Mapping[object, str] = {True: "filtered out", False: "stay in the ranking"}
+
+
+def headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    """One sentence: what was swept and what it cost."""
+    results = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
+    trials = {str(row["trial"]) for row in rung_rows(rows)}
+    if not trials:
+        return "No result is in the ledger yet."
+    ladder = [float(flops) for flops in summary.get("rungs") or []] or rung_ladder(rows)
+    steps = ", ".join(power_text(flops) for flops in ladder[:8])
+    sizes = [float(row["params"]) for row in rung_rows(rows) if row.get("params")]
+    text = f"{_plural(len(trials), 'trial')} with {_plural(len(results), 'result')} on a ladder of C = {steps} FLOPs"
+    if sizes:
+        text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
+    fields = varied_fields(rows)
+    if fields:
+        text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
+    elapsed_s = summary.get("elapsed_s")
+    return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
+
+
+def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+    """Best value of each headline metric so far, against the best baseline; spend against the cap."""
+    found = []
+    for metric in metric_names(rows):
+        points = frontier(rows, metric)
+        if points:
+            best = points[-1]
+            size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
+            notes = f"{size}{escape(best.row['trial'])} at C = {power_text(float(best.row['rung_flops']))}"
+            value = value_text(best.value, best.error).split(" ")[0]
+            error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
+            found.append(
+                f'<div class="card"><div class="name">{escape(metric)}</div><div class="value">{escape(value)}</div>'
+                f'<div class="note">{error}{notes}<br>{_against_baseline(best.value, metric, baselines)}</div></div>'
+            )
+    spent, cap = summary.get("spent_flops"), summary.get("cap_flops")
+    if spent:
+        share = min(spent / cap, 1.0) if cap else 1.0
+        under = f"{spent / cap:.0%} of the cap of {power_text(cap)} FLOPs" if cap else "FLOPs of training, no cap"
+        found.append(
+            f'<div class="card"><div class="name">spent</div><div class="value">{power_text(spent)}</div>'
+            f'<div class="meter"><span style="width:{share:.1%}"></span></div><div class="note">{under}</div></div>'
+        )
+    return f'<div class="cards">{"".join(found)}</div>' if found else ""
+
+
+def best_table(rows: Sequence[Row]) -> str:
+    """Best so far per rung and metric, who holds it, and how many others are within error of it."""
+    metrics = metric_names(rows)
+    points = {metric: {point.flops: point for point in frontier(rows, metric)} for metric in metrics}
+    lines: list[list[Cell | str]] = []
+    for flops in rung_ladder(rows):
+        here = [row for row in rung_rows(rows) if row["rung_flops"] == flops]
+        line: list[Cell | str] = [Cell(power_text(flops)), Cell(str(len(here)))]
+        for metric in metrics:
+            point = points[metric].get(flops)
+            remark = ""
+            if point is not None:
+                size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
+                rivals = f"{point.rivals} more within error" if point.rivals else ""
+                remark = ", ".join(part for part in (str(point.row["trial"]), size, rivals) if part)
+            line.append(Cell(point_text(point), remark))
+        lines.append(line)
+    heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in metrics]]
+    note = "A star: reached at a lower rung already. Within error: two standard errors of the difference, unpaired."
+    return table(heads, lines) + paragraph(note, "muted") if lines and metrics else ""
+
+
+def trial_table(rows: Sequence[Row], *, every_row: bool = False) -> str:
+    """Trials at their highest rung, or every rung row; heads sort."""
+    metrics, fields = metric_names(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
+    shown = rung_rows(rows) if every_row else trials_in_order(rows)
+    best = {metric: frontier(rows, metric)[-1].row for metric in metrics if frontier(rows, metric)}
+    lines: list[list[Cell | str]] = []
+    for row in shown:
+        status = str(row.get("status", "ok"))
+        line: list[Cell | str] = [
+            Cell(str(row["trial"])),
+            Cell(status, kind="" if status == "ok" else "bad"),
+            _numeric(row.get("rung_flops"), power_text),
+            _numeric(row.get("params"), format_count),
+            _numeric(row.get("embedder_share"), lambda share: f"{share:.2%}"),
+        ]
+        for metric in metrics:
+            value = metric_value(row, metric)
+            kind = "best" if best.get(metric) is row else ""
+            line.append(Cell(value_text(value, metric_error(row, metric)), value=value, kind=kind))
+        config = row.get("config") or {}
+        line += [_numeric(config.get(field), lambda value: f"{value:.4g}") for field in fields]
+        line += [
+            _numeric(row.get("events"), format_count),
+            _numeric(_ratio(row.get("events"), row.get("params")), lambda value: f"{value:.3g}"),
+            _numeric(row.get("epochs"), lambda value: f"{value:.2f}"),
+            _numeric(row.get("batch_events"), format_count),
+            _numeric(row.get("steps"), format_count),
+            _numeric(row.get("train_s"), format_seconds),
+            Cell(f"{row.get('engine', '-')} x {row.get('workers', 1)}"),
+        ]
+        lines.append(line)
+    heads = ["trial", "status", "C", "N", "s", *metrics, *[field.replace("_", " ") for field in fields]]
+    return table([*heads, "D", "D/N", "epochs", "B", "steps", "training", "engine"], lines, sortable=True)
+
+
+def baseline_table(rows: Sequence[Row], baselines: Baselines) -> str:
+    """The floors without a model, on the same queries, with the sweep's best beside them."""
+    metrics = metric_names(rows) or sorted({metric for values in baselines.values() for metric in values})
+    if not baselines:
+        return ""
+    lines = [
+        [Cell(name.replace("_", "-")), *[Cell(value_text(values.get(metric, math.nan))) for metric in metrics]]
+        for name, values in baselines.items()
+    ]
+    best = [frontier(rows, metric) for metric in metrics]
+    lines.append([Cell("best of the sweep"), *[Cell(point_text(found[-1] if found else None)) for found in best]])
+    return table(["", *metrics], lines)
+
+
+def failures_part(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    """Divergences, lost tasks and refused proposals, each with its reason."""
+    lines: list[list[Cell | str]] = [
+        [
+            Cell(str(row["trial"])),
+            _numeric(row.get("rung_flops"), power_text),
+            Cell(str(row["status"]), kind="text bad"),
+            Cell(f"at C = {power_text(float(row.get('path_flops') or 0))}; {_settings(row)}", kind="wrap"),
+        ]
+        for row in failed_rows(rows)
+    ]
+    lines += [
+        [
+            Cell(str(lost.get("trial", "-"))),
+            _numeric(lost.get("rung_flops"), power_text)
+            if lost.get("rung_flops")
+            else Cell(f"rung {lost.get('rung')}"),
+            Cell("lost", kind="text bad"),
+            Cell(str(lost.get("reason", "")), kind="wrap"),
+        ]
+        for lost in summary.get("failures") or []
+    ]
+    refused = [[Cell(str(reason)), Cell(str(count))] for reason, count in (summary.get("rejected") or {}).items()]
+    parts = [table(["trial", "C", "what", "detail"], lines)]
+    if refused:
+        parts += ["<h3>Proposals refused before they cost anything</h3>", table(["reason", "count"], refused)]
+    return "".join(parts) or paragraph("Nothing diverged, nothing was lost, nothing was refused.")
+
+
+def data_part(extra: Mapping[str, Any]) -> str:
+    """What the sweep was trained on and what it was measured with."""
+    manifest, protocol = extra.get("manifest") or {}, extra.get("protocol") or {}
+    quarantined = manifest.get("rows_quarantined") or {}
+    bad_rows = "; ".join(f"{count} {reason}" for reason, count in quarantined.items() if count)
+    pairs: list[tuple[str, object]] = [
+        ("log", manifest.get("name")),
+        ("rows read", _thousands(manifest.get("rows_read"))),
+        ("quarantined", bad_rows or ("none" if manifest else None)),
+        ("users", _thousands(manifest.get("users"))),
+        ("events", _thousands(manifest.get("events"))),
+        ("items", _thousands(manifest.get("items"))),
+        ("catalogue V", _thousands(manifest.get("catalogue"))),
+        ("targets per epoch", _thousands(manifest.get("train_targets"))),
+        ("time range", _times(manifest)),
+        ("split", _split(manifest)),
+    ]
+    measured_by: list[tuple[str, object]] = [
+        (f"{name} queries", f"{_thousands(part.get('queries'))} of {_thousands(part.get('users'))} users")
+        for name, part in (protocol.get("parts") or {}).items()
+    ]
+    measured_by += [
+        ("seen items", _SEEN.get(protocol.get("filter_seen"))),
+        (
+            "equal scores",
+            "each counts half a rank" if protocol.get("ties") == "half" else protocol.get("ties"),
+        ),
+        ("targets of a query", protocol.get("target_rule")),
+        ("protocol", protocol.get("hash")),
+    ]
+    data, rules = facts(pairs), facts(measured_by)
+    return (f"<h3>Events</h3>{data}" if data else "") + (f"<h3>Evaluation protocol</h3>{rules}" if rules else "")
+
+
+def provenance_part(rows: Sequence[Row], extra: Mapping[str, Any]) -> str:
+    """Which code, data and machine made the rows; several values of one thing are shown with their counts."""
+    names = ("code_version", "flops_version", "protocol_hash", "shards_hash", "device", "dtype", "threads")
+    pairs: list[tuple[str, object]] = [(name.replace("_", " "), _tally(rows, name)) for name in names]
+    engines = Counter(
+        f"{row.get('engine')}, {_plural(int(row.get('workers') or 1), 'worker')}"
+        + (f", ZeRO-{row['zero_stage']}" if row.get("engine") == "zero" and row.get("zero_stage") is not None else "")
+        for row in rung_rows(rows)
+        if row.get("engine")
+    )
+    pairs.append(("engines", _counted(engines)))
+    pairs += [(str(name), value) for name, value in (extra.get("provenance") or {}).items()]
+    return facts(pairs)
+
+
+def definitions_part() -> str:
+    """The words of the page."""
+    return facts([(word, meaning) for word, meaning in _DEFINITIONS])
+
+
+def _against_baseline(value: float, metric: str, baselines: Baselines) -> str:
+    known = {name: values[metric] for name, values in baselines.items() if math.isfinite(values.get(metric, math.nan))}
+    if not known:
+        return ""
+    minimise = goal_of(metric) == "minimize"
+    name = min(known, key=known.__getitem__) if minimise else max(known, key=known.__getitem__)
+    reference, label = known[name], escape(name.replace("_", "-"))
+    better = value < reference if minimise else value > reference
+    if minimise or reference <= 0:
+        amount = f"{value - reference:+.3g} to {label} {reference:.3g}"
+    else:
+        amount = f"{value / reference:.2f}\u00d7 {label} {reference:.3g}"
+    return f'<span class="{"gain" if better else "loss"}">{amount}</span>'
+
+
+def _numeric(value: object, text: Any) -> Cell:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return Cell("-", value=math.nan)
+    return Cell(text(float(value)), value=float(value))
+
+
+def _ratio(upper: object, lower: object) -> float:
+    numbers = isinstance(upper, (int, float)) and isinstance(lower, (int, float))
+    return upper / lower if numbers and lower else math.nan  # type: ignore[operator]
+
+
+def _settings(row: Row) -> str:
+    config = row.get("config") or {}
+    return ", ".join(f"{name} {value:.3g}" for name, value in config.items() if isinstance(value, float))
+
+
+def _tally(rows: Sequence[Row], name: str) -> str:
+    return _counted(Counter(str(row[name]) for row in rung_rows(rows) if row.get(name) is not None))
+
+
+def _counted(found: Counter[str]) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{value} ({_plural(count, 'row')})" for value, count in found.most_common())
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _thousands(value: object) -> str | None:
+    return f"{value:,}" if isinstance(value, (int, float)) else None
+
+
+def _times(manifest: Mapping[str, Any]) -> str | None:
+    limits = manifest.get("time_range")
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
+        return None
+    if not manifest.get("has_clock"):
+        return f"positions {limits[0]} to {limits[1]}"
+    first, last = (datetime.fromtimestamp(limit / 1000, UTC).strftime("%Y-%m-%d") for limit in limits)
+    return f"{first} to {last}"
+
+
+def _split(manifest: Mapping[str, Any]) -> str | None:
+    split = manifest.get("split")
+    if not isinstance(split, Mapping):
+        return None
+    parts = []
+    for name, value in split.items():
+        is_time = manifest.get("has_clock") and name.endswith("from") and isinstance(value, int)
+        text = datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC") if is_time else str(value)
+        parts.append(f"{name.replace('_', ' ')} {text}")
+    return ", ".join(parts)

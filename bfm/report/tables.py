@@ -1,0 +1,203 @@
+"""Tables of a sweep: ledger rows in; runs.parquet (one flat line per row) and aligned text for the terminal out."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from bfm.laws.frontier import (
+    FrontierPoint,
+    Row,
+    frontier,
+    goal_of,
+    metric_error,
+    metric_names,
+    metric_value,
+    rung_ladder,
+    rung_rows,
+)
+from bfm.units import format_count, format_flops, format_seconds
+
+_NESTED = ("config", "metrics", "errors", "shape")
+_LEADING = ("trial", "rung", "rung_flops", "kind", "status", "seed", "params", "embedder_share", "path_flops")
+
+
+def runs_table(rows: Sequence[Row]) -> pa.Table:
+    """One line per ledger row, probes included; nested parts become columns such as `config.params`, `metrics.nll`.
+
+    A column is whole numbers, numbers, truth values or text, by what it holds; what is missing is null.
+    """
+    flat = [_flat(row) for row in rows]
+    names = list(dict.fromkeys([*_LEADING, *sorted({name for row in flat for name in row})]))
+    columns = {name: _column([row.get(name) for row in flat]) for name in names}
+    return pa.table(columns)
+
+
+def runs_parquet(rows: Sequence[Row]) -> bytes:
+    """The content of runs.parquet."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(runs_table(rows), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def frontier_text(rows: Sequence[Row], baselines: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """The frontier per metric for a terminal: a line per rung with the best value, its error, and the trial's N."""
+    metrics = metric_names(rows)
+    if not metrics:
+        return "no results yet"
+    points = {metric: {point.flops: point for point in frontier(rows, metric)} for metric in metrics}
+    lines: list[list[str]] = []
+    for flops in rung_ladder(rows):
+        count = sum(row["rung_flops"] == flops and row.get("status", "ok") == "ok" for row in rung_rows(rows))
+        cells = [point_text(points[metric].get(flops)) for metric in metrics]
+        holder = points[metrics[0]].get(flops)
+        size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
+        lines.append([f"C {format_flops(flops)}", str(count), size, *cells])
+    for name, values in (baselines or {}).items():
+        cells = [_plain_value(values.get(metric, math.nan)) for metric in metrics]
+        lines.append([name.replace("_", "-"), "", "", *cells])
+    text = aligned(
+        ["at most", "trials", f"N ({metrics[0]})", *metrics], [[_tight(cell) for cell in line] for line in lines]
+    )
+    starred = any(cell.endswith("*") for line in lines for cell in line)
+    return f"{text}\n* reached at a lower rung" if starred else text
+
+
+def trials_text(rows: Sequence[Row], limit: int = 20) -> str:
+    """The trials by their best loss at their highest rung, for a terminal."""
+    metrics = metric_names(rows)[:3]
+    ordered = trials_in_order(rows)
+    lines = [
+        [
+            str(row["trial"]),
+            f"C {format_flops(row['rung_flops'])}",
+            str(row.get("status", "ok")),
+            format_count(row["params"]) if row.get("params") else "-",
+            f"{row.get('embedder_share') or 0.0:.1%}",
+            *[value_text(metric_value(row, metric), metric_error(row, metric)) for metric in metrics],
+        ]
+        for row in ordered[:limit]
+    ]
+    text = aligned(["trial", "reached", "status", "N", "s", *metrics], lines)
+    return f"{text}\n... and {len(ordered) - limit} more" if len(ordered) > limit else text
+
+
+def spend_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    """FLOPs and seconds spent per rung, and the cap, for a terminal."""
+    lines = []
+    for flops in rung_ladder(rows):
+        here = [row for row in rung_rows(rows) if row["rung_flops"] == flops]
+        spent = sum(float(row.get("task_flops") or 0.0) for row in here)
+        elapsed_s = sum(float(row.get("train_s") or 0.0) for row in here)
+        good = sum(row.get("status", "ok") == "ok" for row in here)
+        lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
+        lines[-1].append(format_seconds(elapsed_s))
+    table = aligned(["rung", "ok", "failed", "FLOPs", "training"], lines)
+    spent_flops, cap_flops = summary.get("spent_flops"), summary.get("cap_flops")
+    if not spent_flops:
+        return table
+    under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
+    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}"
+
+
+def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+    """Divergences, lost tasks and refused proposals with their reasons; empty where nothing failed."""
+    lines = [f"{row['trial']} rung {row['rung']}: {row['status']}" for row in failed_rows(rows)]
+    lines += [f"{lost.get('trial')} rung {lost.get('rung')}: {lost.get('reason')}" for lost in _failures(summary)]
+    lines += [f"refused {count}: {reason}" for reason, count in (summary.get("rejected") or {}).items()]
+    return "\n".join(lines)
+
+
+def failed_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rung rows without a result (diverged, oom)."""
+    return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok"]
+
+
+def trials_in_order(rows: Sequence[Row]) -> list[Row]:
+    """The highest-rung row of each trial: higher rungs first, then the better loss; rows without a value last."""
+    metrics = metric_names(rows)
+    highest: dict[str, Row] = {}
+    for row in sorted(rung_rows(rows), key=lambda row: row["rung_flops"]):
+        highest[str(row["trial"])] = row
+    if not metrics:
+        return list(highest.values())
+    sign = 1.0 if goal_of(metrics[0]) == "minimize" else -1.0
+
+    def place(row: Row) -> tuple[bool, float, float]:
+        value = sign * metric_value(row, metrics[0])
+        return math.isnan(value), -row["rung_flops"], 0.0 if math.isnan(value) else value
+
+    return sorted(highest.values(), key=place)
+
+
+def point_text(point: FrontierPoint | None) -> str:
+    """A frontier value with its error; a star where it was reached at a lower rung."""
+    if point is None:
+        return "-"
+    return value_text(point.value, point.error) + ("*" if point.carried else "")
+
+
+def value_text(value: float, error: float = math.nan) -> str:
+    """Value and error with the digits that the error supports; four significant ones without an error; '-' for NaN."""
+    if not math.isfinite(value):
+        return "-"
+    if not (math.isfinite(error) and error > 0):
+        return _plain_value(value)
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{value:.{digits}f} \u00b1 {error:.{digits}f}"
+
+
+def aligned(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns padded to equal width: the first to the left, the rest to the right."""
+    table = [list(heads), *[list(line) for line in lines]]
+    widths = [max(len(line[place]) for line in table) for place in range(len(heads))]
+    padded = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    return "\n".join([padded[0], "-" * len(padded[0]), *padded[1:]])
+
+
+def _tight(cell: str) -> str:
+    return cell.replace(" \u00b1 ", "\u00b1")
+
+
+def _plain_value(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _failures(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return summary.get("failures") or []
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in _NESTED and isinstance(value, Mapping):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return {
+        name: json.dumps(value, sort_keys=True) if isinstance(value, (dict, list, tuple)) else value
+        for name, value in flat.items()
+    }
+
+
+def _column(values: list[Any]) -> pa.Array:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {bool}:
+        return pa.array(values, pa.bool_() if kinds else pa.null())
+    if kinds == {int} and all(abs(value) < 2**63 for value in values if value is not None):
+        return pa.array(values, pa.int64())
+    if kinds <= {int, float, bool}:
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([None if value is None else str(value) for value in values], pa.string())

@@ -1,0 +1,269 @@
+"""TensorBoard of a sweep: step records and ledger rows in, event files out; one folder per trial and one for the sweep.
+
+Every curve is written twice: against steps, and under `by_flops/` against C at x = round(1000 log10 C), because the x
+of TensorBoard is a whole number (12000 is 1e12 FLOPs). Cooldown branches have tags of their own: the trunk goes on from
+where they began. Writers may be opened again in another process: they go on where the folder's files end.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.metadata import PLUGIN_DATA_VERSION, PLUGIN_NAME, SESSION_END_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+from torch.utils.tensorboard.summary import custom_scalars, hparams, text
+
+from bfm.laws.frontier import (
+    Row,
+    frontier,
+    metric_error,
+    metric_names,
+    metric_value,
+    rung_ladder,
+    rung_rows,
+)
+from bfm.report.events_file import EventFile, flops_step, stored_events
+from bfm.report.tables import frontier_text
+from bfm.training.loop import StepRecord
+from bfm.units import format_flops
+
+# A point is worth writing when C has grown by this factor, or after this long, and within this share of the run's time.
+POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.005, 10.0, 0.01
+_TAGS = {
+    "trunk": {
+        "train/loss": "loss",
+        "opt/lr": "learning_rate",
+        "opt/grad_norm": "grad_norm",
+        "perf/events_per_s": "events_per_s",
+        "perf/flops_per_s": "flops_per_s",
+        "progress/events": "events",
+        "progress/path_flops": "path_flops",
+        "progress/elapsed_s": "elapsed_s",
+        "progress/stage": "stage",
+    },
+    "cooldown": {
+        "cooldown/loss": "loss",
+        "cooldown/lr": "learning_rate",
+        "cooldown/grad_norm": "grad_norm",
+        "cooldown/events_per_s": "events_per_s",
+    },
+}
+_MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
+
+
+class TrialWriter:
+    """Scalars of one trial. Steps up to the last one in the folder are not written again."""
+
+    def __init__(
+        self,
+        log_dir: str | Path,
+        config: Mapping[str, Any],
+        metrics: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = EventFile(log_dir, clock)
+        self._clock = clock
+        self._opened_s = clock()
+        self._writing_s = 0.0
+        self._written_s = -math.inf
+        self._written_flops = dict.fromkeys(_TAGS, 0.0)
+        self._last_step = dict.fromkeys(_TAGS, -1)
+        self._last_place = dict.fromkeys(_TAGS, -1)
+        self._rung_steps: set[int] = set()
+        self._waiting: StepRecord | None = None
+        if not self._read_back():
+            self._begin(config, metrics)
+
+    def step(self, record: StepRecord) -> None:
+        """Take a step record (rank 0 only). Most are dropped: see `POINT_GROWTH`; the last of a phase never is."""
+        if record.step <= self._last_step[record.phase]:
+            return
+        if self._waiting is not None and self._waiting.phase != record.phase:
+            self._write_waiting()
+        self._waiting = record
+        now_s = self._clock()
+        grown = record.path_flops >= POINT_GROWTH * self._written_flops[record.phase]
+        first = self._last_step[record.phase] < 0
+        cheap = self._writing_s <= WRITING_SHARE * (now_s - self._opened_s)
+        if first or (cheap and (grown or now_s - self._written_s >= POINT_INTERVAL_S)):
+            self._write_waiting()
+
+    def row(self, row: Row) -> None:
+        """Validation metrics of a rung row with two-standard-error bands; a row that failed marks the session so."""
+        self._write_waiting()
+        if row.get("kind", "rung") != "rung":
+            return
+        steps = int(row.get("steps") or 0)
+        if row.get("status", "ok") != "ok":
+            self._file.summary(_session_end("STATUS_FAILURE"))
+        elif steps not in self._rung_steps:
+            self._rung_steps.add(steps)
+            values = _validation(row)
+            self._file.scalars(steps, {**values, "progress/rung": row.get("rung")})
+            self._file.scalars(flops_step(row["path_flops"]), _by_flops(values))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what waits and close the file; the writer may not be used after."""
+        self._write_waiting()
+        self._file.close()
+
+    def _write_waiting(self) -> None:
+        record, self._waiting = self._waiting, None
+        if record is None:
+            return
+        began_s = self._clock()
+        phase, place = record.phase, flops_step(record.path_flops)
+        values = {tag: getattr(record, name) for tag, name in _TAGS[phase].items()}
+        self._file.scalars(record.step, values)
+        if place > self._last_place[phase]:
+            self._file.scalars(place, _by_flops(values))
+            self._last_place[phase] = place
+        self._last_step[phase], self._written_flops[phase] = record.step, record.path_flops
+        self._written_s = self._clock()
+        self._writing_s += self._written_s - began_s
+
+    def _read_back(self) -> bool:
+        """Take up what earlier processes wrote; False where the folder has no session yet."""
+        started = False
+        for event in stored_events(self._file.store):
+            for value in event.summary.value:
+                started = started or value.metadata.plugin_data.plugin_name == PLUGIN_NAME
+                if value.tag.startswith("val/"):
+                    self._rung_steps.add(event.step)
+                for phase, marker in _MARKERS.items():
+                    if value.tag == marker:
+                        self._last_step[phase] = max(self._last_step[phase], event.step)
+                    elif value.tag == f"by_flops/{marker}":
+                        self._last_place[phase] = max(self._last_place[phase], event.step)
+        return started
+
+    def _begin(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        # The three protos go into this very file: torch's add_hparams would open a run of its own beside the curves.
+        settings = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
+        for summary in hparams(settings, dict.fromkeys((f"val/{metric}" for metric in metrics), 0.0)):
+            self._file.summary(summary)
+        self._file.summary(custom_scalars(_trial_layout(metrics)))
+        self._file.flush()
+
+
+class SweepWriter:
+    """Scalars of the whole sweep against the number of results; results already in the folder are not written again."""
+
+    def __init__(self, log_dir: str | Path) -> None:
+        self._file = EventFile(log_dir)
+        self._last_step = -1
+        for event in stored_events(self._file.store):
+            if any(value.tag == "spend/total" for value in event.summary.value):
+                self._last_step = max(self._last_step, event.step)
+
+    def update(self, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
+        """After a commit: frontier per metric and rung, spend and occupancy per rung.
+
+        summary: spent_flops, cap_flops and running (tasks now), each of which may be missing.
+        """
+        found = rung_rows(rows)
+        if len(found) <= self._last_step or not found:
+            return
+        self._last_step = len(found)
+        best = {
+            f"frontier/{metric}/C={format_flops(point.flops)}": point.value
+            for metric in metric_names(rows)
+            for point in frontier(rows, metric)
+        }
+        spent = float(summary.get("spent_flops") or sum(float(row.get("task_flops") or 0.0) for row in found))
+        self._file.scalars(len(found), {**best, **_spend(found, spent, summary), **_occupancy(found, summary)})
+        self._file.scalars(flops_step(spent), _by_flops(best))
+        self._file.flush()
+
+    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None) -> None:
+        """The frontier as a text table and, where given, the overview figure; closes the file."""
+        self._file.summary(text("frontier", f"<pre>\n{frontier_text(rows)}\n</pre>"), len(rung_rows(rows)))
+        if overview_png is not None:
+            self._file.summary(_image("overview", overview_png), len(rung_rows(rows)))
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def trial_writer(log_dir: str | Path, config: Mapping[str, Any], metrics: Sequence[str]) -> TrialWriter:
+    """The writer of a trial, new or taken up again; hands `.step` to the training loop as its observer.
+
+    config: the configuration (HParams); metrics: names of the protocol's metrics, such as nll and recall@10.
+    """
+    return TrialWriter(log_dir, config, metrics)
+
+
+def sweep_writer(log_dir: str | Path) -> SweepWriter:
+    """The writer of the sweep-level curves, new or taken up again."""
+    return SweepWriter(log_dir)
+
+
+def _validation(row: Row) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for metric in row.get("metrics") or {}:
+        value, error = metric_value(row, metric), metric_error(row, metric)
+        values[f"val/{metric}"] = value
+        values[f"val_low/{metric}"], values[f"val_high/{metric}"] = value - 2 * error, value + 2 * error
+    return values
+
+
+def _by_flops(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"by_flops/{tag}": value for tag, value in values.items() if tag != "progress/path_flops"}
+
+
+def _spend(found: Sequence[Row], spent_flops: float, summary: Mapping[str, Any]) -> dict[str, float]:
+    values = {"spend/total": spent_flops}
+    if summary.get("cap_flops"):
+        values["spend/share_of_cap"] = spent_flops / float(summary["cap_flops"])
+    for flops in rung_ladder(found):
+        here = [float(row.get("task_flops") or 0.0) for row in found if row["rung_flops"] == flops]
+        values[f"spend/C={format_flops(flops)}"] = sum(here)
+    return values
+
+
+def _occupancy(found: Sequence[Row], summary: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {"occupancy/trials": len({str(row["trial"]) for row in found})}
+    values["occupancy/failed"] = sum(row.get("status", "ok") != "ok" for row in found)
+    if summary.get("running") is not None:
+        values["occupancy/running"] = float(summary["running"])
+    for flops in rung_ladder(found):
+        values[f"occupancy/C={format_flops(flops)}"] = sum(row["rung_flops"] == flops for row in found)
+    return values
+
+
+def _trial_layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    bands = {metric: ["Margin", [f"val/{metric}", f"val_low/{metric}", f"val_high/{metric}"]] for metric in metrics}
+    return {
+        "Training": {
+            "loss": ["Multiline", ["^train/loss$", "^cooldown/loss$"]],
+            "loss against C": ["Multiline", ["^by_flops/train/loss$", "^by_flops/cooldown/loss$"]],
+        },
+        "Validation, two standard errors": bands,
+        "Throughput": {"events per second": ["Multiline", ["^perf/events_per_s$", "^cooldown/events_per_s$"]]},
+    }
+
+
+def _session_end(status: str) -> Summary:
+    content = HParamsPluginData(
+        session_end_info=SessionEndInfo(status=Status.Value(status)), version=PLUGIN_DATA_VERSION
+    ).SerializeToString()
+    value = Summary.Value(tag=SESSION_END_INFO_TAG)
+    value.metadata.plugin_data.plugin_name = PLUGIN_NAME
+    value.metadata.plugin_data.content = content
+    return Summary(value=[value])
+
+
+def _image(tag: str, png: bytes) -> Summary:
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -1,0 +1,232 @@
+"""The sweep driver as a Ray Tune searcher: every (configuration, rung) task is one short Tune trial on a reused actor.
+
+Enters: a driver with `next_task`, `report` and `lost`. Leaves: calls on that driver, and events for a display.
+
+Ray Tune reuses a trial's actor only if the next trial is at hand when the last one ends, keeps at most one idle actor,
+and takes a starting actor's trial away as soon as any other actor is idle (the starting one is killed; with short
+trials a slot then never comes up). So a trial that has delivered its row does not end by itself: it stands by, and
+`may_end` ends it when its successor is waiting and no other slot is starting. Both delays are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ray.tune import Callback, Stopper
+from ray.tune.search import Searcher
+
+from bfm.sweep.task import Finished, Task, Wait
+from ray_jobs.trial import LOST, ROW
+
+IDLE_LIMIT_S = 60.0
+START_LIMIT_S = 60.0
+WAIT_POLL_S = 1.0
+Answer = TypeVar("Answer")
+
+
+class Driver(Protocol):
+    """What the searcher needs of bfm.sweep.driver.SweepDriver."""
+
+    def next_task(self) -> Task | Wait | Finished:
+        """The next task, with its cost reserved."""
+        ...
+
+    def report(self, task_id: str, row: dict[str, Any]) -> None:
+        """Commit a row."""
+        ...
+
+    def lost(self, task_id: str, reason: str) -> None:
+        """A task ended without a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class SweepEvent:
+    """Something a display may show: `kind` is assigned, row, lost or finished."""
+
+    kind: str
+    task: Task | None = None
+    row: dict[str, Any] | None = None
+    reason: str = ""
+
+
+@dataclass
+class _Live:
+    """A Tune trial that holds a slot."""
+
+    task: Task
+    started: bool = False
+    settled_at_s: float | None = None
+    ending: bool = False
+
+
+class DriverSearcher(Searcher):
+    """suggest -> next_task; a trial's result or death -> report or lost. At most `slots` trials at a time.
+
+    `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        slots: int,
+        *,
+        on_event: Callable[[SweepEvent], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.driver, self.slots = driver, slots
+        self.failure: Exception | None = None
+        self._on_event = on_event or (lambda event: None)
+        self._clock = clock
+        self._live: dict[str, _Live] = {}
+        self._next: Task | None = None
+        # Actors given back for the task in hand and not yet taken by it.
+        self._freed = 0
+        self._finished = False
+        self._ask_again_at_s = float("-inf")
+        self._short_since_s: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles searchers into its own snapshot; the ledger is the journal here, so there is nothing to keep.
+        return {"slots": self.slots}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A configuration for a new Tune trial, None while there is nothing to start, FINISHED at the end."""
+        task = self._peek()
+        if task is None:
+            return None if self._live else Searcher.FINISHED
+        if len(self._live) >= self.slots or (self._freed == 0 and self._standing_by()):
+            return None
+        self._next = None
+        self._freed = max(0, self._freed - 1)
+        self._live[trial_id] = _Live(task)
+        self._on_event(SweepEvent("assigned", task=task))
+        return {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time()}
+
+    def started(self, trial_id: str) -> None:
+        """The trial's actor is up."""
+        self._live[trial_id].started = True
+
+    def may_end(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Commit the trial's row if it has come, and say whether the trial may give its actor back now."""
+        self._settle(trial_id, result)
+        live = self._live[trial_id]
+        if live.settled_at_s is None:
+            return False
+        if self.failure is not None:
+            return True
+        if self._slots_are_starting():
+            return False
+        if self._peek() is not None:
+            # One trial ends per task in hand; the others stand by for the next one.
+            live.ending = self._freed == 0 and not any(other.ending for other in self._live.values())
+            return live.ending
+        return self._finished or self._clock() - live.settled_at_s > IDLE_LIMIT_S
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: `may_end` has seen the result."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The Tune trial is over; without a row its task is lost."""
+        live = self._live.pop(trial_id)
+        self._freed += live.ending
+        if live.settled_at_s is None:
+            self._lose(live.task, "its worker process died (killed, out of memory, or its node is gone)")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Tune's snapshot of the searcher: a note that the ledger is the journal."""
+        Path(checkpoint_path).write_text('{"journal": "ledger"}\n')
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Tune's restore is not used: a sweep is resumed from its ledger."""
+        raise RuntimeError("resume the sweep from its ledger, not from Ray Tune's snapshot")
+
+    def _peek(self) -> Task | None:
+        now_s = self._clock()
+        if self._next is not None or self._finished or self.failure is not None or now_s < self._ask_again_at_s:
+            return self._next
+        answer = self._guard(self.driver.next_task)
+        if isinstance(answer, Task):
+            self._next = answer
+        elif isinstance(answer, Finished):
+            self._finished = True
+            self._on_event(SweepEvent("finished", reason=answer.reason))
+        elif isinstance(answer, Wait) and not self._live:
+            # A driver that waits with nothing running waits for ever; that must not look like work.
+            self.failure = RuntimeError(f"nothing is running, and yet the sweep waits: {answer.reason}")
+        else:
+            self._ask_again_at_s = now_s + WAIT_POLL_S
+        return self._next
+
+    def _standing_by(self) -> bool:
+        return any(live.settled_at_s is not None and not live.ending for live in self._live.values())
+
+    def _slots_are_starting(self) -> bool:
+        if all(live.started for live in self._live.values()):
+            if self._next is None or len(self._live) == self.slots:
+                self._short_since_s = None
+            return False
+        if self._short_since_s is None:
+            self._short_since_s = self._clock()
+        # A slot without resources (a cluster at its limit) may never come up; nobody waits for it for ever.
+        return self._clock() - self._short_since_s <= START_LIMIT_S
+
+    def _settle(self, trial_id: str, result: dict[str, Any]) -> None:
+        live = self._live[trial_id]
+        if live.settled_at_s is not None or not (ROW in result or LOST in result):
+            return
+        live.settled_at_s = self._clock()
+        if LOST in result:
+            self._lose(live.task, result[LOST])
+            return
+        row = json.loads(result[ROW])
+        self._ask_again_at_s = float("-inf")
+        self._guard(lambda: self.driver.report(live.task.task_id, row))
+        self._on_event(SweepEvent("row", task=live.task, row=row))
+
+    def _lose(self, task: Task, reason: str) -> None:
+        self._ask_again_at_s = float("-inf")
+        self._guard(lambda: self.driver.lost(task.task_id, reason))
+        self._on_event(SweepEvent("lost", task=task, reason=reason))
+
+    def _guard(self, call: Callable[[], Answer]) -> Answer | None:
+        if self.failure is not None:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            # Tune would bury it in a TuneError's text; the sweep's entry point raises it after the run has ended.
+            self.failure = error
+            return None
+
+
+class EndWhenReady(Stopper):
+    """Ends a trial when its searcher says so, and the whole run when its driver has failed."""
+
+    def __init__(self, searcher: DriverSearcher) -> None:
+        self.searcher = searcher
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether this trial ends here."""
+        return self.searcher.may_end(trial_id, result)
+
+    def stop_all(self) -> bool:
+        """Whether the run ends here."""
+        return self.searcher.failure is not None
+
+
+class SlotWatch(Callback):
+    """Tells the searcher which actors are up."""
+
+    def __init__(self, searcher: DriverSearcher) -> None:
+        self.searcher = searcher
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial has its actor, fresh or reused."""
+        self.searcher.started(trial.trial_id)

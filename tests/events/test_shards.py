@@ -1,0 +1,154 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from bfm.errors import CorruptError, UserError
+from bfm.events.derived import derived_path, load_derived, save_derived
+from bfm.events.manifest import MANIFEST, Manifest
+from bfm.events.shards import Shards, write_shard
+from tests.helpers import make_shards
+
+
+@pytest.fixture
+def copied(toy_shards, tmp_path):
+    """A copy of the toy shards that a test may damage."""
+    shutil.copytree(toy_shards.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_shards_say_what_was_written(toy_shards):
+    lengths = toy_shards.user_lengths
+    assert lengths.sum() == toy_shards.num_events
+    assert (np.diff(toy_shards.train_counts) <= 0).all()
+    assert toy_shards.train_counts[-1] >= 1
+    assert toy_shards.train_counts.sum() == toy_shards.manifest.train_events
+    assert {f.name for f in toy_shards.item_fields} == set(toy_shards.item_arrays)
+    assert all(len(values) == toy_shards.num_items for values in toy_shards.item_arrays.values())
+    assert len(toy_shards.user_keys()) == toy_shards.num_users
+    assert Shards.open(toy_shards.path, verify=True).hash == toy_shards.hash
+
+
+def test_partition_does_not_change_histories(tmp_path):
+    one, three = (make_shards(tmp_path / str(n), users=40, num_shards=n) for n in (1, 3))
+    index = np.random.default_rng(0).integers(0, one.num_events, 200)
+    for user in range(40):
+        first, second = one.history(user), three.history(user)
+        assert np.array_equal(first.item, second.item)
+        assert np.array_equal(first.time, second.time)
+        assert np.array_equal(first.context["channel"], second.context["channel"])
+        assert (first.train_end, first.valid_end) == (second.train_end, second.valid_end)
+    for name in ("channel", "quantity"):
+        taken = [shards.take_context(name, shards.locate(index)) for shards in (one, three)]
+        assert np.array_equal(*taken, equal_nan=True)
+
+
+def test_same_input_same_bytes(tmp_path):
+    first, second = (make_shards(tmp_path / name, users=20, seed=3) for name in "ab")
+    assert first.hash == second.hash
+    assert make_shards(tmp_path / "c", users=20, seed=4).hash != first.hash
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00000/item.npy", "shard-00000/context/quantity.npy", "items/price.npy", "protocol.json"]
+)
+def test_a_truncated_file_is_named(copied, name):
+    with open(copied / name, "r+b") as handle:
+        handle.truncate(os.path.getsize(copied / name) - 3)
+    with pytest.raises(CorruptError, match=name):
+        Shards.open(copied)
+
+
+def test_an_altered_file_is_named(copied):
+    raw = bytearray((copied / "shard-00000/time.npy").read_bytes())
+    raw[-1] ^= 1
+    (copied / "shard-00000/time.npy").write_bytes(raw)
+    with pytest.raises(CorruptError, match=r"shard-00000/time\.npy"):
+        Shards.open(copied, verify=True)
+
+
+def test_a_missing_file_is_named(copied):
+    (copied / "items.parquet").unlink()
+    with pytest.raises(CorruptError, match=r"items\.parquet"):
+        Shards.open(copied)
+
+
+def test_an_altered_manifest_is_found(copied):
+    values = json.loads((copied / MANIFEST).read_text())
+    (copied / MANIFEST).write_text(json.dumps({**values, "seed": 99}))
+    with pytest.raises(CorruptError, match="altered"):
+        Shards.open(copied)
+    (copied / MANIFEST).write_text(json.dumps({**values, "surprise": 1}))
+    with pytest.raises(CorruptError, match="not the manifest"):
+        Shards.open(copied)
+    (copied / MANIFEST).write_text(json.dumps({**values, "schema_version": 77}))
+    with pytest.raises(UserError, match="prepare it again"):
+        Shards.open(copied)
+
+
+def test_no_shard_set_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Shards.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not finished"):
+        Shards.open(tmp_path)
+    with pytest.raises(UserError, match="no shard set"):
+        Shards.open(f"file://{tmp_path}")
+
+
+def test_a_uri_is_cached_and_checked(toy_shards, copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("BFM_CACHE", str(tmp_path / "cache"))
+    fetched = Shards.open(f"file://{copied}")
+    assert fetched.hash == toy_shards.hash
+    assert (tmp_path / "cache") in fetched.path.parents
+    # The second opening needs nothing but the remote manifest.
+    shutil.rmtree(copied / "shard-00000")
+    assert np.array_equal(Shards.open(f"file://{copied}").history(3).item, toy_shards.history(3).item)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(FileNotFoundError):
+        Shards.open(f"file://{copied}")
+    assert not [name for name in os.listdir(tmp_path / "cache/shards") if not name.startswith(".fetch")]
+
+
+def test_manifest_survives_its_json(toy_shards):
+    manifest = toy_shards.manifest
+    again = Manifest.from_dict(json.loads(json.dumps(manifest.as_dict())))
+    assert again == manifest
+    assert again.hash == manifest.hash
+
+
+def test_writer_refuses_lengths_that_do_not_fit(tmp_path):
+    good = {
+        "item": np.zeros(3), "time": np.zeros(3), "context": {}, "user_offsets": np.array([0, 3]),
+        "train_end": np.array([1]), "valid_end": np.array([2]), "users": ["a"],
+    }  # fmt: skip
+    write_shard(tmp_path, 0, **good)
+    for bad in ({"time": np.zeros(2)}, {"valid_end": np.array([0])}, {"context": {"x": np.zeros(1)}}, {"users": []}):
+        with pytest.raises(ValueError, match="shard 0"):
+            write_shard(tmp_path, 0, **{**good, **bad})
+
+
+def test_an_empty_partition_is_harmless(tmp_path):
+    shards = make_shards(tmp_path, users=3, num_shards=5)
+    assert shards.num_users == 3
+    assert sum(len(shards.history(user).item) for user in range(3)) == shards.num_events
+
+
+def test_derived_caches_are_checked_and_never_needed(copied):
+    shards = Shards.open(copied)
+    assert load_derived(shards, "x") is None
+    assert save_derived(shards, "x", b"value")
+    assert load_derived(shards, "x") == b"value"
+    derived_path(shards, "x").write_bytes(derived_path(shards, "x").read_bytes()[:-1])
+    assert load_derived(shards, "x") is None
+    assert Shards.open(copied, verify=True).hash == shards.hash
+
+
+def test_a_directory_that_cannot_be_written_only_costs_the_cache(toy_shards, monkeypatch):
+    def refuse(path, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("bfm.events.derived.write_atomic", refuse)
+    assert not save_derived(toy_shards, "never", b"value")
+    assert load_derived(toy_shards, "never") is None

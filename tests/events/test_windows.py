@@ -1,0 +1,225 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bfm.events.protocol import Protocol
+from bfm.events.windows import WindowOrder, eval_windows
+from tests.helpers import make_shards
+
+SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**40))
+
+
+@pytest.fixture(scope="module")
+def split_in_three(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("three") / "shards", num_shards=3)
+
+
+@pytest.fixture(scope="module")
+def leave_one_out(tmp_path_factory):
+    where = tmp_path_factory.mktemp("loo") / "shards"
+    return make_shards(where, clock=False, split="leave_one_out", filter_seen=True)
+
+
+def epoch_rows(order, epoch):
+    """All windows of an epoch, taken one by one."""
+    single = order.reshaped(order.window, 1)
+    first = epoch * order.windows_per_epoch
+    return [single.group(first + index) for index in range(order.windows_per_epoch)]
+
+
+def same(first, second):
+    names = ("item_RL", "target_RL", "segment_RL", "later_RL", "time_RL", "gap_RL")
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names) and all(
+        np.array_equal(first.context[name], second.context[name], equal_nan=True) for name in first.context
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES)
+def test_order_is_a_pure_function_of_seed_and_index(toy_shards, split_in_three, shape):
+    window, group_windows, seed = shape
+    order = WindowOrder(toy_shards, window, group_windows, seed)
+    indices = [0, 1, 7, int(order.groups_per_epoch), int(order.groups_per_epoch) + 1, 3 * int(order.groups_per_epoch)]
+    forward = [order.group(index) for index in indices]
+    # Another reading order, another process's object, another partition into shards: the same groups.
+    fresh = WindowOrder(toy_shards, window, group_windows, seed)
+    elsewhere = WindowOrder(split_in_three, window, group_windows, seed)
+    for index, group in reversed(list(zip(indices, forward, strict=True))):
+        assert same(fresh.group(index), group)
+        assert same(elsewhere.group(index), group)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 3))
+def test_every_training_event_is_input_once_per_epoch(toy_shards, shape, epoch):
+    window, group_windows, seed = shape
+    order = WindowOrder(toy_shards, window, group_windows, seed)
+    seen, targets = Counter(), Counter()
+    for row in epoch_rows(order, epoch):
+        filled = row.item_RL >= 0
+        seen.update(zip(row.item_RL[filled].tolist(), row.time_RL[filled].tolist(), strict=True))
+        targets.update(row.target_RL[row.target_RL >= 0].tolist())
+        assert (row.target_RL[~filled] == -1).all()
+    expected, expected_targets = Counter(), Counter()
+    for user in range(toy_shards.num_users):
+        history = toy_shards.history(user)
+        known = slice(0, history.train_end)
+        expected.update(zip(history.item[known].tolist(), history.time[known].tolist(), strict=True))
+        expected_targets.update(history.item[1 : history.train_end].tolist())
+    assert seen == expected
+    assert targets == expected_targets
+    assert sum(targets.values()) == order.targets_per_epoch
+
+
+def test_positions_hold_what_the_history_holds(split_in_three):
+    """Brute force over two epochs: item, target, bit, gap, context, segments, user by user."""
+    shards = split_in_three
+    order = WindowOrder(shards, 13, 4, seed=5)
+    rows = epoch_rows(order, 0) + epoch_rows(order, 1)
+    cells = []
+    for row in rows:
+        for column in np.flatnonzero(row.item_RL[0] >= 0):
+            cells.append((row, column))
+    offset = 0
+    finished = Counter()
+    while offset < len(cells):
+        row, column = cells[offset]
+        user = next(
+            user
+            for user in range(shards.num_users)
+            if finished[user] < 2 and _matches(shards.history(user), cells[offset:])
+        )
+        finished[user] += 1
+        history = shards.history(user)
+        for position in range(history.train_end):
+            row, column = cells[offset + position]
+            last = position + 1 == history.train_end
+            gap = history.time[position] - history.time[position - 1] if position else 0
+            following = history.time[position] if last else history.time[position + 1]
+            assert row.target_RL[0, column] == (-1 if last else history.item[position + 1])
+            assert row.later_RL[0, column] == (following > history.time[position])
+            assert row.gap_RL[0, column] == np.float32(gap / 1000)
+            assert row.context["channel"][0, column] == history.context["channel"][position]
+            # Segments count from 0 in every row and change exactly where the user does.
+            before = row.segment_RL[0, column - 1] if column else -1
+            starts_here = position == 0 or column == 0
+            assert row.segment_RL[0, column] == before + starts_here
+        offset += history.train_end
+    assert set(finished.values()) == {2}
+
+
+def _matches(history, cells):
+    wanted = history.train_end
+    if not 0 < wanted <= len(cells):
+        return False
+    items = [row.item_RL[0, column] for row, column in cells[:wanted]]
+    times = [row.time_RL[0, column] for row, column in cells[:wanted]]
+    return np.array_equal(items, history.item[:wanted]) and np.array_equal(times, history.time[:wanted])
+
+
+def test_epochs_and_seeds_have_other_orders(toy_shards):
+    order = WindowOrder(toy_shards, 16, 2, seed=0)
+    first, second = epoch_rows(order, 0)[0], epoch_rows(order, 1)[0]
+    other = WindowOrder(toy_shards, 16, 2, seed=1).group(0)
+    assert not np.array_equal(first.item_RL, second.item_RL)
+    assert not np.array_equal(first.item_RL[0], other.item_RL[0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(SHAPES, st.integers(0, 500))
+def test_the_cursor_is_one_integer(toy_shards, shape, index):
+    """Group g is windows g*G .. g*G+G-1 of the endless order, across epochs; the cheap path sees the same targets."""
+    window, group_windows, seed = shape
+    order = WindowOrder(toy_shards, window, group_windows, seed)
+    group, single = order.group(index), order.reshaped(window, 1)
+    assert group.item_RL.shape == (group_windows, window)
+    for row in range(group_windows):
+        alone = single.group(index * group_windows + row)
+        assert np.array_equal(group.item_RL[row], alone.item_RL[0])
+        assert np.array_equal(group.target_RL[row], alone.target_RL[0])
+        assert np.array_equal(group.segment_RL[row], alone.segment_RL[0])
+    targets = group.target_RL[group.target_RL >= 0]
+    assert np.array_equal(order.group_targets(index), targets)
+    assert np.array_equal(order.group_target_ids(index), np.unique(targets))
+    assert np.array_equal(order.group_item_ids(index), group.item_RL[group.item_RL >= 0])
+
+
+def test_no_target_after_the_split(toy_shards, leave_one_out):
+    for shards in (toy_shards, leave_one_out):
+        order = WindowOrder(shards, 8, 1, seed=0)
+        items = np.concatenate([row.item_RL.ravel() for row in epoch_rows(order, 0)])
+        targets = np.concatenate([row.target_RL.ravel() for row in epoch_rows(order, 0)])
+        assert max(items.max(), targets.max()) < shards.num_catalogue
+        expected = np.concatenate(
+            [shards.history(user).item[: shards.train_lengths[user]] for user in range(shards.num_users)]
+        )
+        assert np.array_equal(np.sort(items[items >= 0]), np.sort(expected))
+
+
+def test_positions_instead_of_times(leave_one_out):
+    row = WindowOrder(leave_one_out, 64, 1, seed=0).group(0)
+    inside = (row.segment_RL >= 0) & (row.time_RL > 0)
+    assert (row.gap_RL[inside] == 1.0).all()
+    assert (row.later_RL == (row.target_RL >= 0)).all()
+
+
+def test_pads_are_marked_everywhere(tmp_path):
+    shards = make_shards(tmp_path, users=9, max_events=9, every_kind=True)
+    group = WindowOrder(shards, 50, 2, seed=0).group(0)
+    pad = group.item_RL < 0
+    assert pad.any()
+    assert (group.segment_RL[pad] == -1).all()
+    assert np.isnan(group.context["quantity"][pad]).all()
+    assert (group.context["channel"][pad] == 0).all()
+    assert not group.later_RL[pad].any()
+
+
+@pytest.mark.parametrize(("window", "group_windows"), [(0, 1), (8, 0)])
+def test_windows_of_no_length_are_refused(toy_shards, window, group_windows):
+    with pytest.raises(ValueError, match="at least 1"):
+        WindowOrder(toy_shards, window, group_windows, seed=0)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_eval_windows_hold_each_query_s_context(split_in_three, leave_one_out, part, window):
+    for shards in (split_in_three, leave_one_out):
+        protocol = Protocol.load(shards)
+        queries = protocol.queries(part)
+        packed = eval_windows(shards, queries[10:50], window)
+        cells = Counter()
+        for query, (row, column) in enumerate(zip(packed.row, packed.column, strict=True)):
+            user, position = queries.user[10 + query], queries.position[10 + query]
+            history = shards.history(user)
+            length = min(position + 1, window)
+            context = slice(position + 1 - length, position + 1)
+            place = (row, slice(column + 1 - length, column + 1))
+            cells.update((row, cell) for cell in range(column + 1 - length, column + 1))
+            windows = packed.windows
+            assert np.array_equal(windows.item_RL[place], history.item[context])
+            assert np.array_equal(windows.time_RL[place], history.time[context])
+            assert len(set(windows.segment_RL[place].tolist())) == 1
+            true_bits = history.time[1 : position + 1] > history.time[:position]
+            assert np.array_equal(windows.later_RL[place][:-1], true_bits[position + 1 - length :])
+            assert windows.later_RL[row, column] == (not queries.basket[10 + query])
+            if packed.seen is not None:
+                assert np.array_equal(packed.seen[query], np.unique(history.item[: position + 1]))
+        assert (packed.seen is not None) == protocol.filter_seen
+        assert max(cells.values()) == 1
+        assert len(cells) == (packed.windows.item_RL >= 0).sum()
+        for row in packed.windows.segment_RL:
+            # Packed contexts stand one after the other: segments rise from 0, pads come last.
+            filled = row[row >= 0]
+            assert np.array_equal(np.unique(filled), np.arange(filled.max() + 1))
+            assert (np.diff(filled) >= 0).all()
+            assert (row[len(filled) :] == -1).all()
+        assert (packed.windows.target_RL == -1).all()
+
+
+def test_packing_wastes_little(tmp_path):
+    shards = make_shards(tmp_path, users=200, max_events=90)
+    packed = eval_windows(shards, Protocol.load(shards).queries("validation"), 128)
+    assert (packed.windows.item_RL >= 0).mean() > 0.85

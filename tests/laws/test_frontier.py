@@ -1,0 +1,105 @@
+"""The frontier against a brute-force reading of its definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfm.errors import UserError
+from bfm.laws.frontier import (
+    frontier,
+    frontier_at,
+    goal_of,
+    measured,
+    metric_names,
+    rank_agreement,
+    rung_ladder,
+)
+
+
+def row(trial: str, flops: float, nll: float | None = None, recall: float | None = None, **more: object) -> dict:
+    metrics = {"nll": nll} | ({} if recall is None else {"recall@10": recall})
+    return {
+        "trial": trial, "rung_flops": flops, "kind": "rung", "status": "ok", "params": 1000, "protocol_hash": "p",
+        "metrics": metrics, "errors": {"nll": 0.1}, **more,
+    }  # fmt: skip
+
+
+RESULTS = st.lists(st.tuples(st.sampled_from([1e9, 4e9, 1.6e10]), st.floats(0, 10)), min_size=1, max_size=12)
+
+
+@given(RESULTS)
+def test_value_is_the_best_with_at_most_c_and_never_gets_worse(results):
+    rows = [row(f"t{place}", flops, value, 1 - value) for place, (flops, value) in enumerate(results)]
+    down, up = frontier(rows, "nll"), frontier(rows, "recall@10")
+    assert [point.flops for point in down] == sorted({flops for flops, _ in results})
+    for low, high in zip(down, up, strict=True):
+        assert low.value == min(value for flops, value in results if flops <= low.flops)
+        assert high.value == max(1 - value for flops, value in results if flops <= high.flops)
+    assert [p.value for p in down] == sorted((p.value for p in down), reverse=True)
+
+
+def test_point_names_its_holder_error_and_rivals():
+    rows = [row("a", 1e9, 5.0), row("b", 1e9, 5.2), row("c", 1e9, 5.4), row("d", 4e9, 6.0)]
+    first, second = frontier(rows, "nll")
+    assert (first.row["trial"], first.error, first.rows, first.carried) == ("a", 0.1, 3, False)
+    # 2 * hypot(0.1, 0.1) = 0.283: b is within error of a, c is not.
+    assert first.rivals == 1
+    assert (second.row["trial"], second.value, second.carried) == ("a", 5.0, True)
+
+
+def test_equal_values_go_to_the_smaller_model():
+    rows = [row("big", 1e9, 5.0, params=2000), row("small", 1e9, 5.0, params=1000)]
+    assert frontier(rows, "nll")[0].row["trial"] == "small"
+
+
+def test_only_finished_rung_rows_with_a_finite_value_count():
+    rows = [
+        row("probe", 1e9, 1.0, kind="probe"),
+        row("diverged", 1e9, 2.0, status="diverged"),
+        row("nan", 1e9, math.nan),
+        row("none", 1e9, None),
+        row("good", 1e9, 3.0),
+    ]
+    assert [point.value for point in frontier(rows, "nll")] == [3.0]
+    assert frontier(rows, "recall@10") == []
+    assert frontier([], "nll") == []
+
+
+def test_rows_of_two_protocols_are_refused():
+    with pytest.raises(UserError, match="2 evaluation protocols"):
+        measured([row("a", 1e9, 5.0), row("b", 1e9, 5.0, protocol_hash="q")], "nll")
+
+
+def test_frontier_as_a_function_of_c():
+    points = frontier([row("a", 1e9, 5.0), row("b", 4e9, 4.0)], "nll")
+    assert frontier_at(points, 9e8) is None
+    assert [frontier_at(points, flops).value for flops in (1e9, 3.9e9, 4e9, 1e12)] == [5.0, 5.0, 4.0, 4.0]
+
+
+def test_goals_and_order_of_metrics():
+    names = ("mrr@10", "coverage@10", "recall@5", "recall@10", "nll", "warm.recall@10", "basket.nll", "loss_sampled")
+    rows = [row("a", 1e9) | {"metrics": dict.fromkeys(names, 1.0)}]
+    assert metric_names(rows) == ["nll", "recall@5", "recall@10", "mrr@10", "coverage@10"]
+    assert metric_names(rows, headline=False)[-2:] == ["warm.recall@10", "basket.nll"]
+    assert [goal_of(name) for name in ("nll", "basket.nll", "loss_sampled")] == ["minimize"] * 3
+    assert goal_of("warm.recall@10") == "maximize"
+    assert rung_ladder(rows) == [1e9]
+
+
+def test_agreement_turns_with_the_order_of_the_trials():
+    same = [row(f"t{k}", 1e9, 5.0 - k, 0.1 * k) for k in range(5)]
+    turned = [row(f"t{k}", 4e9, 5.0 - k, -0.1 * k) for k in range(5)]
+    few = [row(f"t{k}", 9e9, 5.0 - k, 0.1 * k) for k in range(3)]
+    found = rank_agreement(same + turned + few, "nll", "recall@10")
+    assert [(a.flops, round(a.spearman, 12), a.rows) for a in found] == [(1e9, 1.0, 5), (4e9, -1.0, 5)]
+
+
+def test_agreement_shares_ranks_of_equal_values_and_skips_constant_metrics():
+    tied = [row(f"t{k}", 1e9, nll, recall) for k, (nll, recall) in enumerate([(1, 4), (2, 3), (2, 3), (3, 1)])]
+    assert rank_agreement(tied, "nll", "recall@10")[0].spearman == pytest.approx(1.0)
+    flat = [row(f"t{k}", 1e9, float(k), 0.5) for k in range(5)]
+    assert rank_agreement(flat, "nll", "recall@10") == []

@@ -1,0 +1,167 @@
+"""Figures and the page: whole, self-contained, escaped, and unbroken by few or bad rows."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import diverged, planted_sweep
+
+from bfm.errors import UserError
+from bfm.report import figures, style
+from bfm.report.page import render_report, write_report
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Balanced(HTMLParser):
+    """Fails on tags that do not nest; collects ids and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self._note(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self._note(attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def _note(self, attributes):
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+                self.fetched.append(value)
+
+
+def parsed(html: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(html)
+    assert parser.open == []
+    return parser
+
+
+def rendered(sweep, spec=None, extra=None) -> str:
+    return render_report(sweep["rows"], sweep["summary"], sweep["baselines"], spec or {}, extra or {})[
+        "index.html"
+    ].decode()
+
+
+def test_report_of_a_sweep_is_whole_and_self_contained(sweep, tmp_path):
+    path = write_report(tmp_path / "report", sweep["rows"], sweep["summary"], sweep["baselines"], {"name": "q"}, {})
+    html = path.read_text()
+    page = parsed(html)
+    assert page.fetched == []
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert len(page.ids) == len(set(page.ids))
+    for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html):
+        assert (reference[0] or reference[1]) in page.ids
+    for anchor in ("best", "frontier", "curves", "isoflop", "settings", "agreement", "spend", "trials", "failures"):
+        assert anchor in page.ids
+    assert pq.read_table(path.parent / "runs.parquet").num_rows == len(sweep["rows"])
+    for figure in ("frontier", "curves", "isoflop", "settings", "agreement", "spend"):
+        ElementTree.parse(path.parent / "figures" / f"{figure}.svg")
+    # Every trial has its line.
+    assert all(f"<td>t{trial:03d}</td>" in html for trial in range(24))
+
+
+def test_the_page_is_a_function_of_its_input(sweep):
+    assert rendered(sweep) == rendered(planted_sweep())
+
+
+def test_everything_from_outside_is_escaped(sweep):
+    evil = "<script>alert('x')</script>\"&"
+    sweep["summary"]["name"] = evil
+    sweep["summary"]["failures"] = [{"trial": evil, "rung": 1, "reason": evil}]
+    sweep["summary"]["rejected"] = {evil: 3}
+    sweep["rows"][0] = sweep["rows"][0] | {"trial": evil, "device": evil, "engine": evil}
+    best = min((row for row in sweep["rows"] if row["rung"] == 2), key=lambda row: row["metrics"]["nll"])
+    best["trial"] = evil
+    extra = {"manifest": {"name": evil, "split": {"by": evil}}, "protocol": {"hash": evil}, "provenance": {evil: evil}}
+    sweep["baselines"][evil] = {"nll": 7.5, "recall@10": 0.2}
+    html = rendered(sweep, {"name": evil}, extra)
+    assert "<script>alert" not in html
+    assert html.count("<script>") == 1
+    parsed(html)
+
+
+def test_pages_of_few_and_bad_rows():
+    full = planted_sweep()
+    bad_values = [row | {"metrics": {"nll": math.nan, "recall@10": None}, "errors": {}} for row in full["rows"][:3]]
+    bare = [{"trial": "t0", "rung": 0, "rung_flops": 1e9, "metrics": {"nll": 3.0}}]
+    no_size = [row | {"params": None} for row in full["rows"][:4]]
+    cases = [[], full["rows"][:1], full["rows"][:3], bad_values, bare, no_size, [diverged(full["rows"][0])]]
+    same = [full["rows"][0] | {"trial": f"t{k}"} for k in range(5)]
+    probes = [full["rows"][0] | {"kind": "probe"}]
+    for rows in [*cases, same, probes]:
+        parsed(rendered({"rows": rows, "summary": {}, "baselines": {}}))
+    parsed(rendered({"rows": full["rows"][:2], "summary": full["summary"], "baselines": full["baselines"]}))
+
+
+def test_many_rungs_one_metric_and_long_names():
+    rows = [
+        {"trial": "trial-with-a-long-name", "rung": rung, "rung_flops": 10.0 ** (9 + rung), "params": 10 ** (3 + rung / 3),
+         "metrics": {"mrr@10": 0.1 + 0.01 * rung}}
+        for rung in range(12)
+    ]  # fmt: skip
+    parsed(rendered({"rows": rows, "summary": {"rungs": [row["rung_flops"] for row in rows]}, "baselines": {}}))
+
+
+def test_rows_of_two_protocols_are_refused(sweep):
+    sweep["rows"][0]["protocol_hash"] = "other"
+    with pytest.raises(UserError, match="evaluation protocols"):
+        rendered(sweep)
+
+
+def test_a_failed_write_leaves_the_old_report(sweep, tmp_path, monkeypatch):
+    arguments = (sweep["rows"], sweep["summary"], sweep["baselines"], {}, {})
+    path = write_report(tmp_path, *arguments)
+    before = path.read_bytes()
+
+    def full_disk(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bfm.report.page.write_atomic", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path, *arguments)
+    assert path.read_bytes() == before
+
+
+def test_overview_is_a_picture(sweep):
+    data = figures.overview_png(sweep["rows"], sweep["baselines"])
+    assert data.startswith(b"\x89PNG")
+
+
+def test_figure_colours_follow_the_page_theme_but_not_in_files(sweep):
+    figure = figures.isoflop_figure(sweep["rows"], ["nll"])
+    inline = style.inline_svg(figure, "isoflop", 'a "quoted" <caption>')
+    assert style.INK not in inline
+    assert "var(--ink)" in inline
+    assert "&quot;quoted&quot; &lt;caption>" in inline
+    assert "var(" not in style.svg_bytes(figure).decode()
+    ElementTree.parse(io.BytesIO(inline.encode()))
+
+
+def test_varied_fields_are_the_swept_numbers(sweep):
+    assert figures.varied_fields(sweep["rows"]) == ["embedder_share", "groups_per_step", "learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e12, "10\u00b9\u00b2"), (4e11, "4\u00d710\u00b9\u00b9"), (1.6e12, "1.6\u00d710\u00b9\u00b2"), (0.0, "0")],
+)
+def test_powers_read_well(value, text):
+    assert style.power_text(value) == text

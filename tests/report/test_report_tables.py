@@ -1,0 +1,94 @@
+"""runs.parquet and the terminal's tables."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pyarrow.parquet as pq
+
+from bfm.report.tables import (
+    aligned,
+    failures_text,
+    frontier_text,
+    runs_parquet,
+    runs_table,
+    spend_text,
+    trials_in_order,
+    trials_text,
+    value_text,
+)
+
+
+def test_parquet_holds_every_row_flat(sweep):
+    rows = sweep["rows"]
+    table = pq.read_table(io.BytesIO(runs_parquet(rows)))
+    assert table.num_rows == len(rows)
+    assert table["metrics.nll"].to_pylist() == [row["metrics"].get("nll") for row in rows]
+    assert table["config.params"].to_pylist() == [row["config"]["params"] for row in rows]
+    assert table["errors.recall@10"].null_count == 2
+    assert str(table.schema.field("steps").type) == "int64"
+    assert str(table.schema.field("rung_flops").type) == "double"
+
+
+def test_columns_of_mixed_kinds_lists_and_no_rows():
+    rows = [
+        {"trial": "a", "config": {"depth": None, "x": 1, "tag": "u", "on": True}, "shape": {"sizes": [1, 2]}},
+        {"trial": "b", "config": {"depth": 2, "x": 0.5, "tag": 3, "on": None}},
+    ]
+    columns = runs_table(rows).to_pydict()
+    assert columns["config.depth"] == [None, 2]
+    assert columns["config.x"] == [1.0, 0.5]
+    assert columns["config.tag"] == ["u", "3"]
+    assert columns["config.on"] == [True, None]
+    assert columns["shape.sizes"] == ["[1, 2]", None]
+    assert pq.read_table(io.BytesIO(runs_parquet([]))).num_rows == 0
+
+
+def test_digits_follow_the_error():
+    assert value_text(7.64123, 0.0213) == "7.641 \u00b1 0.021"
+    assert value_text(0.20198, 0.0021) == "0.2020 \u00b1 0.0021"
+    assert value_text(123.456, 4.0) == "123.5 \u00b1 4.0"
+    assert value_text(7.64123) == "7.641"
+    assert value_text(math.nan, 0.1) == "-"
+
+
+def test_frontier_table_has_a_line_per_rung_and_baseline(sweep):
+    lines = frontier_text(sweep["rows"], sweep["baselines"]).splitlines()
+    assert [line.split()[:2] for line in lines[2:5]] == [["C", "1e11"], ["C", "4e11"], ["C", "1.6e12"]]
+    assert lines[5].startswith("popularity")
+    assert lines[6].startswith("co-occurrence")
+    best = min(row["metrics"]["nll"] for row in sweep["rows"] if row["rung"] == 2)
+    assert f"{best:.3f}" in lines[4]
+    assert max(len(line) for line in lines) <= 100
+    assert frontier_text([]) == "no results yet"
+
+
+def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
+    ordered = trials_in_order(sweep["rows"])
+    assert len(ordered) == 24
+    assert [row["rung"] for row in ordered[:4]] == [2] * 4
+    losses = [row["metrics"]["nll"] for row in ordered[:4]]
+    assert losses == sorted(losses)
+    assert {row["trial"] for row in ordered[-2:]} == {"t005", "t017"}
+    assert "... and 19 more" in trials_text(sweep["rows"], 5)
+
+
+def test_spend_and_failures(sweep):
+    text = spend_text(sweep["rows"], sweep["summary"])
+    assert "22       2" in text.splitlines()[2]
+    assert text.splitlines()[-1] == "spent 1.09e13 FLOPs of 2.4e13 (45%)"
+    reasons = failures_text(sweep["rows"], sweep["summary"])
+    assert "t005 rung 0: diverged" in reasons
+    assert "worker killed (signal 9)" in reasons
+    assert "refused 7: fewer than 100 steps" in reasons
+    assert failures_text([], {}) == ""
+
+
+def test_columns_align():
+    assert aligned(["a", "bb"], [["xyz", "1"], ["x", "222"]]).splitlines() == [
+        "a     bb",
+        "--------",
+        "xyz    1",
+        "x    222",
+    ]

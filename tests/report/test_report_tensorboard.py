@@ -1,0 +1,239 @@
+"""What the writers leave is what TensorBoard reads back, also after kills, repeats and full disks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import planted_sweep
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from bfm.files import Store
+from bfm.report.events_file import EventFile, flops_step, stored_events
+from bfm.report.figures import overview_png
+from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
+from bfm.training.loop import StepRecord
+
+CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
+METRICS = ["nll", "recall@10"]
+
+
+def record(step: int, phase: str = "trunk", growth: float = 1.0, **more: object) -> StepRecord:
+    values = dict(
+        step=step, stage=1, phase=phase, path_flops=int(1e9 * step * growth), events=900 * step, loss=9.0 - 0.01 * step,
+        learning_rate=1e-3, grad_norm=0.5, events_per_s=2e4, flops_per_s=3e10, elapsed_s=0.1 * step,
+    )  # fmt: skip
+    return StepRecord(**(values | more))
+
+
+def rung_row(steps: int, rung: int = 0) -> dict:
+    return {
+        "kind": "rung", "status": "ok", "rung": rung, "steps": steps, "path_flops": steps * 10**9,
+        "metrics": {"nll": 8.0, "recall@10": 0.1, "coverage@10": None}, "errors": {"nll": 0.02},
+    }  # fmt: skip
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def steps_of(folder: Path, tag: str) -> list[int]:
+    return [event.step for event in read(folder).Scalars(tag)]
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(1, 81):
+        writer.step(record(step))
+    for step in range(81, 101):
+        writer.step(record(step, "cooldown"))
+    writer.row(rung_row(100))
+    writer.close()
+    board = read(tmp_path)
+    losses = board.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(1, 81))
+    assert losses[9].value == pytest.approx(8.9)
+    assert [event.step for event in board.Scalars("cooldown/loss")] == list(range(81, 101))
+    assert board.Scalars("by_flops/train/loss")[0].step == flops_step(1e9) == 9000
+    for tag in ("opt/lr", "opt/grad_norm", "perf/events_per_s", "perf/flops_per_s", "progress/events"):
+        assert len(board.Scalars(tag)) == 80
+        assert board.Scalars(f"by_flops/{tag}")
+    assert [(event.step, event.value) for event in board.Scalars("val/nll")] == [(100, 8.0)]
+    assert [event.step for event in board.Scalars("by_flops/val/recall@10")] == [11000]
+    assert board.Scalars("val_low/nll")[0].value == pytest.approx(7.96)
+    assert "val/coverage@10" not in board.Tags()["scalars"]
+    assert "val_low/recall@10" not in board.Tags()["scalars"]
+
+
+def test_hparams_and_layout_are_there_from_the_start(tmp_path):
+    trial_writer(tmp_path, CONFIG, METRICS)
+    contents = read(tmp_path).summary_metadata
+    plugins = [metadata.plugin_data.plugin_name for metadata in contents.values()]
+    assert plugins.count("hparams") == 3
+    assert plugins.count("custom_scalars") == 1
+    start = plugin_data_pb2.HParamsPluginData.FromString(
+        contents["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert dict(start.hparams).keys() == {"params", "embedder_share", "averaging"}
+    assert start.hparams["params"].number_value == 1e5
+    experiment = plugin_data_pb2.HParamsPluginData.FromString(
+        contents["_hparams_/experiment"].plugin_data.content
+    ).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["val/nll", "val/recall@10"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_killed_and_resumed_trial_has_every_step_once(tmp_path):
+    first = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(1, 41):
+        first.step(record(step))
+    first.row(rung_row(40))
+    # The process dies here: nothing is closed. The next one goes on from a checkpoint at step 20.
+    second = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(21, 61):
+        second.step(record(step))
+    second.row(rung_row(40))
+    second.row(rung_row(60, rung=1))
+    second.close()
+    assert steps_of(tmp_path, "train/loss") == list(range(1, 61))
+    places = steps_of(tmp_path, "by_flops/train/loss")
+    assert len(places) == len(set(places))
+    assert steps_of(tmp_path, "val/nll") == [40, 60]
+    sessions = [v for e in stored_events(Store(tmp_path)) for v in e.summary.value if v.tag.endswith("start_info")]
+    assert len(sessions) == 1
+
+
+def test_a_file_cut_short_is_read_to_its_last_whole_event(tmp_path):
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(1, 11):
+        writer.step(record(step))
+    writer.close()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-7])
+    again = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(5, 15):
+        again.step(record(step))
+    again.close()
+    assert steps_of(tmp_path, "train/loss") == list(range(1, 15))
+
+
+def test_long_trials_write_few_points_but_the_last_of_each_phase(tmp_path):
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    for step in range(1, 10_001):
+        writer.step(record(step))
+    writer.step(record(10_001, "cooldown"))
+    writer.close()
+    steps = steps_of(tmp_path, "train/loss")
+    # Every step up to 200 (each grows C by more than 0.5 %), then log(10000 / 200) / log(1.005) = 784 points.
+    assert 900 < len(steps) < 1000
+    assert steps[-1] == 10_000
+    assert steps_of(tmp_path, "cooldown/loss") == [10_001]
+
+
+def test_slow_steps_are_written_by_time(tmp_path):
+    clock = Clock()
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, clock)
+    for step in range(1, 101):
+        clock.now_s += 4.0
+        writer.step(record(step, path_flops=int(1e15 + step)))
+    writer.close()
+    # Every third step (12 s), and the last.
+    assert steps_of(tmp_path, "train/loss") == [*range(1, 101, 3)]
+    places = steps_of(tmp_path, "by_flops/train/loss")
+    assert places == [15000]
+
+
+def test_a_writer_that_costs_too_much_writes_less(tmp_path, monkeypatch):
+    clock = Clock()
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, clock)
+    scalars = EventFile.scalars
+
+    def slow(self, step, values):
+        clock.now_s += 0.05
+        scalars(self, step, values)
+
+    monkeypatch.setattr(EventFile, "scalars", slow)
+    for step in range(1, 1001):
+        clock.now_s += 0.01
+        writer.step(record(step))
+    writer.close()
+    # 10 s of training allow 0.1 s of writing: one point costs that much.
+    assert len(steps_of(tmp_path, "train/loss")) <= 4
+
+
+def test_a_failed_trial_marks_its_session(tmp_path):
+    writer = trial_writer(tmp_path, CONFIG, METRICS)
+    writer.row(rung_row(10) | {"status": "diverged", "metrics": {}, "errors": {}})
+    writer.row({"kind": "probe", "steps": 5, "metrics": {"nll": 1.0}})
+    writer.close()
+    ends = [v for e in stored_events(Store(tmp_path)) for v in e.summary.value if v.tag.endswith("session_end_info")]
+    last = plugin_data_pb2.HParamsPluginData.FromString(ends[-1].metadata.plugin_data.content)
+    assert last.session_end_info.status == 2
+    assert "val/nll" not in read(tmp_path).Tags()["scalars"]
+
+
+def test_a_place_that_cannot_be_written_costs_one_warning(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        writer = trial_writer(tmp_path / "file" / "logs", CONFIG, METRICS)
+        for step in range(1, 20):
+            writer.step(record(step))
+        writer.row(rung_row(20))
+        writer.close()
+    assert [str(warning.message).startswith("TensorBoard is off") for warning in caught] == [True]
+
+
+def test_a_disk_that_fills_up_costs_one_warning(tmp_path, monkeypatch):
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+    writer.step(record(1))
+
+    def full(data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer._file._writer, "write", full)
+    with pytest.warns(UserWarning, match="No space left") as caught:
+        for step in range(2, 20):
+            writer.step(record(step))
+        writer.close()
+    assert len(caught) == 1
+
+
+def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
+    sweep = planted_sweep()
+    rows = sweep["rows"]
+    writer = sweep_writer(tmp_path)
+    for count in range(1, len(rows)):
+        writer.update(rows[:count], {"cap_flops": 2.4e13, "running": 2})
+    again = sweep_writer(tmp_path)
+    for count in range(len(rows) - 3, len(rows) + 1):
+        again.update(rows[:count], sweep["summary"])
+    again.finish(rows, overview_png(rows, {}))
+    board = read(tmp_path)
+    total = board.Scalars("spend/total")
+    assert [event.step for event in total] == list(range(1, len(rows) + 1))
+    assert total[-1].value == pytest.approx(sweep["summary"]["spent_flops"], rel=1e-6)
+    best = board.Scalars("frontier/nll/C=1.6e12")
+    assert best[-1].value == pytest.approx(min(r["metrics"]["nll"] for r in rows if r["rung"] == 2), rel=1e-6)
+    values = [event.value for event in board.Scalars("frontier/recall@10/C=1e11")]
+    assert values == sorted(values)
+    assert board.Scalars("occupancy/C=4e11")[-1].value == 10
+    assert board.Scalars("occupancy/failed")[-1].value == 2
+    assert board.Scalars("spend/C=1e11")[-1].value == pytest.approx(2.4e12, rel=0.01)
+    assert board.Scalars("by_flops/frontier/nll/C=1e11")
+    assert len(board.Images("overview")) == 1
+    assert b"at most" in board.Tensors("frontier/text_summary")[0].tensor_proto.string_val[0]
