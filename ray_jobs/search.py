@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from bfm.sweep.task import Finished, Task, Wait
-from ray_jobs.trial import LOST, ROW
+from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW
 
 IDLE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
@@ -36,11 +35,11 @@ class Driver(Protocol):
         """The next task, with its cost reserved."""
         ...
 
-    def report(self, task_id: str, row: dict[str, Any]) -> None:
-        """Commit a row."""
+    def report(self, task_id: str, rows: Sequence[dict[str, Any]]) -> bool:
+        """Commit a task's rung row and its probe rows."""
         ...
 
-    def lost(self, task_id: str, reason: str) -> None:
+    def lost(self, task_id: str, reason: str) -> bool:
         """A task ended without a row."""
         ...
 
@@ -98,10 +97,13 @@ class DriverSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A configuration for a new Tune trial, None while there is nothing to start, FINISHED at the end."""
+        if len(self._live) >= self.slots:
+            return None
         task = self._peek()
         if task is None:
             return None if self._live else Searcher.FINISHED
-        if len(self._live) >= self.slots or (self._freed == 0 and self._standing_by()):
+        if self._freed == 0 and self._standing_by():
+            # A warm actor waits for it: the stopper will free that one.
             return None
         self._next = None
         self._freed = max(0, self._freed - 1)
@@ -179,15 +181,19 @@ class DriverSearcher(Searcher):
 
     def _settle(self, trial_id: str, result: dict[str, Any]) -> None:
         live = self._live[trial_id]
-        if live.settled_at_s is not None or not (ROW in result or LOST in result):
+        if live.settled_at_s is not None or not {ROW, LOST, FATAL} & result.keys():
             return
         live.settled_at_s = self._clock()
         if LOST in result:
             self._lose(live.task, result[LOST])
             return
+        if FATAL in result:
+            self.failure = self.failure or FATAL_ERRORS[result[FATAL]](result["message"])
+            return
         row = json.loads(result[ROW])
+        probes = row.pop("probes", [])
         self._ask_again_at_s = float("-inf")
-        self._guard(lambda: self.driver.report(live.task.task_id, row))
+        self._guard(lambda: self.driver.report(live.task.task_id, [row, *probes]))
         self._on_event(SweepEvent("row", task=live.task, row=row))
 
     def _lose(self, task: Task, reason: str) -> None:
@@ -204,29 +210,3 @@ class DriverSearcher(Searcher):
             # Tune would bury it in a TuneError's text; the sweep's entry point raises it after the run has ended.
             self.failure = error
             return None
-
-
-class EndWhenReady(Stopper):
-    """Ends a trial when its searcher says so, and the whole run when its driver has failed."""
-
-    def __init__(self, searcher: DriverSearcher) -> None:
-        self.searcher = searcher
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether this trial ends here."""
-        return self.searcher.may_end(trial_id, result)
-
-    def stop_all(self) -> bool:
-        """Whether the run ends here."""
-        return self.searcher.failure is not None
-
-
-class SlotWatch(Callback):
-    """Tells the searcher which actors are up."""
-
-    def __init__(self, searcher: DriverSearcher) -> None:
-        self.searcher = searcher
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial has its actor, fresh or reused."""
-        self.searcher.started(trial.trial_id)

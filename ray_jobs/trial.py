@@ -7,19 +7,33 @@ Checkpoints lie in the sweep's own store, never in Tune's trial folders.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ray.tune import PlacementGroupFactory, Trainable
 
+from bfm.errors import CorruptError, InfeasibleError, UserError
+
+if TYPE_CHECKING:
+    from bfm.events.shards import Shards
+    from bfm.report.tensorboard import TrialWriter
+    from bfm.training.engine import EngineFactory
+    from bfm.training.loop import Observer
+
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
-ROW, LOST = "row", "lost"
+ROW, LOST, FATAL = "row", "lost", "fatal"
+# What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
+FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
 STANDBY_S = 0.1
 COORDINATOR_CPUS = 1.0
+SAVE_EVERY_S = 60.0
 
 
 def slot_resources(scaling: dict[str, Any]) -> dict[str, float]:
@@ -58,7 +72,7 @@ class RungTrial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"row": JSON} once, or {"lost": reason} where the executor failed; afterwards an empty standby result."""
+        """{"row": JSON} once, or {"lost": reason}, or {"fatal": kind of error}; afterwards an empty standby result."""
         if self._delivered:
             time.sleep(STANDBY_S)
             return {}
@@ -66,9 +80,9 @@ class RungTrial(Trainable):
         try:
             row = self._execute(self._task, self._assigned_at_s)
         except Exception as error:
-            # The actor is sound and stays; the sweep's driver decides what a lost task means.
+            # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
-            return {LOST: f"{type(error).__name__}: {error}"}
+            return _failure(error)
         return {ROW: json.dumps(row)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -77,3 +91,87 @@ class RungTrial(Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing to load, for the same reason."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The executor of a real sweep: where its tasks find their data and leave checkpoints and curves."""
+
+    shards: str
+    """Path or URI of the shard set, readable by every worker."""
+    storage: str
+    """Path or URI of the sweep's own store, shared by all nodes."""
+    metrics: tuple[str, ...]
+    """Names of the metrics that TensorBoard's HParams show."""
+
+    def __call__(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
+        """Train and evaluate the task; its row."""
+        task = {**task, "queries": task["evaluation_queries"]}
+        if task["scaling"]["workers"] == 1:
+            return self._train_here(task, assigned_at_s)
+        from ray_jobs.train import train_on_workers
+
+        row = train_on_workers(
+            task, self.shards, self.storage, make_observer=self.observer, assigned_at_s=assigned_at_s
+        )
+        with closing(self.writer(task)) as writer:
+            writer.row(row)
+        return row
+
+    def observer(self, task: dict[str, Any]) -> Observer:
+        """What rank 0 of a worker group calls after every step."""
+        return self.writer(task).step
+
+    def writer(self, task: dict[str, Any]) -> TrialWriter:
+        """The trial's TensorBoard folder, taken up again."""
+        from bfm.report.tensorboard import trial_writer
+
+        return trial_writer(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
+
+    def _train_here(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
+        import torch
+
+        from bfm.files import Store
+        from bfm.training.rung import RungTask, run_rung
+
+        torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
+        with closing(self.writer(task)) as writer:
+            row = run_rung(
+                RungTask.from_task(task),
+                _open_shards(self.shards),
+                _factory(task["scaling"]),
+                Store(self.storage),
+                writer.step,
+                save_every_s=SAVE_EVERY_S,
+                assigned_at_s=assigned_at_s,
+            )
+            writer.row(row)
+        return row
+
+
+@functools.lru_cache(maxsize=1)
+def _open_shards(path: str) -> Shards:
+    from bfm.events.shards import Shards
+
+    return Shards.open(path)
+
+
+def _factory(scaling: dict[str, Any]) -> EngineFactory:
+    import torch
+
+    device = torch.device("cuda" if scaling["gpus"] > 0 else "cpu")
+    if scaling["engine"] == "plain":
+        from bfm.training.plain import PlainFactory
+
+        return PlainFactory(device)
+    from bfm.training.zero import ZeroFactory
+
+    return ZeroFactory(int(scaling["zero_stage"]), device)
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    # An infeasible configuration is that task's matter alone.
+    if isinstance(error, tuple(FATAL_ERRORS.values())) and not isinstance(error, InfeasibleError):
+        kind = "UserError" if isinstance(error, UserError) else "CorruptError"
+        return {FATAL: kind, "message": str(error)}
+    return {LOST: f"{type(error).__name__}: {error}"}

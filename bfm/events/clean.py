@@ -103,6 +103,12 @@ def unreadable_rows(reason: str, lines: list[str], schema: EventSchema, event_it
     return pa.table([content.get(f.name, pa.nulls(len(lines), f.type)) for f in target], schema=target)
 
 
+def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
+    """Fault and content of usable rows that are left out all the same."""
+    texts = pa.array(list(_json_lines(cleaned)), _TEXT)
+    return pa.table({FAULT: pa.array([reason] * cleaned.num_rows, _TEXT), RAW: texts})
+
+
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: _Faults) -> pa.Array:
     """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
     texts = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +32,8 @@ _KEPT_TOKENS = 1 << 18
 _TEXT = pa.large_string()
 _COUNTS = pa.schema([("value", _TEXT), ("count", pa.int64())])
 _BINS = pa.schema([("value", pa.int64()), ("count", pa.int64())])
+LOST = {"vector": "another length", "time": "missing, written as the epoch"}
+"""Why `encode` makes values missing, by kind."""
 _HASH_SEEDS = (0x68617368_31, 0x68617368_32)
 
 
@@ -114,11 +115,8 @@ def merge(kind: str, parts: list[Statistics]) -> Statistics:
     return Statistics(table, known, {"longest": max(part.extra.get("longest", 0) for part in parts)})
 
 
-def fit(name: str, side: Side, kind: str, statistics: Statistics, hash_rows: int) -> Fitted:
+def fit(name: str, side: Side, kind: str, statistics: Statistics) -> Fitted:
     """The field as its training values say.
-
-    Args:
-        hash_rows: table rows if the field has to be hashed.
 
     Raises:
         UserError: a vector field without a single vector.
@@ -134,7 +132,7 @@ def fit(name: str, side: Side, kind: str, statistics: Statistics, hash_rows: int
         order = np.lexsort((statistics.counts["value"].to_numpy(), -statistics.counts["count"].to_numpy()))
         return Fitted(FittedField(name, side, "vector", columns=int(statistics.counts["value"][order[0]].as_py())))
     if statistics.extra.get("overflow"):
-        return Fitted(hashed_field(name, side, hash_rows))
+        return Fitted(hashed_field(name, side, MAX_VALUES))
     limit = MAX_VALUES if kind == "categorical" else MAX_VALUES - _FIRST_ID
     vocabulary = plain(_most_frequent(statistics.counts, limit)["value"])
     rows = len(vocabulary) + _FIRST_ID
@@ -153,7 +151,7 @@ def hashed_field(name: str, side: Side, rows: int) -> FittedField:
     return FittedField(name, side, "hashed", rows=rows, columns=2)
 
 
-def default_hash_rows(num_values: int) -> int:
+def hash_rows(num_values: int) -> int:
     """Power of two in [1024, 65536], not below the number of values where that is possible."""
     return min(max(1024, 1 << max(num_values - 1, 0).bit_length()), MAX_VALUES)
 

@@ -8,6 +8,7 @@ row per (item, value), never per event. Keys compare as UTF-8 bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,17 +134,30 @@ def choose_values(partials: list[pa.Table], items: Items) -> Values:
     return Values(pool.take(pa.array(where, mask=where < 0)), conflicts)
 
 
-def item_table_values(schema: EventSchema, raw: pa.Table, names: list[str], items: Items) -> dict[str, pa.Array]:
-    """Values as text [I] of the fields that an item table holds; of rows with one key, the first counts."""
+@dataclass(frozen=True)
+class Joined:
+    """The item table's values for the items of the log."""
+
+    texts: dict[str, pa.Array]
+    """Field -> large strings [I]."""
+    items_without_row: int
+    rows_with_a_used_key: int
+    """Rows of the table whose key an earlier row has: not used."""
+    repairs: Counter[tuple[str, str]]
+
+
+def join_item_table(schema: EventSchema, raw: pa.Table, names: list[str], items: Items) -> Joined:
+    """Values of the fields that an item table holds; of rows with one key, the first counts."""
     assert schema.items is not None
-    faults = no_faults(raw.num_rows)
-    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], faults)
+    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], no_faults(raw.num_rows))
     found = pc.index_in(items.keys, value_set=keys)
-    values = {}
+    repairs: Counter[tuple[str, str]] = Counter()
+    texts = {}
     for name in names:
         spec = schema.item_fields[name]
-        values[name] = to_text(field_values(plain(raw[spec.column]), spec, name)).take(found)
-    return values
+        texts[name] = to_text(field_values(plain(raw[spec.column]), spec, name, repairs)).take(found)
+    used_twice = len(keys) - keys.null_count - pc.count_distinct(keys, mode="only_valid").as_py()
+    return Joined(texts, found.null_count, used_twice, repairs)
 
 
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:

@@ -172,6 +172,10 @@ class Shards:
         if len(self.train_lengths) != manifest.users or self._first_event[-1] != manifest.events:
             raise CorruptError(f"{path}: users or events differ from what {MANIFEST} says")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the files again; pickling a memory map would copy it.
+        return type(self), (self.path, self.manifest)
+
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Shards:
         """Open a finished shard set; a URI is copied to a local cache first.

@@ -56,6 +56,8 @@ class RawChunk:
     table: pa.Table
     unreadable: tuple[str, ...] = ()
     reason: str = ""
+    names: tuple[str, ...] = ()
+    """JSON lines: all columns of the rows, wanted or not."""
 
 
 def find_logs(schema: EventSchema, logs: list[str]) -> list[str]:
@@ -117,14 +119,14 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
         form = file_format(path)
         if form == "parquet":
             file = _open_parquet(path)
-            _require(columns, file.schema_arrow.names, path)
+            require_columns(columns, file.schema_arrow.names, path)
             groups = _grouped([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
             pieces += [Piece(len(pieces) + n, path, form, group) for n, group in enumerate(groups)]
             continue
         if form in ("csv", "tsv"):
             header = _csv_header(path, form)
             if header is not None:
-                _require(columns, header, path)
+                require_columns(columns, header, path)
         pieces.append(Piece(len(pieces), path, form))
     return pieces
 
@@ -256,7 +258,8 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def _require(columns: list[str], present: list[str], path: str) -> None:
+def require_columns(columns: list[str], present: list[str], path: str) -> None:
+    """Raise UserError for the first column that is not present."""
     for column in columns:
         if column not in present:
             raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
@@ -348,7 +351,8 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
         for block in _line_blocks(stream):
             tables, lines = _parse_json(block)
             for table in tables:
-                yield RawChunk(table.select([name for name in columns if name in table.column_names]))
+                wanted = table.select([name for name in columns if name in table.column_names])
+                yield RawChunk(wanted, names=tuple(table.column_names))
             if lines:
                 yield RawChunk(_no_rows(columns), tuple(lines), "not a JSON object of plain values")
 

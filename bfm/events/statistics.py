@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from bfm.files import canonical_json
 
 _MEASURED_GROUPS = 256
 _KNOT_POSITIONS = 1 << 18
+_PIECE_POSITIONS = 1 << 20
 _SMALLEST_RATIO = 1e-9
 _RATIOS = ("distinct_items", "distinct_targets", "target_rows")
 
@@ -70,7 +72,8 @@ def distinct_per_group(shards: Shards, window: int, group_windows: int) -> Disti
     order = WindowOrder(shards, window, group_windows, shards.seed)
     num_groups = math.ceil(order.groups_per_epoch)
     indices = _spaced(num_groups, min(num_groups, _MEASURED_GROUPS))
-    counts = np.array([_count(order, int(index)) for index in indices], np.float64)
+    groups = ((order.group_item_ids(int(index)), order.group_targets(int(index))) for index in indices)
+    counts = np.array([_count(shards.num_items, [group]) for group in groups], np.float64)
     items, targets, rows = counts.mean(axis=0)
     spread = float(counts[:, 0].std(ddof=1) / math.sqrt(len(counts))) if 1 < len(counts) < num_groups else 0.0
     stats = DistinctStats(float(items), float(targets), float(rows), spread / float(items))
@@ -118,11 +121,14 @@ def _interpolate(curve: dict[str, Any], positions: float) -> tuple[float, float,
 
 def _measure(order: WindowOrder, positions: int, offset: float = 0.0) -> np.ndarray:
     """Mean (distinct items, distinct targets, target rows) of stretches of so many positions, spaced over the epoch."""
-    stretches = order.reshaped(positions, 1)
     whole = order.shards.manifest.train_events // positions
     wanted = int(np.clip(_KNOT_POSITIONS // positions, 4, _MEASURED_GROUPS))
-    indices = _spaced(whole, min(whole, wanted), offset)
-    return np.mean([_count(stretches, int(index)) for index in indices], axis=0)
+    counts = []
+    for index in _spaced(whole, min(whole, wanted), offset):
+        cuts = [*range(int(index) * positions, (int(index) + 1) * positions, _PIECE_POSITIONS)]
+        pieces = (order.stretch(*cut) for cut in itertools.pairwise([*cuts, (int(index) + 1) * positions]))
+        counts.append(_count(order.shards.num_items, pieces))
+    return np.mean(counts, axis=0)
 
 
 def _spaced(available: int, wanted: int, offset: float = 0.0) -> np.ndarray:
@@ -130,14 +136,10 @@ def _spaced(available: int, wanted: int, offset: float = 0.0) -> np.ndarray:
     return np.floor((np.arange(wanted) + offset) * available / wanted).astype(np.int64)
 
 
-def _count(order: WindowOrder, index: int) -> tuple[int, int, int]:
-    targets, inputs = order.group_targets(index), order.group_item_ids(index)
-    if len(inputs) < order.shards.num_items // 32:
-        distinct_targets = np.unique(targets)
-        return len(np.union1d(inputs, distinct_targets)), len(distinct_targets), len(targets)
-    # Marking is linear, where sorting is not: what counts for groups as large as the catalogue.
-    marks = np.zeros(order.shards.num_items, np.bool_)
-    marks[targets] = True
-    distinct = int(np.count_nonzero(marks))
-    marks[inputs] = True
-    return int(np.count_nonzero(marks)), distinct, len(targets)
+def _count(num_items: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int, int]:
+    """Distinct items, distinct targets and rows with a target of (items, targets) that come in pieces."""
+    as_input, as_target, rows = np.zeros(num_items, np.bool_), np.zeros(num_items, np.bool_), 0
+    for items, targets in pieces:
+        as_input[items], as_target[targets] = True, True
+        rows += len(targets)
+    return int(np.count_nonzero(as_input | as_target)), int(np.count_nonzero(as_target)), rows

@@ -5,8 +5,10 @@ the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one
 
 The truth answers the platform's prediction question, given the full history, which item comes next, for events in the
 last 20 % of the time range (no user has two events at one time). Its values are averages of exact conditional
-entropies and top-10 masses over sampled users' histories, with user-clustered standard errors. Context fields carry
-nothing, item fields nothing beyond what the item itself says, so the bound holds for models that use them.
+entropies and top-10 masses over sampled users' histories, with user-clustered standard errors: over events, and (as a
+protocol with about one query per user weighs them) over users' means. `optimum` gives the values at the very queries of
+a prepared log's protocol. Context fields carry nothing, item fields nothing beyond what the item itself says, so the
+bound holds for models that use them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import pyarrow.parquet as pq
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec
 from bfm.events.mixing import stream_key
+from bfm.events.protocol import QueryTable
+from bfm.events.shards import Shards
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
@@ -98,6 +102,36 @@ def write_synthetic(
     result = {"events": events, "users": users, "world": asdict(world.spec), **truth.result()}
     write_json(path / TRUTH, result)
     return result
+
+
+def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int = _TOP) -> tuple[np.ndarray, np.ndarray]:
+    """Float64 [Q], [Q]: expected NLL (nats, over all items) and recall@k of the optimal predictor at each query.
+
+    Args:
+        shards: the synthetic log, prepared by its schema.
+        queries: of its protocol; one sweep over the histories of their users.
+        truth: what truth.json holds.
+    """
+    world = World(WorldSpec(**truth["world"]))
+    raw_V = pc.cast(shards.items_table(["item_id"])["item_id"], pa.int64()).to_numpy()
+    users, slot_Q = np.unique(queries.user, return_inverse=True)
+    needed = np.zeros(len(users), np.int64)
+    np.maximum.at(needed, slot_Q, queries.position + 1)
+    by_length = np.argsort(-needed, kind="stable")
+    rank_Q = np.argsort(by_length)[slot_Q]
+    start, falling = shards.user_starts[users[by_length]], needed[by_length]
+    by_position = np.argsort(queries.position, kind="stable")
+    cuts = np.searchsorted(queries.position[by_position], np.arange(int(needed.max(initial=0)) + 1))
+    nll_Q, recall_Q = np.zeros(len(queries)), np.zeros(len(queries))
+    predictor = BayesFilter(world, len(users))
+    for step in range(len(cuts) - 1):
+        active = int(np.searchsorted(-falling, -step, side="left"))
+        predictor.observe(raw_V[shards.take_item(shards.locate(start[:active] + step))])
+        asked = by_position[cuts[step] : cuts[step + 1]]
+        if len(asked):
+            view = predictor.subset(rank_Q[asked])
+            nll_Q[asked], recall_Q[asked] = view.entropy(), view.top_mass(k)
+    return nll_Q, recall_Q
 
 
 def _check(path: Path, events: int, users: int, items: int, interests: int) -> None:
@@ -257,6 +291,8 @@ class _Truth:
         for column, name in ((1, "bayes_nll"), (2, f"bayes_recall@{_TOP}")):
             mean = sums[:, column].sum() / count if count else None
             deviation = None if mean is None else np.sqrt(np.sum((sums[:, column] - mean * sums[:, 0]) ** 2)) / count
+            per_user = sums[sums[:, 0] > 0, column] / sums[sums[:, 0] > 0, 0]
             figures[name] = None if mean is None else float(mean)
             figures[f"{name}_error"] = None if deviation is None else float(deviation)
+            figures[f"{name}_user_mean"] = float(per_user.mean()) if count else None
         return {**figures, "marginal_nll": self.world.marginal_nll}

@@ -7,7 +7,6 @@ index of the next group, whatever the number of workers.
 
 Shapes: R rows (windows), L positions, N events, Q queries.
 """
-# ruff: noqa: N815
 
 from __future__ import annotations
 
@@ -150,27 +149,37 @@ class WindowOrder:
             first += high - low
         return pieces[0] if len(pieces) == 1 else _Places.stack(pieces)
 
+    def stretch(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Items [N] and target items [T] of positions start..stop-1 of the first epoch's stream."""
+        event_N, _, _, stop_N = self._stream(0, start, stop)
+        following = event_N[event_N + 1 < stop_N] + 1
+        return self.shards.take_item(self.shards.locate(event_N)), self.shards.take_item(self.shards.locate(following))
+
     def _epoch_places(self, epoch: int, low: int, high: int) -> _Places:
         """Windows low..high-1 of one epoch."""
-        users, ends = self._epoch(epoch)
-        start, stop = low * self.window, min(high * self.window, int(ends[-1]))
-        first_slot, last_slot = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
-        end = ends[first_slot : last_slot + 1]
-        user = users[first_slot : last_slot + 1]
-        first, length = self.shards.user_starts[user], self.shards.train_lengths[user]
-        counts = np.minimum(end, stop) - np.maximum(end - length, start)
+        start, stop = low * self.window, min(high * self.window, self.shards.manifest.train_events)
 
         def spread(values: np.ndarray, pad: int) -> np.ndarray:
             out = np.full((high - low) * self.window, pad)
             out[: stop - start] = values
             return out.reshape(-1, self.window)
 
-        # An event's global index and its place in the stream differ by a constant per user.
-        event_RL = spread(np.arange(start, stop) + np.repeat(first + length - end, counts), -1)
-        slot_RL = spread(np.repeat(np.arange(len(user)), counts), -1)
+        event_N, slot_N, first_N, stop_N = self._stream(epoch, start, stop)
+        slot_RL = spread(slot_N, -1)
         segment_RL = np.where(slot_RL >= 0, slot_RL - slot_RL[:, :1], -1)
-        first_RL, stop_RL = (spread(np.repeat(values, counts), 0) for values in (first, first + length))
-        return _Places(event_RL, segment_RL, first_RL, stop_RL)
+        return _Places(spread(event_N, -1), segment_RL, spread(first_N, 0), spread(stop_N, 0))
+
+    def _stream(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Positions start..stop-1 of an epoch's stream [N]: event, rank of its user here, the user's first and stop."""
+        users, ends = self._epoch(epoch)
+        first_slot, last_slot = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
+        end, user = ends[first_slot : last_slot + 1], users[first_slot : last_slot + 1]
+        first, length = self.shards.user_starts[user], self.shards.train_lengths[user]
+        counts = np.minimum(end, stop) - np.maximum(end - length, start)
+        # An event's global index and its place in the stream differ by a constant per user.
+        event_N = np.arange(start, stop) + np.repeat(first + length - end, counts)
+        slot_N = np.repeat(np.arange(len(user)), counts)
+        return event_N, slot_N, np.repeat(first, counts), np.repeat(first + length, counts)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Users in the epoch's order, and the place in the stream after each one's last event."""

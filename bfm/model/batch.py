@@ -8,7 +8,6 @@ Shape legend: G groups, R windows (rows), L positions, U distinct items of all g
 T target rows (positions with a target, row-major), C in-batch candidates of all groups one after the other.
 Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
 """
-# ruff: noqa: N815
 
 from __future__ import annotations
 

@@ -6,28 +6,40 @@ zero, so a new block is the identity. H heads, P head dimension (even).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROPE_BASE = 10_000.0
+_EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary position tables, [L, 1, 1, P]: cosines, and sines signed for the half-swapped vector."""
+class _RmsNorm(torch.autograd.Function):
+    """x / rms(x) with a backward of four operations; torch's own takes twice the time on the CPU."""
 
-    cosine: Tensor
-    sine: Tensor
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(_EPSILON).rsqrt_()
+        y = x * inverse
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(gradients[0], y).unsqueeze(-1).div_(-y.shape[-1])
+        return torch.addcmul(gradients[0], y, along).mul_(inverse)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dimension, computed in float32."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:])
-    return F.rms_norm(x.float(), x.shape[-1:]).to(x.dtype)
+    """x / rms(x) over the last dimension, computed in float32, in the dtype of x."""
+    single = x.float()
+    # Accelerators have a fused kernel.
+    y = _RmsNorm.apply(single) if x.device.type == "cpu" else F.rms_norm(single, x.shape[-1:], eps=_EPSILON)
+    return y.to(x.dtype)
 
 
 def look_up(table_RD: Tensor, index: Tensor) -> Tensor:
@@ -37,18 +49,22 @@ def look_up(table_RD: Tensor, index: Tensor) -> Tensor:
     about five times faster, on accelerators only embedding's has a fixed order, which equal reruns need.
     """
     if table_RD.device.type == "cpu":
-        return table_RD.index_select(0, index.flatten()).view(*index.shape, -1)
+        return table_RD.index_select(0, index.flatten().long()).view(*index.shape, -1)
     return F.embedding(index, table_RD)
 
 
-def make_rotation(length: int, head_dim: int, device: torch.device) -> Rotation:
-    """Tables for positions 0..length-1."""
-    rate_P = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle_LP = torch.arange(length, dtype=torch.float64)[:, None] * rate_P
-    cosine = torch.cat([angle_LP.cos()] * 2, -1)
-    sine = torch.cat([-angle_LP.sin(), angle_LP.sin()], -1)
-    shape = (length, 1, 1, head_dim)
-    return Rotation(*(part.view(shape).to(device, torch.float32) for part in (cosine, sine)))
+def make_rotation(length: int, head_dim: int, device: torch.device) -> Tensor:
+    """Rotary positions 0..length-1 as unit complex numbers, [L, 1, 1, P / 2]."""
+    rate = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * rate
+    rotation = torch.polar(torch.ones_like(angle), angle)
+    return rotation.view(length, 1, 1, head_dim // 2).to(device, torch.complex64)
+
+
+def rotate(x_BLCHP: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair of neighbouring channels by its position's angle; float32 inside, as complex numbers."""
+    pairs = torch.view_as_complex(x_BLCHP.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_BLCHP.dtype)
 
 
 class Block(nn.Module):
@@ -66,20 +82,18 @@ class Block(nn.Module):
         self.gate_up = make_linear(width, 2 * hidden, generator)
         self.down = make_linear(hidden, width, None)
 
-    def forward(self, x_BLW: Tensor, mask: Tensor | None, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
-        """`mask` broadcasts to [B, 1, L, L] (True or 0: may attend); cosine and sine None: no positions."""
-        x_BLW = x_BLW + self._attend(rms_norm(x_BLW), mask, cosine, sine)
+    def forward(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
+        """`mask` is added to the logits and broadcasts to [B, H, L, L]; rotation None: tokens have no positions."""
+        x_BLW = x_BLW + self._attend(rms_norm(x_BLW), mask, rotation)
         gate, up = self.gate_up(rms_norm(x_BLW)).chunk(2, -1)
         return x_BLW + self.down(F.silu(gate) * up)
 
-    def _attend(self, x_BLW: Tensor, mask: Tensor | None, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
+    def _attend(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
         batch, length, width = x_BLW.shape
         qk, v = self.qkv(x_BLW).split([2 * width, width], -1)
         qk_BLCHP = rms_norm(qk.view(batch, length, 2, self.heads, -1))
-        if cosine is not None and sine is not None:
-            half = qk_BLCHP.shape[-1] // 2
-            swapped = qk_BLCHP.roll(half, -1)
-            qk_BLCHP = (qk_BLCHP * cosine + swapped * sine).to(v.dtype)
+        if rotation is not None:
+            qk_BLCHP = rotate(qk_BLCHP, rotation)
         q_BHLP, k_BHLP = qk_BLCHP.permute(2, 0, 3, 1, 4)
         v_BHLP = v.view(batch, length, self.heads, -1).transpose(1, 2)
         out_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHLP, v_BHLP, attn_mask=mask, scale=self.logit_scale)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.blocks import Block, Rotation, make_linear, make_rotation, rms_norm
+from bfm.model.blocks import Block, make_linear, make_rotation, rms_norm
 from bfm.model.sizing import Shape
 
 
@@ -28,7 +28,7 @@ class Contextualizer(nn.Module):
             Block(shape.width, shape.heads, shape.hidden, generator) for _ in range(shape.depth)
         )
         self.out = make_linear(shape.width, shape.d_item, generator)
-        self._rotations: dict[tuple[int, torch.device], Rotation] = {}
+        self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, v_RLD: Tensor, context_RLD: Tensor, segment_RL: Tensor, position_T: Tensor) -> Tensor:
         """Unit vectors h_TD, float32, at the flat positions r * L + l."""
@@ -39,11 +39,11 @@ class Contextualizer(nn.Module):
         mask = attention_mask(segment_RL, x_RLW.dtype)
         rotation = self._rotation(length, x_RLW.device)
         for block in self.blocks:
-            x_RLW = block(x_RLW, mask, rotation.cosine, rotation.sine)
+            x_RLW = block(x_RLW, mask, rotation)
         x_TW = x_RLW.reshape(rows * length, -1).index_select(0, position_T)
         return F.normalize(self.out(rms_norm(x_TW)).float(), dim=-1)
 
-    def _rotation(self, length: int, device: torch.device) -> Rotation:
+    def _rotation(self, length: int, device: torch.device) -> Tensor:
         key = length, device
         if key not in self._rotations:
             self._rotations[key] = make_rotation(length, self.head_dim, device)

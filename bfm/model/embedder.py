@@ -73,5 +73,5 @@ class TransformerResidual(nn.Module):
         """[U, F, D] to [U, D]."""
         x_UFW = self.inputs(rms_norm(tokens_UFD))
         for block in self.blocks:
-            x_UFW = block(x_UFW, None, None, None)
+            x_UFW = block(x_UFW, None, None)
         return self.out(rms_norm(x_UFW.mean(1)))

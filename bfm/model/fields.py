@@ -22,6 +22,7 @@ D d_item, E quantile edges.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ CLOCK_FEATURES = 6
 GAP_FEATURES = 1 + _RAMPS
 _DAY_MS = 86_400_000
 _WEEK_MS = 7 * _DAY_MS
+_FIRST_DAY = -25_567  # 1900-01-01 from 1970-01-01
 _DECADE_MS = 3652.5 * _DAY_MS
 _YEAR_2000_MS = 946_684_800_000
 # The log-distance of ten years is about 17.5: eight ramps of this width cover it.
@@ -114,21 +116,16 @@ class FieldLayout:
     def pool_slots(self, slots_NSW: Tensor, ids_NS: Tensor) -> Tensor:
         """Table rows of all slots to one vector per table field, [N, F, W]."""
         rows, _, width = slots_NSW.shape
-        single, start = len(self.categorical), len(self.categorical)
-        parts = [slots_NSW[:, :single]] if single else []
-        if self.hashed:
-            stop = start + 2 * len(self.hashed)
-            parts.append(slots_NSW[:, start:stop].view(rows, -1, 2, width).sum(2))
-            start = stop
-        for columns, group in itertools.groupby(self.bags, key=lambda field: field.columns):
-            count = len(list(group))
-            stop = start + count * columns
+        runs = [(columns, len(list(group))) for columns, group in itertools.groupby(self.bags, lambda f: f.columns)]
+        slots = [len(self.categorical), 2 * len(self.hashed), *(columns * count for columns, count in runs)]
+        single_NFW, hashed_NSW, *bags_NSW = slots_NSW.split(slots, 1)
+        parts = [single_NFW, hashed_NSW.view(rows, len(self.hashed), 2, width).sum(2)]
+        for (columns, count), bag_NSW, id_NS in zip(runs, bags_NSW, ids_NS.split(slots, 1)[2:], strict=True):
             offsets_F1 = self._bag_offsets(columns, ids_NS.device)
-            valid_NFM = (ids_NS[:, start:stop].view(rows, count, columns) != offsets_F1).to(slots_NSW.dtype)
-            weight_NFM = valid_NFM / valid_NFM.sum(-1, keepdim=True).clamp(min=1)
-            bag_NFMW = slots_NSW[:, start:stop].view(rows, count, columns, width)
-            parts.append((bag_NFMW * weight_NFM.unsqueeze(-1)).sum(2))
-            start = stop
+            valid_NFM = (id_NS.view(rows, count, columns) != offsets_F1).to(slots_NSW.dtype)
+            weight_NFM1 = (valid_NFM / valid_NFM.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
+            parts.append((bag_NSW.view(rows, count, columns, width) * weight_NFM1).sum(2))
+        parts = [part for part in parts if part.shape[1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def features(self, packed: PackedFields, event_ms_N: Tensor | None) -> Tensor | None:
@@ -267,33 +264,26 @@ def gap_features(gap_N: Tensor) -> Tensor:
 
 
 def clock_features(time_ms_N: Tensor) -> Tensor:
-    """Hour, weekday and day of month on circles, [N, 6], from int64 milliseconds (UTC)."""
+    """Hour, weekday and day of month on circles, [..., 6], from int64 milliseconds (UTC, 1900 to 2199)."""
+    days_N = torch.div(time_ms_N, _DAY_MS, rounding_mode="floor")
+    month_days = _month_days(time_ms_N.device)
     phase_N3 = torch.stack(
         [
             torch.remainder(time_ms_N, _DAY_MS).float() / _DAY_MS,
             torch.remainder(time_ms_N, _WEEK_MS).float() / _WEEK_MS,
-            _day_of_month(torch.div(time_ms_N, _DAY_MS, rounding_mode="floor")).float() / 31,
+            month_days[(days_N - _FIRST_DAY).clamp_(0, len(month_days) - 1)],
         ],
         -1,
     ) * (2 * math.pi)
     return torch.cat([phase_N3.sin(), phase_N3.cos()], -1)
 
 
-def _day_of_month(days_N: Tensor) -> Tensor:
-    """Day (0-based) of the civil month from days since 1970-01-01: eras of 400 years that begin on March 1."""
-    of_era = torch.remainder(days_N + 719_468, 146_097)
-    year = torch.div(
-        of_era
-        - torch.div(of_era, 1_460, rounding_mode="floor")
-        + torch.div(of_era, 36_524, rounding_mode="floor")
-        - torch.div(of_era, 146_096, rounding_mode="floor"),
-        365,
-        rounding_mode="floor",
-    )
-    leap_days = torch.div(year, 4, rounding_mode="floor") - torch.div(year, 100, rounding_mode="floor")
-    of_year = of_era - (365 * year + leap_days)
-    month = torch.div(5 * of_year + 2, 153, rounding_mode="floor")
-    return of_year - torch.div(153 * month + 2, 5, rounding_mode="floor")
+@functools.cache
+def _month_days(device: torch.device) -> Tensor:
+    """(day of month - 1) / 31 of every day from 1900 to 2199, float32."""
+    days = np.arange("1900-01-01", "2200-01-01", dtype="datetime64[D]")
+    of_month = (days - days.astype("datetime64[M]")).astype(np.float32)
+    return torch.from_numpy(of_month / 31).to(device)
 
 
 def _time_features(time_NF: Tensor, event_ms_N: Tensor | None) -> Tensor:

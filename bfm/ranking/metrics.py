@@ -46,11 +46,11 @@ def query_metrics(
     return {name: np.where(none_Q, np.nan, value_Q) for name, value_Q in values.items()}
 
 
-def query_nll(nll_N: NDArray[np.float64], targets: Ragged, counted_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+def query_mean(value_N: NDArray[np.float64], targets: Ragged, counted_N: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Mean over each query's counted targets; NaN for a query without any."""
     query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))[counted_N]
     size_Q = np.bincount(query_N, minlength=len(targets))
-    return np.bincount(query_N, nll_N[counted_N], len(targets)) / np.where(size_Q > 0, size_Q, np.nan)
+    return np.bincount(query_N, value_N[counted_N], len(targets)) / np.where(size_Q > 0, size_Q, np.nan)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def score_queries(
 ) -> QueryScores:
     """All metrics of every query: over all its targets, and with the prefix `warm.` over those of the catalogue."""
     warm_N = targets.ids < num_items
-    values = {"nll": query_nll(ranked.nll_N, targets, warm_N)}
+    values = {"nll": query_mean(ranked.nll_N, targets, warm_N)}
     shown = {}
     for k in ks:
         values |= query_metrics(ranked.rank_N, targets, np.ones(len(warm_N), bool), k)

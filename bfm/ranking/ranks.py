@@ -45,7 +45,7 @@ class Ranked:
     nll_N: NDArray[np.float64]
     """NaN for cold targets."""
     top_Qk: NDArray[np.int64]
-    """Best items of each query, equal scores by ascending id; -1 where the catalogue has fewer."""
+    """Best items of each query, equal scores by ascending id; -1 where fewer are left unfiltered."""
 
 
 def rank_targets(
@@ -78,7 +78,8 @@ def rank_targets(
         chunk = _Chunk(start, stop, query_N[warm_N] - start, targets.ids[warm_N].astype(np.int64))
         passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k, hidden)
         rank_N[warm_N], nll_N[warm_N] = _ranks_and_nll(passed, chunk)
-        top_Qk[start:stop] = passed.top.id_Rk.cpu().numpy()
+        # A list may be longer than what is left of the catalogue; filtered items then stand at its end.
+        top_Qk[start:stop] = torch.where(passed.top.value_Rk > -torch.inf, passed.top.id_Rk, -1).cpu().numpy()
     return Ranked(rank_N, nll_N, top_Qk)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bfm.training.peak import measure_matmul_peak
+from bfm.training.peak import matmul_peak
 from bfm.units import format_flops
 
 REQUIRED = ("torch", "ray", "deepspeed", "pyarrow", "optuna", "tensorboard")
@@ -57,7 +57,7 @@ def examine(storage: Path) -> list[Finding]:
     existing = next(folder for folder in (storage, *storage.parents) if folder.exists())
     free_bytes = shutil.disk_usage(existing).free
     findings.append(Finding("free disk", f"{free_bytes / GIB:.1f} GiB at {existing}", free_bytes > GIB, "free 1 GiB"))
-    findings.append(Finding("matmul peak", f"{format_flops(measure_matmul_peak())} FLOP/s", True))
+    findings.append(Finding("matmul peak", f"{format_flops(matmul_peak())} FLOP/s", True))
     return findings
 
 

@@ -66,7 +66,8 @@ def sweep_figures(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Ba
         NamedFigure(
             "curves",
             "Loss against C",
-            "One line per trial. A ring marks a trial that was not promoted (so far), a cross one that diverged.",
+            "One line per trial. A ring marks a trial that was not promoted (so far), a cross one that diverged. "
+            "Values far beyond the rest are drawn at the edge.",
             curves_figure(rows, loss),
         ),
         NamedFigure(

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from bfm.laws.frontier import (
+    FrontierPoint,
     Row,
     frontier,
     goal_of,
@@ -48,7 +49,7 @@ def frontier_panel(axes: Axes, rows: Sequence[Row], metric: str, baselines: Base
         _empty(axes)
         return
     rung_axis(axes, rungs, air_right=0.32)
-    window = _value_window(axes, [metric_value(row, metric) for row in found], metric, _values(baselines, metric))
+    window = _value_window(axes, found, metric, _bar_ends(points), _values(baselines, metric))
     axes.scatter(
         _spread_by_size(found, rungs, norm),
         np.clip([metric_value(row, metric) for row in found], *window),
@@ -66,11 +67,12 @@ def frontier_panel(axes: Axes, rows: Sequence[Row], metric: str, baselines: Base
         _error_bar(axes, point.flops, point.value, point.error, INK)
         if point.carried:
             continue
+        labelled = point in points[:: -math.ceil(len(points) / 6)]
         size = point.row.get("params") or math.nan
         axes.plot(point.flops, point.value, "o", ms=7, mfc=SIZE_MAP(norm(size)), mec=INK, mew=1.1, zorder=6)
         below = goal_of(metric) == "minimize"
         axes.annotate(
-            f"N {format_count(size)}",
+            _holder(point.row) if labelled else "",
             (point.flops, point.value),
             xytext=(6, -6 if below else 6),
             textcoords="offset points",
@@ -89,7 +91,7 @@ def curves_panel(axes: Axes, rows: Sequence[Row], metric: str, norm: LogNorm, *,
         _empty(axes)
         return
     rung_axis(axes, rungs, air_right=0.16)
-    window = _value_window(axes, [metric_value(row, metric) for row in found], metric, [])
+    window = _value_window(axes, found, metric)
     for trial in sorted({str(row["trial"]) for row in found}):
         line = sorted((row for row in found if str(row["trial"]) == trial), key=lambda row: row["rung_flops"])
         flops = [row["rung_flops"] for row in line]
@@ -106,7 +108,7 @@ def curves_panel(axes: Axes, rows: Sequence[Row], metric: str, norm: LogNorm, *,
 
 def size_panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     """Iso-FLOP: a metric against N, one colour per rung, the best of each rung marked, hulls as guides for the eye."""
-    found = measured(rows, metric)
+    found = [row for row in measured(rows, metric) if row.get("params")]
     titled(axes, f"{with_goal(metric)}  against model size at equal C", x_label="N, dense parameters")
     if not found:
         _empty(axes)
@@ -114,7 +116,7 @@ def size_panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     colours, sign = rung_colours(rung_ladder(rows)), 1.0 if goal_of(metric) == "minimize" else -1.0
     sizes = [float(row["params"]) for row in rung_rows(rows) if row.get("params")]
     log_axis(axes, min(sizes), max(sizes), air_right=0.2)
-    window = _value_window(axes, [metric_value(row, metric) for row in found], metric, [])
+    window = _value_window(axes, found, metric, _bar_ends(frontier(rows, metric)))
     winners = []
     for flops, colour in colours.items():
         here = [row for row in found if row["rung_flops"] == flops]
@@ -144,7 +146,7 @@ def field_panel(axes: Axes, rows: Sequence[Row], metric: str, field: str) -> Non
         log_axis(axes, values[0], values[-1])
     if 1 < len(values) <= 5:
         axes.set_xticks(values, [format_count(value) for value in values])
-    window = _value_window(axes, [metric_value(row, metric) for row in found], metric, [])
+    window = _value_window(axes, found, metric)
     for flops, colour in colours.items():
         here = [row for row in found if row["rung_flops"] == flops]
         if not here:
@@ -232,8 +234,11 @@ def _draw_diverged(axes: Axes, places: Sequence[tuple[float, Row]], goal: str) -
 
 
 def _tag(axes: Axes, row: Row, flops: float, value: float) -> None:
-    text = f"{row['trial']}\nN {format_count(row['params'])}" if row.get("params") else str(row["trial"])
-    _beside(axes, text, flops, value, INK)
+    _beside(axes, f"{row['trial']}\n{_holder(row)}" if row.get("params") else _holder(row), flops, value, INK)
+
+
+def _holder(row: Row) -> str:
+    return f"N {format_count(row['params'])}" if row.get("params") else str(row["trial"])
 
 
 def _beside(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
@@ -245,24 +250,37 @@ def _beside(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
 def _spread_by_size(rows: Sequence[Row], rungs: Sequence[float], norm: LogNorm) -> list[float]:
     """x of the dots: the rung, a little to the left for small N and to the right for large, so that none hides."""
     ratios = [high / low for low, high in itertools.pairwise(rungs)]
-    width = 0.3 * math.log10(min(ratios, default=2.0))
+    width = 0.3 * math.log10(min(ratios, default=1.4))
     sizes = [float(norm(row["params"])) if row.get("params") else 0.5 for row in rows]
     return [row["rung_flops"] * 10 ** (width * (size - 0.5)) for row, size in zip(rows, sizes, strict=True)]
 
 
-def _value_window(axes: Axes, values: Sequence[float], metric: str, references: Sequence[float]) -> tuple[float, float]:
-    """Set and return the y range: all values but far outliers on the bad side, and references that are not far."""
+def _value_window(
+    axes: Axes,
+    found: Sequence[Row],
+    metric: str,
+    reach: Sequence[float] = (),
+    references: Sequence[float] = (),
+) -> tuple[float, float]:
+    """Set the y range and return it with half of its air: values, `reach` (ends of error bars), near references.
+
+    A run that nearly diverged must not flatten the picture: it is drawn at the edge. Neither must a far reference.
+    """
     value_axis(axes)
-    if not len(values):
+    values = [metric_value(row, metric) for row in found]
+    if not values:
         return axes.get_ylim()
+    minimise, middle = goal_of(metric) == "minimize", float(np.median(values))
     low, high = min(values), max(values)
-    middle, sign = float(np.median(values)), 1.0 if goal_of(metric) == "minimize" else -1.0
-    # A run that nearly diverged must not flatten the picture; it is drawn at the edge.
-    bulk = max(abs(middle - (low if sign > 0 else high)), 1e-9) * 6
-    low, high = (low, min(high, middle + bulk)) if sign > 0 else (max(low, middle - bulk), high)
-    span = max(high - low, abs(high) * 1e-3, 1e-9)
+    bulk = 3 * max(middle - low if minimise else high - middle, 0.02 * abs(middle))
+    low, high = (low, min(high, middle + bulk)) if minimise else (max(low, middle - bulk), high)
+    known = [value for value in reach if math.isfinite(value)]
+    low, high = min([low, *known]), max([high, *known])
+    span = max(high - low, 0.02 * abs(high), 1e-9)
+    # Ranking metrics have a natural zero, so a floor near it may stretch the axis; a loss has none.
+    near = max(1.5 * span, (0.15 if minimise else 0.6) * abs(high))
     for value in references:
-        if low - 1.5 * span <= value <= high + 1.5 * span:
+        if low - near <= value <= high + near:
             low, high = min(low, value), max(high, value)
     air = 0.1 * max(high - low, span)
     axes.set_ylim(low - air, high + air)
@@ -272,6 +290,10 @@ def _value_window(axes: Axes, values: Sequence[float], metric: str, references: 
 def _error_bar(axes: Axes, x: float, value: float, error: float, colour: object) -> None:
     if math.isfinite(error):
         axes.plot([x, x], [value - 2 * error, value + 2 * error], color=colour, lw=1.2, zorder=5)
+
+
+def _bar_ends(points: Sequence[FrontierPoint]) -> list[float]:
+    return [point.value + side * 2 * point.error for point in points for side in (-1, 1)]
 
 
 def _hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -298,6 +320,5 @@ def _values(baselines: Baselines, metric: str) -> list[float]:
 
 def _empty(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no result yet", transform=axes.transAxes, ha="center", va="center", color=MUTED)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(False)
+    axes.set_xlabel("")
+    axes.set_axis_off()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bfm.laws.frontier import (
@@ -148,7 +148,7 @@ def trial_table(rows: Sequence[Row], *, every_row: bool = False) -> str:
             _numeric(row.get("batch_events"), format_count),
             _numeric(row.get("steps"), format_count),
             _numeric(row.get("train_s"), format_seconds),
-            Cell(f"{row.get('engine', '-')} x {row.get('workers', 1)}"),
+            Cell(_engine(row)),
         ]
         lines.append(line)
     heads = ["trial", "status", "C", "N", "s", *metrics, *[field.replace("_", " ") for field in fields]]
@@ -183,9 +183,7 @@ def failures_part(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     lines += [
         [
             Cell(str(lost.get("trial", "-"))),
-            _numeric(lost.get("rung_flops"), power_text)
-            if lost.get("rung_flops")
-            else Cell(f"rung {lost.get('rung')}"),
+            Cell(f"rung {lost['rung']}" if lost.get("rung") is not None else "-"),
             Cell("lost", kind="text bad"),
             Cell(str(lost.get("reason", "")), kind="wrap"),
         ]
@@ -214,17 +212,15 @@ def data_part(extra: Mapping[str, Any]) -> str:
         ("targets per epoch", _thousands(manifest.get("train_targets"))),
         ("time range", _times(manifest)),
         ("split", _split(manifest)),
+        ("item fields", _fields(manifest, "item")),
+        ("context fields", _fields(manifest, "context")),
     ]
     measured_by: list[tuple[str, object]] = [
-        (f"{name} queries", f"{_thousands(part.get('queries'))} of {_thousands(part.get('users'))} users")
-        for name, part in (protocol.get("parts") or {}).items()
+        (f"{name} queries", _queries(part)) for name, part in (protocol.get("parts") or {}).items()
     ]
     measured_by += [
         ("seen items", _SEEN.get(protocol.get("filter_seen"))),
-        (
-            "equal scores",
-            "each counts half a rank" if protocol.get("ties") == "half" else protocol.get("ties"),
-        ),
+        ("equal scores", "each counts half a rank" if protocol.get("ties") == "half" else protocol.get("ties")),
         ("targets of a query", protocol.get("target_rule")),
         ("protocol", protocol.get("hash")),
     ]
@@ -236,13 +232,7 @@ def provenance_part(rows: Sequence[Row], extra: Mapping[str, Any]) -> str:
     """Which code, data and machine made the rows; several values of one thing are shown with their counts."""
     names = ("code_version", "flops_version", "protocol_hash", "shards_hash", "device", "dtype", "threads")
     pairs: list[tuple[str, object]] = [(name.replace("_", " "), _tally(rows, name)) for name in names]
-    engines = Counter(
-        f"{row.get('engine')}, {_plural(int(row.get('workers') or 1), 'worker')}"
-        + (f", ZeRO-{row['zero_stage']}" if row.get("engine") == "zero" and row.get("zero_stage") is not None else "")
-        for row in rung_rows(rows)
-        if row.get("engine")
-    )
-    pairs.append(("engines", _counted(engines)))
+    pairs.append(("engines", _counted(Counter(_engine(row) for row in rung_rows(rows)))))
     pairs += [(str(name), value) for name, value in (extra.get("provenance") or {}).items()]
     return facts(pairs)
 
@@ -278,6 +268,13 @@ def _ratio(upper: object, lower: object) -> float:
     return upper / lower if numbers and lower else math.nan  # type: ignore[operator]
 
 
+def _engine(row: Row) -> str:
+    name = row.get("engine") or "-"
+    if name == "zero" and row.get("zero_stage") is not None:
+        name = f"ZeRO-{row['zero_stage']}"
+    return f"{name}, {_plural(int(row.get('workers') or 1), 'worker')}"
+
+
 def _settings(row: Row) -> str:
     config = row.get("config") or {}
     return ", ".join(f"{name} {value:.3g}" for name, value in config.items() if isinstance(value, float))
@@ -311,8 +308,7 @@ def _times(manifest: Mapping[str, Any]) -> str | None:
         return None
     if not manifest.get("has_clock"):
         return f"positions {limits[0]} to {limits[1]}"
-    first, last = (datetime.fromtimestamp(limit / 1000, UTC).strftime("%Y-%m-%d") for limit in limits)
-    return f"{first} to {last}"
+    return f"{_clock(limits[0], '%Y-%m-%d')} to {_clock(limits[1], '%Y-%m-%d')}"
 
 
 def _split(manifest: Mapping[str, Any]) -> str | None:
@@ -322,6 +318,25 @@ def _split(manifest: Mapping[str, Any]) -> str | None:
     parts = []
     for name, value in split.items():
         is_time = manifest.get("has_clock") and name.endswith("from") and isinstance(value, int)
-        text = datetime.fromtimestamp(value / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC") if is_time else str(value)
+        text = _clock(value, "%Y-%m-%d %H:%M UTC") if is_time else str(value).replace("_", "-")
         parts.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(parts)
+
+
+def _queries(part: Mapping[str, Any]) -> str:
+    text = f"{_thousands(part.get('queries'))} of {_thousands(part.get('users'))} users"
+    basket = part.get("basket_queries")
+    return f"{text}, and {_thousands(basket)} inside baskets, reported apart" if basket else text
+
+
+def _fields(manifest: Mapping[str, Any], side: str) -> str:
+    known = [field for field in manifest.get("fields") or [] if field["side"] == side]
+    return ", ".join(f"{field['name']} ({field['kind']})" for field in known)
+
+
+def _clock(milliseconds: int, pattern: str) -> str:
+    """A time in UTC; the bare number where a log's clock lies outside the calendar."""
+    try:
+        return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)).strftime(pattern)
+    except OverflowError:
+        return f"{milliseconds} ms"

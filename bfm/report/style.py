@@ -113,9 +113,11 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", text)
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)
-    width_pt = figure.get_figwidth() * 72
+    # 1 pt is 4/3 CSS px; below 600 px a figure scrolls and does not shrink further.
+    width_px = figure.get_figwidth() * 96
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return f'{head} role="img" aria-label="{label}" style="width:100%;max-width:{width_pt * 1.33:.0f}px">{rest}'
+    width = f"width:100%;min-width:{min(width_px, 600):.0f}px;max-width:{width_px:.0f}px"
+    return f'{head} role="img" aria-label="{label}" style="{width}">{rest}'
 
 
 @house_style
@@ -137,7 +139,7 @@ def size_norm(params: Iterable[float]) -> LogNorm:
     """Colour scale over model sizes N; a single size still gives a scale."""
     found = [value for value in params if value and value > 0 and math.isfinite(value)]
     low, high = (min(found), max(found)) if found else (1.0, 10.0)
-    return LogNorm(low, high) if high > low * 1.01 else LogNorm(low / 2, high * 2)
+    return LogNorm(low, high) if high > 4 * low else LogNorm(low / 2, high * 2)
 
 
 def size_bar(figure: Figure, norm: LogNorm, axes: Sequence[Axes]) -> None:
@@ -169,7 +171,7 @@ def power_text(value: float) -> str:
 
 def rung_axis(axes: Axes, rungs: Sequence[float], *, air_right: float = 0.0) -> None:
     """A logarithmic C axis whose ticks are the rungs; `air_right` is free room, as a share of the ladder."""
-    spread = max(math.log10(rungs[-1] / rungs[0]), 0.3)
+    spread = max(math.log10(rungs[-1] / rungs[0]), 0.6)
     axes.set_xscale("log")
     axes.set_xlim(rungs[0] / 10 ** (0.12 * spread), rungs[-1] * 10 ** ((0.12 + air_right) * spread))
     axes.xaxis.set_major_locator(FixedLocator(list(rungs[:: math.ceil(len(rungs) / 7)])))

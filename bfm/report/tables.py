@@ -47,7 +47,7 @@ def runs_parquet(rows: Sequence[Row]) -> bytes:
 
 
 def frontier_text(rows: Sequence[Row], baselines: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """The frontier per metric for a terminal: a line per rung with the best value, its error, and the trial's N."""
+    """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's."""
     metrics = metric_names(rows)
     if not metrics:
         return "no results yet"
@@ -62,9 +62,7 @@ def frontier_text(rows: Sequence[Row], baselines: Mapping[str, Mapping[str, floa
     for name, values in (baselines or {}).items():
         cells = [_plain_value(values.get(metric, math.nan)) for metric in metrics]
         lines.append([name.replace("_", "-"), "", "", *cells])
-    text = aligned(
-        ["at most", "trials", f"N ({metrics[0]})", *metrics], [[_tight(cell) for cell in line] for line in lines]
-    )
+    text = aligned(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
     starred = any(cell.endswith("*") for line in lines for cell in line)
     return f"{text}\n* reached at a lower rung" if starred else text
 
@@ -193,11 +191,11 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {bool}:
-        return pa.array(values, pa.bool_() if kinds else pa.null())
-    if kinds == {int} and all(abs(value) < 2**63 for value in values if value is not None):
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, bool) for value in known):
+        return pa.array(values, pa.bool_() if known else pa.null())
+    if all(isinstance(value, int) and abs(value) < 2**63 for value in known):
         return pa.array(values, pa.int64())
-    if kinds <= {int, float, bool}:
+    if all(isinstance(value, (int, float)) for value in known):
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return pa.array([None if value is None else str(value) for value in values], pa.string())

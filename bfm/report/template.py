@@ -39,7 +39,7 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 .card .gain { color: var(--good); } .card .loss { color: var(--bad); }
 .meter { height: 8px; border-radius: 4px; background: var(--grid); overflow: hidden; margin: 8px 0 6px; }
 .meter span { display: block; height: 100%; background: var(--accent); }
-figure { margin: 18px 0 8px; overflow-x: auto; } figure svg { display: block; min-width: 600px; height: auto; }
+figure { margin: 18px 0 8px; overflow-x: auto; } figure svg { display: block; height: auto; }
 figcaption { font-size: 13.5px; max-width: 84ch; margin-top: 8px; }
 .scroll { overflow-x: auto; margin: 12px 0; border: 1px solid var(--line); border-radius: 10px; }
 .tall { max-height: 560px; overflow-y: auto; }

@@ -12,16 +12,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bfm.errors import CorruptError, DivergedError, OutOfMemoryError, UserError
+from bfm.errors import CorruptError, UserError
 from bfm.sweep.costs import CostModel
-from bfm.sweep.ledger import Ledger
+from bfm.sweep.ledger import Ledger, collector_paused
 from bfm.sweep.policy import Policy, Promote, Propose, Stop, StrataPolicy
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
 from bfm.sweep.task import Finished, Task, Wait
-from bfm.training.config import TrainConfig
 from bfm.units import format_flops
 
 __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
@@ -38,7 +37,8 @@ class SweepDriver:
 
     def __init__(self, spec: SweepSpec, ledger: Ledger, policy: Policy, proposer: Proposer) -> None:
         self.spec, self.policy, self.proposer = spec, policy, proposer
-        self.state = SweepState.fold(ledger.replay.records)
+        with collector_paused():
+            self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
         self._can_propose = True
         self._open()
@@ -63,9 +63,9 @@ class SweepDriver:
         while True:
             owed = self.state.owed()
             if owed:
-                task = self._again(owed[0])
-                if task is not None:
-                    return task
+                again = self._again(owed[0])
+                if again is not None:
+                    return again
                 continue
             decision = self.policy.decide(self.state, self.available_flops, self._can_propose)
             if isinstance(decision, Wait):
@@ -135,7 +135,7 @@ class SweepDriver:
         charged = {"charged_flops": task["reserved_flops"], "reason": reason, "fault": fault}
         return {"kind": "lost", "task_id": task_id, "trial": task["trial"], "rung": task["rung"], **charged}
 
-    def _again(self, place: tuple[str, int]) -> Task | None:
+    def _again(self, place: tuple[str, int]) -> Task | Wait | None:
         """Start a lost task again; None after giving it up."""
         attempt = self.state.attempts[place]
         trial, rung = place
@@ -144,7 +144,7 @@ class SweepDriver:
             reason = f"its worker died {attempt.lost} times"
         elif old.reserved_flops > self.available_flops:
             if self.state.open_tasks:
-                return self._wait_for_room()
+                return Wait("running tasks may leave room under the cap for a lost one")
             reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
         else:
             task = self._task(trial, rung, old.from_rung, attempt.tries)
@@ -194,7 +194,7 @@ class SweepDriver:
         self, trial: str, config: dict[str, Any], params: int, seed: int, rung: int, from_rung: int | None, tries: int
     ) -> Task:
         rung_flops = self.spec.budget.ladder_flops[rung]
-        cooldown_fraction = TrainConfig.from_dict(config).cooldown_fraction
+        cooldown_fraction = config["cooldown_fraction"]
         checkpoint = None if from_rung is None else self.state.trials[trial].rows[from_rung]["checkpoint"]
         return Task(
             task_id=f"{trial}-r{rung}-a{tries}",
@@ -220,6 +220,8 @@ class SweepDriver:
             raise ValueError(f"the row of task {task_id} is of {row['trial']} rung {row['rung']} {row['status']}")
         checked = _finite(row)
         if checked["status"] == "ok":
+            if not isinstance(row.get("checkpoint"), str):
+                raise ValueError(f"the row of task {task_id} names no checkpoint to go on from")
             name = self.spec.metric.name
             if name not in row["metrics"]:
                 known = ", ".join(sorted(row["metrics"]))
@@ -242,7 +244,7 @@ def run_serial(driver: SweepDriver, execute: Callable[[Task], Row | Sequence[Row
         assert isinstance(task, Task), "one task at a time leaves nothing to wait for"
         try:
             rows = execute(task)
-        except (UserError, CorruptError, DivergedError, OutOfMemoryError):
+        except (UserError, CorruptError):
             raise
         except Exception as error:
             driver.lost(task.task_id, f"{type(error).__name__}: {error}")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -136,7 +137,7 @@ def _refuse_if_live(store: Store, epoch: int, me: Holder, now_s: float) -> None:
         )
 
 
-def _read(store: Store, name: str) -> dict[str, float | str]:
+def _read(store: Store, name: str) -> dict[str, Any]:
     try:
         return json.loads(store.get(name))
     except ValueError as error:

@@ -8,16 +8,19 @@ found and named, and what a fenced writer appended after its successor had read 
 
 from __future__ import annotations
 
+import gc
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
 from bfm.sweep.lease import Lease
+from bfm.sweep.state import SweepState
 
 FOLDER = "ledger"
 VERSION = 1
@@ -69,8 +72,31 @@ class Ledger:
         self.lease.release()
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's cycle collector off: it walks all of a growing ledger again and again and finds no cycle."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_ledger(store: Store) -> Replay:
     """All records, verified; needs no lease. Raises CorruptError that names the damaged segment."""
+    with collector_paused():
+        return _read(store)
+
+
+def read_state(store: Store) -> SweepState:
+    """The state of a sweep as its ledger stands; needs no lease. Raises CorruptError as `read_ledger`."""
+    with collector_paused():
+        return SweepState.fold(_read(store).records)
+
+
+def _read(store: Store) -> Replay:
     names = [name for name in store.names(FOLDER) if _NAME.fullmatch(name)]
     chain: list[tuple[_Link, list[dict[str, Any]]]] = []
     places: dict[_Link, int] = {}

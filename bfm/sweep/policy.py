@@ -112,7 +112,9 @@ class StrataPolicy:
         """A configuration that was begun with one seed is begun with all."""
         blocks = view.blocks
         if blocks and len(blocks[-1].trials) < self._seeds and view.available_flops >= view.costs[0] // self._seeds:
-            return Propose(0, f"seed {len(blocks[-1].trials) + 1} of {self._seeds} of configuration {blocks[-1].number}")
+            return Propose(
+                0, f"seed {len(blocks[-1].trials) + 1} of {self._seeds} of configuration {blocks[-1].number}"
+            )
         for rung in range(1, self._top + 1):
             for block in blocks:
                 missing = [trial for trial in block.trials if trial.trial not in view.members[rung]]

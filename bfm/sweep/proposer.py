@@ -29,7 +29,8 @@ from bfm.sweep.space import Feasible, FeasibleSet, Rejection, binding_bound
 from bfm.sweep.state import SweepState, Trial, metric_value
 
 STARTUP_ROWS = 10
-MAX_TRIES = 500
+OPTUNA_TRIES = 300
+RANDOM_TRIES = 5000
 _DUPLICATE = "was proposed before"
 
 
@@ -90,9 +91,9 @@ class Proposer:
         rung = self._learning_rung(state) if self.spec.method == "optuna" else None
         if rung is not None:
             study = self._study(state, rung)
-            for attempt in range(MAX_TRIES):
+            for attempt in range(OPTUNA_TRIES):
                 yield "optuna", self._ask(study, np.random.default_rng((seed, number, attempt)))
-        for attempt in range(MAX_TRIES):
+        for attempt in range(RANDOM_TRIES):
             yield "random", self.feasible.draw(np.random.default_rng((seed, number, attempt)))
 
     def _learning_rung(self, state: SweepState) -> int | None:

@@ -6,6 +6,7 @@ fault and fix. Nothing here opens data or starts Ray; whether the space is feasi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,7 @@ def _budget(keys: _BudgetKeys) -> Budget:
         raise UserError("has no rungs", key="budget.ladder_flops", fix="list the C of at least one rung")
     if min(ladder) <= 0:
         raise UserError("a rung needs FLOPs", key="budget.ladder_flops", fix="write numbers above 0, such as 1e11")
-    if any(above <= below for below, above in zip(ladder, ladder[1:], strict=False)):
+    if any(above <= below for below, above in itertools.pairwise(ladder)):
         raise UserError("is not strictly increasing", key="budget.ladder_flops", fix="sort it and drop repetitions")
     if not 0 < keys.tolerance <= TOLERANCE:
         raise UserError(

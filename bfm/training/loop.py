@@ -132,7 +132,8 @@ class Trainer:
             plan = self._next_plan()
             after_flops = self.counters.path_flops + plan.path_flops
             if self.counters.stage == 1 and after_flops > freeze_flops:
-                if self.counters.path_flops + self.catalogue_flops > until_flops:
+                # A trunk that is asked to stop at the freeze stays in stage 1: studies of stage 2 share it.
+                if max(freeze_flops, self.counters.path_flops + self.catalogue_flops) >= until_flops:
                     return
                 self._freeze()
             elif after_flops > until_flops:

@@ -19,8 +19,7 @@ from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import Evaluation, merge, summarise
+from bfm.ranking.evaluate import Evaluation, QueryScores, evaluate, merge, summarise
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -69,7 +68,7 @@ class RungTask:
             resume_from=task.get("resume_from"),
             probes=tuple(float(c) for c in task.get("probes", ())),
             micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
-            queries=task.get("queries"),
+            queries=task.get("evaluation_queries"),
         )
 
     def name(self, what: str) -> str:
@@ -108,6 +107,11 @@ def run_rung(
     """
     run = _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time())
     return run.run()
+
+
+def split_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rung row without its probes, then the probe rows: what a ledger takes."""
+    return [{key: value for key, value in row.items() if key != "probes"}, *row.get("probes", [])]
 
 
 class _RungRun:
@@ -192,18 +196,29 @@ class _RungRun:
     def _evaluate(self, model: TwoPartModel, queries: int | None) -> Evaluation:
         """Validation metrics of a plain model; queries are split over ranks."""
         self.timing.pause()
-        scores = evaluate(
-            model,
-            self.data.shards,
-            self.data.protocol,
-            "validation",
-            self.task.config.window,
-            queries=queries,
-            rank=self.factory.rank,
-            world_size=self.factory.world_size,
-            device=self.factory.device,
-        )
-        evaluation = summarise(merge(self.trainer.engine.gather(scores)))
+        scores: QueryScores | DivergedError
+        try:
+            scores = evaluate(
+                model,
+                self.data.shards,
+                self.data.protocol,
+                "validation",
+                self.task.config.window,
+                queries=queries,
+                rank=self.factory.rank,
+                world_size=self.factory.world_size,
+                device=self.factory.device,
+                candidates=self.trainer.objective.evaluation_candidates(self.data.shards.seed),
+            )
+        except DivergedError as error:
+            # Only some ranks may hold such a query, and the others wait for this one.
+            scores = error
+        parts: list[QueryScores] = []
+        for part in self.trainer.engine.gather(scores):
+            if isinstance(part, DivergedError):
+                raise part
+            parts.append(part)
+        evaluation = summarise(merge(parts))
         self.timing.resume()
         return evaluation
 

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_partition_does_not_change_histories(tmp_path):
     for name in ("channel", "quantity"):
         taken = [shards.take_context(name, shards.locate(index)) for shards in (one, three)]
         assert np.array_equal(*taken, equal_nan=True)
+
+
+def test_shards_travel_to_another_process_without_their_events(toy_shards):
+    raw = pickle.dumps(toy_shards)
+    assert len(raw) < 10_000
+    assert np.array_equal(pickle.loads(raw).history(5).item, toy_shards.history(5).item)
 
 
 def test_same_input_same_bytes(tmp_path):

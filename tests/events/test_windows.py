@@ -189,10 +189,13 @@ def test_eval_windows_hold_each_query_s_context(split_in_three, leave_one_out, p
     for shards in (split_in_three, leave_one_out):
         protocol = Protocol.load(shards)
         queries = protocol.queries(part)
-        packed = eval_windows(shards, queries[10:50], window)
+        # Headline queries stand first, basket queries last: take some of both.
+        queries = queries[np.r_[10:40, len(queries) - 15 : len(queries)]]
+        assert queries.basket.any() == (shards is split_in_three)
+        packed = eval_windows(shards, queries, window)
         cells = Counter()
         for query, (row, column) in enumerate(zip(packed.row, packed.column, strict=True)):
-            user, position = queries.user[10 + query], queries.position[10 + query]
+            user, position = queries.user[query], queries.position[query]
             history = shards.history(user)
             length = min(position + 1, window)
             context = slice(position + 1 - length, position + 1)
@@ -204,7 +207,7 @@ def test_eval_windows_hold_each_query_s_context(split_in_three, leave_one_out, p
             assert len(set(windows.segment_RL[place].tolist())) == 1
             true_bits = history.time[1 : position + 1] > history.time[:position]
             assert np.array_equal(windows.later_RL[place][:-1], true_bits[position + 1 - length :])
-            assert windows.later_RL[row, column] == (not queries.basket[10 + query])
+            assert windows.later_RL[row, column] == (not queries.basket[query])
             if packed.seen is not None:
                 assert np.array_equal(packed.seen[query], np.unique(history.item[: position + 1]))
         assert (packed.seen is not None) == protocol.filter_seen

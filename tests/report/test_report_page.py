@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import diverged, planted_sweep
+from planted import diverged, planted_sweep
 
 from bfm.errors import UserError
 from bfm.report import figures, style
@@ -43,7 +43,7 @@ class Balanced(HTMLParser):
         for name, value in attributes:
             if name == "id":
                 self.ids.append(value)
-            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
+            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:image/png")):
                 self.fetched.append(value)
 
 
@@ -113,8 +113,8 @@ def test_pages_of_few_and_bad_rows():
 
 def test_many_rungs_one_metric_and_long_names():
     rows = [
-        {"trial": "trial-with-a-long-name", "rung": rung, "rung_flops": 10.0 ** (9 + rung), "params": 10 ** (3 + rung / 3),
-         "metrics": {"mrr@10": 0.1 + 0.01 * rung}}
+        {"trial": "trial-with-a-long-name", "rung": rung, "rung_flops": 10.0 ** (9 + rung),
+         "params": 10 ** (3 + rung / 3), "metrics": {"mrr@10": 0.1 + 0.01 * rung}}
         for rung in range(12)
     ]  # fmt: skip
     parsed(rendered({"rows": rows, "summary": {"rungs": [row["rung_flops"] for row in rows]}, "baselines": {}}))

@@ -1,0 +1,271 @@
+"""From sorted partitions to a finished shard set: statistics, fit, shards, protocol, manifest (see prepare.py).
+
+measure_partition per partition: partial statistics of items and fields over the training range
+fit_all           once: item ids, field values, fitted fields
+write_partition   per partition: one shard
+finish_set        once: evaluation protocol, distinct curve, manifest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bfm.errors import UserError
+from bfm.events import clean, fitting, source
+from bfm.events.fields import FittedField
+from bfm.events.fitting import Fitted
+from bfm.events.items import Items, choose_values, count_items, count_values, join_item_table, key_columns, merge_items
+from bfm.events.manifest import Manifest
+from bfm.events.prepare import ROW_HASH, Job, num_partitions, read_arrow, rows_read, write_arrow
+from bfm.events.protocol import build_protocol
+from bfm.events.shards import Shards, finish, write_items, write_shard
+from bfm.events.split import Split
+from bfm.events.statistics import fit_distinct_curve
+from bfm.events.ties import TieCounts
+
+_ITEM_ID = "item_id"
+# Share of training events whose item features are not the item's: above it, `describe` warns.
+_MANY_CONFLICTS = 0.05
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def measure_partition(job: Job, split: Split, index: int) -> None:
+    """Write partial statistics over the training range, one file per item field and context field."""
+    table = read_arrow(job.file("sorted", index, "arrow"))
+    time = table[clean.TIME].to_numpy()
+    offsets = user_offsets(table)
+    train_end, _ = split.ends(time, offsets)
+    train = np.arange(len(time)) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(train_end, np.diff(offsets))
+    item = _column(table, clean.ITEM)
+    write_arrow(job.file("items", index, "arrow"), count_items(item, time, train))
+    for name in job.event_item_fields:
+        value = _column(table, clean.item_column(name))
+        partial = count_values(item, value, time, table[ROW_HASH].to_numpy(), train)
+        write_arrow(job.file(f"values-{name}", index, "arrow"), partial)
+    for name, spec in job.schema.context_fields.items():
+        values = _column(table, clean.context_column(name))
+        statistics = fitting.measure(values, spec.kind, train.astype(np.int64))
+        write_arrow(job.file(f"context-{name}", index, "arrow"), statistics.to_table())
+    summary = {"train_events": int(train_end.sum()), "train_targets": int(np.maximum(train_end - 1, 0).sum())}
+    job.file("measured", index, "json").write_text(json.dumps(summary))
+
+
+def user_offsets(table: pa.Table) -> np.ndarray:
+    """Int64 [U+1]: first row of each user of a sorted partition."""
+    user = _column(table, clean.USER)
+    return np.searchsorted(user.indices.to_numpy(), np.arange(len(user.dictionary) + 1)).astype(np.int64)
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+# ---------------------------------------------------------------- fit
+
+
+def fit_all(job: Job) -> dict[str, Any]:
+    """Number the items, choose their values, fit all fields; writes items and vocabularies into the shard set.
+
+    Returns:
+        Checks for the manifest.
+
+    Raises:
+        UserError: a single item, nothing to train on, or a vector field without values.
+    """
+    items = merge_items(_partials(job, "items"))
+    measured = job.summaries("measured")
+    if len(items.keys) == 1:
+        raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
+    if sum(summary["train_targets"] for summary in measured) == 0:
+        fix = "check the split and the user column"
+        raise UserError("no user has two events in the training range", key="split", fix=fix)
+    texts, checks = _item_texts(job, items)
+    encoded: dict[str, np.ndarray] = {}
+    raw: dict[str, pa.Array] = {}
+    fields: list[Fitted] = []
+    for name, spec in job.schema.item_fields.items():
+        raw[name] = clean.from_text(texts[name], spec.kind)
+        statistics = fitting.measure(raw[name], spec.kind, items.train_count)
+        fields.append(fitting.fit(name, "item", spec.kind, statistics))
+        encoded[name], lost = fitting.encode(raw[name], fields[-1])
+        checks["repairs"].update({f"{name}: {fitting.LOST[spec.kind]}": lost} if lost else {})
+        if statistics.known == 0:
+            checks["no_value_in_training"].append(name)
+    if job.schema.id_field:
+        rows = job.schema.hash_rows or fitting.hash_rows(items.catalogue)
+        fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
+        encoded[_ITEM_ID], _ = fitting.encode(items.keys, fields[-1])
+    for name, spec in job.schema.context_fields.items():
+        parts = [fitting.Statistics.from_table(table) for table in _partials(job, f"context-{name}")]
+        statistics = fitting.merge(spec.kind, parts)
+        fields.append(fitting.fit(name, "context", spec.kind, statistics))
+        if statistics.known == 0:
+            checks["no_value_in_training"].append(name)
+    counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
+    write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), encoded)
+    write_arrow(job.file("fitted", "items", "arrow"), pa.table({"key": items.keys, **counts}))
+    _write_fields(job, fields)
+    return {name: check for name, check in checks.items() if check}
+
+
+def _partials(job: Job, stage: str) -> list[pa.Table]:
+    return [read_arrow(path) for path in sorted((job.folder / "work" / stage).glob("*.arrow"))]
+
+
+def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """Field values as text [I], and what the checks say about reading and joining."""
+    reports = job.summaries("read")
+    train_events = int(items.train_count.sum())
+    repairs: Counter[tuple[str, str]] = Counter()
+    ties = TieCounts()
+    for report in reports:
+        repairs.update({(name, fault): count for name, fault, count in report["repairs"]})
+        ties += TieCounts(*report["ties"])
+    checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "no_value_in_training": [], "item_conflicts": {}}
+    texts = {}
+    for name in job.event_item_fields:
+        values = choose_values(_partials(job, f"values-{name}"), items)
+        texts[name] = values.texts
+        checks["item_conflicts"][name] = values.conflicts / train_events
+    if job.item_table is not None:
+        raw = source.read_table(job.item_table, job.table_columns)
+        joined = join_item_table(job.schema, raw, job.table_item_fields, items)
+        texts.update(joined.texts)
+        repairs.update(joined.repairs)
+        checks["items_without_row"] = joined.items_without_row
+        checks["item_rows_with_a_used_key"] = joined.rows_with_a_used_key
+    many = [name for name, share in checks["item_conflicts"].items() if share > _MANY_CONFLICTS]
+    if many:
+        shown = ", ".join(f"{name} in {checks['item_conflicts'][name]:.1%} of training events" for name in many)
+        what = f"item fields that are not unique to the item: {shown}; what varies per event should be a context field"
+        checks["item_conflicts"]["warning"] = what
+    checks["repairs"] = {f"{name}: {fault}": count for (name, fault), count in sorted(repairs.items())}
+    return texts, checks
+
+
+def _write_fields(job: Job, fields: list[Fitted]) -> None:
+    """Vocabularies stay in the shard set, for whoever encodes other events; the list of fields goes to the manifest."""
+    for fitted in fields:
+        if fitted.vocabulary is not None:
+            path = _vocabulary_file(job.shard_set, fitted.field.name)
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"value": fitted.vocabulary}), path)
+    job.file("fitted", "fields", "json").write_text(json.dumps([fitted.field.as_dict() for fitted in fields]))
+
+
+def _read_fields(job: Job) -> list[Fitted]:
+    fields = []
+    for values in json.loads(job.file("fitted", "fields", "json").read_bytes()):
+        path = _vocabulary_file(job.shard_set, values["name"])
+        vocabulary = pq.read_table(path)["value"].combine_chunks() if path.is_file() else None
+        fields.append(Fitted(FittedField.from_dict(values), vocabulary))
+    return fields
+
+
+def _vocabulary_file(shard_set: Path, name: str) -> Path:
+    return shard_set / "vocabulary" / f"{name}.parquet"
+
+
+# ---------------------------------------------------------------- write
+
+
+@lru_cache(maxsize=1)
+def _items(job_folder: Path) -> Items:
+    # One worker writes many partitions; the item keys are its largest table.
+    table = read_arrow(job_folder / "work" / "fitted" / "items.arrow")
+    keys, counts, first = (table[name].combine_chunks() for name in table.column_names)
+    return Items(keys, counts.to_numpy(), first.to_numpy())
+
+
+def write_partition(job: Job, split: Split, index: int) -> None:
+    """Encode a sorted partition and write it as a shard (an empty one where no user fell into it)."""
+    path = job.file("sorted", index, "arrow")
+    context: dict[str, np.ndarray] = {}
+    repairs = {}
+    fields = [fitted for fitted in _read_fields(job) if fitted.field.side == "context"]
+    if path.is_file():
+        table = read_arrow(path)
+        offsets = user_offsets(table)
+        users = _column(table, clean.USER).dictionary
+        item = _items(job.folder).ids(_column(table, clean.ITEM))
+        time = table[clean.TIME].to_numpy()
+        values = {fitted.field.name: _column(table, clean.context_column(fitted.field.name)) for fitted in fields}
+    else:
+        offsets, users = np.zeros(1, np.int64), pa.array([], pa.large_string())
+        item, time = np.zeros(0, np.int32), np.zeros(0, np.int64)
+        target = clean.cleaned_schema(job.schema, job.event_item_fields)
+        values = {f.field.name: pa.array([], target.field(clean.context_column(f.field.name)).type) for f in fields}
+    for fitted in fields:
+        context[fitted.field.name], lost = fitting.encode(values[fitted.field.name], fitted)
+        if lost:
+            repairs[f"{fitted.field.name}: {fitting.LOST[fitted.field.kind]}"] = lost
+    train_end, valid_end = split.ends(time, offsets)
+    write_shard(
+        job.shard_set,
+        index,
+        item=item,
+        time=time,
+        context=context,
+        user_offsets=offsets,
+        train_end=train_end,
+        valid_end=valid_end,
+        users=users,
+    )
+    job.file("written", index, "json").write_text(json.dumps({"repairs": repairs}))
+
+
+def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
+    """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
+    partitions = job.summaries("sorted")
+    repairs = Counter(checks.get("repairs", {}))
+    for report in job.summaries("written"):
+        repairs.update(report["repairs"])
+    if repairs:
+        checks = {**checks, "repairs": dict(sorted(repairs.items()))}
+    reasons: Counter[str] = Counter()
+    for partition in partitions:
+        reasons.update(partition["reasons"])
+    measured = job.summaries("measured")
+    times = [partition["times"] for partition in partitions if partition["times"]]
+    items = _items(job.folder)
+    rows = rows_read(job)
+    draft = Manifest(
+        name=job.schema.name,
+        seed=job.seed,
+        users=sum(partition["users"] for partition in partitions),
+        events=sum(partition["events"] for partition in partitions),
+        items=len(items.keys),
+        catalogue=items.catalogue,
+        shards=num_partitions(rows),
+        has_clock=job.schema.has_clock,
+        split=split.as_dict(),
+        fields=tuple(fitted.field for fitted in _read_fields(job)),
+        train_events=sum(summary["train_events"] for summary in measured),
+        train_targets=sum(summary["train_targets"] for summary in measured),
+        time_range=(min(first for first, _ in times), max(last for _, last in times)),
+        rows_read=rows,
+        rows_quarantined=dict(sorted(reasons.items())),
+        schema=job.schema.model_dump(mode="json", exclude_none=True),
+        checks=checks,
+    )
+    return _complete(job, draft)
+
+
+def _complete(job: Job, draft: Manifest) -> Manifest:
+    shards = Shards(job.shard_set, draft)
+    queries = job.schema.evaluation.queries
+    build_protocol(shards, queries=queries, filter_seen=job.schema.filter_seen, seed=job.seed)
+    curve = fit_distinct_curve(shards)
+    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve))

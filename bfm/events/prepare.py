@@ -1,0 +1,315 @@
+"""From a raw log to a shard set, as stages that know no engine: each reads and writes files of one staging folder.
+
+    clean_piece       per piece of the log: raw rows -> cleaned rows
+    assign_partitions the shuffle key of each row: a seeded hash of the user, modulo a number that the row count gives
+    sort_partition    per partition: quarantine file; events by (user, time, seeded hash of the whole row)
+    choose_split      once: boundaries from the merged histogram of times
+
+and in build.py: measure_partition, fit_all, write_partition, finish_set.
+
+Partitions and their order are functions of the rows and the seed alone, so all that follows is; the order of files,
+blocks and workers leaves no trace but in the check of the raw order inside ties.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bfm.errors import UserError
+from bfm.events import clean, source
+from bfm.events.hashing import hash_rows, hash_strings
+from bfm.events.histogram import Histogram
+from bfm.events.parse import numbers, plain, to_mask
+from bfm.events.schema import EventSchema, load_schema, schema_path
+from bfm.events.source import Piece
+from bfm.events.split import Split, time_split
+from bfm.events.ties import TieCounts, tie_monotonicity
+
+PARTITION_ROWS = 1 << 18
+PARTITION = "partition"
+ROW_HASH = "hash"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs; small, and sent to every worker."""
+
+    schema: EventSchema
+    seed: int
+    folder: Path
+    columns: list[str]
+    """Columns read from the log."""
+    event_item_fields: list[str]
+    """Item fields that stand in the log itself."""
+    table_item_fields: list[str]
+    """Item fields that stand in the item table."""
+    item_table: str | None
+
+    @property
+    def table_columns(self) -> list[str]:
+        """Columns read from the item table."""
+        keys = self.schema.items.key if self.schema.items else []
+        return list(dict.fromkeys([*keys, *(self.schema.item_fields[name].column for name in self.table_item_fields)]))
+
+    @property
+    def shard_set(self) -> Path:
+        """The shard set in the making."""
+        return self.folder / "set"
+
+    def file(self, stage: str, index: int | str, ending: str) -> Path:
+        """An intermediate file."""
+        name = f"{index:05d}" if isinstance(index, int) else index
+        path = self.folder / "work" / stage / f"{name}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def summaries(self, stage: str) -> list[dict[str, Any]]:
+        """What the tasks of a stage reported, in the order of their indices."""
+        return [json.loads(path.read_bytes()) for path in sorted((self.folder / "work" / stage).glob("*.json"))]
+
+
+def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tuple[Job, list[Piece]]:
+    """Resolve schema, log and item table; nothing is read but headers.
+
+    Args:
+        schema: a path or the name of a built-in schema.
+        logs: files, folders, globs or URIs; empty for the log of an installed package.
+        folder: where the stages work; every worker must see it.
+        seed: None takes the schema's.
+
+    Raises:
+        UserError: schema, files or columns are not as they should be.
+    """
+    file = schema_path(schema)
+    checked = load_schema(schema)
+    paths = source.find_logs(checked, logs)
+    item_table, in_table = None, set[str]()
+    if checked.items is not None:
+        item_table = source.find_item_table(checked, file, paths)
+        present = source.table_columns(item_table)
+        source.require_columns(checked.items.key, present, item_table)
+        in_table = {name for name, spec in checked.item_fields.items() if spec.column in present}
+    from_events = [name for name in checked.item_fields if name not in in_table]
+    columns = clean.log_columns(checked, from_events)
+    pieces = source.make_pieces(paths, columns)
+    (folder / "set").mkdir(parents=True)
+    from_table = [name for name in checked.item_fields if name in in_table]
+    seed = checked.seed if seed is None else seed
+    return Job(checked, seed, folder, columns, from_events, from_table, item_table), pieces
+
+
+# ---------------------------------------------------------------- clean
+
+
+def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
+    """Cleaned tables of bounded size; what was read, repaired and tied is reported in a file."""
+    rows, seen = 0, set[str]()
+    repairs: Counter[tuple[str, str]] = Counter()
+    ties = TieCounts()
+    for chunk in source.read_piece(piece, job.columns):
+        if chunk.unreadable:
+            rows += len(chunk.unreadable)
+            yield clean.unreadable_rows(chunk.reason, list(chunk.unreadable), job.schema, job.event_item_fields)
+        if chunk.table.num_rows:
+            cleaned = clean.clean_table(chunk.table, job.schema, job.event_item_fields)
+            rows += chunk.table.num_rows
+            seen.update(chunk.names or chunk.table.column_names)
+            repairs += cleaned.repairs
+            ties += _raw_ties(job.schema, chunk.table, cleaned.table)
+            yield cleaned.table
+    report = {
+        "rows": rows,
+        "columns": sorted(seen),
+        "repairs": [[name, fault, count] for (name, fault), count in sorted(repairs.items())],
+        "ties": [ties.pairs, ties.neighbours, ties.ascending, ties.descending],
+    }
+    job.file("read", piece.index, "json").write_text(json.dumps(report))
+
+
+def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCounts:
+    """Order inside ties as the log has it, in the columns of the item and the context."""
+    good = np.flatnonzero(to_mask(cleaned[clean.FAULT].is_null()))
+    user = plain(cleaned[clean.USER]).take(pa.array(good)).dictionary_encode().indices.to_numpy()
+    time = cleaned[clean.TIME].to_numpy()[good]
+    order = np.lexsort((time, user))
+    columns: dict[str, Any] = {}
+    names = [part.column for part in schema.item] + [spec.column for spec in schema.context_fields.values()]
+    for name in dict.fromkeys(names):
+        if name not in raw.column_names:
+            continue
+        values = plain(raw[name]).take(pa.array(good[order]))
+        as_number, wrong, _ = numbers(values)
+        # Text ids that are numbers are sorted as numbers by those who sort them.
+        if not wrong.any():
+            columns[name] = as_number
+        elif pa.types.is_large_string(values.type):
+            columns[name] = values
+    return tie_monotonicity(user[order], time[order], columns)
+
+
+def rows_read(job: Job) -> int:
+    """Rows of the whole log, once all pieces are read. Raises UserError for an empty log or an absent column."""
+    reports = job.summaries("read")
+    total = sum(report["rows"] for report in reports)
+    if total == 0:
+        raise UserError("the log has no rows", key="LOG", fix="check the files")
+    present = {column for report in reports for column in report["columns"]}
+    if present:
+        source.require_columns(job.columns, sorted(present), "LOG")
+    return total
+
+
+# ---------------------------------------------------------------- shuffle and sort
+
+
+def num_partitions(rows: int) -> int:
+    """Partitions (and shards) of a log: a function of its row count only."""
+    return -(-rows // PARTITION_ROWS)
+
+
+def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
+    """Append the column PARTITION (int32): by user, for unusable rows by their content."""
+    user, raw = plain(table[clean.USER]), plain(table[clean.RAW])
+    faulty = to_mask(table[clean.FAULT].is_valid())
+    hashed = hash_strings(user, job.seed)
+    if faulty.any():
+        hashed = np.where(faulty, hash_strings(raw, job.seed), hashed)
+    ids = (hashed % np.uint64(partitions)).astype(np.int32)
+    return table.append_column(PARTITION, pa.array(ids))
+
+
+def sort_partition(job: Job, index: int, table: pa.Table) -> None:
+    """Write the partition's quarantine and its events in their final order."""
+    unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
+    good = table.filter(table[clean.FAULT].is_null())
+    names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW, PARTITION)]
+    columns = {name: _encoded(plain(good[name])) for name in names}
+    time = columns[clean.TIME].to_numpy()
+    users, user = _ranked_users(columns[clean.USER], job.seed)
+    order, row_hash, repeated = _order(list(columns.values()), user, time, job.seed)
+    if job.schema.clean.drop_duplicates and repeated.any():
+        doubles = good.take(pa.array(np.sort(order[repeated]))).select(names)
+        unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
+        order = order[~repeated]
+    reasons = _write_quarantine(job, index, unusable)
+    taken = pa.array(order)
+    columns = {name: values.take(taken) for name, values in columns.items()}
+    columns[clean.USER] = pa.DictionaryArray.from_arrays(pa.array(user[order]), users)
+    columns[ROW_HASH] = pa.array(row_hash[order])
+    write_arrow(job.file("sorted", index, "arrow"), pa.table(columns))
+    time = time[order]
+    histogram = Histogram.of(time)
+    bins = {"value": histogram.bins, "count": histogram.counts}
+    write_arrow(job.file("times", index, "arrow"), pa.table(bins))
+    summary = {
+        "partition": index,
+        "events": len(order),
+        "users": len(users),
+        "shift": histogram.shift,
+        "reasons": reasons,
+        "times": [int(time.min()), int(time.max())] if len(time) else None,
+    }
+    job.file("sorted", index, "json").write_text(json.dumps(summary))
+
+
+def _encoded(values: pa.Array) -> pa.Array:
+    return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
+
+
+def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
+    """Keys in the shard's user order (seeded hash, then key), and each row's place in it (int32 [n])."""
+    by_hash = pa.table({"hash": hash_strings(user.dictionary, seed), "key": user.dictionary})
+    order = pc.sort_indices(by_hash, sort_keys=[("hash", "ascending"), ("key", "ascending")]).to_numpy()
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order), dtype=np.int32)
+    return user.dictionary.take(pa.array(order)), place[user.indices.to_numpy()]
+
+
+def _order(
+    columns: list[pa.Array], user: np.ndarray, time: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order by (user, time, hash of the row, second hash), the hash [n], and which places repeat the one before."""
+    row_hash = hash_rows(columns, seed)
+    order = np.lexsort((row_hash, time, user))
+    same = _repeats(order, user, time, row_hash)
+    if not same.any():
+        return order, row_hash, same
+    # Equal rows are interchangeable; different rows of equal hash are told apart by an independent one.
+    second = np.zeros(len(order), np.uint64)
+    tied = np.flatnonzero(same | np.append(same[1:], False))
+    second[order[tied]] = hash_rows([column.take(pa.array(order[tied])) for column in columns], seed + 1)
+    order = np.lexsort((second, row_hash, time, user))
+    return order, row_hash, _repeats(order, user, time, row_hash, second)
+
+
+def _repeats(order: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    same = np.zeros(len(order), bool)
+    if len(order):
+        same[1:] = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
+    return same
+
+
+def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
+    if rows.num_rows == 0:
+        return {}
+    ordered = rows.sort_by([(clean.FAULT, "ascending"), (clean.RAW, "ascending")]).combine_chunks()
+    path = job.shard_set / "quarantine" / f"part-{index:05d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(ordered.rename_columns(["reason", "row"]), path)
+    counts = ordered[clean.FAULT].value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
+
+
+# ---------------------------------------------------------------- split
+
+
+def choose_split(job: Job) -> Split:
+    """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
+    summaries = job.summaries("sorted")
+    if not any(summary["events"] for summary in summaries):
+        raise _nothing_usable(job, summaries)
+    if job.schema.split_by == "leave_one_out":
+        return Split()
+    histogram = Histogram.of(np.zeros(0, np.int64))
+    for summary in summaries:
+        bins = read_arrow(job.file("times", summary["partition"], "arrow"))
+        part = Histogram(summary["shift"], bins["value"].to_numpy(), bins["count"].to_numpy())
+        histogram = histogram.merged(part)
+    return time_split(job.schema.split, histogram)
+
+
+def _nothing_usable(job: Job, summaries: list[dict[str, Any]]) -> UserError:
+    reasons: Counter[str] = Counter()
+    for summary in summaries:
+        reasons.update(summary["reasons"])
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    file = next(iter(sorted((job.shard_set / "quarantine").glob("*.parquet"))))
+    example = pq.read_table(file)["row"][0].as_py()
+    return UserError(
+        f"no row is usable ({counts})", key="LOG", fix=f"check the schema's columns; a row: {example:.200}"
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """An intermediate table, memory-mappable, as one record batch."""
+    table = table.combine_chunks()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """Inverse of `write_arrow`, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -1,0 +1,90 @@
+"""A sweep seen from outside: its ledger read without a lease, for `bfm status` and `bfm report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bfm.errors import CorruptError, UserError
+from bfm.events.protocol import Protocol
+from bfm.events.shards import Shards
+from bfm.files import Store
+from bfm.laws.frontier import frontier, metric_names
+from bfm.ranking.baselines import baseline_metrics
+from bfm.report.page import render_report
+from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
+from bfm.sweep.ledger import read_ledger
+from bfm.sweep.spec import from_dict
+from bfm.sweep.state import SweepState
+
+Baselines = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """What a sweep's ledger says."""
+
+    store: Store
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    spec: dict[str, Any]
+
+    def frontiers(self) -> dict[str, list[dict[str, Any]]]:
+        """Per metric, the best value reachable at each rung and the trial that reached it."""
+        return {
+            metric: [
+                {"flops": point.flops, "value": point.value, "trial": point.row["trial"], "params": point.row["params"]}
+                for point in frontier(self.rows, metric)
+            ]
+            for metric in metric_names(self.rows)
+        }
+
+
+def read_sweep(sweep_dir: str) -> SweepView:
+    """Read a sweep's ledger. Raises UserError where there is none, CorruptError where a segment is damaged."""
+    store = Store(sweep_dir)
+    state = SweepState.fold(read_ledger(store).records)
+    if state.spec is None:
+        raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
+    return SweepView(store, sweep_rows(state), sweep_summary(state), state.spec)
+
+
+def status_text(view: SweepView) -> str:
+    """For a terminal: the frontier so far, spend against the cap, the best trials, failures."""
+    parts = [frontier_text(view.rows), spend_text(view.rows, view.summary), trials_text(view.rows)]
+    return "\n\n".join(part for part in [*parts, failures_text(view.rows, view.summary)] if part)
+
+
+def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
+    """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
+    extra, baselines = _data(view)
+    files = render_report(view.rows, view.summary, baselines, view.spec, extra, overview=overview)
+    folder = view.store.child("report")
+    # index.html is last in `files`: it stands only where all that it names stands.
+    for name, data in files.items():
+        folder.put(name, data)
+    return [f"{folder.uri}/{name}" for name in reversed(files)]
+
+
+def report_text(view: SweepView, files: list[str]) -> str:
+    """The frontier table and where the report lies."""
+    _, baselines = _data(view)
+    shown = [frontier_text(view.rows, baselines), failures_text(view.rows, view.summary)]
+    paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
+    return "\n\n".join(part for part in [*shown, paths] if part)
+
+
+def _data(view: SweepView) -> tuple[dict[str, Any], Baselines]:
+    """Manifest, protocol and floors of the sweep's shards; empty with a reason where the shards are out of reach."""
+    spec = from_dict(view.spec)
+    try:
+        shards = Shards.open(spec.shards)
+    except (UserError, CorruptError) as error:
+        return {"provenance": {"shards": str(error)}}, {}
+    protocol = Protocol.load(shards)
+    floors = baseline_metrics(shards, protocol, "validation", queries=spec.evaluation_queries)
+    rules = json.loads((shards.path / "protocol.json").read_bytes())
+    return {"manifest": shards.manifest.as_dict(), "protocol": rules}, floors

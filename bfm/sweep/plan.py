@@ -1,0 +1,217 @@
+"""What a sweep will do and cost, before it starts.
+
+Enters: a SweepSpec, a cost model, and a callable that measures this machine on a configuration. Leaves: a Plan, and
+its text. Figures are nominal: the allotment of the cap to rungs, over a fixed sample of the feasible set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bfm.sweep.costs import GIB, CostModel
+from bfm.sweep.policy import StrataPolicy
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import Feasible, FeasibleSet
+from bfm.training.config import TrainConfig
+from bfm.units import format_count, format_flops, format_seconds
+
+Measure = Callable[[TrainConfig, float], float]
+"""(configuration, seconds to take) -> training FLOP/s of one worker on this machine."""
+MEASURED_SIZES = 3
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RungPlan:
+    """One rung."""
+
+    rung: int
+    rung_flops: int
+    trials: int
+    """Rows: configurations times seeds."""
+    params: Range
+    """Of the feasible set; promotion is by strata, so every rung may see this range."""
+    events: Range
+    """D of a row."""
+    epochs: Range
+    training_flops: int
+    """Spent at this rung: what promoted trials trained before is not trained again."""
+    evaluation_flops: int
+    memory_gib: float
+    """Of one worker, the largest."""
+    workers: tuple[int, ...]
+    train_s: float | None
+    """All of the rung's tasks, over the slots; None: not measured."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a part of the space cannot be trained."""
+
+    reason: str
+    share: float
+    """Of the draws."""
+    example: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sweep."""
+
+    name: str
+    total_flops: int
+    training_flops: int
+    evaluation_flops: int
+    rungs: tuple[RungPlan, ...]
+    feasible_share: float
+    """Of the draws from the space."""
+    refusals: tuple[Refusal, ...]
+    flops_per_s: tuple[tuple[int, float], ...]
+    """(N, measured FLOP/s)."""
+    train_s: float | None
+    worst_s: float | None
+    """The whole cap at the slowest measured speed: no sweep takes longer, evaluation apart."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, measure_s: float = 20.0) -> Plan:
+    """The plan of a sweep. Raises InfeasibleError naming the bound that binds where nothing can be trained.
+
+    `measure` is called for the smallest, the middle and the largest model, `measure_s` seconds in all.
+    """
+    feasible = FeasibleSet(spec, costs)
+    points, rejected = feasible.sample
+    by_size = sorted(points, key=lambda point: point.cost.params)
+    speeds = () if measure is None else _measure(by_size, measure, measure_s)
+    places = StrataPolicy(spec, feasible).places
+    rungs = tuple(_rung_plan(spec, by_size, rung, count, speeds) for rung, count in enumerate(places))
+    counts = Counter(rejection.reason for rejection in rejected)
+    tries = len(points) + len(rejected)
+    examples = {rejection.reason: rejection for rejection in reversed(rejected)}
+    slowest = min((speed for _, speed in speeds), default=None)
+    return Plan(
+        name=spec.name,
+        total_flops=spec.budget.total_flops,
+        training_flops=sum(rung.training_flops for rung in rungs),
+        evaluation_flops=sum(rung.evaluation_flops for rung in rungs),
+        rungs=rungs,
+        feasible_share=len(points) / tries,
+        refusals=tuple(
+            Refusal(reason, count / tries, examples[reason].detail, examples[reason].fix)
+            for reason, count in counts.most_common()
+        ),
+        flops_per_s=speeds,
+        train_s=sum(rung.train_s or 0.0 for rung in rungs) if speeds else None,
+        worst_s=None if slowest is None else spec.budget.total_flops / slowest / spec.slots,
+    )
+
+
+def render(sweep: Plan) -> str:
+    """The plan as text for a terminal."""
+    head = (
+        "rung",
+        "C",
+        "trials",
+        "N",
+        "D",
+        "epochs",
+        "train FLOPs",
+        "share",
+        "eval FLOPs",
+        "memory",
+        "workers",
+        "time",
+    )
+    rows = [head]
+    for rung in sweep.rungs:
+        rows.append(
+            (
+                str(rung.rung),
+                format_flops(rung.rung_flops),
+                str(rung.trials),
+                _span(rung.params, format_count),
+                _span(rung.events, format_count),
+                _span(rung.epochs, lambda epochs: f"{epochs:.2g}"),
+                format_flops(rung.training_flops),
+                f"{rung.training_flops / sweep.total_flops:.0%}",
+                format_flops(rung.evaluation_flops),
+                f"{rung.memory_gib:.2g} GiB",
+                "/".join(map(str, rung.workers)),
+                "?" if rung.train_s is None else format_seconds(rung.train_s),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append("")
+    lines.append(
+        f"training {format_flops(sweep.training_flops)} of at most {format_flops(sweep.total_flops)} FLOPs, "
+        f"evaluation {format_flops(sweep.evaluation_flops)} FLOPs beside it"
+    )
+    if sweep.train_s is not None and sweep.worst_s is not None:
+        lines.append(
+            f"training takes about {format_seconds(sweep.train_s)} here, at worst {format_seconds(sweep.worst_s)}"
+        )
+    lines.append(f"{sweep.feasible_share:.0%} of the space is feasible")
+    lines += [
+        f"  {refusal.share:.0%} {refusal.reason} ({refusal.example}): {refusal.fix}" for refusal in sweep.refusals
+    ]
+    return "\n".join(lines)
+
+
+def _rung_plan(
+    spec: SweepSpec, points: Sequence[Feasible], rung: int, configurations: int, speeds: Sequence[tuple[int, float]]
+) -> RungPlan:
+    rung_flops = spec.budget.ladder_flops[rung]
+    trials = configurations * len(spec.seeds)
+    from_rung = rung - 1 if rung else None
+    task_flops = [spec.task_flops(point.config.cooldown_fraction, rung, from_rung) for point in points]
+    events = [point.cost.events(rung_flops) for point in points]
+    epochs = [point.cost.epochs(rung_flops) for point in points]
+    params = [point.cost.params for point in points]
+    tiers = [spec.tier(rung_flops, size) for size in params]
+    memory_bytes = [
+        point.cost.memory_bytes(
+            tier, tier.scaling(point.config.groups_per_step)["micro_groups"], point.config.averaging
+        )
+        for point, tier in zip(points, tiers, strict=True)
+    ]
+    task_s = [flops / _speed(size, speeds) for flops, size in zip(task_flops, params, strict=True)] if speeds else []
+    return RungPlan(
+        rung=rung,
+        rung_flops=rung_flops,
+        trials=trials,
+        params=(min(params), max(params)),
+        events=(min(events), max(events)),
+        epochs=(min(epochs), max(epochs)),
+        training_flops=round(trials * float(np.mean(task_flops))),
+        evaluation_flops=round(trials * float(np.mean([point.cost.evaluation_flops for point in points]))),
+        memory_gib=max(memory_bytes) / GIB,
+        workers=tuple(sorted({tier.workers for tier in tiers})),
+        train_s=trials * float(np.mean(task_s)) / min(spec.slots, trials) if task_s else None,
+    )
+
+
+def _measure(by_size: Sequence[Feasible], measure: Measure, measure_s: float) -> tuple[tuple[int, float], ...]:
+    places = np.linspace(0, len(by_size) - 1, MEASURED_SIZES).round().astype(int)
+    chosen = {by_size[place].cost.params: by_size[place].config for place in places}
+    return tuple((params, measure(config, measure_s / len(chosen))) for params, config in chosen.items())
+
+
+def _speed(params: int, speeds: Sequence[tuple[int, float]]) -> float:
+    """FLOP/s at a size, between the measured sizes on log scales."""
+    sizes, rates = zip(*speeds, strict=True)
+    return float(np.exp(np.interp(np.log(params), np.log(sizes), np.log(rates))))
+
+
+def _span(ends: Range, text: Callable[[float], str]) -> str:
+    low, high = (text(end) for end in ends)
+    return low if low == high else f"{low}..{high}"

@@ -1,0 +1,104 @@
+"""One run without a sweep: train a configuration to a budget, score a checkpoint, measure this machine's speed.
+
+In: configurations, shards, a store. Out: the same rows that a sweep's ledger holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bfm.errors import UserError
+from bfm.events.protocol import PARTS, Protocol
+from bfm.events.shards import Shards
+from bfm.files import Store
+from bfm.ranking.baselines import baseline_metrics
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import summarise
+from bfm.training.checkpoint import read_meta
+from bfm.training.config import TrainConfig
+from bfm.training.data import TrainingData
+from bfm.training.loop import Observer, Trainer
+from bfm.training.plain import PlainFactory
+from bfm.training.rung import RungTask, load_model, run_rung
+
+TRIAL = "run"
+SAVE_EVERY_S = 60.0
+RunGroup = Callable[[Mapping[str, Any], str, str], dict[str, Any]]
+"""(task, shards, storage) -> row: several workers, handed down by the caller who knows Ray."""
+
+
+def train_single(
+    config: TrainConfig,
+    seed: int,
+    shards: str,
+    storage: str,
+    *,
+    flops: float,
+    queries: int | None,
+    scaling: Mapping[str, Any],
+    observer: Observer | None = None,
+    run_group: RunGroup | None = None,
+) -> dict[str, Any]:
+    """Train one configuration to `flops` (C), evaluate it, and return its row.
+
+    A trunk that an earlier call left in `storage` is gone on from; so is a run that was killed in the middle.
+    Raises UserError where the storage holds another configuration or is already past `flops`.
+    """
+    store = Store(storage)
+    task = RungTask(f"{TRIAL}-{config.fingerprint[:8]}", TRIAL, 0, flops, config, seed, queries=queries)
+    trunk = task.name("trunk")
+    task = dataclasses.replace(
+        task,
+        resume_from=trunk if store.exists(f"{trunk}/meta.json") else None,
+        micro_groups=int(scaling["micro_groups"]),
+    )
+    if run_group is not None:
+        values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}
+        return run_group(values, shards, storage)
+    return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)
+
+
+def evaluate_checkpoint(checkpoint: str, shards: str, part: str, queries: int | None) -> dict[str, Any]:
+    """Metrics of a checkpoint on a part of the protocol, the floors on the same queries, and what was measured.
+
+    Raises UserError for a part that the protocol does not have, or a checkpoint of other shards.
+    """
+    if part not in PARTS:
+        raise UserError(f"no part {part!r}", key="--part", fix=f"one of {', '.join(PARTS)}")
+    opened = Shards.open(shards)
+    folder, _, name = checkpoint.rstrip("/").rpartition("/")
+    store = Store(folder or ".")
+    model = load_model(store, name, opened)
+    config = TrainConfig.from_dict(read_meta(store, name)["config"])
+    protocol = Protocol.load(opened)
+    evaluation = summarise(evaluate(model, opened, protocol, part, config.window, queries=queries))
+    return {
+        "part": part,
+        "metrics": evaluation.metrics,
+        "errors": evaluation.errors,
+        "queries": evaluation.queries,
+        "catalogue": opened.num_catalogue,
+        "filter_seen": protocol.filter_seen,
+        "protocol_hash": protocol.hash,
+        "eval_flops": evaluation.eval_flops,
+        "baselines": baseline_metrics(opened, protocol, part, queries=queries),
+    }
+
+
+def measure_speed(config: TrainConfig, shards: Shards, measure_s: float) -> float:
+    """Training FLOP/s of one plain worker on this machine for a configuration, over about `measure_s` seconds."""
+    trainer = Trainer(config, 0, TrainingData.of(shards), PlainFactory())
+    try:
+        # The first step pays for caches and allocations.
+        trainer.run_trunk(trainer.next_step_flops())
+        begin_s, begin_flops = time.monotonic(), trainer.counters.path_flops
+        while True:
+            trainer.run_trunk(trainer.counters.path_flops + trainer.next_step_flops())
+            elapsed_s = time.monotonic() - begin_s
+            if elapsed_s > measure_s:
+                return (trainer.counters.path_flops - begin_flops) / elapsed_s
+    finally:
+        trainer.close()

@@ -1,0 +1,159 @@
+"""`bfm data prepare` on Ray Data: runs the stages of bfm.events.prepare and build over pieces and partitions.
+
+The folder of the shard set must be visible to every worker (one machine, or a shared file system); a URI is filled from
+a local folder at the end. Ray must run already (see cluster_session.local_ray).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from bfm.errors import UserError
+from bfm.events import build, prepare
+from bfm.events.manifest import MANIFEST, Manifest
+from bfm.events.prepare import Job, plan_job
+from bfm.events.source import Piece
+from bfm.events.staging import publish, staging
+from bfm.files import Store
+from ray_jobs.cluster_session import quiet_ray_data, short_temp_folder
+
+Progress = Callable[[str, float], None]
+"""Called with a stage (read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
+_WATCH_S = 0.3
+
+
+def prepare_shards(
+    schema: str,
+    logs: list[str],
+    out: str,
+    *,
+    seed: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda stage, share: None,
+) -> Manifest:
+    """Build a shard set from a log.
+
+    Args:
+        schema: path of a schema, or the name of a built-in one.
+        logs: files, folders, globs, URIs; empty for the log of the schema's installed package.
+        out: folder (or URI) of the shard set; appears whole or not at all.
+        seed: of shuffling, ties and the protocol; None takes the schema's.
+        overwrite: replace a shard set that stands at `out`.
+
+    Raises:
+        UserError: schema, log or disk are not as they should be; nothing is left behind.
+    """
+    remote = "://" in out
+    target = short_temp_folder() / "shards" if remote else Path(out).absolute()
+    if remote and Store(out).exists(MANIFEST) and not overwrite:
+        raise UserError("exists already", file=out, fix="choose another place, or pass --overwrite")
+    quiet_ray_data()
+    with staging(target, overwrite=overwrite) as folder, _plain_errors():
+        job, pieces = plan_job(schema, logs, folder, seed)
+        manifest = _run(job, pieces, progress)
+        if remote:
+            _upload(job.shard_set, Store(out), manifest)
+        else:
+            publish(job.shard_set, target)
+    return manifest
+
+
+def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
+    with _watched(job, "read", len(pieces), progress):
+        source = ray.data.from_items(
+            [{"piece": index} for index in range(len(pieces))], override_num_blocks=len(pieces)
+        )
+        cleaned = source.map_batches(functools.partial(_clean, job, pieces), batch_size=1).materialize()
+    count = prepare.num_partitions(prepare.rows_read(job))
+    with _watched(job, "sort", count, progress, folder="sorted"):
+        assign = functools.partial(prepare.assign_partitions, job, partitions=count)
+        shuffled = cleaned.map_batches(assign, batch_size=None, batch_format="pyarrow").groupby(
+            prepare.PARTITION, num_partitions=count
+        )
+        shuffled.map_groups(functools.partial(_sort, job), batch_format="pyarrow").materialize()
+    del cleaned, shuffled
+    split = prepare.choose_split(job)
+    present = [summary["partition"] for summary in job.summaries("sorted")]
+    with _watched(job, "measure", len(present), progress, folder="measured"):
+        _over(present, functools.partial(build.measure_partition, job, split))
+    with _watched(job, "fit", 0, progress):
+        checks = build.fit_all(job)
+    with _watched(job, "write", count, progress, folder="written"):
+        _over(list(range(count)), functools.partial(build.write_partition, job, split))
+    with _watched(job, "finish", 0, progress):
+        return build.finish_set(job, split, checks)
+
+
+def _clean(job: Job, pieces: list[Piece], batch: dict[str, Any]) -> Iterator[pa.Table]:
+    for index in batch["piece"]:
+        yield from prepare.clean_piece(job, pieces[int(index)])
+
+
+def _sort(job: Job, table: pa.Table) -> pa.Table:
+    index = table[prepare.PARTITION][0].as_py()
+    prepare.sort_partition(job, index, table)
+    return pa.table({"done": [index]})
+
+
+def _over(indices: list[int], stage: Callable[[int], None]) -> None:
+    """Run a stage for each partition."""
+
+    def run(batch: dict[str, Any]) -> dict[str, Any]:
+        for index in batch["partition"]:
+            stage(int(index))
+        return {"done": batch["partition"]}
+
+    items = [{"partition": index} for index in indices]
+    ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1).materialize()
+
+
+@contextmanager
+def _watched(job: Job, stage: str, total: int, progress: Progress, folder: str | None = None) -> Iterator[None]:
+    """Report progress by the reports that the stage's tasks have written."""
+    done = threading.Event()
+    reports = job.folder / "work" / (folder or stage)
+
+    def watch() -> None:
+        while not done.wait(_WATCH_S):
+            found = sum(1 for _ in reports.glob("*.json")) if total and reports.is_dir() else 0
+            progress(stage, found / max(total, 1))
+
+    progress(stage, 0.0)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    progress(stage, 1.0)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A user's mistake found by a worker reaches the caller as the UserError that it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) is not UserError:
+            # Ray wraps errors of tasks: `cause` is the original.
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _upload(folder: Path, store: Store, manifest: Manifest) -> None:
+    for name in [*sorted(manifest.files), MANIFEST]:
+        store.put(name, (folder / name).read_bytes())

@@ -1,0 +1,215 @@
+"""A sweep from its YAML to its end: `python -m ray_jobs.sweep SPACE.yaml --storage URI`, also as a Ray job.
+
+Enters: a search space and a storage prefix. Leaves: <storage>/<name>/ with sweep.yaml, ledger, trials, tensorboard;
+exit 0, 1 where nothing came of it, 2 where the input is wrong (one line, before Ray starts), 128 + n on signal n.
+Ray runs the tasks and knows nothing else: the ledger is the truth, and the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from bfm.errors import CorruptError, UserError
+from bfm.events.protocol import Protocol
+from bfm.events.shards import Shards
+from bfm.files import Store
+from bfm.report.console import Display, row_words
+from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.driver import SweepDriver
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import FOLDER as LEDGER
+from bfm.sweep.ledger import Ledger
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.spec import resolve
+from bfm.units import format_flops
+from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
+from ray_jobs.search import SweepEvent
+from ray_jobs.signals import Interrupted, signals_raise
+from ray_jobs.trial import Executor, Workplace
+from ray_jobs.tuning import run_tasks
+
+RESUME = ("auto", "never", "must")
+Progress = Callable[[SweepEvent, SweepDriver], None]
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended."""
+
+    reason: str
+    trials: int
+    rows: int
+    """Rung rows with metrics."""
+    failed: int
+    """Rung rows without: diverged, out of memory."""
+    lost: int
+    """Tasks whose worker died."""
+    spent_flops: int
+    cap_flops: int
+    path: str
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether anything came of it."""
+        return self.rows > 0
+
+    def line(self) -> str:
+        """One line for a person."""
+        losses = f", {self.failed} failed, {self.lost} lost" if self.failed or self.lost else ""
+        return (
+            f"{self.trials} trials, {self.rows} rows{losses}; spent {format_flops(self.spent_flops)} of "
+            f"{format_flops(self.cap_flops)} FLOPs; {self.reason}; {self.path}"
+        )
+
+
+def run_sweep(
+    spec: SweepSpec,
+    storage: str,
+    *,
+    resume: str = "auto",
+    progress: Progress | None = None,
+    execute: Executor | None = None,
+) -> SweepOutcome:
+    """Run a sweep to its end on the Ray at hand: this process's, RAY_ADDRESS's, or one of its own for this machine.
+
+    Args:
+        spec: the checked search space; its name is the folder under `storage`.
+        storage: path or URI that every node reaches.
+        resume: auto goes on from a ledger if there is one, never refuses one, must demands one.
+        progress: called in this process at every event.
+        execute: what trains a task, instead of the shards' real training.
+
+    Raises:
+        UserError: the space is infeasible on the shards, the sweep does not fit the machine, another one holds the
+            ledger, or `resume` disagrees with what stands. Nothing is running then.
+        CorruptError: shards, checkpoint or ledger are damaged.
+        Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
+    """
+    store = _sweep_store(storage, spec.name, resume)
+    shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
+    workplace = Workplace(shards, store.uri, ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10"))
+    if not joins_a_cluster():
+        check_fits(spec, machine_capacity())
+    with signals_raise(), _driver(spec, store, shards) as driver:
+        store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
+        try:
+            if driver.state.finished is None:
+                with ray_session(spec), _curves(store, driver, progress) as on_event:
+                    run_tasks(driver, spec.slots, execute or workplace, on_event)
+        except Interrupted as interrupt:
+            print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
+            raise
+        return _outcome(driver, store, driver.state.finished or "ended")
+
+
+def _sweep_store(storage: str, name: str, resume: str) -> Store:
+    if resume not in RESUME:
+        raise UserError(f"{resume!r} is not a way to resume", key="--resume", fix=f"write {', '.join(RESUME)}")
+    base = storage if "://" in storage else str(Path(storage).absolute())
+    store = Store(base).child(name)
+    begun = bool(store.names(LEDGER))
+    if begun and resume == "never":
+        raise UserError("there is a sweep already", file=store.uri, fix="give another --name, or --resume auto")
+    if not begun and resume == "must":
+        raise UserError("there is no sweep to resume", file=store.uri, fix="check --storage and --name")
+    return store
+
+
+@contextmanager
+def _driver(spec: SweepSpec, store: Store, shards_path: str) -> Iterator[SweepDriver]:
+    shards = Shards.open(shards_path)
+    facts = LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries)
+    lease = Lease.acquire(store)
+    try:
+        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts))
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _curves(store: Store, driver: SweepDriver, progress: Progress | None) -> Iterator[Callable[[SweepEvent], None]]:
+    """Sweep-level TensorBoard, and the caller's display, as one listener."""
+    from bfm.report.tensorboard import sweep_writer
+
+    writer = sweep_writer(f"{store.uri}/tensorboard/_sweep")
+
+    def listen(event: SweepEvent) -> None:
+        if event.kind == "row":
+            writer.update(sweep_rows(driver.state), sweep_summary(driver.state))
+        if progress is not None:
+            progress(event, driver)
+
+    try:
+        yield listen
+        writer.finish(sweep_rows(driver.state))
+    finally:
+        writer.close()
+
+
+def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:
+    state = driver.state
+    rows = [row for row in sweep_rows(state) if row.get("kind", "rung") == "rung"]
+    ok = sum(row["status"] == "ok" for row in rows)
+    cap_flops, failed = driver.spec.budget.total_flops, len(rows) - ok
+    return SweepOutcome(
+        reason, len(state.trials), ok, failed, len(state.losses), state.spent_flops, cap_flops, store.uri
+    )
+
+
+def sweep_verb(
+    space: str | Path, storage: str, *, name: str | None = None, resume: str = "auto", overrides: Sequence[str] = ()
+) -> int:
+    """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
+    spec = resolve(space, [*overrides, *([f"name={name}"] if name else [])])
+    with Display("sweep") as display:
+
+        def show(event: SweepEvent, driver: SweepDriver) -> None:
+            state = driver.state
+            if event.row is not None:
+                display.say(row_words(event.row, spec.metric.name))
+            elif event.kind == "lost" and event.task is not None:
+                display.say(f"lost {event.task.task_id}: {event.reason}")
+            rows = sum(len(rung) for rung in state.rungs.values())
+            words = f"{len(state.trials)} trials  {rows} rows  {len(state.open_tasks)} running"
+            display.show(words, state.spent_flops / spec.budget.total_flops)
+
+        display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
+        try:
+            outcome = run_sweep(spec, storage, resume=resume, progress=show)
+        except Interrupted as interrupt:
+            return 128 + interrupt.number
+        display.say(outcome.line())
+    return 0 if outcome.succeeded else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The job's entry point: faults and wrong input are one line on stderr and an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ray_jobs.sweep", description=__doc__)
+    parser.add_argument("space", help="search-space YAML")
+    parser.add_argument("--storage", required=True, help="path or URI that every node reaches")
+    parser.add_argument("--name", help="folder under the storage (default: the file's name)")
+    parser.add_argument("--resume", default="auto", help="auto, never or must")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    try:
+        return sweep_verb(
+            options.space, options.storage, name=options.name, resume=options.resume, overrides=options.overrides
+        )
+    except UserError as error:
+        print(f"bfm: {error}", file=sys.stderr)
+        return 2
+    except (CorruptError, OSError) as error:
+        print(f"bfm: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""One rung task on several workers: a Ray Train worker group in which every rank runs `bfm.training.rung` with ZeRO.
+
+Enters: a task as a dict, where the shards are and the sweep's store. Leaves: the ledger row, through an object in the
+store (so that nothing depends on Ray Train's own reports, which are a barrier over all ranks without a timeout).
+Called from a driver or from inside a Tune actor. A worker that dies restarts the group, which goes on from the last
+in-rung checkpoint; the recovered curve is the unbroken one, bit for bit at the same number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.files import Store
+from bfm.training.loop import Observer
+
+MakeObserver = Callable[[dict[str, Any]], Observer]
+"""task -> what rank 0 calls after every step. Must pickle."""
+
+_GROUP_ENV = {
+    # How often the controller looks at its workers: by default a finished group is noticed after up to 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    # Structured log files of controller and workers, and a metrics exporter, for a group that lives for seconds.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_PLAIN_ERRORS = {"UserError": UserError, "InfeasibleError": InfeasibleError}
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """How a worker group runs a task."""
+
+    save_every_s: float = 30.0
+    """Seconds between in-rung checkpoints: what a kill can cost, beside the restart."""
+    max_failures: int = 2
+    """Restarts of the group before the task is given up."""
+    collective_timeout_s: float = 600.0
+    """A rank that hangs this long in a collective fails its group."""
+
+
+def train_on_workers(
+    task: Mapping[str, Any],
+    shards: str,
+    storage: str,
+    *,
+    make_observer: MakeObserver | None = None,
+    assigned_at_s: float | None = None,
+    settings: GroupSettings = GroupSettings(),
+) -> dict[str, Any]:
+    """Run a task on `task["scaling"]["workers"]` workers; returns its row (see `bfm.training.rung.run_rung`).
+
+    Args:
+        task: a sweep's task; its scaling names workers, zero_stage, cpus and gpus per worker, micro_groups.
+        shards: path or URI of the shard set, readable by every worker.
+        storage: path or URI of the sweep's store, shared by all nodes.
+        make_observer: builds rank 0's observer from the task.
+        assigned_at_s: wall-clock time of the task's assignment.
+        settings: checkpoints, restarts, timeouts.
+
+    Raises:
+        UserError, InfeasibleError: as run_rung.
+        CorruptError: a shard set or checkpoint is damaged.
+        ray.train.TrainingFailedError: the group failed more often than allowed.
+    """
+    scaling = task["scaling"]
+    store = Store(storage)
+    answer_name = f"trials/{task['trial']}/checkpoints/rung{task['rung']}-answer-{task['task_id']}.json"
+    run_name = f"{task['task_id']}-{uuid.uuid4().hex[:8]}"
+    for name, value in _GROUP_ENV.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    use_gpu = scaling["gpus"] > 0
+    resources = {"CPU": float(scaling["cpus"])} | ({"GPU": float(scaling["gpus"])} if use_gpu else {})
+    trainer = TorchTrainer(
+        _rank_main,
+        train_loop_config={
+            "task": dict(task),
+            "shards": shards,
+            "storage": storage,
+            "answer_name": answer_name,
+            "make_observer": make_observer,
+            "assigned_at_s": assigned_at_s or time.time(),
+            "settings": asdict(settings),
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=int(scaling["workers"]), use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_name,
+            storage_path=f"{store.uri}/ray_train",
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        damage = _find_damage(error)
+        if damage is None:
+            raise
+        raise damage from error
+    finally:
+        store.delete_folder(f"ray_train/{run_name}")
+    answer = json.loads(store.get(answer_name))
+    if "error" in answer:
+        raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
+    return answer["row"]
+
+
+def _rank_main(config: dict[str, Any]) -> None:
+    """What every rank runs. Imports live here: the controller and the driver need neither torch nor DeepSpeed."""
+    import torch
+
+    from bfm.events.shards import Shards
+    from bfm.training.rung import RungTask, run_rung
+    from bfm.training.zero import ZeroFactory
+
+    task, scaling = config["task"], config["task"]["scaling"]
+    torch.set_num_threads(max(1, int(scaling["cpus"])))
+    store = Store(config["storage"])
+    device = ray.train.torch.get_device()
+    factory = ZeroFactory(int(scaling["zero_stage"]), device)
+    observer = None
+    if factory.rank == 0 and config["make_observer"] is not None:
+        observer = config["make_observer"](task)
+    try:
+        row = run_rung(
+            RungTask.from_task(task),
+            Shards.open(config["shards"]),
+            factory,
+            store,
+            observer,
+            save_every_s=config["settings"]["save_every_s"],
+            assigned_at_s=config["assigned_at_s"],
+        )
+        answer: dict[str, Any] = {"row": row}
+    except UserError as error:
+        # The same on every rank and at every attempt, so the group ends in peace and the driver raises it.
+        kind = "InfeasibleError" if isinstance(error, InfeasibleError) else "UserError"
+        answer = {"error": kind, "what": error.what, "file": error.file, "key": error.key, "fix": error.fix}
+    if factory.rank == 0:
+        store.put(config["answer_name"], json.dumps(answer).encode())
+
+
+def _find_damage(error: BaseException) -> CorruptError | None:
+    """The CorruptError that made a worker fail, if it was one."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, CorruptError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return None

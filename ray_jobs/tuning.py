@@ -1,0 +1,83 @@
+"""Runs a driver's tasks on Ray Tune until the driver has finished.
+
+Enters: a driver, its number of slots, an executor. Leaves: nothing but what the driver was told; Tune's own folder is
+temporary. Assumes that Ray is up and has a dashboard.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback, Stopper
+
+from ray_jobs.search import Driver, DriverSearcher, SweepEvent
+from ray_jobs.trial import Executor, RungTrial
+
+
+def run_tasks(
+    driver: Driver, slots: int, execute: Executor, on_event: Callable[[SweepEvent], None] | None = None
+) -> None:
+    """Give out tasks until the driver says Finished. Raises what the driver or a fatal task raised."""
+    # Without it Tune asks for one trial at a time, and a new actor's start holds up all others.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+    searcher = DriverSearcher(driver, slots, on_event=on_event)
+    folder = tempfile.mkdtemp(prefix="bfm-tune-")
+    try:
+        tune.Tuner(
+            tune.with_parameters(RungTrial, execute=execute),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_short_name,
+                trial_dirname_creator=_short_name,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=folder,
+                stop=EndWhenReady(searcher),
+                callbacks=[SlotWatch(searcher)],
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if searcher.failure is not None:
+        raise searcher.failure
+
+
+class EndWhenReady(Stopper):
+    """Ends a trial when its searcher says so, and the whole run when its driver has failed."""
+
+    def __init__(self, searcher: DriverSearcher) -> None:
+        self.searcher = searcher
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether this trial ends here."""
+        return self.searcher.may_end(trial_id, result)
+
+    def stop_all(self) -> bool:
+        """Whether the run ends here."""
+        return self.searcher.failure is not None
+
+
+class SlotWatch(Callback):
+    """Tells the searcher which actors are up."""
+
+    def __init__(self, searcher: DriverSearcher) -> None:
+        self.searcher = searcher
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial has its actor, fresh or reused."""
+        self.searcher.started(trial.trial_id)
+
+
+def _short_name(trial: Any) -> str:
+    # Tune would spell the whole configuration in the name of the trial's folder.
+    return trial.trial_id

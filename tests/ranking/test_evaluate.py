@@ -1,0 +1,185 @@
+"""Evaluation of a real (small) model on toy shards against plain loops over queries."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bfm.errors import DivergedError, UserError
+from bfm.events.protocol import Protocol
+from bfm.events.windows import eval_windows
+from bfm.model.batch import make_query_batch
+from bfm.model.sizing import size_model
+from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.objective.sampling import Candidates, draw_systematic, drawn_inclusion, group_rng
+from bfm.ranking import evaluate as evaluate_module
+from bfm.ranking.evaluate import evaluate, merge, summarise
+from tests.helpers import make_shards
+
+WINDOW = 16
+torch.set_num_threads(1)
+
+
+def build_model(shards, share=0.0):
+    shape = size_model(4e3, share, d_item=16)
+    store = ItemStore(shards.item_fields, shards.item_arrays)
+    return TwoPartModel(shape, shards.fields, store, shards.has_clock, table_width=8, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def world(toy_shards):
+    return build_model(toy_shards), toy_shards, Protocol.load(toy_shards)
+
+
+@torch.no_grad()
+def plain_scores(model, shards, table):
+    """Scores [Q, V], one query at a time, and the queries' targets."""
+    v_ID = model.embed_all()
+    rows, targets = [], []
+    for query in range(len(table)):
+        contexts = eval_windows(shards, table[query : query + 1], WINDOW)
+        batch = make_query_batch(contexts)
+        h_1D = model.contextualize(batch, v_ID[batch.items_U])
+        rows.append((model.scale * h_1D @ v_ID[: shards.num_catalogue].T)[0].double().numpy())
+        targets.append(contexts.targets[0].tolist())
+    return np.array(rows), targets
+
+
+def plain_metrics(scores_V, targets, hidden, k=10):
+    num_items = len(scores_V)
+    ranks, nlls = [], []
+    for target in targets:
+        if target >= num_items:
+            ranks.append(math.inf)
+            continue
+        others = [v for v in range(num_items) if v != target and v not in hidden]
+        ranks.append(1 + sum(scores_V[v] > scores_V[target] for v in others))
+        nlls.append(np.log(np.exp(scores_V).sum()) - scores_V[target])
+    gains = sum(1 / math.log2(1 + rank) for rank in ranks if rank <= k)
+    ideal = sum(1 / math.log2(1 + i) for i in range(1, min(k, len(ranks)) + 1))
+    best = min(ranks)
+    return {
+        "nll": np.mean(nlls) if nlls else math.nan,
+        "recall@10": np.mean([rank <= k for rank in ranks]),
+        "ndcg@10": gains / ideal,
+        "mrr@10": 1 / best if best <= k else 0.0,
+    }
+
+
+def check_against_loops(model, shards, protocol, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "_BATCH_POSITIONS", 100)
+    table = protocol.queries("validation")
+    scores = evaluate(model, shards, protocol, "validation", WINDOW)
+    table_QV, targets = plain_scores(model, shards, table)
+    for query in range(len(table)):
+        history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]
+        hidden = set(history.tolist()) - set(targets[query]) if protocol.filter_seen else set()
+        for name, value in plain_metrics(table_QV[query], targets[query], hidden).items():
+            assert scores.values[name][query] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), (query, name)
+    return scores, table
+
+
+def test_every_query_equals_a_plain_loop(world, monkeypatch):
+    model, shards, protocol = world
+    scores, table = check_against_loops(model, shards, protocol, monkeypatch)
+    evaluation = summarise(scores)
+    headline = ~table.basket
+    assert headline.any()
+    assert (~headline).any()
+    expected = np.nanmean(scores.values["nll"][headline])
+    assert evaluation.metrics["nll"] == pytest.approx(expected)
+    assert evaluation.metrics["basket.nll"] == pytest.approx(np.nanmean(scores.values["nll"][~headline]))
+    assert set(evaluation.errors) == {name for name in evaluation.metrics if "coverage" not in name}
+    assert evaluation.queries == len(table)
+
+
+def test_seen_items_are_filtered_where_the_protocol_says_so(tmp_path, monkeypatch):
+    shards = make_shards(tmp_path / "toy", users=25, clock=False, split="leave_one_out", filter_seen=True)
+    protocol = Protocol.load(shards)
+    assert protocol.filter_seen
+    check_against_loops(build_model(shards), shards, protocol, monkeypatch)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_workers_together_equal_one(world, world_size):
+    model, shards, protocol = world
+    whole = evaluate(model, shards, protocol, "test", WINDOW, k=(5, 10))
+    parts = [
+        evaluate(model, shards, protocol, "test", WINDOW, k=(5, 10), rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    merged, single = summarise(merge(parts)), summarise(whole)
+    assert merged.metrics == pytest.approx(single.metrics, rel=1e-5)
+    assert merged.errors == pytest.approx(single.errors, rel=1e-4)
+
+
+def test_a_worker_without_queries_adds_nothing(world):
+    model, shards, protocol = world
+    sample = Candidates(np.arange(5), np.zeros(5))
+    parts = [
+        evaluate(model, shards, protocol, "test", WINDOW, queries=2, rank=rank, world_size=3, candidates=sample)
+        for rank in range(3)
+    ]
+    assert [len(part.query_Q) for part in parts] == [1, 1, 0]
+    alone = evaluate(model, shards, protocol, "test", WINDOW, queries=2, candidates=sample)
+    assert summarise(merge(parts)).metrics == pytest.approx(summarise(alone).metrics, rel=1e-5)
+
+
+def test_first_queries_are_a_subset(world):
+    model, shards, protocol = world
+    whole = evaluate(model, shards, protocol, "validation", WINDOW)
+    first = evaluate(model, shards, protocol, "validation", WINDOW, queries=11)
+    np.testing.assert_allclose(first.values["nll"], whole.values["nll"][:11], rtol=1e-4)
+
+
+def test_loss_sampled_on_every_item_is_the_nll(world):
+    model, shards, protocol = world
+    num_items = shards.num_catalogue
+    everything = Candidates(np.arange(num_items), np.zeros(num_items))
+    evaluation = summarise(evaluate(model, shards, protocol, "validation", WINDOW, candidates=everything))
+    assert evaluation.metrics["loss_sampled"] == pytest.approx(evaluation.metrics["nll"], rel=1e-5)
+    assert evaluation.metrics["loss_sampled_negatives"] == num_items
+    assert "basket.loss_sampled" not in evaluation.metrics
+
+
+def test_loss_sampled_estimates_the_nll_from_its_fixed_sample(world, monkeypatch):
+    model, shards, protocol = world
+    monkeypatch.setattr(evaluate_module, "_BLOCK_BYTES", 1000)
+    pi_V = drawn_inclusion(shards.train_counts, 30, 0.5)
+    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    sample = Candidates(ids_K, np.log(pi_V[ids_K]))
+    metrics = summarise(evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)).metrics
+    assert metrics["loss_sampled_negatives"] == 30
+    assert metrics["loss_sampled"] == pytest.approx(metrics["nll"], abs=0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_evaluation_flops_are_those_executed(world, share):
+    _, shards, protocol = world
+    model = build_model(shards, share)
+    pi_V = np.full(shards.num_catalogue, 0.5)
+    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        scores = evaluate(
+            model, shards, protocol, "validation", WINDOW, candidates=Candidates(ids_K, np.log(pi_V[ids_K]))
+        )
+    assert scores.eval_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_model_with_a_weight_that_is_no_number_is_an_error(toy_shards):
+    model = build_model(toy_shards)
+    with torch.no_grad():
+        model.contextualizer.out.weight[0, 0] = math.nan
+    with pytest.raises(DivergedError, match="NaN or infinite"):
+        evaluate(model, toy_shards, Protocol.load(toy_shards), "validation", WINDOW)
+
+
+def test_an_unknown_part_is_a_users_mistake(world):
+    model, shards, protocol = world
+    with pytest.raises(UserError, match="training"):
+        evaluate(model, shards, protocol, "training", WINDOW)

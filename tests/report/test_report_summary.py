@@ -1,0 +1,39 @@
+"""The report of a sweep from the records of its ledger."""
+
+from __future__ import annotations
+
+import pytest
+from planted import RUNGS, planted_sweep
+
+from bfm.report.page import render_report
+from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.sweep.state import SweepState
+
+
+def test_rows_and_summary_follow_the_ledger():
+    rows = planted_sweep(6)["rows"]
+    spec = {"name": "mini", "metric": {"name": "nll"}, "budget": {"ladder_flops": list(RUNGS), "total_flops": 10**13}}
+    records: list[dict] = [{"kind": "opened"}, {"kind": "spec", "spec": spec}]
+    for number in range(6):
+        records.append(
+            {"kind": "proposal", "trial": f"t{number:03d}", "number": number, "config": {}, "seed": 0, "params": 1000,
+             "source": "random", "rejected": {"fewer than 100 steps": 1}}
+        )  # fmt: skip
+    for place, row in enumerate(rows):
+        task = {"task_id": f"task-{place}", "trial": row["trial"], "rung": row["rung"], "reserved_flops": 10**11}
+        records.append({"kind": "task", "task": task})
+        if place == 2:
+            lost = {"kind": "lost", "task_id": "task-2", "fault": "worker", "charged_flops": 10**11, "reason": "killed"}
+            records += [lost, {"kind": "task", "task": task | {"task_id": "task-2b"}}]
+        task_id = "task-2b" if place == 2 else f"task-{place}"
+        records.append({"kind": "row", "task_id": task_id, "row": row, "probes": []})
+    state = SweepState.fold(records)
+    summary = sweep_summary(state, elapsed_s=61.0)
+    assert sorted(map(str, sweep_rows(state))) == sorted(map(str, rows))
+    assert summary["spent_flops"] == pytest.approx(sum(row["task_flops"] for row in rows) + 1e11)
+    assert (summary["cap_flops"], summary["rungs"], summary["state"]) == (10**13, list(RUNGS), "unfinished")
+    assert summary["rejected"] == {"fewer than 100 steps": 6}
+    assert summary["failures"] == [{"trial": "task-2", "rung": None, "reason": "killed, 1e+11 FLOPs charged"}]
+    html = render_report(sweep_rows(state), summary, {}, spec, {})["index.html"].decode()
+    assert "<h1>mini</h1>" in html
+    assert "killed, 1e+11 FLOPs charged" in html

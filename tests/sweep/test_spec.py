@@ -1,0 +1,288 @@
+"""The search-space file: what is read, and one clear line for every slip."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfm.errors import UserError
+from bfm.sweep.settings import Parameter, Tier
+from bfm.sweep.spec import from_dict, json_schema, resolve
+from bfm.yaml import load_yaml
+from tests.sweep.world import make_spec
+
+QUICKSTART = Path(__file__).parents[2] / "search_spaces" / "quickstart.yaml"
+
+GOOD = """
+name: space
+metric: {name: recall@10}
+method: optuna
+parameters:
+  params: {distribution: log_uniform_values, min: 1e4, max: 1e6}
+  learning_rate: {min: 1e-3, max: 1e-2}
+  groups_per_step: {values: [1, 2, 4]}
+  window: {value: 64}
+budget:
+  ladder_flops: [1e10, 4e10]
+  total_flops: 1e12
+data: {shards: somewhere}
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_numbers_may_be_written_as_people_write_them(good):
+    spec = resolve(good, ["budget.total_flops=2T", "budget.max_trials=1k"])
+    assert spec.budget.ladder_flops == (10_000_000_000, 40_000_000_000)
+    assert spec.budget.total_flops == 2_000_000_000_000
+    assert spec.budget.max_trials == 1000
+
+
+def test_defaults_follow_wandb(good):
+    spec = resolve(good)
+    kinds = {parameter.name: parameter.distribution for parameter in spec.parameters}
+    assert kinds["learning_rate"] == "uniform"
+    assert kinds["groups_per_step"] == "categorical"
+    assert kinds["window"] == "constant"
+    assert resolve(good, ["parameters.groups_per_step={min: 1, max: 8}"]).parameters[0].distribution == "int_uniform"
+    assert spec.metric.goal == "maximize"
+    assert resolve(good, ["metric.name=nll"]).metric.goal == "minimize"
+
+
+def test_the_resolved_form_is_a_space_again(good):
+    spec = resolve(good, ["seeds=3", "probes=[1e9]", "parameters.depth={values: [null, 2]}"])
+    again = from_dict(json.loads(json.dumps(spec.as_dict())))
+    assert again == spec
+    assert again.hash == spec.hash
+    assert spec.seeds == (0, 1, 2)
+
+
+def test_the_order_of_keys_means_nothing(good):
+    lines = GOOD.strip().splitlines()
+    swapped = "\n".join([*lines[2:3], *lines[:2], *lines[3:]]).replace(
+        "  window: {value: 64}\n", ""
+    ).replace("parameters:\n", "parameters:\n  window: {value: 64}\n")
+    good.with_name("swapped.yaml").write_text(swapped)
+    assert resolve(good.with_name("swapped.yaml")).hash == resolve(good).hash
+
+
+def test_every_change_changes_the_hash(good):
+    changes = ["name=other", "metric.name=nll", "budget.total_flops=2e12", "seeds=[1]", "data.shards=x", "method=random"]
+    hashes = {resolve(good, [change]).hash for change in changes} | {resolve(good).hash}
+    assert len(hashes) == len(changes) + 1
+
+
+def test_the_quickstart_is_valid_and_fits_the_schema():
+    spec = resolve(QUICKSTART)
+    assert len(spec.budget.ladder_flops) >= 3
+    top = spec.tier(spec.budget.ladder_flops[-1], 1e4)
+    assert (top.engine, top.workers) == ("deepspeed", 2)
+    jsonschema.validate(load_yaml(QUICKSTART), json_schema())
+
+
+def test_the_schema_refuses_unknown_keys():
+    values = load_yaml(QUICKSTART)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**values, "bugdet": {}}, json_schema())
+
+
+SLIPS = {
+    "bugdet.total_flops=1": ("bugdet", "did you mean 'budget'"),
+    "budget.total_flop=1": ("budget.total_flop", "did you mean 'total_flops'"),
+    "metric.name=recal@10": ("metric.name", "did you mean 'recall@10'"),
+    "metric.name=recall@50": ("metric.name", "unknown metric"),
+    "metric.goal=minimize": ("metric.goal", "to be maximized"),
+    "metric=nll": ("metric", "'nll'"),
+    "method=bayes": ("method", "'optuna', 'random' or 'grid'"),
+    "name='a/b'": ("name", "cannot name a folder"),
+    "budget.total_flops=true": ("budget.total_flops", "True"),
+    "budget.total_flops=1e17 events": ("budget.total_flops", "'1e17 events' is not a number"),
+    "budget.total_flops=3h": ("budget.total_flops", "'3h'"),
+    "budget.total_flops=.nan": ("budget.total_flops", "not finite"),
+    "budget.total_flops=-1": ("budget.total_flops", "too small"),
+    "budget.total_flops=1.5": ("budget.total_flops", "1.5 is not a whole number"),
+    "budget.total_flops=1e10": ("budget.total_flops", "cannot pay for one trial up to the top"),
+    "budget.max_trials=0": ("budget.max_trials", "at least 1"),
+    "budget.tolerance=0.05": ("budget.tolerance", "0.05 is out of range"),
+    "budget.tolerance=0": ("budget.tolerance", "0 is out of range"),
+    "budget.ladder_flops=[]": ("budget.ladder_flops", "no rungs"),
+    "budget.ladder_flops=[4e10, 1e10]": ("budget.ladder_flops", "not strictly increasing"),
+    "budget.ladder_flops=[1e10, 1e10]": ("budget.ladder_flops", "strictly increasing"),
+    "budget.ladder_flops=[0, 1e10]": ("budget.ladder_flops", "needs FLOPs"),
+    "budget.ladder_flops=[10, 1e10]": ("budget.ladder_flops", "100 steps"),
+    "budget.ladder_flops=1e10": ("budget.ladder_flops", "list"),
+    "budget.ladder_flops=[1e10, many]": ("budget.ladder_flops.1", "'many' is not a number"),
+    "budget.events_per_param=[5, 1]": ("budget.events_per_param", "no range"),
+    "budget.max_epochs=0": ("budget.max_epochs", "above 0"),
+    "scheduler.eta=1": ("scheduler.eta", "promotes everything"),
+    "scheduler.eta=0.5": ("scheduler.eta", "0.5"),
+    "scheduler.type=asha": ("scheduler.type", "'strata'"),
+    "scheduler.strata=0": ("scheduler.strata", "at least 1"),
+    "scheduler.shares=[1]": ("scheduler.shares", "1 shares for 2 rungs"),
+    "scheduler.shares=[0.5, 0.6]": ("scheduler.shares", "parts of one"),
+    "parameters.params.max=1e3": ("parameters.params", "min 10000 is above max 1000"),
+    "parameters.params.min=0": ("parameters.params.min", "out of range"),
+    "parameters.params.value=3": ("parameters.params", "value and min/max"),
+    "parameters.params=3": ("parameters.params", "write {value: 3}"),
+    "parameters.params={}": ("parameters.params", "has no value"),
+    "parameters.params={min: 3}": ("parameters.params.max", "is missing"),
+    "parameters.params={distribution: uniform, value: 3}": ("parameters.params.distribution", "does not go with uniform"),
+    "parameters.params={min: 3e4, max: 4e4, distribution: lognormal}": ("parameters.params.distribution", "'uniform'"),
+    "parameters.params={min: 3e4, max: 4e4, distribution: constant}": (
+        "parameters.params.distribution",
+        "min/max do not go with constant",
+    ),
+    "parameters.params={min: 3e4, max: 4e4, step: 3}": ("parameters.params.step", "unknown key"),
+    "parameters.params={min: 3e4, max: 4e4, q: 3}": ("parameters.params.q", "write q_uniform"),
+    "parameters.params={min: 3e4, max: 4e4, q: 0, distribution: q_uniform}": ("parameters.params.q", "no step"),
+    "parameters.params={min: 5, max: 9, q: 10, distribution: q_uniform}": ("parameters.params.q", "no multiple of 10"),
+    "parameters.params={value: 3, q: 3}": ("parameters.params.q", "ranges only"),
+    "parameters.embedder_share={min: 0, max: 0.6}": ("parameters.embedder_share.max", "<= 0.5"),
+    "parameters.embedder_share={value: 0.6}": ("parameters.embedder_share.value", "<= 0.5"),
+    "parameters.embedder_share={min: 0, max: 0.1, distribution: log_uniform_values}": (
+        "parameters.embedder_share.min",
+        "logarithm of 0",
+    ),
+    "parameters.learning_rate.min=1": ("parameters.learning_rate", "swap them"),
+    "parameters.learning_rate.min=no": ("parameters.learning_rate.min", "'no' is not a number"),
+    "parameters.groups_per_step={values: []}": ("parameters.groups_per_step.values", "is empty"),
+    "parameters.groups_per_step={values: [1, 2.5]}": ("parameters.groups_per_step.values.1", "whole number"),
+    "parameters.groups_per_step={values: [1, 1]}": ("parameters.groups_per_step.values", "repeats a value"),
+    "parameters.groups_per_step={min: 1.5, max: 3}": ("parameters.groups_per_step.min", "whole number"),
+    "parameters.groups_per_step={min: 1, max: 3, distribution: uniform}": (
+        "parameters.groups_per_step.distribution",
+        "groups_per_step is a whole number",
+    ),
+    "parameters.negatives_in_batch={min: 0, max: 1}": ("parameters.negatives_in_batch", "true or false"),
+    "parameters.negatives_in_batch={value: 1}": ("parameters.negatives_in_batch.value", "expected true or false"),
+    "parameters.num_negatives={value: 1}": ("parameters.num_negatives", "did you mean 'negatives'"),
+    "parameters.depth={min: null, max: 3}": ("parameters.depth", "no null end"),
+    "scaling.slots=0": ("scaling.slots", "at least 1"),
+    "scaling.max_retries=-1": ("scaling.max_retries", "at least 0"),
+    "scaling.tiers=[]": ("scaling.tiers", "no tier"),
+    "scaling.tiers=[{from_params: 1e5}]": ("scaling.tiers", "small tasks"),
+    "scaling.tiers=[{worker: 2}]": ("scaling.tiers.0.worker", "did you mean 'workers'"),
+    "scaling.tiers=[{workers: 2}]": ("scaling.tiers.0", "one worker"),
+    "scaling.tiers=[{workers: 0}]": ("scaling.tiers.0.workers", "at least 1"),
+    "scaling.tiers=[{engine: deepspeed, zero_stage: 4}]": ("scaling.tiers.0.zero_stage", "no ZeRO stage 4"),
+    "scaling.tiers=[{engine: fsdp}]": ("scaling.tiers.0.engine", "'plain' or 'deepspeed'"),
+    "scaling.tiers=[{cpus: 0}]": ("scaling.tiers.0.cpus", "part of a CPU"),
+    "scaling.tiers=[{gpus: 1.5}]": ("scaling.tiers.0.gpus", "1.5 GPUs"),
+    "scaling.tiers=[{memory_gib: 0}]": ("scaling.tiers.0.memory_gib", "above 0"),
+    "scaling.tiers=[{}, {from_rung_flops: 1e11}]": ("scaling.tiers.1.from_rung_flops", "no rung reaches it"),
+    "data.shards=3": ("data.shards", "string"),
+    "data.evaluation_queries=0": ("data.evaluation_queries", "at least 1"),
+    "data={}": ("data.shards", "is missing"),
+    "seeds=[]": ("seeds", "no seed"),
+    "seeds=0": ("seeds", "how many"),
+    "seeds=[1, 1]": ("seeds", "repeats a seed"),
+    "seeds=true": ("seeds", "True"),
+    "probes=[1e12]": ("probes", "outside every trunk"),
+    "probes=[0]": ("probes", "above 0"),
+}
+
+
+@pytest.mark.parametrize("override", SLIPS)
+def test_a_slip_is_one_line_with_file_and_key(good, override):
+    key, fragment = SLIPS[override]
+    with pytest.raises(UserError) as caught:
+        resolve(good, [override])
+    message = str(caught.value)
+    assert caught.value.key == key
+    assert fragment in message
+    assert str(good) in message
+    assert "\n" not in message
+    assert caught.value.fix
+
+
+def test_slips_of_the_whole_file(tmp_path):
+    path = tmp_path / "space.yaml"
+    for text, fragment in (
+        ("", "is empty"),
+        ("name: x\nname: y\n", "duplicate key 'name'"),
+        ("- a\n", "not a mapping"),
+        ("name: [", "space.yaml:"),
+        (GOOD.replace("  params:", "  parms:"), "did you mean 'params'"),
+        (GOOD.replace("  params: {distribution: log_uniform_values, min: 1e4, max: 1e6}\n", ""), "parameters.params"),
+        (GOOD.replace("method: optuna", "method: grid"), "finitely many values"),
+        (GOOD + "probes: [1e9]\n", None),
+        (GOOD.replace("budget:", "probes: [1e9]\nbudget:").replace("  window:", "  averaging: {value: false}\n  window:"), "averaged weights"),
+    ):
+        path.write_text(text)
+        if fragment is None:
+            assert resolve(path).config({"params": 1e5, "learning_rate": 1e-3, "groups_per_step": 1}).averaging
+            continue
+        with pytest.raises(UserError, match=fragment):
+            resolve(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve(tmp_path / "none.yaml")
+
+
+def test_overrides_that_lead_nowhere(good):
+    for override, fragment in (
+        ("total_flops", "not KEY=VALUE"),
+        ("name.x=3", "leads through a value"),
+        ("budget.ladder_flops.7=3", "no place in a list of 2"),
+        ("budget=[", "--set"),
+    ):
+        with pytest.raises(UserError, match=fragment):
+            resolve(good, [override])
+    assert resolve(good, ["budget.ladder_flops.1=8e10"]).budget.ladder_flops[1] == 80_000_000_000
+
+
+def test_the_last_matching_tier_wins():
+    tiers = [{}, {"from_params": 5000, "gpus": 0.25}, {"from_rung_flops": "4e9", "engine": "deepspeed", "workers": 2}]
+    spec = make_spec(scaling={"tiers": tiers})
+    assert spec.tier(1e9, 100).gpus == 0
+    assert spec.tier(1e9, 6000).gpus == 0.25
+    assert spec.tier(4e9, 6000).workers == 2
+
+
+@given(st.integers(1, 64), st.integers(1, 4), st.integers(1, 64))
+def test_micro_groups_divide_a_workers_groups(groups, workers, micro):
+    scaling = Tier(workers=workers, engine="deepspeed", micro_groups=micro).scaling(groups * workers)
+    assert groups % scaling["micro_groups"] == 0
+    assert 1 <= scaling["micro_groups"] <= micro
+
+
+@given(st.sampled_from(["uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values", "int_uniform"]), st.data())
+def test_draws_stay_inside(distribution, data):
+    low = data.draw(st.integers(1, 50))
+    high = data.draw(st.integers(low + 10, 200))
+    quantum = data.draw(st.sampled_from([1.0, 2.0, 2.5])) if distribution.startswith("q_") else None
+    parameter = Parameter("params", distribution, (), float(low), float(high), quantum)
+    for seed in range(5):
+        value = parameter.draw(np.random.default_rng(seed))
+        assert low <= value <= high
+        if quantum:
+            assert value / quantum == round(value / quantum)
+        if parameter.is_whole:
+            assert isinstance(value, int)
+
+
+def test_a_task_pays_for_trunk_and_cooldown():
+    spec = make_spec()
+    assert spec.task_flops(0.2, 0, None) == 10**9
+    # From the trunk of 1e9, which ends at most a step (1 %) before 0.8e9, to the row of 4e9.
+    assert spec.task_flops(0.2, 1, 0) == 4 * 10**9 - (800_000_000 - 10_000_000)
+    assert spec.ascent_flops(0.2, 1) == spec.task_flops(0.2, 0, None) + spec.task_flops(0.2, 1, 0)
+    assert spec.task_flops(0.2, 2, None) == 16 * 10**9
+
+
+def test_probes_are_on_the_trunk_that_a_task_trains():
+    spec = replace(make_spec(), probes=(10**8, 8 * 10**8, 9 * 10**8, 10**10))
+    assert spec.probes_between(0.2, 0, None) == (10**8, 8 * 10**8)
+    assert spec.probes_between(0.2, 1, 0) == (9 * 10**8,)
+    assert spec.probes_between(0.2, 2, 1) == (10**10,)

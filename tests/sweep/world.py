@@ -1,0 +1,138 @@
+"""A planted world: costs and training results as closed formulas, so that whole sweeps run in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+from bfm.files import Store, canonical_json
+from bfm.sweep.costs import ConfigCost
+from bfm.sweep.driver import SweepDriver, Task
+from bfm.sweep.lease import Holder, Lease
+from bfm.sweep.ledger import Ledger, Replay
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.spec import from_dict
+from bfm.training.config import TrainConfig
+
+EVENTS_PER_GROUP = 100.0
+DEAD = Holder(host="here", machine="elsewhere", pid=1, started_at_s=0.0)
+
+
+class PlantedCosts:
+    """C = 6 N D."""
+
+    num_catalogue = 1000
+
+    def of(self, config: TrainConfig) -> ConfigCost:
+        events = EVENTS_PER_GROUP * config.groups_per_step
+        return ConfigCost(
+            params=round(config.params),
+            embedder_share=config.embedder_share,
+            state_params=round(config.params),
+            step_flops=6.0 * config.params * events,
+            step_events=events,
+            epoch_events=100_000,
+            evaluation_flops=1_000_000,
+            group_bytes=1 << 20,
+            catalogue_bytes=1 << 20,
+        )
+
+
+def make_spec(**changes) -> SweepSpec:
+    """A small sweep; `changes` replace whole top-level keys, or single ones where both are mappings."""
+    values = {
+        "name": "planted",
+        "metric": {"name": "nll"},
+        "method": "random",
+        "parameters": {
+            "params": {"distribution": "log_uniform_values", "min": 300, "max": 10000},
+            "learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
+        },
+        "budget": {"ladder_flops": ["1e9", "4e9", "16e9"], "total_flops": "150e9", "events_per_param": [0, 1e6]},
+        "scheduler": {"eta": 3, "strata": 2},
+        "data": {"shards": "nowhere"},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    return from_dict(values)
+
+
+def planted_loss(config: dict, path_flops: float, seed: int = 0) -> float:
+    """E + A / N^a + B / D^b, times a bowl in log learning rate, plus noise of the seed; inf where the rate diverges."""
+    params, rate = config["params"], config["learning_rate"]
+    if rate > 0.08:
+        return math.inf
+    events = path_flops / (6 * params)
+    text = f"{params:.9g} {rate:.9g} {seed} {path_flops:.6g}"
+    noise = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32 - 0.5
+    share = 0.1 * math.log(config["embedder_share"] / 0.02) ** 2 if config["embedder_share"] else 1.0
+    bowl = 0.15 * math.log(rate / 3e-3) ** 2
+    return 2.0 + 30.0 / params**0.5 + 200.0 / events**0.5 + bowl + share + 0.002 * noise
+
+
+def execute(task: Task) -> dict:
+    """The row of a task: a pure function of configuration, seed and rung."""
+    loss = planted_loss(task.config, task.rung_flops, task.seed)
+    ok = math.isfinite(loss)
+    start_flops = 0 if task.from_rung is None else task.rung_flops - task.reserved_flops
+    path_flops = round(task.rung_flops * 0.997)
+    return {
+        "kind": "rung",
+        "trial": task.trial,
+        "rung": task.rung,
+        "rung_flops": task.rung_flops,
+        "seed": task.seed,
+        "config": task.config,
+        "status": "ok" if ok else "diverged",
+        "params": round(task.config["params"]),
+        "path_flops": path_flops,
+        "task_flops": (path_flops - start_flops) if ok else (path_flops - start_flops) // 2,
+        "eval_flops": 1000,
+        "metrics": {"nll": loss, "recall@10": 1.0 / loss},
+        "checkpoint": f"trials/{task.trial}/checkpoints/r{task.rung}",
+    }
+
+
+def open_ledger(folder: Path | Store, crashed: bool = False) -> Ledger:
+    """The ledger of a sweep; with `crashed`, its holder counts as dead to the next one."""
+    store = folder if isinstance(folder, Store) else Store(folder)
+    if crashed:
+        # A holder on another machine whose heartbeat is as old as the epoch.
+        return Ledger(store, Lease.acquire(store, holder=DEAD, clock=lambda: 0.0, heartbeat_s=None))
+    return Ledger(store, Lease.acquire(store, heartbeat_s=None))
+
+
+def mortal_ledger(store: Store, epoch_s: float) -> Ledger:
+    """A ledger whose holder is dead once the clock has gone on by an hour."""
+    holder = Holder("here", f"machine-{epoch_s}", 1, 0.0)
+    return Ledger(store, Lease.acquire(store, holder=holder, clock=lambda: epoch_s, heartbeat_s=None))
+
+
+def start(spec: SweepSpec, store: Store, epoch_s: float = 0.0) -> SweepDriver:
+    """A driver over the planted world that may die without a trace (the next one has a later `epoch_s`)."""
+    return SweepDriver.start(spec, mortal_ledger(store, epoch_s), PlantedCosts())
+
+
+class MemoryLedger:
+    """A ledger without files, for tests that are not about files."""
+
+    class _Lease:
+        epoch = 1
+
+    def __init__(self, records=()) -> None:
+        self.lease = self._Lease()
+        self.replay = Replay(records=list(records))
+        self.records = list(records)
+
+    def append(self, records) -> None:
+        self.records += json.loads(canonical_json(list(records)))
+
+    def close(self) -> None:
+        pass
+
+
+def in_memory(spec: SweepSpec, records=()) -> SweepDriver:
+    """A driver without files; go on from `records`."""
+    return SweepDriver.start(spec, MemoryLedger(records), PlantedCosts())

@@ -1,0 +1,105 @@
+"""A checkpoint is whole, or says what is wrong with it."""
+
+import dataclasses
+import errno
+import json
+import os
+
+import pytest
+
+from bfm.errors import CorruptError, UserError
+from bfm.files import Store
+from bfm.training.checkpoint import load_checkpoint
+from tests.training.common import STAGE_1, assert_equal_states, train
+
+
+@pytest.fixture(scope="module")
+def trained(toy_shards):
+    return train(STAGE_1, toy_shards, 1e7)[0]
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    store = Store(tmp_path / "store")
+    trained.save(store, "a/trunk")
+    return store
+
+
+def test_round_trip_is_bit_for_bit(trained, saved):
+    checkpoint = load_checkpoint(saved, "a/trunk", expect_config=STAGE_1, expect_seed=3)
+    assert_equal_states(checkpoint.state, trained.engine.export_state())
+    assert checkpoint.meta["counters"]["step"] == trained.counters.step
+
+
+def test_none_is_the_users_mistake(saved):
+    with pytest.raises(UserError, match="no checkpoint here"):
+        load_checkpoint(saved, "b/trunk")
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _flip, _empty, os.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["state.pt", "meta.json"])
+def test_damage_is_told(saved, damage, name):
+    damage(saved.path(f"a/trunk/{name}"))
+    gone = damage is os.unlink and name == "meta.json"
+    with pytest.raises(UserError if gone else CorruptError, match="a/trunk"):
+        load_checkpoint(saved, "a/trunk")
+
+
+def test_state_of_another_checkpoint_is_told(trained, saved):
+    data = bytearray(saved.get("a/trunk/state.pt"))
+    data[-1] ^= 255
+    saved.put("a/trunk/state.pt", bytes(data))
+    with pytest.raises(CorruptError, match="sha256"):
+        load_checkpoint(saved, "a/trunk")
+
+
+def test_another_run_is_refused_with_every_difference(saved):
+    other = dataclasses.replace(STAGE_1, learning_rate=0.5, window=32)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(saved, "a/trunk", expect_config=other, expect_seed=4, expect={"shards_hash": "x"})
+    for words in ("learning_rate is 0.003, not 0.5", "window is 16, not 32", "seed is 3, not 4", "shards_hash is"):
+        assert words in str(caught.value)
+
+
+def test_another_version_is_refused(saved):
+    meta = json.loads(saved.get("a/trunk/meta.json"))
+    meta["version"] = 99
+    saved.put("a/trunk/meta.json", json.dumps(meta).encode())
+    with pytest.raises(CorruptError, match="altered"):
+        load_checkpoint(saved, "a/trunk")
+
+
+@pytest.mark.parametrize("full_at", ["state.pt", "meta.json"])
+def test_a_full_disk_leaves_no_checkpoint(trained, tmp_path, monkeypatch, full_at):
+    store = Store(tmp_path / "full")
+    trained.save(store, "old")
+    put = Store.put
+
+    def fail(self, name, data):
+        if name.endswith(full_at):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, name, data)
+
+    monkeypatch.setattr(Store, "put", fail)
+    with pytest.raises(OSError, match="No space left"):
+        trained.save(store, "new")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no checkpoint here"):
+        load_checkpoint(store, "new")
+    load_checkpoint(store, "old")
+    trained.save(store, "new")
+    load_checkpoint(store, "new")

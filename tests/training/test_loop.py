@@ -1,0 +1,155 @@
+"""The trunk is a pure function of (configuration, seed), however it is cut, and never passes its limit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bfm.errors import CorruptError, DivergedError, UserError
+from bfm.files import Store
+from bfm.training.data import TrainingData
+from bfm.training.loop import Trainer, groups_per_worker, resume
+from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
+
+END = {1: 8e7, 2: 8e7}
+
+
+@pytest.fixture(scope="module", params=[STAGE_1, STAGE_2], ids=["stage1", "stage2"])
+def unbroken(request, toy_shards):
+    trainer, records = train(request.param, toy_shards, END[1], cooldown_flops=1e8)
+    assert len(records) > 20
+    return request.param, trainer, records
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_stop_and_resume_at_any_step_is_bit_for_bit(data, unbroken, toy_shards, tmp_path):
+    config, whole, records = unbroken
+    trunk = [record for record in records if record.phase == "trunk"]
+    stop = data.draw(st.integers(0, len(trunk) - 1), label="stop after step")
+    store = Store(tmp_path)
+    first, before = train(config, toy_shards, 0 if stop == 0 else trunk[stop - 1].path_flops)
+    first.save(store, "cut")
+    start = resume(store, "cut", config, 3, first.data)
+    second, after = train(config, toy_shards, END[1], start=start, cooldown_flops=1e8)
+    assert losses(before + after) == losses(records)
+    assert [r.path_flops for r in before + after] == [r.path_flops for r in records]
+    assert second.counters == whole.counters
+    assert_equal_states(second.engine.export_state(), whole.engine.export_state())
+
+
+def test_limit_is_never_passed_and_fully_used(unbroken):
+    _, trainer, records = unbroken
+    trunk = [record for record in records if record.phase == "trunk"]
+    assert trunk[-1].path_flops <= END[1]
+    assert records[-1].path_flops <= 1e8
+    assert records[-1].path_flops + trainer.next_step_flops() > 1e8
+    assert trainer.counters.events == records[-1].events
+    assert trainer.spent_flops == trainer.counters.path_flops
+
+
+def test_cooldown_rate_falls_and_trunk_rate_stays(unbroken):
+    config, _, records = unbroken
+    warm = 500 if config.warmup_events else config.shape().params
+    constant = [r.learning_rate for r in records if r.phase == "trunk" and r.events >= warm]
+    assert set(constant) == {config.learning_rate}
+    cooling = [r.learning_rate for r in records if r.phase == "cooldown"]
+    assert np.all(np.diff(cooling) < 0)
+    assert cooling[0] == pytest.approx(config.learning_rate)
+    assert cooling[-1] < 0.2 * config.learning_rate
+
+
+def test_a_cooldown_leaves_no_trace_on_the_trunk(toy_shards):
+    short, _ = train(STAGE_1, toy_shards, 4e7)
+    cooled, _ = train(STAGE_1, toy_shards, 4e7, cooldown_flops=5e7)
+    assert cooled.counters.path_flops > short.counters.path_flops
+    for name, tensor in short.engine.export_state().average.items():
+        assert torch.equal(tensor, cooled.engine.export_state().average[name])
+
+
+def test_micro_batches_change_neither_loss_nor_cost(toy_shards):
+    runs = [train(STAGE_1, toy_shards, 4e7, micro_groups=groups) for groups in (1, 2, 4)]
+    assert [trainer.micro_batches for trainer, _ in runs] == [4, 2, 1]
+    for trainer, records in runs[1:]:
+        assert trainer.counters == runs[0][0].counters
+        np.testing.assert_allclose(losses(records), losses(runs[0][1]), rtol=1e-5)
+
+
+def test_micro_groups_fall_back_to_a_divisor(toy_shards):
+    trainer, _ = train(STAGE_1, toy_shards, 0, micro_groups=3)
+    assert trainer.micro_groups == 2
+
+
+def test_workers_must_divide_the_groups_of_a_step():
+    assert groups_per_worker(dataclasses.replace(STAGE_1, groups_per_step=6), 3) == 2
+    with pytest.raises(UserError, match="use one of 1, 2, 3, 6 workers"):
+        groups_per_worker(dataclasses.replace(STAGE_1, groups_per_step=6), 4)
+
+
+def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
+    trainer, records = train(STAGE_2, toy_shards, 8e7)
+    switch = next(index for index, record in enumerate(records) if record.stage == 2)
+    before, _ = train(STAGE_2, toy_shards, records[switch - 1].path_flops)
+    frozen = set(before.engine.model.embedder_parameter_names())
+    old, new = before.engine.export_state(), trainer.engine.export_state()
+    assert records[switch - 1].path_flops <= STAGE_2.freeze_at_flops < records[switch].path_flops
+    for name, weight in old.weight.items():
+        assert torch.equal(weight, new.weight[name]) == (name in frozen)
+    assert not frozen & (new.moment1.keys() | new.moment2.keys() | new.average.keys())
+    catalogue_flops = trainer.cost.catalogue_flops(toy_shards.num_items)
+    stage2_flops = records[switch].path_flops - records[switch - 1].path_flops
+    assert stage2_flops - catalogue_flops == pytest.approx(before.next_step_flops(stage=2), rel=0.05)
+
+
+def test_altered_frozen_embedder_is_refused(toy_shards, tmp_path):
+    trainer, _ = train(STAGE_2, toy_shards, 8e7)
+    trainer.save(Store(tmp_path), "stage2")
+    checkpoint = resume(Store(tmp_path), "stage2", STAGE_2, 3, trainer.data)
+    name = trainer.engine.model.embedder_parameter_names()[0]
+    checkpoint.state.weight[name] += 1e-6
+    with pytest.raises(CorruptError, match="frozen embedder"):
+        Trainer(STAGE_2, 3, trainer.data, CPU, start=checkpoint)
+
+
+def test_one_stage_1_trunk_serves_every_stage_2_configuration(toy_shards, tmp_path):
+    """In a study of K the trials share a checkpoint; from there each goes on as if it had trained alone."""
+    shared, _ = train(STAGE_2, toy_shards, STAGE_2.freeze_at_flops)
+    assert shared.counters.stage == 1
+    shared.save(Store(tmp_path), "shared")
+    other = dataclasses.replace(STAGE_2, negatives=30, negatives_in_batch=False)
+    alone, records = train(other, toy_shards, 6e7)
+    start = resume(Store(tmp_path), "shared", other, 3, shared.data)
+    branched, after = train(other, toy_shards, 6e7, start=start)
+    assert losses(after) == losses(records)[-len(after) :]
+    assert_equal_states(alone.engine.export_state(), branched.engine.export_state())
+    with pytest.raises(UserError, match="freeze_at_flops is"):
+        resume(Store(tmp_path), "shared", dataclasses.replace(STAGE_2, freeze_at_flops=1e7), 3, shared.data)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_non_finite_values_end_the_run(toy_shards, bad):
+    trainer, _ = train(STAGE_1, toy_shards, 2e7)
+    objective = trainer.objective
+
+    def broken(model, batch):
+        loss = objective(model, batch)
+        if bad == "loss":
+            return loss * float("nan")
+        # Finite forward, infinite backward: the square root's slope at 0.
+        return loss + (model.log_scale * 0).sum().abs().sqrt()
+
+    trainer.objective = broken
+    broken.candidates = objective.candidates
+    with pytest.raises(DivergedError, match=bad):
+        trainer.run_trunk(8e7)
+    assert trainer.spent_flops == trainer.counters.path_flops
+
+
+def test_seed_decides_weights_and_order(toy_shards):
+    data = TrainingData.of(toy_shards)
+    models = [data.build_model(STAGE_1, seed).state_dict() for seed in (0, 0, 1)]
+    same = [all(torch.equal(models[0][name], other[name]) for name in models[0]) for other in models[1:]]
+    assert same == [True, False]

@@ -1,0 +1,61 @@
+"""Parameter groups and the running average of weights."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bfm.training.config import TrainConfig
+from bfm.training.optimizer import AVERAGE, average_weight, build_optimizer, set_learning_rate
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(7, 3, generator=generator))
+        self.matrix = nn.Parameter(torch.randn(3, 4, generator=generator))
+        self.scalar = nn.Parameter(torch.ones(1))
+
+    def table_parameter_names(self):
+        return ("table",)
+
+
+def test_only_matrices_decay_and_tables_have_their_rate():
+    model = Tiny()
+    config = TrainConfig(params=1e3, weight_decay=0.3, table_learning_rate_ratio=4.0)
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, 0.01)
+    found = {
+        tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups
+    }
+    assert found == {(3, 4): (0.3, 0.01), (7, 3): (0.0, 0.04), (1,): (0.0, 0.01)}
+
+
+def test_frozen_parameters_are_left_out():
+    model = Tiny()
+    model.table.requires_grad_(False)
+    optimizer = build_optimizer(model, TrainConfig(params=1e3))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_average_is_the_polynomial_average():
+    """avg_T = sum_t w_t * weight_t with weights from the product form of the recursion."""
+    model = Tiny()
+    optimizer = build_optimizer(model, TrainConfig(params=1e3))
+    optimizer.start_state(model.parameters(), averaging=True)
+    seen = []
+    for step in range(1, 21):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, float(step % 3 - 1 + number))
+        optimizer.average_weight = average_weight(step)
+        optimizer.step()
+        seen.append(model.matrix.detach().double().numpy().copy())
+    shares = np.array([average_weight(t) * np.prod([1 - average_weight(u) for u in range(t + 1, 21)]) for t in range(1, 21)])
+    assert shares.sum() == pytest.approx(1.0)
+    expected = np.tensordot(shares, np.array(seen), axes=1)
+    np.testing.assert_allclose(optimizer.state[model.matrix][AVERAGE].numpy(), expected, rtol=1e-5)
+    kept = optimizer.state[model.matrix][AVERAGE].clone()
+    optimizer.average_weight = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.matrix][AVERAGE], kept)
