@@ -85,7 +85,7 @@ class DriverSearcher(Searcher):
         self._clock = clock
         self._live: dict[str, _Live] = {}
         self._next: Task | None = None
-        # Actors given back for the task in hand and not yet taken by it.
+        # Actors given back and not yet taken by another trial.
         self._freed = 0
         self._finished = False
         self._ask_again_at_s = float("-inf")
@@ -102,18 +102,18 @@ class DriverSearcher(Searcher):
         task = self._peek()
         if task is None:
             return None if self._live else Searcher.FINISHED
-        if self._freed == 0 and self._standing_by():
-            # A warm actor waits for it: the stopper will free that one.
+        if self._freed <= self._starting() and self._standing_by():
+            # A warm actor waits for it: `may_end` will free that one.
             return None
         self._next = None
-        self._freed = max(0, self._freed - 1)
         self._live[trial_id] = _Live(task)
         self._on_event(SweepEvent("assigned", task=task))
         return {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time()}
 
     def started(self, trial_id: str) -> None:
-        """The trial's actor is up."""
+        """The trial has an actor, its own or one that was freed."""
         self._live[trial_id].started = True
+        self._freed = min(max(0, self._freed - 1), self._starting())
 
     def may_end(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Commit the trial's row if it has come, and say whether the trial may give its actor back now."""
@@ -125,9 +125,11 @@ class DriverSearcher(Searcher):
             return True
         if self._slots_are_starting():
             return False
-        if self._peek() is not None:
-            # One trial ends per task in hand; the others stand by for the next one.
-            live.ending = self._freed == 0 and not any(other.ending for other in self._live.values())
+        in_hand = self._peek() is not None
+        if in_hand or self._starting():
+            # One trial ends per task that waits for an actor; the others stand by for the next one.
+            freed = self._freed + sum(other.ending for other in self._live.values())
+            live.ending = live.ending or freed < in_hand + self._starting()
             return live.ending
         return self._finished or self._clock() - live.settled_at_s > IDLE_LIMIT_S
 
@@ -137,7 +139,7 @@ class DriverSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The Tune trial is over; without a row its task is lost."""
         live = self._live.pop(trial_id)
-        self._freed += live.ending
+        self._freed = min(self._freed + live.ending, self._starting() + 1)
         if live.settled_at_s is None:
             self._lose(live.task, "its worker process died (killed, out of memory, or its node is gone)")
 
@@ -166,11 +168,14 @@ class DriverSearcher(Searcher):
             self._ask_again_at_s = now_s + WAIT_POLL_S
         return self._next
 
+    def _starting(self) -> int:
+        return sum(not live.started for live in self._live.values())
+
     def _standing_by(self) -> bool:
         return any(live.settled_at_s is not None and not live.ending for live in self._live.values())
 
     def _slots_are_starting(self) -> bool:
-        if all(live.started for live in self._live.values()):
+        if not self._starting():
             if self._next is None or len(self._live) == self.slots:
                 self._short_since_s = None
             return False

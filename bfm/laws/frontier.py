@@ -134,7 +134,7 @@ def frontier_at(points: Sequence[FrontierPoint], flops: float) -> FrontierPoint 
 
 
 def rank_agreement(rows: Iterable[Row], first: str, second: str, *, minimum_rows: int = 4) -> list[Agreement]:
-    """Whether two metrics prefer the same trials, rung by rung (PAPER: their disagreement grows with C).
+    """Whether two metrics prefer the same trials, rung by rung (arXiv 2606.05257: less so as C grows).
 
     Both are oriented so that better ranks first. Rungs with fewer than `minimum_rows` rows, or without spread in one
     of the metrics, are left out.

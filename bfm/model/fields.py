@@ -18,7 +18,6 @@ one product. Tables are looked up, never multiplied: they cost no FLOPs. Encoded
 Shape legend: N rows (items, or positions of windows), S table slots, F fields, W table width, X dense features,
 D d_item, E quantile edges.
 """
-# ruff: noqa: N815
 
 from __future__ import annotations
 
@@ -51,7 +50,9 @@ _YEAR_2000_MS = 946_684_800_000
 _RAMP_WIDTH = 2.25
 _CLAMP_STD = 8.0
 _EDGE_WIDTH = 2e-6
-_TABLE_STD = 0.25
+# Field tokens of every kind start with this rms. All are normalised later: a small start only lets tables move fast
+# against their own size. Measured on movie ratings, validation NLL of a small run: 0.05 beats 0.02, 0.25 and 1.
+TOKEN_STD = 0.05
 
 
 @dataclass(frozen=True)
@@ -207,13 +208,13 @@ class FieldEncoder(nn.Module):
         self.dense_inputs = [*layout.feature_counts, *([extra_features] if extra_features else [])]
         self.table = self.table_weight = self.dense_weight = None
         if layout.tables:
-            table = torch.randn(layout.table_rows, table_width, generator=generator) * _TABLE_STD
+            table = torch.randn(layout.table_rows, table_width, generator=generator) * TOKEN_STD
             self.table = nn.Parameter(table)
             weight_FWD = torch.randn(len(layout.tables), table_width, d_item, generator=generator)
             self.table_weight = nn.Parameter(weight_FWD * table_width**-0.5)
         if self.dense_inputs:
             weights = [torch.randn(count, d_item, generator=generator) * count**-0.5 for count in self.dense_inputs]
-            self.dense_weight = nn.Parameter(torch.cat(weights))
+            self.dense_weight = nn.Parameter(torch.cat(weights) * TOKEN_STD)
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from bfm.model.embedder import ItemEmbedder
 from bfm.model.fields import (
     CLOCK_FEATURES,
     GAP_FEATURES,
+    TOKEN_STD,
     FieldEncoder,
     FieldLayout,
     PackedFields,
@@ -66,7 +67,7 @@ class ContextEncoder(nn.Module):
         self.layout = FieldLayout([field for field in fields if field.side == "context"])
         self.has_clock = has_clock
         self.fields = FieldEncoder(self.layout, d_item, table_width, generator, automatic_features(has_clock))
-        self.later_table = nn.Parameter(torch.randn(2, d_item, generator=generator))
+        self.later_table = nn.Parameter(torch.randn(2, d_item, generator=generator) * TOKEN_STD)
 
     def forward(self, context: dict[str, Tensor], gap_RL: Tensor, time_RL: Tensor, later_RL: Tensor) -> Tensor:
         """c_RLD in the dtype of the weights."""

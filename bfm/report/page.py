@@ -12,7 +12,7 @@ from bfm.files import write_atomic
 from bfm.laws.frontier import Row
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
-from bfm.report.style import inline_svg, svg_bytes
+from bfm.report.style import inline_svg, svg_text
 from bfm.report.tables import runs_parquet
 from bfm.report.template import escape, page, paragraph, section
 
@@ -51,11 +51,13 @@ def render_report(
 ) -> dict[str, bytes]:
     """The files of the report by name, index.html last, for any store; arguments as in `write_report`."""
     figures = sweep_figures(rows, summary, baselines)
-    files = {f"figures/{figure.name}.svg": svg_bytes(figure.figure) for figure in figures}
+    drawn = {figure.name: svg_text(figure.figure) for figure in figures}
+    files = {f"figures/{name}.svg": text.encode() for name, text in drawn.items()}
     if overview:
         files["figures/overview.png"] = overview_png(rows, baselines)
+    shown = "\n".join(section(figure.name, figure.heading, _figure(figure, drawn[figure.name])) for figure in figures)
     files["runs.parquet"] = runs_parquet(rows)
-    files["index.html"] = report_html(rows, summary, baselines, spec, extra, figures).encode()
+    files["index.html"] = report_html(rows, summary, baselines, spec, extra, shown).encode()
     return files
 
 
@@ -65,12 +67,11 @@ def report_html(
     baselines: Baselines,
     spec: Mapping[str, Any],
     extra: Mapping[str, Any],
-    figures: Sequence[NamedFigure],
+    figures: str,
 ) -> str:
-    """The page as text."""
+    """The page as text; `figures` is the part of it that shows them."""
     name = str(summary.get("name") or "sweep")
     best = section("best", "Best so far", sections.best_table(rows))
-    drawn = "\n".join(section(figure.name, figure.heading, _figure(figure)) for figure in figures)
     every = sections.trial_table(rows, every_row=True)
     all_rows = f"<details><summary>Every result at every rung</summary>{every}</details>" if every else ""
     settings = yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
@@ -79,7 +80,7 @@ def report_html(
     )
     parts = [
         best,
-        drawn,
+        figures,
         section("trials", "Trials", _with_note(sections.trial_table(rows), "Click a head to sort.") + all_rows),
         section("baselines", "Baselines", _with_note(sections.baseline_table(rows, baselines), "On the same queries.")),
         section("data", "Data and protocol", sections.data_part(extra)),
@@ -100,8 +101,8 @@ def report_html(
     return page(f"{name}: compute frontier", "\n".join([head, *parts, foot]))
 
 
-def _figure(figure: NamedFigure) -> str:
-    svg = inline_svg(figure.figure, figure.name, f"{figure.heading}. {figure.caption}")
+def _figure(figure: NamedFigure, drawn: str) -> str:
+    svg = inline_svg(drawn, figure.name, f"{figure.heading}. {figure.caption}")
     return f"<figure>{svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
 
 

@@ -95,15 +95,18 @@ def new_axes(figure: Figure, rows: int, columns: int, count: int, **keywords: An
     return axes[:count]
 
 
-def svg_bytes(figure: Figure) -> bytes:
-    """The figure as an SVG file on white, the same bytes for the same figure."""
-    text = _drawn_svg(figure, PAPER)
-    return text.encode()
+@house_style
+def svg_text(figure: Figure) -> str:
+    """The figure as an SVG file on white, the same text for the same figure."""
+    buffer = io.StringIO()
+    # Without metadata the file holds no date and no foreign address.
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", facecolor=PAPER, metadata=nothing)
+    return buffer.getvalue().replace("'DejaVu Sans', sans-serif", _FONTS).replace("'DejaVu Sans'", _FONTS)
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element for a page: themed colours, ids of its own, width from the page."""
-    text = _drawn_svg(figure, "none")
+def inline_svg(text: str, name: str, description: str) -> str:
+    """An SVG file of `svg_text` as an <svg> element for a page: themed colours, ids of its own, width from the page."""
     text = text[text.index("<svg") :]
     for colour, variable in _THEMED.items():
         text = text.replace(colour, variable)
@@ -114,7 +117,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)
     # 1 pt is 4/3 CSS px; below 600 px a figure scrolls and does not shrink further.
-    width_px = figure.get_figwidth() * 96
+    width_px = float(re.findall(r'viewBox="0 0 ([0-9.]+)', head)[0]) * 4 / 3
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     width = f"width:100%;min-width:{min(width_px, 600):.0f}px;max-width:{width_px:.0f}px"
     return f'{head} role="img" aria-label="{label}" style="{width}">{rest}'
@@ -126,13 +129,6 @@ def png_bytes(figure: Figure, dots_per_inch: int = 160) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor=PAPER)
     return buffer.getvalue()
-
-
-@house_style
-def _drawn_svg(figure: Figure, background: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue().replace("'DejaVu Sans', sans-serif", _FONTS).replace("'DejaVu Sans'", _FONTS)
 
 
 def size_norm(params: Iterable[float]) -> LogNorm:

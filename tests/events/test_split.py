@@ -12,7 +12,7 @@ from bfm.events.split import Split, time_split
 _TIMES = st.lists(st.integers(-(10**13), 10**13), min_size=1, max_size=60)
 
 
-@given(_TIMES, st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 9))
+@given(_TIMES, st.integers(0, 2**32), st.integers(1, 6), st.integers(2, 9))
 def test_merging_does_not_depend_on_the_parts(values, seed, parts, max_bins):
     """Any division of the values, merged in any order, gives the histogram of all of them."""
     rng = np.random.default_rng(seed)

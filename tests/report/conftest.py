@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from planted import planted_sweep
+
+from tests.report.planted import planted_sweep
 
 
 @pytest.fixture

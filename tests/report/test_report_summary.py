@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from planted import RUNGS, planted_sweep
 
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.sweep.state import SweepState
+from tests.report.planted import RUNGS, planted_sweep
 
 
 def test_rows_and_summary_follow_the_ledger():

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from planted import planted_sweep
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -15,6 +14,7 @@ from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.figures import overview_png
 from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
 from bfm.training.loop import StepRecord
+from tests.report.planted import planted_sweep
 
 CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
 METRICS = ["nll", "recall@10"]

@@ -24,6 +24,7 @@ CPU = PlainFactory(torch.device("cpu"))
 def train(config, shards, until_flops, *, factory=CPU, start=None, cooldown_flops=None, **options):
     """A trainer that has run, and what its observer saw."""
     records: list[StepRecord] = []
+    options = {"micro_groups": 4, **options}
     trainer = Trainer(config, 3, TrainingData.of(shards), factory, observer=records.append, start=start, **options)
     trainer.run_trunk(until_flops)
     if cooldown_flops is not None:

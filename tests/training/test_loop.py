@@ -24,7 +24,7 @@ def unbroken(request, toy_shards):
     return request.param, trainer, records
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_stop_and_resume_at_any_step_is_bit_for_bit(data, unbroken, toy_shards, tmp_path):
     config, whole, records = unbroken

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bfm.model.blocks import Block, look_up, make_linear, make_rotation, rms_norm, rotate
+from bfm.model.contextualizer import attention_mask
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (3, 4, 2, 12), (1, 2)])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 0.0])
+def test_rms_norm_and_its_gradient_equal_torchs(shape, scale):
+    generator = torch.Generator().manual_seed(0)
+    ours = (scale * torch.randn(shape, generator=generator)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    weight = torch.randn(shape, generator=generator)
+    (rms_norm(ours) * weight).sum().backward()
+    (F.rms_norm(theirs, shape[-1:], eps=1e-6) * weight).sum().backward()
+    torch.testing.assert_close(rms_norm(ours), F.rms_norm(theirs, shape[-1:], eps=1e-6))
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_keeps_the_dtype():
+    assert rms_norm(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_rotated_products_depend_on_distance_only():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 6, generator=generator)
+    rotation = make_rotation(50, 6, torch.device("cpu"))
+
+    def logit(query_position: int, key_position: int) -> float:
+        both = torch.stack([query, key])[None, :, None, None, :]
+        places = rotation[[query_position, key_position]]
+        turned = rotate(both, places).reshape(2, 6)
+        return float(turned[0] @ turned[1])
+
+    assert logit(0, 0) == pytest.approx(float(query @ key), abs=1e-5)
+    assert logit(7, 3) == pytest.approx(logit(44, 40), abs=1e-4)
+    assert logit(7, 3) != pytest.approx(logit(3, 7), abs=1e-2)
+
+
+def test_a_fresh_block_is_the_identity():
+    block = Block(16, 2, 40, torch.Generator().manual_seed(0))
+    x_BLW = torch.randn(3, 5, 16)
+    assert torch.equal(block(x_BLW, None, make_rotation(5, 8, x_BLW.device)), x_BLW)
+
+
+def test_look_up_is_indexing_with_a_summed_gradient():
+    table = torch.randn(6, 3, requires_grad=True)
+    index = torch.tensor([[1, 1, 5], [0, 1, 5]], dtype=torch.int32)
+    rows = look_up(table, index)
+    assert torch.equal(rows, table[index.long()])
+    rows.sum().backward()
+    assert table.grad is not None
+    assert table.grad[:, 0].tolist() == [1, 3, 0, 0, 0, 2]
+
+
+def test_the_mask_admits_the_users_own_past_and_leaves_no_row_empty():
+    segment_RL = torch.tensor([[0, 0, 2, -1], [1, 1, 1, 1]])
+    allowed = attention_mask(segment_RL, torch.float32) == 0
+    assert allowed[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert torch.equal(allowed[1, 0], torch.ones(4, 4).tril().bool())
+
+
+def test_linear_maps_are_drawn_from_their_generator():
+    drawn = make_linear(64, 200, torch.Generator().manual_seed(1)).weight
+    assert torch.equal(drawn, make_linear(64, 200, torch.Generator().manual_seed(1)).weight)
+    assert drawn.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert not make_linear(4, 4, None).weight.any()

@@ -1,0 +1,186 @@
+"""A driver without a ledger and a Ray Tune without Ray, so that the searcher's decisions can be watched in a test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ray.tune.search import Searcher
+
+from bfm.sweep.task import Finished, Task, Wait
+from ray_jobs.search import DriverSearcher
+from ray_jobs.trial import FATAL, LOST, ROW
+
+CPU_SCALING = {"engine": "plain", "workers": 1, "zero_stage": 0, "cpus": 0.5, "gpus": 0.0, "micro_groups": 1}
+
+
+def make_task(number: int, scaling: dict[str, Any] = CPU_SCALING) -> Task:
+    return Task(
+        task_id=f"t{number}-r0-a0",
+        trial=f"t{number}",
+        rung=0,
+        rung_flops=1000,
+        config={"params": 1000.0},
+        seed=0,
+        resume_from=None,
+        from_rung=None,
+        reserved_flops=1000,
+        scaling=dict(scaling),
+    )
+
+
+class FakeDriver:
+    """Hands out `num_tasks` tasks; every `batch` tasks it waits until all that are running have ended."""
+
+    def __init__(self, num_tasks: int, slots: int, batch: int = 10**9, scaling: dict[str, Any] = CPU_SCALING) -> None:
+        self.left, self.slots, self.batch, self.scaling = num_tasks, slots, batch, scaling
+        self.open: dict[str, Task] = {}
+        self.rows: dict[str, Any] = {}
+        self.losses: dict[str, str] = {}
+        self.given = 0
+
+    def next_task(self) -> Task | Wait | Finished:
+        barrier = self.given and self.given % self.batch == 0 and self.open
+        if len(self.open) >= self.slots or barrier or (self.left == 0 and self.open):
+            return Wait("others are running")
+        if self.left == 0:
+            return Finished("all done")
+        self.left -= 1
+        task = make_task(self.given, self.scaling)
+        self.given += 1
+        self.open[task.task_id] = task
+        return task
+
+    def report(self, task_id: str, rows: Any) -> bool:
+        del self.open[task_id]
+        self.rows[task_id] = rows
+        return True
+
+    def lost(self, task_id: str, reason: str) -> bool:
+        del self.open[task_id]
+        self.losses[task_id] = reason
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class _Trial:
+    task: dict[str, Any]
+    delivered: bool = False
+    actor: int | None = None
+
+
+@dataclass
+class FakeTune:
+    """Ray Tune's habits that matter: one idle actor is kept at most, and an idle actor takes over the trial of a
+    starting one, which is killed. Time is virtual."""
+
+    searcher: DriverSearcher
+    clock: Clock
+    slots: int
+    rng: np.random.Generator
+    start_s: float = 8.0
+    train_s: tuple[float, float] = (0.1, 5.0)
+    capacity: int | None = None
+    deaths: float = 0.0
+    """Chance that a training actor dies."""
+    errors: float = 0.0
+    """Chance that an executor raises."""
+    fatal_task: str | None = None
+    starts: int = 0
+    most_live: int = 0
+    finished: bool = False
+    trials: dict[str, _Trial] = field(default_factory=dict)
+    _idle: list[int] = field(default_factory=list)
+    _up: set[int] = field(default_factory=set)
+    _events: list[tuple[float, int, str, str, int]] = field(default_factory=list)
+    _count: itertools.count = field(default_factory=itertools.count)
+
+    def run(self, limit_s: float = 1e5) -> None:
+        """Until the searcher has finished; fails if it never does."""
+        while not (self.finished and not self.trials):
+            self._ask()
+            self._place()
+            self._advance()
+            assert self.clock.now_s < limit_s, "the sweep hangs"
+
+    def _ask(self) -> None:
+        while not self.finished and sum(t.actor not in self._up for t in self.trials.values()) < self.slots:
+            trial_id = f"trial{next(self._count)}"
+            answer = self.searcher.suggest(trial_id)
+            if answer == Searcher.FINISHED:
+                self.finished = True
+            if not isinstance(answer, dict):
+                return
+            self.trials[trial_id] = _Trial(json.loads(answer["task"]))
+            self.most_live = max(self.most_live, len(self.trials))
+
+    def _place(self) -> None:
+        for trial_id, trial in self.trials.items():
+            if trial.actor in self._up:
+                continue
+            if self._idle:
+                self._begin(trial_id, self._idle.pop())
+            elif trial.actor is None:
+                trial.actor = next(self._count)
+                self.starts += 1
+                starting = sum(t.actor is not None for t in self.trials.values()) + len(self._idle)
+                if self.capacity is None or starting <= self.capacity:
+                    self._at(self.start_s, "up", trial_id, trial.actor)
+
+    def _begin(self, trial_id: str, actor: int) -> None:
+        trial = self.trials[trial_id]
+        trial.actor = actor
+        self._up.add(actor)
+        self.searcher.started(trial_id)
+        self._at(float(self.rng.uniform(*self.train_s)), "result", trial_id, actor)
+
+    def _at(self, delay_s: float, kind: str, trial_id: str, actor: int) -> None:
+        self._events.append((self.clock.now_s + delay_s, next(self._count), kind, trial_id, actor))
+        self._events.sort()
+
+    def _advance(self) -> None:
+        if not self._events:
+            self.clock.now_s += 0.1
+            return
+        self.clock.now_s, _, kind, trial_id, actor = self._events.pop(0)
+        trial = self.trials.get(trial_id)
+        if trial is None or trial.actor != actor:
+            return
+        if kind == "up":
+            self._begin(trial_id, actor)
+            return
+        if not trial.delivered and self.rng.random() < self.deaths:
+            self._up.discard(actor)
+            del self.trials[trial_id]
+            self.searcher.on_trial_complete(trial_id, error=True)
+            return
+        if self.searcher.may_end(trial_id, self._result(trial)):
+            del self.trials[trial_id]
+            self.searcher.on_trial_complete(trial_id, result={})
+            if self._idle:
+                self._up.discard(actor)
+            else:
+                self._idle.append(actor)
+        else:
+            self._at(0.1, "result", trial_id, actor)
+
+    def _result(self, trial: _Trial) -> dict[str, Any]:
+        if trial.delivered:
+            return {}
+        trial.delivered = True
+        if trial.task["task_id"] == self.fatal_task:
+            return {FATAL: "CorruptError", "message": "shard-00000/item.npy: truncated"}
+        if self.rng.random() < self.errors:
+            return {LOST: "ValueError: boo"}
+        return {ROW: json.dumps({"trial": trial.task["trial"], "kind": "rung", "probes": [{"kind": "probe"}]})}

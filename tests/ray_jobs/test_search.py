@@ -1,0 +1,162 @@
+"""The searcher against a Ray Tune without Ray: every task once, slots kept warm, no hang, no lost failure."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.search import Searcher
+
+from bfm.errors import CorruptError, UserError
+from bfm.sweep.task import Wait
+from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
+from ray_jobs.trial import ROW, slot_resources
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeTune, make_task
+
+
+def world(num_tasks: int, slots: int, *, batch: int = 10**9, seed: int = 0, **habits: Any) -> tuple[FakeDriver, FakeTune]:
+    clock = Clock()
+    driver = FakeDriver(num_tasks, slots, batch)
+    searcher = DriverSearcher(driver, slots, clock=clock)
+    return driver, FakeTune(searcher, clock, slots, np.random.default_rng(seed), **habits)
+
+
+@given(
+    num_tasks=st.integers(1, 40),
+    slots=st.integers(1, 5),
+    batch=st.integers(1, 50),
+    seed=st.integers(0, 1000),
+    errors=st.sampled_from([0.0, 0.2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_task_is_settled_once_and_no_actor_starts_twice(num_tasks, slots, batch, seed, errors) -> None:
+    driver, tune = world(num_tasks, slots, batch=batch, seed=seed, errors=errors)
+    tune.run()
+    assert len(driver.rows) + len(driver.losses) == num_tasks
+    assert not driver.open
+    assert tune.most_live <= slots
+    assert tune.starts <= slots, "an actor was started although a warm one was there"
+
+
+@given(num_tasks=st.integers(1, 40), slots=st.integers(1, 4), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_dead_worker_costs_its_task_and_one_start(num_tasks, slots, seed) -> None:
+    driver, tune = world(num_tasks, slots, seed=seed, deaths=0.2)
+    tune.run()
+    assert len(driver.rows) + len(driver.losses) == num_tasks
+    assert tune.starts <= slots + len(driver.losses)
+    assert all("worker process died" in reason for reason in driver.losses.values())
+
+
+def test_slots_without_resources_hold_nobody_up_for_ever() -> None:
+    driver, tune = world(200, 4, capacity=2, train_s=(1.0, 2.0))
+    tune.run()
+    assert len(driver.rows) == 200
+    # Two actors at 1.5 s a task; the missing two are waited for once.
+    assert tune.clock.now_s < 200 * 1.5 / 2 + START_LIMIT_S + 60
+
+
+def test_short_tasks_use_all_slots() -> None:
+    driver, tune = world(400, 2, train_s=(0.5, 0.5))
+    tune.run()
+    assert len(driver.rows) == 400
+    assert tune.clock.now_s < 400 * 0.5 / 2 + 30
+
+
+def test_an_idle_slot_is_given_back_after_a_while() -> None:
+    clock = Clock()
+    driver = FakeDriver(2, 2)
+    searcher = DriverSearcher(driver, 2, clock=clock)
+    for trial in ("a", "b"):
+        assert isinstance(searcher.suggest(trial), dict)
+        searcher.started(trial)
+    assert not searcher.may_end("a", {ROW: "{}"})
+    clock.now_s = IDLE_LIMIT_S - 1
+    assert not searcher.may_end("a", {})
+    clock.now_s = IDLE_LIMIT_S + 1
+    assert searcher.may_end("a", {})
+    searcher.on_trial_complete("a", result={})
+    assert searcher.suggest("c") is None
+    assert searcher.may_end("b", {ROW: "{}"})
+    searcher.on_trial_complete("b", result={})
+    assert searcher.suggest("d") == Searcher.FINISHED
+
+
+def test_rows_and_probe_rows_arrive_together_and_events_tell() -> None:
+    seen = []
+    driver = FakeDriver(1, 1)
+    searcher = DriverSearcher(driver, 1, on_event=seen.append)
+    searcher.suggest("a")
+    searcher.started("a")
+    assert searcher.may_end("a", {ROW: '{"kind": "rung", "probes": [{"kind": "probe"}]}'})
+    assert driver.rows == {"t0-r0-a0": [{"kind": "rung"}, {"kind": "probe"}]}
+    assert [event.kind for event in seen] == ["assigned", "row", "finished"]
+
+
+def test_a_row_counts_once_however_often_tune_repeats_it() -> None:
+    driver = FakeDriver(2, 2)
+    searcher = DriverSearcher(driver, 2)
+    for trial in ("a", "b"):
+        searcher.suggest(trial)
+        searcher.started(trial)
+    for _ in range(3):
+        searcher.may_end("a", {ROW: "{}"})
+        searcher.on_trial_result("a", {ROW: "{}"})
+    searcher.on_trial_complete("a", result={ROW: "{}"})
+    assert list(driver.rows) == ["t0-r0-a0"]
+    assert not driver.losses
+
+
+def test_what_the_driver_raises_ends_the_run_and_is_kept() -> None:
+    driver, tune = world(5, 2)
+    driver.report = refuse  # type: ignore[method-assign]
+    tune.run()
+    assert isinstance(tune.searcher.failure, UserError)
+
+
+def refuse(task_id: str, rows: Any) -> bool:
+    raise UserError("another sweep has taken over here")
+
+
+def test_damaged_input_ends_the_run() -> None:
+    driver, tune = world(50, 2, fatal_task="t3-r0-a0")
+    tune.run()
+    assert isinstance(tune.searcher.failure, CorruptError)
+    assert "shard-00000" in str(tune.searcher.failure)
+    assert driver.given < 10
+
+
+def test_a_driver_that_waits_for_nothing_is_a_failure_not_a_hang() -> None:
+    driver, tune = world(3, 1)
+    driver.next_task = lambda: Wait("Godot")  # type: ignore[method-assign, assignment]
+    tune.run()
+    assert "Godot" in str(tune.searcher.failure)
+
+
+def test_the_searcher_pickles_without_its_driver() -> None:
+    driver = FakeDriver(1, 1)
+    driver.lock = lambda: None  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(DriverSearcher(driver, 1))).slots == 1
+
+
+def test_a_group_s_coordinator_shares_actors_with_single_workers_of_equal_size() -> None:
+    single = slot_resources(CPU_SCALING)
+    group = slot_resources({**CPU_SCALING, "workers": 2, "engine": "deepspeed", "zero_stage": 1})
+    assert single == group == {"CPU": 0.5, "GPU": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "held"),
+    [(1, 4.0, 0.25, {"CPU": 4.0, "GPU": 0.25}), (8, 4.0, 1.0, {"CPU": 1.0, "GPU": 0.0})],
+)
+def test_one_worker_s_actor_holds_its_gpu_and_a_coordinator_holds_none(workers, cpus, gpus, held) -> None:
+    assert slot_resources({**CPU_SCALING, "workers": workers, "cpus": cpus, "gpus": gpus}) == held
+
+
+def test_a_task_survives_the_way_through_tune() -> None:
+    task = make_task(7)
+    assert type(task).from_dict(task.as_dict()) == task
