@@ -64,12 +64,10 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Clean a log, fit its fields, split it and write memory-mapped shards, on Ray Data."""
-    from bfm.events.source import check_inputs
     from bfm.report.console import Display
     from ray_jobs.cluster_session import local_ray
     from ray_jobs.prepare import prepare_shards
 
-    check_inputs(schema, logs or [])
     with Display("data") as display, local_ray(cpus):
         manifest = prepare_shards(schema, logs or [], out, seed=seed, overwrite=overwrite, progress=display.show)
     summary = {

@@ -7,6 +7,7 @@ a local folder at the end. Ray must run already (see cluster_session.local_ray).
 from __future__ import annotations
 
 import functools
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+from ray.data.context import ShuffleStrategy
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
@@ -23,7 +25,7 @@ from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
 from bfm.events.staging import publish, staging
 from bfm.files import Store
-from ray_jobs.cluster_session import quiet_ray_data, short_temp_folder
+from ray_jobs.cluster_session import quiet_ray_data
 
 Progress = Callable[[str, float], None]
 """Called with a stage (read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
@@ -51,18 +53,27 @@ def prepare_shards(
     Raises:
         UserError: schema, log or disk are not as they should be; nothing is left behind.
     """
-    remote = "://" in out
-    target = short_temp_folder() / "shards" if remote else Path(out).absolute()
-    if remote and Store(out).exists(MANIFEST) and not overwrite:
-        raise UserError("exists already", file=out, fix="choose another place, or pass --overwrite")
+    if "://" in out:
+        return _prepare_remote(schema, logs, Store(out), seed=seed, overwrite=overwrite, progress=progress)
+    target = Path(out).absolute()
     quiet_ray_data()
+    # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
+    ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     with staging(target, overwrite=overwrite) as folder, _plain_errors():
         job, pieces = plan_job(schema, logs, folder, seed)
         manifest = _run(job, pieces, progress)
-        if remote:
-            _upload(job.shard_set, Store(out), manifest)
-        else:
-            publish(job.shard_set, target)
+        publish(job.shard_set, target)
+    return manifest
+
+
+def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bool, **settings: Any) -> Manifest:
+    """Prepare in a local folder and upload, the manifest last."""
+    if store.exists(MANIFEST) and not overwrite:
+        raise UserError("exists already", file=store.uri, fix="choose another place, or pass --overwrite")
+    with tempfile.TemporaryDirectory(prefix="bfm-prepare-") as folder:
+        manifest = prepare_shards(schema, logs, f"{folder}/set", **settings)
+        for name in [*sorted(manifest.files), MANIFEST]:
+            store.put(name, Path(folder, "set", name).read_bytes())
     return manifest
 
 
@@ -75,11 +86,11 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     count = prepare.num_partitions(prepare.rows_read(job))
     with _watched(job, "sort", count, progress, folder="sorted"):
         assign = functools.partial(prepare.assign_partitions, job, partitions=count)
-        shuffled = cleaned.map_batches(assign, batch_size=None, batch_format="pyarrow").groupby(
-            prepare.PARTITION, num_partitions=count
-        )
-        shuffled.map_groups(functools.partial(_sort, job), batch_format="pyarrow").materialize()
-    del cleaned, shuffled
+        assigned = cleaned.map_batches(assign, batch_size=None, batch_format="pyarrow")
+        assigned.groupby(prepare.PARTITION).map_groups(
+            functools.partial(_sort, job), batch_format="pyarrow"
+        ).materialize()
+    del cleaned, assigned
     split = prepare.choose_split(job)
     present = [summary["partition"] for summary in job.summaries("sorted")]
     with _watched(job, "measure", len(present), progress, folder="measured"):
@@ -152,8 +163,3 @@ def _plain_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
-
-
-def _upload(folder: Path, store: Store, manifest: Manifest) -> None:
-    for name in [*sorted(manifest.files), MANIFEST]:
-        store.put(name, (folder / name).read_bytes())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,11 +35,11 @@ class Driver(Protocol):
         """The next task, with its cost reserved."""
         ...
 
-    def report(self, task_id: str, rows: Sequence[dict[str, Any]]) -> bool:
-        """Commit a task's rung row and its probe rows."""
+    def report(self, task_id: str, row: dict[str, Any]) -> bool:
+        """Commit a task's rung row; its key `probes` holds probe rows."""
         ...
 
-    def lost(self, task_id: str, reason: str) -> bool:
+    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
         """A task ended without a row."""
         ...
 
@@ -190,20 +190,19 @@ class DriverSearcher(Searcher):
             return
         live.settled_at_s = self._clock()
         if LOST in result:
-            self._lose(live.task, result[LOST])
+            self._lose(live.task, result[LOST], retry=result["retry"])
             return
         if FATAL in result:
             self.failure = self.failure or FATAL_ERRORS[result[FATAL]](result["message"])
             return
         row = json.loads(result[ROW])
-        probes = row.pop("probes", [])
         self._ask_again_at_s = float("-inf")
-        self._guard(lambda: self.driver.report(live.task.task_id, [row, *probes]))
+        self._guard(lambda: self.driver.report(live.task.task_id, row))
         self._on_event(SweepEvent("row", task=live.task, row=row))
 
-    def _lose(self, task: Task, reason: str) -> None:
+    def _lose(self, task: Task, reason: str, retry: bool = True) -> None:
         self._ask_again_at_s = float("-inf")
-        self._guard(lambda: self.driver.lost(task.task_id, reason))
+        self._guard(lambda: self.driver.lost(task.task_id, reason, retry=retry))
         self._on_event(SweepEvent("lost", task=task, reason=reason))
 
     def _guard(self, call: Callable[[], Answer]) -> Answer | None:

@@ -19,18 +19,23 @@ class Interrupted(BaseException):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted in the main thread, once; a second one ends the process."""
+    """The first SIGINT or SIGTERM leaves the block as Interrupted; a second one ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received = [signal.SIGINT]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Interrupted(number)
+        received[0] = signal.Signals(number)
+        # The one exception that Ray's native code lets through.
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(received[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

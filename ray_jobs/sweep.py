@@ -102,7 +102,8 @@ def run_sweep(
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
         try:
             if driver.state.finished is None:
-                with ray_session(spec), _curves(store, driver, progress) as on_event:
+                # Ray takes the signals for itself when it starts, so they are taken back afterwards.
+                with ray_session(spec), signals_raise(), _curves(store, driver, progress) as on_event:
                     run_tasks(driver, spec.slots, execute or workplace, on_event)
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)

@@ -30,7 +30,8 @@ MakeObserver = Callable[[dict[str, Any]], Observer]
 _GROUP_ENV = {
     # How often the controller looks at its workers: by default a finished group is noticed after up to 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    # Starting two workers takes 10 s on two idle cores, and four times that on busy ones.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     # Structured log files of controller and workers, and a metrics exporter, for a group that lives for seconds.
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -79,7 +80,8 @@ def train_on_workers(
     scaling = task["scaling"]
     store = Store(storage)
     answer_name = f"trials/{task['trial']}/checkpoints/rung{task['rung']}-answer-{task['task_id']}.json"
-    run_name = f"{task['task_id']}-{uuid.uuid4().hex[:8]}"
+    trial_folder = f"trials/{task['trial']}"
+    run_name = f"ray-{uuid.uuid4().hex[:12]}"
     for name, value in _GROUP_ENV.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -102,7 +104,7 @@ def train_on_workers(
         ),
         run_config=ray.train.RunConfig(
             name=run_name,
-            storage_path=f"{store.uri}/ray_train",
+            storage_path=f"{store.uri}/{trial_folder}",
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -115,7 +117,7 @@ def train_on_workers(
             raise
         raise damage from error
     finally:
-        store.delete_folder(f"ray_train/{run_name}")
+        store.delete_folder(f"{trial_folder}/{run_name}")
     answer = json.loads(store.get(answer_name))
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])

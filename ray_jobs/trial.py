@@ -72,7 +72,7 @@ class RungTrial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"row": JSON} once, or {"lost": reason}, or {"fatal": kind of error}; afterwards an empty standby result."""
+        """{"row": JSON}, {"lost": reason} or {"fatal": kind of error} once; afterwards an empty standby result."""
         if self._delivered:
             time.sleep(STANDBY_S)
             return {}
@@ -106,7 +106,6 @@ class Workplace:
 
     def __call__(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         """Train and evaluate the task; its row."""
-        task = {**task, "queries": task["evaluation_queries"]}
         if task["scaling"]["workers"] == 1:
             return self._train_here(task, assigned_at_s)
         from ray_jobs.train import train_on_workers
@@ -170,8 +169,10 @@ def _factory(scaling: dict[str, Any]) -> EngineFactory:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    # An infeasible configuration is that task's matter alone.
-    if isinstance(error, tuple(FATAL_ERRORS.values())) and not isinstance(error, InfeasibleError):
+    if isinstance(error, InfeasibleError):
+        # That task's matter alone, and the same at every try.
+        return {LOST: str(error), "retry": False}
+    if isinstance(error, tuple(FATAL_ERRORS.values())):
         kind = "UserError" if isinstance(error, UserError) else "CorruptError"
         return {FATAL: kind, "message": str(error)}
-    return {LOST: f"{type(error).__name__}: {error}"}
+    return {LOST: f"{type(error).__name__}: {error}", "retry": True}

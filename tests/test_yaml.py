@@ -80,7 +80,7 @@ class _Outer(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str
     inner: _Inner = _Inner()
-    many: dict[str, _Inner] = {}  # noqa: RUF012
+    many: dict[str, _Inner] = {}
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,9 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
         repairs.update(report["repairs"])
     if repairs:
         checks = {**checks, "repairs": dict(sorted(repairs.items()))}
+    users = sum(partition["users"] for partition in partitions)
+    if users == 1:
+        checks = {**checks, "users": {"warning": "there is a single user: standard errors over users do not exist"}}
     reasons: Counter[str] = Counter()
     for partition in partitions:
         reasons.update(partition["reasons"])
@@ -244,7 +247,7 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
     draft = Manifest(
         name=job.schema.name,
         seed=job.seed,
-        users=sum(partition["users"] for partition in partitions),
+        users=users,
         events=sum(partition["events"] for partition in partitions),
         items=len(items.keys),
         catalogue=items.catalogue,

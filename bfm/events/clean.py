@@ -147,7 +147,7 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[
     elif spec.kind == "vector":
         values, wrong = parse.vectors(column, spec.separator)
         faults = [("not a vector of finite numbers", wrong)]
-    elif parse.is_nested(column.type):
+    elif not parse.is_plain(column.type):
         values = pa.nulls(len(column), _TEXT)
         faults = [("not a plain value", parse.to_mask(column.is_valid()))]
     else:
@@ -217,7 +217,7 @@ def _column(raw: pa.Table, name: str) -> pa.Array:
 
 
 def _key(column: pa.Array, role: str, faults: _Faults) -> pa.Array:
-    if parse.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+    if not parse.is_plain(column.type):
         faults.add(f"wrong type of {role}", parse.to_mask(column.is_valid()))
         faults.add(f"missing {role}", parse.to_mask(column.is_null()))
         return pa.nulls(len(column), _TEXT)

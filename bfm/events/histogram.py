@@ -27,17 +27,17 @@ class Histogram:
     @classmethod
     def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> Histogram:
         """Histogram of int64 values, each counted once or with its whole weight."""
-        bins, inverse = np.unique(values.astype(np.int64), return_inverse=True)
-        ones = np.ones(len(values), np.int64) if weights is None else weights.astype(np.int64)
-        counts = np.zeros(len(bins), np.int64)
-        np.add.at(counts, inverse, ones)
+        counts = np.ones(len(values), np.int64) if weights is None else weights.astype(np.int64)
+        order = np.argsort(values, kind="stable")
+        bins, counts = _sum_by_bin(values[order].astype(np.int64), counts[order])
         return _coarsen(0, bins[counts > 0], counts[counts > 0])
 
     def merged(self, other: Histogram) -> Histogram:
         """Histogram of the values of both."""
         shift = max(self.shift, other.shift)
         bins = np.concatenate([self.bins >> (shift - self.shift), other.bins >> (shift - other.shift)])
-        return _coarsen(shift, *_sum_by_bin(bins, np.concatenate([self.counts, other.counts])))
+        order = np.argsort(bins, kind="stable")
+        return _coarsen(shift, *_sum_by_bin(bins[order], np.concatenate([self.counts, other.counts])[order]))
 
     @property
     def total(self) -> int:
@@ -69,10 +69,11 @@ def from_ordered_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def _sum_by_bin(bins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    unique, inverse = np.unique(bins, return_inverse=True)
-    summed = np.zeros(len(unique), np.int64)
-    np.add.at(summed, inverse, counts)
-    return unique, summed
+    """Distinct bins and their summed counts; `bins` must ascend."""
+    if len(bins) == 0:
+        return bins, counts
+    firsts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
+    return bins[firsts], np.add.reduceat(counts, firsts)
 
 
 def _coarsen(shift: int, bins: np.ndarray, counts: np.ndarray) -> Histogram:

@@ -41,9 +41,11 @@ def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return column
 
 
-def is_nested(kind: pa.DataType) -> bool:
-    """Lists, structs, maps: no scalar."""
-    return pa.types.is_nested(kind)
+def is_plain(kind: pa.DataType) -> bool:
+    """Text, numbers, booleans, dates and times: what has a text form (after `plain`)."""
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    temporal = pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind)
+    return numeric or temporal or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
 
 
 def to_mask(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -59,8 +61,10 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """
     kind = column.type
     infinite = np.zeros(len(column), bool)
-    if pa.types.is_decimal(kind):
+    if pa.types.is_decimal(kind) and kind.scale > 0:
         column, kind = column.cast(pa.float64()), pa.float64()
+    elif pa.types.is_float16(kind):
+        column, kind = column.cast(pa.float32()), pa.float32()
     if pa.types.is_floating(kind):
         numbers = column.cast(pa.float64())
         infinite = to_mask(pc.is_inf(numbers))
@@ -85,7 +89,7 @@ def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """
     kind = column.type
     wrong = np.zeros(len(column), bool)
-    if is_nested(kind) or pa.types.is_binary(kind):
+    if not is_plain(kind):
         return pa.nulls(len(column), pa.float64()), to_mask(column.is_valid()), wrong
     if pa.types.is_large_string(kind):
         text = pc.utf8_trim_whitespace(column)
@@ -124,7 +128,7 @@ def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
         int64, null where missing or wrong; mask of values that are no time between the years 1 and 9999.
     """
     kind = column.type
-    if is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_boolean(kind) or pa.types.is_time(kind):
+    if not is_plain(kind) or pa.types.is_boolean(kind) or pa.types.is_time(kind):
         return pa.nulls(len(column), pa.int64()), to_mask(column.is_valid())
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         # safe=False: finer units are cut to milliseconds (floor for the years after 1970).
@@ -150,11 +154,11 @@ def lists(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray
     if pa.types.is_large_string(kind):
         column = pc.split_pattern(column, separator) if separator else _singletons(column)
     elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        if is_nested(kind):
+        if not is_plain(kind):
             return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
         column = _singletons(keys(column)[0])
     flat = plain(pc.list_flatten(column))
-    if is_nested(flat.type):
+    if not is_plain(flat.type):
         return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
     parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
     elements, _ = keys(flat)

@@ -64,8 +64,7 @@ def time_split(spec: SplitSpec, times_seen: Histogram) -> Split:
     else:
         test_share = spec.test or DEFAULT_SHARE
         valid_share = spec.valid or DEFAULT_SHARE
-        valid_from = _boundary(times_seen, 1 - test_share - valid_share)
-        test_from = _boundary(times_seen, 1 - test_share)
+        valid_from, test_from = _boundaries(times_seen, 1 - test_share - valid_share, 1 - test_share)
     if valid_from >= test_from:
         raise UserError("the validation part would be empty", key="split", fix=_LEAVE_ONE_OUT_FIX)
     starts = times_seen.starts
@@ -79,11 +78,14 @@ def time_split(spec: SplitSpec, times_seen: Histogram) -> Split:
     return Split(valid_from, test_from)
 
 
-def _boundary(histogram: Histogram, share: float) -> int:
-    """The bin edge whose share of events before it is nearest to `share`; never the first edge."""
-    before = np.concatenate([[0], np.cumsum(histogram.counts)])[:-1]
-    nearest = int(np.abs(before - share * histogram.total)[1:].argmin()) + 1 if len(before) > 1 else 0
-    return int(histogram.starts[nearest])
+def _boundaries(histogram: Histogram, before_valid: float, before_test: float) -> tuple[int, int]:
+    """The bin edges with the shares of events before them nearest to the wanted ones, and three parts left."""
+    if len(histogram.bins) < 3:
+        raise UserError("there are fewer than three distinct times", key="split", fix="use by: leave_one_out")
+    before = np.concatenate([[0], np.cumsum(histogram.counts)])[:-1] / histogram.total
+    test = int(np.abs(before[2:] - before_test).argmin()) + 2
+    valid = int(np.abs(before[1:test] - before_valid).argmin()) + 1
+    return int(histogram.starts[valid]), int(histogram.starts[test])
 
 
 def _date(text: str, key: str) -> int:

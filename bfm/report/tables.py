@@ -112,6 +112,26 @@ def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evaluation_text(evaluation: Mapping[str, Any]) -> str:
+    """An evaluation and the floors on the same queries, a line per metric (all of them), for a terminal."""
+    row = {"metrics": evaluation["metrics"], "errors": evaluation["errors"]}
+    floors = evaluation.get("baselines") or {}
+    lines = [
+        [
+            metric,
+            value_text(metric_value(row, metric), metric_error(row, metric)),
+            *[_plain_value(values.get(metric, math.nan)) for values in floors.values()],
+        ]
+        for metric in metric_names([row], headline=False)
+    ]
+    table = aligned(["metric", "model", *[name.replace("_", "-") for name in floors]], lines)
+    seen = ", seen items filtered out" if evaluation.get("filter_seen") else ""
+    return (
+        f"{table}\n{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} "
+        f"items{seen}; protocol {evaluation['protocol_hash'][:12]}"
+    )
+
+
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
     """Rung rows without a result (diverged, oom)."""
     return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok"]

@@ -115,6 +115,11 @@ class TrialWriter:
         self._write_waiting()
         self._file.close()
 
+    def __del__(self) -> None:
+        # A worker group drops its observer without a word; what waits must still reach the disk.
+        if hasattr(self, "_waiting"):
+            self.close()
+
     def _write_waiting(self) -> None:
         record, self._waiting = self._waiting, None
         if record is None:

@@ -26,6 +26,8 @@ from bfm.training.schedule import check_rung
 
 FLOAT_BYTES = 4
 GIB = 1 << 30
+STEP_MARGIN = 0.1
+"""Steps differ in cost; one so much dearer than the mean must not make a feasible configuration miss its rung."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class ConfigCost:
     """Stated error of the step's cost."""
 
     def steps(self, rung_flops: float, cooldown_fraction: float) -> int:
-        """Steps to a rung, cautious by the stated error. Raises InfeasibleError (see `check_rung`)."""
-        caution = 1.0 + self.relative_error
+        """Steps to a rung, fewer by the margin and the stated error. Raises InfeasibleError (see `check_rung`)."""
+        caution = 1.0 + STEP_MARGIN + self.relative_error
         return check_rung(
             rung_flops,
             step_flops=self.step_flops * caution,

@@ -9,10 +9,10 @@ executor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.costs import CostModel
 from bfm.sweep.ledger import Ledger, collector_paused
 from bfm.sweep.policy import Policy, Promote, Propose, Stop, StrataPolicy
@@ -82,28 +82,29 @@ class SweepDriver:
             if task is not None:
                 return task
 
-    def report(self, task_id: str, rows: Row | Sequence[Row]) -> bool:
-        """Commit a task's rung row (and its probe rows). False for a task that is already closed: nothing is written.
+    def report(self, task_id: str, row: Row) -> bool:
+        """Commit a task's rung row; its key `probes`, if any, holds the probe rows of the way.
 
-        Raises ValueError for a task that never was or a row that is not the task's, UserError where an ok row lacks
-        the metric that the sweep selects by.
+        False for a task that is already closed: nothing is written. Raises ValueError for a task that never was or a
+        row that is not the task's, UserError where an ok row lacks the metric that the sweep selects by.
         """
         if not self._is_open(task_id):
             return False
-        given = [rows] if isinstance(rows, Mapping) else list(rows)
-        rung_rows = [row for row in given if row.get("kind", "rung") == "rung"]
-        if len(rung_rows) != 1:
-            raise ValueError(f"task {task_id} brought {len(rung_rows)} rung rows")
-        row = self._checked(task_id, rung_rows[0])
-        probes = [_finite(probe) for probe in given if probe.get("kind", "rung") == "probe"]
-        self._write({"kind": "row", "task_id": task_id, "row": row, "probes": probes})
+        probes = [_finite(probe) for probe in row.get("probes", ())]
+        checked = self._checked(task_id, {key: value for key, value in row.items() if key != "probes"})
+        self._write({"kind": "row", "task_id": task_id, "row": checked, "probes": probes})
         return True
 
-    def lost(self, task_id: str, reason: str) -> bool:
-        """A task ended without a row: its reservation is charged. False for a task that is already closed."""
+    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
+        """A task ended without a row: its reservation is charged. False for a task that is already closed.
+
+        `retry` False: it would end so again (an infeasible configuration, say), so it is given up at once.
+        """
         if not self._is_open(task_id):
             return False
-        self._write(self._loss(task_id, reason, WORKER))
+        loss = self._loss(task_id, reason, WORKER)
+        given_up = {"kind": "abandoned", "trial": loss["trial"], "rung": loss["rung"], "reason": reason}
+        self._write(loss, *([] if retry else [given_up]))
         return True
 
     def close(self) -> None:
@@ -231,7 +232,7 @@ class SweepDriver:
         return checked
 
 
-def run_serial(driver: SweepDriver, execute: Callable[[Task], Row | Sequence[Row]]) -> str:
+def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:
     """Run a sweep to its end in this process, one task at a time; returns why it ended.
 
     `execute` trains a task. What it raises as a fault of its own (not of the configuration, not of the input) loses
@@ -243,13 +244,15 @@ def run_serial(driver: SweepDriver, execute: Callable[[Task], Row | Sequence[Row
             return task.reason
         assert isinstance(task, Task), "one task at a time leaves nothing to wait for"
         try:
-            rows = execute(task)
+            row = execute(task)
+        except InfeasibleError as error:
+            driver.lost(task.task_id, str(error), retry=False)
         except (UserError, CorruptError):
             raise
         except Exception as error:
             driver.lost(task.task_id, f"{type(error).__name__}: {error}")
         else:
-            driver.report(task.task_id, rows)
+            driver.report(task.task_id, row)
 
 
 def _finite(row: Row) -> Record:

@@ -213,12 +213,13 @@ class SweepSpec:
     def task_flops(self, cooldown_fraction: float, rung: int, from_rung: int | None) -> int:
         """Upper bound of what a task trains: from the trunk of `from_rung` (None: from nothing) to the row of `rung`.
 
-        A trunk ends at most one step, which is within the tolerance of C, before (1 - f) C of its rung.
+        A trunk ends at most one step before (1 - f) C of its rung. The mean step is within the tolerance of C; twice
+        that is allowed for, because groups differ.
         """
         ladder = self.budget.ladder_flops
         if from_rung is None:
             return ladder[rung]
-        start = trunk_flops(ladder[from_rung], cooldown_fraction) - self.budget.tolerance * ladder[from_rung]
+        start = trunk_flops(ladder[from_rung], cooldown_fraction) - 2 * self.budget.tolerance * ladder[from_rung]
         return ladder[rung] - max(0, math.floor(start))
 
     def ascent_flops(self, cooldown_fraction: float, rung: int, from_rung: int | None = None) -> int:

@@ -102,7 +102,7 @@ class FeasibleSet:
 
     @cached_property
     def sample(self) -> tuple[tuple[Feasible, ...], tuple[Rejection, ...]]:
-        """A fixed random sample of the space: feasible points, and the rejected draws on the way to them.
+        """A fixed random sample of the space (a grid: all of it): feasible points, and the rejected ones.
 
         Raises InfeasibleError naming the bound that rejects most, where no draw is feasible.
         """
@@ -116,7 +116,7 @@ class FeasibleSet:
                 feasible.append(verdict)
             else:
                 rejected.append(verdict)
-            if len(feasible) >= SAMPLE_SIZE:
+            if len(feasible) >= SAMPLE_SIZE and self.spec.method != "grid":
                 break
         if not feasible:
             raise binding_bound(rejected)

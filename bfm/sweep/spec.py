@@ -25,8 +25,15 @@ _TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string
 Number = Annotated[float, BeforeValidator(parse_number), _TEXT_OR_NUMBER]
 Count = Annotated[int, BeforeValidator(parse_count), _TEXT_OR_NUMBER]
 
-_RANKING = [f"{kind}@10" for kind in ("recall", "ndcg", "mrr", "coverage")]
-METRICS = ("nll", *_RANKING, *(f"warm.{m}" for m in _RANKING), "basket.nll", *(f"basket.{m}" for m in _RANKING))
+_TARGET_METRICS = ("recall@10", "ndcg@10", "mrr@10")
+METRICS = (
+    "nll",
+    *_TARGET_METRICS,
+    "coverage@10",
+    *(f"warm.{name}" for name in _TARGET_METRICS),
+    "basket.nll",
+    *(f"basket.{name}" for name in _TARGET_METRICS),
+)
 
 
 class _Section(BaseModel):

@@ -1,7 +1,7 @@
-"""Engine-neutral checkpoints: `<name>/state.pt` with tensors, then `<name>/meta.json`, whose presence is completeness.
+"""Engine-neutral checkpoints: `<name>/state-<hash>.pt` with tensors, then `<name>/meta.json`, which names it.
 
 In: engine state and JSON-able meta (configuration, seed, counters, versions). Out: the same, verified, or an error that
-says what is wrong with it. A crash or a full disk leaves either a whole checkpoint or none.
+says what is wrong with it. A crash or a full disk leaves the checkpoint that stood before, or none, never a half one.
 """
 
 from __future__ import annotations
@@ -34,20 +34,26 @@ class Checkpoint:
 
 
 def save_checkpoint(store: Store, name: str, state: EngineState, meta: dict[str, Any]) -> None:
-    """Publish a checkpoint under a name that no complete checkpoint has yet, or that has the same content.
+    """Publish a checkpoint; one that stands under the name is replaced once this one is whole.
 
-    Raises OSError where the disk is full; nothing that could be taken for a checkpoint is left then.
+    Raises OSError where the disk is full; what stood before still stands then.
     """
     buffer = io.BytesIO()
     torch.save(state.as_tensors(), buffer)
     data = buffer.getvalue()
-    whole = {**meta, "version": VERSION, "state_sha256": sha256_bytes(data), "state_bytes": len(data)}
+    digest = sha256_bytes(data)
+    whole = {**meta, "version": VERSION, "state_sha256": digest, "state_bytes": len(data)}
     sealed = {**whole, "meta_sha256": sha256_bytes(canonical_json(whole))}
-    # Without this a rewrite cut off between the two objects would leave a meta that lies about the state.
-    if store.exists(f"{name}/meta.json"):
-        store.delete_folder(name)
-    store.put(f"{name}/state.pt", data)
+    state_name = _state_name(name, digest)
+    store.put(state_name, data)
     store.put(f"{name}/meta.json", json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False).encode())
+    for old in store.names(name):
+        if old not in (state_name, f"{name}/meta.json"):
+            store.filesystem.delete_file(f"{store.prefix}/{old}")
+
+
+def _state_name(name: str, digest: str) -> str:
+    return f"{name}/state-{digest[:16]}.pt"
 
 
 def read_meta(store: Store, name: str) -> dict[str, Any]:
@@ -91,9 +97,10 @@ def load_checkpoint(
     """
     meta = read_meta(store, name)
     _check_expected(f"{store.uri}/{name}", meta, expect_config, expect_seed, expect or {})
-    where = f"{store.uri}/{name}/state.pt"
+    state_name = _state_name(name, meta["state_sha256"])
+    where = f"{store.uri}/{state_name}"
     try:
-        data = store.get(f"{name}/state.pt")
+        data = store.get(state_name)
     except FileNotFoundError:
         raise CorruptError(f"{where}: missing, though meta.json stands") from None
     if len(data) != meta["state_bytes"]:

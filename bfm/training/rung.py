@@ -132,7 +132,12 @@ class _RungRun:
         self.task, self.factory, self.store, self.observer = task, factory, store, observer
         self.data = TrainingData.of(shards)
         self.journal = _Journal(task, store) if math.isfinite(save_every_s) else None
-        self.spent_before_flops = self.journal.read_spent() if self.journal else 0
+        start = self._start()
+        self.spent_before_flops = 0
+        if self.journal:
+            # The journal is up to a second old; the checkpoint may be newer.
+            in_checkpoint = {} if start is None else start.meta.get("progress", {})
+            self.spent_before_flops = max(self.journal.read_spent(), self.journal.own_spent(in_checkpoint))
         self.timing = Timing()
         self.assigned_at_s = assigned_at_s
         self.probe_rows: list[dict[str, Any]] = []
@@ -143,7 +148,7 @@ class _RungRun:
             factory,
             observer=self._observe,
             micro_groups=task.micro_groups,
-            start=self._start(),
+            start=start,
         )
         if self.journal:
             self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, save_every_s
@@ -276,7 +281,7 @@ class _RungRun:
             "kind": kind,
             "status": status,
             **build_row(self.trainer, evaluation, self.timing),
-            "task_flops": self.spent_before_flops + self.trainer.spent_flops,
+            "task_flops": self._spent_flops(),
             "checkpoint": task.name("trunk") if succeeded else None,
             "model": task.name("model") if succeeded else None,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
@@ -284,13 +289,17 @@ class _RungRun:
 
     def _observe(self, record: StepRecord) -> None:
         if self.journal:
-            self.journal.note(self.spent_before_flops + self.trainer.spent_flops)
+            self.journal.note(self._spent_flops())
         if self.observer is not None:
             self.observer(record)
 
     def _save_progress(self) -> None:
         assert self.journal is not None
-        self.trainer.save(self.store, self.journal.next_slot())
+        progress = self.journal.entry(self._spent_flops())
+        self.trainer.save(self.store, self.journal.next_slot(), {"progress": progress})
+
+    def _spent_flops(self) -> int:
+        return self.spent_before_flops + self.trainer.spent_flops
 
     def _ran_out_of_memory(self) -> bool:
         name = self.task.name("oom.json")
@@ -328,15 +337,21 @@ class _Journal:
         now_s = time.monotonic()
         if now_s - self._noted_s >= _JOURNAL_EVERY_S:
             self._noted_s = now_s
-            entry = {"task_id": self.task.task_id, "spent_flops": spent_flops}
-            self.store.put(self.spent_name, json.dumps(entry).encode())
+            self.store.put(self.spent_name, json.dumps(self.entry(spent_flops)).encode())
 
     def read_spent(self) -> int:
         """What earlier attempts at this task have spent."""
         if not self.store.exists(self.spent_name):
             return 0
-        entry = json.loads(self.store.get(self.spent_name))
-        return int(entry["spent_flops"]) if entry["task_id"] == self.task.task_id else 0
+        return self.own_spent(json.loads(self.store.get(self.spent_name)))
+
+    def entry(self, spent_flops: int) -> dict[str, Any]:
+        """What is noted of a spend."""
+        return {"task_id": self.task.task_id, "spent_flops": spent_flops}
+
+    def own_spent(self, entry: dict[str, Any]) -> int:
+        """The noted spend, if this task noted it: that of a lost task is charged to that one."""
+        return int(entry["spent_flops"]) if entry.get("task_id") == self.task.task_id else 0
 
     def clear(self) -> None:
         """Drop the in-rung checkpoints; the row is in hand."""

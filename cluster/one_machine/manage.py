@@ -118,6 +118,8 @@ def head_environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_enable_autoscaler_v2": "0",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        # Jobs say `python`: they get the one that runs the cluster.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
     }
 

@@ -1,4 +1,5 @@
 import datetime
+import decimal
 import json
 import math
 
@@ -115,6 +116,20 @@ def test_keys_of_ids_that_pandas_made_floats():
     assert parse.keys(pa.array([math.inf]))[1].tolist() == [True]
 
 
+def test_columns_of_odd_types_are_wrong_and_not_a_crash():
+    for array in (pa.array([b"a", None]), pa.array([b"ab", None], pa.binary(2)), pa.array([{"a": 1}, None])):
+        assert not parse.is_plain(parse.plain(array).type)
+        assert parse.numbers(array)[1].tolist() == [True, False]
+        assert parse.times(array, TIME)[1].tolist() == [True, False]
+        assert parse.lists(array, None)[1].tolist() == [True, False]
+        assert parse.vectors(array, None)[1].tolist() == [True, False]
+    big = decimal.Decimal("12345678901234567890")
+    assert parse.keys(pa.array([big, None]))[0].to_pylist() == [str(big), None]
+    assert parse.keys(pa.array([decimal.Decimal("2.50")]))[0].to_pylist() == ["2.5"]
+    assert parse.keys(pa.array([np.float16(3)]))[0].to_pylist() == ["3"]
+    assert parse.keys(pa.array([datetime.date(2017, 1, 1)]))[0].to_pylist() == ["2017-01-01"]
+
+
 def test_positions_are_whole_numbers():
     values, wrong = parse.positions(pa.array([1.0, 2.5, None, math.inf]))
     assert (values.to_pylist(), wrong.tolist()) == ([1, None, None, None], [False, True, False, True])
@@ -137,7 +152,9 @@ def test_buckets_are_half_open():
     assert names.to_pylist() == ["..10", "10..50", "50..100", "100..", None]
 
 
-_ANY = st.one_of(st.none(), st.text(max_size=12), st.floats().map(repr), st.integers().map(str), st.datetimes().map(str))
+_ANY = st.one_of(
+    st.none(), st.text(max_size=12), st.floats().map(repr), st.integers().map(str), st.datetimes().map(str)
+)
 
 
 @given(st.lists(_ANY, min_size=1, max_size=8))

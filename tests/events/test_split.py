@@ -68,8 +68,8 @@ def test_dates_are_utc():
 @pytest.mark.parametrize(
     ("spec", "times", "expected"),
     [
-        (SplitSpec(), [5, 5, 5], "validation part would be empty"),
-        (SplitSpec(), [1, 2], "would be empty"),
+        (SplitSpec(), [5, 5, 5], "fewer than three distinct times"),
+        (SplitSpec(), [1, 2], "fewer than three distinct times"),
         (SplitSpec(valid_from="1970-01-01", test_from="1970-01-02"), [0, 10**8], "training part has no events"),
         (SplitSpec(valid_from="1970-01-03", test_from="1970-01-02"), [0, 10**8], "would be empty"),
         (SplitSpec(valid_from="1980-01-01", test_from="1980-01-02"), [0, 10**8], "validation part has no events"),

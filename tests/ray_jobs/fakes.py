@@ -54,12 +54,12 @@ class FakeDriver:
         self.open[task.task_id] = task
         return task
 
-    def report(self, task_id: str, rows: Any) -> bool:
+    def report(self, task_id: str, row: Any) -> bool:
         del self.open[task_id]
-        self.rows[task_id] = rows
+        self.rows[task_id] = row
         return True
 
-    def lost(self, task_id: str, reason: str) -> bool:
+    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
         del self.open[task_id]
         self.losses[task_id] = reason
         return True
@@ -182,5 +182,5 @@ class FakeTune:
         if trial.task["task_id"] == self.fatal_task:
             return {FATAL: "CorruptError", "message": "shard-00000/item.npy: truncated"}
         if self.rng.random() < self.errors:
-            return {LOST: "ValueError: boo"}
+            return {LOST: "ValueError: boo", "retry": True}
         return {ROW: json.dumps({"trial": trial.task["trial"], "kind": "rung", "probes": [{"kind": "probe"}]})}

@@ -18,7 +18,9 @@ from ray_jobs.trial import ROW, slot_resources
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeTune, make_task
 
 
-def world(num_tasks: int, slots: int, *, batch: int = 10**9, seed: int = 0, **habits: Any) -> tuple[FakeDriver, FakeTune]:
+def world(
+    num_tasks: int, slots: int, *, batch: int = 10**9, seed: int = 0, **habits: Any
+) -> tuple[FakeDriver, FakeTune]:
     clock = Clock()
     driver = FakeDriver(num_tasks, slots, batch)
     searcher = DriverSearcher(driver, slots, clock=clock)
@@ -86,14 +88,14 @@ def test_an_idle_slot_is_given_back_after_a_while() -> None:
     assert searcher.suggest("d") == Searcher.FINISHED
 
 
-def test_rows_and_probe_rows_arrive_together_and_events_tell() -> None:
+def test_a_row_arrives_with_its_probes_and_events_tell() -> None:
     seen = []
     driver = FakeDriver(1, 1)
     searcher = DriverSearcher(driver, 1, on_event=seen.append)
     searcher.suggest("a")
     searcher.started("a")
     assert searcher.may_end("a", {ROW: '{"kind": "rung", "probes": [{"kind": "probe"}]}'})
-    assert driver.rows == {"t0-r0-a0": [{"kind": "rung"}, {"kind": "probe"}]}
+    assert driver.rows == {"t0-r0-a0": {"kind": "rung", "probes": [{"kind": "probe"}]}}
     assert [event.kind for event in seen] == ["assigned", "row", "finished"]
 
 
@@ -118,7 +120,7 @@ def test_what_the_driver_raises_ends_the_run_and_is_kept() -> None:
     assert isinstance(tune.searcher.failure, UserError)
 
 
-def refuse(task_id: str, rows: Any) -> bool:
+def refuse(task_id: str, row: Any) -> bool:
     raise UserError("another sweep has taken over here")
 
 

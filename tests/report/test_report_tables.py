@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from bfm.report.tables import (
     aligned,
+    evaluation_text,
     failures_text,
     frontier_text,
     runs_parquet,
@@ -83,6 +84,19 @@ def test_spend_and_failures(sweep):
     assert "worker killed (signal 9)" in reasons
     assert "refused 7: fewer than 100 steps" in reasons
     assert failures_text([], {}) == ""
+
+
+def test_an_evaluation_stands_beside_its_floors():
+    evaluation = {
+        "part": "test", "queries": 9876, "catalogue": 61220, "filter_seen": True, "protocol_hash": "9f" * 32,
+        "metrics": {"recall@10": 0.25, "nll": 7.1, "basket.nll": 6.0, "warm.recall@10": 0.26},
+        "errors": {"recall@10": 0.002, "nll": 0.02},
+        "baselines": {"popularity": {"nll": 8.9, "recall@10": 0.06}, "co_occurrence": {"recall@10": 0.12}},
+    }  # fmt: skip
+    lines = evaluation_text(evaluation).splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == ["nll", "recall@10", "warm.recall@10", "basket.nll"]
+    assert lines[3].split()[1:] == ["0.2500", "\u00b1", "0.0020", "0.06", "0.12"]
+    assert lines[6] == "test: 9,876 queries against 61,220 items, seen items filtered out; protocol 9f9f9f9f9f9f"
 
 
 def test_columns_align():

@@ -117,6 +117,14 @@ def test_a_killed_and_resumed_trial_has_every_step_once(tmp_path):
     assert len(sessions) == 1
 
 
+def test_a_dropped_observer_leaves_its_last_step(tmp_path):
+    observe = TrialWriter(tmp_path, CONFIG, METRICS, Clock()).step
+    for step in range(1, 1001):
+        observe(record(step))
+    del observe
+    assert steps_of(tmp_path, "train/loss")[-1] == 1000
+
+
 def test_a_file_cut_short_is_read_to_its_last_whole_event(tmp_path):
     writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
     for step in range(1, 11):

@@ -43,7 +43,15 @@ def three(store):
     return store
 
 
-@given(batches=st.lists(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)), max_size=4), max_size=5))
+@given(
+    batches=st.lists(
+        st.lists(
+            st.dictionaries(st.text(), st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)),
+            max_size=4,
+        ),
+        max_size=5,
+    )
+)
 @settings(max_examples=25, deadline=None)
 def test_records_come_back_in_order(tmp_path_factory, batches):
     store = Store(tmp_path_factory.mktemp("ledger"))
@@ -87,7 +95,7 @@ def test_a_segment_rewritten_with_a_right_checksum_breaks_the_chain(three):
     first = three.get(three.names("ledger")[0])
     link = module._Link(three.names("ledger")[0], module.sha256_bytes(first))
     three.path(name).write_bytes(module._encode(name, records(99), link))
-    with pytest.raises(CorruptError, match="000001-00000001.*altered"):
+    with pytest.raises(CorruptError, match=r"000001-00000001.*altered"):
         read_ledger(three)
 
 
@@ -216,7 +224,14 @@ def test_a_hundred_thousand_rows_replay_in_seconds(store, monkeypatch):
     driver = start(make_spec(budget={"total_flops": "1e18"}), store)
     task = driver.next_task()
     row = {**execute(task), "trial": "t99999", "shape": dict.fromkeys("abcdefgh", 64), "errors": {"nll": 0.01}}
-    proposal = {"trial": "t99999", "number": 88888, "config": task.config, "seed": 0, "params": 1000, "source": "random"}
+    proposal = {
+        "trial": "t99999",
+        "number": 88888,
+        "config": task.config,
+        "seed": 0,
+        "params": 1000,
+        "source": "random",
+    }
     task_record = {**task.as_dict(), "task_id": "t99999-r0-a0", "trial": "t99999"}
     template = b"\n".join(
         canonical_json(record)
@@ -227,7 +242,9 @@ def test_a_hundred_thousand_rows_replay_in_seconds(store, monkeypatch):
         )
     )
     # The lines are made by replacement: encoding 300,000 records takes longer than what is measured.
-    monkeypatch.setattr("bfm.sweep.ledger.canonical_json", lambda value: value if isinstance(value, bytes) else canonical_json(value))
+    monkeypatch.setattr(
+        "bfm.sweep.ledger.canonical_json", lambda value: value if isinstance(value, bytes) else canonical_json(value)
+    )
     for batch in range(200):
         numbers = range(1 + batch * 500, 501 + batch * 500)
         lines = [template.replace(b"t99999", b"t%05d" % n).replace(b"88888", b"%d" % n) for n in numbers]
@@ -235,6 +252,7 @@ def test_a_hundred_thousand_rows_replay_in_seconds(store, monkeypatch):
     begin_s = time.process_time()
     state = read_state(store)
     elapsed_s = time.process_time() - begin_s
+    store.delete_folder("ledger")
     assert len(state.rungs[0]) == 100_000
     assert elapsed_s < 5.0
 

@@ -69,6 +69,21 @@ def test_the_top_rung_is_served_under_the_smallest_cap():
     assert [len(driver.state.rungs[rung]) for rung in range(3)] == [1, 1, 1]
 
 
+def test_the_top_rung_is_served_although_most_work_is_lost():
+    """Every task is lost twice before it gives its row, so the cap pays for a third of what was planned."""
+    tries = Counter()
+
+    def run(task):
+        tries[task.trial, task.rung] += 1
+        if tries[task.trial, task.rung] < 3 and task.rung < 2:
+            raise RuntimeError("lost")
+        return execute(task)
+
+    driver = finish(make_spec(scaling={"max_retries": 5}, scheduler={"eta": 1.5}), run)
+    assert driver.state.lost_flops > 0.5 * driver.spec.budget.total_flops
+    assert driver.state.rungs[2]
+
+
 def test_max_trials_bounds_proposals_and_the_rest_climbs():
     driver = finish(make_spec(budget={"max_trials": 4, "total_flops": "1e12"}))
     assert [len(driver.state.rungs[rung]) for rung in range(3)] == [4, 4, 4]

@@ -28,7 +28,7 @@ def test_a_point_inside_is_feasible():
     verdict = judge({})
     assert isinstance(verdict, Feasible)
     assert verdict.config.params == 1000
-    assert verdict.cost.steps(1e9, 0.2) == math.floor(1e9 / (6 * 1000 * 100))
+    assert verdict.cost.steps(1e9, 0.2) == math.floor(1e9 / (1.1 * 6 * 1000 * 100))
 
 
 REJECTIONS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from pathlib import Path
 
 from bfm.files import Store, canonical_json
 from bfm.sweep.costs import ConfigCost
@@ -17,7 +16,6 @@ from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
 
 EVENTS_PER_GROUP = 100.0
-DEAD = Holder(host="here", machine="elsewhere", pid=1, started_at_s=0.0)
 
 
 class PlantedCosts:
@@ -37,6 +35,9 @@ class PlantedCosts:
             evaluation_flops=1_000_000,
             group_bytes=1 << 20,
             catalogue_bytes=1 << 20,
+            stage2_step_flops=None if config.freeze_at_flops is None else 5.0 * config.params * events,
+            freeze_at_flops=config.freeze_at_flops,
+            catalogue_flops=0 if config.freeze_at_flops is None else 1_000_000,
         )
 
 
@@ -93,15 +94,6 @@ def execute(task: Task) -> dict:
         "metrics": {"nll": loss, "recall@10": 1.0 / loss},
         "checkpoint": f"trials/{task.trial}/checkpoints/r{task.rung}",
     }
-
-
-def open_ledger(folder: Path | Store, crashed: bool = False) -> Ledger:
-    """The ledger of a sweep; with `crashed`, its holder counts as dead to the next one."""
-    store = folder if isinstance(folder, Store) else Store(folder)
-    if crashed:
-        # A holder on another machine whose heartbeat is as old as the epoch.
-        return Ledger(store, Lease.acquire(store, holder=DEAD, clock=lambda: 0.0, heartbeat_s=None))
-    return Ledger(store, Lease.acquire(store, heartbeat_s=None))
 
 
 def mortal_ledger(store: Store, epoch_s: float) -> Ledger:

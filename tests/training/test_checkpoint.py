@@ -36,6 +36,11 @@ def test_none_is_the_users_mistake(saved):
         load_checkpoint(saved, "b/trunk")
 
 
+def _object(store, suffix):
+    (name,) = [name for name in store.names("a/trunk") if name.endswith(suffix)]
+    return name
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -51,18 +56,19 @@ def _empty(path):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, _empty, os.unlink], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", ["state.pt", "meta.json"])
-def test_damage_is_told(saved, damage, name):
-    damage(saved.path(f"a/trunk/{name}"))
-    gone = damage is os.unlink and name == "meta.json"
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
+def test_damage_is_told(saved, damage, suffix):
+    damage(saved.path(_object(saved, suffix)))
+    gone = damage is os.unlink and suffix == ".json"
     with pytest.raises(UserError if gone else CorruptError, match="a/trunk"):
         load_checkpoint(saved, "a/trunk")
 
 
 def test_state_of_another_checkpoint_is_told(trained, saved):
-    data = bytearray(saved.get("a/trunk/state.pt"))
+    name = _object(saved, ".pt")
+    data = bytearray(saved.get(name))
     data[-1] ^= 255
-    saved.put("a/trunk/state.pt", bytes(data))
+    saved.put(name, bytes(data))
     with pytest.raises(CorruptError, match="sha256"):
         load_checkpoint(saved, "a/trunk")
 
@@ -83,10 +89,11 @@ def test_another_version_is_refused(saved):
         load_checkpoint(saved, "a/trunk")
 
 
-@pytest.mark.parametrize("full_at", ["state.pt", "meta.json"])
-def test_a_full_disk_leaves_no_checkpoint(trained, tmp_path, monkeypatch, full_at):
+@pytest.mark.parametrize("full_at", [".pt", ".json"])
+def test_a_full_disk_leaves_what_stood(toy_shards, trained, tmp_path, monkeypatch, full_at):
     store = Store(tmp_path / "full")
-    trained.save(store, "old")
+    train(STAGE_1, toy_shards, 5e6)[0].save(store, "old")
+    before = load_checkpoint(store, "old")
     put = Store.put
 
     def fail(self, name, data):
@@ -95,11 +102,13 @@ def test_a_full_disk_leaves_no_checkpoint(trained, tmp_path, monkeypatch, full_a
         put(self, name, data)
 
     monkeypatch.setattr(Store, "put", fail)
-    with pytest.raises(OSError, match="No space left"):
-        trained.save(store, "new")
+    for name in ("new", "old"):
+        with pytest.raises(OSError, match="No space left"):
+            trained.save(store, name)
     monkeypatch.undo()
     with pytest.raises(UserError, match="no checkpoint here"):
         load_checkpoint(store, "new")
-    load_checkpoint(store, "old")
-    trained.save(store, "new")
-    load_checkpoint(store, "new")
+    assert_equal_states(load_checkpoint(store, "old").state, before.state)
+    trained.save(store, "old")
+    assert_equal_states(load_checkpoint(store, "old").state, trained.engine.export_state())
+    assert len(store.names("old")) == 2

@@ -26,9 +26,7 @@ def test_only_matrices_decay_and_tables_have_their_rate():
     config = TrainConfig(params=1e3, weight_decay=0.3, table_learning_rate_ratio=4.0)
     optimizer = build_optimizer(model, config)
     set_learning_rate(optimizer, 0.01)
-    found = {
-        tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups
-    }
+    found = {tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups}
     assert found == {(3, 4): (0.3, 0.01), (7, 3): (0.0, 0.04), (1,): (0.0, 0.01)}
 
 
@@ -51,11 +49,12 @@ def test_average_is_the_polynomial_average():
         optimizer.average_weight = average_weight(step)
         optimizer.step()
         seen.append(model.matrix.detach().double().numpy().copy())
-    shares = np.array([average_weight(t) * np.prod([1 - average_weight(u) for u in range(t + 1, 21)]) for t in range(1, 21)])
+    kept = [1 - average_weight(step) for step in range(1, 21)]
+    shares = np.array([average_weight(step) * np.prod(kept[step:]) for step in range(1, 21)])
     assert shares.sum() == pytest.approx(1.0)
     expected = np.tensordot(shares, np.array(seen), axes=1)
     np.testing.assert_allclose(optimizer.state[model.matrix][AVERAGE].numpy(), expected, rtol=1e-5)
-    kept = optimizer.state[model.matrix][AVERAGE].clone()
+    before = optimizer.state[model.matrix][AVERAGE].clone()
     optimizer.average_weight = 0.0
     optimizer.step()
-    assert torch.equal(optimizer.state[model.matrix][AVERAGE], kept)
+    assert torch.equal(optimizer.state[model.matrix][AVERAGE], before)

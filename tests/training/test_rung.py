@@ -17,13 +17,15 @@ from bfm.training.rung import RungTask, load_model, run_rung, split_rows
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
 C0, C1 = 2.5e8, 4e8
-ROW_KEYS = set(
-    "trial rung rung_flops seed config kind status params embedder_share embedder_params contextualizer_params "
-    "stem_params table_params shape path_flops task_flops eval_flops hardware_flops useful_attention_flops steps "
-    "events unique_events epochs batch_events groups metrics errors code_version flops_version protocol_hash "
-    "shards_hash engine workers zero_stage device dtype micro_groups threads train_s eval_s warm_start_s checkpoint "
-    "model".split()
-)
+ROW_KEYS = {
+    *("trial", "rung", "rung_flops", "seed", "config", "kind", "status", "checkpoint", "model"),
+    *("params", "embedder_share", "embedder_params", "contextualizer_params", "stem_params", "table_params", "shape"),
+    *("path_flops", "task_flops", "eval_flops", "hardware_flops", "useful_attention_flops"),
+    *("steps", "events", "unique_events", "epochs", "batch_events", "groups", "metrics", "errors"),
+    *("code_version", "flops_version", "protocol_hash", "shards_hash"),
+    *("engine", "workers", "zero_stage", "device", "dtype", "micro_groups", "threads"),
+    *("train_s", "eval_s", "warm_start_s"),
+}
 ASKED = {"trial", "checkpoint", "model", "task_flops", "train_s", "eval_s", "warm_start_s"}
 
 

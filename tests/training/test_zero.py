@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from pathlib import Path
 
@@ -30,17 +31,9 @@ DEVICE = torch.device("cpu")
 WIDE = TrainConfig(params=3e5, embedder_share=0.45, window=16, groups_per_step=2, group_windows=2, d_item=64, depth=1)
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """A process group of this process only, gone afterwards."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
+# The factory makes a process group of this process alone. It stays: DeepSpeed keeps sub-groups of the first one.
 @pytest.mark.parametrize("stage", [0, 2])
-def test_one_worker_equals_plain_and_resumes_bit_for_bit(alone, toy_shards, tmp_path, stage):
+def test_one_worker_equals_plain_and_resumes_bit_for_bit(toy_shards, tmp_path, stage):
     factory = ZeroFactory(stage, DEVICE)
     _, plain = train(STAGE_2, toy_shards, END)
     whole, records = train(STAGE_2, toy_shards, END, factory=factory)
@@ -68,7 +61,14 @@ def _on_two_workers(check, directory: Path, *arguments) -> None:
 def _enter(rank: int, check, directory: str, arguments) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    # A short timeout: workers that wait for each other in vain must not outlive their test.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=90),
+    )
     check(Path(directory), *arguments)
     dist.destroy_process_group()
 
@@ -76,9 +76,9 @@ def _enter(rank: int, check, directory: str, arguments) -> None:
 def _gradients(config, shards, factory) -> dict[str, np.ndarray]:
     """Gradient of the first step, read back from AdamW's first moment: m = (1 - beta1) g, unclipped."""
     unclipped = dataclasses.replace(config, clip_norm=1e9)
-    trainer, records = train(unclipped, shards, 0, factory=factory, micro_groups=1)
+    trainer, _ = train(unclipped, shards, 0, factory=factory, micro_groups=1)
     trainer.run_trunk(trainer.next_step_flops())
-    assert len(records) == 1
+    assert trainer.counters.step == 1
     state = trainer.engine.export_state()
     trainer.close()
     return {name: tensor.numpy() / (1 - config.beta1) for name, tensor in state.moment1.items()}
@@ -86,7 +86,7 @@ def _gradients(config, shards, factory) -> dict[str, np.ndarray]:
 
 def _check_same_curve(directory: Path, shards_path: str) -> None:
     shards = Shards.open(shards_path)
-    for config in (STAGE_1, STAGE_2, WIDE):
+    for config in (STAGE_2, WIDE):
         flops = 60 * Trainer(config, 3, TrainingData.of(shards), CPU).next_step_flops()
         plain, expected = train(config, shards, flops)
         assert len(expected) >= 50
@@ -129,6 +129,14 @@ def test_two_workers_resume_bit_for_bit(toy_shards, tmp_path):
     _on_two_workers(_check_resume, tmp_path, str(toy_shards.path))
 
 
+class _NotANumber:
+    def __init__(self, objective):
+        self.objective, self.candidates = objective, objective.candidates
+
+    def __call__(self, model, batch):
+        return self.objective(model, batch) * float("nan")
+
+
 def _check_middle(directory: Path, shards_path: str) -> None:
     shards, store = Shards.open(shards_path), Store(directory / "store")
     factory = ZeroFactory(2, DEVICE)
@@ -139,7 +147,7 @@ def _check_middle(directory: Path, shards_path: str) -> None:
         store.put("losses", " ".join(map(str, losses(records))).encode())
     # A non-finite loss of one worker ends all of them.
     if factory.rank == 1:
-        trainer._forward_backward = lambda batches: trainer.engine.all_reduce_mean(float("nan"))
+        trainer.objective = _NotANumber(trainer.objective)
     with pytest.raises(DivergedError):
         trainer.run_trunk(3 * END)
     trainer.close()

@@ -1,0 +1,179 @@
+"""`data prepare` against a plain pandas script on the same log, and its memory while a synthetic log grows tenfold.
+
+    python benchmarks/prepare.py [--events 1000000] [--cpus 2]
+
+The pandas script reads, cleans and sorts the same events in one process and writes them as arrays, with no quarantine,
+fitted fields, protocol or checksums. Writes benchmarks/results/prepare.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bfm.events.schema import load_schema
+from bfm.events.source import find_logs
+from ray_jobs.cluster_session import local_ray
+from ray_jobs.prepare import prepare_shards
+
+RESULTS = Path(__file__).parent / "results" / "prepare.md"
+PANDAS_SCRIPT = """
+import sys
+import numpy as np
+import pandas as pd
+
+log, out = sys.argv[1:]
+context = ["quantity", "sales_value", "retail_disc", "coupon_disc", "store_id"]
+columns = ["household_id", "transaction_timestamp", "product_id", *context]
+frame = pd.read_parquet(log, columns=columns)
+frame = frame.dropna(subset=columns[:3])
+for name in context[:-1]:
+    frame[name] = pd.to_numeric(frame[name], errors="coerce").replace([np.inf, -np.inf], np.nan)
+frame["time"] = frame["transaction_timestamp"].astype("int64")
+frame["user"] = pd.util.hash_array(frame["household_id"].astype(str).to_numpy())
+frame["row"] = pd.util.hash_pandas_object(frame.drop(columns="user"), index=False)
+frame = frame.sort_values(["user", "time", "row"])
+item, keys = pd.factorize(frame["product_id"])
+np.save(out + "/item.npy", item)
+np.save(out + "/time.npy", frame["time"].to_numpy())
+for name in context:
+    np.save(out + f"/{name}.npy", frame[name].to_numpy())
+"""
+
+
+@dataclass
+class Usage:
+    """Of one piece of work: seconds, and the largest private memory of any one process and of all of them."""
+
+    elapsed_s: float = 0.0
+    largest_mb: float = 0.0
+    together_mb: float = 0.0
+
+
+class Watch:
+    """Samples this process and all its descendants."""
+
+    def __enter__(self) -> Watch:
+        self.usage, self._done, self._start = Usage(), threading.Event(), time.perf_counter()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.usage.elapsed_s = time.perf_counter() - self._start
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.2):
+            private = []
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    memory = process.memory_info()
+                except psutil.NoSuchProcess:
+                    continue
+                # Ray's object store is shared memory: counted for no process.
+                private.append((memory.rss - memory.shared) / 2**20)
+            self.usage.largest_mb = max(self.usage.largest_mb, *private)
+            self.usage.together_mb = max(self.usage.together_mb, sum(private))
+
+
+def run_pandas(log: str, folder: Path) -> Usage:
+    folder.mkdir()
+    with Watch() as watch:
+        subprocess.run([sys.executable, "-c", PANDAS_SCRIPT, log, str(folder)], check=True)
+    return watch.usage
+
+
+def run_prepare(schema: str, logs: list[str], out: Path) -> tuple[Usage, int]:
+    with Watch() as watch:
+        manifest = prepare_shards(schema, logs, str(out))
+    return watch.usage, manifest.events
+
+
+def synthetic_log(folder: Path, events: int) -> Path:
+    """Write a log of so many events by another process, whose memory is not to be counted."""
+    path = folder / f"synthetic-{events}"
+    arguments = f"Path({str(path)!r}), events={events}, users={events // 50}, items=20_000"
+    code = f"from pathlib import Path; from bfm.events.synth import write_synthetic; write_synthetic({arguments})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return path
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    memory_gb = psutil.virtual_memory().total / 2**30
+    return f"{cpu or platform.processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, {platform.system()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--events", type=int, default=1_000_000, help="of the smaller synthetic log")
+    parser.add_argument("--cpus", type=int, default=2)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="prepare-benchmark-"))
+    try:
+        lines = measure(folder, options.events, options.cpus)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def measure(folder: Path, events: int, cpus: int) -> list[str]:
+    (log,) = find_logs(load_schema("complete_journey"), [])
+    load_before = os.getloadavg()[0]
+    pandas = run_pandas(log, folder / "pandas")
+    sources = [synthetic_log(folder, factor * events) for factor in (1, 10)]
+    with local_ray(cpus):
+        cold, num = run_prepare("complete_journey", [], folder / "cold")
+        warm, _ = run_prepare("complete_journey", [], folder / "warm")
+        grown = [run_prepare(str(s / "schema.yaml"), [str(s / "events")], folder / f"out-{s.name}") for s in sources]
+    rows = [
+        "# `data prepare`: speed and memory",
+        "",
+        f"{machine()}; {cpus} Ray CPUs; load average before: {load_before:.1f}",
+        "",
+        f"The Complete Journey, {num:,} events:",
+        "",
+        "| | seconds | events/s | time / pandas | largest process, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, usage in (
+        ("pandas script, one process", pandas),
+        ("data prepare, first on a fresh Ray", cold),
+        ("data prepare, Ray workers warm", warm),
+    ):
+        ratio = usage.elapsed_s / pandas.elapsed_s
+        rate = num / usage.elapsed_s
+        rows.append(f"| {name} | {usage.elapsed_s:.1f} | {rate:,.0f} | {ratio:.2f} | {usage.largest_mb:.0f} |")
+    rows += [
+        "",
+        "Synthetic logs (private memory; Ray's object store, which spills to disk, apart):",
+        "",
+        "| events | seconds | events/s | largest process, MB | all processes, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for usage, found in grown:
+        rate = found / usage.elapsed_s
+        rows.append(
+            f"| {found:,} | {usage.elapsed_s:.1f} | {rate:,.0f} | {usage.largest_mb:.0f} | {usage.together_mb:.0f} |"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""The sweep's entry point: refusals before Ray starts, whole sweeps on a small Ray, kills and resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bfm.errors import CorruptError, UserError
+from bfm.files import Store
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import read_ledger
+from bfm.sweep.spec import resolve
+from bfm.sweep.state import SweepState
+from ray_jobs import capacity, sweep
+from ray_jobs.capacity import check_fits, demand
+from ray_jobs.cluster_session import local_ray
+from ray_jobs.sweep import main, run_sweep
+from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
+
+
+def folded(path: Path) -> SweepState:
+    return SweepState.fold(read_ledger(Store(path)).records)
+
+
+def rows(path: Path) -> list[dict]:
+    return [row for rung in folded(path).rungs.values() for row in rung.values()]
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Ray may not be started."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *a, **k: pytest.fail("Ray was started"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": {}}, "budget"),
+        ({"parameters": {"params": {"min": 5, "max": 1}}}, "params"),
+        ({"budget": {"total_flops": "much"}}, "budget.total_flops"),
+        ({"budget": {"ladder_flops": [1e3, 2e3]}}, ""),
+        ({"data": {"shards": "nowhere"}}, "nowhere"),
+        ({"scaling": {"slots": 4000}}, "slots"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2_before_ray(tmp_path, toy_shards, no_ray, capsys, changes, words) -> None:
+    space = write_space(tmp_path, toy_shards.path, **changes) if "budgets" not in changes else tmp_path / "s.yaml"
+    if "budgets" in changes:
+        space.write_text(write_space(tmp_path, toy_shards.path).read_text() + "budgets: {}\n")
+    assert main([str(space), "--storage", str(tmp_path / "runs")]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("bfm: ")
+    assert words in message
+
+
+def test_a_dashboard_s_address_is_not_a_cluster(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
+    assert "ray job submit" in capsys.readouterr().err
+
+
+def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
+    spec = resolve(write_space(tmp_path, toy_shards.path))
+    with pytest.raises(UserError, match="no sweep to resume"):
+        run_sweep(spec, str(tmp_path), resume="must")
+    Store(tmp_path / "tiny").put("ledger/000001-00000000.jsonl", b"something")
+    with pytest.raises(UserError, match="a sweep already"):
+        run_sweep(spec, str(tmp_path), resume="never")
+    with pytest.raises(CorruptError, match="000001-00000000"):
+        run_sweep(spec, str(tmp_path), resume="must")
+    with pytest.raises(UserError, match="auto, never, must"):
+        run_sweep(spec, str(tmp_path), resume="perhaps")
+
+
+def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_ray) -> None:
+    spec = resolve(write_space(tmp_path, toy_shards.path))
+    lease = Lease.acquire(Store(tmp_path / "tiny"), heartbeat_s=None)
+    with pytest.raises(UserError, match="another sweep is running here"):
+        run_sweep(spec, str(tmp_path))
+    lease.release()
+
+
+@pytest.mark.parametrize(
+    ("slots", "tiers", "cpus", "gpus"),
+    [
+        (2, [SINGLE], 1.0, 0.0),
+        (2, [SINGLE, PAIR], 2.0, 0.0),
+        (3, [{"cpus": 2}, {**PAIR, "workers": 4, "cpus": 4}], 2 * 2 + 1 + 16, 0.0),
+        (4, [{"cpus": 1, "gpus": 0.25}, {**PAIR, "gpus": 1}], 3 + 1.5, 3 * 0.25 + 2.0),
+    ],
+)
+def test_demand_is_every_slot_and_one_group(tmp_path, toy_shards, slots, tiers, cpus, gpus) -> None:
+    spec = resolve(write_space(tmp_path, toy_shards.path, scaling={"slots": slots, "tiers": tiers}))
+    assert demand(spec) == {"CPU": cpus, "GPU": gpus}
+    check_fits(spec, {"CPU": cpus, "GPU": gpus})
+    with pytest.raises(UserError, match=f"need {cpus:g} CPUs"):
+        check_fits(spec, {"CPU": cpus - 0.5, "GPU": gpus})
+
+
+def test_a_sweep_on_a_small_ray(tmp_path, toy_shards, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with local_ray(2, dashboard=True):
+        check_a_sweep_that_goes_well(tmp_path, write_space(tmp_path, toy_shards.path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sweeps_with_losses_and_damage(tmp_path, toy_shards, monkeypatch) -> None:
+    """One Ray for several short sweeps, because it takes longer to start than they take to run."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with local_ray(2, dashboard=True):
+        space = write_space(tmp_path, toy_shards.path)
+        check_lost_tasks_are_tried_again(tmp_path, space)
+        check_a_sweep_of_which_nothing_came(tmp_path, space, monkeypatch)
+        check_damage_ends_the_sweep(tmp_path, space)
+
+
+def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
+    events = []
+    outcome = run_sweep(
+        resolve(space, ["name=well"]),
+        str(tmp_path),
+        progress=lambda event, driver: events.append(event.kind),
+        execute=planted_executor(),
+    )
+    assert outcome.succeeded
+    assert (outcome.trials, outcome.lost, outcome.failed) == (4, 0, 0)
+    done = rows(tmp_path / "well")
+    assert len(done) == outcome.rows == len({(row["trial"], row["rung"]) for row in done})
+    assert len({row["pid"] for row in done}) <= 2
+    assert sorted(row["warm_start_s"] for row in done)[len(done) // 2] < 0.5
+    assert Counter(events) == {"assigned": len(done), "row": len(done), "finished": 1}
+    assert yaml.safe_load((tmp_path / "well" / "sweep.yaml").read_text())["name"] == "well"
+    board = EventAccumulator(str(tmp_path / "well" / "tensorboard" / "_sweep")).Reload()
+    assert any(tag.startswith("frontier/nll") for tag in board.Tags()["scalars"])
+    again = run_sweep(resolve(space, ["name=well"]), str(tmp_path), execute=planted_executor())
+    assert (again.rows, again.reason) == (outcome.rows, outcome.reason)
+    wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 30, "all CPUs are free again")
+
+
+def check_lost_tasks_are_tried_again(tmp_path: Path, space: Path) -> None:
+    def fault(task: dict) -> None:
+        import os
+
+        if task["task_id"].endswith("-r0-a0"):
+            if task["trial"] == "t00001":
+                os._exit(1)
+            if task["trial"] == "t00002":
+                raise ValueError("once")
+            if task["trial"] == "t00003":
+                from bfm.errors import InfeasibleError
+
+                raise InfeasibleError("99 steps")
+
+    outcome = run_sweep(resolve(space, ["name=lossy"]), str(tmp_path), execute=planted_executor(fault))
+    assert outcome.succeeded
+    assert outcome.lost == 3
+    reasons = {loss["trial"]: loss["reason"] for loss in folded(tmp_path / "lossy").losses}
+    assert "ValueError: once" in reasons["t00002"]
+    assert "worker process died" in reasons["t00001"]
+    trained = {row["trial"] for row in rows(tmp_path / "lossy") if row["rung"] == 0}
+    assert trained == {"t00000", "t00001", "t00002"}, "lost tasks are tried again, infeasible ones are not"
+
+
+def check_a_sweep_of_which_nothing_came(tmp_path: Path, space: Path, monkeypatch) -> None:
+    def fault(task: dict) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(sweep, "Workplace", lambda *settings: planted_executor(fault))
+    assert main([str(space), "--storage", str(tmp_path), "--name", "nothing", "--set", "scaling.max_retries=0"]) == 1
+    assert not rows(tmp_path / "nothing")
+
+
+def check_damage_ends_the_sweep(tmp_path: Path, space: Path) -> None:
+    def fault(task: dict) -> None:
+        from bfm.errors import CorruptError
+
+        if task["trial"] == "t00001":
+            raise CorruptError("shard-00000/item.npy: truncated")
+
+    with pytest.raises(CorruptError, match="shard-00000"):
+        run_sweep(resolve(space, ["name=damaged"]), str(tmp_path), execute=planted_executor(fault))
+    assert run_sweep(resolve(space, ["name=damaged"]), str(tmp_path), execute=planted_executor()).succeeded
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_real_tasks_on_one_and_two_workers_leave_nothing_behind(tmp_path, toy_shards, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    space = write_space(
+        tmp_path, toy_shards.path, scaling={"slots": 2, "tiers": [SINGLE, PAIR]}, budget={"max_trials": 3}
+    )
+    with local_ray(2, dashboard=True):
+        outcome = run_sweep(resolve(space), str(tmp_path))
+        assert outcome.succeeded
+        assert not outcome.failed
+        wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 60, "all CPUs are free again")
+        wait_for(no_placement_groups, 60, "no placement group stands")
+    done = rows(tmp_path / "tiny")
+    assert {(row["rung"], row["engine"], row["workers"]) for row in done} == {(0, "plain", 1), (1, "zero", 2)}
+    top = next(row for row in done if row["rung"] == 1)
+    assert top["metrics"]["nll"] < 6
+    tags = EventAccumulator(str(tmp_path / "tiny" / "tensorboard" / top["trial"])).Reload().Tags()["scalars"]
+    assert {"train/loss", "opt/lr", "val/nll", "by_flops/train/loss", "perf/events_per_s"} <= set(tags)
+
+
+def no_placement_groups() -> bool:
+    return all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
+
+
+def launch(space: Path, storage: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.sweep", str(space), "--storage", str(storage), *more],
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, limit_s: float = 300) -> str:
+    """Output of a process; it and its children are gone afterwards."""
+    try:
+        return process.communicate(timeout=limit_s)[0]
+    finally:
+        end_tree(process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_sweep_goes_on_and_ends_with_every_row_once(tmp_path, toy_shards, number, code) -> None:
+    space = write_space(tmp_path, toy_shards.path)
+    first = launch(space, tmp_path)
+    try:
+        wait_for(lambda: has_rows(tmp_path / "tiny", 2), 300, "two rows")
+        os.kill(first.pid, number)
+    finally:
+        said = finish(first)
+    assert first.returncode == code
+    if number == signal.SIGTERM:
+        assert "stopped by SIGTERM; the same command goes on" in said
+    assert "Traceback" not in said
+    begun = len(rows(tmp_path / "tiny"))
+    second = launch(space, tmp_path, "--resume", "must")
+    said = finish(second)
+    assert second.returncode == 0, said
+    done = rows(tmp_path / "tiny")
+    assert len(done) > begun
+    assert Counter((row["trial"], row["rung"]) for row in done).most_common(1)[0][1] == 1
+    assert len({row["trial"] for row in done if row["rung"] == 0}) == 4
+    state = folded(tmp_path / "tiny")
+    assert state.spent_flops <= resolve(space).budget.total_flops
+    assert not state.open_tasks
+
+
+def has_rows(path: Path, number: int) -> bool:
+    return bool(Store(path).names("ledger")) and len(rows(path)) >= number
+
+
+def test_capacity_counts_this_machine(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert capacity.machine_capacity()["CPU"] == 6.0

@@ -1,0 +1,380 @@
+"""The driver: the cap holds whatever happens, and a driver killed at any point is resumed as if it had lived."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.files import Store
+from bfm.sweep.driver import Finished, SweepDriver, Task, Wait, run_serial
+from bfm.sweep.ledger import read_ledger, read_state
+from bfm.sweep.spec import from_dict
+from bfm.sweep.state import SweepState
+from tests.sweep.world import MemoryLedger, execute, in_memory, make_spec, start
+
+
+def first_tries(records):
+    """(trial, rung) in the order of the decisions, and their reasons."""
+    tasks = [record for record in records if record["kind"] == "task" and record["task"]["task_id"].endswith("-a0")]
+    return [(record["task"]["trial"], record["task"]["rung"], record["reason"]) for record in tasks]
+
+
+def rows_of(state):
+    return {(trial, rung): row for rung, rows in state.rungs.items() for trial, row in rows.items()}
+
+
+class CapMachine(RuleBasedStateMachine):
+    """Any order of starts, rows, divergences, deaths, late rows and crashes of the driver."""
+
+    @initialize(
+        slots=st.integers(1, 4),
+        seeds=st.integers(1, 2),
+        total=st.integers(21, 120),
+        method=st.sampled_from(["random", "grid"]),
+    )
+    def begin(self, slots, seeds, total, method):
+        parameters = {"params": {"values": [500, 1000, 3000]}, "learning_rate": {"values": [0.001, 0.004, 0.09]}}
+        self.spec = make_spec(
+            scaling={"slots": slots},
+            seeds=seeds,
+            method=method,
+            budget={"total_flops": total * 10**9},
+            **({"parameters": parameters} if method == "grid" else {}),
+        )
+        self.driver = in_memory(self.spec)
+        self.closed: list[Task] = []
+
+    def open(self):
+        return [
+            Task.from_dict(self.driver.state.attempts[place].task) for place in self.driver.state.open_tasks.values()
+        ]
+
+    @rule()
+    def ask(self):
+        answer = self.driver.next_task()
+        running = len(self.driver.state.open_tasks)
+        assert running <= self.spec.slots
+        match answer:
+            case Task():
+                assert answer.task_id in self.driver.state.open_tasks
+            case Wait():
+                assert running
+            case Finished():
+                assert not running
+
+    @precondition(lambda self: self.open())
+    @rule(which=st.integers(0, 9), used=st.floats(0, 1), status=st.sampled_from(["ok", "ok", "ok", "diverged", "oom"]))
+    def row(self, which, used, status):
+        tasks = self.open()
+        task = tasks[which % len(tasks)]
+        row = execute(task)
+        if row["status"] == "ok":
+            row["status"] = status
+        if row["status"] != "ok":
+            row["task_flops"] = int(used * task.reserved_flops)
+        assert self.driver.report(task.task_id, row)
+        self.closed.append(task)
+
+    @precondition(lambda self: self.open())
+    @rule(which=st.integers(0, 9))
+    def death(self, which):
+        tasks = self.open()
+        task = tasks[which % len(tasks)]
+        assert self.driver.lost(task.task_id, "killed")
+        self.closed.append(task)
+
+    @precondition(lambda self: self.closed)
+    @rule(which=st.integers(0, 99))
+    def late(self, which):
+        task = self.closed[which % len(self.closed)]
+        before = len(self.driver._ledger.records)
+        assert not self.driver.report(task.task_id, execute(task))
+        assert not self.driver.lost(task.task_id, "again")
+        assert len(self.driver._ledger.records) == before
+
+    @rule()
+    def crash(self):
+        self.closed += self.open()
+        self.driver = in_memory(self.spec, self.driver._ledger.records)
+        assert not self.driver.state.open_tasks
+
+    @invariant()
+    def the_cap_holds(self):
+        if hasattr(self, "driver"):
+            state = self.driver.state
+            assert state.spent_flops + state.reserved_flops <= self.spec.budget.total_flops
+            assert state.reserved_flops == sum(task.reserved_flops for task in self.open())
+
+    @invariant()
+    def replay_is_the_state(self):
+        if hasattr(self, "driver"):
+            assert SweepState.fold(self.driver._ledger.records) == self.driver.state
+
+    def teardown(self):
+        if hasattr(self, "driver"):
+            self.crash()
+            run_serial(self.driver, execute)
+            self.the_cap_holds()
+            assert self.driver.state.finished
+
+
+CapMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestCap = CapMachine.TestCase
+
+
+def unbroken(spec):
+    batches = []
+
+    class Recording(MemoryLedger):
+        def append(self, records):
+            super().append(records)
+            batches.append(len(self.records))
+
+    driver = in_memory(spec)
+    ledger = Recording()
+    driver = SweepDriver(spec, ledger, driver.policy, driver.proposer)
+    run_serial(driver, execute)
+    return driver, batches
+
+
+@pytest.mark.parametrize("method", ["optuna", "random"])
+def test_a_sweep_that_the_cap_does_not_end_is_the_same_after_a_crash_anywhere(method):
+    spec = make_spec(method=method, budget={"max_trials": 14, "total_flops": "1e12", "ladder_flops": ["1e9", "4e9"]})
+    whole, batches = unbroken(spec)
+    for cut in batches[:: 3 if method == "optuna" else 1]:
+        driver = in_memory(spec, whole._ledger.records[:cut])
+        run_serial(driver, execute)
+        assert first_tries(driver._ledger.records) == first_tries(whole._ledger.records)
+        assert rows_of(driver.state) == rows_of(whole.state)
+        assert driver.state.spent_flops - driver.state.lost_flops == whole.state.spent_flops
+
+
+def test_decisions_after_a_crash_are_the_unbroken_ones_until_the_cap_binds():
+    spec = make_spec()
+    whole, batches = unbroken(spec)
+    expected = first_tries(whole._ledger.records)
+    # What was left under the cap at each decision of the unbroken run.
+    left, state = [], SweepState()
+    for record in whole._ledger.records:
+        if record["kind"] == "task":
+            left.append(spec.budget.total_flops - state.spent_flops - record["task"]["reserved_flops"])
+        state.apply(record)
+    for cut in batches[::2]:
+        driver = in_memory(spec, whole._ledger.records[:cut])
+        run_serial(driver, execute)
+        needed = driver.state.lost_flops + spec.ascent_flops(0.2, 2)
+        free = sum(flops >= needed for flops in left)
+        assert first_tries(driver._ledger.records)[:free] == expected[:free]
+        assert driver.state.spent_flops <= spec.budget.total_flops
+        assert driver.state.rungs[2]
+        for place, row in rows_of(driver.state).items():
+            assert rows_of(whole.state).get(place, row) == row
+
+
+def test_crashes_in_the_middle_of_files(tmp_path):
+    """Real ledgers, leases and takeovers: every driver dies after two tasks, with a third one open."""
+    spec = make_spec()
+    whole, _ = unbroken(spec)
+    hours, state = 0, None
+    while state is None or state.finished is None:
+        driver = start(spec, Store(tmp_path), epoch_s=7200.0 * hours)
+        hours += 1
+        for _ in range(2):
+            task = driver.next_task()
+            if isinstance(task, Finished):
+                break
+            driver.report(task.task_id, execute(task))
+        driver.next_task()
+        state = read_state(Store(tmp_path))
+        assert hours < 100
+    assert state.spent_flops <= spec.budget.total_flops
+    assert state.lost_flops > 0
+    for place, row in rows_of(state).items():
+        assert rows_of(whole.state).get(place, row) == row
+
+
+def test_open_tasks_are_charged_and_come_first():
+    driver = in_memory(make_spec(scaling={"slots": 3}))
+    tasks = [driver.next_task() for _ in range(3)]
+    assert isinstance(driver.next_task(), Wait)
+    again = in_memory(driver.spec, driver._ledger.records)
+    assert again.state.spent_flops == 3 * 10**9 == again.state.lost_flops
+    retried = [again.next_task() for _ in range(3)]
+    assert [(task.trial, task.rung) for task in retried] == [(task.trial, task.rung) for task in tasks]
+    assert {task.task_id for task in retried}.isdisjoint(task.task_id for task in tasks)
+    assert len(again.state.trials) == 3
+
+
+def test_a_task_whose_worker_dies_again_and_again_is_given_up():
+    driver = in_memory(make_spec(scaling={"max_retries": 2}))
+    first = driver.next_task()
+    for expected in range(3):
+        assert first.task_id == f"t00000-r0-a{expected}"
+        driver.lost(first.task_id, "out of luck")
+        first = driver.next_task()
+    assert first.trial == "t00001"
+    assert driver.state.abandoned == {("t00000", 0): "its worker died 3 times"}
+
+
+def test_deaths_of_the_driver_are_not_held_against_a_task():
+    driver = in_memory(make_spec(scaling={"max_retries": 0}, budget={"total_flops": "1e12"}))
+    for _ in range(5):
+        assert driver.next_task().trial == "t00000"
+        driver = in_memory(driver.spec, driver._ledger.records)
+
+
+def test_run_serial_tries_a_failing_task_again_and_raises_what_is_the_users():
+    failures = iter([True, False])
+
+    def flaky(task):
+        if task.trial == "t00003" and task.rung == 0 and next(failures):
+            raise RuntimeError("a worker died")
+        return execute(task)
+
+    driver = in_memory(make_spec())
+    run_serial(driver, flaky)
+    assert [loss["reason"] for loss in driver.state.losses] == ["RuntimeError: a worker died"]
+    assert 0 in driver.state.trials["t00003"].rows
+
+    def infeasible(task):
+        if task.trial == "t00002":
+            raise InfeasibleError("99 steps")
+        return execute(task)
+
+    driver = in_memory(make_spec())
+    run_serial(driver, infeasible)
+    assert driver.state.abandoned == {("t00002", 0): "99 steps"}
+    assert len(driver.state.losses) == 1
+
+    def broken(task):
+        raise CorruptError("shard-00000 was altered")
+
+    with pytest.raises(CorruptError, match="altered"):
+        run_serial(in_memory(make_spec()), broken)
+
+
+def test_promotions_go_on_from_the_trunk_and_carry_their_probes():
+    spec = make_spec(probes=["5e8", "2e9"], data={"evaluation_queries": 77})
+    driver = in_memory(spec)
+    tasks = []
+    run_serial(driver, lambda task: tasks.append(task) or execute(task))
+    for task in tasks:
+        assert task.config["averaging"]
+        assert task.evaluation_queries == 77
+        if task.rung == 0:
+            assert (task.resume_from, task.from_rung, task.probes) == (None, None, (5 * 10**8,))
+        else:
+            assert task.resume_from == f"trials/{task.trial}/checkpoints/r{task.rung - 1}"
+            assert task.from_rung == task.rung - 1
+            assert task.probes == ((2 * 10**9,) if task.rung == 1 else ())
+        assert Task.from_dict(json.loads(json.dumps(task.as_dict()))) == task
+
+
+def test_probe_rows_stand_beside_their_row_and_are_not_spend():
+    driver = in_memory(make_spec(probes=["5e8"]))
+    task = driver.next_task()
+    row = execute(task)
+    probe = {**row, "kind": "probe", "path_flops": 5 * 10**8, "task_flops": 5 * 10**8, "metrics": {"nll": 9.0}}
+    driver.report(task.task_id, {**row, "probes": [probe]})
+    assert driver.state.spent_flops == row["task_flops"]
+    assert driver.state.eval_flops == 2 * row["eval_flops"]
+    assert [found["metrics"] for found in driver.state.probes] == [{"nll": 9.0}]
+    assert rows_of(driver.state) == {(task.trial, 0): row}
+
+
+def test_rows_that_are_not_the_tasks_are_refused():
+    driver = in_memory(make_spec())
+    task = driver.next_task()
+    row = execute(task)
+    for wrong, fragment in (
+        ({**row, "rung": 1}, "rung 1"),
+        ({**row, "trial": "t00009"}, "t00009"),
+        ({**row, "status": "fine"}, "fine"),
+        ({**row, "checkpoint": None}, "no checkpoint"),
+        ({key: value for key, value in row.items() if key != "task_flops"}, "lacks task_flops"),
+    ):
+        with pytest.raises(ValueError, match=fragment):
+            driver.report(task.task_id, wrong)
+    with pytest.raises(ValueError, match="there is no task x"):
+        driver.report("x", row)
+    with pytest.raises(UserError, match="no row has 'nll'"):
+        driver.report(task.task_id, {**row, "metrics": {"recall@10": 0.1}})
+    assert driver.report(task.task_id, row)
+
+
+def test_numbers_that_json_has_not_become_null():
+    driver = in_memory(make_spec())
+    task = driver.next_task()
+    driver.report(task.task_id, {**execute(task), "metrics": {"nll": float("nan"), "x": [float("inf"), 1]}})
+    row = driver.state.rungs[0][task.trial]
+    assert row["metrics"] == {"nll": None, "x": [None, 1]}
+    assert row["status"] == "diverged"
+
+
+def test_a_changed_sweep_is_refused_on_the_same_ledger():
+    driver = in_memory(make_spec())
+    for changes, key in (
+        ({"metric": {"name": "recall@10"}}, "metric.goal"),
+        ({"budget": {"ladder_flops": ["1e9", "4e9"]}}, "budget.ladder_flops"),
+        ({"seeds": [5]}, "seeds"),
+        ({"parameters": {"params": {"value": 1000}}}, "parameters."),
+    ):
+        with pytest.raises(UserError, match="the sweep in this folder has") as caught:
+            in_memory(make_spec(**changes), driver._ledger.records)
+        assert caught.value.key.startswith(key)
+
+
+def test_a_finished_sweep_stays_finished_until_its_budget_grows():
+    driver = in_memory(make_spec())
+    reason = run_serial(driver, execute)
+    again = in_memory(driver.spec, driver._ledger.records)
+    assert again.next_task() == Finished(reason)
+    more = in_memory(make_spec(budget={"total_flops": "200e9"}), again._ledger.records)
+    rows = rows_of(more.state)
+    run_serial(more, execute)
+    assert 190e9 < more.state.spent_flops <= 200e9
+    assert rows.items() <= rows_of(more.state).items()
+
+
+def test_the_resolved_spec_stands_in_the_ledger(tmp_path):
+    spec = make_spec()
+    driver = start(spec, Store(tmp_path))
+    driver.close()
+    (record,) = [record for record in read_ledger(Store(tmp_path)).records if record["kind"] == "spec"]
+    assert from_dict(record["spec"]) == spec
+    assert record["hash"] == spec.hash
+
+
+def test_records_that_no_writer_can_have_meant_are_named():
+    driver = in_memory(make_spec())
+    task = driver.next_task()
+    records = driver._ledger.records
+    for bad, fragment in (
+        ({"kind": "hello"}, "unknown kind 'hello'"),
+        ({"kind": "row", "task_id": "x", "row": {}, "probes": []}, "row"),
+        ({"kind": "task", "task": task.as_dict()}, "reserved twice"),
+        ({**next(r for r in records if r["kind"] == "proposal"), "number": 7}, "proposal 7"),
+    ):
+        with pytest.raises(CorruptError, match=fragment):
+            SweepState.fold([*records, bad])
+
+
+def test_a_promotion_in_flight_counts_at_its_rung():
+    driver = in_memory(make_spec(scaling={"slots": 8}))
+    started = {}
+    while len(started) < 30:
+        answer = driver.next_task()
+        if isinstance(answer, Task):
+            assert (answer.trial, answer.rung) not in started
+            started[answer.trial, answer.rung] = answer
+        else:
+            oldest = next(iter(driver.state.open_tasks))
+            task = next(task for task in started.values() if task.task_id == oldest)
+            driver.report(oldest, execute(task))
+    for rung in range(3):
+        assert driver.state.members(rung) == {trial for trial, at in started if at == rung}

@@ -1,0 +1,98 @@
+"""The plan before a sweep and its status after: figures that agree with what happens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bfm.errors import InfeasibleError
+from bfm.sweep.driver import run_serial
+from bfm.sweep.plan import plan, render
+from bfm.sweep.state import SweepState
+from bfm.sweep.status import summarise
+from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
+
+
+def test_the_plan_is_what_happens():
+    spec = make_spec(seeds=2)
+    driver = in_memory(spec)
+    run_serial(driver, execute)
+    expected = plan(spec, PlantedCosts())
+    for rung in expected.rungs:
+        assert rung.trials <= len(driver.state.rungs[rung.rung])
+        assert rung.trials >= 0.7 * len(driver.state.rungs[rung.rung])
+    assert expected.training_flops == pytest.approx(driver.state.spent_flops, rel=0.15)
+    assert expected.training_flops <= spec.budget.total_flops
+    assert json.loads(json.dumps(expected.as_dict()))["name"] == "planted"
+
+
+def test_speed_is_measured_at_three_sizes_within_the_seconds():
+    asked = []
+
+    def measure(config, seconds):
+        asked.append((config.params, seconds))
+        return 1e8 * config.params
+
+    expected = plan(make_spec(scaling={"slots": 2}), PlantedCosts(), measure)
+    assert [seconds for _, seconds in asked] == [pytest.approx(20 / 3)] * 3
+    assert sorted(size for size, _ in asked) == [size for size, _ in asked]
+    slowest = min(speed for _, speed in expected.flops_per_s)
+    assert expected.worst_s == pytest.approx(150e9 / slowest / 2)
+    assert expected.rungs[0].train_s <= expected.rungs[0].training_flops / slowest / 2
+    assert expected.train_s == pytest.approx(sum(rung.train_s for rung in expected.rungs))
+
+
+def test_what_is_infeasible_stands_with_its_share_and_fix():
+    parameters = {"params": {"distribution": "log_uniform_values", "min": 1000, "max": 1e5}}
+    expected = plan(make_spec(parameters=parameters), PlantedCosts())
+    refusal, warmup = expected.refusals
+    assert refusal.reason == "fewer than 100 steps at rung 1e9"
+    assert warmup.reason == "warmup longer than the trunk of rung 1e9"
+    # log(1e5 / 15,152) / log(100) of the draws are too large for 100 steps.
+    assert refusal.share == pytest.approx(0.41, abs=0.06)
+    assert refusal.share + warmup.share + expected.feasible_share == pytest.approx(1)
+    text = render(expected)
+    assert "fewer than 100 steps" in text
+    assert refusal.fix in text
+    assert len({len(line) for line in text.splitlines()[:4]}) == 1
+
+
+def test_a_space_without_a_point_has_no_plan():
+    parameters = {"params": {"value": 1e9}}
+    with pytest.raises(InfeasibleError, match=r"4096 of 4096"):
+        plan(make_spec(parameters=parameters), PlantedCosts())
+
+
+def test_status_adds_up():
+    driver = in_memory(make_spec(scaling={"slots": 2}))
+    tasks = [driver.next_task(), driver.next_task()]
+    driver.report(tasks[0].task_id, execute(tasks[0]))
+    driver.lost(tasks[1].task_id, "killed")
+    third = driver.next_task()
+    status = json.loads(json.dumps(summarise(driver.state)))
+    assert status["running"] == [third.task_id]
+    assert status["lost_tasks"] == {"killed": 1}
+    assert status["lost_flops"] == tasks[1].reserved_flops
+    assert status["spent_flops"] + status["reserved_flops"] + status["left_flops"] == status["total_flops"]
+    assert status["rungs"][0]["rows"] == 1
+    assert status["rungs"][0]["pending"] == 1
+    assert status["finished"] is None
+
+
+def test_status_knows_the_best_of_every_rung_and_metric():
+    driver = in_memory(make_spec())
+    run_serial(driver, execute)
+    status = summarise(SweepState.fold(driver._ledger.records))
+    for rung, figures in enumerate(status["rungs"]):
+        rows = driver.state.rungs[rung]
+        best = min((row["metrics"]["nll"], trial) for trial, row in rows.items() if row["status"] == "ok")
+        assert (figures["best"]["nll"]["value"], figures["best"]["nll"]["trial"]) == best
+        assert figures["best"]["recall@10"]["trial"] == best[1]
+        assert figures["rows"] == len(rows)
+        assert figures["diverged"] + figures["oom"] + figures["off_budget"] < len(rows)
+
+
+def test_an_empty_ledger_has_no_status():
+    with pytest.raises(ValueError, match="holds no sweep"):
+        summarise(SweepState())

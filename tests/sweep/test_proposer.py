@@ -1,0 +1,159 @@
+"""Proposals: feasible, reproducible from the ledger, and better than chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bfm.errors import InfeasibleError
+from bfm.sweep.driver import run_serial
+from bfm.sweep.proposer import Proposer
+from bfm.sweep.space import FeasibleSet
+from bfm.sweep.state import SweepState
+from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
+
+LOG = {"distribution": "log_uniform_values"}
+FOUR_AXES = {
+    "params": {**LOG, "min": 300, "max": 30000},
+    "learning_rate": {**LOG, "min": 1e-4, "max": 1e-1},
+    "embedder_share": {**LOG, "min": 1e-3, "max": 0.5},
+    "weight_decay": {**LOG, "min": 1e-3, "max": 1},
+}
+
+
+def proposer(spec):
+    return Proposer(spec, FeasibleSet(spec, PlantedCosts()))
+
+
+def hilly(task):
+    """The planted world with a fourth axis that matters."""
+    row = execute(task)
+    row["metrics"]["nll"] += 0.05 * math.log(task.config["weight_decay"] / 0.03) ** 2
+    return row
+
+
+def test_optuna_beats_random_proposals_at_equal_flops():
+    """20 seeds in pairs: of a fair coin, 15 wins or more come in 2 % of all cases."""
+
+    def best(method, seed):
+        budget = {"ladder_flops": ["1e9"], "total_flops": "40e9"}
+        driver = in_memory(make_spec(method=method, seeds=[seed], parameters=FOUR_AXES, budget=budget))
+        run_serial(driver, hilly)
+        values = [row["metrics"]["nll"] for row in driver.state.rungs[0].values() if row["status"] == "ok"]
+        return min(values), driver.state.spent_flops
+
+    optuna, random = ([best(method, seed) for seed in range(20)] for method in ("optuna", "random"))
+    gains = np.array([r[0] - o[0] for o, r in zip(optuna, random, strict=True)])
+    assert np.mean([o[1] for o in optuna]) <= 1.01 * np.mean([r[1] for r in random])
+    assert (gains > 0).sum() >= 15
+    assert gains.mean() > 2 * gains.std(ddof=1) / math.sqrt(len(gains))
+
+
+def test_a_rebuilt_study_proposes_the_same():
+    driver = in_memory(make_spec(method="optuna", parameters=FOUR_AXES))
+    run_serial(driver, hilly)
+    state, checked = SweepState(), 0
+    for record in driver._ledger.records:
+        if record["kind"] == "proposal" and record["number"] % 5 == 0:
+            again = proposer(driver.spec).propose(state, record["number"])
+            assert again.point.config.as_dict() == record["config"]
+            assert again.rejected == record["rejected"]
+            checked += record["source"] == "optuna"
+        state.apply(record)
+    assert checked > 3
+
+
+def test_optuna_learns_from_one_rung_only():
+    """The values of other rungs may be anything: the proposal does not change."""
+    driver = in_memory(make_spec(method="optuna"))
+    run_serial(driver, execute)
+    state = driver.state
+    assert len(state.rungs[1]) >= 10
+    before = proposer(driver.spec).propose(state, 999)
+    for row in state.rungs[0].values():
+        row["metrics"]["nll"] = -1.0
+    assert proposer(driver.spec).propose(state, 999) == before
+    for row in state.rungs[1].values():
+        row["metrics"]["nll"] = abs(math.log(row["params"] / 9000))
+    assert proposer(driver.spec).propose(state, 999) != before
+
+
+def test_optuna_keeps_away_from_what_diverged():
+    def run(task):
+        return {**execute(task), "metrics": {"nll": 3.0 if task.config["learning_rate"] < 1e-3 else math.nan}}
+
+    driver = in_memory(make_spec(method="optuna", budget={"ladder_flops": ["1e9"], "total_flops": "80e9"}))
+    run_serial(driver, run)
+    rates = [trial.config["learning_rate"] for trial in driver.state.trials.values() if trial.source == "optuna"]
+    assert np.mean(np.array(rates) < 1e-3) > 0.7
+
+
+@pytest.mark.parametrize("method", ["optuna", "random"])
+def test_every_proposal_is_feasible_and_the_others_are_counted(method):
+    parameters = {"params": {**LOG, "min": 1000, "max": 1e5}, "learning_rate": {**LOG, "min": 1e-4, "max": 1e-2}}
+    driver = in_memory(make_spec(method=method, parameters=parameters))
+    run_serial(driver, execute)
+    feasible = FeasibleSet(driver.spec, PlantedCosts())
+    for trial in driver.state.trials.values():
+        values = {name: trial.config[name] for name in parameters}
+        assert feasible.judge(values).config.as_dict() == trial.config
+    assert driver.state.rejected["fewer than 100 steps at rung 1e9"] > 0
+
+
+def test_a_space_that_runs_dry_ends_the_sweep():
+    parameters = {"params": {"values": [500, 1000, 2000]}, "learning_rate": {"values": [1e-3, 2e-3]}}
+    for method in ("random", "optuna", "grid"):
+        driver = in_memory(make_spec(method=method, parameters=parameters, budget={"total_flops": "1e12"}))
+        reason = run_serial(driver, execute)
+        assert len(driver.state.trials) == 6
+        assert "as far as it can" in reason
+
+
+def test_a_grid_is_walked_in_order_with_all_seeds():
+    parameters = {"params": {"values": [500, 1000, 1e6]}, "learning_rate": {"values": [1e-3, 2e-3]}}
+    driver = in_memory(make_spec(method="grid", seeds=2, parameters=parameters, budget={"total_flops": "1e12"}))
+    run_serial(driver, execute)
+    points = [(t.config["learning_rate"], t.config["params"], t.seed) for t in driver.state.trials.values()]
+    assert points == [(rate, size, seed) for rate in (1e-3, 2e-3) for size in (500, 1000) for seed in (0, 1)]
+    assert driver.state.rejected == {"fewer than 100 steps at rung 1e9": 2}
+
+
+def test_no_feasible_point_names_the_bound():
+    spec = make_spec(parameters={"params": {**LOG, "min": 1e5, "max": 1e6}})
+    with pytest.raises(InfeasibleError, match="fewer than 100 steps"):
+        proposer(spec).propose(SweepState(), 0)
+    grid = make_spec(method="grid", parameters={"params": {"values": [1e5, 1e6]}, "learning_rate": {"value": 1e-3}})
+    with pytest.raises(InfeasibleError, match="fewer than 100 steps"):
+        proposer(grid).propose(SweepState(), 0)
+
+
+def test_every_kind_of_axis_reaches_optuna_and_comes_back():
+    parameters = {
+        "params": {**LOG, "min": 300, "max": 3000},
+        "learning_rate": {"values": [0.004, 0.001, 0.002]},
+        "groups_per_step": {"min": 1, "max": 3},
+        "window": {"distribution": "q_uniform", "min": 10, "max": 100, "q": 10},
+        "depth": {"values": [None, 1, 2]},
+        "averaging": {"values": [False, True]},
+        "embedder_share": {"min": 0, "max": 0.5},
+    }
+    driver = in_memory(make_spec(method="optuna", parameters=parameters))
+    run_serial(driver, execute)
+    trials = [trial for trial in driver.state.trials.values() if trial.source == "optuna"]
+    assert len(trials) > 10
+    for trial in trials:
+        config = trial.config
+        assert config["learning_rate"] in (0.001, 0.002, 0.004)
+        assert config["window"] % 10 == 0
+        assert config["depth"] in (None, 1, 2)
+        assert isinstance(config["averaging"], bool)
+        assert isinstance(config["groups_per_step"], int)
+
+
+def test_other_seeds_propose_other_points():
+    spec = make_spec()
+    one, two = (proposer(replace(spec, seeds=(seed,))).propose(SweepState(), 0) for seed in (0, 1))
+    assert one.point.config != two.point.config

@@ -1,0 +1,68 @@
+"""A whole small sweep of real models over toy shards, without Ray: the rooms fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bfm.events.protocol import Protocol
+from bfm.files import Store
+from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import Ledger, read_state
+from bfm.sweep.spec import from_dict
+from bfm.training.plain import PlainFactory
+from bfm.training.rung import RungTask, run_rung
+
+SPACE = {
+    "name": "toy",
+    "metric": {"name": "nll"},
+    "method": "random",
+    "parameters": {
+        "params": {"distribution": "log_uniform_values", "min": 1500, "max": 3000},
+        "window": {"value": 16},
+        "group_windows": {"value": 2},
+        "d_item": {"value": 8},
+        "table_width": {"value": 4},
+        "embedder_share": {"values": [0, 0.05]},
+    },
+    "budget": {
+        "ladder_flops": ["1.2e8", "2.4e8"],
+        "total_flops": "7e8",
+        "max_trials": 3,
+        "events_per_param": [0, 1e6],
+    },
+    "scheduler": {"eta": 2, "strata": 1},
+    "probes": ["5e7"],
+    "data": {"shards": "toy", "evaluation_queries": 50},
+}
+
+
+def test_a_sweep_of_real_models(toy_shards, tmp_path):
+    spec, store = from_dict(SPACE), Store(tmp_path / "toy")
+    costs = Costs(LogFacts.from_shards(toy_shards, Protocol.load(toy_shards), spec.evaluation_queries))
+    driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
+
+    def execute(task):
+        row = run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, PlainFactory(), store)
+        assert row["task_flops"] <= task.reserved_flops
+        nominal = costs.of(spec.config(task.config))
+        assert row["params"] == nominal.params
+        if task.rung == 0:
+            assert row["steps"] == pytest.approx(nominal.step_flops and row["path_flops"] / nominal.step_flops, rel=0.1)
+            assert row["events"] == pytest.approx(nominal.events(row["path_flops"]), rel=0.1)
+        return row
+
+    run_serial(driver, execute)
+    driver.close()
+    state = read_state(store)
+    assert len(state.rungs[0]) == 3
+    assert len(state.rungs[1]) >= 1
+    assert len(state.probes) == len(state.rungs[0])
+    assert not state.losses
+    assert 0.5 * spec.budget.total_flops < state.spent_flops <= spec.budget.total_flops
+    for trial in state.rungs[1]:
+        assert state.rungs[1][trial]["path_flops"] > state.rungs[0][trial]["path_flops"]
+        assert state.rungs[1][trial]["task_flops"] < state.rungs[1][trial]["path_flops"]

@@ -1,0 +1,17 @@
+"""The measured peak is a plausible rate, measured once."""
+
+import time
+
+import torch
+
+from bfm.training.peak import matmul_peak
+
+
+def test_peak_is_measured_once_and_quickly():
+    begin_s = time.process_time()
+    peak = matmul_peak("cpu", torch.float32)
+    assert 1e8 < peak < 1e15
+    assert time.process_time() - begin_s < 2.0 * torch.get_num_threads()
+    begin_s = time.perf_counter()
+    assert matmul_peak("cpu", torch.float32) == peak
+    assert time.perf_counter() - begin_s < 0.01
