@@ -65,11 +65,12 @@ def prepare(
 ) -> None:
     """Clean a log, fit its fields, split it and write memory-mapped shards, on Ray Data."""
     from bfm.report.console import Display
-    from ray_jobs.cluster_session import local_ray
     from ray_jobs.prepare import prepare_shards
 
-    with Display("data") as display, local_ray(cpus):
-        manifest = prepare_shards(schema, logs or [], out, seed=seed, overwrite=overwrite, progress=display.show)
+    with Display("data") as display:
+        manifest = prepare_shards(
+            schema, logs or [], out, seed=seed, overwrite=overwrite, num_cpus=cpus, progress=display.show
+        )
     summary = {
         "shards": out,
         "rows": manifest.rows_read,
@@ -266,7 +267,7 @@ def status(
     from bfm.report.sweep_view import read_sweep, status_text
 
     view = read_sweep(sweep_dir)
-    _print(view.summary, as_json, lambda _: status_text(view))
+    _print(view.status, as_json, lambda _: status_text(view))
 
 
 @app.command()

@@ -1,8 +1,7 @@
 """`bfm data prepare` on Ray Data: runs the stages of bfm.events.prepare and build over pieces and partitions.
 
 The folder of the shard set must be visible to every worker (one machine, or a shared file system); a URI is filled from
-a local folder at the end. Ray must run already (see cluster_session.local_ray).
-"""
+a local folder at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
 from bfm.events.staging import publish, staging
 from bfm.files import Store
-from ray_jobs.cluster_session import quiet_ray_data
+from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
 """Called with a stage (read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
@@ -39,9 +38,10 @@ def prepare_shards(
     *,
     seed: int | None = None,
     overwrite: bool = False,
+    num_cpus: int | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Manifest:
-    """Build a shard set from a log.
+    """Build a shard set from a log, on the Ray at hand or one of its own for this machine.
 
     Args:
         schema: path of a schema, or the name of a built-in one.
@@ -49,19 +49,26 @@ def prepare_shards(
         out: folder (or URI) of the shard set; appears whole or not at all.
         seed: of shuffling, ties and the protocol; None takes the schema's.
         overwrite: replace a shard set that stands at `out`.
+        num_cpus: cores of an own Ray; None takes all.
+        progress: called with a stage and its share done.
 
     Raises:
-        UserError: schema, log or disk are not as they should be; nothing is left behind.
+        UserError: schema, log or disk are not as they should be; nothing is left behind. Schema, file names and
+            columns are checked before Ray starts.
     """
     if "://" in out:
-        return _prepare_remote(schema, logs, Store(out), seed=seed, overwrite=overwrite, progress=progress)
+        return _prepare_remote(
+            schema, logs, Store(out), seed=seed, overwrite=overwrite, num_cpus=num_cpus, progress=progress
+        )
     target = Path(out).absolute()
-    quiet_ray_data()
-    # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
-    ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     with staging(target, overwrite=overwrite) as folder, _plain_errors():
         job, pieces = plan_job(schema, logs, folder, seed)
-        manifest = _run(job, pieces, progress)
+        progress("start", 0.0)
+        with local_ray(num_cpus):
+            quiet_ray_data()
+            # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
+            ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+            manifest = _run(job, pieces, progress)
         publish(job.shard_set, target)
     return manifest
 

@@ -33,6 +33,7 @@ from bfm.events.statistics import fit_distinct_curve
 from bfm.events.ties import TieCounts
 
 _ITEM_ID = "item_id"
+_POPULARITY = "popularity"
 # Share of training events whose item features are not the item's: above it, `describe` warns.
 _MANY_CONFLICTS = 0.05
 
@@ -107,6 +108,11 @@ def fit_all(job: Job) -> dict[str, Any]:
         rows = job.schema.hash_rows or fitting.hash_rows(items.catalogue)
         fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
         encoded[_ITEM_ID], _ = fitting.encode(items.keys, fields[-1])
+    if job.schema.popularity_field:
+        popularity = pa.array(items.train_count.astype(np.float64))
+        known = (items.train_count > 0).astype(np.int64)
+        fields.append(fitting.fit(_POPULARITY, "item", "numeric", fitting.measure(popularity, "numeric", known)))
+        encoded[_POPULARITY], _ = fitting.encode(popularity, fields[-1])
     for name, spec in job.schema.context_fields.items():
         parts = [fitting.Statistics.from_table(table) for table in _partials(job, f"context-{name}")]
         statistics = fitting.merge(spec.kind, parts)

@@ -24,7 +24,7 @@ from bfm.units import parse_count
 from bfm.yaml import did_you_mean, load_yaml, validate
 
 KINDS = ("categorical", "numeric", "text", "list", "vector", "time")
-RESERVED = ("item_id", "gap", "later", "clock")
+RESERVED = ("item_id", "popularity", "gap", "later", "clock")
 _BUILT_IN = Path(__file__).parent / "schemas"
 
 
@@ -179,6 +179,10 @@ class EventSchema(_Strict):
     evaluation: EvaluationSpec = EvaluationSpec()
     hash_rows: Annotated[int | None, BeforeValidator(lambda v: v if v is None else parse_count(v))] = None
     id_field: bool = True
+    """The item's own id as a hashed field."""
+    popularity_field: bool = True
+    """How often the item occurs in the training range as a numeric field: without it a model spends most of a small
+    budget on learning popularity from the ids."""
     seed: int = Field(default=0, ge=0)
     builtin: BuiltIn | None = None
 
@@ -202,7 +206,7 @@ class EventSchema(_Strict):
             raise UserError("needs as many columns as item", key="items.key", fix="name one key column per item column")
         if self.hash_rows is not None and (self.hash_rows < 16 or self.hash_rows & (self.hash_rows - 1)):
             raise UserError("is not a power of two from 16 on", key="hash_rows", fix="write for example 4096")
-        if not self.id_field and not self.item_fields:
+        if not self.id_field and not self.popularity_field and not self.item_fields:
             raise UserError("items would have no field at all", key="id_field", fix="keep it, or declare item_fields")
         return self
 
@@ -245,6 +249,11 @@ def load_schema(schema: str) -> EventSchema:
     """Read and check a schema (a path or a built-in name). Raises UserError (file, key, what, fix)."""
     path = schema_path(schema)
     return validate(EventSchema, load_yaml(path), file=str(path))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a schema YAML, for editors."""
+    return EventSchema.model_json_schema()
 
 
 def _check_name(name: str, side: str) -> None:

@@ -77,7 +77,7 @@ def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
     """Metrics of the rows, losses first; `headline` leaves out `warm.` and `basket.` and `loss_sampled`."""
     names = {name for row in rung_rows(rows) for name in row.get("metrics") or {}}
     if headline:
-        names = {name for name in names if "." not in name and name != "loss_sampled"}
+        names = {name for name in names if "." not in name and not name.startswith("loss_sampled")}
     return sorted(names, key=_sort_key)
 
 

@@ -1,4 +1,4 @@
-"""What a person watches: progress of data, training and sweeps on stderr; a live bar on a terminal, plain lines else."""
+"""What a person watches: progress of data, training and sweeps on stderr; a live bar on a terminal, else lines."""
 
 from __future__ import annotations
 

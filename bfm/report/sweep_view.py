@@ -19,6 +19,7 @@ from bfm.report.tables import failures_text, frontier_text, spend_text, trials_t
 from bfm.sweep.ledger import read_ledger
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
+from bfm.sweep.status import summarise
 
 Baselines = Mapping[str, Mapping[str, float]]
 
@@ -30,6 +31,9 @@ class SweepView:
     store: Store
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
+    """What the report shows beside the rows."""
+    status: dict[str, Any]
+    """What `bfm status --json` prints."""
     spec: dict[str, Any]
 
     def frontiers(self) -> dict[str, list[dict[str, Any]]]:
@@ -49,7 +53,7 @@ def read_sweep(sweep_dir: str) -> SweepView:
     state = SweepState.fold(read_ledger(store).records)
     if state.spec is None:
         raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
-    return SweepView(store, sweep_rows(state), sweep_summary(state), state.spec)
+    return SweepView(store, sweep_rows(state), sweep_summary(state), summarise(state), state.spec)
 
 
 def status_text(view: SweepView) -> str:

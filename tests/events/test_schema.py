@@ -54,7 +54,7 @@ def test_short_forms_are_written_out():
         (BASE + "item_fields: {a/b: numeric}\n", "item_fields.a/b", "not a field name"),
         (BASE + "item_fields: {a: text}\ncontext_fields: {a: text}\n", "context_fields.a", "also an item field"),
         (BASE + "hash_rows: 1000\n", "hash_rows", "power of two"),
-        (BASE + "id_field: false\n", "id_field", "no field at all"),
+        (BASE + "id_field: false\npopularity_field: false\n", "id_field", "no field at all"),
         (BASE + "split: {valid: 0.5, test: 0.6}\n", "split", "nothing for training"),
         (BASE + "split: {valid_from: 2017-01-01}\n", "split", "go together"),
         (BASE + "split: {by: leave_one_out, test: 0.1}\n", "split", "takes no fractions"),

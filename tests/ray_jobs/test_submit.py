@@ -50,9 +50,10 @@ class Head:
         )
 
     def status(self, name: str) -> str:
-        """What `ray job status` says, in capitals."""
+        """What `ray job status` says: Succeeded, Failed, Stopped, ..."""
         said = self.ray("job", "status", name)
-        return next(word for word in ("SUCCEEDED", "FAILED", "RUNNING", "PENDING", "?") if word in said.stdout + "?")
+        words = (said.stdout + said.stderr).upper()
+        return next(word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING", "") if word in words)
 
 
 def free_port() -> int:
@@ -105,11 +106,12 @@ def test_a_submitted_sweep_succeeds(head, tmp_path, toy_shards) -> None:
 
 
 def test_a_sweep_of_which_nothing_comes_fails(head, tmp_path, toy_shards) -> None:
-    diverging = {"learning_rate": {"value": 1e30}, "params": {"min": 2e3, "max": 4e3}}
+    # Every step multiplies the weights by 1 - 10.
+    diverging = {"learning_rate": {"value": 10}, "weight_decay": {"value": 1}}
     space = write_space(tmp_path, toy_shards.path, budget={"max_trials": 2}, name="doomed", parameters=diverging)
     job = head.submit("bad", "-m", "ray_jobs.sweep", str(space), "--storage", str(tmp_path / "runs"))
     assert job.returncode != 0
-    assert head.status("bad") == "FAILED"
+    assert head.status("bad") == "FAILED", job.stdout + job.stderr
     state = SweepState.fold(read_ledger(Store(tmp_path / "runs" / "doomed")).records)
     assert {row["status"] for rung in state.rungs.values() for row in rung.values()} == {"diverged"}
 

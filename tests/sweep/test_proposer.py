@@ -153,6 +153,12 @@ def test_every_kind_of_axis_reaches_optuna_and_comes_back():
         assert isinstance(config["groups_per_step"], int)
 
 
+def test_every_proposal_has_draws_of_its_own():
+    driver = in_memory(make_spec())
+    run_serial(driver, execute)
+    assert not driver.state.rejected
+
+
 def test_other_seeds_propose_other_points():
     spec = make_spec()
     one, two = (proposer(replace(spec, seeds=(seed,))).propose(SweepState(), 0) for seed in (0, 1))
