@@ -5,6 +5,7 @@ Enters: the tiers and slots of a spec. Leaves: a refusal before Ray starts, or a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -77,22 +78,27 @@ def joins_a_cluster() -> bool:
 
 @contextmanager
 def ray_session(spec: SweepSpec) -> Iterator[None]:
-    """Ray for the duration of the block, quiet: the one that stands, or one of its own on this machine."""
-    joins = joins_a_cluster()
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import logging
-
+    """Ray for the duration of the block: the one that stands, or one of its own on this machine."""
     import ray
 
+    joins = joins_a_cluster()
+    with quiet_session(os.cpu_count()):
+        if joins:
+            _tell_what_is_missing(spec, ray.cluster_resources())
+        yield
+
+
+@contextmanager
+def quiet_session(num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray with a dashboard and without a wall of log lines; `num_cpus` is for one that is started here."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from ray_jobs.cluster_session import local_ray
 
     for noisy in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # The dashboard is not for looking at: without it a stopped worker group's resources are never freed.
-    with local_ray(os.cpu_count(), dashboard=True):
-        if joins:
-            _tell_what_is_missing(spec, ray.cluster_resources())
+    with local_ray(num_cpus, dashboard=True):
         yield
 
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol: which positions are queries, frozen once per shard set (DESIGN: Data, Evaluation protocol).
+"""The evaluation protocol: which positions are queries, frozen once per shard set, and what their targets are.
 
 A query is (user, position): the user's history up to and including `position` is known. Its next event lies in the
 part. Headline queries have their next event at a later timestamp; all distinct items of that timestamp are targets.

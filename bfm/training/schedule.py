@@ -29,7 +29,8 @@ def lr_factor_cooldown(path_flops: int, branch_from_flops: int, until_flops: flo
 
 def trunk_flops(rung_flops: float, cooldown_fraction: float) -> float:
     """Where a rung's trunk ends: (1 - f) C."""
-    return (1.0 - cooldown_fraction) * rung_flops
+    # Above 2**53 the product of a whole number and 1.0 may exceed it.
+    return min((1.0 - cooldown_fraction) * rung_flops, rung_flops)
 
 
 def check_rung(

@@ -90,7 +90,9 @@ def test_histories_splits_and_items_against_plain_counts(shop):
         assert history.train_end == (expected.time * 1000 < valid_from).sum()
         assert history.valid_end == (expected.time * 1000 < test_from).sum()
         assert sorted(history.context["quantity"]) == sorted(expected.quantity)
-    assert [f.name for f in shards.item_fields] == ["colour", "price", "words", "item_id"]
+    assert [f.name for f in shards.item_fields] == ["colour", "price", "words", "item_id", "popularity"]
+    assert np.array_equal(shards.item_arrays["popularity"][: shards.num_catalogue], shards.train_counts)
+    assert not shards.item_arrays["popularity"][shards.num_catalogue :].any()
     assert [f.name for f in shards.context_fields] == ["quantity", "shop"]
     assert describe(shards)["users"] == 40
 

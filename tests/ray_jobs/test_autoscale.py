@@ -16,10 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ray_jobs.test_submit import Head, free_port
-from tests.ray_jobs.toys import child_environment, wait_for, write_space
+from tests.ray_jobs.toys import ROOT, Head, child_environment, free_port, wait_for, write_space
 
-ROOT = Path(__file__).parents[2]
 MANAGE = ROOT / "cluster" / "one_machine" / "manage.py"
 
 

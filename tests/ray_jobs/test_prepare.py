@@ -63,7 +63,7 @@ def test_progress_goes_through_all_stages_and_ray_is_quiet(shop, capfd):
     out = str(shop / "out")
     prepare_shards(str(shop / "shop.yaml"), [str(shop / "parts")], out, progress=lambda *step: seen.append(step))
     stages = list(dict.fromkeys(stage for stage, _ in seen))
-    assert stages == ["read", "sort", "measure", "fit", "write", "finish"]
+    assert stages == ["start", "read", "sort", "measure", "fit", "write", "finish"]
     for stage in stages:
         shares = [share for name, share in seen if name == stage]
         assert shares == sorted(shares)

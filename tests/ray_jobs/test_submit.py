@@ -6,11 +6,9 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,48 +16,9 @@ import pytest
 from bfm.files import Store
 from bfm.sweep.ledger import read_ledger
 from bfm.sweep.state import SweepState
-from tests.ray_jobs.toys import child_environment, end_tree, wait_for, write_space
+from tests.ray_jobs.toys import BIN, Head, child_environment, end_tree, free_port, wait_for, write_space
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@dataclass
-class Head:
-    """A running head: where jobs go, and what a client must have in its environment."""
-
-    dashboard: str
-    environment: dict[str, str]
-
-    def submit(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
-        """The documented line; waits for the job to end."""
-        return self.ray("job", "submit", "--submission-id", name, *self.options(), "--", "python", *arguments)
-
-    def options(self) -> list[str]:
-        return ["--working-dir", str(ROOT), "--runtime-env", str(ROOT / "cluster" / "runtime_env.yaml")]
-
-    def ray(self, *words: str) -> subprocess.CompletedProcess:
-        first, second, *rest = words
-        return subprocess.run(
-            [str(BIN / "ray"), first, second, "--address", self.dashboard, *rest],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    def status(self, name: str) -> str:
-        """What `ray job status` says: Succeeded, Failed, Stopped, ..."""
-        said = self.ray("job", "status", name)
-        words = (said.stdout + said.stderr).upper()
-        return next(word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING", "") if word in words)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_open(port: int) -> bool:

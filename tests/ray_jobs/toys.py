@@ -1,10 +1,14 @@
-"""Small sweeps over toy shards: spaces as files, executors without training."""
+"""Small sweeps over toy shards: spaces as files, executors without training, processes, and clients of a head."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import yaml
 
 from ray_jobs.trial import Executor
 
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 SINGLE = {"cpus": 0.5}
 PAIR = {"from_rung_flops": 2e8, "engine": "deepspeed", "workers": 2, "zero_stage": 1, "cpus": 0.5}
 
@@ -100,4 +106,41 @@ def end_tree(pid: int) -> None:
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a process that a test starts: no cluster of somebody else, one thread."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TUNE_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **more}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+@dataclass
+class Head:
+    """A running head: where jobs go, and what a client must have in its environment."""
+
+    dashboard: str
+    environment: dict[str, str]
+
+    def submit(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+        """The documented line; waits for the job to end."""
+        return self.ray("job", "submit", "--submission-id", name, *self.options(), "--", "python", *arguments)
+
+    def options(self) -> list[str]:
+        return ["--working-dir", str(ROOT), "--runtime-env", str(ROOT / "cluster" / "runtime_env.yaml")]
+
+    def ray(self, *words: str) -> subprocess.CompletedProcess:
+        first, second, *rest = words
+        return subprocess.run(
+            [str(BIN / "ray"), first, second, "--address", self.dashboard, *rest],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def status(self, name: str) -> str:
+        """What `ray job status` says: Succeeded, Failed, Stopped, ..."""
+        said = self.ray("job", "status", name)
+        words = (said.stdout + said.stderr).upper()
+        return next(word for word in ("SUCCEEDED", "FAILED", "STOPPED", "RUNNING", "PENDING", "") if word in words)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

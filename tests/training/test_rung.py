@@ -130,6 +130,22 @@ def test_out_of_memory_is_a_row(toy_shards, tmp_path, monkeypatch):
     assert (row["status"], row["metrics"], row["model"]) == ("oom", {}, None)
 
 
+def test_a_group_that_ran_out_of_memory_tells_so_when_it_restarts(toy_shards, tmp_path, monkeypatch):
+    """With several workers the rank that cannot allocate marks the task and dies; the next attempt answers."""
+
+    def no_memory():
+        raise MemoryError
+
+    _fail_at(monkeypatch, 20, no_memory)
+    monkeypatch.setattr(type(CPU), "world_size", 2)
+    with pytest.raises(MemoryError):
+        run_rung(task(), toy_shards, CPU, Store(tmp_path))
+    monkeypatch.undo()
+    assert run_rung(task(), toy_shards, CPU, Store(tmp_path))["status"] == "oom"
+    other = dataclasses.replace(task(), task_id="another try")
+    assert run_rung(other, toy_shards, CPU, Store(tmp_path))["status"] == "ok"
+
+
 class Killed(BaseException):
     pass
 
