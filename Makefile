@@ -1,7 +1,7 @@
 # bfm: the two commands are `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 QUICKSTART ?= quickstart
 export PYTHONWARNINGS ?= ignore
 

@@ -13,13 +13,15 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
@@ -33,12 +35,11 @@ _GROUP_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # Two workers and their attendants are six processes and 16 s of CPU: far over 60 s where cores are shared.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    # Structured log files of controller and workers, and a metrics exporter, for a group that lives for seconds.
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    # A metrics exporter, for a group that lives for seconds.
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_STATE_API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _PLAIN_ERRORS = {"UserError": UserError, "InfeasibleError": InfeasibleError}
 
 
@@ -49,7 +50,7 @@ class GroupSettings:
     save_every_s: float = 30.0
     """Seconds between in-rung checkpoints: what a kill can cost, beside the restart."""
     max_failures: int = 2
-    """Restarts of the group before the task is given up."""
+    """Restarts of the group before the task is given up; preemptions and crashes are counted apart."""
     collective_timeout_s: float = 600.0
     """A rank that hangs this long in a collective fails its group."""
 
@@ -83,10 +84,6 @@ def train_on_workers(
     answer_name = f"trials/{task['trial']}/checkpoints/rung{task['rung']}-answer-{task['task_id']}.json"
     trial_folder = f"trials/{task['trial']}"
     run_name = f"ray-{uuid.uuid4().hex[:12]}"
-    # The only node cannot be preempted and leave anybody to notice: one process less to start.
-    watch_preemption = len(ray.nodes()) > 1
-    for name, value in {**_GROUP_ENV, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(watch_preemption))}.items():
-        os.environ.setdefault(name, value)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     use_gpu = scaling["gpus"] > 0
     resources = {"CPU": float(scaling["cpus"])} | ({"GPU": float(scaling["gpus"])} if use_gpu else {})
@@ -108,12 +105,15 @@ def train_on_workers(
         run_config=ray.train.RunConfig(
             name=run_name,
             storage_path=f"{store.uri}/{trial_folder}",
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=settings.max_failures, max_preemption_failures=settings.max_failures
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
-        trainer.fit()
+        with _group_environment():
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         damage = _find_damage(error)
         if damage is None:
@@ -125,6 +125,25 @@ def train_on_workers(
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
     return answer["row"]
+
+
+@contextmanager
+def _group_environment() -> Iterator[None]:
+    """Environment from which `fit` takes what its controller and workers get; what the user has set wins."""
+    # The only node cannot be preempted and leave anybody to notice: one process less to start.
+    watch_preemption = len(ray.nodes()) > 1
+    values = {**_GROUP_ENV, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(watch_preemption))}
+    # Ray Train's cleaner asks the cluster that it *finds* whether the controller lives. On a machine with a second
+    # cluster it asks that one, hears of no such actor, and removes the placement group of a healthy run.
+    values[_STATE_API_ADDRESS] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add(_STATE_API_ADDRESS)
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _rank_main(config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
-    from bfm.training.loop import Observer
+    from bfm.training.loop import Observer, StepRecord
 
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
@@ -108,10 +108,17 @@ class Workplace:
         """Train and evaluate the task; its row."""
         if task["scaling"]["workers"] == 1:
             return self._train_here(task, assigned_at_s)
-        from ray_jobs.train import train_on_workers
+        from ray_jobs.train import GroupSettings, train_on_workers
 
         row = train_on_workers(
-            task, self.shards, self.storage, make_observer=self.observer, assigned_at_s=assigned_at_s
+            task,
+            self.shards,
+            self.storage,
+            make_observer=self.observer,
+            assigned_at_s=assigned_at_s,
+            # A group that restarted by itself would train parts again that nobody has reserved under the cap. So it
+            # ends, and the driver's next try, with a reservation of its own, goes on from the in-rung checkpoint.
+            settings=GroupSettings(max_failures=0),
         )
         with closing(self.writer(task)) as writer:
             writer.row(row)
@@ -119,7 +126,17 @@ class Workplace:
 
     def observer(self, task: dict[str, Any]) -> Observer:
         """What rank 0 of a worker group calls after every step."""
-        return self.writer(task).step
+        writer, before_flops = self.writer(task), 0.0
+
+        def observe(record: StepRecord) -> None:
+            nonlocal before_flops
+            writer.step(record)
+            step_flops, before_flops = record.path_flops - before_flops, record.path_flops
+            # The group's process is killed when it is done, so the file is closed after each of the last steps.
+            if record.phase == "cooldown" and record.path_flops + 2 * step_flops > task["rung_flops"]:
+                writer.close()
+
+        return observe
 
     def writer(self, task: dict[str, Any]) -> TrialWriter:
         """The trial's TensorBoard folder, taken up again."""

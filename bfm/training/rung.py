@@ -20,7 +20,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.model.two_part import TwoPartModel
 from bfm.ranking.evaluate import Evaluation, QueryScores, evaluate, merge, summarise
-from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
+from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
@@ -320,10 +320,12 @@ class _Journal:
         steps = {}
         for slot in self.slots:
             try:
-                load_checkpoint(self.store, slot)
-                steps[slot] = read_meta(self.store, slot)["counters"]["step"]
+                meta = load_checkpoint(self.store, slot).meta
             except (UserError, CorruptError):
                 continue
+            # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
+            if meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops:
+                steps[slot] = meta["counters"]["step"]
         self.slots.sort(key=lambda slot: -steps.get(slot, -1))
         return self.slots[0] if steps else None
 
@@ -347,7 +349,7 @@ class _Journal:
 
     def entry(self, spent_flops: int) -> dict[str, Any]:
         """What is noted of a spend."""
-        return {"task_id": self.task.task_id, "spent_flops": spent_flops}
+        return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
 
     def own_spent(self, entry: dict[str, Any]) -> int:
         """The noted spend, if this task noted it: that of a lost task is charged to that one."""

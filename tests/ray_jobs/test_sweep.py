@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -198,7 +201,7 @@ def check_damage_ends_the_sweep(tmp_path: Path, space: Path) -> None:
 def test_real_tasks_on_one_and_two_workers_leave_nothing_behind(tmp_path, toy_shards, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     space = write_space(
-        tmp_path, toy_shards.path, scaling={"slots": 2, "tiers": [SINGLE, PAIR]}, budget={"max_trials": 3}
+        tmp_path, toy_shards.path, scaling={"slots": 2, "tiers": [SINGLE, PAIR]}, budget={"max_trials": 2}
     )
     with local_ray(2, dashboard=True):
         outcome = run_sweep(resolve(space), str(tmp_path))
@@ -210,18 +213,28 @@ def test_real_tasks_on_one_and_two_workers_leave_nothing_behind(tmp_path, toy_sh
     assert {(row["rung"], row["engine"], row["workers"]) for row in done} == {(0, "plain", 1), (1, "zero", 2)}
     top = next(row for row in done if row["rung"] == 1)
     assert top["metrics"]["nll"] < 6
-    tags = EventAccumulator(str(tmp_path / "tiny" / "tensorboard" / top["trial"])).Reload().Tags()["scalars"]
-    assert {"train/loss", "opt/lr", "val/nll", "by_flops/train/loss", "perf/events_per_s"} <= set(tags)
+    board = EventAccumulator(str(tmp_path / "tiny" / "tensorboard" / top["trial"])).Reload()
+    tags = {"train/loss", "opt/lr", "val/nll", "by_flops/train/loss", "perf/events_per_s"}
+    assert tags <= set(board.Tags()["scalars"])
+    assert board.Scalars("cooldown/loss")[-1].step == top["steps"], "the group's curve ends where its row was taken"
 
 
 def no_placement_groups() -> bool:
     return all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
 
-def launch(space: Path, storage: Path, *more: str) -> subprocess.Popen:
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A short temporary folder: a killed sweep sweeps nothing away, and Ray's sockets need short paths."""
+    folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def launch(space: Path, storage: Path, scratch: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "ray_jobs.sweep", str(space), "--storage", str(storage), *more],
-        env=child_environment(),
+        env=child_environment(TMPDIR=str(scratch)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -240,9 +253,9 @@ def finish(process: subprocess.Popen, limit_s: float = 300) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_sweep_goes_on_and_ends_with_every_row_once(tmp_path, toy_shards, number, code) -> None:
+def test_a_stopped_sweep_goes_on_and_ends_with_every_row_once(tmp_path, scratch, toy_shards, number, code) -> None:
     space = write_space(tmp_path, toy_shards.path)
-    first = launch(space, tmp_path)
+    first = launch(space, tmp_path, scratch)
     try:
         wait_for(lambda: has_rows(tmp_path / "tiny", 2), 300, "two rows")
         os.kill(first.pid, number)
@@ -253,7 +266,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_every_row_once(tmp_path, toy_shar
         assert "stopped by SIGTERM; the same command goes on" in said
     assert "Traceback" not in said
     begun = len(rows(tmp_path / "tiny"))
-    second = launch(space, tmp_path, "--resume", "must")
+    second = launch(space, tmp_path, scratch, "--resume", "must")
     said = finish(second)
     assert second.returncode == 0, said
     done = rows(tmp_path / "tiny")

@@ -1,0 +1,148 @@
+"""The verbs as a user types them: output on stdout, talk on stderr, honest exit codes, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bfm import cli
+from bfm.files import Store
+from tests.ray_jobs.toys import write_space
+
+CONFIG = {
+    "params": 3e3,
+    "embedder_share": 0.1,
+    "window": 8,
+    "group_windows": 1,
+    "groups_per_step": 2,
+    "d_item": 8,
+    "learning_rate": "5e-3",
+}
+CHECKPOINT = "trials/run/checkpoints/rung0-model"
+
+
+@pytest.fixture
+def bfm(monkeypatch, capsys):
+    """Run a verb; (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bfm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, toy_shards, tmp_path):
+    shards = ("--shards", toy_shards.path)
+    code, out, err = bfm("train", config, *shards, "--flops", "1e8", "--out", tmp_path / "steps", "--json")
+    assert code == 0, err
+    first = json.loads(out)
+    code, out, err = bfm("train", config, *shards, "--flops", "2e8", "--out", tmp_path / "steps", "--json")
+    assert code == 0, err
+    continued = json.loads(out)
+    code, out, _ = bfm("train", config, *shards, "--flops", "2e8", "--out", tmp_path / "once", "--json")
+    direct = json.loads(out)
+    assert first["path_flops"] <= 1e8 < continued["path_flops"] == direct["path_flops"] <= 2e8
+    assert continued["metrics"] == direct["metrics"]
+    assert continued["task_flops"] < direct["task_flops"], "the first run was trained again"
+    code, out, err = bfm("eval", tmp_path / "once" / CHECKPOINT, *shards, "--json")
+    assert code == 0, err
+    evaluated = json.loads(out)
+    assert evaluated["metrics"]["nll"] == pytest.approx(direct["metrics"]["nll"], rel=1e-6)
+    assert set(evaluated["baselines"]) == {"popularity", "co_occurrence"}
+    assert Store(tmp_path / "once" / "tensorboard").names()
+
+
+def test_plan_names_what_is_infeasible(bfm, toy_shards, tmp_path):
+    space = write_space(tmp_path, toy_shards.path)
+    code, out, err = bfm("plan", space, "--probe-seconds", "0.3", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert [rung["rung_flops"] for rung in plan["rungs"]] == [1e8, 2e8]
+    assert plan["flops_per_s"]
+    assert plan["train_s"] > 0
+    code, out, err = bfm("plan", space, "--set", "budget.ladder_flops=[1e4, 2e8]", "--probe-seconds", "0")
+    assert (code, out) == (2, "")
+    assert "100 steps" in err
+
+
+def test_describe_reads_what_stands(bfm, toy_shards):
+    code, out, _ = bfm("data", "describe", toy_shards.path, "--json")
+    assert code == 0
+    assert json.loads(out)["users"] == toy_shards.num_users
+    code, out, _ = bfm("data", "describe", toy_shards.path)
+    assert f"{toy_shards.num_users} users" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("data", "describe", "NOWHERE"), "NOWHERE"),
+        (("data", "prepare", "no_such_schema", "--out", "TMP/x"), "no_such_schema: is neither"),
+        (("plan", "TMP/missing.yaml"), "missing.yaml"),
+        (("sweep", "TMP/missing.yaml"), "missing.yaml"),
+        (("status", "TMP"), "there is no sweep here"),
+        (("report", "TMP"), "there is no sweep here"),
+        (("schema", "nothing"), "one of log, space"),
+        (
+            ("train", "TMP/bad.yaml", "--shards", "SHARDS", "--flops", "1e8", "--out", "TMP/run"),
+            "did you mean `params`",
+        ),
+        (("train", "CONFIG", "--shards", "SHARDS", "--flops", "a lot", "--out", "TMP/run"), "--flops: 'a lot'"),
+        (("train", "CONFIG", "--shards", "SHARDS", "--flops", "1e4", "--out", "TMP/run"), "needs at least 100"),
+        (("eval", "TMP/none", "--shards", "SHARDS"), "none"),
+        (("eval", "TMP/none", "--shards", "SHARDS", "--part", "tset"), "one of validation, test"),
+        (("data", "synth", "TMP/log", "--events", "-5"), "event"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(bfm, config, toy_shards, tmp_path, arguments, expected):
+    (tmp_path / "bad.yaml").write_text("parms: 1e4\n")
+    places = {"TMP": str(tmp_path), "SHARDS": str(toy_shards.path), "CONFIG": str(config)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    code, out, err = bfm(*arguments)
+    lines = [line for line in err.splitlines() if line.startswith("bfm: ")]
+    assert code == 2, err
+    assert out == ""
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in err
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_1(bfm, config, toy_shards, tmp_path):
+    bfm("train", config, "--shards", toy_shards.path, "--flops", "1e8", "--out", tmp_path / "run")
+    for path in (tmp_path / "run" / CHECKPOINT).glob("state*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    code, _, err = bfm("eval", tmp_path / "run" / CHECKPOINT, "--shards", toy_shards.path)
+    assert code == 1
+    assert "CorruptError" in err
+    assert "Traceback" not in err
+
+
+def test_doctor_sees_this_machine(bfm, tmp_path):
+    code, out, _ = bfm("doctor", "--storage", tmp_path, "--json")
+    findings = {finding["name"]: finding for finding in json.loads(out)}
+    assert findings["torch"]["ok"]
+    assert findings["ray"]["ok"]
+    assert code == (0 if all(finding["ok"] for finding in findings.values()) else 1)
+
+
+@pytest.mark.parametrize("kind", ["log", "space"])
+def test_json_schemas_are_for_editors(bfm, kind):
+    code, out, _ = bfm("schema", kind)
+    assert code == 0
+    assert json.loads(out)["properties"]
