@@ -273,13 +273,14 @@ def status(
 @app.command()
 def report(
     sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")],
+    png: Annotated[bool, typer.Option("--png", help="Also write figures/overview.png.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write report/index.html and runs.parquet of a sweep, and print its frontier."""
     from bfm.report.sweep_view import publish_report, read_sweep, report_text
 
     view = read_sweep(sweep_dir)
-    files = publish_report(view)
+    files = publish_report(view, overview=png)
     _print({"frontier": view.frontiers(), "files": files}, as_json, lambda _: report_text(view, files))
 
 
