@@ -186,7 +186,7 @@ def train(
         )
     writer.row(row)
     writer.close()
-    _print(row, as_json, _row_text)
+    _print(row, as_json, lambda row: _row_text(row, shards, queries))
     if row["status"] != "ok":
         raise SystemExit(1)
 
@@ -199,9 +199,13 @@ def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, 
         return train_on_workers(task, shards, storage)
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    metrics = "\n".join(f"{name:24} {value:.5g}" for name, value in row["metrics"].items())
-    return f"{row['status']}\n{metrics}\n{row['model'] or 'no model'}"
+def _row_text(row: dict[str, Any], shards: str, queries: int | None) -> str:
+    from bfm.report.tables import evaluation_text
+    from bfm.training.single import row_evaluation
+
+    if row["status"] != "ok":
+        return f"{row['status']} at {row['path_flops']:.3g} FLOPs"
+    return f"{evaluation_text(row_evaluation(row, shards, queries))}\n{row['model']}"
 
 
 @app.command(name="eval")

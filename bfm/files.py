@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,23 @@ def canonical_json(value: Any) -> bytes:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Publish a file whole or not at all; a full disk leaves the old file and raises OSError."""
+    with _written_beside(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A durable temporary file in the folder of `path`, with the permissions of any new file; gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as handle:
+        with open(temporary, "xb") as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,19 +108,12 @@ class Store:
             self.put(name, data)
             return self.get(name) == data
         path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            # A hard link fails where the name is taken, and shows the whole content at once.
-            os.link(temporary, path)
+            with _written_beside(path, data) as temporary:
+                # A hard link fails where the name is taken, and shows the whole content at once.
+                os.link(temporary, path)
         except FileExistsError:
             return False
-        finally:
-            Path(temporary).unlink(missing_ok=True)
         return True
 
     def get(self, name: str) -> bytes:

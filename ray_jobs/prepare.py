@@ -27,7 +27,7 @@ from bfm.files import Store
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
-"""Called with a stage (read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
+"""Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
 _WATCH_S = 0.3
 
 
@@ -65,6 +65,7 @@ def prepare_shards(
         job, pieces = plan_job(schema, logs, folder, seed)
         progress("start", 0.0)
         with local_ray(num_cpus):
+            progress("start", 1.0)
             quiet_ray_data()
             # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
             ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED

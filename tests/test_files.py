@@ -22,6 +22,12 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["kept.json"]
 
 
+def test_files_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_atomic(tmp_path / "published", b"x")
+    assert (tmp_path / "published").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_torn_json_names_its_file(tmp_path):
     (tmp_path / "torn.json").write_bytes(b'{"a": ')
     with pytest.raises(CorruptError, match=r"torn\.json"):

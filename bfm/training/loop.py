@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
 from bfm.units import format_flops
 
 Phase = Literal["trunk", "cooldown"]
+RATE_STEPS = 50
+"""Steps over which the observer's events/s and FLOP/s are taken."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Trainer:
         self.save_every_s = math.inf
         self._started_s = self._saved_s = time.monotonic()
         self._plan: _StepPlan | None = None
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self.engine: Engine
         self.objective: InBatchObjective | DrawnObjective
@@ -284,7 +288,7 @@ class Trainer:
             what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
             raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
         if self.observer is not None and self.engine.rank == 0:
-            step_s = max(time.monotonic() - begin_s, 1e-9)
+            events_per_s, flops_per_s = self._rates(begin_s, plan)
             self.observer(
                 StepRecord(
                     counters.step,
@@ -295,11 +299,22 @@ class Trainer:
                     loss,
                     learning_rate,
                     grad_norm,
-                    plan.events / step_s,
-                    plan.path_flops / step_s,
+                    events_per_s,
+                    flops_per_s,
                     time.monotonic() - self._started_s,
                 )
             )
+
+    def _rates(self, begin_s: float, plan: _StepPlan) -> tuple[float, float]:
+        """Events/s and FLOP/s over the last steps, the making of batches and other pauses included."""
+        if not self._marks:
+            self._marks.append(
+                (begin_s, self.counters.events - plan.events, self.counters.path_flops - plan.path_flops)
+            )
+        self._marks.append((time.monotonic(), self.counters.events, self.counters.path_flops))
+        first_s, first_events, first_flops = self._marks[0]
+        elapsed_s = max(self._marks[-1][0] - first_s, 1e-9)
+        return (self.counters.events - first_events) / elapsed_s, (self.counters.path_flops - first_flops) / elapsed_s
 
     def _forward_backward(self, batches: list[ModelBatch]) -> float:
         """Accumulate the step's gradient; returns the loss over all workers."""

@@ -73,18 +73,29 @@ def evaluate_checkpoint(checkpoint: str, shards: str, part: str, queries: int | 
     store = Store(folder or ".")
     model = load_model(store, name, opened)
     config = TrainConfig.from_dict(read_meta(store, name)["config"])
-    protocol = Protocol.load(opened)
-    evaluation = summarise(evaluate(model, opened, protocol, part, config.window, queries=queries))
+    evaluation = summarise(evaluate(model, opened, Protocol.load(opened), part, config.window, queries=queries))
+    return _beside_floors(opened, part, queries, evaluation.metrics, evaluation.errors)
+
+
+def row_evaluation(row: Mapping[str, Any], shards: str, queries: int | None) -> dict[str, Any]:
+    """The validation metrics of a row that `train_single` brought, in the form of `evaluate_checkpoint`."""
+    return _beside_floors(Shards.open(shards), "validation", queries, row["metrics"], row["errors"])
+
+
+def _beside_floors(
+    shards: Shards, part: str, queries: int | None, metrics: Mapping[str, float], errors: Mapping[str, float]
+) -> dict[str, Any]:
+    """Metrics with the floors on the same queries, and what was measured."""
+    protocol = Protocol.load(shards)
     return {
         "part": part,
-        "metrics": evaluation.metrics,
-        "errors": evaluation.errors,
-        "queries": evaluation.queries,
-        "catalogue": opened.num_catalogue,
+        "metrics": dict(metrics),
+        "errors": dict(errors),
+        "queries": len(protocol.queries(part)[:queries]),
+        "catalogue": shards.num_catalogue,
         "filter_seen": protocol.filter_seen,
         "protocol_hash": protocol.hash,
-        "eval_flops": evaluation.eval_flops,
-        "baselines": baseline_metrics(opened, protocol, part, queries=queries),
+        "baselines": baseline_metrics(shards, protocol, part, queries=queries),
     }
 
 

@@ -29,7 +29,8 @@ def cluster():
         address="local",
         num_cpus=2,
         _temp_dir=directory,
-        include_dashboard=False,
+        # Without it, Ray Train cannot ask who is alive and leaks or drops placement groups.
+        include_dashboard=True,
         log_to_driver=False,
         runtime_env={"env_vars": environment},
     )
