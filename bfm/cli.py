@@ -18,6 +18,7 @@ app = typer.Typer(
 data = typer.Typer(help="Event logs: prepare, describe, synth.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the file: budget.total_flops=1e13")
@@ -151,13 +152,13 @@ def train(
     from bfm.training.config import TrainConfig
     from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
-    from bfm.training.single import train_single
+    from bfm.training.single import TRIAL, train_single
     from bfm.units import parse_number
     from bfm.yaml import load_yaml
 
     limit_flops = parse_number(flops, key="--flops")
     checked = TrainConfig.from_dict(load_yaml(config), file=str(config))
-    writer = trial_writer(f"{out}/tensorboard", checked.as_dict(), ("nll", "recall@10"))
+    writer = trial_writer(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:
 
@@ -194,9 +195,13 @@ def train(
 def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, Any]:
     from ray_jobs.cluster_session import local_ray
     from ray_jobs.train import train_on_workers
+    from ray_jobs.trial import Workplace
 
+    print(f"{task['scaling']['workers']} workers; watch: tensorboard --logdir {storage}/tensorboard", file=sys.stderr)
     with local_ray(dashboard=True):
-        return train_on_workers(task, shards, storage)
+        return train_on_workers(
+            task, shards, storage, make_observer=Workplace(shards, storage, HPARAMS_METRICS).observer
+        )
 
 
 def _row_text(row: dict[str, Any], shards: str, queries: int | None) -> str:

@@ -64,7 +64,7 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     evaluated = json.loads(out)
     assert evaluated["metrics"]["nll"] == pytest.approx(direct["metrics"]["nll"], rel=1e-6)
     assert set(evaluated["baselines"]) == {"popularity", "co_occurrence"}
-    assert Store(tmp_path / "once" / "tensorboard").names()
+    assert Store(tmp_path / "once" / "tensorboard" / "run").names()
     code, out, err = bfm("train", config, *shards, "--flops", "2e8", "--out", tmp_path / "once")
     assert code == 0, err
     assert "co-occurrence" in out

@@ -52,8 +52,8 @@ class RungTask:
     """C values at which the trunk's averaged weights are scored on the way."""
     micro_groups: int = 1
     """Groups per micro-batch, at most; the largest divisor of a worker's groups below it is used."""
-    queries: int | None = None
-    """Validation queries to score; None: all."""
+    evaluation_queries: int | None = None
+    """The first so many validation queries are scored; None: all."""
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any]) -> RungTask:
@@ -68,7 +68,7 @@ class RungTask:
             resume_from=task.get("resume_from"),
             probes=tuple(float(c) for c in task.get("probes", ())),
             micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
-            queries=task.get("evaluation_queries"),
+            evaluation_queries=task.get("evaluation_queries"),
         )
 
     def name(self, what: str) -> str:
@@ -189,7 +189,7 @@ class _RungRun:
         state = trainer.engine.export_state()
         if self.factory.rank == 0:
             save_checkpoint(self.store, task.name("model"), EngineState(state.weight), trainer.meta())
-        row = self._row("rung", "ok", self._evaluate(trainer.plain_model(state), task.queries))
+        row = self._row("rung", "ok", self._evaluate(trainer.plain_model(state), task.evaluation_queries))
         if self.journal and self.factory.rank == 0:
             self.journal.clear()
         return row

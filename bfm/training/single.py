@@ -48,7 +48,7 @@ def train_single(
     Raises UserError where the storage holds another configuration or is already past `flops`.
     """
     store = Store(storage)
-    task = RungTask(f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, queries=queries)
+    task = RungTask(f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, evaluation_queries=queries)
     trunk = task.name("trunk")
     task = dataclasses.replace(
         task,
