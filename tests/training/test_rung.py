@@ -191,7 +191,7 @@ def test_sweep_task_is_understood():
         "evaluation_queries": 50,
     }
     task = RungTask.from_task(values)
-    assert (task.probes, task.micro_groups, task.queries) == ((10.0, 20.0), 2, 50)
+    assert (task.probes, task.micro_groups, task.evaluation_queries) == ((10.0, 20.0), 2, 50)
     assert task.config.params == 1e4
 
 
