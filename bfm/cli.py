@@ -18,7 +18,6 @@ app = typer.Typer(
 data = typer.Typer(help="Event logs: prepare, describe, synth.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
-HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the file: budget.total_flops=1e13")
@@ -148,7 +147,7 @@ def train(
 ) -> None:
     """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was."""
     from bfm.report.console import Display, step_words
-    from bfm.report.tensorboard import trial_writer
+    from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
     from bfm.training.config import TrainConfig
     from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
@@ -193,6 +192,7 @@ def train(
 
 
 def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, Any]:
+    from bfm.report.tensorboard import HPARAMS_METRICS
     from ray_jobs.cluster_session import local_ray
     from ray_jobs.train import train_on_workers
     from ray_jobs.trial import Workplace

@@ -22,6 +22,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.console import Display, row_words
 from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
@@ -95,7 +96,7 @@ def run_sweep(
     """
     store = _sweep_store(storage, spec.name, resume)
     shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
-    workplace = Workplace(shards, store.uri, ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10"))
+    workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     if not joins_a_cluster():
         check_fits(spec, machine_capacity())
     with signals_raise(), _driver(spec, store, shards) as driver:

@@ -55,6 +55,8 @@ _TAGS = {
         "cooldown/events_per_s": "events_per_s",
     },
 }
+HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
+"""Metrics that the HParams tab shows."""
 _MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
 
 
