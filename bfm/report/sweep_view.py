@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bfm.errors import CorruptError, UserError
@@ -16,9 +17,8 @@ from bfm.ranking.baselines import baseline_metrics
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
-from bfm.sweep.ledger import read_ledger
+from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
-from bfm.sweep.state import SweepState
 from bfm.sweep.status import summarise
 
 Baselines = Mapping[str, Mapping[str, float]]
@@ -46,11 +46,24 @@ class SweepView:
             for metric in metric_names(self.rows)
         }
 
+    @cached_property
+    def data(self) -> tuple[dict[str, Any], Baselines]:
+        """Manifest, protocol and floors of the sweep's shards; a reason and no floors where they are out of reach."""
+        spec = from_dict(self.spec)
+        try:
+            shards = Shards.open(spec.shards)
+        except (UserError, CorruptError) as error:
+            return {"provenance": {"shards": str(error)}}, {}
+        protocol = Protocol.load(shards)
+        floors = baseline_metrics(shards, protocol, "validation", queries=spec.evaluation_queries)
+        rules = json.loads((shards.path / "protocol.json").read_bytes())
+        return {"manifest": shards.manifest.as_dict(), "protocol": rules}, floors
+
 
 def read_sweep(sweep_dir: str) -> SweepView:
     """Read a sweep's ledger. Raises UserError where there is none, CorruptError where a segment is damaged."""
     store = Store(sweep_dir)
-    state = SweepState.fold(read_ledger(store).records)
+    state = read_state(store)
     if state.spec is None:
         raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
     return SweepView(store, sweep_rows(state), sweep_summary(state), summarise(state), state.spec)
@@ -64,7 +77,7 @@ def status_text(view: SweepView) -> str:
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    extra, baselines = _data(view)
+    extra, baselines = view.data
     files = render_report(view.rows, view.summary, baselines, view.spec, extra, overview=overview)
     folder = view.store.child("report")
     # index.html is last in `files`: it stands only where all that it names stands.
@@ -75,20 +88,8 @@ def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
 
 def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
-    _, baselines = _data(view)
-    shown = [frontier_text(view.rows, baselines), failures_text(view.rows, view.summary)]
+    extra, baselines = view.data
+    missing = "" if baselines else f"no floors: {extra['provenance']['shards']}"
+    shown = [frontier_text(view.rows, baselines), missing, failures_text(view.rows, view.summary)]
     paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
     return "\n\n".join(part for part in [*shown, paths] if part)
-
-
-def _data(view: SweepView) -> tuple[dict[str, Any], Baselines]:
-    """Manifest, protocol and floors of the sweep's shards; empty with a reason where the shards are out of reach."""
-    spec = from_dict(view.spec)
-    try:
-        shards = Shards.open(spec.shards)
-    except (UserError, CorruptError) as error:
-        return {"provenance": {"shards": str(error)}}, {}
-    protocol = Protocol.load(shards)
-    floors = baseline_metrics(shards, protocol, "validation", queries=spec.evaluation_queries)
-    rules = json.loads((shards.path / "protocol.json").read_bytes())
-    return {"manifest": shards.manifest.as_dict(), "protocol": rules}, floors
