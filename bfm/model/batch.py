@@ -2,10 +2,11 @@
 
 Enters: `Windows` (numpy) of one or more whole negative groups, or the windows of evaluation queries.
 Leaves: one `ModelBatch`, in which every distinct item of a group stands once, so that the embedder runs per
-distinct item, and in which the candidates of a group (its distinct targets) are rows of the same item list.
+distinct item, and in which the live candidates of a group (its distinct targets, and what was drawn to them) are rows
+of the same item list.
 
 Shape legend: G groups, R windows (rows), L positions, U distinct items of all groups one after the other,
-T target rows (positions with a target, row-major), C in-batch candidates of all groups one after the other.
+T target rows (positions with a target, row-major), C live candidates of all groups one after the other.
 Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
 """
 
@@ -22,6 +23,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
+
+_NO_ITEMS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class ModelBatch:
     target_item_T: Tensor
     """int64 item id of each row's target; empty for queries."""
     candidates_C: Tensor
-    """int64 index into items_U of each group's distinct targets, ascending; empty for queries."""
+    """int64 index into items_U of each group's distinct targets and drawn candidates, ascending; empty for queries."""
     hit_T: Tensor
     """int64 index of a row's own target among its group's candidates; empty for queries."""
 
@@ -82,20 +85,26 @@ class ModelBatch:
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """In-batch candidates (distinct targets) of each group."""
+        """Live candidates (distinct targets and what was drawn) of each group."""
         return _lengths(self.candidate_offset)
 
 
 def make_batch(
-    groups: Sequence[Windows], device: torch.device | str = "cpu", group_indices: Sequence[int] | None = None
+    groups: Sequence[Windows],
+    device: torch.device | str = "cpu",
+    group_indices: Sequence[int] | None = None,
+    drawn: Sequence[np.ndarray] | None = None,
 ) -> ModelBatch:
-    """A batch of whole groups. `group_indices` are their global indices (0, 1, ... where not given)."""
+    """A batch of whole groups. `group_indices` are their global indices (0, 1, ... where not given).
+
+    `drawn` are further candidates of each group (distinct item ids): they join its items and its candidates.
+    """
     if not groups:
         raise ValueError("a batch needs at least one group")
     indices = tuple(range(len(groups)) if group_indices is None else map(int, group_indices))
     if len(indices) != len(groups):
         raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
-    parts = [_index_group(group) for group in groups]
+    parts = [_index_group(*part) for part in zip(groups, drawn or [_NO_ITEMS] * len(groups), strict=True)]
     items_offset = _offsets([len(part.items_U) for part in parts])
     row_offset = _offsets([len(part.hit_T) for part in parts])
     position_offset = _offsets([group.item_RL.size for group in groups])
@@ -119,9 +128,9 @@ def make_batch(
             [part.position_T + start for part, start in zip(parts, position_offset, strict=False)], device
         ),
         target_index_T=_tensor(
-            [part.candidates_C[part.hit_T] + start for part, start in zip(parts, starts, strict=True)], device
+            [part.target_T + start for part, start in zip(parts, starts, strict=True)], device
         ),
-        target_item_T=_tensor([part.items_U[part.candidates_C[part.hit_T]] for part in parts], device),
+        target_item_T=_tensor([part.items_U[part.target_T] for part in parts], device),
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),
         **_row_tensors(groups, device),
@@ -169,24 +178,26 @@ class _GroupIndex:
     items_U: np.ndarray
     item_RL: np.ndarray
     position_T: np.ndarray
+    target_T: np.ndarray
     candidates_C: np.ndarray
     hit_T: np.ndarray
 
 
-def _index_group(group: Windows) -> _GroupIndex:
+def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
     """Distinct items of a group and everything that points into them. Pads carry an arbitrary index."""
     position_T = np.flatnonzero(group.target_RL.ravel() >= 0)
     targets_T = group.target_RL.ravel()[position_T]
-    items_U = np.unique(np.concatenate([group.item_RL.ravel(), targets_T]))
+    items_U = np.unique(np.concatenate([group.item_RL.ravel(), targets_T, drawn]))
     if len(items_U) and items_U[0] < 0:
         items_U = items_U[1:]
-    candidates, hit_T = np.unique(targets_T, return_inverse=True)
+    candidates = np.unique(np.concatenate([targets_T, drawn]))
     return _GroupIndex(
         items_U=items_U.astype(np.int64),
         item_RL=np.searchsorted(items_U, group.item_RL),
         position_T=position_T,
+        target_T=np.searchsorted(items_U, targets_T),
         candidates_C=np.searchsorted(items_U, candidates),
-        hit_T=hit_T,
+        hit_T=np.searchsorted(candidates, targets_T),
     )
 
 

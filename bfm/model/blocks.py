@@ -6,14 +6,21 @@ zero, so a new block is the identity. H heads, P head dimension (even).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bfm.events.mixing import stream_key
+
 _ROPE_BASE = 10_000.0
 _EPSILON = 1e-6
+_DROPOUT_STREAM = 0x64_726F_70
+
+Drop = Callable[[Tensor], Tensor]
+"""Dropout of a tensor whose rows are the windows of a batch."""
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -67,6 +74,27 @@ def rotate(x_BLCHP: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x_BLCHP.dtype)
 
 
+class GroupDropout:
+    """Dropout whose masks are a function of (seed, group): the same for any micro-batch and number of workers."""
+
+    def __init__(
+        self, rate: float, seed: int, group_indices: Sequence[int], windows: Sequence[int], device: torch.device
+    ) -> None:
+        """`windows` are the rows of each group."""
+        self.rate, self.windows = rate, tuple(windows)
+        self.generators = [
+            torch.Generator(device).manual_seed(int(stream_key(_DROPOUT_STREAM, seed, group)) >> 1)
+            for group in group_indices
+        ]
+
+    def __call__(self, x_RLW: Tensor) -> Tensor:
+        """Channels of x are zeroed with probability `rate`, the rest scaled by 1 / (1 - rate)."""
+        keep_RLW = torch.empty_like(x_RLW, memory_format=torch.contiguous_format)
+        for part, generator in zip(keep_RLW.split(self.windows), self.generators, strict=True):
+            part.bernoulli_(1.0 - self.rate, generator=generator)
+        return x_RLW * keep_RLW.div_(1.0 - self.rate)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU, each added to the residual stream."""
 
@@ -82,11 +110,16 @@ class Block(nn.Module):
         self.gate_up = make_linear(width, 2 * hidden, generator)
         self.down = make_linear(hidden, width, None)
 
-    def forward(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
-        """`mask` is added to the logits and broadcasts to [B, H, L, L]; rotation None: tokens have no positions."""
-        x_BLW = x_BLW + self._attend(rms_norm(x_BLW), mask, rotation)
+    def forward(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None, drop: Drop | None = None) -> Tensor:
+        """`mask` is added to the logits and broadcasts to [B, H, L, L]; rotation None: tokens have no positions.
+
+        `drop` is applied to what is added to the residual stream.
+        """
+        added_BLW = self._attend(rms_norm(x_BLW), mask, rotation)
+        x_BLW = x_BLW + (added_BLW if drop is None else drop(added_BLW))
         gate, up = self.gate_up(rms_norm(x_BLW)).chunk(2, -1)
-        return x_BLW + self.down(F.silu(gate) * up)
+        added_BLW = self.down(F.silu(gate) * up)
+        return x_BLW + (added_BLW if drop is None else drop(added_BLW))
 
     def _attend(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
         batch, length, width = x_BLW.shape

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.blocks import Block, make_linear, make_rotation, rms_norm
+from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm
 from bfm.model.sizing import Shape
 
 
@@ -30,16 +30,20 @@ class Contextualizer(nn.Module):
         self.out = make_linear(shape.width, shape.d_item, generator)
         self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
-    def forward(self, v_RLD: Tensor, context_RLD: Tensor, segment_RL: Tensor, position_T: Tensor) -> Tensor:
+    def forward(
+        self, v_RLD: Tensor, context_RLD: Tensor, segment_RL: Tensor, position_T: Tensor, drop: Drop | None = None
+    ) -> Tensor:
         """Unit vectors h_TD, float32, at the flat positions r * L + l."""
         rows, length, d_item = v_RLD.shape
         dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
         x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
+        if drop is not None:
+            x_RLW = drop(x_RLW)
         mask = attention_mask(segment_RL, x_RLW.dtype)
         rotation = self._rotation(length, x_RLW.device)
         for block in self.blocks:
-            x_RLW = block(x_RLW, mask, rotation)
+            x_RLW = block(x_RLW, mask, rotation, drop)
         x_TW = x_RLW.reshape(rows * length, -1).index_select(0, position_T)
         return F.normalize(self.out(rms_norm(x_TW)).float(), dim=-1)
 

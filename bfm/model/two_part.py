@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bfm.errors import UserError
 from bfm.events.fields import FittedField
 from bfm.model.batch import ModelBatch
-from bfm.model.blocks import look_up
+from bfm.model.blocks import GroupDropout, look_up
 from bfm.model.contextualizer import Contextualizer
 from bfm.model.embedder import ItemEmbedder
 from bfm.model.fields import (
@@ -34,6 +35,8 @@ from bfm.model.sizing import Shape
 
 INITIAL_SCALE = 20.0
 LARGEST_SCALE = 100.0
+EMBED_CHUNK = 1 << 14
+"""Items that are embedded at once."""
 
 
 class ItemStore:
@@ -93,9 +96,10 @@ class TwoPartModel(nn.Module):
         has_clock: bool,
         table_width: int,
         seed: int,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.seed, self.dropout = shape, seed, dropout
         self.item_store = item_store
         # One generator per part: the context side and the contextualizer start alike whatever the embedder draws.
         generators = [torch.Generator().manual_seed(_mix(seed, part)) for part in range(3)]
@@ -119,15 +123,24 @@ class TwoPartModel(nn.Module):
         return objective(self, batch)
 
     def embed_items(self, ids_U: Tensor) -> Tensor:
-        """Unit vectors v_UD (float32) of item ids (int64)."""
+        """Unit vectors v_UD (float32) of item ids (int64).
+
+        More than EMBED_CHUNK items are embedded in chunks that the backward pass computes again, so that the memory of
+        live candidates is their vectors and one chunk's activations.
+        """
+        if len(ids_U) <= EMBED_CHUNK or not torch.is_grad_enabled():
+            return self._embed_chunk(ids_U)
+        return torch.cat([checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)])
+
+    def _embed_chunk(self, ids_U: Tensor) -> Tensor:
         packed = self.item_store.packed(ids_U.device).take(ids_U)
         return self.embedder(packed.ids_NS, self.item_store.layout.features(packed, None))
 
     @torch.no_grad()
-    def embed_all(self, chunk: int = 8192) -> Tensor:
+    def embed_all(self, chunk: int = EMBED_CHUNK) -> Tensor:
         """The catalogue and the cold items: [I, d_item], float32."""
         ids = torch.arange(self.item_store.num_items, device=self.device)
-        return torch.cat([self.embed_items(part) for part in ids.split(chunk)])
+        return torch.cat([self._embed_chunk(part) for part in ids.split(chunk)])
 
     def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Tensor:
         """Unit queries h_TD (float32) of the batch's target rows, in row-major order.
@@ -136,7 +149,10 @@ class TwoPartModel(nn.Module):
         """
         v_RLD = look_up(v_UD, batch.item_RL)
         context_RLD = self.context(batch.context, batch.gap_RL, batch.time_RL, batch.later_RL)
-        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.target_position_T)
+        drop = None
+        if self.training and self.dropout > 0.0:
+            drop = GroupDropout(self.dropout, self.seed, batch.group_indices, batch.windows, self.device)
+        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.target_position_T, drop)
 
     def embedder_parameter_names(self) -> tuple[str, ...]:
         """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""

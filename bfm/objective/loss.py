@@ -4,7 +4,8 @@ Enters: the two-part model and a batch of whole groups. Leaves: one scalar. A gr
 on that group alone, so the value and the gradient do not depend on how groups are split into micro-batches or workers
 (each of which holds equally many groups).
 
-Stage 1 (`InBatchObjective`): both parts are trained, the negatives are the group's distinct targets.
+Stage 1 (`LiveObjective`): both parts are trained, the negatives are the group's distinct targets and, on request,
+items drawn for the group, all embedded with it.
 Stage 2 (`DrawnObjective`): item vectors are rows of the frozen catalogue, K negatives are drawn per group.
 
 U = distinct items of the batch's groups, T = target rows, V = catalogue items, I = all items, K = candidates of a
@@ -32,6 +33,8 @@ from bfm.objective.sampling import (
 )
 from bfm.objective.softmax import sampled_softmax
 
+_NOTHING = np.zeros(0, np.int64)
+
 
 class TwoParts(Protocol):
     """What an objective needs of the model."""
@@ -41,12 +44,29 @@ class TwoParts(Protocol):
     contextualize: Callable[[ModelBatch, Tensor], Tensor]
 
 
-class InBatchObjective:
-    """Stage 1: a row's negatives are the other distinct targets of its group, corrected by their chance to be there."""
+class LiveObjective:
+    """Stage 1: a row's negatives are the other candidates of its group, corrected by their chance to be there."""
 
-    def __init__(self, log_pi_V: Tensor) -> None:
-        """log_pi_V: log of the share of groups whose targets contain each catalogue item, on the model's device."""
-        self.log_pi_V = log_pi_V
+    def __init__(
+        self, log_pi_batch_V: Tensor, popularity_V: NDArray[np.integer], negatives: int, exponent: float, seed: int
+    ) -> None:
+        """Fix the proposal: the group's distinct targets and `negatives` drawn items, pi ~ popularity^exponent.
+
+        log_pi_batch_V: log of the share of groups whose targets contain each catalogue item, on the model's device.
+        Raises UserError where `negatives` is above V.
+        """
+        self.log_pi_V, self.seed = log_pi_batch_V, seed
+        self.pi_drawn_V: NDArray[np.float64] | None = None
+        if negatives:
+            self.pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
+            pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), self.pi_drawn_V)
+            self.log_pi_V = torch.from_numpy(np.log(pi_V)).float().to(log_pi_batch_V.device)
+
+    def drawn(self, group_index: int) -> NDArray[np.int64]:
+        """Item ids that are embedded with a group as further candidates."""
+        if self.pi_drawn_V is None:
+            return _NOTHING
+        return draw_systematic(self.pi_drawn_V, group_rng(self.seed, group_index))
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
@@ -58,7 +78,8 @@ class InBatchObjective:
             loss_T = sampled_softmax(
                 h_TD[rows],
                 v_UD[batch.target_index_T[rows]],
-                v_UD[chosen_K],
+                v_UD,
+                chosen_K,
                 self.log_pi_V[batch.items_U[chosen_K]],
                 batch.hit_T[rows],
                 model.scale,
@@ -67,7 +88,7 @@ class InBatchObjective:
         return torch.stack(losses).mean()
 
     def candidates(self, batch: ModelBatch) -> list[int]:
-        """Candidates of each group: its distinct targets."""
+        """Candidates of each group: its distinct targets and what was drawn."""
         return list(batch.candidates)
 
     def evaluation_candidates(self, seed: int) -> Candidates:
@@ -115,13 +136,18 @@ class DrawnObjective:
             loss_T = sampled_softmax(
                 h_TD[rows],
                 self.catalogue_ID[target_T],
-                self.catalogue_ID[ids_K],
+                self.catalogue_ID,
+                ids_K,
                 self.log_pi_V[ids_K],
                 torch.where(ids_K[place_T] == target_T, place_T, -1),
                 model.scale,
             )
             losses.append(_mean(loss_T))
         return torch.stack(losses).mean()
+
+    def drawn(self, group_index: int) -> NDArray[np.int64]:
+        """Nothing: the candidates of stage 2 are not embedded with the group."""
+        return _NOTHING
 
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group: K, or the size of the union with the group's distinct targets."""

@@ -5,7 +5,8 @@
 The positive is always present, so it is not corrected; a negative stands for 1/pi of its kind, so it is. The sum then
 estimates the full softmax's sum without bias, and with pi = 1 for every item the loss is the full softmax.
 
-T = target rows, K = candidates shared by the rows, V = catalogue items, D = retrieval width.
+T = target rows, K = candidates shared by the rows, R = rows of the table they are taken from, V = catalogue items,
+D = retrieval width.
 """
 
 from __future__ import annotations
@@ -18,18 +19,26 @@ _BLOCK_BYTES = 16 * 2**20
 
 
 def sampled_softmax(
-    h_TD: Tensor, positive_TD: Tensor, candidates_KD: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
+    h_TD: Tensor,
+    positive_TD: Tensor,
+    table_RD: Tensor,
+    ids_K: Tensor,
+    log_pi_K: Tensor,
+    hit_T: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """The corrected sampled softmax loss of every row, loss_T.
 
+    The candidates are the rows ids_K (int64, distinct) of the table.
+
     hit_T (int64) is the column of the row's own target among the candidates, -1 where it is not among them; that
-    column is left out of the row's sum. scale is a scalar. Differentiable in h, positive, candidates and scale.
+    column is left out of the row's sum. scale is a scalar. Differentiable in h, positive, table and scale.
     Stores T x K scores: the plain reference behind an interface that needs no such table. What follows the matmul is
     done in the wider dtype of h and log_pi (bfloat16 scores times a scale of 100 would be off by whole units).
     """
     dtype = torch.promote_types(h_TD.dtype, log_pi_K.dtype)
     positive_T = scale * (h_TD.to(dtype) * positive_TD.to(dtype)).sum(-1)
-    logits_TK = scale * (h_TD @ candidates_KD.T).to(dtype) - log_pi_K
+    logits_TK = scale * (h_TD @ table_RD[ids_K].T).to(dtype) - log_pi_K
     hit_rows = (hit_T >= 0).nonzero()[:, 0]
     logits_TK[hit_rows, hit_T[hit_rows]] = -torch.inf
     # The positive joins the sum as a column: a row without any other candidate keeps a finite gradient.

@@ -142,7 +142,7 @@ def _sampled_loss(
     used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[query_N]
     place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
     hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
-    candidates_KD = catalogue_VD[torch.from_numpy(candidates.ids_K).to(device)]
+    ids_K = torch.from_numpy(candidates.ids_K).to(device)
     log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
     loss_N = np.full(len(query_N), np.nan)
     rows = np.flatnonzero(used_N)
@@ -152,6 +152,8 @@ def _sampled_loss(
         query_T, item_T, hit_T = (
             torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
         )
-        loss_T = sampled_softmax(h_QD[query_T], catalogue_VD[item_T], candidates_KD, log_pi_K, hit_T, model.scale)
+        loss_T = sampled_softmax(
+            h_QD[query_T], catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, model.scale
+        )
         loss_N[chosen_T] = loss_T.double().cpu().numpy()
     return query_mean(loss_N, targets, used_N), len(rows)

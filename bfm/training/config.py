@@ -59,6 +59,12 @@ class TrainConfig:
     """Length of the linear warmup; None: as many events as the model has params."""
     cooldown_fraction: float = 0.2
     """Share of a rung's C that its cooldown branch gets."""
+    dropout: float = 0.0
+    """Share of channels dropped in training, at the input and the outputs of the contextualizer's layers."""
+    live_negatives: int = 0
+    """Negatives drawn per group in stage 1, beside the group's own targets; embedded like them."""
+    live_exponent: float = 0.0
+    """Draws of stage 1 are proportional to popularity to this power."""
     freeze_at_flops: float | None = None
     """path_flops at which stage 2 begins; None: stage 1 only."""
     negatives: int = 0
@@ -180,6 +186,9 @@ _CHECKS: dict[str, Check] = {
     "beta2": _number(0, 1, high_open=True),
     "warmup_events": _or_none(_number(0, _INFINITE)),
     "cooldown_fraction": _number(0, 1, high_open=True),
+    "dropout": _number(0, 1, high_open=True),
+    "live_negatives": _count(0, 1 << 31),
+    "live_exponent": _number(0, 2),
     "freeze_at_flops": _or_none(_number(0, _INFINITE, low_open=True)),
     "negatives": _count(0, 1 << 31),
     "negatives_exponent": _number(0, 2),

@@ -73,5 +73,11 @@ class TrainingData:
     def build_model(self, config: TrainConfig, seed: int) -> TwoPartModel:
         """A freshly initialised model on the CPU: a function of (configuration, seed, fields)."""
         return TwoPartModel(
-            config.shape(), self.shards.fields, self.item_store, self.shards.has_clock, config.table_width, seed
+            config.shape(),
+            self.shards.fields,
+            self.item_store,
+            self.shards.has_clock,
+            config.table_width,
+            seed,
+            config.dropout,
         )

@@ -19,11 +19,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bfm.errors import CorruptError, DivergedError, UserError
-from bfm.files import Store, sha256_bytes
+from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.loss import DrawnObjective, InBatchObjective
+from bfm.objective.catalogue import embedder_hash
+from bfm.objective.loss import DrawnObjective, LiveObjective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -122,7 +123,7 @@ class Trainer:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self.engine: Engine
-        self.objective: InBatchObjective | DrawnObjective
+        self.objective: LiveObjective | DrawnObjective
         self._build_engine(EngineState({}) if start is None else start.state)
 
     def run_trunk(self, until_flops: float) -> None:
@@ -208,7 +209,13 @@ class Trainer:
         model = model.to(self.factory.device)
         log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
         if self.counters.stage == 1:
-            self.objective = InBatchObjective(log_pi_V)
+            self.objective = LiveObjective(
+                log_pi_V,
+                self.data.shards.train_counts,
+                self.config.live_negatives,
+                self.config.live_exponent,
+                self.seed,
+            )
         else:
             model.freeze_embedder()
             digest = embedder_hash(model, self.data.fields_hash)
@@ -246,7 +253,12 @@ class Trainer:
         batches, path_flops, hardware_flops, attention_flops, events = [], 0, 0, 0, 0
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
-            batch = make_batch([self.order.group(index) for index in indices], self.engine.device, indices)
+            batch = make_batch(
+                [self.order.group(index) for index in indices],
+                self.engine.device,
+                indices,
+                [self.objective.drawn(index) for index in indices],
+            )
             batches.append(batch)
             for items, rows, candidates, windows, pairs in zip(
                 batch.distinct_items,
@@ -336,16 +348,6 @@ def groups_per_worker(config: TrainConfig, workers: int) -> int:
             fix=f"use one of {', '.join(map(str, allowed[:24]))} workers",
         )
     return config.groups_per_step // workers
-
-
-def embedder_hash(model: TwoPartModel, fields_hash: str) -> str:
-    """Identity of the frozen catalogue: weights of the embedder and what it reads."""
-    parameters = dict(model.named_parameters())
-    digests = [fields_hash]
-    for name in sorted(model.embedder_parameter_names()):
-        digests.append(name)
-        digests.append(sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes()))
-    return sha256_bytes("\n".join(digests).encode())
 
 
 def resume(

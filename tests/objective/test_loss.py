@@ -9,7 +9,7 @@ import torch
 from bfm.errors import UserError
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
-from bfm.objective.loss import DrawnObjective, InBatchObjective
+from bfm.objective.loss import DrawnObjective, LiveObjective
 
 DIM = 6
 
@@ -55,7 +55,7 @@ def drawn(shards, model, negatives, *, in_batch=False, exponent=0.5):
 
 def objectives(shards, model):
     return [
-        InBatchObjective(in_batch_log_pi(shards)),
+        LiveObjective(in_batch_log_pi(shards), shards.train_counts, 0, 0.0, 0),
         drawn(shards, model, 7),
         drawn(shards, model, 7, in_batch=True),
         drawn(shards, model, 0, in_batch=True),
@@ -112,7 +112,7 @@ def test_in_batch_negatives_are_the_groups_other_distinct_targets(world):
     expected = [
         plain_loss(model, shards, group, np.unique(group.target_RL[group.target_RL >= 0]), log_pi_V) for group in groups
     ]
-    loss = InBatchObjective(log_pi_V)(model, make_batch(groups))
+    loss = LiveObjective(log_pi_V, np.ones(len(log_pi_V)), 0, 0.0, 0)(model, make_batch(groups))
     # The mean of the groups' means, not the mean over rows.
     assert loss.item() == pytest.approx(np.mean(expected))
 
