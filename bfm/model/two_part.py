@@ -33,7 +33,6 @@ from bfm.model.fields import (
 )
 from bfm.model.sizing import Shape
 
-INITIAL_SCALE = 20.0
 LARGEST_SCALE = 100.0
 EMBED_CHUNK = 1 << 14
 """Items that are embedded at once."""
@@ -97,6 +96,7 @@ class TwoPartModel(nn.Module):
         table_width: int,
         seed: int,
         dropout: float = 0.0,
+        initial_scale: float = 20.0,
     ) -> None:
         super().__init__()
         self.shape, self.seed, self.dropout = shape, seed, dropout
@@ -106,7 +106,7 @@ class TwoPartModel(nn.Module):
         self.embedder = ItemEmbedder(shape, item_store.layout, table_width, generators[0])
         self.context = ContextEncoder(fields, has_clock, shape.d_item, table_width, generators[1])
         self.contextualizer = Contextualizer(shape, generators[2])
-        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
 
     @property
     def scale(self) -> Tensor:

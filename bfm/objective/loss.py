@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bfm.errors import UserError
 from bfm.model.batch import ModelBatch
 from bfm.objective.sampling import (
     Candidates,
@@ -55,6 +56,7 @@ class LiveObjective:
         log_pi_batch_V: log of the share of groups whose targets contain each catalogue item, on the model's device.
         Raises UserError where `negatives` is above V.
         """
+        _check_catalogue(len(log_pi_batch_V))
         self.log_pi_V, self.seed = log_pi_batch_V, seed
         self.pi_drawn_V: NDArray[np.float64] | None = None
         if negatives:
@@ -115,6 +117,7 @@ class DrawnObjective:
         only where `in_batch` adds the group's targets. Raises UserError where `negatives` is not in 1..V (0 is allowed
         beside `in_batch`).
         """
+        _check_catalogue(len(popularity_V))
         self.catalogue_ID, self.seed, self.in_batch, self.negatives = catalogue_ID.detach(), seed, in_batch, negatives
         if negatives == 0 and in_batch:
             self.pi_drawn_V = np.zeros(len(popularity_V))
@@ -167,6 +170,15 @@ class DrawnObjective:
             return ids_K
         targets = batch.candidates_C[batch.candidate_offset[group] : batch.candidate_offset[group + 1]]
         return torch.unique(torch.cat([ids_K, batch.items_U[targets]]))
+
+
+def _check_catalogue(num_items: int) -> None:
+    if num_items < 2:
+        raise UserError(
+            f"a catalogue of {num_items} item{'s' if num_items != 1 else ''} has no negative for any target",
+            key="item",
+            fix="train on a log with more items before the split",
+        )
 
 
 def _groups(batch: ModelBatch) -> Iterator[tuple[int, slice]]:

@@ -7,6 +7,7 @@ trainer from the groups it really saw; policies and plans see only the nominal c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bfm.events.shards import Shards
 from bfm.events.statistics import DistinctStats, expected_distinct
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
+from bfm.objective.sampling import drawn_inclusion
 from bfm.sweep.settings import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import check_rung
@@ -42,6 +44,8 @@ class LogFacts:
     """Candidates (V)."""
     train_targets: int
     """Targets per epoch."""
+    train_counts: np.ndarray
+    """Training events of each catalogue item."""
     context_lengths: np.ndarray
     """Events known to each evaluated query."""
     groups: Callable[[int, int], DistinctStats]
@@ -57,6 +61,7 @@ class LogFacts:
             num_items=manifest.items,
             num_catalogue=manifest.catalogue,
             train_targets=manifest.train_targets,
+            train_counts=shards.train_counts,
             context_lengths=protocol.queries("validation").position[:evaluation_queries] + 1,
             groups=lambda window, group_windows: expected_distinct(manifest, window, group_windows),
         )
@@ -140,16 +145,17 @@ class Costs:
     def __init__(self, facts: LogFacts) -> None:
         self.facts = facts
         self.num_catalogue = facts.num_catalogue
-        self._groups: dict[tuple[int, int], DistinctStats] = {}
+        self._groups: dict[tuple[int, int, int, float], DistinctStats] = {}
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
         shape = config.shape()
-        groups = self._statistics(config.window, config.group_windows)
+        groups = self._statistics(config)
+        targets = self.facts.groups(config.window, config.group_windows).distinct_targets_mean
         cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
         first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
         freezes = config.freeze_at_flops is not None
-        candidates = config.negatives + (groups.distinct_targets_mean if config.negatives_in_batch else 0)
+        candidates = config.negatives + (targets if config.negatives_in_batch else 0)
         second_flops = self._group_flops(cost, config, groups, 2, candidates) if freezes else None
         return ConfigCost(
             params=shape.params,
@@ -169,10 +175,19 @@ class Costs:
             relative_error=groups.relative_error,
         )
 
-    def _statistics(self, window: int, group_windows: int) -> DistinctStats:
-        key = window, group_windows
+    def _statistics(self, config: TrainConfig) -> DistinctStats:
+        """Means per group, the drawn candidates of stage 1 among its items and targets."""
+        key = config.window, config.group_windows, config.live_negatives, config.live_exponent
         if key not in self._groups:
-            self._groups[key] = self.facts.groups(*key)
+            groups = self.facts.groups(config.window, config.group_windows)
+            if config.live_negatives:
+                pi_V = drawn_inclusion(self.facts.train_counts, config.live_negatives, config.live_exponent)
+                groups = dataclasses.replace(
+                    groups,
+                    distinct_items_mean=union_mean(groups.distinct_items_mean, self.facts.train_counts, pi_V),
+                    distinct_targets_mean=union_mean(groups.distinct_targets_mean, self.facts.train_counts, pi_V),
+                )
+            self._groups[key] = groups
         return self._groups[key]
 
     def _group_flops(
@@ -192,6 +207,21 @@ class Costs:
         rows = math.ceil(int(lengths.sum()) / window)
         scoring = cost.eval_flops(rows, len(lengths), self.facts.num_catalogue)
         return scoring + cost.catalogue_flops(self.facts.num_items)
+
+
+def union_mean(distinct_mean: float, counts_V: np.ndarray, pi_V: np.ndarray) -> float:
+    """Mean size of a group's distinct items together with items drawn with probabilities pi.
+
+    An item of popularity q is taken to be in a group with probability 1 - exp(-n q), n such that these sum to the mean.
+    """
+    share_V = counts_V / counts_V.sum()
+    low, high = 0.0, 64.0
+    for _ in range(48):
+        middle = (low + high) / 2
+        too_few = -np.expm1(-math.expm1(middle) * share_V).sum() < distinct_mean
+        low, high = (middle, high) if too_few else (low, middle)
+    present_V = -np.expm1(-math.expm1(high) * share_V)
+    return float(distinct_mean + ((1.0 - present_V) * pi_V).sum())
 
 
 def group_bytes(

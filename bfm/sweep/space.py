@@ -61,6 +61,8 @@ class FeasibleSet:
         """The verdict on the values of the free parameters."""
         try:
             config = self.spec.config(values)
+            if (too_many := self._negatives(config)) is not None:
+                return too_many
             cost = self.costs.of(config)
         except InfeasibleError as error:
             return _from_error("cannot be built", error)
@@ -69,7 +71,6 @@ class FeasibleSet:
         rejection = (
             self._steps(config, cost)
             or self._data(config, cost)
-            or self._negatives(config)
             or next(filter(None, (self._fits(config, cost, tier) for tier in self._tiers(cost))), None)
         )
         return rejection or Feasible(config, cost)
@@ -185,14 +186,15 @@ class FeasibleSet:
         return None
 
     def _negatives(self, config: TrainConfig) -> Rejection | None:
-        if config.negatives <= self.costs.num_catalogue:
-            return None
-        return Rejection(
-            reason="more negatives than items in the catalogue",
-            detail=f"K = {config.negatives} of {self.costs.num_catalogue} items",
-            key="parameters.negatives",
-            fix=f"use at most {self.costs.num_catalogue}",
-        )
+        for name in ("negatives", "live_negatives"):
+            if getattr(config, name) > self.costs.num_catalogue:
+                return Rejection(
+                    reason="more negatives than items in the catalogue",
+                    detail=f"K = {getattr(config, name)} of {self.costs.num_catalogue} items",
+                    key=f"parameters.{name}",
+                    fix=f"use at most {self.costs.num_catalogue}",
+                )
+        return None
 
     def _fits(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
         if config.groups_per_step % tier.workers:

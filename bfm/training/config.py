@@ -59,6 +59,8 @@ class TrainConfig:
     """Length of the linear warmup; None: as many events as the model has params."""
     cooldown_fraction: float = 0.2
     """Share of a rung's C that its cooldown branch gets."""
+    initial_scale: float = 20.0
+    """Where the learned factor of the cosines (the inverse temperature) starts."""
     dropout: float = 0.0
     """Share of channels dropped in training, at the input and the outputs of the contextualizer's layers."""
     live_negatives: int = 0
@@ -186,6 +188,7 @@ _CHECKS: dict[str, Check] = {
     "beta2": _number(0, 1, high_open=True),
     "warmup_events": _or_none(_number(0, _INFINITE)),
     "cooldown_fraction": _number(0, 1, high_open=True),
+    "initial_scale": _number(0, 100, low_open=True),
     "dropout": _number(0, 1, high_open=True),
     "live_negatives": _count(0, 1 << 31),
     "live_exponent": _number(0, 2),

@@ -80,4 +80,5 @@ class TrainingData:
             config.table_width,
             seed,
             config.dropout,
+            config.initial_scale,
         )

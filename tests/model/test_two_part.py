@@ -10,7 +10,7 @@ from bfm.errors import UserError
 from bfm.events.windows import Windows
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.sizing import Shape
-from bfm.model.two_part import INITIAL_SCALE, LARGEST_SCALE, ItemStore, TwoPartModel
+from bfm.model.two_part import LARGEST_SCALE, ItemStore, TwoPartModel
 from tests.model.toys import ALL_FIELDS, CHANNEL, NUM_ITEMS, contextualize, make_model, make_windows, perturb
 
 SHAPES = [
@@ -190,7 +190,7 @@ def test_half_precision_is_near_single(model, autocast):
 
 def test_the_scale_starts_at_its_value_and_is_bounded():
     model = make_model()
-    assert model.scale.item() == pytest.approx(INITIAL_SCALE)
+    assert model.scale.item() == pytest.approx(20.0)
     assert model.scale.shape == ()
     with torch.no_grad():
         model.log_scale.fill_(50)

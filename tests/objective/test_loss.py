@@ -56,10 +56,16 @@ def drawn(shards, model, negatives, *, in_batch=False, exponent=0.5):
 def objectives(shards, model):
     return [
         LiveObjective(in_batch_log_pi(shards), shards.train_counts, 0, 0.0, 0),
+        LiveObjective(in_batch_log_pi(shards), shards.train_counts, 9, 0.5, 0),
         drawn(shards, model, 7),
         drawn(shards, model, 7, in_batch=True),
         drawn(shards, model, 0, in_batch=True),
     ]
+
+
+def live_batch(groups, indices, objective):
+    chosen = [groups[index] for index in indices]
+    return make_batch(chosen, group_indices=indices, drawn=[objective.drawn(index) for index in indices])
 
 
 def value_and_gradient(model, objective, batches):
@@ -73,7 +79,7 @@ def value_and_gradient(model, objective, batches):
     return np.mean(losses), torch.cat([part.flatten() for part in gradient])
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_micro_batches_change_neither_value_nor_gradient(world, which):
     shards, groups = world
     model = StandIn(shards.num_items)
@@ -81,7 +87,7 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which):
     results = []
     for size in (4, 2, 1):
         batches = [
-            make_batch(groups[start : start + size], group_indices=range(start, start + size))
+            live_batch(groups, range(start, start + size), objective)
             for start in range(0, 4, size)
         ]
         results.append((*value_and_gradient(model, objective, batches), [objective.candidates(b) for b in batches]))
@@ -120,9 +126,34 @@ def test_in_batch_negatives_are_the_groups_other_distinct_targets(world):
 def test_every_item_drawn_is_the_full_softmax(world):
     shards, groups = world
     model = StandIn(shards.num_items)
-    objective = drawn(shards, model, shards.num_catalogue)
     expected = plain_loss(model, shards, groups[0], range(shards.num_catalogue), torch.zeros(shards.num_catalogue))
-    assert objective(model, make_batch(groups[:1])).item() == pytest.approx(expected, rel=1e-6)
+    for objective in (
+        drawn(shards, model, shards.num_catalogue),
+        LiveObjective(in_batch_log_pi(shards), shards.train_counts, shards.num_catalogue, 0.5, 0),
+    ):
+        assert objective(model, live_batch(groups, [0], objective)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [0, 1])
+def test_a_catalogue_without_negatives_is_refused(num_items):
+    with pytest.raises(UserError, match="no negative"):
+        LiveObjective(torch.zeros(num_items), np.ones(num_items), 0, 0.0, 0)
+    with pytest.raises(UserError, match="no negative"):
+        DrawnObjective(torch.zeros(num_items, 2), np.ones(num_items), 1, 0.5, False, torch.zeros(num_items), 0)
+
+
+def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
+    shards, groups = world
+    model = StandIn(shards.num_items)
+    pi_batch_V = np.exp(in_batch_log_pi(shards).numpy())
+    objective = LiveObjective(in_batch_log_pi(shards), shards.train_counts, 9, 0.0, 4)
+    ids = objective.drawn(1)
+    assert len(ids) == 9 and not np.array_equal(ids, objective.drawn(0))
+    union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
+    log_pi_V = torch.from_numpy(np.log(1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)))
+    batch = live_batch(groups, [1], objective)
+    assert objective.candidates(batch) == [len(union)]
+    assert objective(model, batch).item() == pytest.approx(plain_loss(model, shards, groups[1], union, log_pi_V))
 
 
 def test_a_mixture_joins_draws_and_targets_and_corrects_by_both(world):
@@ -156,12 +187,12 @@ def test_more_negatives_than_items_is_a_users_mistake(world):
         drawn(shards, StandIn(shards.num_items), shards.num_catalogue + 1)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_evaluation_candidates_are_a_fixed_sample_of_the_proposal(world, which):
     shards, _ = world
     objective = objectives(shards, StandIn(shards.num_items))[which]
     fixed = objective.evaluation_candidates(seed=2)
     np.testing.assert_array_equal(fixed.ids_K, objective.evaluation_candidates(seed=2).ids_K)
     np.testing.assert_allclose(fixed.log_pi_K, objective.log_pi_V[fixed.ids_K], rtol=1e-5, atol=1e-6)
-    if which == 1:
+    if which == 2:
         assert len(fixed.ids_K) == 7

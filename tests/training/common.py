@@ -13,7 +13,15 @@ from bfm.training.loop import StepRecord, Trainer
 from bfm.training.plain import PlainFactory
 
 STAGE_1 = TrainConfig(
-    params=2000, embedder_share=0.1, window=16, group_windows=2, groups_per_step=4, d_item=8, averaging=True
+    params=2000,
+    embedder_share=0.1,
+    window=16,
+    group_windows=2,
+    groups_per_step=4,
+    d_item=8,
+    averaging=True,
+    dropout=0.1,
+    live_negatives=5,
 )
 STAGE_2 = dataclasses.replace(STAGE_1, freeze_at_flops=3e7, negatives=12, negatives_in_batch=True, warmup_events=500.0)
 CPU = PlainFactory(torch.device("cpu"))

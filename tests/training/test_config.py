@@ -25,7 +25,7 @@ def test_number_types_do_not_change_identity():
 def test_identity_depends_on_every_field(field):
     base = TrainConfig(params=1e5, freeze_at_flops=1e9, negatives=8, depth=1, embedder_depth=1, warmup_events=10)
     value = getattr(base, field)
-    other = (not value) if isinstance(value, bool) else value * 0.5 if isinstance(value, float) else value + 1
+    other = (not value) if isinstance(value, bool) else (value or 0.2) * 0.5 if isinstance(value, float) else value + 1
     assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
 
 

@@ -59,7 +59,7 @@ def test_cooldown_rate_falls_and_trunk_rate_stays(unbroken):
     cooling = [r.learning_rate for r in records if r.phase == "cooldown"]
     assert np.all(np.diff(cooling) < 0)
     assert cooling[0] == pytest.approx(config.learning_rate)
-    assert cooling[-1] < 0.2 * config.learning_rate
+    assert cooling[-1] < 0.3 * config.learning_rate
 
 
 def test_a_cooldown_leaves_no_trace_on_the_trunk(toy_shards):
@@ -95,7 +95,8 @@ def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
     before, _ = train(STAGE_2, toy_shards, records[switch - 1].path_flops)
     frozen = set(before.engine.model.embedder_parameter_names())
     old, new = before.engine.export_state(), trainer.engine.export_state()
-    assert records[switch - 1].path_flops <= STAGE_2.freeze_at_flops < records[switch].path_flops
+    left_flops = STAGE_2.freeze_at_flops - records[switch - 1].path_flops
+    assert 0 <= left_flops < before.next_step_flops()
     for name, weight in old.weight.items():
         assert torch.equal(weight, new.weight[name]) == (name in frozen)
     assert not frozen & (new.moment1.keys() | new.moment2.keys() | new.average.keys())

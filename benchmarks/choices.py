@@ -1,0 +1,145 @@
+"""Which settings of model and training are good: rows of equal cost that differ in one thing.
+
+    python benchmarks/choices.py STUDY --shards SHARDS [--processes 2]
+
+STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, all validation queries).
+Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on; the table is written
+beside it. Selection is on the validation part only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.common import RESULTS, machine, publish
+from bfm.events.shards import Shards
+from bfm.files import Store
+from bfm.training.config import TrainConfig
+from bfm.training.plain import PlainFactory
+from bfm.training.rung import RungTask, run_rung
+
+Run = tuple[str, dict[str, Any], float]
+"""Label, configuration, C."""
+
+# Reviews of cosmetics, leave-one-out: about ten epochs.
+REVIEWS: dict[str, Any] = {
+    "params": 1e5,
+    "embedder_share": 0.0,
+    "window": 50,
+    "group_windows": 32,
+    "d_item": 64,
+    "table_width": 64,
+    "dropout": 0.2,
+}
+REVIEWS_FLOPS = 1.7e12
+ONE_AT_A_TIME: dict[str, list[Any]] = {
+    "dropout": [0.0, 0.1, 0.2, 0.3, 0.5],
+    "weight_decay": [0.0, 0.1, 0.3],
+    "initial_scale": [10.0, 20.0, 40.0],
+    "group_windows": [8, 32, 128],
+    "table_width": [16, 32, 64, 128],
+    "live_negatives": [0, 256, 1024],
+    "embedder_share": [0.0, 0.1, 0.3],
+    "table_learning_rate_ratio": [0.3, 1.0, 3.0],
+}
+WIDTH_PARAMS = 5e4
+"""N of one layer of the depth study."""
+
+
+def one_at_a_time() -> Iterator[Run]:
+    """The base configuration, and each setting varied alone, at equal C."""
+    for name, values in ONE_AT_A_TIME.items():
+        for value in values:
+            config = {**REVIEWS, name: value}
+            if name == "group_windows":
+                config["groups_per_step"] = max(1, 32 // value)
+            yield f"{name} = {value:g}", config, REVIEWS_FLOPS
+
+
+def depth() -> Iterator[Run]:
+    """Layers of about equal width: N grows with the depth, the events seen are about equal."""
+    for layers in (1, 2, 4, 8):
+        config = {**REVIEWS, "params": WIDTH_PARAMS * layers, "depth": layers}
+        yield f"{layers} layers", config, REVIEWS_FLOPS * (0.6 + 0.2 * layers)
+
+
+def learning_rate() -> Iterator[Run]:
+    """Corners of (N, B), learning rates a factor 2 apart, at equal C."""
+    for params in (1e4, 3e5):
+        for groups in (1, 8):
+            for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2):
+                config = {
+                    "params": params,
+                    "embedder_share": 0.05,
+                    "window": 64,
+                    "group_windows": 8,
+                    "groups_per_step": groups,
+                    "d_item": 32,
+                    "learning_rate": rate,
+                }
+                yield f"N = {params:g}, B = {groups * 8} windows, rate {rate:g}", config, 4e11
+
+
+STUDIES = {"one_at_a_time": one_at_a_time, "depth": depth, "learning_rate": learning_rate}
+METRICS = ("nll", "recall@10", "ndcg@10")
+
+
+def run(job: tuple[str, Run]) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    shards, (label, values, flops) = job
+    config = TrainConfig.from_dict(values)
+    with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
+        task = RungTask("run", "run", 0, flops, config, seed=0)
+        row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
+    keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
+    return {"label": label, "config": values, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--shards", required=True)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    kept = RESULTS / f"choices_{arguments.study}.jsonl"
+    rows = {row["label"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    log = Shards.open(arguments.shards).manifest.name
+    wanted = list(STUDIES[arguments.study]())
+    jobs = [(arguments.shards, point) for point in wanted if point[0] not in rows]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(arguments.processes, maxtasksperchild=1) as pool, kept.open("a") as file:
+        for row in pool.imap_unordered(run, jobs):
+            rows[row["label"]] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(
+                row["label"], {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}, flush=True
+            )
+    lines = [
+        f"# {arguments.study.replace('_', ' ').capitalize()}",
+        "",
+        f"Written by `python benchmarks/choices.py {arguments.study}` over the log `{log}`, validation part, one seed.",
+        "",
+        "| setting | C | N | steps | " + " | ".join(METRICS) + " |",
+        "|---|---|---|---|" + "---|" * len(METRICS),
+    ]
+    for label, _, _ in wanted:
+        row = rows[label]
+        values = " | ".join(f"{row['metrics'].get(name, float('nan')):.4f}" for name in METRICS)
+        lines.append(f"| {label} | {row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {values} |")
+    publish(f"choices_{arguments.study}", "\n".join([*lines, "", machine("torch"), ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Nominal costs against what the trainer counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bfm.objective.sampling import draw_systematic, drawn_inclusion
+from bfm.sweep.costs import Costs, LogFacts, union_mean
+from bfm.training.data import TrainingData
+from bfm.training.loop import Trainer
+from bfm.training.plain import PlainFactory
+from tests.training.common import STAGE_1
+
+
+@pytest.mark.parametrize(("negatives", "exponent"), [(0, 0.0), (12, 0.0), (12, 1.0)])
+def test_a_step_costs_about_what_is_planned(toy_shards, negatives, exponent):
+    data = TrainingData.of(toy_shards)
+    config = dataclasses.replace(STAGE_1, live_negatives=negatives, live_exponent=exponent)
+    planned = Costs(LogFacts.from_shards(toy_shards, data.protocol, None)).of(config)
+    trainer = Trainer(config, 0, data, PlainFactory())
+    trainer.run_trunk(20 * planned.step_flops)
+    counted = trainer.counters.path_flops / trainer.counters.step
+    assert counted == pytest.approx(planned.step_flops, rel=0.05)
+
+
+def test_mean_of_a_union_of_popular_items_and_draws():
+    rng = np.random.default_rng(0)
+    counts_V = np.ceil(1000 / np.arange(1, 301))
+    share_V = counts_V / counts_V.sum()
+    pi_V = drawn_inclusion(counts_V.astype(np.int64), 60, 0.5)
+    sizes, unions = [], []
+    for _ in range(300):
+        group = np.unique(rng.choice(300, 200, p=share_V))
+        sizes.append(len(group))
+        unions.append(len(np.union1d(group, draw_systematic(pi_V, rng))))
+    assert union_mean(float(np.mean(sizes)), counts_V, pi_V) == pytest.approx(np.mean(unions), rel=0.01)
