@@ -229,6 +229,56 @@ def evaluate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, e.g. run/trials/.../rung0-model.")],
+    shards: ShardsOption,
+    out: Annotated[Path, typer.Option("--out", help="New folder of the export; appears whole or not at all.")],
+    catalogue_dtype: Annotated[
+        str, typer.Option(help="float32: ranks as evaluation does; bfloat16: half the room.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as a folder that predicts on its own, without Ray, DeepSpeed or the shards."""
+    from bfm.training.export import export_checkpoint
+
+    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype)
+    _print(
+        made,
+        as_json,
+        lambda made: (
+            f"{made['params']:,} weights, {made['items']:,} items ({made['catalogue']:,} in the catalogue, "
+            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB\n{made['export']}"
+        ),
+    )
+
+
+@app.command()
+def predict(
+    export: Annotated[str, typer.Argument(help="Folder that `bfm export` wrote.")],
+    logs: Annotated[list[str], typer.Argument(help="Log files, globs, folders, URIs; columns as in training.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file, one row per user; an older one is replaced.")],
+    k: Annotated[int, typer.Option("--k", help="Items per user.")] = 10,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Also write user vectors.")] = False,
+    filter_seen: Annotated[
+        bool | None, typer.Option("--filter-seen/--keep-seen", help="Items of the history (default: as evaluated).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The top k items of the catalogue for every user of a log: what comes next, at a later time.
+
+    Users are in no particular order. A user without any usable row has empty lists. Items that the export does not
+    know count in histories, embedded from their fields in the log, and are never recommended.
+    """
+    from bfm.report.console import Display
+    from bfm.report.predictions import predict_log, summary_text
+
+    with Display("predict") as display:
+        summary = predict_log(export, logs, out, k=k, vectors=vectors, filter_seen=filter_seen, progress=display.show)
+        display.say(summary_text(summary))
+    _print(summary, as_json, lambda summary: summary["predictions"])
+
+
+@app.command()
 def plan(
     space: Annotated[Path, typer.Argument(help="Search-space YAML.")],
     overrides: Overrides = None,

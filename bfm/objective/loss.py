@@ -26,7 +26,7 @@ from bfm.errors import UserError
 from bfm.model.batch import ModelBatch
 from bfm.objective.sampling import (
     Candidates,
-    draw_systematic,
+    Proposal,
     drawn_inclusion,
     fixed_candidates,
     group_rng,
@@ -58,17 +58,16 @@ class LiveObjective:
         """
         _check_catalogue(len(log_pi_batch_V))
         self.log_pi_V, self.seed = log_pi_batch_V, seed
-        self.pi_drawn_V: NDArray[np.float64] | None = None
+        self.proposal: Proposal | None = None
         if negatives:
-            self.pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
-            pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), self.pi_drawn_V)
+            pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
+            self.proposal = Proposal.of(pi_drawn_V)
+            pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), pi_drawn_V)
             self.log_pi_V = torch.from_numpy(np.log(pi_V)).float().to(log_pi_batch_V.device)
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:
         """Item ids that are embedded with a group as further candidates."""
-        if self.pi_drawn_V is None:
-            return _NOTHING
-        return draw_systematic(self.pi_drawn_V, group_rng(self.seed, group_index))
+        return _NOTHING if self.proposal is None else self.proposal.draw(group_rng(self.seed, group_index))
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
@@ -120,12 +119,12 @@ class DrawnObjective:
         _check_catalogue(len(popularity_V))
         self.catalogue_ID, self.seed, self.in_batch, self.negatives = catalogue_ID.detach(), seed, in_batch, negatives
         if negatives == 0 and in_batch:
-            self.pi_drawn_V = np.zeros(len(popularity_V))
+            pi_drawn_V = np.zeros(len(popularity_V))
         else:
-            self.pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
-        self.pi_V = self.pi_drawn_V
+            pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
+        self.proposal, self.pi_V = Proposal.of(pi_drawn_V), pi_drawn_V
         if in_batch:
-            self.pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), self.pi_drawn_V)
+            self.pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), pi_drawn_V)
         self.log_pi_V = torch.from_numpy(np.log(self.pi_V)).float().to(catalogue_ID.device)
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
@@ -164,7 +163,7 @@ class DrawnObjective:
 
     def _candidate_ids(self, batch: ModelBatch, group: int) -> Tensor:
         """Ascending item ids; a pure function of the seed, the group's global index and its targets."""
-        drawn = draw_systematic(self.pi_drawn_V, group_rng(self.seed, batch.group_indices[group]))
+        drawn = self.proposal.draw(group_rng(self.seed, batch.group_indices[group]))
         ids_K = torch.from_numpy(drawn).to(batch.items_U.device)
         if not self.in_batch:
             return ids_K

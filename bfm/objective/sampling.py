@@ -3,13 +3,17 @@
 Enters: popularity counts or the in-batch inclusion probabilities of the catalogue, a seed and a group index.
 Leaves: inclusion probabilities pi_V (each item's chance to be a candidate of a group) and draws that have exactly
 those probabilities. Systematic sampling: lay the probabilities end to end on a line, put a comb of unit spacing with
-a uniform offset on it, take the items that are hit; since pi <= 1 no item is hit twice.
+a uniform offset on it, take the items that are hit; since pi <= 1 no item is hit twice. The order on the line is
+fresh for every draw: a fixed one would make some pairs of items impossible together.
 
-V = catalogue items, K = negatives of a group.
+V = catalogue items, K = negatives of a group, F = items that are neither certain nor impossible, P = places on the
+line, C = places of one step of a draw.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,9 @@ from bfm.errors import UserError
 # Keeps draws of negatives apart from every other use of (seed, index) in the platform.
 _STREAM = 0x6E65_6761
 _FIXED_SAMPLE = 0x6669_7865
+# Places on the line that one step of a draw works on: its arrays stay in the cache.
+_PLACES = 1 << 15
+_EMPTY_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -69,27 +76,89 @@ def mix_inclusion(pi_batch_V: NDArray[np.float64], pi_drawn_V: NDArray[np.float6
     return pi_batch_V + pi_drawn_V * (1.0 - pi_batch_V)
 
 
-def draw_systematic(pi_V: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw distinct ids, ascending, so that item i is drawn with probability exactly pi_V[i].
+@dataclass(frozen=True)
+class Proposal:
+    """Inclusion probabilities ready to be drawn from many times: all that does not depend on the draw.
 
-    The number drawn is the sum of pi_V (its floor or ceiling where that is not whole). The order on the line is a
-    fresh permutation per draw: a fixed one would make some pairs of items impossible together.
-    Raises ValueError for probabilities outside [0, 1].
+    A draw passes over the F items whose probability is strictly between 0 and 1 a few thousand at a time, and needs no
+    memory but a mark per item and the ids. Few items are put in order by a random permutation. For many that would
+    take longer than all the rest: they are permuted once, among empty places, and a draw takes the order
+    j -> (a j + b) mod P with random a, b and P a prime. It puts two given items at every distance from each other
+    equally often, as a permutation does; the scattered empty places keep equal probabilities from turning a distance
+    that is always even into a pair that always or never comes together.
     """
-    if not (np.min(pi_V, initial=0.0) >= 0.0 and np.max(pi_V, initial=0.0) <= 1.0):
-        raise ValueError("inclusion probabilities must lie in [0, 1]")
-    certain = np.flatnonzero(pi_V == 1.0)
-    order = rng.permutation(np.flatnonzero((pi_V > 0.0) & (pi_V < 1.0)))
-    edge = np.cumsum(pi_V[order])
-    if len(edge):
+
+    certain_V: NDArray[np.bool_]
+    free_F: NDArray[np.int64]
+    place_F: NDArray[np.int64]
+    pi_P: NDArray[np.float64]
+    total: float
+
+    @classmethod
+    def of(cls, pi_V: NDArray[np.float64]) -> Proposal:
+        """Raises ValueError for probabilities outside [0, 1]."""
+        if not (np.min(pi_V, initial=0.0) >= 0.0 and np.max(pi_V, initial=0.0) <= 1.0):
+            raise ValueError("inclusion probabilities must lie in [0, 1]")
+        free_F = np.flatnonzero((pi_V > 0.0) & (pi_V < 1.0))
+        if len(free_F) <= _PLACES:
+            num_places, place_F = len(free_F), np.arange(len(free_F))
+        else:
+            num_places = _prime_from(len(free_F) + _EMPTY_PLACES)
+            place_F = np.random.Generator(np.random.Philox(_STREAM)).permutation(num_places)[: len(free_F)]
+        pi_P = np.zeros(num_places)
+        pi_P[place_F] = pi_V[free_F]
         # A sum that should be whole misses it by rounding, and the comb's last tooth could then miss or double.
-        nearest = np.round(edge[-1])
-        total = nearest if abs(edge[-1] - nearest) < 1e-9 * len(edge) else edge[-1]
-        edge = np.minimum(edge, total)
-        edge[-1] = total
-    tooth = np.floor(edge + rng.random())
-    drawn = order[np.diff(tooth, prepend=0.0) > 0]
-    return np.sort(np.concatenate([certain, drawn])).astype(np.int64)
+        total = float(pi_P.sum())
+        nearest = float(np.round(total))
+        total = nearest if abs(total - nearest) < 1e-9 * len(free_F) else total
+        return cls(pi_V == 1.0, free_F, place_F, pi_P, total)
+
+    def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Distinct ids, ascending; item i is among them with probability exactly pi_V[i].
+
+        Their number is the sum of the probabilities, its floor or ceiling where that is not whole.
+        """
+        drawn_P, offset, length, places = np.zeros(len(self.pi_P), dtype=bool), rng.random(), 0.0, 0
+        for order_C in self._order(rng):
+            edge_C1 = np.concatenate([[length], self.pi_P[order_C]])
+            np.cumsum(edge_C1, out=edge_C1)
+            length, places = edge_C1[-1], places + len(order_C)
+            np.minimum(edge_C1, self.total, out=edge_C1)
+            if places == len(self.pi_P):
+                edge_C1[-1] = self.total
+            edge_C1 += offset
+            tooth_C1 = np.floor(edge_C1, out=edge_C1)
+            drawn_P[order_C] = tooth_C1[1:] > tooth_C1[:-1]
+        drawn_V = self.certain_V.copy()
+        drawn_V[self.free_F] = drawn_P[self.place_F]
+        return np.flatnonzero(drawn_V)
+
+    def _order(self, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        """Every place of the line once; the last one holds an item, for it takes what rounding leaves of the line."""
+        num_free, prime = len(self.free_F), len(self.pi_P)
+        if num_free <= _PLACES:
+            yield rng.permutation(num_free)
+            return
+        step, last = int(rng.integers(1, prime)), int(self.place_F[rng.integers(num_free)])
+        step_C = (np.arange(_PLACES) * step % prime).astype(np.uint64)
+        for place in range(0, prime, _PLACES):
+            order_C = step_C[: prime - place] + np.uint64(((place + 1) * step + last) % prime)
+            # Modulo: below zero an unsigned number is huge.
+            np.minimum(order_C, order_C - np.uint64(prime), out=order_C)
+            yield order_C.view(np.int64)
+
+
+def draw_systematic(pi_V: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """One draw of `Proposal.of(pi_V)`."""
+    return Proposal.of(pi_V).draw(rng)
+
+
+def _prime_from(number: int) -> int:
+    """The least prime >= number."""
+    candidate = max(2, number)
+    while any(candidate % factor == 0 for factor in range(2, math.isqrt(candidate) + 1)):
+        candidate += 1
+    return candidate
 
 
 def fixed_candidates(pi_V: NDArray[np.float64], seed: int) -> Candidates:

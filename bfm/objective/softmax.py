@@ -1,9 +1,12 @@
-"""The loss of a target among sampled candidates, and its exact value over the full catalogue: reference versions.
+"""The loss of a target among sampled candidates, and its exact value over the full catalogue.
 
     loss_t = -log( e^{s_p} / (e^{s_p} + sum_{j != hit} e^{s_j - log pi_j}) ),   s = scale * <h, v>
 
 The positive is always present, so it is not corrected; a negative stands for 1/pi of its kind, so it is. The sum then
 estimates the full softmax's sum without bias, and with pi = 1 for every item the loss is the full softmax.
+
+Enters: queries, positives, a table with the ids of the candidates, log inclusion probabilities. Leaves: loss_T. One
+contract, several implementations; `sampled_softmax` chooses.
 
 T = target rows, K = candidates shared by the rows, R = rows of the table they are taken from, V = catalogue items,
 D = retrieval width.
@@ -14,6 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
+from bfm.objective.tiled import loss_from_log_sum, loss_from_state, softmax_state, two_pass_log_sum
+
+METHODS = ("auto", "reference", "one_pass", "two_pass", "triton")
+# Scores up to which the dense table is the fastest (measured, see benchmarks/softmax.py).
+_DENSE_SCORES = 1 << 18
 # Scores of one block of a chunked pass: small enough to stay near the core, large enough for the matmul.
 _BLOCK_BYTES = 16 * 2**20
 
@@ -26,15 +35,62 @@ def sampled_softmax(
     log_pi_K: Tensor,
     hit_T: Tensor,
     scale: Tensor,
+    *,
+    method: str = "auto",
 ) -> Tensor:
-    """The corrected sampled softmax loss of every row, loss_T.
+    """The corrected sampled softmax loss of every row, loss_T, float32 or wider.
 
-    The candidates are the rows ids_K (int64, distinct) of the table.
+    The candidates are the rows ids_K (int64, distinct; fastest ascending) of the table. hit_T (int64) is the column
+    of the row's own target among the candidates, -1 where it is not among them; that column is left out of the row's
+    sum. scale is a scalar. Differentiable in h, positive, scale and, by `reference` and `two_pass`, the table.
 
-    hit_T (int64) is the column of the row's own target among the candidates, -1 where it is not among them; that
-    column is left out of the row's sum. scale is a scalar. Differentiable in h, positive, table and scale.
-    Stores T x K scores: the plain reference behind an interface that needs no such table. What follows the matmul is
-    done in the wider dtype of h and log_pi (bfloat16 scores times a scale of 100 would be off by whole units).
+    `reference` stores T x K scores; the others keep one tile of them. A score that is not finite gives its row a loss
+    of NaN or infinity. Raises ValueError for an unknown method and for a table that needs a gradient the method does
+    not give; `triton` what fused_softmax_state raises where it cannot run.
+    """
+    live = table_RD.requires_grad and torch.is_grad_enabled()
+    if method == "auto":
+        method = choose_method(len(h_TD), len(ids_K), table_RD, live)
+    if method == "reference":
+        return _reference(h_TD, positive_TD, table_RD, ids_K, log_pi_K, hit_T, scale)
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}: one of {', '.join(METHODS)}")
+    dtype = torch.promote_types(torch.promote_types(h_TD.dtype, log_pi_K.dtype), torch.float32)
+    q_TD = scale.to(dtype) * h_TD.to(dtype)
+    if method == "two_pass":
+        return loss_from_log_sum(q_TD, positive_TD, two_pass_log_sum(q_TD, table_RD, ids_K, log_pi_K, hit_T))
+    if live:
+        raise ValueError(f"{method} gives the table no gradient: use two_pass, or detach the table")
+    if method == "triton":
+        return loss_from_state(q_TD, positive_TD, fused_softmax_state(q_TD, table_RD, ids_K, log_pi_K, hit_T))
+    return loss_from_state(q_TD, positive_TD, softmax_state(q_TD, table_RD, ids_K, log_pi_K, hit_T))
+
+
+def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
+    """The implementation that `auto` takes for a problem of these sizes; live: the table needs a gradient."""
+    if num_rows * num_candidates <= _DENSE_SCORES:
+        return "reference"
+    if live:
+        return "two_pass"
+    half = table_RD.dtype in (torch.bfloat16, torch.float16)
+    if half and table_RD.is_cuda and table_RD.shape[1] <= MAX_WIDTH and fused_available() is None:
+        return "triton"
+    return "one_pass"
+
+
+def _reference(
+    h_TD: Tensor,
+    positive_TD: Tensor,
+    table_RD: Tensor,
+    ids_K: Tensor,
+    log_pi_K: Tensor,
+    hit_T: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """The formula, with all T x K scores.
+
+    What follows the matmul is done in the wider dtype of h and log_pi (bfloat16 scores times a scale of 100 would be
+    off by whole units).
     """
     dtype = torch.promote_types(h_TD.dtype, log_pi_K.dtype)
     positive_T = scale * (h_TD.to(dtype) * positive_TD.to(dtype)).sum(-1)

@@ -23,12 +23,12 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.catalogue import embedder_hash
+from bfm.objective.catalogue import FrozenCatalogue
 from bfm.objective.loss import DrawnObjective, LiveObjective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
-from bfm.training.engine import Engine, EngineFactory, EngineState
+from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
 from bfm.units import format_flops
@@ -218,12 +218,12 @@ class Trainer:
             )
         else:
             model.freeze_embedder()
-            digest = embedder_hash(model, self.data.fields_hash)
-            if self._embedder_hash not in (None, digest):
+            catalogue = FrozenCatalogue.embed(model, self.data.fields_hash, compute_dtype(self.factory.device))
+            if self._embedder_hash not in (None, catalogue.key):
                 raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
-            self._embedder_hash = digest
+            self._embedder_hash = catalogue.key
             self.objective = DrawnObjective(
-                model.embed_all(),
+                catalogue.vectors_ID,
                 self.data.shards.train_counts,
                 self.config.negatives,
                 self.config.negatives_exponent,

@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bfm.objective.sampling as sampling
 from bfm.errors import UserError
-from bfm.objective.sampling import draw_systematic, drawn_inclusion, fixed_candidates, group_rng, mix_inclusion
+from bfm.objective.sampling import (
+    Proposal,
+    draw_systematic,
+    drawn_inclusion,
+    fixed_candidates,
+    group_rng,
+    mix_inclusion,
+)
 
 
 @given(
@@ -46,15 +54,45 @@ def test_as_many_negatives_as_items_is_every_item_and_more_is_a_users_mistake():
         drawn_inclusion(np.array([1, 0]), 1, 0.5)
 
 
-def test_draws_have_the_stated_inclusion_and_every_pair_is_possible():
-    pi_V = drawn_inclusion(np.array([100, 30, 10, 5, 3, 2, 1, 1]), 3, 0.7)
-    num_draws = 20_000
-    shown_NV = np.zeros((num_draws, 8))
+def shown(pi_V, num_draws):
+    """Which items each draw showed, and that each was shown as often as its probability says."""
+    proposal = Proposal.of(pi_V)
+    shown_NV = np.zeros((num_draws, len(pi_V)))
     for index in range(num_draws):
-        shown_NV[index, draw_systematic(pi_V, group_rng(7, index))] = 1
+        shown_NV[index, proposal.draw(group_rng(7, index))] = 1
     error_V = np.sqrt(pi_V * (1 - pi_V) / num_draws)
     assert (np.abs(shown_NV.mean(0) - pi_V) <= 4.5 * error_V).all()
+    return shown_NV
+
+
+def test_draws_have_the_stated_inclusion_and_every_pair_is_possible():
+    shown_NV = shown(drawn_inclusion(np.array([100, 30, 10, 5, 3, 2, 1, 1]), 3, 0.7), 10_000)
     assert ((shown_NV.T @ shown_NV) > 0).all()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.7])
+def test_the_quick_order_of_many_items_leaves_no_pair_out(monkeypatch, exponent):
+    """Inclusion is exact, every size is K, and two items come together nearly as often as independent draws would."""
+    monkeypatch.setattr(sampling, "_PLACES", 16)
+    pi_V = drawn_inclusion(np.arange(1, 121) ** 2, 60, exponent)
+    shown_NV = shown(pi_V, 4000)
+    assert (shown_NV.sum(1) == 60).all()
+    covariance_VV = (shown_NV.T @ shown_NV) / 4000 - np.outer(pi_V, pi_V)
+    np.fill_diagonal(covariance_VV, 0)
+    # Impossible pairs of pi = 1/2, as neighbours in a fixed order, would show -.25.
+    assert np.abs(covariance_VV).max() < 0.15
+    assert np.abs(covariance_VV).mean() < 0.03
+
+
+def test_many_items_are_drawn_in_ascending_order_and_in_steps(monkeypatch):
+    pi_V = drawn_inclusion(np.arange(1, 100_001), 40_000, 0.5)
+    proposal = Proposal.of(pi_V)
+    ids_K = proposal.draw(group_rng(1, 1))
+    assert len(ids_K) == 40_000
+    assert (np.diff(ids_K) > 0).all()
+    assert ids_K[-1] < 100_000
+    np.testing.assert_array_equal(ids_K, proposal.draw(group_rng(1, 1)))
+    assert (ids_K != proposal.draw(group_rng(1, 2))).any()
 
 
 def test_a_draw_is_a_pure_function_of_seed_and_group():

@@ -1,0 +1,307 @@
+"""A raw log to whole histories of its users, encoded as a shard set's own, in memory bounded for any length of log.
+
+Enters: an `Encoding`, log files, a scratch folder. Leaves: `Part`s of bounded size, counts of what was read, and the
+encoded fields of items that the encoding does not know (their ids follow the known ones).
+
+Rows are cleaned, hashed and numbered chunk by chunk. Once more are held than a part may have, they are spilled to files
+by a hash of the user, and a file that is still too large is spilled again by further bits of it. Inside a part, order
+is that of a preparation: user, time, seeded hash of the whole cleaned row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bfm.errors import UserError
+from bfm.events import clean, fitting, source
+from bfm.events.encoding import Encoding, Part
+from bfm.events.fitting import Fitted
+from bfm.events.hashing import hash_rows, hash_strings
+from bfm.events.manifest import Manifest
+from bfm.events.parse import SEPARATOR, plain, to_mask
+from bfm.events.schema import EventSchema
+from bfm.events.shards import Shards, write_shard
+from bfm.yaml import validate
+
+PART_ROWS = 1 << 19
+_SPILL_BITS = 5
+_SPILL_LEVELS = 6
+_HASH, _SECOND_HASH, _USER_HASH = "hash", "second_hash", "user_hash"
+_TEXT = pa.large_string()
+
+
+class Histories:
+    """A log, read once and gathered by user; `parts` may be iterated once."""
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        logs: list[str],
+        scratch: Path,
+        *,
+        progress: Callable[[float], None] = lambda share: None,
+        part_rows: int = PART_ROWS,
+    ) -> None:
+        """Read the whole log into `scratch` (an empty folder).
+
+        Raises UserError where a file is missing, unreadable or lacks a column, or no row is usable.
+        """
+        self.encoding = encoding
+        self.schema = validate(EventSchema, encoding.schema, file="the export's schema")
+        self.rows = 0
+        self.unusable: Counter[str] = Counter()
+        """Reason -> rows."""
+        self.repairs: Counter[tuple[str, str]] = Counter()
+        """(field, fault) -> values made missing."""
+        self.duplicates = 0
+        """Repeated rows left out, where the schema says so."""
+        self._scratch, self._part_rows = scratch, part_rows
+        self._new = _NewItems(encoding, self.schema)
+        columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
+        pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
+        self._held, self._spilled = _gather(self._read(pieces, columns, progress), scratch, "", 0, part_rows)
+        if self.rows == 0:
+            raise UserError("the log has no rows", key="LOG", fix="check the files")
+        if sum(self.unusable.values()) == self.rows:
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.unusable.items()))
+            fix = "check that the log has the columns and formats of the training log"
+            raise UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
+
+    @property
+    def new_items(self) -> int:
+        """Items that the encoding does not know."""
+        return len(self._new.ids)
+
+    @property
+    def new_item_events(self) -> int:
+        """Events of such items."""
+        return self._new.events
+
+    def new_item_arrays(self) -> dict[str, np.ndarray]:
+        """Encoded item fields of the new items, in the order of their ids."""
+        return self._new.encode()
+
+    def parts(self) -> Iterator[Part]:
+        """Every user once. A part's files are gone when the next one is asked for."""
+        small = _small_tables(self._held, self._spilled, self._scratch, 0, self._part_rows)
+        self._held = []
+        for table in small:
+            with TemporaryDirectory(dir=self._scratch) as folder:
+                yield self._part(table, Path(folder))
+
+    def _read(
+        self, pieces: list[source.Piece], columns: list[str], progress: Callable[[float], None]
+    ) -> Iterator[pa.Table]:
+        """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
+        present: set[str] = set()
+        for done, piece in enumerate(pieces):
+            for chunk in source.read_piece(piece, columns):
+                self.rows += len(chunk.unreadable) + chunk.table.num_rows
+                if chunk.unreadable:
+                    self.unusable[chunk.reason] += len(chunk.unreadable)
+                if chunk.table.num_rows:
+                    present.update(chunk.names or chunk.table.column_names)
+                    cleaned = clean.clean_table(chunk.table, self.schema, list(self.encoding.event_item_fields))
+                    self.repairs += cleaned.repairs
+                    yield self._number(cleaned.table)
+            progress((done + 1) / len(pieces))
+        if present:
+            source.require_columns(columns, sorted(present), "LOG")
+
+    def _number(self, cleaned: pa.Table) -> pa.Table:
+        """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
+        faulty = to_mask(cleaned[clean.FAULT].is_valid())
+        for entry in plain(cleaned[clean.FAULT]).drop_null().value_counts().to_pylist():
+            self.unusable[entry["values"]] += entry["counts"]
+        good = cleaned.filter(pa.array(~faulty))
+        names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW)]
+        columns = [_encoded(plain(good[name])) for name in names]
+        hashes = [hash_rows(columns, self.encoding.seed + extra) for extra in (0, 1)]
+        item = self._new.number(good, columns[names.index(clean.ITEM)], hashes[0])
+        kept = [clean.USER, clean.TIME, *(name for name in names if name.startswith(clean.context_column("")))]
+        events = good.select(kept).append_column(clean.ITEM, pa.array(item))
+        events = events.append_column(_HASH, pa.array(hashes[0])).append_column(_SECOND_HASH, pa.array(hashes[1]))
+        idle = plain(cleaned[clean.USER]).filter(pa.array(faulty)).drop_null().unique()
+        nulls = {f.name: pa.nulls(len(idle), f.type) for f in events.schema}
+        table = pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
+        return table.append_column(_USER_HASH, pa.array(hash_strings(_encoded(plain(table[clean.USER])))))
+
+    def _part(self, table: pa.Table, folder: Path) -> Part:
+        events = table.filter(table[clean.ITEM].is_valid())
+        user = plain(events[clean.USER]).dictionary_encode()
+        codes, time = user.indices.to_numpy(), events[clean.TIME].to_numpy()
+        hashes = [events[name].to_numpy() for name in (_SECOND_HASH, _HASH)]
+        order = np.lexsort((*hashes, time, codes))
+        if self.schema.clean.drop_duplicates:
+            fresh = np.ones(len(order), bool)
+            fresh[1:] = np.logical_or.reduce([np.diff(key[order]) != 0 for key in (*hashes, time, codes)])
+            self.duplicates += int(len(order) - fresh.sum())
+            order = order[fresh]
+        offsets = np.searchsorted(codes[order], np.arange(len(user.dictionary) + 1))
+        context = {}
+        for field in self.encoding.fields:
+            if field.side == "context":
+                values = plain(events[clean.context_column(field.name)]).take(pa.array(order))
+                encoded, _ = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
+                context[field.name] = _with_placeholder(encoded)
+        nobody = np.zeros(len(user.dictionary) + 1, np.int64)
+        write_shard(
+            folder,
+            0,
+            item=_with_placeholder(events[clean.ITEM].to_numpy()[order]),
+            time=_with_placeholder(time[order]),
+            context=context,
+            user_offsets=np.append(offsets, len(order) + 1),
+            train_end=nobody,
+            valid_end=nobody,
+            users=pa.concat_arrays([user.dictionary, pa.array([""], _TEXT)]),
+        )
+        users = plain(table[clean.USER]).unique()
+        without = users.filter(pc.invert(pc.is_in(users, value_set=user.dictionary)))
+        return Part(Shards(folder, self._manifest(len(nobody), len(order) + 1)), user.dictionary, without)
+
+    def _manifest(self, users: int, events: int) -> Manifest:
+        encoding = self.encoding
+        return Manifest(
+            name=self.schema.name,
+            seed=encoding.seed,
+            users=users,
+            events=events,
+            items=encoding.num_items + self.new_items,
+            catalogue=encoding.catalogue,
+            shards=1,
+            has_clock=self.schema.has_clock,
+            split={},
+            fields=encoding.fields,
+            train_events=0,
+            train_targets=0,
+            time_range=(0, 0),
+        )
+
+
+class _NewItems:
+    """Ids of items, and the first known field values of those that the encoding does not know."""
+
+    def __init__(self, encoding: Encoding, schema: EventSchema) -> None:
+        self.encoding, self.schema = encoding, schema
+        self.ids: dict[str, int] = {}
+        self.events = 0
+        columns = [plain(column) for column in encoding.item_keys.columns]
+        separator = pa.scalar(SEPARATOR, _TEXT)
+        self._known = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, separator)
+        self._first: dict[str, dict[str, tuple[int, int, str]]] = {name: {} for name in encoding.event_item_fields}
+
+    def number(self, good: pa.Table, item: pa.DictionaryArray, row_hash: np.ndarray) -> np.ndarray:
+        """Int32 ids of a chunk's events."""
+        found = pc.index_in(item.dictionary, value_set=self._known)
+        ids = found.fill_null(-1).to_numpy(zero_copy_only=False).copy()
+        for code in np.flatnonzero(ids < 0):
+            ids[code] = self.ids.setdefault(item.dictionary[code].as_py(), self.encoding.num_items + len(self.ids))
+        item_E = ids[item.indices.to_numpy()]
+        new = np.flatnonzero(item_E >= self.encoding.num_items)
+        self.events += len(new)
+        if len(new):
+            order = new[np.lexsort((row_hash[new], good[clean.TIME].to_numpy()[new]))]
+            rows = good.take(pa.array(order))
+            for name, first in self._first.items():
+                self._note(first, rows, row_hash[order], clean.item_column(name))
+        return item_E.astype(np.int32)
+
+    def encode(self) -> dict[str, np.ndarray]:
+        """Encoded item fields [new items]; what an item table would have to say is missing."""
+        keys = pa.array(list(self.ids), _TEXT)
+        arrays = {}
+        for field in self.encoding.fields:
+            if field.side != "item":
+                continue
+            spec = self.schema.item_fields.get(field.name)
+            if spec is not None:
+                first = self._first.get(field.name, {})
+                texts = pa.array([first[key][2] if key in first else None for key in self.ids], _TEXT)
+                values = clean.from_text(texts, spec.kind)
+            else:
+                # The fields that every schema may have: the id itself, and a popularity that is zero so far.
+                values = keys if field.kind == "hashed" else pa.array(np.zeros(len(keys)))
+            fitted = Fitted(field, self.encoding.vocabularies.get(field.name))
+            arrays[field.name], _ = fitting.encode(values, fitted)
+        return arrays
+
+    @staticmethod
+    def _note(first: dict[str, tuple[int, int, str]], rows: pa.Table, row_hash: np.ndarray, column: str) -> None:
+        known = np.flatnonzero(to_mask(rows[column].is_valid()))
+        items = _encoded(plain(rows[clean.ITEM]).take(pa.array(known)))
+        codes, places = np.unique(items.indices.to_numpy(), return_index=True)
+        for code, row in zip(codes, known[places], strict=True):
+            seen = rows[clean.TIME][row].as_py(), int(row_hash[row]), rows[column][row].as_py()
+            key = items.dictionary[code].as_py()
+            first[key] = min(first.get(key, seen), seen)
+
+
+def _encoded(values: pa.Array) -> pa.Array:
+    return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
+
+
+def _with_placeholder(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
+
+
+# ---------------------------------------------------------------- spilling
+
+
+def _gather(
+    tables: Iterator[pa.Table], folder: Path, prefix: str, level: int, part_rows: int
+) -> tuple[list[pa.Table], list[Path]]:
+    """All tables where they fit into a part, else files that hold whole users."""
+    held, rows = [], 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        if rows > part_rows and level < _SPILL_LEVELS:
+            return [], _spill(itertools.chain(held, tables), folder, prefix, level)
+    return held, []
+
+
+def _small_tables(
+    held: list[pa.Table], spilled: list[Path], folder: Path, level: int, part_rows: int
+) -> Iterator[pa.Table]:
+    if held:
+        yield pa.concat_tables(held)
+    for path in spilled:
+        below = _gather(_read_spilled(path), folder, f"{path.stem}-", level + 1, part_rows)
+        path.unlink()
+        yield from _small_tables(*below, folder, level + 1, part_rows)
+
+
+def _spill(tables: Iterable[pa.Table], folder: Path, prefix: str, level: int) -> list[Path]:
+    """Rows to files by the level's bits of the user's hash."""
+    writers: dict[int, Any] = {}
+    paths = []
+    with ExitStack() as stack:
+        for table in tables:
+            digit = table[_USER_HASH].to_numpy() >> np.uint64(_SPILL_BITS * level) & np.uint64((1 << _SPILL_BITS) - 1)
+            order = np.argsort(digit, kind="stable")
+            table, counts = table.take(pa.array(order)), np.bincount(digit.astype(np.int64))
+            for value in np.flatnonzero(counts).tolist():
+                if value not in writers:
+                    paths.append(folder / f"{prefix}{value:02}.arrow")
+                    sink = stack.enter_context(pa.OSFile(str(paths[-1]), "wb"))
+                    writers[value] = stack.enter_context(pa.ipc.new_stream(sink, table.schema))
+                start = int(counts[:value].sum())
+                writers[value].write_table(table.slice(start, int(counts[value])))
+    return paths
+
+
+def _read_spilled(path: Path) -> Iterator[pa.Table]:
+    with pa.OSFile(str(path)) as opened, pa.ipc.open_stream(opened) as batches:
+        for batch in batches:
+            yield pa.Table.from_batches([batch])

@@ -1,0 +1,316 @@
+"""Predictions of an export against evaluation on the shards, from the shards and from the raw log."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bfm.errors import CorruptError, UserError
+from bfm.events.encoding import Encoding
+from bfm.events.histories import Histories
+from bfm.events.protocol import Protocol, QueryTable, query_targets
+from bfm.events.windows import eval_windows
+from bfm.model.batch import make_query_batch
+from bfm.ranking.evaluate import evaluate, summarise
+from bfm.ranking.exported import EXPORT, seal
+from bfm.ranking.predictor import Predictor
+from bfm.ranking.ranks import rank_targets
+from bfm.report.predictions import predict_log, summary_text
+from bfm.training.export import export_checkpoint
+from tests.ranking.shop import CONFIG, SCHEMA, make_shop
+
+
+@pytest.fixture(scope="module")
+def predictor(export):
+    return Predictor.load(export)
+
+
+def predict(export, logs, out, **settings):
+    """Predictions by user, and the summary."""
+    summary = predict_log(str(export), [str(log) for log in logs], out, **settings)
+    return pq.read_table(out).to_pandas().set_index("user").sort_index(), summary
+
+
+def headline_of_each_user(shards):
+    """One query per user: the last event that a later timestamp follows."""
+    users, positions = [], []
+    for user in range(shards.num_users):
+        time = shards.history(user).time
+        followed = np.flatnonzero(time < time[-1])
+        if len(followed):
+            users.append(user)
+            positions.append(followed[-1])
+    return QueryTable(np.array(users), np.array(positions), np.zeros(len(users), bool))
+
+
+@torch.no_grad()
+def reference(shop, queries, k):
+    """The ranking of evaluation: ids, scores and vectors."""
+    model, shards = shop.model(), shop.shards
+    vectors = model.embed_all()
+    batch = make_query_batch(eval_windows(shards, queries, CONFIG.window))
+    h = model.contextualize(batch, vectors[batch.items_U])
+    scores = model.scale * h @ vectors[: shards.num_catalogue].T
+    top = rank_targets(lambda q, i: scores[q, i].clone(), query_targets(shards, queries), shards.num_catalogue, k)
+    return top.top_Qk, scores.numpy(), h.numpy()
+
+
+def test_recall_of_the_lists_is_the_recall_of_evaluation(shop, predictor):
+    protocol = Protocol.load(shop.shards)
+    table = protocol.queries("validation")
+    table = table[np.flatnonzero(~table.basket)]
+    top = predictor.top(shop.shards, table, 10)
+    targets = query_targets(shop.shards, table)
+    recall = [np.isin(targets[query], top.item_Qk[query]).mean() for query in range(len(table))]
+    metrics = summarise(evaluate(shop.model(), shop.shards, protocol, "validation", CONFIG.window)).metrics
+    assert np.mean(recall) == pytest.approx(metrics["recall@10"], rel=1e-6)
+
+
+def test_a_raw_log_gives_what_the_shards_give_for_the_same_histories(shop, export, tmp_path):
+    queries = headline_of_each_user(shop.shards)
+    ids, scores, vectors = reference(shop, queries, 10)
+    keys = shop.shards.user_keys().take(pa.array(queries.user)).to_pylist()
+    ends = {key: shop.shards.history(u).time[p] for key, u, p in zip(keys, queries.user, queries.position, strict=True)}
+    known = shop.frame[
+        [1000 * t <= ends.get(str(u), -1) for u, t in zip(shop.frame.user, shop.frame.time, strict=True)]
+    ]
+    # Neither the order of rows nor the cut into files and formats may matter.
+    mixed = known.sample(frac=1, random_state=0)
+    mixed[::3].to_parquet(tmp_path / "a.parquet")
+    mixed[1::3].to_csv(tmp_path / "b.csv", index=False)
+    mixed[2::3].to_json(tmp_path / "c.jsonl", orient="records", lines=True)
+    got, summary = predict(export, [tmp_path], tmp_path / "out.parquet", vectors=True)
+    assert summary["users"] == len(queries) == len(got)
+    assert summary["new_items"] == 0
+    item_keys = shop.shards.items_table(["key_item"])["key_item"].to_numpy(zero_copy_only=False)
+    for row, key in enumerate(keys):
+        np.testing.assert_allclose(got.loc[key, "vector"], vectors[row], atol=2e-6)
+        np.testing.assert_allclose(got.loc[key, "scores"], scores[row][ids[row]], atol=1e-4)
+        assert got.loc[key, "items"].tolist() == item_keys[ids[row]].tolist()
+        assert got.loc[key, "events"] == queries.position[row] + 1
+
+
+def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, tmp_path):
+    logs = [shop.folder / "log.parquet"]
+    whole, _ = predict(export, logs, tmp_path / "whole.parquet", vectors=True)
+    spilled, _ = predict(export, logs, tmp_path / "spilled.parquet", vectors=True, part_rows=300)
+    assert whole["items"].map(list).equals(spilled["items"].map(list))
+    np.testing.assert_allclose(np.stack(whole["vector"]), np.stack(spilled["vector"]), atol=2e-6)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    parts = [
+        (part.users.to_pylist(), part.shards.num_events - 1)
+        for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
+    ]
+    users = [user for part, _ in parts for user in part]
+    assert len(users) == len(set(users)) == shop.shards.num_users
+    assert sum(events for _, events in parts) == len(shop.frame)
+    assert max(events for part, events in parts if len(part) > 1) <= 300
+    assert list(scratch.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "spilled.parquet", "whole.parquet"]
+
+
+def test_new_items_are_embedded_as_preparation_embeds_late_ones(shop, predictor, tmp_path):
+    full, known = predictor.encoding, predictor.encoding.catalogue
+    cut = Encoding(
+        **{
+            **vars(full),
+            "item_keys": full.item_keys.slice(0, known),
+            "item_arrays": {name: values[:known] for name, values in full.item_arrays.items()},
+        }
+    )
+    assert full.num_items - known > 0
+    histories = Histories(cut, [str(shop.folder / "log.parquet")], tmp_path)
+    late = full.item_keys["item"].to_pylist()[known:]
+    assert sorted(histories._new.ids) == sorted(late)
+    assert histories.new_item_events == shop.frame["item"].astype(str).isin(late).sum()
+    arrays = histories.new_item_arrays()
+    for place, key in enumerate(histories._new.ids):
+        for name in ("item_id", "popularity", "words", "tags", "look"):
+            np.testing.assert_array_equal(arrays[name][place], full.item_arrays[name][full_id(full, key)])
+    # The item table is not in the log: its fields are missing.
+    assert np.isnan(arrays["price"]).all()
+    assert not arrays["colour"].any()
+
+
+def full_id(encoding, key):
+    return encoding.item_keys["item"].to_pylist().index(key)
+
+
+def test_new_items_count_in_histories_and_are_never_listed(shop, export, tmp_path):
+    frame = shop.frame.copy()
+    frame.to_parquet(tmp_path / "log.parquet")
+    plain, _ = predict(export, [tmp_path / "log.parquet"], tmp_path / "plain.parquet", vectors=True)
+    last = frame.groupby("user").time.transform("max") == frame.time
+    frame.loc[last, "item"] = 9000 + frame.loc[last, "user"] % 3
+    frame.to_parquet(tmp_path / "log.parquet")
+    got, summary = predict(export, [tmp_path / "log.parquet"], tmp_path / "new.parquet", vectors=True)
+    assert summary["new_items"] == 3
+    assert summary["new_item_events"] == last.sum()
+    assert "3 in" in summary_text(summary)
+    assert (got["events"] == plain["events"]).all()
+    assert np.abs(np.stack(got["vector"]) - np.stack(plain["vector"])).max(1).min() > 1e-3
+    known = set(shop.shards.items_table(["key_item"])["key_item"].to_pylist()[: shop.shards.num_catalogue])
+    assert {item for items in got["items"] for item in items} <= known
+
+
+def test_users_without_a_usable_row_have_empty_lists(shop, export, tmp_path):
+    frame = shop.frame.astype({"user": object, "time": object})
+    frame.loc[frame.user == 7, "time"] = "soon"
+    frame.loc[frame.index[frame.user == 8][0], "time"] = None
+    frame.loc[frame.index[frame.user == 9][0], "user"] = None
+    frame.astype(str).replace({"None": ""}).to_csv(tmp_path / "log.csv", index=False)
+    for part_rows in (300, 1 << 19):
+        got, summary = predict(export, [tmp_path / "log.csv"], tmp_path / "out", vectors=True, part_rows=part_rows)
+        assert set(got.index) == {str(user) for user in shop.frame.user.unique()}
+        assert len(got.loc["7", "items"]) == len(got.loc["7", "scores"]) == got.loc["7", "events"] == 0
+        assert got.loc["7", "vector"] is None
+        assert (got.drop("7")["items"].map(len) == 10).all()
+        assert summary["users_without_event"] == 1
+        assert summary["unusable"] == {
+            "missing time": 1,
+            "missing user": 1,
+            "unparsable time": (shop.frame.user == 7).sum(),
+        }
+
+
+def test_filtering_leaves_out_what_the_user_has_seen(shop, export, tmp_path):
+    k = shop.shards.num_catalogue
+    logs = [shop.folder / "log.parquet"]
+    kept, _ = predict(export, logs, tmp_path / "kept.parquet", k=k)
+    got, summary = predict(export, logs, tmp_path / "filtered.parquet", k=k, filter_seen=True)
+    seen = shop.frame.astype(str).groupby("user").item.agg(set)
+    for user, row in got.iterrows():
+        assert row["items"].tolist() == [item for item in kept.loc[user, "items"] if item not in seen[user]]
+        assert len(row["scores"]) == len(row["items"])
+        assert (np.diff(row["scores"]) <= 1e-5).all()
+    assert summary["short_lists"] == len(got)
+
+
+def test_a_bfloat16_catalogue_is_close(shop, predictor, tmp_path):
+    export_checkpoint(shop.checkpoint, str(shop.shards.path), tmp_path / "half", "bfloat16")
+    half = Predictor.load(tmp_path / "half")
+    queries = headline_of_each_user(shop.shards)
+    exact, close = (p.top(shop.shards, queries, 10) for p in (predictor, half))
+    assert half.catalogue.vectors_ID.dtype == torch.bfloat16
+    np.testing.assert_allclose(exact.score_Qk, close.score_Qk, atol=0.3)
+    assert np.abs(exact.score_Qk - close.score_Qk).max() > 0
+
+
+def make_export(folder, schema):
+    """Another shop and its export."""
+    shop = make_shop(folder / "shop", 800, schema)
+    export_checkpoint(shop.checkpoint, str(shop.shards.path), folder / "export")
+    return shop, folder / "export"
+
+
+def test_composite_items_are_structs(tmp_path):
+    start = SCHEMA.index("item: item")
+    schema = f"{SCHEMA[:start]}item: [item, shop]\nitem_fields: {{words: text}}\n"
+    shop, export = make_export(tmp_path, schema)
+    _, summary = predict(export, [shop.folder / "log.parquet"], tmp_path / "out.parquet", k=3)
+    assert summary["new_items"] == 0
+    pairs = {(str(row.item), row.shop) for row in shop.frame.itertuples()}
+    for items in pq.read_table(tmp_path / "out.parquet")["items"].to_pylist():
+        assert len(items) == 3
+        assert {(item["item"], item["shop"]) for item in items} <= pairs
+
+
+def test_positions_duplicates_and_the_filter_follow_the_schema(tmp_path):
+    schema = SCHEMA.replace("time: time", "position: step") + "clean: {drop_duplicates: true}\n"
+    shop, export = make_export(tmp_path, schema)
+    log = tmp_path / "log.parquet"
+    once = shop.frame.drop_duplicates()
+    once.to_parquet(log)
+    plain, before = predict(export, [log], tmp_path / "out.parquet")
+    pd.concat([once[1::2], once]).to_parquet(log)
+    got, after = predict(export, [log], tmp_path / "out.parquet")
+    assert (before["duplicates"], after["duplicates"]) == (0, len(once) // 2)
+    assert got["items"].map(list).equals(plain["items"].map(list))
+    # Leave-one-out filters by default.
+    seen = shop.frame.astype(str).groupby("user").item.agg(set)
+    assert not any(seen[user] & set(items) for user, items in got["items"].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda frame: frame.drop(columns="quantity"), "has no column 'quantity'"),
+        (lambda frame: frame[:0], "the log has no rows"),
+        (lambda frame: frame.assign(time="soon"), "no row is usable"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_wrong_log_is_refused_and_leaves_nothing(shop, export, tmp_path, change, what, ending):
+    frame = change(shop.frame)
+    log = tmp_path / f"log.{ending}"
+    writers = {
+        "parquet": lambda: frame.to_parquet(log),
+        "csv": lambda: frame.to_csv(log, index=False),
+        "jsonl": lambda: frame.to_json(log, orient="records", lines=True),
+    }
+    writers[ending]()
+    with pytest.raises(UserError, match=what):
+        predict(export, [log], tmp_path / "out.parquet")
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_wrong_requests_are_refused(shop, export, tmp_path):
+    logs, out = [shop.folder / "log.parquet"], tmp_path / "out.parquet"
+    for k in (0, shop.shards.num_catalogue + 1):
+        with pytest.raises(UserError, match="--k"):
+            predict(export, logs, out, k=k)
+    with pytest.raises(UserError, match="no exported model"):
+        predict(tmp_path, logs, out)
+    with pytest.raises(UserError, match="is a folder"):
+        predict(export, logs, tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        predict(export, [tmp_path / "none.parquet"], out)
+    (tmp_path / "bad.parquet").write_bytes(logs[0].read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read"):
+        predict(export, [tmp_path / "bad.parquet"], out)
+    assert not out.exists()
+
+
+def test_a_damaged_or_foreign_export_is_refused(shop, export, tmp_path):
+    names = [path.relative_to(export) for path in export.rglob("*") if path.is_file()]
+    assert len(names) >= 6
+    for name in names:
+        folder = tmp_path / "damaged"
+        shutil.copytree(export, folder)
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        with pytest.raises(CorruptError, match=str(name)):
+            Predictor.load(folder)
+        (folder / name).unlink()
+        with pytest.raises(CorruptError if str(name) != EXPORT else UserError):
+            Predictor.load(folder)
+        shutil.rmtree(folder)
+    shutil.copytree(export, tmp_path / "old")
+    facts = json.loads((export / EXPORT).read_text())
+    (tmp_path / "old" / EXPORT).write_text(json.dumps({**facts, "version": 0}))
+    with pytest.raises(UserError, match="version 0"):
+        Predictor.load(tmp_path / "old")
+    bare = {key: value for key, value in facts.items() if key not in ("hash", "files")}
+    for other in ({"hidden": facts["shape"]["hidden"] + 8}, {"another_key": 1}):
+        (tmp_path / "old" / EXPORT).unlink()
+        seal(tmp_path / "old", bare | {"shape": {**facts["shape"], **other}})
+        with pytest.raises(UserError, match="do not fit this code's model"):
+            Predictor.load(tmp_path / "old")
+
+
+def test_keys_are_the_same_users_whatever_their_type(shop, export, tmp_path):
+    half = shop.frame[: len(shop.frame) // 2]
+    half.astype({"user": float}).to_parquet(tmp_path / "a.parquet")
+    shop.frame[len(half) :].astype({"user": str}).to_parquet(tmp_path / "b.parquet")
+    got, _ = predict(export, [tmp_path], tmp_path / "out" / "file.parquet")
+    whole, _ = predict(export, [shop.folder / "log.parquet"], tmp_path / "whole")
+    assert got["items"].map(list).equals(whole["items"].map(list))
