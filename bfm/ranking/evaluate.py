@@ -30,7 +30,8 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
 from bfm.objective.softmax import sampled_softmax
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
-from bfm.ranking.ranks import rank_targets
+from bfm.ranking.ranks import DotScores, rank_targets
+from bfm.ranking.sampled import sampled_metrics
 
 __all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
 
@@ -52,11 +53,14 @@ def evaluate(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     candidates: Candidates | None = None,
+    sampled_negatives: int | None = None,
+    seed: int = 0,
 ) -> QueryScores:
     """Metrics of this worker's share of a part's queries; the model's mode is left alone.
 
     `queries` takes the first so many of the protocol's table (headline queries stand first), None all. Worker `rank`
     of `world_size` takes every world_size-th. `candidates` adds loss_sampled. `device` is where the model is.
+    `sampled_negatives` adds ranks among so many items drawn by `seed`, under names such as sampled100.recall@10.
     Raises UserError for an unknown part or a part without queries, DivergedError for scores that are not finite.
     """
     table = protocol.queries(part)[:queries]
@@ -67,10 +71,8 @@ def evaluate(
     item_vectors_ID = model.embed_all()
     h_QD, targets, seen, flops = _contextualize(model, item_vectors_ID, shards, table, window, device)
     catalogue_VD = item_vectors_ID[: shards.num_catalogue]
-    scaled_QD = h_QD * model.scale
-    ranked = rank_targets(
-        lambda queries, items: scaled_QD[queries] @ catalogue_VD[items].T, targets, shards.num_catalogue, max(k), seen
-    )
+    scorer = DotScores(h_QD * model.scale, catalogue_VD)
+    ranked = rank_targets(scorer, targets, shards.num_catalogue, max(k), seen)
     scores = score_queries(
         ranked, targets, shards.num_catalogue, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket
     )
@@ -78,6 +80,9 @@ def evaluate(
         scores.values["loss_sampled"], rows_T = _sampled_loss(model, h_QD, catalogue_VD, targets, table, candidates)
         flops += 2 * rows_T * len(candidates.ids_K) * catalogue_VD.shape[1]
         scores = dataclasses.replace(scores, loss_sampled_negatives=len(candidates.ids_K))
+    if sampled_negatives is not None:
+        scores.values.update(sampled_metrics(h_QD, catalogue_VD, targets, seen, rows, k, sampled_negatives, seed))
+        flops += 2 * int((targets.ids < len(catalogue_VD)).sum()) * (1 + sampled_negatives) * catalogue_VD.shape[1]
     return dataclasses.replace(scores, eval_flops=flops)
 
 
@@ -152,8 +157,6 @@ def _sampled_loss(
         query_T, item_T, hit_T = (
             torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
         )
-        loss_T = sampled_softmax(
-            h_QD[query_T], catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, model.scale
-        )
+        loss_T = sampled_softmax(h_QD[query_T], catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, model.scale)
         loss_N[chosen_T] = loss_T.double().cpu().numpy()
     return query_mean(loss_N, targets, used_N), len(rows)

@@ -9,13 +9,18 @@ Never a table of all queries times all items: blocks of rows and columns stream 
 first k items, a count, a running log sum and its targets' scores. A target behind the first k needs no exact rank; for
 one among them, every better item is in the list too, so nothing is sorted or counted over the catalogue.
 
-Q = queries, R = query rows of a block, C = items of a block, N = targets, P = filtered pairs, k = list length.
+Row chunks run on as many threads as torch has, each with one: blocks stay in the cache of the core that made them, and
+the result does not depend on the number of threads.
+
+Q = queries, R = query rows of a chunk, C = items of a block, G = groups of neighbours in it, N = targets,
+P = filtered pairs, k = list length, D = width of the vectors.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,14 +31,17 @@ from torch import Tensor
 
 from bfm.errors import DivergedError
 from bfm.events.protocol import Ragged
+from bfm.ranking.first import GROUP, First, FirstItems
 
 ScoreBlock = Callable[[slice, slice], Tensor]
-"""(query rows, items) -> fresh scores [R, C], which the caller may overwrite."""
+"""(query rows, items) -> fresh scores [R, C] in float32 or float64, which the caller may overwrite."""
 
-# Measured best on one thread: scores of a block stay near the core from the matmul to the last reduction.
-BLOCK_BYTES = 8 * 2**20
-_MIN_ROWS = 64
-_GROUP = 64
+# Measured best on one thread: a block stays near its core from the matmul to the last reduction.
+BLOCK_BYTES = 2 * 2**20
+_ROWS = 256
+# e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.
+_PLAIN_EXP = 60.0
+_NOT_FINITE = "a score is NaN or infinite: nothing can be ranked by it"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,22 @@ class Ranked:
     """NaN for cold targets."""
     top_Qk: NDArray[np.int64]
     """Best items of each query, equal scores by ascending id; -1 where fewer are left unfiltered."""
+
+
+class DotScores:
+    """Scores of items by their inner products with queries: a ScoreBlock whose scores need no check one by one."""
+
+    def __init__(self, queries_QD: Tensor, items_VD: Tensor) -> None:
+        self._queries_QD = queries_QD
+        # The matmul of a block is faster where the items of a row of the operand are neighbours.
+        self._items_DV = items_VD.T.contiguous()
+        longest = [vectors.norm(dim=1).amax().double() for vectors in (queries_QD, items_VD) if len(vectors)]
+        self.finite = bool(math.prod(longest) < torch.finfo(queries_QD.dtype).max / 2)
+        """No score can be NaN or infinite: |<q, v>| <= |q| |v|."""
+
+    def __call__(self, rows: slice, items: slice) -> Tensor:
+        """Scores [R, C]."""
+        return self._queries_QD[rows] @ self._items_DV[:, items]
 
 
 def rank_targets(
@@ -61,169 +85,138 @@ def rank_targets(
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are no competitors of their query, unless they are targets of it. Working memory is a few blocks
-    of scores. Raises DivergedError where a score is NaN or infinite.
+    of scores per thread. `score_block` is called from several threads, unless torch is set to one.
+    Raises DivergedError where a score is NaN or infinite.
     """
     num_queries = len(targets)
-    columns = max(1, min(num_items, block_bytes // (element_bytes * min(_MIN_ROWS, max(1, num_queries)))))
-    rows = max(1, block_bytes // (element_bytes * columns))
-    query_N = np.repeat(np.arange(num_queries), np.diff(targets.offsets))
-    rank_N = np.full(len(query_N), np.inf)
-    nll_N = np.full(len(query_N), np.nan)
+    columns = max(1, min(num_items, block_bytes // (element_bytes * min(_ROWS, max(1, num_queries)))))
+    # Whole groups need no padding.
+    columns = columns // GROUP * GROUP or columns
+    rows = max(1, min(_ROWS, block_bytes // (element_bytes * columns)))
+    rank_N = np.full(len(targets.ids), np.inf)
+    nll_N = np.full(len(targets.ids), np.nan)
     top_Qk = np.full((num_queries, max_k), -1, dtype=np.int64)
-    hidden = _hidden_pairs(targets, seen, num_items)
-    for start in range(0, num_queries, rows):
-        stop = min(start + rows, num_queries)
-        first, last = targets.offsets[start], targets.offsets[stop]
-        warm_N = first + np.flatnonzero(targets.ids[first:last] < num_items)
-        chunk = _Chunk(start, stop, query_N[warm_N] - start, targets.ids[warm_N].astype(np.int64))
-        passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k, hidden)
-        rank_N[warm_N], nll_N[warm_N] = _ranks_and_nll(passed, chunk)
-        # A list may be longer than what is left of the catalogue; filtered items then stand at its end.
-        top_Qk[start:stop] = torch.where(passed.top.value_Rk > -torch.inf, passed.top.id_Rk, -1).cpu().numpy()
+
+    @torch.no_grad()
+    def rank_rows(start: int) -> None:
+        chunk = _chunk(targets, seen, start, min(start + rows, num_queries), num_items)
+        passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k)
+        rank_N[chunk.target_N], nll_N[chunk.target_N] = _ranks_and_nll(passed, chunk)
+        top_Qk[chunk.start : chunk.stop] = passed.first.id_Rk.cpu().numpy()
+
+    _for_each(rank_rows, range(0, num_queries, rows))
     return Ranked(rank_N, nll_N, top_Qk)
 
 
+def _for_each(work: Callable[[int], None], starts: range) -> None:
+    """Run `work` for every start on torch's number of threads."""
+    num_threads = min(torch.get_num_threads(), len(starts))
+    if num_threads <= 1:
+        for start in starts:
+            work(start)
+        return
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(work, start) for start in starts]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 class _Chunk(NamedTuple):
+    """Some queries, with their warm targets and the items that do not compete, both by rising item."""
+
     start: int
     stop: int
+    target_N: NDArray[np.int64]
+    """Index among all targets."""
     row_N: NDArray[np.int64]
     item_N: NDArray[np.int64]
-
-
-class _Top(NamedTuple):
-    """The first k items of each row by (score falling, id rising), and how many items of the row equal the k-th."""
-
-    value_Rk: Tensor
-    id_Rk: Tensor
-    equal_R: Tensor
+    hidden_row_P: NDArray[np.int64]
+    hidden_item_P: NDArray[np.int64]
 
 
 class _Passed(NamedTuple):
-    top: _Top
+    first: First
     log_total_R: Tensor
     target_score_N: Tensor
 
 
-def _hidden_pairs(targets: Ragged, seen: Ragged | None, num_items: int) -> tuple[NDArray, NDArray]:
-    """(query, item) pairs that do not compete, by ascending query: seen catalogue items that are no targets."""
-    if seen is None:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    pairs = []
-    for lists in (seen, targets):
-        query_N = np.repeat(np.arange(len(lists), dtype=np.int64), np.diff(lists.offsets))
-        known_N = lists.ids < num_items
-        pairs.append(query_N[known_N] * num_items + lists.ids[known_N])
-    query_P, item_P = np.divmod(np.setdiff1d(pairs[0], pairs[1]), num_items)
-    return query_P, item_P
+def _chunk(targets: Ragged, seen: Ragged | None, start: int, stop: int, num_items: int) -> _Chunk:
+    target_N, row_N, item_N = _warm_pairs(targets, start, stop, num_items)
+    order = np.argsort(item_N)
+    target_N, row_N, item_N = target_N[order], row_N[order], item_N[order]
+    hidden_P = np.zeros(0, np.int64)
+    if seen is not None:
+        _, seen_row, seen_item = _warm_pairs(seen, start, stop, num_items)
+        num_rows = stop - start
+        hidden_P = np.setdiff1d(seen_item * num_rows + seen_row, item_N * num_rows + row_N)
+    hidden_item_P, hidden_row_P = np.divmod(hidden_P, stop - start)
+    return _Chunk(start, stop, target_N, row_N, item_N, hidden_row_P, hidden_item_P)
 
 
-def _pass_over_catalogue(
-    score_block: ScoreBlock,
-    chunk: _Chunk,
-    num_items: int,
-    columns: int,
-    max_k: int,
-    hidden: tuple[NDArray, NDArray],
-) -> _Passed:
-    low, high = np.searchsorted(hidden[0], [chunk.start, chunk.stop])
-    hidden_row_P, hidden_item_P = hidden[0][low:high] - chunk.start, hidden[1][low:high]
-    tops, log_totals, target_scores = [], [], []
+def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Place in the lists, row and item of the catalogue items of rows start..stop-1."""
+    low, high = lists.offsets[start], lists.offsets[stop]
+    place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
+    row_N = np.repeat(np.arange(stop - start), np.diff(lists.offsets[start : stop + 1]))[place_N - low]
+    return place_N, row_N, lists.ids[place_N].astype(np.int64)
+
+
+def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int, columns: int, max_k: int) -> _Passed:
+    finite = isinstance(score_block, DotScores) and score_block.finite
+    log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
         stop = min(start + columns, num_items)
         block_RC = score_block(slice(chunk.start, chunk.stop), slice(start, stop))
-        if not torch.isfinite(torch.stack(torch.aminmax(block_RC))).all():
-            raise DivergedError("a score is NaN or infinite: nothing can be ranked by it")
-        log_totals.append(torch.logsumexp(block_RC, dim=1))
+        if not finite and not torch.isfinite(block_RC.amin()):
+            raise DivergedError(_NOT_FINITE)
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        here_N = (chunk.item_N >= start) & (chunk.item_N < stop)
-        score_N = block_RC.new_full((len(here_N),), -torch.inf)
-        score_N[_tensor(here_N, block_RC)] = block_RC[
-            _tensor(chunk.row_N[here_N], block_RC), _tensor(chunk.item_N[here_N] - start, block_RC)
-        ]
-        target_scores.append(score_N)
-        out_P = (hidden_item_P >= start) & (hidden_item_P < stop)
-        block_RC[_tensor(hidden_row_P[out_P], block_RC), _tensor(hidden_item_P[out_P] - start, block_RC)] = -torch.inf
-        tops.append(_top_of_block(block_RC, max_k, start))
+        target_scores.append(block_RC[_pairs(chunk.row_N, chunk.item_N, start, stop, block_RC)])
+        hidden = _pairs(chunk.hidden_row_P, chunk.hidden_item_P, start, stop, block_RC)
+        if block_RC.shape[1] % GROUP:
+            block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
+        hidden_score_P = block_RC[hidden]
+        block_RC[hidden] = -torch.inf
+        largest_RG = block_RC.unflatten(1, (-1, GROUP)).amax(-1)
+        largest_R = largest_RG.amax(1).scatter_reduce(0, hidden[0], hidden_score_P, "amax")
+        least, most = map(float, torch.aminmax(largest_R))
+        if not math.isfinite(least) or not math.isfinite(most):
+            raise DivergedError(_NOT_FINITE)
+        first = first or FirstItems(len(block_RC), max_k, block_RC)
+        first.add(block_RC, largest_RG, start)
+        block_RC[hidden] = hidden_score_P
+        log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))
+    assert first is not None, "an empty catalogue"
     log_total_R = torch.logsumexp(torch.stack(log_totals), dim=0)
-    return _Passed(functools.reduce(_merge, tops), log_total_R, torch.stack(target_scores).amax(0))
+    return _Passed(first.finish(), log_total_R, torch.cat(target_scores))
 
 
-def _tensor(values: NDArray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device)
+def _pairs(row: NDArray, item: NDArray, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices into a block of items start..stop-1; `item` rises."""
+    low, high = np.searchsorted(item, [start, stop])
+    return (
+        torch.from_numpy(row[low:high]).to(like.device),
+        torch.from_numpy(item[low:high] - start).to(like.device),
+    )
 
 
-def _top_of_block(block_RC: Tensor, max_k: int, first_id: int) -> _Top:
-    num_columns = block_RC.shape[1]
-    # One more than asked shows whether the k-th value goes on behind the list.
-    value, index = _largest(block_RC, min(max_k + 1, num_columns))
-    if num_columns < max_k:
-        missing = max_k - num_columns
-        value = torch.nn.functional.pad(value, (0, missing), value=-torch.inf)
-        index = torch.nn.functional.pad(index, (0, missing), value=-1 - first_id)
-    value_Rk, index_Rk = value[:, :max_k], index[:, :max_k]
-    last_R1 = value_Rk[:, -1:]
-    equal_R = (value_Rk == last_R1).sum(1)
-    if num_columns > max_k:
-        open_rows = ((value[:, max_k] == last_R1[:, 0]) & (last_R1[:, 0] > -torch.inf)).nonzero()[:, 0]
-        if len(open_rows):
-            equal_RC = block_RC[open_rows] == last_R1[open_rows]
-            equal_R[open_rows] = equal_RC.sum(1)
-            better_R1 = (value_Rk[open_rows] > last_R1[open_rows]).sum(1, keepdim=True)
-            place_k = torch.arange(max_k, device=block_RC.device)
-            lowest_Rk = _first_true(equal_RC, max_k).gather(1, (place_k - better_R1).clamp(min=0))
-            index_Rk = index_Rk.clone()
-            index_Rk[open_rows] = torch.where(place_k < better_R1, index_Rk[open_rows], lowest_Rk)
-    order = index_Rk.argsort(dim=1)
-    return _Top(*_by_falling_value(value_Rk.gather(1, order), index_Rk.gather(1, order) + first_id), equal_R)
-
-
-def _largest(block_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """topk, several times faster on long rows: the k largest values lie in the k groups with the largest maxima."""
-    num_rows, num_columns = block_RC.shape
-    num_groups = num_columns // _GROUP
-    if num_groups <= 4 * k:
-        value, index = torch.topk(block_RC, k, dim=1)
-        return value, index
-    grouped = block_RC[:, : num_groups * _GROUP].unflatten(1, (num_groups, _GROUP))
-    best_Rk = torch.topk(grouped.amax(-1), k, dim=1).indices
-    inside = best_Rk[:, :, None] * _GROUP + torch.arange(_GROUP, device=block_RC.device)
-    rest = torch.arange(num_groups * _GROUP, num_columns, device=block_RC.device).expand(num_rows, -1)
-    chosen = torch.cat([inside.flatten(1), rest], dim=1)
-    value, place = torch.topk(block_RC.gather(1, chosen), k, dim=1)
-    return value, chosen.gather(1, place)
-
-
-def _first_true(mask_RC: Tensor, k: int) -> Tensor:
-    """Columns of the first k true entries of each row, ascending; each row has at least one, its places behind vary."""
-    columns = torch.arange(mask_RC.shape[1], device=mask_RC.device)
-    return torch.topk(torch.where(mask_RC, columns, mask_RC.shape[1]), k, dim=1, largest=False).indices
-
-
-def _by_falling_value(value: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    value, order = torch.sort(value, dim=1, descending=True, stable=True)
-    return value, ids.gather(1, order)
-
-
-def _merge(old: _Top, new: _Top) -> _Top:
-    """Lists of two disjoint sets of items, the ids of `new` above those of `old`."""
-    max_k = old.value_Rk.shape[1]
-    value, ids = _by_falling_value(torch.cat([old.value_Rk, new.value_Rk], 1), torch.cat([old.id_Rk, new.id_Rk], 1))
-    last_R1 = value[:, max_k - 1 : max_k]
-    # A list is complete above its own last value; at it, only its count knows all.
-    counts = [
-        torch.where(part.value_Rk[:, -1] == last_R1[:, 0], part.equal_R, (part.value_Rk == last_R1).sum(1))
-        for part in (old, new)
-    ]
-    return _Top(value[:, :max_k], ids[:, :max_k], counts[0] + counts[1])
+def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
+    """log sum of e^score of each row, whose largest score is given; overwrites the block."""
+    if shifted:
+        return block_RC.sub_(largest_R[:, None]).exp_().sum(1).log() + largest_R
+    return block_RC.exp_().sum(1).log()
 
 
 def _ranks_and_nll(passed: _Passed, chunk: _Chunk) -> tuple[NDArray, NDArray]:
-    row_N = _tensor(chunk.row_N, passed.log_total_R)
+    row_N = torch.from_numpy(chunk.row_N).to(passed.log_total_R.device)
     score_N = passed.target_score_N
-    value_Nk = passed.top.value_Rk[row_N]
+    value_Nk = passed.first.value_Rk[row_N]
     better_N = (value_Nk > score_N[:, None]).sum(1)
     listed_N = (value_Nk == score_N[:, None]).sum(1)
-    equal_N = torch.where(score_N == value_Nk[:, -1], passed.top.equal_R[row_N], listed_N)
+    equal_N = torch.where(score_N == value_Nk[:, -1], passed.first.equal_R[row_N], listed_N)
     # Fewer than k items are better than a listed target, so all of them are in the list.
     rank_N = torch.where(listed_N > 0, 1.0 + better_N + 0.5 * (equal_N - 1), torch.inf)
     nll_N = passed.log_total_R[row_N] - score_N

@@ -147,15 +147,24 @@ def test_loss_sampled_on_every_item_is_the_nll(world):
     assert "basket.loss_sampled" not in evaluation.metrics
 
 
-def test_loss_sampled_estimates_the_nll_from_its_fixed_sample(world, monkeypatch):
+def test_loss_sampled_equals_a_plain_sum_over_its_fixed_sample(world, monkeypatch):
     model, shards, protocol = world
     monkeypatch.setattr(evaluate_module, "_BLOCK_BYTES", 1000)
     pi_V = drawn_inclusion(shards.train_counts, 30, 0.5)
     ids_K = draw_systematic(pi_V, group_rng(0, 0))
     sample = Candidates(ids_K, np.log(pi_V[ids_K]))
-    metrics = summarise(evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)).metrics
-    assert metrics["loss_sampled_negatives"] == 30
-    assert metrics["loss_sampled"] == pytest.approx(metrics["nll"], abs=0.5)
+    scores = evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)
+    assert summarise(scores).metrics["loss_sampled_negatives"] == 30
+    table = protocol.queries("validation")
+    table_QV, targets = plain_scores(model, shards, table)
+    for query in range(len(table)):
+        losses = []
+        for target in [item for item in targets[query] if item < shards.num_catalogue]:
+            others = [table_QV[query, item] - np.log(pi_V[item]) for item in ids_K if item != target]
+            own = table_QV[query, target]
+            losses.append(np.logaddexp.reduce([own, *others]) - own)
+        expected = np.mean(losses) if losses and not table.basket[query] else math.nan
+        assert scores.values["loss_sampled"][query] == pytest.approx(expected, rel=1e-4, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -183,3 +192,19 @@ def test_an_unknown_part_is_a_users_mistake(world):
     model, shards, protocol = world
     with pytest.raises(UserError, match="training"):
         evaluate(model, shards, protocol, "training", WINDOW)
+
+
+def test_sampled_ranks_only_when_asked_and_under_names_of_their_own(world):
+    model, shards, protocol = world
+    plain = summarise(evaluate(model, shards, protocol, "test", WINDOW)).metrics
+    assert not any("sampled" in name for name in plain)
+    parts = [
+        evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20, seed=1, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    metrics = summarise(merge(parts)).metrics
+    assert metrics == pytest.approx(
+        summarise(evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20, seed=1)).metrics, rel=1e-5
+    )
+    assert {name: metrics[name] for name in plain} == pytest.approx(plain, rel=1e-5)
+    assert metrics["sampled20.recall@10"] > metrics["recall@10"]

@@ -1,0 +1,91 @@
+"""Ranks among a few sampled negatives, as papers that rank "1 against 100" report them. Not the full catalogue.
+
+Enters: queries, item vectors and targets. Leaves: recall, NDCG and MRR per query under names of their own, such as
+`sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene & Rendle,
+KDD 2020), so they only serve to compare with such papers.
+
+A target's competitors are drawn uniformly without replacement from the catalogue without the query's targets and, where
+the protocol filters them, its seen items. They depend on the seed and the query alone: every model, and every division
+among workers, meets the same ones. Ties count half, so the place of the target among them does not matter.
+
+Q = queries, N = targets, T = warm targets of a block, S = sampled negatives, D = retrieval width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bfm.errors import UserError
+from bfm.events.protocol import Ragged
+from bfm.ranking.metrics import query_metrics
+
+# Item vectors gathered at a time.
+_BLOCK_BYTES = 8 * 2**20
+
+
+def sampled_metrics(
+    h_QD: Tensor,
+    catalogue_VD: Tensor,
+    targets: Ragged,
+    seen: Ragged | None,
+    query_Q: NDArray[np.int64],
+    ks: Sequence[int],
+    num_negatives: int,
+    seed: int,
+) -> dict[str, NDArray[np.float64]]:
+    """Metric name -> value per query; cold targets are misses. query_Q: the queries' rows in the part's table.
+
+    Raises UserError where a query has fewer than num_negatives items to draw from.
+    """
+    negatives_QS = _draw(targets, seen, query_Q, len(catalogue_VD), num_negatives, seed)
+    rank_N = _ranks(h_QD, catalogue_VD, targets, negatives_QS)
+    metrics: dict[str, NDArray[np.float64]] = {}
+    for k in ks:
+        metrics |= query_metrics(rank_N, targets, np.ones(len(rank_N), bool), k)
+    return {f"sampled{num_negatives}.{name}": value_Q for name, value_Q in metrics.items()}
+
+
+def _draw(
+    targets: Ragged, seen: Ragged | None, query_Q: NDArray[np.int64], num_items: int, num_negatives: int, seed: int
+) -> NDArray[np.int64]:
+    if num_negatives < 1:
+        raise UserError(f"{num_negatives} sampled negatives", key="sampled_negatives", fix="give at least 1")
+    negatives_QS = np.empty((len(targets), num_negatives), np.int64)
+    for row, query in enumerate(query_Q.tolist()):
+        excluded = targets[row] if seen is None else np.union1d(targets[row], seen[row])
+        # The first of a random order that are not excluded: so many draws always hold enough of them.
+        num_drawn = min(num_items, num_negatives + len(excluded))
+        drawn = np.random.default_rng([seed, query]).choice(num_items, num_drawn, replace=False)
+        allowed = drawn[~np.isin(drawn, excluded)]
+        if len(allowed) < num_negatives:
+            raise UserError(
+                f"{num_negatives} sampled negatives, but a query has only {len(allowed)} items to draw from",
+                key="sampled_negatives",
+                fix="ask for fewer",
+            )
+        negatives_QS[row] = allowed[:num_negatives]
+    return negatives_QS
+
+
+def _ranks(h_QD: Tensor, catalogue_VD: Tensor, targets: Ragged, negatives_QS: NDArray[np.int64]) -> NDArray[np.float64]:
+    """1 + #greater + 1/2 #equal among the query's negatives; inf for cold targets."""
+    query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
+    rank_N = np.full(len(query_N), np.inf)
+    warm = np.flatnonzero(targets.ids < len(catalogue_VD))
+    step = max(1, _BLOCK_BYTES // (4 * catalogue_VD.shape[1] * (1 + negatives_QS.shape[1])))
+    for start in range(0, len(warm), step):
+        chosen_T = warm[start : start + step]
+        items_TS = np.concatenate([targets.ids[chosen_T, None], negatives_QS[query_N[chosen_T]]], axis=1)
+        h_TD = h_QD[torch.from_numpy(query_N[chosen_T]).to(h_QD.device)]
+        vectors_TSD = catalogue_VD[torch.from_numpy(items_TS).to(h_QD.device)]
+        # Not a matmul: every score is summed in the same order, so equal items stay equal.
+        score_TS = (h_TD[:, None] * vectors_TSD).sum(-1)
+        target_T1, negative_TS = score_TS[:, :1], score_TS[:, 1:]
+        better_T, equal_T = (negative_TS > target_T1).sum(1), (negative_TS == target_T1).sum(1)
+        rank_N[chosen_T] = (1.0 + better_T + 0.5 * equal_T).double().cpu().numpy()
+    return rank_N
