@@ -219,13 +219,16 @@ def evaluate(
     shards: ShardsOption,
     part: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     queries: Annotated[int | None, typer.Option(help="The first so many queries (default: all).")] = None,
+    sampled_negatives: Annotated[
+        int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Full-catalogue metrics of a checkpoint, beside the popularity and co-occurrence floors."""
     from bfm.report.tables import evaluation_text
     from bfm.training.single import evaluate_checkpoint
 
-    _print(evaluate_checkpoint(checkpoint, shards, part, queries), as_json, evaluation_text)
+    _print(evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives), as_json, evaluation_text)
 
 
 @app.command()
@@ -345,11 +348,19 @@ def report(
 
 @app.command()
 def doctor(
-    storage: Annotated[Path, typer.Option(help="Where sweeps will be kept.")] = Path(), as_json: Json = False
+    storage: Annotated[Path, typer.Option(help="Where sweeps will be kept.")] = Path(),
+    loss: Annotated[bool, typer.Option("--loss", help="Compare the implementations of the loss instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What this machine can do and what is missing."""
     from bfm.report.doctor import examine
 
+    if loss:
+        from bfm.report.loss_check import check_losses, losses_text
+
+        rows = check_losses()
+        _print([row.as_dict() for row in rows], as_json, lambda _: losses_text(rows))
+        return
     findings = examine(storage.absolute())
     lines = [
         f"{'ok ' if f.ok else 'BAD'}  {f.name:14}  {f.value}" + ("" if f.ok else f"  ({f.advice})") for f in findings

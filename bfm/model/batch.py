@@ -127,9 +127,7 @@ def make_batch(
         target_position_T=_tensor(
             [part.position_T + start for part, start in zip(parts, position_offset, strict=False)], device
         ),
-        target_index_T=_tensor(
-            [part.target_T + start for part, start in zip(parts, starts, strict=True)], device
-        ),
+        target_index_T=_tensor([part.target_T + start for part, start in zip(parts, starts, strict=True)], device),
         target_item_T=_tensor([part.items_U[part.target_T] for part in parts], device),
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),

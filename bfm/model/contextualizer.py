@@ -9,10 +9,9 @@ wanted rows only. Attention is dense over the row: L x L pairs, masked.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm
+from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm, unit
 from bfm.model.sizing import Shape
 
 
@@ -45,7 +44,7 @@ class Contextualizer(nn.Module):
         for block in self.blocks:
             x_RLW = block(x_RLW, mask, rotation, drop)
         x_TW = x_RLW.reshape(rows * length, -1).index_select(0, position_T)
-        return F.normalize(self.out(rms_norm(x_TW)).float(), dim=-1)
+        return unit(self.out(rms_norm(x_TW)))
 
     def _rotation(self, length: int, device: torch.device) -> Tensor:
         key = length, device

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.blocks import Block, make_linear, rms_norm
+from bfm.model.blocks import Block, make_linear, rms_norm, unit
 from bfm.model.fields import FieldEncoder, FieldLayout
 from bfm.model.sizing import Shape
 
@@ -41,7 +41,7 @@ class ItemEmbedder(nn.Module):
             v_UD = self.project(pooled_UD)
             if self.residual is not None:
                 v_UD = v_UD + self.residual(pooled_UD)
-        return F.normalize(v_UD.float(), dim=-1)
+        return unit(v_UD)
 
 
 class MlpResidual(nn.Module):

@@ -130,7 +130,9 @@ class TwoPartModel(nn.Module):
         """
         if len(ids_U) <= EMBED_CHUNK or not torch.is_grad_enabled():
             return self._embed_chunk(ids_U)
-        return torch.cat([checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)])
+        return torch.cat(
+            [checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)]
+        )
 
     def _embed_chunk(self, ids_U: Tensor) -> Tensor:
         packed = self.item_store.packed(ids_U.device).take(ids_U)

@@ -26,7 +26,7 @@ _STREAM = 0x6E65_6761
 _FIXED_SAMPLE = 0x6669_7865
 # Places on the line that one step of a draw works on: its arrays stay in the cache.
 _PLACES = 1 << 15
-_EMPTY_PLACES = 64
+_EMPTY, _EMPTY_PLACES = -1, 64
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Proposal:
     """
 
     certain_V: NDArray[np.bool_]
-    free_F: NDArray[np.int64]
-    place_F: NDArray[np.int64]
+    item_P: NDArray[np.int64]
     pi_P: NDArray[np.float64]
     total: float
 
@@ -100,25 +99,25 @@ class Proposal:
         if not (np.min(pi_V, initial=0.0) >= 0.0 and np.max(pi_V, initial=0.0) <= 1.0):
             raise ValueError("inclusion probabilities must lie in [0, 1]")
         free_F = np.flatnonzero((pi_V > 0.0) & (pi_V < 1.0))
-        if len(free_F) <= _PLACES:
-            num_places, place_F = len(free_F), np.arange(len(free_F))
-        else:
+        item_P = free_F
+        if len(free_F) > _PLACES:
             num_places = _prime_from(len(free_F) + _EMPTY_PLACES)
             place_F = np.random.Generator(np.random.Philox(_STREAM)).permutation(num_places)[: len(free_F)]
-        pi_P = np.zeros(num_places)
-        pi_P[place_F] = pi_V[free_F]
+            item_P = np.full(num_places, _EMPTY)
+            item_P[place_F] = free_F
+        pi_P = np.where(item_P == _EMPTY, 0.0, pi_V[item_P])
         # A sum that should be whole misses it by rounding, and the comb's last tooth could then miss or double.
         total = float(pi_P.sum())
         nearest = float(np.round(total))
         total = nearest if abs(total - nearest) < 1e-9 * len(free_F) else total
-        return cls(pi_V == 1.0, free_F, place_F, pi_P, total)
+        return cls(pi_V == 1.0, item_P, pi_P, total)
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Distinct ids, ascending; item i is among them with probability exactly pi_V[i].
 
         Their number is the sum of the probabilities, its floor or ceiling where that is not whole.
         """
-        drawn_P, offset, length, places = np.zeros(len(self.pi_P), dtype=bool), rng.random(), 0.0, 0
+        drawn_V, offset, length, places = self.certain_V.copy(), rng.random(), 0.0, 0
         for order_C in self._order(rng):
             edge_C1 = np.concatenate([[length], self.pi_P[order_C]])
             np.cumsum(edge_C1, out=edge_C1)
@@ -128,18 +127,18 @@ class Proposal:
                 edge_C1[-1] = self.total
             edge_C1 += offset
             tooth_C1 = np.floor(edge_C1, out=edge_C1)
-            drawn_P[order_C] = tooth_C1[1:] > tooth_C1[:-1]
-        drawn_V = self.certain_V.copy()
-        drawn_V[self.free_F] = drawn_P[self.place_F]
+            drawn_V[self.item_P[order_C[tooth_C1[1:] > tooth_C1[:-1]]]] = True
         return np.flatnonzero(drawn_V)
 
     def _order(self, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
         """Every place of the line once; the last one holds an item, for it takes what rounding leaves of the line."""
-        num_free, prime = len(self.free_F), len(self.pi_P)
-        if num_free <= _PLACES:
-            yield rng.permutation(num_free)
+        prime = len(self.pi_P)
+        if prime <= _PLACES:
+            yield rng.permutation(prime)
             return
-        step, last = int(rng.integers(1, prime)), int(self.place_F[rng.integers(num_free)])
+        step, last = int(rng.integers(1, prime)), int(rng.integers(prime))
+        while self.item_P[last] == _EMPTY:
+            last = int(rng.integers(prime))
         step_C = (np.arange(_PLACES) * step % prime).astype(np.uint64)
         for place in range(0, prime, _PLACES):
             order_C = step_C[: prime - place] + np.uint64(((place + 1) * step + last) % prime)

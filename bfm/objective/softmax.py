@@ -21,8 +21,8 @@ from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
 from bfm.objective.tiled import loss_from_log_sum, loss_from_state, softmax_state, two_pass_log_sum
 
 METHODS = ("auto", "reference", "one_pass", "two_pass", "triton")
-# Scores up to which the dense table is the fastest (measured, see benchmarks/softmax.py).
-_DENSE_SCORES = 1 << 18
+# Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
+_DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
 # Scores of one block of a chunked pass: small enough to stay near the core, large enough for the matmul.
 _BLOCK_BYTES = 16 * 2**20
 
@@ -68,7 +68,7 @@ def sampled_softmax(
 
 def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
     """The implementation that `auto` takes for a problem of these sizes; live: the table needs a gradient."""
-    if num_rows * num_candidates <= _DENSE_SCORES:
+    if num_rows * num_candidates <= (_DENSE_SCORES_LIVE if live else _DENSE_SCORES):
         return "reference"
     if live:
         return "two_pass"

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 State = tuple[Tensor, Tensor, Tensor]
 
-# A tile's scores stay in the cache of a core; on a GPU they only have to be many enough to fill it.
-_CPU_ROWS, _CPU_COLUMNS, _CPU_SCORES = 256, 8192, 1 << 19
-_GPU_SCORES = 1 << 25
+# Most rows, columns and scores of a tile: on a CPU it stays in a core's cache, a GPU only has to be filled by it.
+_CPU_TILE = (256, 8192, 1 << 19)
+_GPU_TILE = (8192, 1 << 17, 1 << 25)
 # exp(40) times a sum over millions of candidates, each of which stands for millions, is within float32.
 _PLAIN_NORM, _PLAIN_LEAST_SUM = 40.0, 1e-20
 _RANGE_CHECK = 1 << 17
@@ -35,8 +36,8 @@ _RANGE_CHECK = 1 << 17
 def softmax_state(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
     """The state of every row over the candidates ids_K except its hit; no gradient.
 
-    The state has the dtype of q, float32 or float64. Matmuls take it too, except that a half-precision table on a GPU
-    is multiplied as it is, with sums in float32.
+    The state has the dtype of q, float32 or float64. Matmuls take it too, except that a bfloat16 table on a GPU is
+    multiplied as it is, with sums in float32.
     """
     tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
     with torch.no_grad(), torch.autocast(q_TD.device.type, enabled=False):
@@ -107,14 +108,16 @@ class _Tiles:
         """Tile sizes by device; the H rows with a hit sorted by tile."""
         num_rows, num_columns = len(q_TD), len(ids_K)
         on_cpu = q_TD.device.type == "cpu"
-        rows = min(max(1, num_rows), _CPU_ROWS if on_cpu else 8192)
-        columns = max(1, min(num_columns, _CPU_COLUMNS, _CPU_SCORES // rows) if on_cpu else _GPU_SCORES // rows)
+        most_rows, most_columns, scores = _CPU_TILE if on_cpu else _GPU_TILE
+        rows = max(1, min(num_rows, most_rows))
+        columns = max(1, min(num_columns, most_columns, scores // rows))
         blocks = -(-num_rows // rows)
         row_H = (hit_T >= 0).nonzero()[:, 0]
         column_H = hit_T[row_H]
         tile_H, order_H = torch.sort(column_H // columns * blocks + row_H // rows)
         edges = torch.arange(-(-num_columns // columns) * blocks + 1, device=tile_H.device)
-        half = table_RD.dtype in (torch.bfloat16, torch.float16)
+        # float16 would overflow: the plain weights reach exp(40).
+        half = table_RD.dtype == torch.bfloat16 and not on_cpu
         return cls(
             table_RD,
             ids_K,
@@ -122,7 +125,7 @@ class _Tiles:
             num_rows,
             rows,
             columns,
-            table_RD.dtype if half and not on_cpu else q_TD.dtype,
+            table_RD.dtype if half else q_TD.dtype,
             row_H[order_H] % rows,
             column_H[order_H] % columns,
             torch.searchsorted(tile_H, edges).tolist(),
@@ -245,6 +248,7 @@ class _StateLogSum(torch.autograd.Function):
         return max_T + sum_T.log()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mean_TD,) = ctx.saved_tensors
         return grads[0][:, None] * mean_TD, None, None, None
@@ -270,6 +274,7 @@ class _TwoPassLogSum(torch.autograd.Function):
         return max_T + sum_T.log()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_TD, table_RD, ids_K, log_pi_K, hit_T, max_T, sum_T = ctx.saved_tensors
         tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)

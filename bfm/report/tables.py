@@ -126,9 +126,11 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     ]
     table = aligned(["metric", "model", *[name.replace("_", "-") for name in floors]], lines)
     seen = ", seen items filtered out" if evaluation.get("filter_seen") else ""
+    sampled = any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"])
     return (
         f"{table}\n{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} "
         f"items{seen}; protocol {evaluation['protocol_hash'][:12]}"
+        + ("\nsampledN.*: the target against N drawn items, not the catalogue: other numbers by far" if sampled else "")
     )
 
 

@@ -48,7 +48,9 @@ class TrainConfig:
     embedder_depth: int | None = None
     """Layers of the embedder; None: sizing chooses."""
     weight_decay: float = 0.1
-    """Decoupled decay of the dense matrices (not of tables and scalars)."""
+    """Decoupled decay of the dense matrices."""
+    table_weight_decay: float = 0.0
+    """Decoupled decay of vocabulary and hash tables: pulls what few events support towards the other fields."""
     table_learning_rate_ratio: float = 1.0
     """Rate of the tables over the rate of the dense weights."""
     clip_norm: float = 1.0
@@ -182,6 +184,7 @@ _CHECKS: dict[str, Check] = {
     "depth": _or_none(_count(1, 1024)),
     "embedder_depth": _or_none(_count(1, 1024)),
     "weight_decay": _number(0, 100),
+    "table_weight_decay": _number(0, 1000),
     "table_learning_rate_ratio": _number(0, 1e4),
     "clip_norm": _number(0, _INFINITE, low_open=True),
     "beta1": _number(0, 1, high_open=True),

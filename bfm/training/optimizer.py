@@ -63,11 +63,11 @@ class AveragingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
-    """AdamW over the trainable parameters: dense matrices decay, tables and scalars do not, tables have their rate."""
+    """AdamW over the trainable parameters: tables have their own decay and rate, scalars do not decay."""
     tables = set(model.table_parameter_names())
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
-        "tables": {"params": [], "weight_decay": 0.0, "rate_ratio": config.table_learning_rate_ratio},
+        "tables": {"params": [], "weight_decay": config.table_weight_decay, "rate_ratio": config.table_learning_rate_ratio},
         "scalars": {"params": [], "weight_decay": 0.0, "rate_ratio": 1.0},
     }
     for name, parameter in model.named_parameters():

@@ -61,9 +61,12 @@ def train_single(
     return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)
 
 
-def evaluate_checkpoint(checkpoint: str, shards: str, part: str, queries: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    checkpoint: str, shards: str, part: str, queries: int | None, sampled_negatives: int | None = None
+) -> dict[str, Any]:
     """Metrics of a checkpoint on a part of the protocol, the floors on the same queries, and what was measured.
 
+    `sampled_negatives` adds metrics against so many drawn items, named sampledN.*, which the floors do not have.
     Raises UserError for a part that the protocol does not have, or a checkpoint of other shards.
     """
     if part not in PARTS:
@@ -73,7 +76,17 @@ def evaluate_checkpoint(checkpoint: str, shards: str, part: str, queries: int | 
     store = Store(folder or ".")
     model = load_model(store, name, opened)
     config = TrainConfig.from_dict(read_meta(store, name)["config"])
-    evaluation = summarise(evaluate(model, opened, Protocol.load(opened), part, config.window, queries=queries))
+    scores = evaluate(
+        model,
+        opened,
+        Protocol.load(opened),
+        part,
+        config.window,
+        queries=queries,
+        sampled_negatives=sampled_negatives,
+        seed=opened.seed,
+    )
+    evaluation = summarise(scores)
     return _beside_floors(opened, part, queries, evaluation.metrics, evaluation.errors)
 
 

@@ -21,8 +21,7 @@ SHAPES = [("one_pass", False), ("two_pass", False), ("two_pass", True), ("refere
 @pytest.fixture
 def small_tiles(monkeypatch):
     """No size of a case is a multiple of these."""
-    monkeypatch.setattr(tiled, "_CPU_ROWS", 8)
-    monkeypatch.setattr(tiled, "_CPU_COLUMNS", 64)
+    monkeypatch.setattr(tiled, "_CPU_TILE", (8, 64, 512))
 
 
 def by(method):
@@ -148,7 +147,8 @@ def test_a_bfloat16_table_is_summed_in_single_precision(method):
 
 def test_automatic_choice():
     frozen = torch.zeros(10, 4)
-    assert choose_method(500, 300, frozen, live=False) == "reference"
+    assert choose_method(128, 256, frozen, live=False) == "reference"
+    assert choose_method(500, 300, frozen, live=True) == "reference"
     assert choose_method(128, 1 << 20, frozen, live=False) == "one_pass"
     assert choose_method(128, 1 << 20, frozen, live=True) == "two_pass"
 
