@@ -357,8 +357,9 @@ def doctor(
 
     if loss:
         from bfm.report.loss_check import check_losses, losses_text
+        from bfm.training.plain import PlainFactory
 
-        rows = check_losses()
+        rows = check_losses(PlainFactory().device.type)
         _print([row.as_dict() for row in rows], as_json, lambda _: losses_text(rows))
         return
     findings = examine(storage.absolute())

@@ -58,9 +58,12 @@ class ModelCost:
         flops += target_rows * 6 * shape.width * shape.d_item
         return flops + target_rows * candidates * shape.d_item * (6 if live else 4)
 
-    def hardware_flops(self, stage: int, distinct_items: int, target_rows: int, candidates: int, windows: int) -> int:
-        """FLOPs that are executed. The reference recomputes nothing, so they are the model FLOPs."""
-        return self.group_flops(stage, distinct_items, target_rows, candidates, windows)
+    def recomputed_flops(self, distinct_items: int, target_rows: int, candidates: int) -> int:
+        """What the backward pass computes again of a group: the embedding of its items, the scores of its rows.
+
+        Hardware FLOPs are `group_flops` and this, each count 0 where nothing of it is computed twice.
+        """
+        return self._embed(distinct_items, backward=False) + 2 * target_rows * candidates * self.shape.d_item
 
     def useful_attention_flops(self, stage: int, distinct_items: int, attended_pairs: int) -> int:
         """The share of `group_flops` in attention that no mask discards, forward and backward.

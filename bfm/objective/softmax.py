@@ -68,14 +68,19 @@ def sampled_softmax(
 
 def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
     """The implementation that `auto` takes for a problem of these sizes; live: the table needs a gradient."""
-    if num_rows * num_candidates <= (_DENSE_SCORES_LIVE if live else _DENSE_SCORES):
-        return "reference"
     if live:
-        return "two_pass"
+        return "two_pass" if computes_scores_twice(num_rows, num_candidates) else "reference"
+    if num_rows * num_candidates <= _DENSE_SCORES:
+        return "reference"
     half = table_RD.dtype in (torch.bfloat16, torch.float16)
     if half and table_RD.is_cuda and table_RD.shape[1] <= MAX_WIDTH and fused_available() is None:
         return "triton"
     return "one_pass"
+
+
+def computes_scores_twice(num_rows: int, num_candidates: int) -> bool:
+    """Whether `auto` computes the scores of live candidates again in the backward pass rather than keep them."""
+    return num_rows * num_candidates > _DENSE_SCORES_LIVE
 
 
 def _reference(

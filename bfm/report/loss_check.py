@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bfm.objective.fused import fused_available
+from bfm.objective.sharded import ShardedCatalogue
 from bfm.objective.softmax import choose_method, sampled_softmax
+from bfm.report.tables import aligned
 
 # The dense table last: what a process has once held it may keep, and would lend to those after it.
-METHODS = ("one_pass", "two_pass", "triton", "reference")
+METHODS = ("one_pass", "two_pass", "triton", "sharded", "reference")
 SAMPLE_S = 0.002
 MB = 1e6
 
@@ -57,6 +60,8 @@ class Problem:
     log_pi_K: Tensor
     hit_T: Tensor
     scale: Tensor
+    target_T: Tensor
+    """Item ids of the positives."""
 
 
 def check_losses(
@@ -100,7 +105,22 @@ def check_losses(
     return rows
 
 
+def losses_text(rows: Sequence[LossRow]) -> str:
+    """A line per implementation, for a terminal."""
+    lines = []
+    for row in rows:
+        if row.elapsed_s is None:
+            lines.append([row.method, "-", "-", "-", "-", f"not here: {row.note}"])
+            continue
+        errors = [f"{error:.1e}" for error in (row.loss_error, row.gradient_error) if error is not None]
+        chosen = "chosen at these sizes" if row.chosen else ""
+        lines.append([row.method, f"{row.elapsed_s:.3f}", f"{row.extra_mb:.0f}", *errors, chosen])
+    return aligned(["method", "s", "extra MB", "loss error", "gradient error", ""], lines)
+
+
 def _why_not(method: str, device: str) -> str:
+    if method == "sharded":
+        return "" if dist.is_gloo_available() and device == "cpu" else "it is compared on the CPU, with gloo"
     if method != "triton":
         return ""
     return fused_available() or ("" if device == "cuda" else "it needs a CUDA device")
@@ -116,7 +136,8 @@ def _problem(device: str, num_rows: int, num_candidates: int, width: int, dtype:
     column_T = torch.randint(0, num_candidates, (num_rows,), generator=generator)
     hit_T = torch.where(torch.arange(num_rows) % 3 == 0, column_T, -1)
     log_pi_K = -3 * torch.rand(num_candidates, generator=generator)
-    tensors = (h_TD.to(dtype), table_VD[ids_K[column_T]], table_VD, ids_K, log_pi_K, hit_T, torch.tensor(20.0))
+    target_T = ids_K[column_T]
+    tensors = (h_TD.to(dtype), table_VD[target_T], table_VD, ids_K, log_pi_K, hit_T, torch.tensor(20.0), target_T)
     return Problem(*(tensor.to(device) for tensor in tensors))
 
 
@@ -128,18 +149,34 @@ def _double(problem: Problem) -> Problem:
 def _gradient(problem: Problem, method: str) -> tuple[Tensor, Tensor]:
     """loss_T and the gradient of its mean in h."""
     h_TD = problem.h_TD.clone().requires_grad_()
-    loss_T = sampled_softmax(
-        h_TD,
-        problem.positive_TD,
-        problem.table_VD,
-        problem.ids_K,
-        problem.log_pi_K,
-        problem.hit_T,
-        problem.scale,
-        method=method,
-    )
+    if method == "sharded":
+        with _lone_group():
+            catalogue = ShardedCatalogue(problem.table_VD, 0, len(problem.table_VD))
+            q_TD = problem.scale * h_TD
+            loss_T = catalogue.loss(q_TD, problem.target_T, problem.ids_K, problem.log_pi_K, problem.hit_T)
+    else:
+        loss_T = sampled_softmax(
+            h_TD,
+            problem.positive_TD,
+            problem.table_VD,
+            problem.ids_K,
+            problem.log_pi_K,
+            problem.hit_T,
+            problem.scale,
+            method=method,
+        )
     (grad_TD,) = torch.autograd.grad(loss_T.mean(), h_TD)
     return loss_T.detach(), grad_TD
+
+
+@contextmanager
+def _lone_group() -> Iterator[None]:
+    """A process group of this process alone: what sharding costs before anything is divided."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _distance(got: Tensor, exact: Tensor) -> float:

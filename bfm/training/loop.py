@@ -22,9 +22,10 @@ from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
-from bfm.model.two_part import TwoPartModel
+from bfm.model.two_part import EMBED_CHUNK, TwoPartModel
 from bfm.objective.catalogue import FrozenCatalogue
 from bfm.objective.loss import DrawnObjective, LiveObjective
+from bfm.objective.softmax import computes_scores_twice
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -269,8 +270,9 @@ class Trainer:
                 strict=True,
             ):
                 stage = self.counters.stage
-                path_flops += self.cost.group_flops(stage, items, rows, candidates, windows)
-                hardware_flops += self.cost.hardware_flops(stage, items, rows, candidates, windows)
+                group_flops = self.cost.group_flops(stage, items, rows, candidates, windows)
+                path_flops += group_flops
+                hardware_flops += group_flops + self._recomputed_flops(batch, items, rows, candidates)
                 attention_flops += self.cost.useful_attention_flops(stage, items, pairs)
                 events += rows
         # Only rank 0's clock decides when to save, so that all workers save at the same step.
@@ -278,6 +280,13 @@ class Trainer:
         sums = self.engine.all_reduce_sum([path_flops, hardware_flops, attention_flops, events, save_due])
         self._plan = _StepPlan(batches, sums[0], sums[1], sums[2], sums[3], save_due=bool(sums[4]))
         return self._plan
+
+    def _recomputed_flops(self, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
+        if self.counters.stage == 2:
+            return 0
+        embedded_twice = items if sum(batch.distinct_items) > EMBED_CHUNK else 0
+        scored_twice = rows if computes_scores_twice(rows, candidates) else 0
+        return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)
 
     def _step(self, plan: _StepPlan, lr_factor: float, weight_in_average: float) -> None:
         if plan.save_due and self.on_save_due is not None:

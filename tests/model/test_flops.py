@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bfm.model import two_part
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape, size_model
@@ -72,6 +73,23 @@ def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, 
         )
     )
     assert formula == counted(lambda: train_step(model, batch, frozen_KD))
+
+
+def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
+    model = make_model(2e4, 0.3, ALL_FIELDS)
+    batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
+    cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
+    formula = cost.group_flops(1, *batch.distinct_items, *batch.target_rows, *batch.candidates, *batch.windows)
+    expected = {name: torch.empty(0) for name, _ in model.named_parameters()}
+    for chunk in (1 << 14, 7):
+        monkeypatch.setattr(two_part, "EMBED_CHUNK", chunk)
+        model.zero_grad()
+        again = cost.recomputed_flops(*batch.distinct_items, 0, 0) if chunk == 7 else 0
+        assert counted(lambda: train_step(model, batch, None)) == formula + again
+        for name, parameter in model.named_parameters():
+            if chunk == 7 and parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+            expected[name] = parameter.grad
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])

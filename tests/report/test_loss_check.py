@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bfm.report.loss_check import METHODS, check_losses
+from bfm.report.loss_check import METHODS, check_losses, losses_text
 
 
 def test_every_implementation_agrees_or_says_why_it_cannot_run():
@@ -20,5 +20,8 @@ def test_every_implementation_agrees_or_says_why_it_cannot_run():
         else:
             assert row.note
             assert row.elapsed_s is None
+    text = losses_text(rows).splitlines()
+    assert len(text) == 2 + len(rows)
+    assert "chosen at these sizes" in text[2]
     by_method = {row.method: row for row in rows}
     assert by_method["reference"].extra_mb > 2 * by_method["one_pass"].extra_mb
