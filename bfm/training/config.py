@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bfm.errors import UserError
 from bfm.files import canonical_json, sha256_bytes
+from bfm.training.schedule import rule_learning_rate
 from bfm.units import parse_count, parse_number
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ class TrainConfig:
     """N asked for: dense weights of embedder + contextualizer."""
     embedder_share: float = 0.02
     """s asked for: embedder / N."""
-    learning_rate: float = 3e-3
-    """Peak (and constant) rate of the dense weights."""
+    learning_rate: float = 0.0
+    """Peak (and constant) rate of the dense weights; 0 takes the rule in (N, B) and is replaced by its value."""
     groups_per_step: int = 1
     """B: negative groups per optimizer step, over all workers."""
     window: int = 256
@@ -84,6 +85,9 @@ class TrainConfig:
         values = {name: getattr(self, name) for name in _CHECKS}
         for name, value in values.items():
             object.__setattr__(self, name, _CHECKS[name](value, name))
+        if self.learning_rate == 0.0:
+            positions = self.groups_per_step * self.group_windows * self.window
+            object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
         if self.freeze_at_flops is not None and self.negatives == 0 and not self.negatives_in_batch:
             raise UserError("stage 2 has no negatives", key="negatives", fix="set `negatives` or `negatives_in_batch`")
         if self.freeze_at_flops is None and (self.negatives or self.negatives_in_batch):
@@ -174,7 +178,7 @@ _INFINITE = math.inf
 _CHECKS: dict[str, Check] = {
     "params": _number(1, 1e12),
     "embedder_share": _number(0, 0.5),
-    "learning_rate": _number(0, 10, low_open=True),
+    "learning_rate": _number(0, 10),
     "groups_per_step": _count(1, 1 << 20),
     "window": _count(2, 1 << 16),
     "group_windows": _count(1, 1 << 20),

@@ -67,7 +67,11 @@ def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
     tables = set(model.table_parameter_names())
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
-        "tables": {"params": [], "weight_decay": config.table_weight_decay, "rate_ratio": config.table_learning_rate_ratio},
+        "tables": {
+            "params": [],
+            "weight_decay": config.table_weight_decay,
+            "rate_ratio": config.table_learning_rate_ratio,
+        },
         "scalars": {"params": [], "weight_decay": 0.0, "rate_ratio": 1.0},
     }
     for name, parameter in model.named_parameters():

@@ -16,6 +16,21 @@ MIN_STEPS = 100
 TOLERANCE = 0.01
 """A rung's row has spent its C within this share."""
 
+RULE_RATE, RULE_PARAMS, RULE_POSITIONS = 4e-3, 5e4, 2048
+"""The rule's learning rate, and where it holds."""
+RULE_BY_PARAMS, RULE_BY_POSITIONS = -0.25, 0.25
+"""Exponents of N and of the positions of a step."""
+
+
+def rule_learning_rate(params: float, batch_positions: float) -> float:
+    """A good peak rate for N = `params` and steps of `batch_positions` (windows times L): a power law in both.
+
+    Fitted to sweeps at the corners of (N, B), in which a factor of two to either side was not better
+    (benchmarks/results/choices_learning_rate.md).
+    """
+    by_params = (params / RULE_PARAMS) ** RULE_BY_PARAMS
+    return RULE_RATE * by_params * (batch_positions / RULE_POSITIONS) ** RULE_BY_POSITIONS
+
 
 def lr_factor_trunk(events_seen: int, warmup_events: float) -> float:
     """Factor of the peak rate for the step that ends at `events_seen`; in (0, 1]."""

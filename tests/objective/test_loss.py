@@ -86,10 +86,7 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which):
     objective = objectives(shards, model)[which]
     results = []
     for size in (4, 2, 1):
-        batches = [
-            live_batch(groups, range(start, start + size), objective)
-            for start in range(0, 4, size)
-        ]
+        batches = [live_batch(groups, range(start, start + size), objective) for start in range(0, 4, size)]
         results.append((*value_and_gradient(model, objective, batches), [objective.candidates(b) for b in batches]))
     for value, gradient, counts in results[1:]:
         assert value == pytest.approx(results[0][0], rel=1e-12)

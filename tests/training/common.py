@@ -15,6 +15,7 @@ from bfm.training.plain import PlainFactory
 STAGE_1 = TrainConfig(
     params=2000,
     embedder_share=0.1,
+    learning_rate=3e-3,
     window=16,
     group_windows=2,
     groups_per_step=4,

@@ -41,7 +41,7 @@ def test_identity_depends_on_every_field(field):
         ({"params": True}, "params", "expected a number"),
         ({"params": 1e4, "embedder_share": 0.51}, "embedder_share", "<= 0.5"),
         ({"params": 1e4, "embedder_share": -0.1}, "embedder_share", ">= 0"),
-        ({"params": 1e4, "learning_rate": 0}, "learning_rate", "> 0"),
+        ({"params": 1e4, "learning_rate": -1}, "learning_rate", ">= 0"),
         ({"params": 1e4, "groups_per_step": 0}, "groups_per_step", "from 1"),
         ({"params": 1e4, "groups_per_step": 1.5}, "groups_per_step", "whole number"),
         ({"params": 1e4, "window": 1}, "window", "from 2"),

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfm.errors import InfeasibleError
-from bfm.training.schedule import check_rung, lr_factor_cooldown, lr_factor_trunk, trunk_flops
+from bfm.training.config import TrainConfig
+from bfm.training.schedule import (
+    check_rung,
+    lr_factor_cooldown,
+    lr_factor_trunk,
+    rule_learning_rate,
+    trunk_flops,
+)
 
 
 def test_warmup_is_linear_then_constant():
@@ -48,3 +55,12 @@ def test_steps_of_a_feasible_rung():
 def test_infeasible_rungs_name_the_bound(changes, words):
     with pytest.raises(InfeasibleError, match=words):
         check_rung(1e9, **{"step_flops": 1e6, "cooldown_fraction": 0.2, **changes})
+
+
+def test_the_rule_gives_the_rate_that_is_left_open():
+    config = TrainConfig(params=2e5, groups_per_step=2, group_windows=8, window=64)
+    assert config.learning_rate == rule_learning_rate(2e5, 1024)
+    assert TrainConfig.from_dict(config.as_dict()) == config
+    assert TrainConfig(params=2e5, learning_rate=1e-3).learning_rate == 1e-3
+    assert rule_learning_rate(1e4, 1024) > rule_learning_rate(1e6, 1024)
+    assert rule_learning_rate(1e4, 1024) < rule_learning_rate(1e4, 8192)
