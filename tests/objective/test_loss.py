@@ -145,7 +145,8 @@ def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     pi_batch_V = np.exp(in_batch_log_pi(shards).numpy())
     objective = LiveObjective(in_batch_log_pi(shards), shards.train_counts, 9, 0.0, 4)
     ids = objective.drawn(1)
-    assert len(ids) == 9 and not np.array_equal(ids, objective.drawn(0))
+    assert len(ids) == 9
+    assert not np.array_equal(ids, objective.drawn(0))
     union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
     log_pi_V = torch.from_numpy(np.log(1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)))
     batch = live_batch(groups, [1], objective)

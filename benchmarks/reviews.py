@@ -1,0 +1,127 @@
+"""Leave-one-out on the reviews of cosmetics that papers use: the two-part model beside floors and published values.
+
+    python benchmarks/reviews.py --data FOLDER [--processes 2]
+
+FOLDER holds events.parquet (user_id, position, item_id) and items.parquet (item_id, attribute_ids). Trained on all but
+the last two events of every user; the validation item enters only the test query; ranked against the full catalogue,
+seen items filtered; means over SEEDS. The settings were chosen on the validation part (choices_one_at_a_time.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.choices import REVIEWS
+from benchmarks.common import ROOT, machine, publish
+from bfm.events.protocol import Protocol
+from bfm.events.shards import Shards
+from bfm.ranking.baselines import baseline_metrics
+from bfm.training.config import TrainConfig
+from bfm.training.single import evaluate_checkpoint, train_single
+
+SEEDS = (0, 1, 2)
+FLOPS = 6.8e12
+SCHEMA = """\
+name: {name}
+user: user_id
+position: position
+item: item_id
+split: {{by: leave_one_out}}
+"""
+ATTRIBUTES = "items: {{path: {items}, key: item_id}}\nitem_fields: {{attribute_ids: list}}\n"
+IDS_ONLY = "popularity_field: false\n"
+PARTS = ("validation", "test")
+METRICS = ("recall@10", "ndcg@10")
+PUBLISHED = {
+    "SASRec + sampled softmax (published)": (0.0921, 0.0531),
+    "eSASRec (published)": (0.0928, 0.0523),
+    "HSTU (published re-run)": (0.0788, 0.0439),
+}
+Scores = dict[str, dict[str, float]]
+"""Part to metrics."""
+
+
+def prepare(folder: Path, data: Path, name: str, extra: str) -> str:
+    """Shards of one reading of the log."""
+    schema, out = folder / f"{name}.yaml", folder / name
+    schema.write_text(SCHEMA.format(name=name) + extra.format(items=data / "items.parquet"))
+    command = [str(Path(sys.executable).with_name("bfm")), "data", "prepare", str(schema), str(data / "events.parquet")]
+    subprocess.run([*command, "--out", str(out)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return str(out)
+
+
+def run(job: tuple[str, str, int]) -> tuple[str, Scores]:
+    """One seed: trained, cooled down, scored on both parts."""
+    shards, folder, seed = job
+    config = TrainConfig.from_dict(REVIEWS)
+    storage = f"{folder}/{Path(shards).name}-{seed}"
+    row = train_single(config, seed, shards, storage, flops=FLOPS, queries=None, scaling={"micro_groups": 1})
+    metrics = {part: evaluate_checkpoint(f"{storage}/{row['model']}", shards, part, None)["metrics"] for part in PARTS}
+    return shards, metrics
+
+
+def line(name: str, scores: list[Scores]) -> str:
+    """Means over the seeds, and their range on the test part."""
+    cells = []
+    for part in PARTS:
+        for metric in METRICS:
+            values = [score[part][metric] for score in scores]
+            spread = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 and part == "test" else ""
+            cells.append(f"{mean(values):.4f}{spread}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    data = arguments.data.resolve()
+    scores: dict[str, list[Scores]] = {}
+    with tempfile.TemporaryDirectory(prefix="bfm-reviews-") as name:
+        folder = Path(name)
+        full = prepare(folder, data, "attributes", ATTRIBUTES)
+        ids = prepare(folder, data, "ids_only", IDS_ONLY)
+        jobs = [*((full, name, seed) for seed in SEEDS), (ids, name, SEEDS[0])]
+        with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
+            for shards, metrics in pool.imap_unordered(run, jobs):
+                print(
+                    Path(shards).name,
+                    {part: [round(metrics[part][m], 4) for m in METRICS] for part in PARTS},
+                    flush=True,
+                )
+                scores.setdefault(shards, []).append(metrics)
+        opened = Shards.open(full)
+        floors: dict[str, Any] = {part: baseline_metrics(opened, Protocol.load(opened), part) for part in PARTS}
+    lines = [
+        "# Reviews of cosmetics, leave-one-out",
+        "",
+        f"Written by `python benchmarks/reviews.py`: C = {FLOPS:.3g}, {len(SEEDS)} seeds, {opened.manifest.users:,} "
+        f"users, {opened.num_catalogue:,} items. The range over the seeds stands in brackets.",
+        "",
+        "| | validation recall@10 | validation ndcg@10 | test recall@10 | test ndcg@10 |",
+        "|---|---|---|---|---|",
+        line("two-part model, item attributes", scores[full]),
+        line("two-part model, ids only (one seed)", scores[ids]),
+        *(
+            line(f"{floor.replace('_', '-')} floor", [{part: floors[part][floor] for part in PARTS}])
+            for floor in ("co_occurrence", "popularity")
+        ),
+        *(f"| {name} | | | {recall:.4f} | {ndcg:.4f} |" for name, (recall, ndcg) in PUBLISHED.items()),
+    ]
+    publish("reviews", "\n".join([*lines, "", machine("torch"), ""]))
+
+
+if __name__ == "__main__":
+    main()
