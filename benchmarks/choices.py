@@ -4,8 +4,7 @@
 
 STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, the first QUERIES validation
 queries). Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on; the table is
-written
-beside it. Selection is on the validation part only.
+written beside it. Selection is on the validation part only.
 """
 
 from __future__ import annotations

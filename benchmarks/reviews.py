@@ -1,10 +1,11 @@
 """Leave-one-out on the reviews of cosmetics that papers use: the two-part model beside floors and published values.
 
-    python benchmarks/reviews.py --data FOLDER [--processes 2]
+    python benchmarks/reviews.py --data FOLDER [--movielens EVENTS] [--processes 2]
 
 FOLDER holds events.parquet (user_id, position, item_id) and items.parquet (item_id, attribute_ids). Trained on all but
 the last two events of every user; the validation item enters only the test query; ranked against the full catalogue,
-seen items filtered; means over SEEDS. The settings were chosen on the validation part (choices_one_at_a_time.md).
+seen items filtered; means over SEEDS. --movielens adds the ratings of a MovieLens file, with the same settings, which
+were chosen on the validation part of the reviews (choices_one_at_a_time.md).
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ split: {{by: leave_one_out}}
 """
 ATTRIBUTES = "items: {{path: {items}, key: item_id}}\nitem_fields: {{attribute_ids: list}}\n"
 IDS_ONLY = "popularity_field: false\n"
+MOVIELENS = """\
+name: movielens
+user: user_id
+time: timestamp
+item: item_id
+item_fields: {genres: {kind: list, separator: "|"}, year: numeric}
+split: {by: leave_one_out}
+"""
 PARTS = ("validation", "test")
 METRICS = ("recall@10", "ndcg@10")
 PUBLISHED = {
@@ -50,18 +59,30 @@ PUBLISHED = {
 }
 Scores = dict[str, dict[str, float]]
 """Part to metrics."""
+Job = tuple[str, str, int]
+"""Shards, storage, seed."""
 
 
-def prepare(folder: Path, data: Path, name: str, extra: str) -> str:
-    """Shards of one reading of the log."""
-    schema, out = folder / f"{name}.yaml", folder / name
-    schema.write_text(SCHEMA.format(name=name) + extra.format(items=data / "items.parquet"))
-    command = [str(Path(sys.executable).with_name("bfm")), "data", "prepare", str(schema), str(data / "events.parquet")]
-    subprocess.run([*command, "--out", str(out)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return str(out)
+def prepare(folder: Path, name: str, schema: str, log: Path) -> str:
+    """Shards of one reading of a log."""
+    (folder / f"{name}.yaml").write_text(schema)
+    command = [str(Path(sys.executable).with_name("bfm")), "data", "prepare", str(folder / f"{name}.yaml"), str(log)]
+    subprocess.run([*command, "--out", str(folder / name)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return str(folder / name)
 
 
-def run(job: tuple[str, str, int]) -> tuple[str, Scores]:
+def measure(jobs: list[Job], processes: int) -> dict[str, list[Scores]]:
+    """Scores by shard set."""
+    scores: dict[str, list[Scores]] = {}
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for shards, metrics in pool.imap_unordered(run, jobs):
+            shown = {part: [round(metrics[part][metric], 4) for metric in METRICS] for part in PARTS}
+            print(Path(shards).name, shown, flush=True)
+            scores.setdefault(shards, []).append(metrics)
+    return scores
+
+
+def run(job: Job) -> tuple[str, Scores]:
     """One seed: trained, cooled down, scored on both parts."""
     shards, folder, seed = job
     config = TrainConfig.from_dict(REVIEWS)
@@ -82,44 +103,51 @@ def line(name: str, scores: list[Scores]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def floor_lines(shards: str) -> list[str]:
+    """Of one shard set."""
+    opened = Shards.open(shards)
+    floors: dict[str, Any] = {part: baseline_metrics(opened, Protocol.load(opened), part) for part in PARTS}
+    return [
+        line(f"{floor.replace('_', '-')} floor", [{part: floors[part][floor] for part in PARTS}])
+        for floor in ("co_occurrence", "popularity")
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--movielens", type=Path)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    data = arguments.data.resolve()
-    scores: dict[str, list[Scores]] = {}
+    events = arguments.data.resolve() / "events.parquet"
+    attributes = ATTRIBUTES.format(items=arguments.data.resolve() / "items.parquet")
+    head = ["| | validation recall@10 | validation ndcg@10 | test recall@10 | test ndcg@10 |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="bfm-reviews-") as name:
         folder = Path(name)
-        full = prepare(folder, data, "attributes", ATTRIBUTES)
-        ids = prepare(folder, data, "ids_only", IDS_ONLY)
+        full = prepare(folder, "attributes", SCHEMA.format(name="reviews") + attributes, events)
+        ids = prepare(folder, "ids_only", SCHEMA.format(name="reviews_ids") + IDS_ONLY, events)
         jobs = [*((full, name, seed) for seed in SEEDS), (ids, name, SEEDS[0])]
-        with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-            for shards, metrics in pool.imap_unordered(run, jobs):
-                print(
-                    Path(shards).name,
-                    {part: [round(metrics[part][m], 4) for m in METRICS] for part in PARTS},
-                    flush=True,
-                )
-                scores.setdefault(shards, []).append(metrics)
-        opened = Shards.open(full)
-        floors: dict[str, Any] = {part: baseline_metrics(opened, Protocol.load(opened), part) for part in PARTS}
-    lines = [
-        "# Reviews of cosmetics, leave-one-out",
-        "",
-        f"Written by `python benchmarks/reviews.py`: C = {FLOPS:.3g}, {len(SEEDS)} seeds, {opened.manifest.users:,} "
-        f"users, {opened.num_catalogue:,} items. The range over the seeds stands in brackets.",
-        "",
-        "| | validation recall@10 | validation ndcg@10 | test recall@10 | test ndcg@10 |",
-        "|---|---|---|---|---|",
-        line("two-part model, item attributes", scores[full]),
-        line("two-part model, ids only (one seed)", scores[ids]),
-        *(
-            line(f"{floor.replace('_', '-')} floor", [{part: floors[part][floor] for part in PARTS}])
-            for floor in ("co_occurrence", "popularity")
-        ),
-        *(f"| {name} | | | {recall:.4f} | {ndcg:.4f} |" for name, (recall, ndcg) in PUBLISHED.items()),
-    ]
+        movies = None
+        if arguments.movielens:
+            movies = prepare(folder, "movielens", MOVIELENS, arguments.movielens.resolve())
+            jobs.append((movies, name, SEEDS[0]))
+        scores = measure(jobs, arguments.processes)
+        manifest = Shards.open(full).manifest
+        lines = [
+            "# Reviews of cosmetics, leave-one-out",
+            "",
+            f"Written by `python benchmarks/reviews.py`: C = {FLOPS:.3g}, {len(SEEDS)} seeds, {manifest.users:,} "
+            f"users, {manifest.catalogue:,} items. The range over the seeds stands in brackets.",
+            "",
+            *head,
+            line("two-part model, item attributes", scores[full]),
+            line("two-part model, ids only (one seed)", scores[ids]),
+            *floor_lines(full),
+            *(f"| {title} | | | {recall:.4f} | {ndcg:.4f} |" for title, (recall, ndcg) in PUBLISHED.items()),
+        ]
+        if movies:
+            lines += ["", "The same settings on ratings of films:", "", *head]
+            lines += [line("two-part model (one seed)", scores[movies]), *floor_lines(movies)]
     publish("reviews", "\n".join([*lines, "", machine("torch"), ""]))
 
 
