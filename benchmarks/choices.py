@@ -36,24 +36,29 @@ Run = tuple[str, dict[str, Any], float]
 REVIEWS: dict[str, Any] = {
     "params": 1e5,
     "embedder_share": 0.0,
+    "learning_rate": 3e-3,
     "window": 50,
     "group_windows": 32,
     "d_item": 64,
     "table_width": 64,
-    "dropout": 0.2,
+    "dropout": 0.1,
+    "table_weight_decay": 6.0,
 }
 REVIEWS_FLOPS = 1.7e12
 ONE_AT_A_TIME: dict[str, list[Any]] = {
     "dropout": [0.0, 0.3],
-    "table_weight_decay": [0.0, 3.0, 24.0],
-    "weight_decay": [0.0, 1.0],
+    "table_weight_decay": [0.0, 24.0],
+    "weight_decay": [1.0],
     "initial_scale": [10.0, 40.0],
-    "group_windows": [8, 128],
-    "table_width": [16, 128],
+    "group_windows": [8],
+    "table_width": [16],
     "live_negatives": [1024],
     "embedder_share": [0.2],
-    "params": [5e4, 3e5],
+    "cooldown_fraction": [0.5],
+    "params": [3e5],
 }
+# Grocery baskets, split by time.
+RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
 WIDTH_PARAMS = 5e4
 """N of one layer of the depth study."""
 
@@ -73,24 +78,16 @@ def depth() -> Iterator[Run]:
     """Layers of about equal width: N grows with the depth, the events seen are about equal."""
     for layers in (1, 2, 4, 8):
         config = {**REVIEWS, "params": WIDTH_PARAMS * layers, "depth": layers}
-        yield f"{layers} layers", config, REVIEWS_FLOPS * (0.6 + 0.2 * layers)
+        yield f"{layers} layers", config, REVIEWS_FLOPS * (0.3 + 0.1 * layers)
 
 
 def learning_rate() -> Iterator[Run]:
-    """Corners of (N, B), learning rates a factor 2 apart, at equal C."""
-    for params in (1e4, 3e5):
+    """Corners of (N, B), learning rates a factor 2 apart; C grows with N so that D / N is about equal (30)."""
+    for params, flops in ((1e4, 4e10), (6e4, 8e11)):
         for groups in (1, 8):
-            for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2):
-                config = {
-                    "params": params,
-                    "embedder_share": 0.05,
-                    "window": 64,
-                    "group_windows": 8,
-                    "groups_per_step": groups,
-                    "d_item": 32,
-                    "learning_rate": rate,
-                }
-                yield f"N = {params:g}, B = {groups * 8} windows, rate {rate:g}", config, 2e11
+            for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
+                config = {**RETAIL, "params": params, "groups_per_step": groups, "learning_rate": rate}
+                yield f"N = {params:g}, B = {groups * 256} positions, rate {rate:g}", config, flops
 
 
 QUERIES = 5_000

@@ -32,7 +32,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-FLOPS = 6.8e12
+CONFIG = {**REVIEWS, "params": 1e6, "depth": 2, "table_weight_decay": 12.0}
+FLOPS = 1.44e13
 SCHEMA = """\
 name: {name}
 user: user_id
@@ -85,7 +86,7 @@ def measure(jobs: list[Job], processes: int) -> dict[str, list[Scores]]:
 def run(job: Job) -> tuple[str, Scores]:
     """One seed: trained, cooled down, scored on both parts."""
     shards, folder, seed = job
-    config = TrainConfig.from_dict(REVIEWS)
+    config = TrainConfig.from_dict(CONFIG)
     storage = f"{folder}/{Path(shards).name}-{seed}"
     row = train_single(config, seed, shards, storage, flops=FLOPS, queries=None, scaling={"micro_groups": 1})
     metrics = {part: evaluate_checkpoint(f"{storage}/{row['model']}", shards, part, None)["metrics"] for part in PARTS}
