@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from bfm.errors import CorruptError, DivergedError, UserError
@@ -166,11 +167,15 @@ class Trainer:
             return self._next_plan().path_flops
         flops = 0
         for batch in self._next_plan().batches:
-            for items, rows, candidates, windows in zip(
-                batch.distinct_items, batch.target_rows, batch.candidates, batch.windows, strict=True
+            for group, (items, rows, windows) in enumerate(
+                zip(batch.distinct_items, batch.target_rows, batch.windows, strict=True)
             ):
-                drawn = self.config.negatives + (candidates if self.config.negatives_in_batch else 0)
-                flops += self.cost.group_flops(stage, items, rows, drawn, windows)
+                # What stage 1 drew is no candidate of stage 2.
+                targets_T = batch.target_index_T[batch.row_offset[group] : batch.row_offset[group + 1]]
+                candidates = self.config.negatives
+                if self.config.negatives_in_batch:
+                    candidates += len(torch.unique(targets_T))
+                flops += self.cost.group_flops(stage, items, rows, candidates, windows)
         return self.engine.all_reduce_sum([flops])[0]
 
     def meta(self) -> dict[str, Any]:
