@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from common import cpu_name
 
 from bfm.events.schema import load_schema
 from bfm.events.source import find_logs
@@ -112,10 +113,8 @@ def synthetic_log(folder: Path, events: int) -> Path:
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     memory_gb = psutil.virtual_memory().total / 2**30
-    return f"{cpu or platform.processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, {platform.system()}"
+    return f"{cpu_name()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, {platform.system()}"
 
 
 def main() -> None:

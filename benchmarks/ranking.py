@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from common import RESULTS, cpu_name  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bfm.events.protocol import Ragged  # noqa: E402
 from bfm.ranking.metrics import score_queries, summarise  # noqa: E402
 from bfm.ranking.ranks import DotScores, rank_targets  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 K = 10
 SCALE = 20.0
 # Rows and items of a block of the floor; ALL items make torch.topk's job one call per row.
@@ -163,10 +163,8 @@ def block_title(name: str) -> str:
 
 
 def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     memory_gb = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} cores, {names[0] if names else platform.processor()}, {memory_gb:.0f} GB"
+    return f"{os.cpu_count()} cores, {cpu_name()}, {memory_gb:.0f} GB"
 
 
 def report(options: argparse.Namespace) -> tuple[list[str], dict[str, object]]:

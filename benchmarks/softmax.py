@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from common import RESULTS, ROOT, cpu_name
+
 NUM_ITEMS, FEW_ITEMS, WIDTH, CERTAIN, SCALE = 2_500_000, 100_000, 64, 1024, 20.0
 CHUNKS = (8, 16, 32, 64, 128)
 WIDE_CHUNKS = (64, 128, 256, 512, 1024)
@@ -215,12 +215,6 @@ def peers() -> list[str]:
         except Exception as error:
             lines.append(f"{package}: does not run here ({type(error).__name__}: {str(error).splitlines()[0]}).")
     return lines
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(setting: Setting, rows: list[dict]) -> list[str]:

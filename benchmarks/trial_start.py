@@ -26,6 +26,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import ray.train  # noqa: E402
+from common import cpu_name  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
@@ -148,12 +149,6 @@ def nested_trial(workplace: Workplace, answers: str, folder: str) -> Callable[[d
         ).fit()
 
     return trial
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(cold: list[float], warm: list[float], pair: list[float], nested: list[float], load: tuple[float, ...]) -> str:

@@ -99,7 +99,7 @@ def _contextualize(
     flops = cost.catalogue_flops(shards.num_items)
     vectors = [item_vectors_ID.new_zeros(0, item_vectors_ID.shape[1])]
     targets, seen = [], []
-    for chosen in _batches(table, window):
+    for chosen in query_batches(table, window):
         contexts = eval_windows(shards, table[chosen], window)
         batch = make_query_batch(contexts, device)
         vectors.append(model.contextualize(batch, item_vectors_ID[batch.items_U]))
@@ -110,7 +110,7 @@ def _contextualize(
     return torch.cat(vectors), _join(targets), _join(seen) if table.filter_seen else None, flops
 
 
-def _batches(table: QueryTable, window: int) -> Iterator[slice]:
+def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
     """Runs of queries whose contexts fill a bounded number of positions."""
     filled_Q = np.cumsum(np.minimum(table.position + 1, window))
     start = 0

@@ -32,11 +32,10 @@ from bfm.model.batch import make_query_batch
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective.catalogue import FrozenCatalogue, embedder_hash
+from bfm.ranking.evaluate import query_batches
 from bfm.ranking.exported import CATALOGUE, WEIGHTS, open_sealed
 from bfm.ranking.ranks import rank_targets
 
-# Positions of one batch of contexts, as in evaluation.
-_BATCH_POSITIONS = 1 << 14
 _ROW_GROUP_USERS = 4096
 _EMBED_ITEMS = 8192
 
@@ -126,7 +125,7 @@ class Predictor:
         num_catalogue, device = self.encoding.catalogue, self.model.device
         open_queries = dataclasses.replace(queries, filter_seen=False)
         vectors = [self._new_ND.new_zeros(0, self._new_ND.shape[1])]
-        for rows in _batches(queries, self.window):
+        for rows in query_batches(queries, self.window):
             batch = make_query_batch(eval_windows(shards, open_queries[rows], self.window), device)
             vectors.append(self.model.contextualize(batch, self._item_vectors(batch.items_U)))
         h_QD = torch.cat(vectors)
@@ -253,14 +252,3 @@ class Predictor:
         empty = {name: pa.array([[]] * len(users), schema.field(name).type) for name in ("items", "scores")}
         columns = {"user": users, **empty, "events": pa.array(np.zeros(len(users), np.int64))}
         return {name: columns.get(name, pa.nulls(len(users), schema.field(name).type)) for name in schema.names}
-
-
-def _batches(queries: QueryTable, window: int) -> Iterator[slice]:
-    """Runs of queries whose contexts fill a bounded number of positions."""
-    filled_Q = np.cumsum(np.minimum(queries.position + 1, window))
-    start = 0
-    while start < len(queries):
-        before = filled_Q[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(filled_Q, before + _BATCH_POSITIONS, side="right")))
-        yield slice(start, stop)
-        start = stop
