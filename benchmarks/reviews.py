@@ -32,14 +32,15 @@ from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-CONFIG = {**REVIEWS, "params": 1e6, "depth": 2, "table_weight_decay": 12.0}
-FLOPS = 1.44e13
+CONFIG = {**REVIEWS, "params": 3e5, "dropout": 0.05, "table_weight_decay": 8.0}
+FLOPS = 5.15e12
 SCHEMA = """\
 name: {name}
 user: user_id
 position: position
 item: item_id
 split: {{by: leave_one_out}}
+evaluation: {{queries: all}}
 """
 ATTRIBUTES = "items: {{path: {items}, key: item_id}}\nitem_fields: {{attribute_ids: list}}\n"
 IDS_ONLY = "popularity_field: false\n"
@@ -50,6 +51,7 @@ time: timestamp
 item: item_id
 item_fields: {genres: {kind: list, separator: "|"}, year: numeric}
 split: {by: leave_one_out}
+evaluation: {queries: all}
 """
 PARTS = ("validation", "test")
 METRICS = ("recall@10", "ndcg@10")

@@ -16,20 +16,23 @@ MIN_STEPS = 100
 TOLERANCE = 0.01
 """A rung's row has spent its C within this share."""
 
-RULE_RATE, RULE_PARAMS, RULE_POSITIONS = 4e-3, 5e4, 2048
+RULE_RATE, RULE_PARAMS, RULE_POSITIONS = 1.5e-3, 5e4, 2048
 """The rule's learning rate, and where it holds."""
-RULE_BY_PARAMS, RULE_BY_POSITIONS = -0.25, 0.25
+RULE_BY_PARAMS, RULE_BY_POSITIONS = -0.6, 0.45
 """Exponents of N and of the positions of a step."""
+LARGEST_RATE = 8e-3
+"""The rule goes no further: rates above were worse at every corner."""
 
 
 def rule_learning_rate(params: float, batch_positions: float) -> float:
     """A good peak rate for N = `params` and steps of `batch_positions` (windows times L): a power law in both.
 
-    Fitted to sweeps at the corners of (N, B), in which a factor of two to either side was not better
-    (benchmarks/results/choices_learning_rate.md).
+    Fitted to sweeps at four corners, N from 1e4 to 6e4 and steps of 256 to 2,048 positions at D / N = 30, in each of
+    which rates on either side of the best one were worse (benchmarks/results/choices_learning_rate.md). Outside of
+    them it is an extrapolation.
     """
     by_params = (params / RULE_PARAMS) ** RULE_BY_PARAMS
-    return RULE_RATE * by_params * (batch_positions / RULE_POSITIONS) ** RULE_BY_POSITIONS
+    return min(LARGEST_RATE, RULE_RATE * by_params * (batch_positions / RULE_POSITIONS) ** RULE_BY_POSITIONS)
 
 
 def lr_factor_trunk(events_seen: int, warmup_events: float) -> float:
