@@ -1,6 +1,13 @@
+import os
+
 import pytest
+import torch
 
 from tests.helpers import make_shards
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, and many a module of torch imports it: kernels are interpreted on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -13,9 +12,6 @@ from bfm.objective.tiled import loss_from_state, softmax_state
 from tests.objective.cases import NAMES, Case, errors, make_case, relative_error
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Read when triton is first imported, so before any test runs.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = fused_available()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"the kernel cannot run here: {REASON}")
