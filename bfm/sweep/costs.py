@@ -22,12 +22,14 @@ from bfm.events.statistics import DistinctStats, expected_distinct
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
 from bfm.objective.sampling import drawn_inclusion
+from bfm.objective.softmax import computes_scores_twice
 from bfm.sweep.settings import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import check_rung
 
 FLOAT_BYTES = 4
 GIB = 1 << 30
+_TILE_SCORES = 1 << 19
 STEP_MARGIN = 0.1
 """Steps differ in cost; one so much dearer than the mean must not make a feasible configuration miss its rung."""
 
@@ -224,6 +226,11 @@ def union_mean(distinct_mean: float, counts_V: np.ndarray, pi_V: np.ndarray) -> 
     return float(distinct_mean + ((1.0 - present_V) * pi_V).sum())
 
 
+def _kept_scores(rows: float, candidates: float) -> float:
+    """Scores of the loss that are held at once: all of a small problem, one tile of a large one."""
+    return _TILE_SCORES if computes_scores_twice(round(rows), round(candidates)) else rows * candidates
+
+
 def group_bytes(
     shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats, candidates: float
 ) -> int:
@@ -243,6 +250,6 @@ def group_bytes(
         positions * shape.depth * block(shape.width, shape.hidden, shape.heads, config.window)
         + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
         + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item
-        + 3 * groups.target_rows_mean * candidates
+        + 3 * _kept_scores(groups.target_rows_mean, candidates)
     )
     return math.ceil(FLOAT_BYTES * numbers)

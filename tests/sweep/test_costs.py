@@ -37,3 +37,13 @@ def test_mean_of_a_union_of_popular_items_and_draws():
         sizes.append(len(group))
         unions.append(len(np.union1d(group, draw_systematic(pi_V, rng))))
     assert union_mean(float(np.mean(sizes)), counts_V, pi_V) == pytest.approx(np.mean(unions), rel=0.01)
+
+
+def test_memory_does_not_grow_with_the_scores_of_many_negatives(toy_shards):
+    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    stage_2 = {"window": 64, "group_windows": 64, "freeze_at_flops": 1e9}
+    few, many = (
+        Costs(facts).of(dataclasses.replace(STAGE_1, **stage_2, negatives=negatives)).group_bytes
+        for negatives in (1 << 14, 1 << 21)
+    )
+    assert many == few
