@@ -13,16 +13,14 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import RESULTS, machine, publish
+from common import RESULTS, machine, publish
+
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.training.config import TrainConfig

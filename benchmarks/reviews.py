@@ -20,11 +20,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.choices import REVIEWS
-from benchmarks.common import ROOT, machine, publish
+from choices import REVIEWS
+from common import ROOT, machine, publish
+
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.ranking.baselines import baseline_metrics

@@ -1,8 +1,10 @@
 import os
+import sys
 
 import pytest
 import torch
 
+from bfm import cli
 from tests.helpers import make_shards
 
 if not torch.cuda.is_available():
@@ -14,3 +16,17 @@ if not torch.cuda.is_available():
 def toy_shards(tmp_path_factory):
     """A small finished shard set (80 users, 60 items, ties in time, split by time); see tests/helpers.py."""
     return make_shards(tmp_path_factory.mktemp("shards") / "toy")
+
+
+@pytest.fixture
+def bfm(monkeypatch, capsys):
+    """Run a verb; (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bfm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run

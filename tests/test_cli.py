@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bfm import cli
 from bfm.files import Store
 from tests.ray_jobs.toys import write_space
 
@@ -23,20 +21,6 @@ CONFIG = {
     "learning_rate": "5e-3",
 }
 CHECKPOINT = "trials/run/checkpoints/rung0-model"
-
-
-@pytest.fixture
-def bfm(monkeypatch, capsys):
-    """Run a verb; (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bfm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return run
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
 
-_NO_ITEMS = np.zeros(0, np.int64)
+NO_ITEMS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def make_batch(
     indices = tuple(range(len(groups)) if group_indices is None else map(int, group_indices))
     if len(indices) != len(groups):
         raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
-    parts = [_index_group(*part) for part in zip(groups, drawn or [_NO_ITEMS] * len(groups), strict=True)]
+    parts = [_index_group(*part) for part in zip(groups, drawn or [NO_ITEMS] * len(groups), strict=True)]
     items_offset = _offsets([len(part.items_U) for part in parts])
     row_offset = _offsets([len(part.hit_T) for part in parts])
     position_offset = _offsets([group.item_RL.size for group in groups])

@@ -128,7 +128,7 @@ class TwoPartModel(nn.Module):
         More than EMBED_CHUNK items are embedded in chunks that the backward pass computes again, so that the memory of
         live candidates is their vectors and one chunk's activations.
         """
-        if len(ids_U) <= EMBED_CHUNK or not torch.is_grad_enabled():
+        if not embeds_twice(len(ids_U)) or not torch.is_grad_enabled():
             return self._embed_chunk(ids_U)
         return torch.cat(
             [checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)]
@@ -167,6 +167,11 @@ class TwoPartModel(nn.Module):
     def freeze_embedder(self) -> None:
         """Stage 2: no gradients for the embedder from here on."""
         self.embedder.requires_grad_(False)
+
+
+def embeds_twice(num_items: int) -> bool:
+    """Whether so many items are embedded again in the backward pass rather than have their activations kept."""
+    return num_items > EMBED_CHUNK
 
 
 def automatic_features(has_clock: bool) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.model.batch import ModelBatch
+from bfm.model.batch import NO_ITEMS, ModelBatch
 from bfm.objective.sampling import (
     Candidates,
     Proposal,
@@ -33,8 +33,6 @@ from bfm.objective.sampling import (
     mix_inclusion,
 )
 from bfm.objective.softmax import sampled_softmax
-
-_NOTHING = np.zeros(0, np.int64)
 
 
 class TwoParts(Protocol):
@@ -67,7 +65,7 @@ class LiveObjective:
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:
         """Item ids that are embedded with a group as further candidates."""
-        return _NOTHING if self.proposal is None else self.proposal.draw(group_rng(self.seed, group_index))
+        return NO_ITEMS if self.proposal is None else self.proposal.draw(group_rng(self.seed, group_index))
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
@@ -149,7 +147,7 @@ class DrawnObjective:
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:
         """Nothing: the candidates of stage 2 are not embedded with the group."""
-        return _NOTHING
+        return NO_ITEMS
 
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group: K, or the size of the union with the group's distinct targets."""

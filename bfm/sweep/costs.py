@@ -147,13 +147,14 @@ class Costs:
     def __init__(self, facts: LogFacts) -> None:
         self.facts = facts
         self.num_catalogue = facts.num_catalogue
-        self._groups: dict[tuple[int, int, int, float], DistinctStats] = {}
+        self._groups: dict[tuple[int, int], DistinctStats] = {}
+        self._joined: dict[tuple[int, int, int, float], DistinctStats] = {}
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
         shape = config.shape()
-        groups = self._statistics(config)
-        targets = self.facts.groups(config.window, config.group_windows).distinct_targets_mean
+        groups = self._joined_statistics(config)
+        targets = self._statistics(config.window, config.group_windows).distinct_targets_mean
         cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
         first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
         freezes = config.freeze_at_flops is not None
@@ -177,11 +178,17 @@ class Costs:
             relative_error=groups.relative_error,
         )
 
-    def _statistics(self, config: TrainConfig) -> DistinctStats:
+    def _statistics(self, window: int, group_windows: int) -> DistinctStats:
+        key = window, group_windows
+        if key not in self._groups:
+            self._groups[key] = self.facts.groups(*key)
+        return self._groups[key]
+
+    def _joined_statistics(self, config: TrainConfig) -> DistinctStats:
         """Means per group, the drawn candidates of stage 1 among its items and targets."""
         key = config.window, config.group_windows, config.live_negatives, config.live_exponent
-        if key not in self._groups:
-            groups = self.facts.groups(config.window, config.group_windows)
+        if key not in self._joined:
+            groups = self._statistics(config.window, config.group_windows)
             if config.live_negatives:
                 pi_V = drawn_inclusion(self.facts.train_counts, config.live_negatives, config.live_exponent)
                 groups = dataclasses.replace(
@@ -189,8 +196,8 @@ class Costs:
                     distinct_items_mean=union_mean(groups.distinct_items_mean, self.facts.train_counts, pi_V),
                     distinct_targets_mean=union_mean(groups.distinct_targets_mean, self.facts.train_counts, pi_V),
                 )
-            self._groups[key] = groups
-        return self._groups[key]
+            self._joined[key] = groups
+        return self._joined[key]
 
     def _group_flops(
         self, cost: ModelCost, config: TrainConfig, groups: DistinctStats, stage: int, candidates: float
@@ -215,15 +222,17 @@ def union_mean(distinct_mean: float, counts_V: np.ndarray, pi_V: np.ndarray) -> 
     """Mean size of a group's distinct items together with items drawn with probabilities pi.
 
     An item of popularity q is taken to be in a group with probability 1 - exp(-n q), n such that these sum to the mean.
+    Items of one popularity have one pi, so a huge catalogue is a few thousand of them.
     """
-    share_V = counts_V / counts_V.sum()
+    count_P, first_P, items_P = np.unique(counts_V, return_index=True, return_counts=True)
+    share_P = count_P / counts_V.sum()
     low, high = 0.0, 64.0
     for _ in range(48):
         middle = (low + high) / 2
-        too_few = -np.expm1(-math.expm1(middle) * share_V).sum() < distinct_mean
+        too_few = -(items_P * np.expm1(-math.expm1(middle) * share_P)).sum() < distinct_mean
         low, high = (middle, high) if too_few else (low, middle)
-    present_V = -np.expm1(-math.expm1(high) * share_V)
-    return float(distinct_mean + ((1.0 - present_V) * pi_V).sum())
+    absent_P = np.exp(-math.expm1(high) * share_P)
+    return float(distinct_mean + (items_P * absent_P * pi_V[first_P]).sum())
 
 
 def _kept_scores(rows: float, candidates: float) -> float:

@@ -23,7 +23,7 @@ from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
-from bfm.model.two_part import EMBED_CHUNK, TwoPartModel
+from bfm.model.two_part import TwoPartModel, embeds_twice
 from bfm.objective.catalogue import FrozenCatalogue
 from bfm.objective.loss import DrawnObjective, LiveObjective
 from bfm.objective.softmax import computes_scores_twice
@@ -289,7 +289,7 @@ class Trainer:
     def _recomputed_flops(self, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
         if self.counters.stage == 2:
             return 0
-        embedded_twice = items if sum(batch.distinct_items) > EMBED_CHUNK else 0
+        embedded_twice = items if embeds_twice(len(batch.items_U)) else 0
         scored_twice = rows if computes_scores_twice(rows, candidates) else 0
         return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)
 

@@ -9,7 +9,6 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from bfm import cli
 from bfm.errors import UserError
 from bfm.training import export as module
 from bfm.training.export import export_checkpoint
@@ -22,20 +21,6 @@ from bfm.events.histories import Histories
 loaded = [name for name in ("ray", "deepspeed", "bfm.training", "ray_jobs") if name in sys.modules]
 print(loaded, predictor.encoding.num_items)
 """
-
-
-@pytest.fixture
-def bfm(monkeypatch, capsys):
-    """Run a verb; (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bfm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return run
 
 
 def test_an_export_is_loaded_without_engines_and_training_code(shop, export):
