@@ -142,6 +142,10 @@ def train(
     workers: Annotated[int, typer.Option(help="More than one: Ray Train with DeepSpeed ZeRO.")] = 1,
     zero_stage: Annotated[int, typer.Option(help="ZeRO stage of several workers.")] = 1,
     micro_groups: Annotated[int, typer.Option(help="Negative groups per micro-batch, at most.")] = 1,
+    softmax: Annotated[
+        str,
+        typer.Option(help="How the loss is computed: auto, reference, two_pass; in stage 2 one_pass, triton, sharded."),
+    ] = "auto",
     gpus: Annotated[float, typer.Option(help="GPUs per worker.")] = 0.0,
     as_json: Json = False,
 ) -> None:
@@ -169,6 +173,7 @@ def train(
             "workers": workers,
             "zero_stage": zero_stage,
             "micro_groups": micro_groups,
+            "softmax": softmax,
             "cpus": 1.0,
             "gpus": gpus,
         }

@@ -67,7 +67,7 @@ def train_on_workers(
     """Run a task on `task["scaling"]["workers"]` workers; returns its row (see `bfm.training.rung.run_rung`).
 
     Args:
-        task: a sweep's task; its scaling names workers, zero_stage, cpus and gpus per worker, micro_groups.
+        task: a sweep's task; its scaling names workers, zero_stage, cpus and gpus per worker, micro_groups, softmax.
         shards: path or URI of the shard set, readable by every worker.
         storage: path or URI of the sweep's store, shared by all nodes.
         make_observer: builds rank 0's observer from the task.

@@ -139,9 +139,9 @@ class TwoPartModel(nn.Module):
         return self.embedder(packed.ids_NS, self.item_store.layout.features(packed, None))
 
     @torch.no_grad()
-    def embed_all(self, chunk: int = EMBED_CHUNK) -> Tensor:
-        """The catalogue and the cold items: [I, d_item], float32."""
-        ids = torch.arange(self.item_store.num_items, device=self.device)
+    def embed_all(self, chunk: int = EMBED_CHUNK, *, first: int = 0, step: int = 1) -> Tensor:
+        """The catalogue and the cold items, or every step-th of them from `first` on: [I, d_item], float32."""
+        ids = torch.arange(first, self.item_store.num_items, step, device=self.device)
         return torch.cat([self._embed_chunk(part) for part in ids.split(chunk)])
 
     def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.model.batch import NO_ITEMS, ModelBatch
+from bfm.objective.frozen import FrozenItems
 from bfm.objective.sampling import (
     Candidates,
     Proposal,
@@ -47,15 +48,22 @@ class LiveObjective:
     """Stage 1: a row's negatives are the other candidates of its group, corrected by their chance to be there."""
 
     def __init__(
-        self, log_pi_batch_V: Tensor, popularity_V: NDArray[np.integer], negatives: int, exponent: float, seed: int
+        self,
+        log_pi_batch_V: Tensor,
+        popularity_V: NDArray[np.integer],
+        negatives: int,
+        exponent: float,
+        seed: int,
+        method: str = "auto",
     ) -> None:
         """Fix the proposal: the group's distinct targets and `negatives` drawn items, pi ~ popularity^exponent.
 
-        log_pi_batch_V: log of the share of groups whose targets contain each catalogue item, on the model's device.
+        log_pi_batch_V: log of the share of groups whose targets contain each catalogue item, on the model's device;
+        `method` is of sampled_softmax.
         Raises UserError where `negatives` is above V.
         """
         _check_catalogue(len(log_pi_batch_V))
-        self.log_pi_V, self.seed = log_pi_batch_V, seed
+        self.log_pi_V, self.seed, self.method = log_pi_batch_V, seed, method
         self.proposal: Proposal | None = None
         if negatives:
             pi_drawn_V = drawn_inclusion(popularity_V, negatives, exponent)
@@ -82,6 +90,7 @@ class LiveObjective:
                 self.log_pi_V[batch.items_U[chosen_K]],
                 batch.hit_T[rows],
                 model.scale,
+                method=self.method,
             )
             losses.append(_mean(loss_T))
         return torch.stack(losses).mean()
@@ -100,7 +109,7 @@ class DrawnObjective:
 
     def __init__(
         self,
-        catalogue_ID: Tensor,
+        items: FrozenItems,
         popularity_V: NDArray[np.integer],
         negatives: int,
         exponent: float,
@@ -110,12 +119,12 @@ class DrawnObjective:
     ) -> None:
         """Fix the proposal: pi = min(1, c * popularity^exponent) with sum `negatives`, mixed with the in-batch one.
 
-        catalogue_ID holds the constant vectors of all items, whose first V are the candidates; log_pi_batch_V is used
-        only where `in_batch` adds the group's targets. Raises UserError where `negatives` is not in 1..V (0 is allowed
+        `items` holds the constant vectors of all items, whose first V are the candidates; log_pi_batch_V is used only
+        where `in_batch` adds the group's targets. Raises UserError where `negatives` is not in 1..V (0 is allowed
         beside `in_batch`).
         """
         _check_catalogue(len(popularity_V))
-        self.catalogue_ID, self.seed, self.in_batch, self.negatives = catalogue_ID.detach(), seed, in_batch, negatives
+        self.items, self.seed, self.in_batch, self.negatives = items, seed, in_batch, negatives
         if negatives == 0 and in_batch:
             pi_drawn_V = np.zeros(len(popularity_V))
         else:
@@ -123,20 +132,19 @@ class DrawnObjective:
         self.proposal, self.pi_V = Proposal.of(pi_drawn_V), pi_drawn_V
         if in_batch:
             self.pi_V = mix_inclusion(np.exp(log_pi_batch_V.double().cpu().numpy()), pi_drawn_V)
-        self.log_pi_V = torch.from_numpy(np.log(self.pi_V)).float().to(catalogue_ID.device)
+        self.log_pi_V = torch.from_numpy(np.log(self.pi_V)).float().to(items.device)
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
-        h_TD = model.contextualize(batch, self.catalogue_ID[batch.items_U])
+        h_TD = model.contextualize(batch, self.items.vectors(batch.items_U))
         losses = []
         for group, rows in _groups(batch):
             ids_K = self._candidate_ids(batch, group)
             target_T = batch.target_item_T[rows]
             place_T = torch.searchsorted(ids_K, target_T).clamp(max=len(ids_K) - 1)
-            loss_T = sampled_softmax(
+            loss_T = self.items.loss(
                 h_TD[rows],
-                self.catalogue_ID[target_T],
-                self.catalogue_ID,
+                target_T,
                 ids_K,
                 self.log_pi_V[ids_K],
                 torch.where(ids_K[place_T] == target_T, place_T, -1),

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
+from bfm.objective.methods import METHODS
 from bfm.objective.tiled import loss_from_log_sum, loss_from_state, softmax_state, two_pass_log_sum
 
-METHODS = ("auto", "reference", "one_pass", "two_pass", "triton")
+# All but `sharded`, which needs other ranks: bfm.objective.frozen.
+_METHODS = tuple(method for method in METHODS if method != "sharded")
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
 # Scores of one block of a chunked pass: small enough to stay near the core, large enough for the matmul.
@@ -53,8 +55,8 @@ def sampled_softmax(
         method = choose_method(len(h_TD), len(ids_K), table_RD, live)
     if method == "reference":
         return _reference(h_TD, positive_TD, table_RD, ids_K, log_pi_K, hit_T, scale)
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}: one of {', '.join(METHODS)}")
+    if method not in _METHODS:
+        raise ValueError(f"no method {method!r}: one of {', '.join(_METHODS)}")
     dtype = torch.promote_types(torch.promote_types(h_TD.dtype, log_pi_K.dtype), torch.float32)
     q_TD = scale.to(dtype) * h_TD.to(dtype)
     if method == "two_pass":
@@ -78,9 +80,11 @@ def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bo
     return "one_pass"
 
 
-def computes_scores_twice(num_rows: int, num_candidates: int) -> bool:
-    """Whether `auto` computes the scores of live candidates again in the backward pass rather than keep them."""
-    return num_rows * num_candidates > _DENSE_SCORES_LIVE
+def computes_scores_twice(num_rows: int, num_candidates: int, *, live: bool = True, method: str = "auto") -> bool:
+    """Whether a method computes the scores again in the backward pass rather than keep them or their sum."""
+    if method == "auto":
+        return live and num_rows * num_candidates > _DENSE_SCORES_LIVE
+    return method == "two_pass"
 
 
 def _reference(

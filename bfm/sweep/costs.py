@@ -21,6 +21,7 @@ from bfm.events.shards import Shards
 from bfm.events.statistics import DistinctStats, expected_distinct
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
+from bfm.objective.methods import shares_catalogue
 from bfm.objective.sampling import drawn_inclusion
 from bfm.objective.softmax import computes_scores_twice
 from bfm.sweep.settings import Tier
@@ -88,7 +89,9 @@ class ConfigCost:
     evaluation_flops: int
     """One evaluation of the validation part."""
     group_bytes: int
-    """Activations of one negative group."""
+    """Activations of one negative group, the scores of its loss left out."""
+    group_scores: float
+    """Target rows times candidates of one group, in the stage with more of them."""
     catalogue_bytes: int
     """Vectors of all items."""
     stage2_step_flops: float | None = None
@@ -123,11 +126,18 @@ class ConfigCost:
         return self.events(flops) / self.epoch_events
 
     def memory_bytes(self, tier: Tier, micro_groups: int, averaging: bool) -> int:
-        """Estimate for one worker: weights, gradients, AdamW's moments as ZeRO divides them, activations, catalogue."""
+        """Estimate for one worker: weights, gradients, AdamW's moments as ZeRO divides them, activations, catalogue.
+
+        A catalogue that workers share in training is whole on each of them while it evaluates, without activations.
+        """
         divided = {0: 0, 1: 2, 2: 3, 3: 4}[tier.zero_stage]
         copies = (4 - divided) + divided / tier.workers + (1 if averaging else 0)
         state = copies * FLOAT_BYTES * self.state_params
-        return math.ceil(state + micro_groups * self.group_bytes + self.catalogue_bytes)
+        scores_bytes = 3 * FLOAT_BYTES * _kept_scores(self.group_scores, tier.softmax)
+        activations = micro_groups * (self.group_bytes + scores_bytes)
+        if self.freeze_at_flops is not None and shares_catalogue(tier.softmax, tier.workers, self.catalogue_bytes):
+            return math.ceil(state + max(activations + self.catalogue_bytes / tier.workers, self.catalogue_bytes))
+        return math.ceil(state + activations + self.catalogue_bytes)
 
 
 class CostModel(Protocol):
@@ -168,9 +178,8 @@ class Costs:
             step_events=groups.target_rows_mean * config.groups_per_step,
             epoch_events=self.facts.train_targets,
             evaluation_flops=self._evaluation_flops(cost, config.window),
-            group_bytes=group_bytes(
-                shape, config, self.facts.fields, groups, max(groups.distinct_targets_mean, candidates)
-            ),
+            group_bytes=group_bytes(shape, config, self.facts.fields, groups),
+            group_scores=groups.target_rows_mean * max(groups.distinct_targets_mean, candidates),
             catalogue_bytes=FLOAT_BYTES * self.facts.num_items * config.d_item,
             stage2_step_flops=None if second_flops is None else second_flops * config.groups_per_step,
             freeze_at_flops=config.freeze_at_flops,
@@ -235,15 +244,15 @@ def union_mean(distinct_mean: float, counts_V: np.ndarray, pi_V: np.ndarray) -> 
     return float(distinct_mean + (items_P * absent_P * pi_V[first_P]).sum())
 
 
-def _kept_scores(rows: float, candidates: float) -> float:
-    """Scores of the loss that are held at once: all of a small problem, one tile of a large one."""
-    return _TILE_SCORES if computes_scores_twice(round(rows), round(candidates)) else rows * candidates
+def _kept_scores(scores: float, method: str) -> float:
+    """Scores of a group's loss that are held at once: all of them, or one tile of a large problem."""
+    if method == "reference":
+        return scores
+    return _TILE_SCORES if computes_scores_twice(round(scores), 1) else scores
 
 
-def group_bytes(
-    shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats, candidates: float
-) -> int:
-    """Activations kept for the backward of one group, fp32: blocks, attention scores, field tokens, logits.
+def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats) -> int:
+    """Activations kept for the backward of one group, fp32: blocks, attention scores, field tokens.
 
     Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head.
     """
@@ -259,6 +268,5 @@ def group_bytes(
         positions * shape.depth * block(shape.width, shape.hidden, shape.heads, config.window)
         + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
         + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item
-        + 3 * _kept_scores(groups.target_rows_mean, candidates)
     )
     return math.ceil(FLOAT_BYTES * numbers)

@@ -143,6 +143,8 @@ class Tier:
     """Per worker; fractions share a GPU."""
     micro_groups: int = 1
     """At most so many groups go through the model at once, per worker."""
+    softmax: str = "auto"
+    """How the loss is computed (bfm.objective.methods)."""
     memory_gib: float | None = None
     """Memory of one worker; configurations estimated above it are infeasible. None: not checked."""
 
@@ -157,6 +159,7 @@ class Tier:
             "cpus": self.cpus,
             "gpus": self.gpus,
             "micro_groups": micro_groups,
+            "softmax": self.softmax,
         }
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bfm.errors import UserError
+from bfm.objective.methods import Method, check_method
 from bfm.sweep.parameters import read_parameters
 from bfm.sweep.settings import DISTRIBUTIONS, Budget, Metric, Scheduler, SweepSpec, Tier
 from bfm.training.schedule import MIN_STEPS, TOLERANCE
@@ -85,6 +86,7 @@ class _TierKeys(_Section):
     cpus: Number = 1.0
     gpus: Number = 0.0
     micro_groups: Count = 1
+    softmax: Method = "auto"
     memory_gib: Number | None = None
 
 
@@ -253,7 +255,10 @@ def _check_tiers(spec: SweepSpec) -> None:
             "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
         )
     top = spec.budget.ladder_flops[-1]
+    freezes = any(p.name == "freeze_at_flops" and None not in p.values for p in spec.parameters)
     for index, tier in enumerate(spec.tiers):
+        key = f"scaling.tiers.{index}.softmax"
+        check_method(tier.softmax, freezes=freezes, workers=tier.workers, cuda=tier.gpus > 0, key=key)
         if tier.from_rung_flops > top:
             raise UserError(
                 f"no rung reaches it (the top is {format_flops(top)})",

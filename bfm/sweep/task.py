@@ -26,7 +26,7 @@ class Task:
     reserved_flops: int
     """Upper bound of what the task trains, reserved under the cap."""
     scaling: dict[str, Any]
-    """engine, workers, zero_stage, cpus, gpus, micro_groups."""
+    """engine, workers, zero_stage, cpus, gpus, micro_groups, softmax."""
     probes: tuple[int, ...] = ()
     """C on the way at which the trunk is evaluated."""
     evaluation_queries: int | None = None

@@ -24,8 +24,11 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel, embeds_twice
-from bfm.objective.catalogue import FrozenCatalogue
+from bfm.objective.catalogue import embedder_hash
+from bfm.objective.frozen import freeze_items
+from bfm.objective.fused import why_not_fused
 from bfm.objective.loss import DrawnObjective, LiveObjective
+from bfm.objective.methods import check_method, method_of_stage
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -101,12 +104,16 @@ class Trainer:
         *,
         observer: Observer | None = None,
         micro_groups: int = 1,
+        softmax: str = "auto",
         start: Checkpoint | None = None,
     ) -> None:
         """Begin at step 0, or where a loaded checkpoint stands.
 
-        Raises UserError where the workers do not divide the groups of a step.
+        `softmax` is how the loss is computed (bfm.objective.methods); its value does not depend on it.
+        Raises UserError where the workers do not divide the groups of a step, or `softmax` is impossible here.
         """
+        _check_softmax(softmax, config, factory)
+        self.softmax = softmax
         self.config, self.seed, self.data, self.factory, self.observer = config, seed, data, factory, observer
         own_groups = groups_per_worker(config, factory.world_size)
         self.micro_groups = max(m for m in range(1, micro_groups + 1) if own_groups % m == 0)
@@ -221,15 +228,17 @@ class Trainer:
                 self.config.live_negatives,
                 self.config.live_exponent,
                 self.seed,
+                method_of_stage(self.softmax, stage=1),
             )
         else:
             model.freeze_embedder()
-            catalogue = FrozenCatalogue.embed(model, self.data.fields_hash, compute_dtype(self.factory.device))
-            if self._embedder_hash not in (None, catalogue.key):
+            key = embedder_hash(model, self.data.fields_hash)
+            if self._embedder_hash not in (None, key):
                 raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
-            self._embedder_hash = catalogue.key
+            self._embedder_hash = key
+            factory = self.factory
             self.objective = DrawnObjective(
-                catalogue.vectors_ID,
+                freeze_items(model, compute_dtype(factory.device), self.softmax, factory.rank, factory.world_size),
                 self.data.shards.train_counts,
                 self.config.negatives,
                 self.config.negatives_exponent,
@@ -287,10 +296,9 @@ class Trainer:
         return self._plan
 
     def _recomputed_flops(self, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
-        if self.counters.stage == 2:
-            return 0
-        embedded_twice = items if embeds_twice(len(batch.items_U)) else 0
-        scored_twice = rows if computes_scores_twice(rows, candidates) else 0
+        live, method = self.counters.stage == 1, method_of_stage(self.softmax, self.counters.stage)
+        embedded_twice = items if live and embeds_twice(len(batch.items_U)) else 0
+        scored_twice = rows if computes_scores_twice(rows, candidates, live=live, method=method) else 0
         return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)
 
     def _step(self, plan: _StepPlan, lr_factor: float, weight_in_average: float) -> None:
@@ -350,6 +358,14 @@ class Trainer:
             self.engine.backward(loss, len(batches))
             total = total + loss.detach()
         return self.engine.all_reduce_mean(float(total) / len(batches))
+
+
+def _check_softmax(method: str, config: TrainConfig, factory: EngineFactory) -> None:
+    check_method(method, freezes=config.freeze_at_flops is not None, workers=factory.world_size, cuda=True)
+    if method == "triton":
+        q_TD = torch.empty(0, config.d_item, device=factory.device)
+        if reason := why_not_fused(q_TD, q_TD.to(compute_dtype(factory.device))):
+            raise UserError(f"the Triton kernel cannot run: {reason}", key="softmax", fix="use auto")
 
 
 def groups_per_worker(config: TrainConfig, workers: int) -> int:

@@ -94,6 +94,7 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None, timing: Timing) -
         "device": _device_name(factory.device),
         "dtype": str(compute_dtype(factory.device)).removeprefix("torch."),
         "micro_groups": trainer.micro_groups,
+        "softmax": trainer.softmax,
         "threads": torch.get_num_threads(),
         "train_s": timing.train_s,
         "eval_s": timing.eval_s,

@@ -52,6 +52,8 @@ class RungTask:
     """C values at which the trunk's averaged weights are scored on the way."""
     micro_groups: int = 1
     """Groups per micro-batch, at most; the largest divisor of a worker's groups below it is used."""
+    softmax: str = "auto"
+    """How the loss is computed (bfm.objective.methods)."""
     evaluation_queries: int | None = None
     """The first so many validation queries are scored; None: all."""
 
@@ -68,6 +70,7 @@ class RungTask:
             resume_from=task.get("resume_from"),
             probes=tuple(float(c) for c in task.get("probes", ())),
             micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
+            softmax=str(task.get("scaling", {}).get("softmax", "auto")),
             evaluation_queries=task.get("evaluation_queries"),
         )
 
@@ -148,6 +151,7 @@ class _RungRun:
             factory,
             observer=self._observe,
             micro_groups=task.micro_groups,
+            softmax=task.softmax,
             start=start,
         )
         if self.journal:

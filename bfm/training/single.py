@@ -14,6 +14,7 @@ from bfm.errors import UserError
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.objective.methods import check_method
 from bfm.ranking.baselines import baseline_metrics
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import summarise
@@ -45,15 +46,20 @@ def train_single(
     """Train one configuration to `flops` (C), evaluate it, and return its row.
 
     A trunk that an earlier call left in `storage` is gone on from; so is a run that was killed in the middle.
-    Raises UserError where the storage holds another configuration or is already past `flops`.
+    Raises UserError where the storage holds another configuration or is already past `flops`, or where
+    `scaling["softmax"]` is impossible.
     """
-    store = Store(storage)
+    store, softmax = Store(storage), str(scaling.get("softmax", "auto"))
+    # A worker's device is its own matter; the rest is told before workers are started.
+    freezes = config.freeze_at_flops is not None
+    check_method(softmax, freezes=freezes, workers=int(scaling.get("workers", 1)), cuda=True, key="--softmax")
     task = RungTask(f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, evaluation_queries=queries)
     trunk = task.name("trunk")
     task = dataclasses.replace(
         task,
         resume_from=trunk if store.exists(f"{trunk}/meta.json") else None,
         micro_groups=int(scaling["micro_groups"]),
+        softmax=softmax,
     )
     if run_group is not None:
         values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}

@@ -9,6 +9,7 @@ import torch
 from bfm.errors import UserError
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
+from bfm.objective.frozen import WholeItems
 from bfm.objective.loss import DrawnObjective, LiveObjective
 
 DIM = 6
@@ -48,9 +49,8 @@ def in_batch_log_pi(shards):
 
 def drawn(shards, model, negatives, *, in_batch=False, exponent=0.5):
     catalogue_ID = model.embed_items(torch.arange(shards.num_items)).detach()
-    return DrawnObjective(
-        catalogue_ID, shards.train_counts, negatives, exponent, in_batch, in_batch_log_pi(shards), seed=5
-    )
+    items = WholeItems(catalogue_ID)
+    return DrawnObjective(items, shards.train_counts, negatives, exponent, in_batch, in_batch_log_pi(shards), seed=5)
 
 
 def objectives(shards, model):
@@ -136,7 +136,9 @@ def test_a_catalogue_without_negatives_is_refused(num_items):
     with pytest.raises(UserError, match="no negative"):
         LiveObjective(torch.zeros(num_items), np.ones(num_items), 0, 0.0, 0)
     with pytest.raises(UserError, match="no negative"):
-        DrawnObjective(torch.zeros(num_items, 2), np.ones(num_items), 1, 0.5, False, torch.zeros(num_items), 0)
+        DrawnObjective(
+            WholeItems(torch.zeros(num_items, 2)), np.ones(num_items), 1, 0.5, False, torch.zeros(num_items), 0
+        )
 
 
 def test_live_draws_join_the_targets_and_are_corrected_by_both(world):

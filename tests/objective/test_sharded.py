@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bfm.objective.frozen import DealtItems, WholeItems
 from bfm.objective.sharded import ShardedCatalogue, shard_range
 from bfm.objective.tiled import loss_from_state, merge, softmax_state
 from tests.objective.cases import NAMES, errors, make_case, relative_error, unit
@@ -73,6 +74,7 @@ def check_rank(rank: int, world: int, folder: Path) -> None:
         low, high = shard_range(NUM_ITEMS, world, rank)
         catalogue = ShardedCatalogue(table_VD[low:high].float(), low, NUM_ITEMS)
         check_lookup(catalogue, table_VD)
+        check_dealt(rank, world, table_VD)
         # Rows and candidates of every rank; the last takes a turn at having none.
         for step, (num_rows, num_candidates) in enumerate([(9, 200), (1 + 7 * rank, 20 + 90 * rank), (3, NUM_ITEMS)]):
             check_loss(catalogue, table_VD, num_rows, num_candidates, seed=10 * step + rank)
@@ -84,6 +86,28 @@ def check_rank(rank: int, world: int, folder: Path) -> None:
         check_refusals(catalogue, table_VD)
     finally:
         dist.destroy_process_group()
+
+
+def check_dealt(rank: int, world: int, table_VD: torch.Tensor) -> None:
+    """Every world-th item on a rank: the same vectors, loss and gradient as all of them on each."""
+    dealt = DealtItems(table_VD[rank::world].float(), NUM_ITEMS, rank, world)
+    whole = WholeItems(table_VD.float(), "reference")
+    generator = torch.Generator().manual_seed(rank)
+    target_T = torch.randint(NUM_ITEMS, (11,), generator=generator)
+    assert torch.equal(dealt.vectors(target_T), whole.vectors(target_T))
+    ids_K = torch.randperm(NUM_ITEMS, generator=generator)[: 60 + 9 * rank].sort().values
+    match_TK = ids_K == target_T[:, None]
+    hit_T = torch.where(match_TK.any(1), match_TK.int().argmax(1), -1)
+    log_pi_K = -3 * torch.rand(len(ids_K), generator=generator)
+    outcomes = []
+    for items in (dealt, whole):
+        h_TD = unit(11, WIDTH, torch.Generator().manual_seed(50 + rank)).float().requires_grad_()
+        scale = torch.tensor(SCALE, requires_grad=True)
+        loss_T = items.loss(h_TD, target_T, ids_K, log_pi_K, hit_T, scale)
+        loss_T.sum().backward()
+        outcomes.append((loss_T.detach(), h_TD.grad, scale.grad))
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def check_lookup(catalogue: ShardedCatalogue, table_VD: torch.Tensor) -> None:

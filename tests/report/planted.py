@@ -34,8 +34,8 @@ def fake_row(trial: int, rung: int, config: dict[str, Any], rng: np.random.Gener
         "batch_events": 905.0, "groups": int(events / 900), "metrics": values, "errors": errors,
         "code_version": "0.1.0+g1a2b3c4", "flops_version": 1, "protocol_hash": "9f" * 32, "shards_hash": "c4" * 32,
         "engine": "zero" if rung == 2 else "plain", "workers": 2 if rung == 2 else 1, "zero_stage": 2 * (rung == 2),
-        "device": "cpu", "dtype": "float32", "micro_groups": 1, "threads": 1, "train_s": flops / 2.2e10,
-        "eval_s": 1.4, "warm_start_s": 0.08,
+        "device": "cpu", "dtype": "float32", "micro_groups": 1, "softmax": "auto", "threads": 1,
+        "train_s": flops / 2.2e10, "eval_s": 1.4, "warm_start_s": 0.08,
         "checkpoint": f"t{trial:03d}/trunk-{rung}", "model": f"t{trial:03d}/{rung}",
     }  # fmt: skip
 

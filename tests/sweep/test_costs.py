@@ -9,6 +9,7 @@ import pytest
 
 from bfm.objective.sampling import draw_systematic, drawn_inclusion
 from bfm.sweep.costs import Costs, LogFacts, union_mean
+from bfm.sweep.settings import Tier
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
@@ -43,7 +44,25 @@ def test_memory_does_not_grow_with_the_scores_of_many_negatives(toy_shards):
     facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
     stage_2 = {"window": 64, "group_windows": 64, "freeze_at_flops": 1e9}
     few, many = (
-        Costs(facts).of(dataclasses.replace(STAGE_1, **stage_2, negatives=negatives)).group_bytes
+        Costs(facts).of(dataclasses.replace(STAGE_1, **stage_2, negatives=negatives))
         for negatives in (1 << 14, 1 << 21)
     )
-    assert many == few
+    assert many.memory_bytes(Tier(), 1, False) == few.memory_bytes(Tier(), 1, False)
+    reference = Tier(softmax="reference")
+    scores = many.group_scores - few.group_scores
+    assert many.memory_bytes(reference, 1, False) - few.memory_bytes(reference, 1, False) == pytest.approx(12 * scores)
+
+
+def test_a_shared_catalogue_is_divided_among_workers_beside_activations(toy_shards):
+    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    cost = Costs(facts).of(dataclasses.replace(STAGE_1, freeze_at_flops=1e9, negatives=64))
+    cost = dataclasses.replace(cost, catalogue_bytes=1 << 20, group_bytes=1 << 30)
+
+    def estimate(method: str) -> int:
+        return cost.memory_bytes(Tier(engine="deepspeed", workers=4, softmax=method), 1, False)
+
+    assert estimate("auto") - estimate("sharded") == 3 << 18
+    # Evaluation holds all of it on every worker.
+    small = dataclasses.replace(cost, group_bytes=0, group_scores=0)
+    state = dataclasses.replace(small, catalogue_bytes=0).memory_bytes(Tier(), 1, False)
+    assert small.memory_bytes(Tier(engine="deepspeed", workers=4, softmax="sharded"), 1, False) == state + (1 << 20)

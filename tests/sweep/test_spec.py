@@ -259,6 +259,21 @@ def test_overrides_that_lead_nowhere(good):
     assert resolve(good, ["budget.ladder_flops.1=8e10"]).budget.ladder_flops[1] == 80_000_000_000
 
 
+def test_a_softmax_that_a_tier_cannot_compute_is_refused():
+    frozen = {"freeze_at_flops": {"value": 1e8}, "negatives": {"value": 64}}
+    pair = {"engine": "deepspeed", "workers": 2}
+    for tier, parameters, fragment in (
+        ({"softmax": "shard"}, frozen, r"scaling.tiers.0.softmax"),
+        ({"softmax": "one_pass"}, {}, "scaling.tiers.0.softmax: .*set `freeze_at_flops`"),
+        ({"softmax": "sharded"}, frozen, "one worker"),
+        ({"softmax": "triton", **pair}, frozen, "CUDA"),
+    ):
+        with pytest.raises(UserError, match=fragment):
+            make_spec(scaling={"tiers": [tier]}, parameters=parameters)
+    spec = make_spec(scaling={"tiers": [{"softmax": "sharded", **pair}]}, parameters=frozen)
+    assert spec.tier(1e9, 100).scaling(2)["softmax"] == "sharded"
+
+
 def test_the_last_matching_tier_wins():
     tiers = [{}, {"from_params": 5000, "gpus": 0.25}, {"from_rung_flops": "4e9", "engine": "deepspeed", "workers": 2}]
     spec = make_spec(scaling={"tiers": tiers})

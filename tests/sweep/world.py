@@ -34,6 +34,7 @@ class PlantedCosts:
             epoch_events=100_000,
             evaluation_flops=1_000_000,
             group_bytes=1 << 20,
+            group_scores=0.0,
             catalogue_bytes=1 << 20,
             stage2_step_flops=None if config.freeze_at_flops is None else 5.0 * config.params * events,
             freeze_at_flops=config.freeze_at_flops,

@@ -78,6 +78,34 @@ def test_micro_batches_change_neither_loss_nor_cost(toy_shards):
         np.testing.assert_allclose(losses(records), losses(runs[0][1]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["reference", "two_pass", "one_pass"])
+def test_a_forced_softmax_changes_neither_loss_nor_cost(toy_shards, method):
+    auto, expected = train(STAGE_2, toy_shards, 6e7)
+    trainer, records = train(STAGE_2, toy_shards, 6e7, softmax=method)
+    assert trainer.counters.stage == 2
+    np.testing.assert_allclose(losses(records), losses(expected), rtol=1e-5)
+    twice = trainer.counters.hardware_flops - auto.counters.hardware_flops
+    assert (twice > 0) == (method == "two_pass")
+    assert dataclasses.replace(trainer.counters, hardware_flops=0) == dataclasses.replace(
+        auto.counters, hardware_flops=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "fragment"),
+    [
+        (STAGE_1, "one_pass", "softmax: .*set `freeze_at_flops`"),
+        (STAGE_2, "sharded", "one worker"),
+        (STAGE_2, "triton", "kernel cannot run"),
+        (STAGE_2, "onepass", "did you mean `one_pass`"),
+    ],
+)
+def test_an_impossible_softmax_is_refused_before_training(toy_shards, monkeypatch, config, method, fragment):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=fragment):
+        train(config, toy_shards, 0, softmax=method)
+
+
 def test_micro_groups_fall_back_to_a_divisor(toy_shards):
     trainer, _ = train(STAGE_1, toy_shards, 0, micro_groups=3)
     assert trainer.micro_groups == 2

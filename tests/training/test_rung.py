@@ -23,7 +23,7 @@ ROW_KEYS = {
     *("path_flops", "task_flops", "eval_flops", "hardware_flops", "useful_attention_flops"),
     *("steps", "events", "unique_events", "epochs", "batch_events", "groups", "metrics", "errors"),
     *("code_version", "flops_version", "protocol_hash", "shards_hash"),
-    *("engine", "workers", "zero_stage", "device", "dtype", "micro_groups", "threads"),
+    *("engine", "workers", "zero_stage", "device", "dtype", "micro_groups", "softmax", "threads"),
     *("train_s", "eval_s", "warm_start_s"),
 }
 ASKED = {"trial", "checkpoint", "model", "task_flops", "train_s", "eval_s", "warm_start_s"}
@@ -186,12 +186,14 @@ def test_sweep_task_is_understood():
         "resume_from": None,
         "from_rung": None,
         "reserved_flops": 120,
-        "scaling": {"engine": "zero", "workers": 2, "zero_stage": 1, "cpus": 0.5, "gpus": 0, "micro_groups": 2},
+        "scaling": {"engine": "zero", "workers": 2, "zero_stage": 1, "cpus": 0.5, "gpus": 0, "micro_groups": 2}
+        | {"softmax": "two_pass"},
         "probes": [10, 20],
         "evaluation_queries": 50,
     }
     task = RungTask.from_task(values)
     assert (task.probes, task.micro_groups, task.evaluation_queries) == ((10.0, 20.0), 2, 50)
+    assert task.softmax == "two_pass"
     assert task.config.params == 1e4
 
 

@@ -108,6 +108,28 @@ def test_two_workers_same_gradient_loss_and_cost_at_every_stage(toy_shards, tmp_
     _on_two_workers(_check_same_curve, tmp_path, str(toy_shards.path))
 
 
+def _check_shared_catalogue(directory: Path, shards_path: str) -> None:
+    shards = Shards.open(shards_path)
+    plain, expected = train(STAGE_2, shards, RUNG)
+    assert sum(record.stage == 2 for record in expected) >= 20
+    weights = plain.engine.export_state().weight
+    for stage in (0, 1, 3):
+        factory = ZeroFactory(stage, DEVICE)
+        trainer, records = train(STAGE_2, shards, RUNG, factory=factory, micro_groups=2, softmax="sharded")
+        assert len(trainer.objective.items.catalogue.rows_SD) <= shards.num_items // 2 + 1
+        assert trainer.counters == plain.counters
+        if factory.rank == 0:
+            np.testing.assert_allclose(losses(records), losses(expected), rtol=1e-4)
+        for name, weight in trainer.engine.export_state().weight.items():
+            np.testing.assert_allclose(weight, weights[name], atol=1e-3 * float(weights[name].abs().max()))
+        trainer.close()
+
+
+@pytest.mark.slow
+def test_two_workers_that_share_the_catalogue_train_the_same_curve(toy_shards, tmp_path):
+    _on_two_workers(_check_shared_catalogue, tmp_path, str(toy_shards.path))
+
+
 def _check_resume(directory: Path, shards_path: str) -> None:
     shards, store = Shards.open(shards_path), Store(directory / "store")
     for stage in (1, 2, 3):
