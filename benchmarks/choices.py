@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import RESULTS, machine, publish
+from variants import Variant
 
 from bfm.events.shards import Shards
 from bfm.files import Store
@@ -27,8 +29,17 @@ from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
 from bfm.training.rung import RungTask, run_rung
 
-Run = tuple[str, dict[str, Any], float]
-"""Label, configuration, C."""
+
+class Run(NamedTuple):
+    """One row to be made."""
+
+    label: str
+    config: dict[str, Any]
+    flops: float
+    """C."""
+    seed: int = 0
+    variant: Variant = Variant()
+
 
 # Reviews of cosmetics, leave-one-out: about five epochs.
 REVIEWS: dict[str, Any] = {
@@ -59,24 +70,26 @@ ONE_AT_A_TIME: dict[str, list[Any]] = {
 RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
 WIDTH_PARAMS = 5e4
 """N of one layer of the depth study."""
+WIDTHS_DEPTH = 2
+"""Layers where initial weights and widths are studied."""
 
 
 def one_at_a_time() -> Iterator[Run]:
     """The base configuration, and each setting varied alone, at equal C (G at equal windows per step where it can)."""
-    yield "base", REVIEWS, REVIEWS_FLOPS
+    yield Run("base", REVIEWS, REVIEWS_FLOPS)
     for name, values in ONE_AT_A_TIME.items():
         for value in values:
             config = {**REVIEWS, name: value}
             if name == "group_windows":
                 config["groups_per_step"] = max(1, 32 // value)
-            yield f"{name} = {value:g}", config, REVIEWS_FLOPS
+            yield Run(f"{name} = {value:g}", config, REVIEWS_FLOPS)
 
 
 def depth() -> Iterator[Run]:
     """Layers of about equal width: N grows with the depth, the events seen are about equal."""
     for layers in (1, 2, 4, 8):
         config = {**REVIEWS, "params": WIDTH_PARAMS * layers, "depth": layers}
-        yield f"{layers} layers", config, REVIEWS_FLOPS * (0.6 + 0.2 * layers)
+        yield Run(f"{layers} layers", config, REVIEWS_FLOPS * (0.6 + 0.2 * layers))
 
 
 def learning_rate() -> Iterator[Run]:
@@ -89,23 +102,63 @@ def learning_rate() -> Iterator[Run]:
     ):
         for rate in rates:
             config = {**RETAIL, "params": params, "groups_per_step": groups, "learning_rate": rate}
-            yield f"N = {params:g}, B = {groups * 256} positions, rate {rate:g}", config, flops
+            yield Run(f"N = {params:g}, B = {groups * 256} positions, rate {rate:g}", config, flops)
+
+
+def initial_weights() -> Iterator[Run]:
+    """Deviations of the contextualizer's initial matrices, three seeds each."""
+    variants = {
+        "product (outputs zero)": Variant(),
+        "inner matrices x 0.5": Variant(inner_std=0.5),
+        "inner matrices x 2": Variant(inner_std=2.0),
+        "outputs normal": Variant(output_std=1.0),
+        "outputs normal / sqrt(2 layers)": Variant(output_std=(2 * WIDTHS_DEPTH) ** -0.5),
+    }
+    config = {**RETAIL, "embedder_share": 0.0, "params": 4e4, "depth": WIDTHS_DEPTH}
+    for name, variant in variants.items():
+        for seed in range(3):
+            yield Run(f"{name}, seed {seed}", config, 7e10, seed, variant)
+
+
+def width_rates() -> Iterator[Run]:
+    """Rates a factor 2 apart at three widths and about equal D: one for all weights, or hidden ones by 1 / width.
+
+    Further seeds where the schemes are compared.
+    """
+    for width, params, flops in ((20, 1e4, 3e10), (40, 4e4, 7e10), (80, 1.6e5, 2.3e11)):
+        # The same warmup for all: the product's, of N events, would be most of the widest model's run.
+        config = {**RETAIL, "embedder_share": 0.0, "params": params, "depth": WIDTHS_DEPTH, "warmup_events": 1e4}
+        for hidden_rate in sorted({1.0, 20 / width}, reverse=True):
+            for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3):
+                values, variant = {**config, "learning_rate": rate}, Variant(hidden_rate=hidden_rate)
+                for seed in range(3 if width > 20 and rate in (1e-3, 2e-3) else 1):
+                    label = f"width {width}, rate {rate:g}, of hidden matrices x {hidden_rate:g}, seed {seed}"
+                    yield Run(label, values, flops, seed, variant)
 
 
 QUERIES = 5_000
-STUDIES = {"one_at_a_time": one_at_a_time, "depth": depth, "learning_rate": learning_rate}
+STUDIES = {
+    "one_at_a_time": one_at_a_time,
+    "depth": depth,
+    "learning_rate": learning_rate,
+    "initial_weights": initial_weights,
+    "width_rates": width_rates,
+}
 METRICS = ("nll", "recall@10", "ndcg@10")
 
 
 def run(job: tuple[str, Run]) -> dict[str, Any]:
     """One row, in a process of its own."""
-    shards, (label, values, flops) = job
+    shards, (label, values, flops, seed, variant) = job
+    if variant != Variant():
+        variant.install()
     config = TrainConfig.from_dict(values)
     with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
-        task = RungTask("run", "run", 0, flops, config, seed=0, evaluation_queries=QUERIES)
+        task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=QUERIES)
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
     keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
-    return {"label": label, "config": values, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
+    what = {"label": label, "config": values, "seed": seed, "variant": asdict(variant)}
+    return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
 
 
 def main() -> None:
@@ -118,7 +171,7 @@ def main() -> None:
     rows = {row["label"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     log = Shards.open(arguments.shards).manifest.name
     wanted = list(STUDIES[arguments.study]())
-    jobs = [(arguments.shards, point) for point in wanted if point[0] not in rows]
+    jobs = [(arguments.shards, point) for point in wanted if point.label not in rows]
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.processes, maxtasksperchild=1) as pool, kept.open("a") as file:
         for row in pool.imap_unordered(run, jobs):
@@ -128,18 +181,20 @@ def main() -> None:
             print(
                 row["label"], {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}, flush=True
             )
+    num_seeds = len({point.seed for point in wanted})
+    seeds = "one seed" if num_seeds == 1 else f"up to {num_seeds} seeds"
     lines = [
         f"# {arguments.study.replace('_', ' ').capitalize()}",
         "",
-        f"Written by `python benchmarks/choices.py {arguments.study}` over the log `{log}`, validation part, one seed.",
+        f"Written by `python benchmarks/choices.py {arguments.study}` over the log `{log}`, validation part, {seeds}.",
         "",
         "| setting | C | N | steps | " + " | ".join(METRICS) + " |",
         "|---|---|---|---|" + "---|" * len(METRICS),
     ]
-    for label, _, _ in wanted:
-        row = rows[label]
+    for point in wanted:
+        row = rows[point.label]
         values = " | ".join(f"{row['metrics'].get(name, float('nan')):.4f}" for name in METRICS)
-        lines.append(f"| {label} | {row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {values} |")
+        lines.append(f"| {point.label} | {row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {values} |")
     publish(f"choices_{arguments.study}", "\n".join([*lines, "", machine("torch"), ""]))
 
 
