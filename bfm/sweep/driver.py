@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.costs import CostModel
-from bfm.sweep.ledger import Ledger, collector_paused
-from bfm.sweep.policy import Policy, Promote, Propose, Stop, StrataPolicy
-from bfm.sweep.proposer import Proposer
+from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
+from bfm.sweep.policies import make_policy
+from bfm.sweep.policy import Policy, Promote, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
+from bfm.sweep.space_arena import SpaceArena
 from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.units import format_flops
@@ -35,8 +38,8 @@ _MAY_CHANGE = ("budget.total_flops", "budget.max_trials", "scaling.")
 class SweepDriver:
     """One sweep over one ledger."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger, policy: Policy, proposer: Proposer) -> None:
-        self.spec, self.policy, self.proposer = spec, policy, proposer
+    def __init__(self, spec: SweepSpec, ledger: Ledger | MemoryLedger, policy: Policy, arena: Arena) -> None:
+        self.spec, self.policy, self.arena = spec, policy, arena
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
@@ -44,10 +47,10 @@ class SweepDriver:
         self._open()
 
     @classmethod
-    def start(cls, spec: SweepSpec, ledger: Ledger, costs: CostModel) -> SweepDriver:
+    def start(cls, spec: SweepSpec, ledger: Ledger | MemoryLedger, costs: CostModel) -> SweepDriver:
         """With the policy and proposals that the spec names. Raises InfeasibleError for a space without a point."""
-        feasible = FeasibleSet(spec, costs)
-        return cls(spec, ledger, StrataPolicy(spec, feasible), Proposer(spec, feasible))
+        arena = SpaceArena(spec, FeasibleSet(spec, costs))
+        return cls(spec, ledger, make_policy(spec, arena), arena)
 
     @property
     def available_flops(self) -> int:
@@ -112,7 +115,7 @@ class SweepDriver:
         self._ledger.close()
 
     def _open(self) -> None:
-        records: list[Record] = [{"kind": "opened", "epoch": self._ledger.lease.epoch}]
+        records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
         spec = self.spec.as_dict()
         if self.state.spec is not None:
             _refuse_changes(self.state.spec, spec)
@@ -162,24 +165,20 @@ class SweepDriver:
 
     def _propose(self, decision: Propose) -> Task | None:
         number = len(self.state.trials)
-        seed_index = number % len(self.spec.seeds)
-        record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number}
-        record["seed"] = self.spec.seeds[seed_index]
-        if seed_index:
-            first = list(self.state.trials.values())[-1]
-            record |= {"config": first.config, "params": first.params, "source": first.source, "rejected": {}}
-        else:
-            proposal = self.proposer.propose(self.state, number)
-            if proposal is None:
-                self._can_propose = False
-                return None
-            record |= {
-                "config": proposal.point.config.as_dict(),
-                "params": proposal.point.cost.params,
-                "source": proposal.source,
-                "rejected": proposal.rejected,
-            }
-        task = self._build(record["trial"], record["config"], record["params"], record["seed"], decision.rung, None, 0)
+        seed, proposal = decision.seed, decision.proposal
+        if seed is None:
+            seed = self.spec.seeds[number % len(self.spec.seeds)]
+            if number % len(self.spec.seeds):
+                first = list(self.state.trials.values())[-1]
+                proposal = Proposal(first.config, first.params, first.source)
+        if proposal is None:
+            proposal = self.arena.propose(self.state, number)
+        if proposal is None:
+            self._can_propose = False
+            return None
+        record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
+        record |= asdict(proposal)
+        task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
         self._reserve(task, decision.reason, record)
         return task
 
@@ -189,28 +188,9 @@ class SweepDriver:
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]
-        return self._build(name, trial.config, trial.params, trial.seed, rung, from_rung, tries)
-
-    def _build(
-        self, trial: str, config: dict[str, Any], params: int, seed: int, rung: int, from_rung: int | None, tries: int
-    ) -> Task:
-        rung_flops = self.spec.budget.ladder_flops[rung]
-        cooldown_fraction = config["cooldown_fraction"]
-        checkpoint = None if from_rung is None else self.state.trials[trial].rows[from_rung]["checkpoint"]
-        return Task(
-            task_id=f"{trial}-r{rung}-a{tries}",
-            trial=trial,
-            rung=rung,
-            rung_flops=rung_flops,
-            config=config,
-            seed=seed,
-            resume_from=checkpoint,
-            from_rung=from_rung,
-            reserved_flops=self.spec.task_flops(cooldown_fraction, rung, from_rung),
-            scaling=self.spec.tier(rung_flops, params).scaling(config["groups_per_step"]),
-            probes=self.spec.probes_between(cooldown_fraction, rung, from_rung),
-            evaluation_queries=self.spec.evaluation_queries,
-        )
+        checkpoint = None if from_rung is None else trial.rows[from_rung]["checkpoint"]
+        proposal = Proposal(trial.config, trial.params, trial.source)
+        return self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
 
     def _checked(self, task_id: str, row: Row) -> Record:
         missing = [key for key in _NEEDED if key not in row]

@@ -56,6 +56,11 @@ class Ledger:
         self._last = self.replay.last
         self._next_number = 0
 
+    @property
+    def epoch(self) -> int:
+        """Of the lease."""
+        return self.lease.epoch
+
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Publish records together. Raises UserError after the lease was lost, OSError if the storage refuses."""
         if not self.lease.is_held:
@@ -70,6 +75,22 @@ class Ledger:
     def close(self) -> None:
         """Give the lease back."""
         self.lease.release()
+
+
+class MemoryLedger:
+    """A ledger that ends with the process: for simulations."""
+
+    def __init__(self, records: Sequence[dict[str, Any]] = ()) -> None:
+        self.replay = Replay(records=list(records))
+        self.records = list(records)
+        self.epoch = 1
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keep records, as JSON would bring them back."""
+        self.records += json.loads(canonical_json(list(records)))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bfm.sweep.costs import GIB, CostModel
-from bfm.sweep.policy import StrataPolicy
+from bfm.sweep.policies.strata import StrataPolicy
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.training.config import TrainConfig

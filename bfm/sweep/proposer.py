@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from bfm.sweep.arena import Proposal
 from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection, binding_bound
 from bfm.sweep.state import SweepState, Trial, metric_value
@@ -31,18 +32,10 @@ from bfm.sweep.state import SweepState, Trial, metric_value
 STARTUP_ROWS = 10
 OPTUNA_TRIES = 300
 RANDOM_TRIES = 5000
+POOL_SIZE = 96
+POOL_OPTUNA_DRAWS = 4
+POOL_TRIES = 2000
 _DUPLICATE = "was proposed before"
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A point to train."""
-
-    point: Feasible
-    source: str
-    """optuna, random or grid."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Reason -> draws that were not feasible, on the way to this one."""
 
 
 class Proposer:
@@ -70,10 +63,55 @@ class Proposer:
             elif self._key(verdict.config.as_dict()) in seen:
                 rejected[_DUPLICATE] += 1
             else:
-                return Proposal(verdict, source, dict(sorted(rejected.items())))
+                return _proposal(verdict, source, dict(sorted(rejected.items())))
         if rejected[_DUPLICATE]:
             return None
         raise binding_bound(refusals)
+
+    def pool(self, state: SweepState, number: int) -> tuple[Proposal, ...]:
+        """Feasible points that a policy may choose proposal `number` from: a few of TPE's, the others at random.
+
+        Of a grid, those not tried yet. Empty where the space has no further point; InfeasibleError as in `propose`.
+        """
+        seen = {self._key(trial.config) for trial in state.trials.values()}
+        rng = np.random.default_rng((self.spec.seeds[0], number))
+        if self.spec.method == "grid":
+            fresh = [values for values in self.feasible.feasible_grid[0] if self._values_key(values) not in seen]
+            chosen = rng.permutation(len(fresh))[:POOL_SIZE]
+            draws: Iterator[tuple[str, dict[str, Any]]] = (("grid", fresh[place]) for place in sorted(chosen))
+        else:
+            draws = self._pool_draws(state, number, rng)
+        found: dict[tuple[Any, ...], Proposal] = {}
+        rejected: Counter[str] = Counter()
+        refusals: list[Rejection] = []
+        for source, values in draws:
+            verdict = self.feasible.judge(values)
+            if isinstance(verdict, Rejection):
+                rejected[verdict.reason] += 1
+                refusals.append(verdict)
+                continue
+            key = self._key(verdict.config.as_dict())
+            if key in seen:
+                rejected[_DUPLICATE] += 1
+            elif key not in found:
+                found[key] = _proposal(verdict, source, {})
+            if len(found) == POOL_SIZE:
+                break
+        if not found and refusals and not rejected[_DUPLICATE]:
+            raise binding_bound(refusals)
+        counts = dict(sorted(rejected.items()))
+        return tuple(replace(proposal, rejected=counts) for proposal in found.values())
+
+    def _pool_draws(
+        self, state: SweepState, number: int, rng: np.random.Generator
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        rung = self._learning_rung(state) if self.spec.method == "optuna" else None
+        if rung is not None:
+            study = self._study(state, rung)
+            for attempt in range(POOL_OPTUNA_DRAWS):
+                yield "optuna", self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
+        for _ in range(POOL_TRIES):
+            yield "random", self.feasible.draw(rng)
 
     def _next_of_grid(self, number: int) -> Proposal | None:
         points, rejected = self.feasible.feasible_grid
@@ -84,7 +122,7 @@ class Proposer:
             return None
         verdict = self.feasible.judge(points[index])
         assert isinstance(verdict, Feasible)
-        return Proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+        return _proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
 
     def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
         seed = self.spec.seeds[0]
@@ -149,8 +187,15 @@ class Proposer:
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)
 
+    def _values_key(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        return self._key(self.spec.config(values).as_dict())
+
     def _key(self, config: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(config[name] for name in self._names)
+
+
+def _proposal(point: Feasible, source: str, rejected: dict[str, int]) -> Proposal:
+    return Proposal(point.config.as_dict(), point.cost.params, source, rejected)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

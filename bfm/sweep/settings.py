@@ -17,7 +17,9 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 
 RANGES = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values")
+POLICIES = ("frontier", "strata", "asha-promote", "asha-stop", "isoflop-window", "random", "grid")
 DISTRIBUTIONS = ("constant", "categorical", *RANGES)
+_LOGIT_EDGE = 1e-5
 Scalar = float | int | bool | str | None
 
 
@@ -32,6 +34,48 @@ class Metric:
     def loss(self, value: float) -> float:
         """The value, signed so that smaller is better."""
         return value if self.goal == "minimize" else -value
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether values lie in [0, 1]: all but losses."""
+        return not self.name.rsplit(".", 1)[-1].startswith(("nll", "loss"))
+
+    def to_model(self, loss: float) -> float:
+        """A loss as surrogates see it: of bounded metrics minus the logit of the value (kept off 0 and 1)."""
+        if not self.is_bounded:
+            return loss
+        value = min(max(loss if self.goal == "minimize" else -loss, _LOGIT_EDGE), 1 - _LOGIT_EDGE)
+        logit = math.log(value / (1 - value))
+        return logit if self.goal == "minimize" else -logit
+
+    def from_model(self, modelled: float) -> float:
+        """The metric's own value of what a surrogate sees."""
+        if not self.is_bounded:
+            return modelled
+        return 1 / (1 + math.exp(-modelled if self.goal == "minimize" else modelled))
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound that a useful model keeps."""
+
+    metric: Metric
+    bound: float
+    """Smallest value of a maximised metric, largest of a minimised one."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a row's value keeps it."""
+        return value >= self.bound if self.metric.goal == "maximize" else value <= self.bound
+
+    @property
+    def loss_bound(self) -> float:
+        """As surrogates see it."""
+        return self.metric.to_model(self.metric.loss(self.bound))
+
+    @property
+    def text(self) -> str:
+        """As YAML has it: coverage@10 >= 0.05."""
+        return f"{self.metric.name} {'>=' if self.metric.goal == 'maximize' else '<='} {self.bound:g}"
 
 
 @dataclass(frozen=True)
@@ -119,13 +163,14 @@ class Budget:
 class Scheduler:
     """The rule for promotions."""
 
-    type: str = "strata"
+    type: str = "frontier"
+    """One of POLICIES."""
     eta: float = 3.0
-    """One of eta trials of a rung goes on to the next."""
+    """Strata and ASHA: one of eta trials of a rung goes on to the next."""
     strata: int = 3
-    """Classes of model size that are compared only among themselves (fewer where a rung is too small for them)."""
+    """Strata: classes of model size that are compared only among themselves (fewer where a rung is too small)."""
     shares: tuple[float, ...] | None = None
-    """Share of the spend per rung, summing to 1; None: what follows from eta."""
+    """Share of the spend per rung, summing to 1; None: the policy's own."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +231,15 @@ class SweepSpec:
     """Every configuration is trained once per seed; the first one also seeds the proposals."""
     probes: tuple[int, ...]
     """C at which the trunk is evaluated on its way."""
+    other_metrics: tuple[Metric, ...] = ()
+    """Further metrics with a frontier of their own; the spend is shared."""
+    constraints: tuple[Constraint, ...] = ()
+    """What a useful model keeps to."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All that have a frontier, the one that selects first."""
+        return self.metric, *self.other_metrics
 
     @property
     def free_parameters(self) -> tuple[Parameter, ...]:
@@ -248,7 +302,11 @@ class SweepSpec:
             scheduler["shares"] = list(self.scheduler.shares)
         return {
             "name": self.name,
-            "metric": asdict(self.metric),
+            "metric": {
+                **asdict(self.metric),
+                "others": [metric.name for metric in self.other_metrics],
+                "constraints": [constraint.text for constraint in self.constraints],
+            },
             "method": self.method,
             "parameters": {parameter.name: parameter.as_dict() for parameter in self.parameters},
             "budget": budget,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from bfm.errors import UserError
 from bfm.objective.methods import Method, check_method
 from bfm.sweep.parameters import read_parameters
-from bfm.sweep.settings import DISTRIBUTIONS, Budget, Metric, Scheduler, SweepSpec, Tier
+from bfm.sweep.settings import DISTRIBUTIONS, POLICIES, Budget, Constraint, Metric, Scheduler, SweepSpec, Tier
 from bfm.training.schedule import MIN_STEPS, TOLERANCE
 from bfm.units import format_flops, parse_count, parse_number
 from bfm.yaml import did_you_mean, load_yaml, parse_yaml, validate
@@ -44,6 +44,8 @@ class _Section(BaseModel):
 class _MetricKeys(_Section):
     name: str = Field(description=f"One of {', '.join(METRICS)}")
     goal: Literal["minimize", "maximize"] | None = None
+    others: list[str] = Field([], description="further metrics with a frontier of their own; the spend is shared")
+    constraints: list[str] = Field([], description="such as coverage@10 >= 0.05")
 
 
 class _ParameterKeys(_Section):
@@ -71,7 +73,7 @@ class _BudgetKeys(_Section):
 
 
 class _SchedulerKeys(_Section):
-    type: Literal["strata"] = "strata"
+    type: Literal[*POLICIES] = "frontier"  # type: ignore[valid-type]
     eta: Number = 3.0
     strata: Count = 3
     shares: list[Number] | None = None
@@ -157,7 +159,11 @@ def _build(keys: _SweepKeys) -> SweepSpec:
     parameters = read_parameters(raw, finite=keys.method == "grid")
     spec = SweepSpec(
         name=keys.name,
-        metric=_metric(keys.metric),
+        metric=_metric(keys.metric.name, keys.metric.goal, "metric.name"),
+        other_metrics=_others(keys.metric),
+        constraints=tuple(
+            _constraint(text, f"metric.constraints.{place}") for place, text in enumerate(keys.metric.constraints)
+        ),
         method=keys.method,
         parameters=parameters,
         budget=_budget(keys.budget),
@@ -178,13 +184,31 @@ def _build(keys: _SweepKeys) -> SweepSpec:
     return spec
 
 
-def _metric(keys: _MetricKeys) -> Metric:
-    if keys.name not in METRICS:
-        raise UserError(f"unknown metric {keys.name!r}", key="metric.name", fix=did_you_mean(keys.name, METRICS))
-    goal = "minimize" if keys.name.endswith("nll") else "maximize"
-    if keys.goal not in (None, goal):
-        raise UserError(f"{keys.name} is to be {goal}d, not {keys.goal}d", key="metric.goal", fix=f"write {goal}")
-    return Metric(keys.name, goal)
+def _metric(name: str, goal: str | None, key: str) -> Metric:
+    if name not in METRICS:
+        raise UserError(f"unknown metric {name!r}", key=key, fix=did_you_mean(name, METRICS))
+    only = "minimize" if name.endswith("nll") else "maximize"
+    if goal not in (None, only):
+        raise UserError(f"{name} is to be {only}d, not {goal}d", key="metric.goal", fix=f"write {only}")
+    return Metric(name, only)
+
+
+def _others(keys: _MetricKeys) -> tuple[Metric, ...]:
+    names = [keys.name, *keys.others]
+    for place, name in enumerate(keys.others):
+        if name in names[: place + 1]:
+            raise UserError(f"{name!r} is named twice", key=f"metric.others.{place}", fix="name every metric once")
+    return tuple(_metric(name, None, f"metric.others.{place}") for place, name in enumerate(keys.others))
+
+
+def _constraint(text: str, key: str) -> Constraint:
+    parts = re.fullmatch(r"\s*(\S+?)\s*(>=|<=)\s*(\S+)\s*", text)
+    if parts is None:
+        raise UserError(f"{text!r} is no bound", key=key, fix="write e.g. coverage@10 >= 0.05")
+    metric = _metric(parts[1], None, key)
+    if parts[2] != (">=" if metric.goal == "maximize" else "<="):
+        raise UserError(f"{metric.name} is to be {metric.goal}d", key=key, fix="turn the bound round")
+    return Constraint(metric, parse_number(parts[3], key=key))
 
 
 def _budget(keys: _BudgetKeys) -> Budget:

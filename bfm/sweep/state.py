@@ -60,6 +60,10 @@ class SweepState:
     """Reserved or owed (trial, rung), in order of their first reservation."""
     abandoned: dict[tuple[str, int], str] = field(default_factory=dict)
     """(trial, rung) given up -> reason."""
+    arrivals: list[tuple[str, int]] = field(default_factory=list)
+    """(trial, rung) of the rung rows, in order of arrival."""
+    nominal_flops: Counter[int] = field(default_factory=Counter)
+    """Rung -> FLOPs first reserved for its tasks; what was redone after losses is left out."""
     probes: list[Record] = field(default_factory=list)
     closed_tasks: set[str] = field(default_factory=set)
     """Ids of tasks that have a row or are lost."""
@@ -104,6 +108,16 @@ class SweepState:
             *(trial for trial, at in self.abandoned if at == rung),
         }
 
+    @property
+    def given_up(self) -> set[str]:
+        """Trials with a task that will not be tried again."""
+        return {trial for trial, _ in self.abandoned}
+
+    def trunk_below(self, trial: str, rung: int) -> int | None:
+        """The highest rung below one whose trunk may be gone on from; None: there is none."""
+        rows = self.trials[trial].rows
+        return max((at for at, row in rows.items() if at < rung and row.get("checkpoint")), default=None)
+
     def pending(self, rung: int) -> list[str]:
         """Trials that are reserved or owed at a rung."""
         return [trial for trial, at in self.attempts if at == rung]
@@ -134,6 +148,7 @@ class SweepState:
         attempt = self.attempts.get(place)
         if attempt is None:
             self.attempts[place] = Attempt(task)
+            self.nominal_flops[task["rung"]] += task["reserved_flops"]
         else:
             attempt.task, attempt.is_open = task, True
             attempt.tries += 1
@@ -155,6 +170,7 @@ class SweepState:
         del self.attempts[trial, rung]
         self.rungs.setdefault(rung, {})[trial] = row
         self.trials[trial].rows[rung] = row
+        self.arrivals.append((trial, rung))
         self.spent_flops += row["task_flops"]
         self.eval_flops += row["eval_flops"]
         for probe in record["probes"]:

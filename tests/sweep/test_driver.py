@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
 from bfm.sweep.driver import Finished, SweepDriver, Task, Wait, run_serial
-from bfm.sweep.ledger import read_ledger, read_state
+from bfm.sweep.ledger import MemoryLedger, read_ledger, read_state
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
-from tests.sweep.world import MemoryLedger, execute, in_memory, make_spec, start
+from tests.sweep.world import execute, in_memory, make_spec, start
 
 
 def first_tries(records):
@@ -137,7 +137,7 @@ def unbroken(spec):
 
     driver = in_memory(spec)
     ledger = Recording()
-    driver = SweepDriver(spec, ledger, driver.policy, driver.proposer)
+    driver = SweepDriver(spec, ledger, driver.policy, driver.arena)
     run_serial(driver, execute)
     return driver, batches
 

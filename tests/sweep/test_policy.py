@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.sweep.allotment import allot
 from bfm.sweep.driver import run_serial
-from bfm.sweep.policy import StrataPolicy
+from bfm.sweep.policies.allotment import allot
+from bfm.sweep.policies.strata import StrataPolicy
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec, planted_loss

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 
-from bfm.files import Store, canonical_json
+from bfm.files import Store
 from bfm.sweep.costs import ConfigCost
 from bfm.sweep.driver import SweepDriver, Task
 from bfm.sweep.lease import Holder, Lease
-from bfm.sweep.ledger import Ledger, Replay
+from bfm.sweep.ledger import Ledger, MemoryLedger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
@@ -53,7 +52,7 @@ def make_spec(**changes) -> SweepSpec:
             "learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
         },
         "budget": {"ladder_flops": ["1e9", "4e9", "16e9"], "total_flops": "150e9", "events_per_param": [0, 1e6]},
-        "scheduler": {"eta": 3, "strata": 2},
+        "scheduler": {"type": "strata", "eta": 3, "strata": 2},
         "data": {"shards": "nowhere"},
     }
     for key, value in changes.items():
@@ -106,24 +105,6 @@ def mortal_ledger(store: Store, epoch_s: float) -> Ledger:
 def start(spec: SweepSpec, store: Store, epoch_s: float = 0.0) -> SweepDriver:
     """A driver over the planted world that may die without a trace (the next one has a later `epoch_s`)."""
     return SweepDriver.start(spec, mortal_ledger(store, epoch_s), PlantedCosts())
-
-
-class MemoryLedger:
-    """A ledger without files, for tests that are not about files."""
-
-    class _Lease:
-        epoch = 1
-
-    def __init__(self, records=()) -> None:
-        self.lease = self._Lease()
-        self.replay = Replay(records=list(records))
-        self.records = list(records)
-
-    def append(self, records) -> None:
-        self.records += json.loads(canonical_json(list(records)))
-
-    def close(self) -> None:
-        pass
 
 
 def in_memory(spec: SweepSpec, records=()) -> SweepDriver:

@@ -1,0 +1,80 @@
+"""What a policy may choose from and what it costs, whoever trains it: a space on a log, or a table of known curves.
+
+Enters: configurations as JSON-able mappings, rungs as integer indices. Leaves: proposals, costs, tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bfm.sweep.axes import Axes
+from bfm.sweep.state import SweepState
+from bfm.sweep.task import Task
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration that could be trained."""
+
+    config: dict[str, Any]
+    params: int
+    """Nominal N."""
+    source: str
+    """optuna, random, grid or table."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Reason -> draws that were not feasible, on the way to this one."""
+
+
+class Arena(Protocol):
+    """Points, their costs and their tasks."""
+
+    @property
+    def axes(self) -> Axes:
+        """Coordinates of the points."""
+        ...
+
+    @property
+    def num_points(self) -> int | None:
+        """How many points there are; None: no end of them."""
+        ...
+
+    def rungs(self, config: Config) -> Sequence[int]:
+        """The rungs that a configuration has rows at, its entry first."""
+        ...
+
+    def climbs(self, config: Config) -> bool:
+        """Whether its lower rungs' rows lie on the way to the higher ones; otherwise every row is a run of its own."""
+        ...
+
+    def row_flops(self, config: Config, rung: int) -> float:
+        """C of its row at a rung."""
+        ...
+
+    def reserve_flops(self, config: Config, rung: int, from_rung: int | None) -> int:
+        """Upper bound of what training from a lower rung's trunk (None: from nothing) to a rung's row costs."""
+        ...
+
+    def task(
+        self,
+        trial: str,
+        proposal: Proposal,
+        seed: int,
+        rung: int,
+        from_rung: int | None,
+        checkpoint: str | None,
+        tries: int,
+    ) -> Task:
+        """The unit of work."""
+        ...
+
+    def propose(self, state: SweepState, number: int) -> Proposal | None:
+        """The point of proposal `number`; None where there is no further one."""
+        ...
+
+    def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
+        """Points that proposal `number` may be chosen from, none of them tried before; empty at the end."""
+        ...

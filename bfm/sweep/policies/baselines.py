@@ -1,0 +1,169 @@
+"""What others would do, honestly, behind the same interface: full-length runs, two kinds of ASHA, an iso-FLOP window.
+
+Each climbs the ladder from checkpoints and pays what every policy pays. None models anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import count, takewhile
+
+import numpy as np
+
+from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.policies.ground import Step, View, affordable
+from bfm.sweep.policy import Decision, Propose, Stop
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.state import SweepState, Trial
+from bfm.sweep.task import Wait
+from bfm.units import format_count, format_flops
+
+_WINDOW = 3.0
+_EVENTS_PER_PARAM = 20.0
+
+
+class _Baseline:
+    """What they share."""
+
+    def __init__(self, spec: SweepSpec, arena: Arena) -> None:
+        self.spec, self.arena = spec, arena
+
+    def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
+        """See Policy."""
+        view = View(self.spec, self.arena, state, available_flops)
+        can_propose = can_propose and len(state.trials) < self.spec.budget.max_trials
+        return self._next(view, can_propose) or self._idle(view)
+
+    def _next(self, view: View, can_propose: bool) -> Decision | None:
+        raise NotImplementedError
+
+    def _idle(self, view: View) -> Decision:
+        left = format_flops(max(0, view.available_flops))
+        if view.running:
+            return Wait(f"its rule has no further step before a task ends; {left} FLOPs may be reserved")
+        return Stop(f"its rule has no further step that the cap allows; {left} FLOPs are left")
+
+    def _one_up(self, view: View, trial: Trial) -> Step | None:
+        """A paused trial's next row."""
+        rungs = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
+        return view.climb(trial, rungs[0]) if rungs else None
+
+    def _entry(self, proposal: Proposal) -> int:
+        """The rung of a new trial's first row."""
+        return self.arena.rungs(proposal.config)[0]
+
+    def _start(self, view: View, can_propose: bool, why: str) -> Decision | None:
+        """The arena's next point at its entry rung."""
+        if not can_propose:
+            return None
+        proposal = self.arena.propose(view.state, len(view.state.trials))
+        if proposal is None:
+            return None
+        entry = self._entry(proposal)
+        fits = affordable([view.enter(proposal, entry)], view.available_flops)
+        return Propose(entry, why, proposal, self.spec.seeds[0]) if fits else None
+
+
+class FullLength(_Baseline):
+    """Every configuration to its last rung, in the arena's order: a random search, or a grid."""
+
+    def _next(self, view: View, can_propose: bool) -> Decision | None:
+        for step in affordable((self._one_up(view, trial) for trial in view.paused), view.available_flops):
+            return step.decision("every configuration is trained to the end")
+        owed = sum(self._rest(trial) for trial in view.state.trials.values() if trial.trial in view.running)
+        if owed >= view.available_flops:
+            return None
+        return self._start(view, can_propose, "the next configuration, to be trained to the end")
+
+    def _entry(self, proposal: Proposal) -> int:
+        rungs = self.arena.rungs(proposal.config)
+        return rungs[0] if self.arena.climbs(proposal.config) else rungs[-1]
+
+    def _rest(self, trial: Trial) -> int:
+        """What a running trial will still ask for after its task."""
+        rungs = self.arena.rungs(trial.config)
+        return sum(
+            self.arena.reserve_flops(trial.config, rung, rung - 1)
+            for rung in rungs
+            if rung > max(trial.rows, default=rungs[0])
+        )
+
+
+class AshaStop(_Baseline):
+    """The stopping rule of Ray's AsyncHyperBand: go on unless worse than the best 1/eta recorded there so far."""
+
+    def _next(self, view: View, can_propose: bool) -> Decision | None:
+        for trial in view.paused:
+            rung = max(trial.rows)
+            step = self._one_up(view, trial)
+            if step is None or step.cost_flops > view.available_flops:
+                continue
+            losses = view.losses(rung)
+            own = losses.get(trial.trial)
+            arrived = list(view.state.rungs[rung])
+            before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
+            if own is not None and (not before or own <= np.percentile(before, 100 / self.spec.scheduler.eta)):
+                return step.decision(
+                    f"within the best 1/{self.spec.scheduler.eta:g} of the {len(before)} rows before it"
+                )
+        return self._start(view, can_propose, "no trial goes on; a new one")
+
+
+class AshaPromote(_Baseline):
+    """Asynchronous successive halving by promotion: the best 1/eta of a rung so far go on, highest rung first."""
+
+    def _next(self, view: View, can_propose: bool) -> Decision | None:
+        eta = self.spec.scheduler.eta
+        paused = {trial.trial for trial in view.paused}
+        for rung in range(view.num_rungs - 2, -1, -1):
+            losses = view.losses(rung)
+            quota = int(len(losses) / eta + 1e-9)
+            for name in sorted(losses, key=lambda name: losses[name])[:quota]:
+                trial = view.state.trials[name]
+                if name in paused and max(trial.rows) == rung:
+                    for step in affordable([self._one_up(view, trial)], view.available_flops):
+                        return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}")
+        return self._start(view, can_propose, "no row is among the best of its rung; a new trial")
+
+
+class IsoflopWindow(_Baseline):
+    """At every rung the configurations nearest to N = sqrt(C / 120), within a factor of three: D about 20 N."""
+
+    def _next(self, view: View, can_propose: bool) -> Decision | None:
+        pool = self.arena.pool(view.state, len(view.state.trials)) if can_propose else ()
+        best: tuple[int, int, Step] | None = None
+        for rung in range(view.num_rungs):
+            done, step = self._nearest(view, pool, rung)
+            if (
+                step is not None
+                and step.cost_flops <= view.available_flops
+                and (best is None or (done, rung) < best[:2])
+            ):
+                best = (done, rung, step)
+        if best is None:
+            return None
+        done, rung, step = best
+        reason = (
+            f"the next nearest to N = {format_count(self._target(rung))} for rung {rung}: "
+            f"N = {format_count(step.params)}, {done} nearer ones are there"
+        )
+        return step.decision(reason, self.spec.seeds[0])
+
+    def _target(self, rung: int) -> float:
+        return math.sqrt(self.spec.budget.ladder_flops[rung] / (6 * _EVENTS_PER_PARAM))
+
+    def _nearest(self, view: View, pool: Sequence[Proposal], rung: int) -> tuple[int, Step | None]:
+        """How many of the nearest are there already, and the next one."""
+        target, numbers = self._target(rung), count()
+        ways: list[tuple[float, int, Step | None]] = []
+        for trial in view.state.trials.values():
+            if rung in self.arena.rungs(trial.config):
+                way = view.climb(trial, rung) if view.is_paused(trial) and max(trial.rows) < rung else None
+                ways.append((abs(math.log(trial.params / target)), next(numbers), way))
+        for proposal in pool:
+            if rung in self.arena.rungs(proposal.config):
+                ways.append((abs(math.log(proposal.params / target)), next(numbers), view.enter(proposal, rung)))
+        near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])
+        done = len(list(takewhile(lambda way: way[2] is None, near)))
+        return done, near[done][2] if done < len(near) else None

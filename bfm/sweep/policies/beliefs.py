@@ -1,0 +1,242 @@
+"""What the frontier policy expects: one surrogate per metric and constraint, kept up with the ledger.
+
+Enters: Views of a growing ledger. Leaves: expected improvements at a rung. A surrogate is fitted to at most MAX_ROWS
+rows, the best of each rung first. All hypotheses are weighed again when the rows have grown by a quarter, on the rows
+that stood then (so that a resumed sweep weighs the same ones); in between only the likely ones are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bfm.sweep.arena import Arena, Config, Proposal
+from bfm.sweep.policies.ground import Step, View
+from bfm.sweep.settings import Constraint, Metric, SweepSpec
+from bfm.sweep.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
+
+_WEIGHED_UP_TO = 48
+_GROWTH = 1.25
+_MAX_LIKELY = 6
+_UNSEEN_MARGIN = 0.05
+"""Where a rung has no row its frontier is taken to lie so many spreads above the best prediction."""
+_OTHER_AXES = 0.3
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Candidates at a rung."""
+
+    improvement_M: np.ndarray
+    """Expected improvement, in spreads, summed over metrics, times the probability of the constraints."""
+    mean_M: np.ndarray
+    """Of the first metric."""
+    sd_M: np.ndarray
+    best: float
+
+
+class Beliefs:
+    """The surrogates of one sweep."""
+
+    def __init__(self, spec: SweepSpec, arena: Arena) -> None:
+        self.spec, self.arena = spec, arena
+        ladder = spec.budget.ladder_flops
+        self._center = float(np.mean(np.log(np.array(ladder, dtype=float))))
+        self._models = [_Model(self, metric) for metric in spec.metrics]
+        self._bounds = [(_Model(self, constraint.metric), constraint) for constraint in spec.constraints]
+        self._codes: dict[str, int] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Comparable rows of the first metric."""
+        return self._models[0].num_rows
+
+    def take(self, view: View) -> None:
+        """Learn what the ledger has by now."""
+        for model in [*self._models, *(model for model, _ in self._bounds)]:
+            model.take(view)
+
+    def shown(self, loss: float) -> float:
+        """A loss of the first metric as a user knows it."""
+        return self.spec.metric.from_model(loss)
+
+    def screen(self, view: View, steps: Sequence[Step], rung: int, count: int) -> list[int]:
+        """Indices of the most promising candidates, by the likeliest hypothesis alone."""
+        if len(steps) <= count:
+            return list(range(len(steps)))
+        judged = self._judge(view, steps, rung, quick=True)
+        costs = np.array([step.cost_flops for step in steps], dtype=float)
+        return sorted(np.argsort(-judged.improvement_M / costs, kind="stable")[:count].tolist())
+
+    def judge(self, view: View, steps: Sequence[Step], rung: int) -> Judged:
+        """What candidates are worth at a rung."""
+        return self._judge(view, steps, rung, quick=False)
+
+    def _judge(self, view: View, steps: Sequence[Step], rung: int, *, quick: bool) -> Judged:
+        places = self.places(
+            [step.config for step in steps],
+            [step.params for step in steps],
+            [step.key for step in steps],
+            [rung] * len(steps),
+        )
+        first: tuple[Prediction, float] | None = None
+        improvement_M = np.zeros(len(steps))
+        for model in self._models:
+            prediction = model.predict(places, quick=quick)
+            best = model.best(rung, prediction)
+            improvement_M += prediction.improvement_M(best) / model.spread
+            first = first or (prediction, best)
+        for model, constraint in self._bounds:
+            if model.num_rows:
+                improvement_M *= model.predict(places, quick=quick).below_M(constraint.loss_bound)
+        assert first is not None
+        return Judged(improvement_M, first[0].mean_M, first[0].sd_M, first[1])
+
+    def spread_out(self, view: View, proposals: Sequence[Proposal], target: float) -> int:
+        """The proposal nearest to a quantile of the pool's sizes, and unlike the trials begun on other axes."""
+        numbers, codes = self.arena.axes.encode([p.config for p in proposals], [p.params for p in proposals])
+        trials = list(view.state.trials.values())
+        begun, begun_codes = self.arena.axes.encode([t.config for t in trials], [t.params for t in trials])
+        score = np.abs(numbers[:, 0] - np.quantile(numbers[:, 0], target))
+        if trials and numbers.shape[1] + codes.shape[1] > 1:
+            apart = ((numbers[:, None, 1:] - begun[None, :, 1:]) ** 2).sum(-1)
+            apart = apart + (codes[:, None] != begun_codes[None]).sum(-1)
+            score = score - _OTHER_AXES * np.minimum(1.0, np.sqrt(apart.min(1)))
+        return int(np.argmin(score))
+
+    def places(
+        self, configs: Sequence[Config], params: Sequence[int], keys: Sequence[str], rungs: Sequence[int]
+    ) -> Places:
+        """Coordinates of configurations at rungs."""
+        numbers, codes = self.arena.axes.encode(configs, params)
+        log_flops = np.log([self.arena.row_flops(config, rung) for config, rung in zip(configs, rungs, strict=True)])
+        ids = np.array([self._codes.setdefault(key, len(self._codes)) for key in keys], dtype=int)
+        return Places(numbers, codes, log_flops, ids)
+
+    @property
+    def center(self) -> float:
+        """Middle of the ladder, in log C."""
+        return self._center
+
+
+class _Model:
+    """The surrogate of one metric."""
+
+    def __init__(self, beliefs: Beliefs, metric: Metric) -> None:
+        self.beliefs, self.metric = beliefs, metric
+        self._rows: list[tuple[str, int, float]] = []
+        """(trial, rung, loss) in order of arrival; NaN: diverged."""
+        self._seen = 0
+        self._likely = draw_hypotheses()
+        self._weighed_at = 0
+        self._surrogate: Surrogate | None = None
+        self._believed: tuple[tuple[str, int], ...] = ()
+        self._best: dict[int, float] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with a value."""
+        return sum(math.isfinite(loss) for _, _, loss in self._rows)
+
+    @property
+    def spread(self) -> float:
+        """Unit of the losses."""
+        assert self._surrogate is not None
+        return self._surrogate.spread
+
+    def take(self, view: View) -> None:
+        """New rows, then what is expected of running tasks."""
+        changed = self._seen < len(view.state.arrivals)
+        for trial, rung in view.state.arrivals[self._seen :]:
+            loss = view.loss(view.state.trials[trial], rung, self.metric)
+            diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
+            if loss is not None or diverged:
+                self._rows.append((trial, rung, math.nan if loss is None else self.metric.to_model(loss)))
+        self._seen = len(view.state.arrivals)
+        running = tuple(sorted(view.running.items()))
+        if self.num_rows == 0 or not (changed or running != self._believed):
+            return
+        self._believed = running
+        self._weigh(view)
+        known = self._fit(view, self._rows)
+        if running:
+            expected = known.predict(self._places(view, running)).mean_M
+            rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
+            known = self._fit(view, rows)
+        self._surrogate = known
+
+    def _weigh(self, view: View) -> None:
+        """All hypotheses, on a schedule that is a function of the number of rows alone."""
+        count = len(self._rows)
+        due = count
+        if count > _WEIGHED_UP_TO:
+            steps = math.floor(math.log(count / _WEIGHED_UP_TO) / math.log(_GROWTH) + 1e-9)
+            due = math.ceil(_WEIGHED_UP_TO * _GROWTH**steps - 1e-9)
+        if due != self._weighed_at:
+            self._weighed_at = due
+            self._likely = draw_hypotheses()
+            rows = self._rows[:due]
+            if any(math.isfinite(loss) for _, _, loss in rows):
+                self._likely = self._fit(view, rows).likely[:_MAX_LIKELY]
+
+    def _fit(self, view: View, rows: Sequence[tuple[str, int, float]]) -> Surrogate:
+        finite = [loss for _, _, loss in rows if math.isfinite(loss)]
+        worst: dict[int, float] = {}
+        for _, rung, loss in rows:
+            if math.isfinite(loss):
+                worst[rung] = max(worst.get(rung, -math.inf), loss)
+        filled = [
+            (trial, rung, loss if math.isfinite(loss) else worst.get(rung, max(finite))) for trial, rung, loss in rows
+        ]
+        self._best = {}
+        for _, rung, loss in filled:
+            self._best[rung] = min(self._best.get(rung, math.inf), loss)
+        for rung in range(1, view.num_rungs):
+            self._best[rung] = min(self._best.get(rung, math.inf), self._best.get(rung - 1, math.inf))
+        kept = _best_of_each_rung(filled)
+        loss_M = np.array([loss for _, _, loss in kept])
+        frontier_M = np.array([self._best[rung] for _, rung, _ in kept])
+        places = self._places(view, [(trial, rung) for trial, rung, _ in kept])
+        return Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely)
+
+    def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
+        trials = [view.state.trials[trial] for trial, _ in places]
+        return self.beliefs.places(
+            [trial.config for trial in trials],
+            [trial.params for trial in trials],
+            [trial.trial for trial in trials],
+            [rung for _, rung in places],
+        )
+
+    def predict(self, places: Places, *, quick: bool) -> Prediction:
+        """At candidates."""
+        assert self._surrogate is not None
+        return self._surrogate.predict(places, hypotheses=1 if quick else None)
+
+    def best(self, rung: int, prediction: Prediction) -> float:
+        """The frontier at a rung; where it has no row, a little above the best that is expected there."""
+        assert self._surrogate is not None
+        carried = self._best.get(rung, math.inf)
+        if any(at == rung for _, at, _ in self._rows) or any(at == rung for _, at in self._believed):
+            return carried
+        return min(carried, float(prediction.mean_M.min()) + _UNSEEN_MARGIN * self._surrogate.spread)
+
+
+def _best_of_each_rung(rows: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+    """At most MAX_ROWS, in order of arrival."""
+    if len(rows) <= MAX_ROWS:
+        return rows
+    places: dict[int, int] = {}
+    rank: dict[int, tuple[int, int]] = {}
+    for index in sorted(range(len(rows)), key=lambda index: rows[index][2]):
+        rung = rows[index][1]
+        rank[index] = (places.get(rung, 0), -rung)
+        places[rung] = places.get(rung, 0) + 1
+    kept = sorted(rank, key=lambda index: rank[index])[:MAX_ROWS]
+    return [rows[index] for index in sorted(kept)]
+
+
+__all__ = ["Beliefs", "Constraint", "Judged"]

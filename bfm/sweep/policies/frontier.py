@@ -1,0 +1,176 @@
+"""The frontier policy: spend where a rung's frontier is expected to fall most per FLOP.
+
+Curves cross: at equal C small models lead early and lose late, so no rank at one rung says who wins at the next. A
+surrogate (bfm.sweep.surrogate) predicts every paused trial and every new proposal at every rung above it. For each rung
+the candidate is taken whose expected improvement of that rung's frontier is largest per FLOP of the whole way there:
+a large model that cannot look good early is started for what it is expected to be later.
+
+Which rung is served: from the bottom up, each rung may spend up to its share of the cap (what it leaves falls to those
+above), as long as its best candidate improves at no less than a stated part of the best rate above it.
+Running tasks are taken to bring what is expected of them; diverged ones brought the worst loss of their rung. Several
+metrics have a frontier each: improvements, in units of their spread, are added. A constraint multiplies by the
+probability that it holds. Everything is a function of the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.policies.beliefs import Beliefs
+from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
+from bfm.sweep.policy import Decision, Stop
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.state import SweepState
+from bfm.sweep.task import Wait
+from bfm.units import format_count, format_flops
+
+OPENING_ROWS = 4
+"""Before so many rows there is nothing to predict from: sizes are spread."""
+_RATE_FLOOR = 0.2
+"""A lower rung is served while it improves at this part of the best rate above it."""
+_SCREENED = 24
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The best candidate for a rung."""
+
+    step: Step
+    rate: float
+    """Expected improvement per share of the cap."""
+    improvement: float
+    """In units of the first metric's spread."""
+    predicted: float
+    sd: float
+    best: float
+    """What the frontier is now taken to be."""
+    rivals: int
+
+
+def default_shares(num_rungs: int) -> tuple[float, ...]:
+    """Each rung gets half of the one above, the top one three times the one below."""
+    weights = [2.0**rung for rung in range(num_rungs)]
+    weights[-1] *= 1.5 if num_rungs > 1 else 1.0
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+class FrontierPolicy:
+    """See the module."""
+
+    def __init__(self, spec: SweepSpec, arena: Arena) -> None:
+        self.spec, self.arena = spec, arena
+        self.shares = spec.scheduler.shares or default_shares(len(spec.budget.ladder_flops))
+        self._beliefs = Beliefs(spec, arena)
+
+    def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
+        """See Policy."""
+        view = View(self.spec, self.arena, state, available_flops)
+        can_propose = can_propose and len(state.trials) < self.spec.budget.max_trials
+        pool = self.arena.pool(state, len(state.trials)) if can_propose else ()
+        self._beliefs.take(view)
+        if self._beliefs.num_rows < OPENING_ROWS:
+            opening = self._open(view, pool)
+            if opening is not None:
+                return opening
+        if self._beliefs.num_rows == 0:
+            return self._idle(view, "no run has given a comparable row")
+        return self._serve(view, pool) or self._idle(view, "nothing more fits under the cap")
+
+    def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
+        """Spread the first sizes over the space; other axes as far from those begun as can be."""
+        entries = [view.enter(proposal, self.arena.rungs(proposal.config)[0]) for proposal in pool]
+        fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)))
+        if not fitting:
+            return self._idle(view, "the first rows decide what comes next") if view.running else None
+        number = len(view.state.trials)
+        target = (0.1 + number * _GOLDEN) % 1.0
+        step = fitting[self._beliefs.spread_out(view, [step.proposal for step in fitting if step.proposal], target)]
+        reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
+        return step.decision(reason, self.spec.seeds[0])
+
+    def _opening_flops(self, view: View) -> int:
+        """While rows are few only the entry's share may go into new configurations, but one can always start."""
+        if not view.state.trials:
+            return view.available_flops
+        share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops()[0]
+        return min(view.available_flops, share)
+
+    def _serve(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
+        offers = self._offers(view, pool)
+        if not offers:
+            return None
+        total, spent = self.spec.budget.total_flops, view.spent_flops()
+        under = [rung for rung in sorted(offers) if sum(spent[: rung + 1]) < sum(self.shares[: rung + 1]) * total]
+        over = [rung for rung in sorted(offers, reverse=True) if rung not in under]
+        for rung in [*under, *over]:
+            above = max((offer.rate for at, offer in offers.items() if at > rung), default=0.0)
+            if offers[rung].rate >= _RATE_FLOOR * above:
+                return self._take(view, rung, offers[rung])
+        raise AssertionError("the top rung always has the best rate above it")
+
+    def _offers(self, view: View, pool: Sequence[Proposal]) -> dict[int, Offer]:
+        found = {}
+        for rung in range(view.num_rungs):
+            ways = [view.climb(trial, rung) for trial in view.paused] + [
+                view.enter(proposal, rung) for proposal in pool
+            ]
+            steps = self._beside_the_top(view, affordable(ways, view.available_flops))
+            if not steps:
+                continue
+            kept = self._beliefs.screen(view, steps, rung, _SCREENED)
+            judged = self._beliefs.judge(view, [steps[place] for place in kept], rung)
+            costs = np.array([steps[place].cost_flops for place in kept]) / self.spec.budget.total_flops
+            rates = judged.improvement_M / costs
+            top = int(np.argmax(rates))
+            found[rung] = Offer(
+                steps[kept[top]],
+                float(rates[top]),
+                float(judged.improvement_M[top]),
+                float(judged.mean_M[top]),
+                float(judged.sd_M[top]),
+                judged.best,
+                len(steps) - 1,
+            )
+        return found
+
+    def _beside_the_top(self, view: View, steps: list[Step]) -> list[Step]:
+        """As long as nothing is at the top, a step must leave enough for something to get there."""
+        top = view.num_rungs - 1
+        if view.state.rungs.get(top) or top in view.running.values():
+            return steps
+        ways = [step for step in (view.climb(trial, top) for trial in view.paused) if step is not None]
+        cheapest = min((step.cost_flops for step in ways), default=math.inf)
+
+        def leaves_a_way(step: Step) -> bool:
+            if top not in self.arena.rungs(step.config):
+                return view.available_flops - step.cost_flops >= cheapest
+            rest = ascent_flops(self.arena, step.config, step.rung, step.rung + 1, top)
+            return view.available_flops - step.cost_flops >= min(cheapest, rest)
+
+        kept = [step for step in steps if leaves_a_way(step)]
+        # Where the cap does not pay for the top at all, the rungs below have it.
+        return kept or steps
+
+    def _take(self, view: View, rung: int, offer: Offer) -> Decision:
+        metric, total = self.spec.metric, self.spec.budget.total_flops
+        spent = view.spent_flops()[rung] / total
+        expected, best = self._beliefs.shown(offer.predicted), self._beliefs.shown(offer.best)
+        reason = (
+            f"for rung {rung} ({spent:.0%} of the cap spent there, share {self.shares[rung]:.0%}): {metric.name} "
+            f"{expected:.5g} expected (sd {offer.sd:.2g}), best {best:.5g}; "
+            f"most expected improvement per FLOP of {offer.rivals + 1} "
+            f"(N = {format_count(offer.step.params)}, {format_flops(offer.step.cost_flops)} FLOPs to get there)"
+        )
+        return offer.step.decision(reason, self.spec.seeds[0])
+
+    def _idle(self, view: View, why: str) -> Decision:
+        left = format_flops(max(0, view.available_flops))
+        if view.running:
+            return Wait(f"{why}; {len(view.running)} tasks are running, {left} FLOPs may be reserved")
+        return Stop(f"{why}; {left} FLOPs are left")

@@ -1,0 +1,1 @@
+"""Sweeps on a virtual clock: the same policies, driver and ledger as real ones, over known curves or planted laws."""

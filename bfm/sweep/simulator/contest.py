@@ -1,0 +1,179 @@
+"""Policies against each other on known curves: frontier regret per rung at equal spend, over seeds.
+
+Enters: curves, a ladder, a share of what training all of them would cost. Leaves: regrets (loss above the best that the
+curves have within a rung's C) with standard errors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bfm.errors import UserError
+from bfm.sweep.driver import SweepDriver
+from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.policies import make_policy
+from bfm.sweep.settings import Budget, Metric, Scheduler, SweepSpec, Tier
+from bfm.sweep.simulator.fleet import Fleet, Timeline, run_fleet
+from bfm.sweep.simulator.table import Curve, TableArena
+from bfm.sweep.state import SweepState
+
+LOSS = Metric("loss", "minimize")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What the policies compete in."""
+
+    curves: tuple[Curve, ...]
+    rungs_flops: tuple[int, ...]
+    budget_fraction: float
+    subset: float = 1.0
+    """Share of the curves, drawn anew for every seed."""
+    cooldown_fraction: float = 0.0
+    eta: float = 4.0
+    max_retries: int = 2
+    fleet: Fleet = field(default_factory=Fleet)
+
+    def check(self) -> None:
+        """Raises UserError for what no policy could run."""
+        ladder = self.rungs_flops
+        if not ladder or min(ladder) <= 0:
+            raise UserError("a rung needs FLOPs", key="--rungs", fix="write numbers above 0")
+        if any(above <= below for below, above in itertools.pairwise(ladder)):
+            raise UserError("are not strictly increasing", key="--rungs", fix="sort them and drop repetitions")
+        if not self.budget_fraction > 0:
+            raise UserError("must be above 0", key="--budget-fraction", fix="write e.g. 0.15")
+        if not 0 < self.subset <= 1:
+            raise UserError("must be above 0 and at most 1", key="--subset", fix="write e.g. 0.7")
+        if not 0 <= self.cooldown_fraction < 1:
+            raise UserError("must be at least 0 and below 1", key="--cooldown-fraction", fix="write e.g. 0.2")
+        for rung in range(len(ladder)):
+            if all(curve.row_at(ladder, rung) is None for curve in self.curves):
+                raise UserError(
+                    f"no configuration has a row at rung {ladder[rung]:.3g}", key="--rungs", fix="leave that rung out"
+                )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy in one seed."""
+
+    regret_R: np.ndarray
+    budget_flops: int
+    spent_flops: int
+    timeline: Timeline
+    state: SweepState
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One policy over all seeds."""
+
+    policy: str
+    entries: tuple[Entry, ...]
+
+    def as_dict(self, rungs_flops: Sequence[int]) -> dict[str, Any]:
+        """JSON-able figures."""
+        regret_SR = np.array([entry.regret_R for entry in self.entries])
+        times_s = [seconds for entry in self.entries for seconds in entry.timeline.decision_s]
+        return {
+            "policy": self.policy,
+            "regret": [{"rung": flops, **_mean(regret_SR[:, rung])} for rung, flops in enumerate(rungs_flops)],
+            "regret_sum": _mean(regret_SR.sum(1)),
+            "spent_fraction": float(np.mean([entry.spent_flops / entry.budget_flops for entry in self.entries])),
+            "decisions": sum(entry.timeline.decisions for entry in self.entries),
+            "seconds": float(sum(times_s)),
+            "decision_ms": {"median": 1e3 * float(np.median(times_s)), "p99": 1e3 * float(np.quantile(times_s, 0.99))},
+            "hours": float(np.mean([entry.timeline.elapsed_s for entry in self.entries])) / 3600,
+            "lost_tasks": sum(entry.timeline.lost for entry in self.entries),
+        }
+
+
+def compete(
+    contest: Contest,
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    progress: Callable[[str, float], None] = lambda words, share: None,
+) -> list[Standing]:
+    """All policies on the same subsets. Raises UserError as `Contest.check`."""
+    contest.check()
+    standings = []
+    for place, policy in enumerate(policies):
+        entries = []
+        for number, seed in enumerate(seeds):
+            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
+            entries.append(enter(contest, policy, seed))
+        standings.append(Standing(policy, tuple(entries)))
+    return standings
+
+
+def enter(contest: Contest, policy: str, seed: int) -> Entry:
+    """One policy, one seed: the subset, its order and the fleet's luck are functions of the seed alone."""
+    rng = np.random.default_rng(seed)
+    count = max(1, round(contest.subset * len(contest.curves)))
+    chosen = rng.permutation(len(contest.curves))[:count]
+    order = np.sort(chosen) if policy == "grid" else chosen
+    arena = TableArena([contest.curves[place] for place in order], contest.rungs_flops, contest.cooldown_fraction)
+    budget_flops = int(contest.budget_fraction * arena.full_flops(contest.rungs_flops[-1]))
+    if arena.num_points == 0:
+        raise UserError("no configuration of a subset reaches a rung", key="--subset", fix="draw a larger share")
+    spec = _spec(contest, policy, budget_flops, seed)
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
+    timeline = run_fleet(driver, arena.execute, contest.fleet, rng)
+    return Entry(arena.regrets(driver.state), budget_flops, driver.state.spent_flops, timeline, driver.state)
+
+
+def as_dict(table: str, contest: Contest, standings: Sequence[Standing]) -> dict[str, Any]:
+    """JSON-able result; the budget is the mean over seeds."""
+    budgets = [entry.budget_flops for standing in standings for entry in standing.entries]
+    return {
+        "table": table,
+        "rungs": list(contest.rungs_flops),
+        "budget_flops": float(np.mean(budgets)),
+        "policies": [standing.as_dict(contest.rungs_flops) for standing in standings],
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """A table for a terminal."""
+    rungs = [f"{flops:.3g}" for flops in result["rungs"]]
+    rows = [("policy", *rungs, "sum", "s.e.", "spent", "decisions", "ms")]
+    for policy in result["policies"]:
+        regrets = [f"{regret['mean']:.4f}" for regret in policy["regret"]]
+        total = policy["regret_sum"]
+        ms = policy["decision_ms"]["median"]
+        figures = (f"{total['mean']:.4f}", f"{total['se']:.4f}", f"{policy['spent_fraction']:.0%}")
+        rows.append((policy["policy"], *regrets, *figures, str(policy["decisions"]), f"{ms:.1f}"))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    head = f"regret per rung, {result['budget_flops']:.3g} FLOPs each"
+    return "\n".join(
+        [head, *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    )
+
+
+def _spec(contest: Contest, policy: str, budget_flops: int, seed: int) -> SweepSpec:
+    return SweepSpec(
+        name="table",
+        metric=LOSS,
+        method="random",
+        parameters=(),
+        budget=Budget(contest.rungs_flops, budget_flops, max_trials=1_000_000),
+        scheduler=Scheduler(policy, eta=contest.eta),
+        tiers=(Tier(),),
+        slots=contest.fleet.most,
+        max_retries=contest.max_retries,
+        shards="",
+        evaluation_queries=None,
+        seeds=(seed,),
+        probes=(),
+    )
+
+
+def _mean(values_S: np.ndarray) -> dict[str, float]:
+    error = float(values_S.std(ddof=1) / np.sqrt(len(values_S))) if len(values_S) > 1 else 0.0
+    return {"mean": float(values_S.mean()), "se": error}

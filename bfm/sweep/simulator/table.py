@@ -1,0 +1,246 @@
+"""Known learning curves as an arena: any configuration can be run to any of its rows, at the rows' cost.
+
+Enters: a table (Parquet, CSV or JSON lines) with columns config_id, flops, loss and the features that are named.
+Leaves: a TableArena for the driver and the rows that its tasks bring. Policies know which rows exist, never their loss.
+
+A configuration's row at a rung is its last one with at most the rung's C and more than the rung below; it has none
+where the curve has none there. With a cooldown fraction f a row costs F_to - (1 - f) F_from, as in real sweeps.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bfm.errors import UserError
+from bfm.laws.tables import read_table
+from bfm.sweep.arena import Proposal
+from bfm.sweep.axes import Axes
+from bfm.sweep.state import SweepState
+from bfm.sweep.task import Task
+
+_SIZE_NAMES = ("N", "n", "params")
+_FLOPS_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One configuration's run."""
+
+    config: dict[str, Any]
+    """config_id and the features."""
+    params: int
+    flops: tuple[float, ...]
+    """Ascending."""
+    losses: tuple[float, ...]
+    resumable: bool
+
+    def row_at(self, rungs: Sequence[float], rung: int) -> int | None:
+        """Index of its row at a rung; None where it has none."""
+        place = bisect_right(self.flops, rungs[rung] * (1 + _FLOPS_SLACK)) - 1
+        low = rungs[rung - 1] * (1 + _FLOPS_SLACK) if rung else 0.0
+        return place if place >= 0 and self.flops[place] > low else None
+
+    def best_within(self, flops: float) -> float:
+        """The lowest loss up to `flops`; inf where the curve begins later."""
+        return min(self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))], default=math.inf)
+
+
+def read_curves(
+    path: str | Path,
+    features: Sequence[str],
+    params_column: str | None = None,
+    resumable_column: str | None = None,
+    where: str | None = None,
+) -> tuple[Curve, ...]:
+    """The curves of a table, by config_id. Raises UserError that names file and column.
+
+    `params_column` None: the feature called N, n or params, if there is one.
+    """
+    size = params_column or next((name for name in _SIZE_NAMES if name in features), None)
+    others = [name for name in features if name != size]
+    columns = ["config_id", "flops", "loss", *others, *filter(None, [size, resumable_column])]
+    table = read_table(path, columns, where)
+    for name in ("flops", "loss", *filter(None, [size])):
+        _check_numbers(table[name], name, str(path))
+    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(str(row["config_id"]), []).append(row)
+    return tuple(_curve(name, groups[name], others, size, resumable_column, str(path)) for name in sorted(groups))
+
+
+def _check_numbers(column: pa.ChunkedArray, name: str, path: str) -> None:
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise UserError(f"{name} is {column.type}, not a number", file=path, key=name, fix="name another column")
+    if name != "loss" and (column.null_count or not pc.all(pc.greater(column, 0)).as_py()):
+        raise UserError(f"{name} has values that are not above 0", file=path, key=name, fix="leave those rows out")
+
+
+def _curve(
+    name: str, rows: list[dict[str, Any]], features: Sequence[str], size: str | None, resumable: str | None, path: str
+) -> Curve:
+    rows = sorted(rows, key=lambda row: row["flops"])
+    flops = tuple(float(row["flops"]) for row in rows)
+    if len(set(flops)) < len(flops):
+        raise UserError(f"configuration {name} has two rows at one C", file=path, key="flops", fix="keep one of them")
+    for feature in features:
+        if len({row[feature] for row in rows}) > 1 or rows[0][feature] is None:
+            raise UserError(
+                f"configuration {name} has no single value of {feature}",
+                file=path,
+                key="--features",
+                fix="leave it out",
+            )
+    return Curve(
+        config={"config_id": name, **{feature: rows[0][feature] for feature in features}},
+        params=1 if size is None else round(rows[0][size]),
+        flops=flops,
+        losses=tuple(math.nan if row["loss"] is None else float(row["loss"]) for row in rows),
+        resumable=True if resumable is None else bool(rows[0][resumable]),
+    )
+
+
+class TableArena:
+    """Some curves, in the order in which they are proposed.
+
+    Args:
+        curves: the configurations that there are.
+        rungs: the ladder's C.
+        cooldown_fraction: f; the branch of every row is charged.
+    """
+
+    def __init__(self, curves: Sequence[Curve], rungs: Sequence[float], cooldown_fraction: float = 0.0) -> None:
+        self._rungs, self._kept = rungs, 1.0 - cooldown_fraction
+        self.curves = {curve.config["config_id"]: curve for curve in curves}
+        self._places = {
+            name: {rung: row for rung in range(len(rungs)) if (row := curve.row_at(rungs, rung)) is not None}
+            for name, curve in self.curves.items()
+        }
+        self._proposals = [
+            Proposal(curve.config, curve.params, "table") for name, curve in self.curves.items() if self._places[name]
+        ]
+
+    @cached_property
+    def axes(self) -> Axes:
+        """N and the features."""
+        curves = list(self.curves.values())
+        names = [name for name in curves[0].config if name != "config_id"]
+        return Axes.of_columns(
+            [curve.params for curve in curves], {name: [curve.config[name] for curve in curves] for name in names}
+        )
+
+    @property
+    def num_points(self) -> int | None:
+        """Curves with a row at some rung."""
+        return len(self._proposals)
+
+    def rungs(self, config: Mapping[str, Any]) -> Sequence[int]:
+        """Rungs with a row."""
+        return tuple(self._places[config["config_id"]])
+
+    def climbs(self, config: Mapping[str, Any]) -> bool:
+        """Whether the curve is one run."""
+        return self.curves[config["config_id"]].resumable
+
+    def row_flops(self, config: Mapping[str, Any], rung: int) -> float:
+        """C of the row."""
+        curve = self.curves[config["config_id"]]
+        return curve.flops[self._places[config["config_id"]][rung]]
+
+    def reserve_flops(self, config: Mapping[str, Any], rung: int, from_rung: int | None) -> int:
+        """What the table says."""
+        spared = 0.0 if from_rung is None or not self.climbs(config) else self._kept * self.row_flops(config, from_rung)
+        return round(self.row_flops(config, rung) - spared)
+
+    def task(
+        self,
+        trial: str,
+        proposal: Proposal,
+        seed: int,
+        rung: int,
+        from_rung: int | None,
+        checkpoint: str | None,
+        tries: int,
+    ) -> Task:
+        """Its rung_flops are those of the row."""
+        return Task(
+            task_id=f"{trial}-r{rung}-a{tries}",
+            trial=trial,
+            rung=rung,
+            rung_flops=round(self.row_flops(proposal.config, rung)),
+            config=proposal.config,
+            seed=seed,
+            resume_from=checkpoint,
+            from_rung=from_rung,
+            reserved_flops=self.reserve_flops(proposal.config, rung, from_rung),
+            scaling={"workers": 1},
+        )
+
+    def propose(self, state: SweepState, number: int) -> Proposal | None:
+        """The next curve that was not begun."""
+        return next(iter(self.pool(state, number)), None)
+
+    def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
+        """All curves that were not begun."""
+        del number
+        begun = {trial.config["config_id"] for trial in state.trials.values()}
+        return [proposal for proposal in self._proposals if proposal.config["config_id"] not in begun]
+
+    def execute(self, task: Task) -> dict[str, Any]:
+        """The row that a task brings."""
+        curve = self.curves[task.config["config_id"]]
+        loss = curve.losses[self._places[task.config["config_id"]][task.rung]]
+        return {
+            "kind": "rung",
+            "trial": task.trial,
+            "rung": task.rung,
+            "rung_flops": task.rung_flops,
+            "seed": task.seed,
+            "config": task.config,
+            "status": "ok" if math.isfinite(loss) else "diverged",
+            "params": curve.params,
+            "path_flops": task.rung_flops,
+            "task_flops": task.reserved_flops,
+            "eval_flops": 0,
+            "metrics": {"loss": loss if math.isfinite(loss) else None},
+            "checkpoint": f"{task.trial}-r{task.rung}" if curve.resumable else None,
+        }
+
+    def full_flops(self, top_flops: float) -> float:
+        """Sum over curves of min(last C, top rung): what training them all would cost."""
+        return float(sum(min(curve.flops[-1], top_flops) for curve in self.curves.values()))
+
+    def regrets(self, state: SweepState) -> np.ndarray:
+        """Per rung, best loss seen within its C minus the best there is; the worst known one if nothing was seen."""
+        found = []
+        for rung, flops in enumerate(self._rungs):
+            best = min(curve.best_within(flops) for curve in self.curves.values())
+            ends = {
+                name: max((at for at in trial.rows if at <= rung), default=None)
+                for name, trial in ((trial.config["config_id"], trial) for trial in state.trials.values())
+            }
+            seen = [self._seen(name, at) for name, at in ends.items() if at is not None]
+            found.append(min(seen, default=math.inf) - best)
+            if not math.isfinite(found[-1]):
+                known = [
+                    curve.losses[row]
+                    for curve in self.curves.values()
+                    if (row := curve.row_at(self._rungs, rung)) is not None
+                ]
+                found[-1] = max(loss for loss in known if math.isfinite(loss)) - best
+        return np.array(found)
+
+    def _seen(self, name: str, rung: int) -> float:
+        """The best loss of a curve that was run to a rung: all of its rows on the way if it is one run."""
+        curve, row = self.curves[name], self._places[name][rung]
+        return min(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]

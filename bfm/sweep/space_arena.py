@@ -1,0 +1,95 @@
+"""The arena of a real sweep: the feasible points of a space on a log, trained at the ladder's C.
+
+Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, tasks (see bfm.sweep.arena).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from bfm.sweep.arena import Proposal
+from bfm.sweep.axes import Axes
+from bfm.sweep.proposer import Proposer
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
+from bfm.sweep.state import SweepState
+from bfm.sweep.task import Task
+
+
+class SpaceArena:
+    """Points of a search space."""
+
+    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
+        self.spec, self.feasible = spec, feasible
+        self.proposer = Proposer(spec, feasible)
+        self._pools: dict[int, Sequence[Proposal]] = {}
+
+    @cached_property
+    def axes(self) -> Axes:
+        """Realised log N and the free parameters."""
+        params = [point.cost.params for point in self.feasible.sample[0]]
+        return Axes.of_parameters(params, self.spec.free_parameters)
+
+    @property
+    def num_points(self) -> int | None:
+        """Points of a grid; None for ranges."""
+        return len(self.feasible.feasible_grid[0]) if self.spec.method == "grid" else None
+
+    def rungs(self, config: Mapping[str, Any]) -> range:
+        """Every feasible point can be trained to every rung."""
+        del config
+        return range(len(self.spec.budget.ladder_flops))
+
+    def climbs(self, config: Mapping[str, Any]) -> bool:
+        """A trunk passes every rung."""
+        del config
+        return True
+
+    def row_flops(self, config: Mapping[str, Any], rung: int) -> float:
+        """The ladder's C."""
+        del config
+        return float(self.spec.budget.ladder_flops[rung])
+
+    def reserve_flops(self, config: Mapping[str, Any], rung: int, from_rung: int | None) -> int:
+        """See SweepSpec.task_flops."""
+        return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
+
+    def task(
+        self,
+        trial: str,
+        proposal: Proposal,
+        seed: int,
+        rung: int,
+        from_rung: int | None,
+        checkpoint: str | None,
+        tries: int,
+    ) -> Task:
+        """With the scaling of the tier that N and C reach, and the probes on the way."""
+        spec, config = self.spec, proposal.config
+        rung_flops = spec.budget.ladder_flops[rung]
+        return Task(
+            task_id=f"{trial}-r{rung}-a{tries}",
+            trial=trial,
+            rung=rung,
+            rung_flops=rung_flops,
+            config=config,
+            seed=seed,
+            resume_from=checkpoint,
+            from_rung=from_rung,
+            reserved_flops=self.reserve_flops(config, rung, from_rung),
+            scaling=spec.tier(rung_flops, proposal.params).scaling(config["groups_per_step"]),
+            probes=spec.probes_between(config["cooldown_fraction"], rung, from_rung),
+            evaluation_queries=spec.evaluation_queries,
+        )
+
+    def propose(self, state: SweepState, number: int) -> Proposal | None:
+        """See Proposer.propose."""
+        return self.proposer.propose(state, number)
+
+    def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
+        """Drawn once per proposal number: decisions in between choose from the same points."""
+        if number not in self._pools:
+            self._pools = {number: self.proposer.pool(state, number)}
+        return self._pools[number]

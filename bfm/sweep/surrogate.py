@@ -1,0 +1,230 @@
+"""What a metric will be at (configuration, C), with uncertainty, from the rows seen so far.
+
+Enters: rows as coordinates, log C and a loss (smaller is better). Leaves: normal mixtures at other coordinates.
+
+The mean is the iso-FLOP law in log form: a parabola in log N whose vertex moves with log C, linear in its coefficients
+(Hoffmann et al. 2022, approach 2), with parabolas along the other numeric axes and offsets of choices that may fade
+with C. What it misses is a Gaussian process over all axes, plus one along log C for each configuration of its own: so
+curves of like models resemble each other, and may cross. A handful of hypotheses about the scales of these processes
+is drawn once from the prior; the rows weigh them by evidence instead of an optimiser picking one.
+
+Rows far above the frontier at their C are believed only roughly: that a model is bad is known, how bad is of no use,
+and the steep beginnings of curves follow no parabola.
+
+Shape legend: M rows or points, X numeric axes (log N first), G axes of choices, P coefficients, H hypotheses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.special import ndtr
+from scipy.stats import qmc
+
+HYPOTHESES = 32
+MAX_ROWS = 256
+_KEPT_WEIGHT = 1e-3
+_DOUBT = 0.3
+"""Standard error of a row per unit that it lies above the frontier at its C."""
+_FLOPS_SPREAD = 1.5
+"""Unit of log C in the parabola; about a factor of 4.5."""
+_OWN_FLOPS_SCALE = 3.0
+_SIZE_COLUMNS = 6
+_MAX_LEVELS = 8
+"""So many values of a choice have offsets of their own; further ones differ by the processes alone."""
+# Ranges of the prior, in units of the losses' spread (s_) or of standardised axes (l_): log-uniform from low to high.
+_PRIOR = {
+    "l_axes": (0.7, 4.2),
+    "l_flops": (1.0, 6.0),
+    "s_shared": (0.03, 0.3),
+    "s_own": (0.005, 0.06),
+    "s_noise": (0.002, 0.03),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Points of the domain: M configurations at M values of log C."""
+
+    numbers_MX: np.ndarray
+    codes_MG: np.ndarray
+    log_flops_M: np.ndarray
+    ids_M: np.ndarray
+    """Equal exactly where the configuration (and seed) is the same."""
+
+    def __len__(self) -> int:
+        return len(self.log_flops_M)
+
+    def take(self, index: np.ndarray) -> Places:
+        """Some of the points."""
+        return Places(self.numbers_MX[index], self.codes_MG[index], self.log_flops_M[index], self.ids_M[index])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A mixture of normals per point."""
+
+    mean_HM: np.ndarray
+    sd_HM: np.ndarray
+    weight_H: np.ndarray
+
+    @property
+    def mean_M(self) -> np.ndarray:
+        """Expected loss."""
+        return self.weight_H @ self.mean_HM
+
+    @property
+    def sd_M(self) -> np.ndarray:
+        """Standard deviation of the mixture."""
+        second_M = self.weight_H @ (self.sd_HM**2 + self.mean_HM**2)
+        return np.sqrt(np.maximum(second_M - self.mean_M**2, 0.0))
+
+    def improvement_M(self, best: float) -> np.ndarray:
+        """Expected amount by which a point's loss falls below `best`."""
+        z_HM = (best - self.mean_HM) / self.sd_HM
+        density_HM = np.exp(-0.5 * z_HM**2) / np.sqrt(2 * np.pi)
+        return self.weight_H @ (self.sd_HM * (z_HM * ndtr(z_HM) + density_HM))
+
+    def below_M(self, bound: float) -> np.ndarray:
+        """Probability that a point's loss is at most `bound`."""
+        return self.weight_H @ ndtr((bound - self.mean_HM) / self.sd_HM)
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    l_axes: float
+    l_flops: float
+    s_shared: float
+    s_own: float
+    s_noise: float
+
+
+@dataclass(frozen=True)
+class _Posterior:
+    hypothesis: _Hypothesis
+    factor: tuple[np.ndarray, bool]
+    alpha_M: np.ndarray
+    log_evidence: float
+
+
+def draw_hypotheses(count: int = HYPOTHESES) -> tuple[_Hypothesis, ...]:
+    """Fixed quasi-random draws from the prior."""
+    unit_HK = qmc.Sobol(len(_PRIOR), scramble=True, rng=0).random(count)
+    low_K, high_K = np.log(np.array(list(_PRIOR.values()))).T
+    return tuple(_Hypothesis(*row) for row in np.exp(low_K + unit_HK * (high_K - low_K)))
+
+
+class Surrogate:
+    """The posterior after some rows.
+
+    Args:
+        rows: where they were measured.
+        loss_M: their finite losses.
+        frontier_M: the best loss known at each row's C.
+        center_log_flops: middle of the ladder.
+        hypotheses: those to weigh; a few that were found likely before make it faster.
+    """
+
+    def __init__(
+        self,
+        rows: Places,
+        loss_M: np.ndarray,
+        frontier_M: np.ndarray,
+        center_log_flops: float,
+        hypotheses: tuple[_Hypothesis, ...],
+    ) -> None:
+        self._rows, self._center = rows, center_log_flops
+        self.location = float(np.median(loss_M))
+        spread = float(np.quantile(np.abs(loss_M - self.location), 0.6))
+        self.spread = spread if spread > 0 else max(abs(self.location) * 0.1, 1e-9)
+        doubt_M = _DOUBT * np.maximum(0.0, loss_M - frontier_M) / self.spread
+        residual_M = (loss_M - self.location) / self.spread
+        self._scaled_MP = self._basis(rows) * _prior_sd(rows)
+        between = _Between(rows, rows)
+        linear_MM = self._scaled_MP @ self._scaled_MP.T
+        fits = [_fit(h, between.kernel(h) + linear_MM, doubt_M, residual_M) for h in hypotheses]
+        evidence_H = np.array([fit.log_evidence for fit in fits])
+        weight_H = np.exp(evidence_H - evidence_H.max())
+        weight_H /= weight_H.sum()
+        kept = np.flatnonzero(weight_H >= _KEPT_WEIGHT)
+        self._fits = [fits[place] for place in kept]
+        self._weight_H = weight_H[kept] / weight_H[kept].sum()
+
+    @property
+    def likely(self) -> tuple[_Hypothesis, ...]:
+        """The hypotheses that the rows leave, most likely first."""
+        return tuple(self._fits[place].hypothesis for place in np.argsort(-self._weight_H, kind="stable"))
+
+    @property
+    def noise(self) -> float:
+        """Standard error of a row at the frontier, in units of the loss."""
+        return self.spread * float(
+            sum(w * fit.hypothesis.s_noise for w, fit in zip(self._weight_H, self._fits, strict=True))
+        )
+
+    def predict(self, points: Places, hypotheses: int | None = None) -> Prediction:
+        """Losses (without a new measurement's noise) at points; by all that are left, or so many of the likeliest."""
+        order = np.argsort(-self._weight_H, kind="stable")[:hypotheses]
+        weight_H = self._weight_H[order] / self._weight_H[order].sum()
+        scaled_MP = self._basis(points) * _prior_sd(points)
+        between = _Between(points, self._rows)
+        linear = scaled_MP @ self._scaled_MP.T
+        prior_M = (scaled_MP**2).sum(1)
+        means, sds = [], []
+        for fit in (self._fits[place] for place in order):
+            h = fit.hypothesis
+            cross = between.kernel(h) + linear
+            whitened = solve_triangular(fit.factor[0], cross.T, lower=True, check_finite=False)
+            variance_M = h.s_shared**2 + h.s_own**2 + prior_M - np.einsum("ij,ij->j", whitened, whitened)
+            means.append(cross @ fit.alpha_M)
+            sds.append(np.sqrt(np.maximum(variance_M, 1e-10)))
+        return Prediction(self.location + self.spread * np.array(means), self.spread * np.array(sds), weight_H)
+
+    def _basis(self, points: Places) -> np.ndarray:
+        size_M, flops_M = points.numbers_MX[:, 0], (points.log_flops_M - self._center) / _FLOPS_SPREAD
+        columns = [np.ones(len(points)), size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2]
+        fading_M = 0.75 * flops_M
+        for other_M in points.numbers_MX[:, 1:].T:
+            columns += [other_M, other_M**2, other_M * fading_M]
+        for codes_M in points.codes_MG.T:
+            for code in range(_MAX_LEVELS):
+                chosen_M = (codes_M == code).astype(float)
+                columns += [chosen_M, chosen_M * fading_M]
+        return np.array(columns).T
+
+
+def _prior_sd(points: Places) -> np.ndarray:
+    """Prior standard deviation of each coefficient, in units of the losses' spread."""
+    others = points.numbers_MX.shape[1] - 1
+    return np.array(
+        [3.0]
+        + [1.0] * (_SIZE_COLUMNS - 1)
+        + [0.3, 0.3, 0.15] * others
+        + [0.3, 0.15] * _MAX_LEVELS * points.codes_MG.shape[1]
+    )
+
+
+class _Between:
+    """Squared distances between two sets of points, from which the kernel of any hypothesis follows."""
+
+    def __init__(self, left: Places, right: Places) -> None:
+        apart = ((left.numbers_MX[:, None] - right.numbers_MX[None]) ** 2).sum(-1)
+        self._axes = apart + (left.codes_MG[:, None] != right.codes_MG[None]).sum(-1)
+        self._flops = (left.log_flops_M[:, None] - right.log_flops_M[None]) ** 2
+        same = left.ids_M[:, None] == right.ids_M[None]
+        self._own = same * np.exp(-0.5 * self._flops / _OWN_FLOPS_SCALE**2)
+
+    def kernel(self, h: _Hypothesis) -> np.ndarray:
+        """Covariance of the two processes."""
+        shared = np.exp(-0.5 * (self._axes / h.l_axes**2 + self._flops / h.l_flops**2))
+        return h.s_shared**2 * shared + h.s_own**2 * self._own
+
+
+def _fit(h: _Hypothesis, covariance_MM: np.ndarray, doubt_M: np.ndarray, residual_M: np.ndarray) -> _Posterior:
+    covariance_MM[np.diag_indices(len(residual_M))] += h.s_noise**2 + doubt_M**2
+    factor = cho_factor(covariance_MM, lower=True, overwrite_a=True, check_finite=False)
+    alpha_M = cho_solve(factor, residual_M, check_finite=False)
+    log_evidence = -0.5 * residual_M @ alpha_M - np.log(np.diag(factor[0])).sum()
+    return _Posterior(h, factor, alpha_M, float(log_evidence))
