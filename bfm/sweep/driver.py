@@ -160,7 +160,7 @@ class SweepDriver:
     def _promote(self, decision: Promote) -> Task:
         reached = [rung for rung in self.state.trials[decision.trial].rows if rung < decision.rung]
         task = self._task(decision.trial, decision.rung, max(reached), 0)
-        self._reserve(task, decision.reason)
+        self._reserve(task, decision)
         return task
 
     def _propose(self, decision: Propose) -> Task | None:
@@ -179,12 +179,13 @@ class SweepDriver:
         record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
         record |= asdict(proposal)
         task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
-        self._reserve(task, decision.reason, record)
+        self._reserve(task, decision, record)
         return task
 
-    def _reserve(self, task: Task, reason: str, *before: Record) -> None:
+    def _reserve(self, task: Task, decision: Promote | Propose, *before: Record) -> None:
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
-        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": reason})
+        meant = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
+        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **meant})
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]

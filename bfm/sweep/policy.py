@@ -22,6 +22,8 @@ class Promote:
     trial: str
     rung: int
     reason: str
+    meant_for: int | None = None
+    """The rung that it is trained on for, step by step; None: this one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Propose:
     reason: str
     proposal: Proposal | None = None
     """None: whatever the arena proposes next."""
+    meant_for: int | None = None
+    """As of Promote."""
     seed: int | None = None
     """None: every seed of the sweep in turn, one configuration after the other."""
 

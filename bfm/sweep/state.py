@@ -46,6 +46,8 @@ class Attempt:
     tries: int = 1
     is_open: bool = True
     """False: it is owed, to be started again."""
+    meant_for: int = 0
+    """The rung that the trial is on its way to."""
 
 
 @dataclass
@@ -147,7 +149,7 @@ class SweepState:
             raise CorruptError(f"task {task['task_id']} is reserved twice")
         attempt = self.attempts.get(place)
         if attempt is None:
-            self.attempts[place] = Attempt(task)
+            self.attempts[place] = Attempt(task, meant_for=record.get("meant_for", task["rung"]))
             self.nominal_flops[task["rung"]] += task["reserved_flops"]
         else:
             attempt.task, attempt.is_open = task, True

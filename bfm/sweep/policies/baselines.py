@@ -62,7 +62,7 @@ class _Baseline:
             return None
         entry = self._entry(proposal)
         fits = affordable([view.enter(proposal, entry)], view.available_flops)
-        return Propose(entry, why, proposal, self.spec.seeds[0]) if fits else None
+        return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
 
 
 class FullLength(_Baseline):

@@ -156,7 +156,7 @@ class _Model:
             if loss is not None or diverged:
                 self._rows.append((trial, rung, math.nan if loss is None else self.metric.to_model(loss)))
         self._seen = len(view.state.arrivals)
-        running = tuple(sorted(view.running.items()))
+        running = tuple(sorted({*view.running.items(), *view.meant.items()}))
         if self.num_rows == 0 or not (changed or running != self._believed):
             return
         self._believed = running

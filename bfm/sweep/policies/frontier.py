@@ -34,6 +34,10 @@ OPENING_ROWS = 4
 _RATE_FLOOR = 0.2
 """A lower rung is served while it improves at this part of the best rate above it."""
 _SCREENED = 24
+_PATIENCE = 0.5
+"""A step waits for running tasks that cost at most this part of it..."""
+_SCARCE = 2.0
+"""... where its rung's share pays for at most so many like it per slot."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -98,21 +102,35 @@ class FrontierPolicy:
         """While rows are few only the entry's share may go into new configurations, but one can always start."""
         if not view.state.trials:
             return view.available_flops
-        share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops()[0]
+        share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
         return min(view.available_flops, share)
 
     def _serve(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         offers = self._offers(view, pool)
         if not offers:
             return None
-        total, spent = self.spec.budget.total_flops, view.spent_flops()
+        total, spent = self.spec.budget.total_flops, view.spent_flops
         under = [rung for rung in sorted(offers) if sum(spent[: rung + 1]) < sum(self.shares[: rung + 1]) * total]
         over = [rung for rung in sorted(offers, reverse=True) if rung not in under]
+        if over and not under and view.running:
+            return Wait(f"shares are taken; what is left is given out when the {len(view.running)} running tasks are done")
         for rung in [*under, *over]:
             above = max((offer.rate for at, offer in offers.items() if at > rung), default=0.0)
             if offers[rung].rate >= _RATE_FLOOR * above:
-                return self._take(view, rung, offers[rung])
+                return self._patience(view, rung, offers[rung].step) or self._take(view, rung, offers[rung])
         raise AssertionError("the top rung always has the best rate above it")
+
+    def _patience(self, view: View, rung: int, step: Step) -> Wait | None:
+        """Hold a step that few of its kind can follow while much cheaper tasks are running: they may change the choice."""
+        task_flops = self.arena.reserve_flops(step.config, step.first, view.trunk_of(step))
+        left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
+        if left > _SCARCE * self.spec.slots * task_flops:
+            return None
+        attempts = view.state.attempts.values()
+        cheap = [attempt for attempt in attempts if attempt.task["reserved_flops"] <= _PATIENCE * task_flops]
+        if not cheap:
+            return None
+        return Wait(f"{len(cheap)} much cheaper tasks are running that may change what is chosen for rung {rung}")
 
     def _offers(self, view: View, pool: Sequence[Proposal]) -> dict[int, Offer]:
         found = {}
@@ -120,7 +138,7 @@ class FrontierPolicy:
             ways = [view.climb(trial, rung) for trial in view.paused] + [
                 view.enter(proposal, rung) for proposal in pool
             ]
-            steps = self._beside_the_top(view, affordable(ways, view.available_flops))
+            steps = self._beside_the_top(view, affordable(ways, view.available_flops - sum(view.promised_flops)))
             if not steps:
                 continue
             kept = self._beliefs.screen(view, steps, rung, _SCREENED)
@@ -142,7 +160,7 @@ class FrontierPolicy:
     def _beside_the_top(self, view: View, steps: list[Step]) -> list[Step]:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         top = view.num_rungs - 1
-        if view.state.rungs.get(top) or top in view.running.values():
+        if view.state.rungs.get(top) or top in view.meant.values():
             return steps
         ways = [step for step in (view.climb(trial, top) for trial in view.paused) if step is not None]
         cheapest = min((step.cost_flops for step in ways), default=math.inf)
@@ -159,7 +177,7 @@ class FrontierPolicy:
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops
-        spent = view.spent_flops()[rung] / total
+        spent = view.spent_flops[rung] / total
         expected, best = self._beliefs.shown(offer.predicted), self._beliefs.shown(offer.best)
         reason = (
             f"for rung {rung} ({spent:.0%} of the cap spent there, share {self.shares[rung]:.0%}): {metric.name} "

@@ -55,8 +55,8 @@ class Step:
     def decision(self, reason: str, seed: int | None = None) -> Promote | Propose:
         """Start its first task."""
         if self.trial is not None:
-            return Promote(self.trial.trial, self.first, reason)
-        return Propose(self.first, reason, self.proposal, seed)
+            return Promote(self.trial.trial, self.first, reason, self.rung)
+        return Propose(self.first, reason, self.proposal, self.rung, seed)
 
 
 class View:
@@ -66,6 +66,8 @@ class View:
         self.spec, self.arena, self.state, self.available_flops = spec, arena, state, available_flops
         self.num_rungs = len(spec.budget.ladder_flops)
         self.running: dict[str, int] = {trial: rung for trial, rung in state.attempts}
+        """Trial -> the rung of its task."""
+        self.meant = {trial: attempt.meant_for for (trial, _), attempt in state.attempts.items()}
         """Trial -> the rung that it is on its way to."""
         self._given_up = state.given_up
 
@@ -110,9 +112,24 @@ class View:
         first = rungs[0] if self.arena.climbs(proposal.config) else rung
         return Step(None, proposal, first, rung, ascent_flops(self.arena, proposal.config, None, first, rung))
 
+    def trunk_of(self, step: Step) -> int | None:
+        """The rung whose trunk a step's first task goes on from."""
+        return None if step.trial is None else self.state.trunk_below(step.trial.trial, step.first)
+
+    @cached_property
+    def promised_flops(self) -> list[int]:
+        """Per rung, what running trials will still cost on the way to where they are meant to go."""
+        promised = [0] * self.num_rungs
+        for name, rung in self.running.items():
+            config = self.state.trials[name].config
+            for step in range(rung + 1, self.meant[name] + 1):
+                promised[step] += self.arena.reserve_flops(config, step, step - 1)
+        return promised
+
+    @cached_property
     def spent_flops(self) -> list[int]:
-        """Nominal FLOPs of all tasks per rung, running and failed ones included."""
-        return [self.state.nominal_flops[rung] for rung in range(self.num_rungs)]
+        """Nominal FLOPs per rung of all tasks, running and failed ones included, and what is promised."""
+        return [self.state.nominal_flops[rung] + self.promised_flops[rung] for rung in range(self.num_rungs)]
 
 
 def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
