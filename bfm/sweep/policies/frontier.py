@@ -113,7 +113,9 @@ class FrontierPolicy:
         under = [rung for rung in sorted(offers) if sum(spent[: rung + 1]) < sum(self.shares[: rung + 1]) * total]
         over = [rung for rung in sorted(offers, reverse=True) if rung not in under]
         if over and not under and view.running:
-            return Wait(f"shares are taken; what is left is given out when the {len(view.running)} running tasks are done")
+            return Wait(
+                f"shares are taken; what is left is given out when the {len(view.running)} running tasks are done"
+            )
         for rung in [*under, *over]:
             above = max((offer.rate for at, offer in offers.items() if at > rung), default=0.0)
             if offers[rung].rate >= _RATE_FLOOR * above:
@@ -121,7 +123,7 @@ class FrontierPolicy:
         raise AssertionError("the top rung always has the best rate above it")
 
     def _patience(self, view: View, rung: int, step: Step) -> Wait | None:
-        """Hold a step that few of its kind can follow while much cheaper tasks are running: they may change the choice."""
+        """Hold a step that few like it can follow while much cheaper tasks are running: they may change the choice."""
         task_flops = self.arena.reserve_flops(step.config, step.first, view.trunk_of(step))
         left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
         if left > _SCARCE * self.spec.slots * task_flops:

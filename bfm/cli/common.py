@@ -1,0 +1,39 @@
+"""What the verbs share: options, printing, faults as one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from bfm.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the file: budget.total_flops=1e13")
+]
+ShardsOption = Annotated[str, typer.Option("--shards", help="Prepared shard set (a folder or URI).")]
+
+
+def fail(error: Exception, code: int) -> None:
+    """Leave with one line on stderr; BFM_DEBUG=1 shows the trace."""
+    import os
+
+    if os.environ.get("BFM_DEBUG"):
+        raise error
+    line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    print(f"bfm: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def show(value: Any, as_json: bool, text: Callable[[Any], str]) -> None:
+    """A result on stdout."""
+    print(json.dumps(value, indent=1) if as_json else text(value))
+
+
+def with_shards(overrides: list[str] | None, shards: str | None) -> list[str]:
+    """The overrides of a space, --shards among them."""
+    return [*(overrides or []), *([f"data.shards={shards}"] if shards else [])]

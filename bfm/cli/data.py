@@ -1,0 +1,90 @@
+"""`bfm data`: event logs in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bfm.cli.common import Json, show
+
+app = typer.Typer(help="Event logs: prepare, describe, synth.", no_args_is_help=True)
+
+
+@app.command()
+def prepare(
+    schema: Annotated[str, typer.Argument(help="Schema YAML, or a built-in one: complete_journey, online_retail, ...")],
+    logs: Annotated[
+        list[str] | None, typer.Argument(help="Parquet, CSV or JSON-lines files, globs, folders, URIs.")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", help="Folder or URI of the shard set.")] = "shards",
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing shard set.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the shuffles (default: the schema's).")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores to use (default: all).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Clean a log, fit its fields, split it and write memory-mapped shards, on Ray Data."""
+    from bfm.report.console import Display
+    from ray_jobs.prepare import prepare_shards
+
+    with Display("data") as display:
+        manifest = prepare_shards(
+            schema, logs or [], out, seed=seed, overwrite=overwrite, num_cpus=cpus, progress=display.show
+        )
+    summary = {
+        "shards": out,
+        "rows": manifest.rows_read,
+        "events": manifest.events,
+        "users": manifest.users,
+        "items": manifest.items,
+        "catalogue": manifest.catalogue,
+        "quarantined": dict(manifest.rows_quarantined),
+    }
+    show(summary, as_json, _prepared_text)
+
+
+def _prepared_text(summary: dict[str, Any]) -> str:
+    quarantined = summary["quarantined"]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in quarantined.items()) or "none"
+    return (
+        f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
+        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}\n{summary['shards']}"
+    )
+
+
+@app.command()
+def describe(shards: Annotated[str, typer.Argument(help="Prepared shard set.")], as_json: Json = False) -> None:
+    """Say what a person wants to know first about a prepared log."""
+    from bfm.events.describe import describe as run
+    from bfm.events.describe import format_description
+    from bfm.events.shards import Shards
+
+    show(run(Shards.open(shards)), as_json, format_description)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="New folder for the log, its schema and truth.json.")],
+    events: Annotated[str, typer.Option(help="Number of events, e.g. 1e6.")] = "1e6",
+    users: Annotated[str, typer.Option(help="Number of users.")] = "1e4",
+    items: Annotated[str, typer.Option(help="Number of items.")] = "1e4",
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a synthetic log with known structure and its Bayes-optimal NLL and recall@10."""
+    from bfm.events.synth import write_synthetic
+    from bfm.report.console import Display
+    from bfm.units import format_count, parse_count
+
+    counts = {name: parse_count(text, key=f"--{name}") for name, text in (("events", events), ("users", users))}
+    with Display("synth") as display:
+        truth = write_synthetic(
+            out,
+            events=counts["events"],
+            users=counts["users"],
+            items=parse_count(items, key="--items"),
+            seed=seed,
+            progress=lambda done: display.show(f"{format_count(done)} events", done / counts["events"]),
+        )
+    show(truth, as_json, lambda value: "\n".join(f"{name}: {entry}" for name, entry in value.items()) + f"\n{out}")

@@ -1,0 +1,196 @@
+"""One model: train, evaluate, export, predict; and what this machine can do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bfm.cli.common import Json, ShardsOption, show
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of one configuration (params, embedder_share, learning_rate, ...).")
+    ],
+    shards: ShardsOption,
+    flops: Annotated[str, typer.Option(help="C: model training FLOPs, e.g. 1e12.")],
+    out: Annotated[str, typer.Option("--out", help="Folder or URI for checkpoints and TensorBoard.")],
+    seed: int = 0,
+    queries: Annotated[int | None, typer.Option(help="Validation queries to score (default: all).")] = None,
+    workers: Annotated[int, typer.Option(help="More than one: Ray Train with DeepSpeed ZeRO.")] = 1,
+    zero_stage: Annotated[int, typer.Option(help="ZeRO stage of several workers.")] = 1,
+    micro_groups: Annotated[int, typer.Option(help="Negative groups per micro-batch, at most.")] = 1,
+    softmax: Annotated[
+        str,
+        typer.Option(help="How the loss is computed: auto, reference, two_pass; in stage 2 one_pass, triton, sharded."),
+    ] = "auto",
+    gpus: Annotated[float, typer.Option(help="GPUs per worker.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was."""
+    from bfm.report.console import Display, step_words
+    from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
+    from bfm.training.config import TrainConfig
+    from bfm.training.loop import StepRecord
+    from bfm.training.peak import matmul_peak
+    from bfm.training.single import TRIAL, train_single
+    from bfm.units import parse_number
+    from bfm.yaml import load_yaml
+
+    limit_flops = parse_number(flops, key="--flops")
+    checked = TrainConfig.from_dict(load_yaml(config), file=str(config))
+    writer = trial_writer(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
+    peak = matmul_peak("cuda" if gpus else "cpu")
+    with Display("train") as display:
+
+        def observe(record: StepRecord) -> None:
+            writer.step(record)
+            display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
+
+        scaling = {
+            "workers": workers,
+            "zero_stage": zero_stage,
+            "micro_groups": micro_groups,
+            "softmax": softmax,
+            "cpus": 1.0,
+            "gpus": gpus,
+        }
+        group = _run_group if workers > 1 else None
+        row = train_single(
+            checked,
+            seed,
+            shards,
+            out,
+            flops=limit_flops,
+            queries=queries,
+            scaling=scaling,
+            observer=observe,
+            run_group=group,
+        )
+    writer.row(row)
+    writer.close()
+    show(row, as_json, lambda row: _row_text(row, shards, queries))
+    if row["status"] != "ok":
+        raise SystemExit(1)
+
+
+def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, Any]:
+    from bfm.report.tensorboard import HPARAMS_METRICS
+    from ray_jobs.cluster_session import local_ray
+    from ray_jobs.train import train_on_workers
+    from ray_jobs.trial import Workplace
+
+    print(f"{task['scaling']['workers']} workers; watch: tensorboard --logdir {storage}/tensorboard", file=sys.stderr)
+    with local_ray(dashboard=True):
+        return train_on_workers(
+            task, shards, storage, make_observer=Workplace(shards, storage, HPARAMS_METRICS).observer
+        )
+
+
+def _row_text(row: dict[str, Any], shards: str, queries: int | None) -> str:
+    from bfm.report.tables import evaluation_text
+    from bfm.training.single import row_evaluation
+
+    if row["status"] != "ok":
+        return f"{row['status']} at {row['path_flops']:.3g} FLOPs"
+    return f"{evaluation_text(row_evaluation(row, shards, queries))}\n{row['model']}"
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, e.g. run/trials/.../rung0-model.")],
+    shards: ShardsOption,
+    part: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    queries: Annotated[int | None, typer.Option(help="The first so many queries (default: all).")] = None,
+    sampled_negatives: Annotated[
+        int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Full-catalogue metrics of a checkpoint, beside the popularity and co-occurrence floors."""
+    from bfm.report.tables import evaluation_text
+    from bfm.training.single import evaluate_checkpoint
+
+    show(evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives), as_json, evaluation_text)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, e.g. run/trials/.../rung0-model.")],
+    shards: ShardsOption,
+    out: Annotated[Path, typer.Option("--out", help="New folder of the export; appears whole or not at all.")],
+    catalogue_dtype: Annotated[
+        str, typer.Option(help="float32: ranks as evaluation does; bfloat16: half the room.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as a folder that predicts on its own, without Ray, DeepSpeed or the shards."""
+    from bfm.training.export import export_checkpoint
+
+    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype)
+    show(
+        made,
+        as_json,
+        lambda made: (
+            f"{made['params']:,} weights, {made['items']:,} items ({made['catalogue']:,} in the catalogue, "
+            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB\n{made['export']}"
+        ),
+    )
+
+
+@app.command()
+def predict(
+    export: Annotated[str, typer.Argument(help="Folder that `bfm export` wrote.")],
+    logs: Annotated[list[str], typer.Argument(help="Log files, globs, folders, URIs; columns as in training.")],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file, one row per user; an older one is replaced.")],
+    k: Annotated[int, typer.Option("--k", help="Items per user.")] = 10,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Also write user vectors.")] = False,
+    filter_seen: Annotated[
+        bool | None, typer.Option("--filter-seen/--keep-seen", help="Items of the history (default: as evaluated).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The top k items of the catalogue for every user of a log: what comes next, at a later time.
+
+    Users are in no particular order. A user without any usable row has empty lists. Items that the export does not
+    know count in histories, embedded from their fields in the log, and are never recommended.
+    """
+    from bfm.report.console import Display
+    from bfm.report.predictions import predict_log, summary_text
+
+    with Display("predict") as display:
+        summary = predict_log(export, logs, out, k=k, vectors=vectors, filter_seen=filter_seen, progress=display.show)
+        display.say(summary_text(summary))
+    show(summary, as_json, lambda summary: summary["predictions"])
+
+
+@app.command()
+def doctor(
+    storage: Annotated[Path, typer.Option(help="Where sweeps will be kept.")] = Path(),
+    loss: Annotated[bool, typer.Option("--loss", help="Compare the implementations of the loss instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What this machine can do and what is missing."""
+    from bfm.report.doctor import examine
+
+    if loss:
+        from bfm.report.loss_check import check_losses, losses_text
+        from bfm.training.plain import PlainFactory
+
+        rows = check_losses(PlainFactory().device.type)
+        show([row.as_dict() for row in rows], as_json, lambda _: losses_text(rows))
+        return
+    findings = examine(storage.absolute())
+    lines = [
+        f"{'ok ' if f.ok else 'BAD'}  {f.name:14}  {f.value}" + ("" if f.ok else f"  ({f.advice})") for f in findings
+    ]
+    show([finding.as_dict() for finding in findings], as_json, lambda _: "\n".join(lines))
+    if not all(finding.ok for finding in findings):
+        raise SystemExit(1)

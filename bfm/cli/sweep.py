@@ -1,0 +1,91 @@
+"""Sweeps: plan, run, watch, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bfm.cli.common import Json, Overrides, show, with_shards
+from bfm.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    space: Annotated[Path, typer.Argument(help="Search-space YAML.")],
+    overrides: Overrides = None,
+    shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
+    probe_seconds: Annotated[float, typer.Option(help="How long to measure this machine; 0: no times.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""
+    from bfm.events.protocol import Protocol
+    from bfm.events.shards import Shards
+    from bfm.sweep.costs import Costs, LogFacts
+    from bfm.sweep.plan import plan as make_plan
+    from bfm.sweep.plan import render
+    from bfm.sweep.spec import resolve
+    from bfm.training.single import measure_speed
+
+    spec = resolve(space, with_shards(overrides, shards))
+    opened = Shards.open(spec.shards)
+    costs = Costs(LogFacts.from_shards(opened, Protocol.load(opened), spec.evaluation_queries))
+    measure = (lambda config, seconds: measure_speed(config, opened, seconds)) if probe_seconds > 0 else None
+    made = make_plan(spec, costs, measure, probe_seconds)
+    show(made.as_dict(), as_json, lambda _: render(made))
+
+
+@app.command()
+def sweep(
+    space: Annotated[Path, typer.Argument(help="Search-space YAML.")],
+    storage: Annotated[str, typer.Option(help="Folder or URI under which sweeps are kept.")] = "runs",
+    name: Annotated[str | None, typer.Option(help="Name of the sweep (default: the file's).")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    overrides: Overrides = None,
+    shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
+) -> None:
+    """Run a sweep on this machine, or on the cluster that RAY_ADDRESS names; resumable at any point."""
+    from ray_jobs.sweep import sweep_verb
+
+    raise SystemExit(sweep_verb(space, storage, name=name, resume=resume, overrides=with_shards(overrides, shards)))
+
+
+@app.command()
+def status(
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")], as_json: Json = False
+) -> None:
+    """Where a sweep stands, from its ledger alone (running or not)."""
+    from bfm.report.sweep_view import read_sweep, status_text
+
+    view = read_sweep(sweep_dir)
+    show(view.status, as_json, lambda _: status_text(view))
+
+
+@app.command()
+def report(
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")],
+    png: Annotated[bool, typer.Option("--png", help="Also write figures/overview.png.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write report/index.html and runs.parquet of a sweep, and print its frontier."""
+    from bfm.report.sweep_view import publish_report, read_sweep, report_text
+
+    view = read_sweep(sweep_dir)
+    files = publish_report(view, overview=png)
+    show({"frontier": view.frontiers(), "files": files}, as_json, lambda _: report_text(view, files))
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(help="log or space.")]) -> None:
+    """The JSON schema of a log's schema YAML or of a search space, for editors."""
+    from bfm.events.schema import json_schema as log_schema
+    from bfm.sweep.spec import json_schema as space_schema
+
+    schemas = {"log": log_schema, "space": space_schema}
+    if kind not in schemas:
+        raise UserError(f"no schema {kind!r}", key="KIND", fix="one of log, space")
+    print(json.dumps(schemas[kind](), indent=1))
