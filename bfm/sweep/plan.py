@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from bfm.sweep.costs import GIB, CostModel
+from bfm.sweep.policies.allotment import allot
+from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.policies.strata import StrataPolicy
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet
@@ -35,7 +37,7 @@ class RungPlan:
     trials: int
     """Rows: configurations times seeds."""
     params: Range
-    """Of the feasible set; promotion is by strata, so every rung may see this range."""
+    """Of the feasible points that have a row there."""
     events: Range
     """D of a row."""
     epochs: Range
@@ -92,8 +94,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
     points, rejected = feasible.sample
     by_size = sorted(points, key=lambda point: point.cost.params)
     speeds = () if measure is None else _measure(by_size, measure, measure_s)
-    places = StrataPolicy(spec, feasible).places
-    rungs = tuple(_rung_plan(spec, by_size, rung, count, speeds) for rung, count in enumerate(places))
+    rungs = tuple(_rung_plan(spec, by_size, rung, count, speeds) for rung, count in enumerate(_rows(spec, feasible)))
     counts = Counter(rejection.reason for rejection in rejected)
     tries = len(points) + len(rejected)
     examples = {rejection.reason: rejection for rejection in reversed(rejected)}
@@ -167,12 +168,28 @@ def render(sweep: Plan) -> str:
     return "\n".join(lines)
 
 
+def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
+    """Configurations per rung, about: what the policy's shares (or its rule) pay for."""
+    rungs = range(len(spec.budget.ladder_flops))
+    if spec.scheduler.type == "strata":
+        return StrataPolicy(spec, feasible).places
+    cooldown = spec.cooldown_fractions[1]
+    costs = [spec.task_flops(cooldown, rung, rung - 1 if rung else None) for rung in rungs]
+    if spec.scheduler.type in ("random", "grid"):
+        return [min(spec.budget.max_trials, max(1, spec.budget.total_flops // sum(costs)))] * len(rungs)
+    shares = spec.scheduler.shares or default_shares(len(rungs))
+    eta = None if spec.scheduler.type in ("frontier", "isoflop-window") else spec.scheduler.eta
+    return allot(costs, spec.budget.total_flops, spec.budget.max_trials, eta or 1.0, None if eta else shares)
+
+
 def _rung_plan(
     spec: SweepSpec, points: Sequence[Feasible], rung: int, configurations: int, speeds: Sequence[tuple[int, float]]
 ) -> RungPlan:
     rung_flops = spec.budget.ladder_flops[rung]
-    trials = configurations * len(spec.seeds)
+    # The other policies train one seed, and the others only of near-ties at the top.
+    trials = configurations * (len(spec.seeds) if spec.scheduler.type == "strata" else 1)
     from_rung = rung - 1 if rung else None
+    points = [point for point in points if rung in point.rungs]
     task_flops = [spec.task_flops(point.config.cooldown_fraction, rung, from_rung) for point in points]
     events = [point.cost.events(rung_flops) for point in points]
     epochs = [point.cost.epochs(rung_flops) for point in points]

@@ -154,9 +154,9 @@ class Budget:
     tolerance: float = 0.01
     """A row has spent its C within this share."""
     events_per_param: tuple[float, float] = (2.0, 10_000.0)
-    """Smallest and largest D/N at the entry rung."""
+    """Smallest and largest D/N of a row; a configuration has no row at rungs outside."""
     max_epochs: float | None = None
-    """Largest D/unique at the top rung; None: no bound."""
+    """Largest D/unique of a row; None: no bound."""
 
 
 @dataclass(frozen=True)

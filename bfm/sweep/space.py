@@ -1,9 +1,10 @@
 """The feasible set: which points of the space can be trained to every rung, and why the others cannot.
 
 Enters: a SweepSpec and a cost model. Leaves: verdicts with a counted reason, feasible samples, size strata.
-Steps follow from C and the configuration; a point is feasible if its entry rung has at least 100 steps within the
-tolerance (higher rungs then have more), N and s can be built, D/N at the entry rung is sensible, every rung's workers
-can share the batch and its memory suffices.
+Steps follow from C and the configuration; a rung is feasible for a point if it has at least 100 steps within the
+tolerance, D/N is sensible, its workers can share the batch and its memory suffices. A point enters at the first such
+rung and goes up to the last one without a gap: a large model has no place on the lowest rungs. The strata policy
+compares rung by rung, so there every rung must be feasible.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _SAMPLE_SEED = 20_260_613
 
 @dataclass(frozen=True)
 class Feasible:
-    """A point that can be trained to every rung."""
+    """A point that can be trained."""
 
     config: TrainConfig
     cost: ConfigCost
+    rungs: range
+    """From its entry rung to its last one."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,24 @@ class FeasibleSet:
             return _from_error("cannot be built", error)
         except UserError as error:
             return _from_error("is contradictory", error)
-        rejection = (
-            self._steps(config, cost)
-            or self._data(config, cost)
-            or next(filter(None, (self._fits(config, cost, tier) for tier in self._tiers(cost))), None)
+        return self._rungs(config, cost)
+
+    def _rungs(self, config: TrainConfig, cost: ConfigCost) -> Feasible | Rejection:
+        rejections = [self._at(config, cost, rung) for rung in range(len(self.spec.budget.ladder_flops))]
+        refused = [rejection for rejection in rejections if rejection is not None]
+        if refused and (len(refused) == len(rejections) or self.spec.scheduler.type == "strata"):
+            return refused[0]
+        entry = rejections.index(None)
+        after = next((rung for rung in range(entry, len(rejections)) if rejections[rung]), len(rejections))
+        return Feasible(config, cost, range(entry, after))
+
+    def _at(self, config: TrainConfig, cost: ConfigCost, rung: int) -> Rejection | None:
+        rung_flops = self.spec.budget.ladder_flops[rung]
+        return (
+            self._steps(config, cost, rung_flops)
+            or self._data(config, cost, rung_flops)
+            or self._fits(config, cost, self.spec.tier(rung_flops, cost.params))
         )
-        return rejection or Feasible(config, cost)
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -128,33 +143,28 @@ class FeasibleSet:
         log_params = np.log([point.cost.params for point in self.sample[0]])
         return tuple(float(np.exp(edge)) for edge in np.quantile(log_params, np.arange(1, strata) / strata))
 
-    def _tiers(self, cost: ConfigCost) -> list[Tier]:
-        reached = [self.spec.tier(rung_flops, cost.params) for rung_flops in self.spec.budget.ladder_flops]
-        return list(dict.fromkeys(reached))
-
-    def _steps(self, config: TrainConfig, cost: ConfigCost) -> Rejection | None:
-        entry_flops, tolerance = self.spec.budget.ladder_flops[0], self.spec.budget.tolerance
+    def _steps(self, config: TrainConfig, cost: ConfigCost, rung_flops: int) -> Rejection | None:
+        tolerance = self.spec.budget.tolerance
         try:
-            steps = cost.steps(entry_flops, config.cooldown_fraction)
+            steps = cost.steps(rung_flops, config.cooldown_fraction)
         except InfeasibleError as error:
             begins = error.key == "freeze_at_flops"
             reason = "stage 2 does not begin below rung" if begins else "fewer than 100 steps at rung"
-            return _from_error(f"{reason} {format_flops(entry_flops)}", error, exact=True)
+            return _from_error(f"{reason} {format_flops(rung_flops)}", error, exact=True)
         last_flops = cost.step_flops if cost.stage2_step_flops is None else cost.stage2_step_flops
-        if last_flops > tolerance * entry_flops:
+        if last_flops > tolerance * rung_flops:
             return Rejection(
-                reason=f"a step exceeds the tolerance at rung {format_flops(entry_flops)}",
+                reason=f"a step exceeds the tolerance at rung {format_flops(rung_flops)}",
                 detail=f"{steps} steps of {format_flops(last_flops)} FLOPs",
                 key="budget.tolerance",
                 fix="use a smaller batch or model, a higher rung, or the full tolerance",
             )
         return None
 
-    def _data(self, config: TrainConfig, cost: ConfigCost) -> Rejection | None:
+    def _data(self, config: TrainConfig, cost: ConfigCost, rung_flops: int) -> Rejection | None:
         budget = self.spec.budget
-        entry_flops = budget.ladder_flops[0]
-        c = format_flops(entry_flops)
-        events = cost.events(entry_flops)
+        c = format_flops(rung_flops)
+        events = cost.events(rung_flops)
         ratio = events / cost.params
         low, high = budget.events_per_param
         if not low <= ratio <= high:
@@ -167,7 +177,7 @@ class FeasibleSet:
                 fix=f"search {size} models, or widen events_per_param",
             )
         warmup_events = cost.params if config.warmup_events is None else config.warmup_events
-        trunk_events = cost.events(trunk_flops(entry_flops, config.cooldown_fraction))
+        trunk_events = cost.events(trunk_flops(rung_flops, config.cooldown_fraction))
         if warmup_events > trunk_events:
             return Rejection(
                 reason=f"warmup longer than the trunk of rung {c}",
@@ -175,10 +185,10 @@ class FeasibleSet:
                 key="parameters.warmup_events",
                 fix="shorten the warmup, search smaller models, or raise the first rung",
             )
-        epochs = cost.epochs(budget.ladder_flops[-1])
+        epochs = cost.epochs(rung_flops)
         if budget.max_epochs is not None and epochs > budget.max_epochs:
             return Rejection(
-                reason=f"more than {budget.max_epochs:g} epochs at rung {format_flops(budget.ladder_flops[-1])}",
+                reason=f"more than {budget.max_epochs:g} epochs at rung {c}",
                 detail=f"{epochs:.3g} epochs",
                 key="budget.max_epochs",
                 fix="search larger models, lower the top rung, or allow more epochs",

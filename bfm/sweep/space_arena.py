@@ -13,7 +13,7 @@ from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import FeasibleSet
+from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
 
@@ -24,6 +24,7 @@ class SpaceArena:
     def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
         self.spec, self.feasible = spec, feasible
         self.proposer = Proposer(spec, feasible)
+        self._rungs: dict[tuple[Any, ...], range] = {}
         self._pools: dict[int, Sequence[Proposal]] = {}
 
     @cached_property
@@ -38,9 +39,15 @@ class SpaceArena:
         return len(self.feasible.feasible_grid[0]) if self.spec.method == "grid" else None
 
     def rungs(self, config: Mapping[str, Any]) -> range:
-        """Every feasible point can be trained to every rung."""
-        del config
-        return range(len(self.spec.budget.ladder_flops))
+        """From the first rung that has 100 steps and a sensible D/N to the last one."""
+        values = {parameter.name: config[parameter.name] for parameter in self.spec.free_parameters}
+        key = tuple(values.values())
+        if key not in self._rungs:
+            verdict = self.feasible.judge(values)
+            # A trial from before the space was changed goes where its rows are.
+            whole = range(len(self.spec.budget.ladder_flops))
+            self._rungs[key] = verdict.rungs if isinstance(verdict, Feasible) else whole
+        return self._rungs[key]
 
     def climbs(self, config: Mapping[str, Any]) -> bool:
         """A trunk passes every rung."""

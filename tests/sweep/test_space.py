@@ -37,7 +37,7 @@ REJECTIONS = {
     "D/N below 500 at rung 1e9": ({"params": 1000}, {"budget": {"events_per_param": [500, 1e6]}}),
     "D/N above 100 at rung 1e9": ({"params": 1000}, {"budget": {"events_per_param": [0, 100]}}),
     "warmup longer than the trunk of rung 1e9": ({"warmup_events": 140_000}, {}),
-    "more than 5 epochs at rung 1.6e10": ({"params": 1000}, {"budget": {"max_epochs": 5}}),
+    "more than 5 epochs at rung 4e9": ({"params": 1000}, {"budget": {"max_epochs": 5}}),
     "more negatives than items in the catalogue": ({"negatives": 1001, "freeze_at_flops": 1e8}, {}),
     "stage 2 does not begin below rung 1e9": ({"negatives": 10, "freeze_at_flops": 9e8}, {}),
     "negatives is contradictory": ({"negatives": 10}, {}),

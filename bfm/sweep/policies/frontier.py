@@ -58,10 +58,9 @@ class Offer:
 
 
 def default_shares(num_rungs: int) -> tuple[float, ...]:
-    """Each rung gets half of the one above, the top one three times the one below."""
-    weights = [2.0**rung for rung in range(num_rungs)]
-    weights[-1] *= 1.5 if num_rungs > 1 else 1.0
-    return tuple(weight / sum(weights) for weight in weights)
+    """Half of the cap for the top rung; of the rest, each rung 1.6 times what the one below gets."""
+    weights = [1.6**rung for rung in range(num_rungs - 1)]
+    return (*(0.5 * weight / sum(weights) for weight in weights), 0.5 if weights else 1.0)
 
 
 class FrontierPolicy:

@@ -1,0 +1,202 @@
+"""What a sweep would bring and cost under a planted law, before any of it is trained.
+
+Enters: a SweepSpec, a Law, a fleet. Leaves: per policy when each rung's best row came, how far it is from the best that
+the law has in the space, worker-hours and cost, and what training every configuration of a grid would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bfm.errors import UserError
+from bfm.sweep.driver import SweepDriver
+from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.policies import make_policy
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.simulator.fleet import Fleet, Timeline, run_fleet
+from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
+from bfm.sweep.space import Feasible, FeasibleSet
+from bfm.sweep.space_arena import SpaceArena
+from bfm.units import format_flops, format_seconds
+
+_OPTIMUM_DRAWS = 2000
+_SEED = 77
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best row of one rung, in one simulated sweep."""
+
+    rung_flops: int
+    rows: int
+    gap: float
+    """Its loss under the law (noise apart) above the best of the space; NaN without a row."""
+    hours: float
+    """When it came."""
+    spent_flops: int
+    """By then."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One policy, one seed."""
+
+    policy: str
+    seed: int
+    rungs: tuple[Found, ...]
+    timeline: Timeline
+    spent_flops: int
+    trials: int
+
+
+def forecast(
+    spec: SweepSpec,
+    law: Law,
+    fleet: Fleet,
+    policies: Sequence[str],
+    seeds: Sequence[int],
+    progress: Callable[[str, float], None] = lambda words, share: None,
+) -> list[Forecast]:
+    """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
+    if [metric.name for metric in spec.metrics] != ["nll"] or spec.constraints:
+        raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
+    made = []
+    optimum = best_losses(spec, law)
+    for place, policy in enumerate(policies):
+        for number, seed in enumerate(seeds):
+            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
+            made.append(_run(spec, law, fleet, policy, seed, optimum))
+    return made
+
+
+def best_losses(spec: SweepSpec, law: Law) -> list[float]:
+    """Per rung, the lowest loss of many feasible points under the law, noise apart; inf where none has a row."""
+    feasible, rng = FeasibleSet(spec, LawCosts()), np.random.default_rng(_SEED)
+    points = list(feasible.sample[0])
+    for _ in range(_OPTIMUM_DRAWS):
+        verdict = feasible.judge(feasible.draw(rng))
+        points += [verdict] if isinstance(verdict, Feasible) else []
+    return [
+        min(
+            (
+                _true_loss(law, point.config.as_dict(), point.cost.params, flops)
+                for point in points
+                if rung in point.rungs
+            ),
+            default=np.inf,
+        )
+        for rung, flops in enumerate(spec.budget.ladder_flops)
+    ]
+
+
+def _true_loss(law: Law, config: dict[str, Any], params: int, flops: float) -> float:
+    return law.loss(config, params, flops, config["groups_per_step"] * config["group_windows"])
+
+
+def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimum: Sequence[float]) -> Forecast:
+    method = {"random": "random", "grid": "grid"}.get(policy, spec.method)
+    spec = replace(
+        spec,
+        slots=fleet.most,
+        seeds=tuple(seed + 1000 * place for place in range(len(spec.seeds))),
+        scheduler=replace(spec.scheduler, type=policy),
+        method=method,
+    )
+    arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
+    timeline = run_fleet(driver, LawTruth(law), fleet, np.random.default_rng(seed))
+    rungs = []
+    for rung, flops in enumerate(spec.budget.ladder_flops):
+        rows = [(hours, spent, row) for hours, spent, row in timeline.rows if row["rung"] == rung]
+        if not rows:
+            rungs.append(Found(flops, 0, float("nan"), float("nan"), 0))
+            continue
+        now_s, spent, best = min(rows, key=lambda found: found[2]["metrics"]["nll"])
+        gap = _true_loss(law, best["config"], best["params"], flops) - optimum[rung]
+        rungs.append(Found(flops, len(rows), gap, now_s / 3600, spent))
+    return Forecast(policy, seed, tuple(rungs), timeline, driver.state.spent_flops, len(driver.state.trials))
+
+
+def as_dict(
+    spec: SweepSpec, law: str, fleet: Fleet, price_per_hour: float, forecasts: Sequence[Forecast]
+) -> dict[str, Any]:
+    """JSON-able result: means over seeds."""
+    policies = list(dict.fromkeys(made.policy for made in forecasts))
+    grid_flops = spec.budget.max_trials * spec.ascent_flops(
+        spec.cooldown_fractions[1], len(spec.budget.ladder_flops) - 1
+    )
+    grid_hours = grid_flops / fleet.flops_per_s / 3600
+    return {
+        "space": spec.name,
+        "law": law,
+        "workers": [list(change) for change in fleet.schedule],
+        "budget_flops": spec.budget.total_flops,
+        "grid": {
+            "configurations": spec.budget.max_trials,
+            "flops": grid_flops,
+            "worker_hours": grid_hours,
+            "cost": grid_hours * price_per_hour,
+        },
+        "policies": [
+            _policy(policy, [made for made in forecasts if made.policy == policy], price_per_hour)
+            for policy in policies
+        ],
+    }
+
+
+def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dict[str, Any]:
+    worker_hours = float(np.mean([one.timeline.busy_s for one in made])) / 3600
+    decision_s = [seconds for one in made for seconds in one.timeline.decision_s]
+    rungs = []
+    for found in zip(*(one.rungs for one in made), strict=True):
+        here = [one for one in found if one.rows]
+        means = {
+            name: float(np.mean([getattr(one, name) for one in here])) if here else None for name in ("gap", "hours")
+        }
+        rungs.append({"rung": found[0].rung_flops, "rows": float(np.mean([one.rows for one in found])), **means})
+    return {
+        "policy": policy,
+        "seeds": len(made),
+        "rungs": rungs,
+        "trials": float(np.mean([one.trials for one in made])),
+        "spent_flops": float(np.mean([one.spent_flops for one in made])),
+        "hours": float(np.mean([one.timeline.elapsed_s for one in made])) / 3600,
+        "worker_hours": worker_hours,
+        "cost": worker_hours * price_per_hour,
+        "lost_tasks": float(np.mean([one.timeline.lost for one in made])),
+        "decision_ms": {
+            "median": 1e3 * float(np.median(decision_s)),
+            "p99": 1e3 * float(np.quantile(decision_s, 0.99)),
+        },
+        "seconds": float(sum(decision_s)),
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """For a terminal."""
+    grid = result["grid"]
+    lines = [
+        f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs",
+        f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "
+        f"{grid['worker_hours']:,.0f} worker-hours, cost {grid['cost']:,.0f}",
+    ]
+    for policy in result["policies"]:
+        lines.append(
+            f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs "
+            f"({policy['spent_flops'] / grid['flops']:.1%} of the grid), {format_seconds(policy['hours'] * 3600)}, "
+            f"{policy['worker_hours']:,.0f} worker-hours, cost {policy['cost']:,.0f}, "
+            f"{policy['lost_tasks']:.0f} tasks lost, decisions {policy['decision_ms']['median']:.0f} ms"
+        )
+        for rung in policy["rungs"]:
+            if rung["gap"] is None:
+                lines.append(f"  {rung['rung']:.3g}: no row")
+            else:
+                when = format_seconds(rung["hours"] * 3600)
+                lines.append(
+                    f"  {rung['rung']:.3g}: best of {rung['rows']:.0f} rows {rung['gap']:+.4f} nats off, after {when}"
+                )
+    return "\n".join(lines)
