@@ -24,6 +24,7 @@ class SpaceArena:
     def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
         self.spec, self.feasible = spec, feasible
         self.proposer = Proposer(spec, feasible)
+        self._names = [parameter.name for parameter in spec.free_parameters]
         self._rungs: dict[tuple[Any, ...], range] = {}
         self._pools: dict[int, Sequence[Proposal]] = {}
 
@@ -40,10 +41,9 @@ class SpaceArena:
 
     def rungs(self, config: Mapping[str, Any]) -> range:
         """From the first rung that has 100 steps and a sensible D/N to the last one."""
-        values = {parameter.name: config[parameter.name] for parameter in self.spec.free_parameters}
-        key = tuple(values.values())
+        key = tuple([config[name] for name in self._names])
         if key not in self._rungs:
-            verdict = self.feasible.judge(values)
+            verdict = self.feasible.judge(dict(zip(self._names, key, strict=True)))
             # A trial from before the space was changed goes where its rows are.
             whole = range(len(self.spec.budget.ladder_flops))
             self._rungs[key] = verdict.rungs if isinstance(verdict, Feasible) else whole

@@ -100,11 +100,10 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, file: str | None = None) -> TrainConfig:
         """Strict: raises UserError that names file and key for unknown or missing keys, wrong types and ranges."""
-        known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                fix = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}"
+            if key not in _NAMES:
+                close = difflib.get_close_matches(str(key), _NAMES, n=1)
+                fix = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(_NAMES)}"
                 raise UserError("unknown key", file=file, key=str(key), fix=fix)
         if "params" not in values:
             raise UserError("missing", file=file, key="params", fix="give the number of dense weights, e.g. 1e5")
@@ -115,7 +114,7 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` inverts it."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in _NAMES}
 
     @property
     def fingerprint(self) -> str:
@@ -137,6 +136,7 @@ def _shape(
     return size_model(params, embedder_share, d_item=d_item, aspect=aspect, depth=depth, embedder_depth=embedder_depth)
 
 
+_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 Check = Callable[[object, str], Any]
 
 

@@ -46,8 +46,7 @@ class _Baseline:
 
     def _one_up(self, view: View, trial: Trial) -> Step | None:
         """A paused trial's next row."""
-        rungs = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
-        return view.climb(trial, rungs[0]) if rungs else None
+        return next(iter(view.climbs(trial)), None)
 
     def _entry(self, proposal: Proposal) -> int:
         """The rung of a new trial's first row."""
@@ -61,7 +60,7 @@ class _Baseline:
         if proposal is None:
             return None
         entry = self._entry(proposal)
-        fits = affordable([view.enter(proposal, entry)], view.available_flops)
+        fits = affordable((step for step in view.entries(proposal) if step.rung == entry), view.available_flops)
         return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
 
 
@@ -69,7 +68,8 @@ class FullLength(_Baseline):
     """Every configuration to its last rung, in the arena's order: a random search, or a grid."""
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
-        for step in affordable((self._one_up(view, trial) for trial in view.paused), view.available_flops):
+        ups = (step for trial in view.paused for step in view.climbs(trial)[:1])
+        for step in affordable(ups, view.available_flops):
             return step.decision("every configuration is trained to the end")
         owed = sum(self._rest(trial) for trial in view.state.trials.values() if trial.trial in view.running)
         if owed >= view.available_flops:
@@ -122,7 +122,7 @@ class AshaPromote(_Baseline):
             for name in sorted(losses, key=lambda name: losses[name])[:quota]:
                 trial = view.state.trials[name]
                 if name in paused and max(trial.rows) == rung:
-                    for step in affordable([self._one_up(view, trial)], view.available_flops):
+                    for step in affordable(view.climbs(trial)[:1], view.available_flops):
                         return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}")
         return self._start(view, can_propose, "no row is among the best of its rung; a new trial")
 
@@ -159,11 +159,13 @@ class IsoflopWindow(_Baseline):
         ways: list[tuple[float, int, Step | None]] = []
         for trial in view.state.trials.values():
             if rung in self.arena.rungs(trial.config):
-                way = view.climb(trial, rung) if view.is_paused(trial) and max(trial.rows) < rung else None
+                ups = view.climbs(trial) if view.is_paused(trial) and max(trial.rows) < rung else []
+                way = next((step for step in ups if step.rung == rung), None)
                 ways.append((abs(math.log(trial.params / target)), next(numbers), way))
         for proposal in pool:
             if rung in self.arena.rungs(proposal.config):
-                ways.append((abs(math.log(proposal.params / target)), next(numbers), view.enter(proposal, rung)))
+                way = next(step for step in view.entries(proposal) if step.rung == rung)
+                ways.append((abs(math.log(proposal.params / target)), next(numbers), way))
         near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])
         done = len(list(takewhile(lambda way: way[2] is None, near)))
         return done, near[done][2] if done < len(near) else None

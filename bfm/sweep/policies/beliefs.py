@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Config, Proposal
+from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policies.ground import Step, View
-from bfm.sweep.settings import Constraint, Metric, SweepSpec
+from bfm.sweep.settings import Metric, SweepSpec
+from bfm.sweep.state import Trial
 from bfm.sweep.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
 
 _WEIGHED_UP_TO = 48
@@ -24,6 +25,7 @@ _MAX_LIKELY = 6
 _UNSEEN_MARGIN = 0.05
 """Where a rung has no row its frontier is taken to lie so many spreads above the best prediction."""
 _OTHER_AXES = 0.3
+_MANY = 20_000
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Beliefs:
         self._center = float(np.mean(np.log(np.array(ladder, dtype=float))))
         self._models = [_Model(self, metric) for metric in spec.metrics]
         self._bounds = [(_Model(self, constraint.metric), constraint) for constraint in spec.constraints]
-        self._codes: dict[str, int] = {}
+        self._known: dict[str | int, tuple[np.ndarray, np.ndarray, int, Trial | Proposal]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -63,25 +65,21 @@ class Beliefs:
         """A loss of the first metric as a user knows it."""
         return self.spec.metric.from_model(loss)
 
-    def screen(self, view: View, steps: Sequence[Step], rung: int, count: int) -> list[int]:
-        """Indices of the most promising candidates, by the likeliest hypothesis alone."""
+    def screen(self, steps: Sequence[Step], count: int) -> list[int]:
+        """Indices of the most promising candidates for one rung, by the likeliest hypothesis alone."""
         if len(steps) <= count:
             return list(range(len(steps)))
-        judged = self._judge(view, steps, rung, quick=True)
+        judged = self._judge(steps, quick=True)
         costs = np.array([step.cost_flops for step in steps], dtype=float)
         return sorted(np.argsort(-judged.improvement_M / costs, kind="stable")[:count].tolist())
 
-    def judge(self, view: View, steps: Sequence[Step], rung: int) -> Judged:
-        """What candidates are worth at a rung."""
-        return self._judge(view, steps, rung, quick=False)
+    def judge(self, steps: Sequence[Step]) -> Judged:
+        """What candidates for one rung are worth there."""
+        return self._judge(steps, quick=False)
 
-    def _judge(self, view: View, steps: Sequence[Step], rung: int, *, quick: bool) -> Judged:
-        places = self.places(
-            [step.config for step in steps],
-            [step.params for step in steps],
-            [step.key for step in steps],
-            [rung] * len(steps),
-        )
+    def _judge(self, steps: Sequence[Step], *, quick: bool) -> Judged:
+        rung = steps[0].rung
+        places = self.places([step.subject for step in steps], [rung] * len(steps))
         first: tuple[Prediction, float] | None = None
         improvement_M = np.zeros(len(steps))
         for model in self._models:
@@ -95,26 +93,44 @@ class Beliefs:
         assert first is not None
         return Judged(improvement_M, first[0].mean_M, first[0].sd_M, first[1])
 
-    def spread_out(self, view: View, proposals: Sequence[Proposal], target: float) -> int:
-        """The proposal nearest to a quantile of the pool's sizes, and unlike the trials begun on other axes."""
-        numbers, codes = self.arena.axes.encode([p.config for p in proposals], [p.params for p in proposals])
+    def spread_out(self, view: View, steps: Sequence[Step], target: float) -> int:
+        """The new proposal nearest to a quantile of all their sizes, and unlike the trials begun on other axes."""
+        new = self.places([step.subject for step in steps], [step.rung for step in steps])
+        score = np.abs(new.numbers_MX[:, 0] - np.quantile(new.numbers_MX[:, 0], target))
         trials = list(view.state.trials.values())
-        begun, begun_codes = self.arena.axes.encode([t.config for t in trials], [t.params for t in trials])
-        score = np.abs(numbers[:, 0] - np.quantile(numbers[:, 0], target))
-        if trials and numbers.shape[1] + codes.shape[1] > 1:
-            apart = ((numbers[:, None, 1:] - begun[None, :, 1:]) ** 2).sum(-1)
-            apart = apart + (codes[:, None] != begun_codes[None]).sum(-1)
+        if trials and new.numbers_MX.shape[1] + new.codes_MG.shape[1] > 1:
+            begun = self.places(trials, [self.arena.rungs(trial.config)[0] for trial in trials])
+            apart = ((new.numbers_MX[:, None, 1:] - begun.numbers_MX[None, :, 1:]) ** 2).sum(-1)
+            apart = apart + (new.codes_MG[:, None] != begun.codes_MG[None]).sum(-1)
             score = score - _OTHER_AXES * np.minimum(1.0, np.sqrt(apart.min(1)))
         return int(np.argmin(score))
 
-    def places(
-        self, configs: Sequence[Config], params: Sequence[int], keys: Sequence[str], rungs: Sequence[int]
-    ) -> Places:
-        """Coordinates of configurations at rungs."""
-        numbers, codes = self.arena.axes.encode(configs, params)
-        log_flops = np.log([self.arena.row_flops(config, rung) for config, rung in zip(configs, rungs, strict=True)])
-        ids = np.array([self._codes.setdefault(key, len(self._codes)) for key in keys], dtype=int)
-        return Places(numbers, codes, log_flops, ids)
+    def places(self, subjects: Sequence[Trial | Proposal], rungs: Sequence[int]) -> Places:
+        """Coordinates of trials and proposals at rungs."""
+        known = [self._coordinates(subject) for subject in subjects]
+        log_flops = np.log([self.arena.row_flops(s.config, rung) for s, rung in zip(subjects, rungs, strict=True)])
+        return Places(
+            np.array([numbers for numbers, _, _ in known]),
+            np.array([codes for _, codes, _ in known]),
+            log_flops,
+            np.array([number for _, _, number in known]),
+        )
+
+    def _coordinates(self, subject: Trial | Proposal) -> tuple[np.ndarray, np.ndarray, int]:
+        # A trial keeps its own for good; a proposal is nobody yet, and there are many.
+        key = subject.trial if isinstance(subject, Trial) else id(subject)
+        if key not in self._known:
+            numbers, codes = self.arena.axes.encode([subject.config], [subject.params])
+            number = subject.number if isinstance(subject, Trial) else -1
+            if isinstance(subject, Proposal):
+                self._forget_proposals()
+            # The subject is held, so that no other one can get its id.
+            self._known[key] = numbers[0], codes[0], number, subject
+        return self._known[key][:3]
+
+    def _forget_proposals(self) -> None:
+        if len(self._known) > _MANY:
+            self._known = {key: value for key, value in self._known.items() if isinstance(key, str)}
 
     @property
     def center(self) -> float:
@@ -203,13 +219,7 @@ class _Model:
         return Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely)
 
     def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
-        trials = [view.state.trials[trial] for trial, _ in places]
-        return self.beliefs.places(
-            [trial.config for trial in trials],
-            [trial.params for trial in trials],
-            [trial.trial for trial in trials],
-            [rung for _, rung in places],
-        )
+        return self.beliefs.places([view.state.trials[trial] for trial, _ in places], [rung for _, rung in places])
 
     def predict(self, places: Places, *, quick: bool) -> Prediction:
         """At candidates."""
@@ -237,6 +247,3 @@ def _best_of_each_rung(rows: list[tuple[str, int, float]]) -> list[tuple[str, in
         places[rung] = places.get(rung, 0) + 1
     kept = sorted(rank, key=lambda index: rank[index])[:MAX_ROWS]
     return [rows[index] for index in sorted(kept)]
-
-
-__all__ = ["Beliefs", "Constraint", "Judged"]

@@ -14,6 +14,7 @@ probability that it holds. Everything is a function of the ledger.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policies.beliefs import Beliefs
-from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
+from bfm.sweep.policies.ground import Step, View, affordable
 from bfm.sweep.policy import Decision, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
@@ -48,8 +49,6 @@ class Offer:
     step: Step
     rate: float
     """Expected improvement per share of the cap."""
-    improvement: float
-    """In units of the first metric's spread."""
     predicted: float
     sd: float
     best: float
@@ -70,6 +69,9 @@ class FrontierPolicy:
         self.spec, self.arena = spec, arena
         self.shares = spec.scheduler.shares or default_shares(len(spec.budget.ladder_flops))
         self._beliefs = Beliefs(spec, arena)
+        # Only for speed: what follows from a trial's rows, or from a pool, alone.
+        self._climbs: dict[str, tuple[tuple[int, int | None], list[Step]]] = {}
+        self._entries: tuple[Sequence[Proposal], list[Step]] = ((), [])
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
@@ -87,13 +89,13 @@ class FrontierPolicy:
 
     def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
-        entries = [view.enter(proposal, self.arena.rungs(proposal.config)[0]) for proposal in pool]
+        entries = [view.entries(proposal)[0] for proposal in pool]
         fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)))
         if not fitting:
             return self._idle(view, "the first rows decide what comes next") if view.running else None
         number = len(view.state.trials)
         target = (0.1 + number * _GOLDEN) % 1.0
-        step = fitting[self._beliefs.spread_out(view, [step.proposal for step in fitting if step.proposal], target)]
+        step = fitting[self._beliefs.spread_out(view, fitting, target)]
         reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
         return step.decision(reason, self.spec.seeds[0])
 
@@ -134,23 +136,20 @@ class FrontierPolicy:
         return Wait(f"{len(cheap)} much cheaper tasks are running that may change what is chosen for rung {rung}")
 
     def _offers(self, view: View, pool: Sequence[Proposal]) -> dict[int, Offer]:
+        available_flops = view.available_flops - sum(view.promised_flops)
         found = {}
-        for rung in range(view.num_rungs):
-            ways = [view.climb(trial, rung) for trial in view.paused] + [
-                view.enter(proposal, rung) for proposal in pool
-            ]
-            steps = self._beside_the_top(view, affordable(ways, view.available_flops - sum(view.promised_flops)))
+        for rung, candidates in enumerate(self._candidates(view, pool)):
+            steps = self._beside_the_top(view, affordable(candidates, available_flops))
             if not steps:
                 continue
-            kept = self._beliefs.screen(view, steps, rung, _SCREENED)
-            judged = self._beliefs.judge(view, [steps[place] for place in kept], rung)
+            kept = self._beliefs.screen(steps, _SCREENED)
+            judged = self._beliefs.judge([steps[place] for place in kept])
             costs = np.array([steps[place].cost_flops for place in kept]) / self.spec.budget.total_flops
             rates = judged.improvement_M / costs
             top = int(np.argmax(rates))
             found[rung] = Offer(
                 steps[kept[top]],
                 float(rates[top]),
-                float(judged.improvement_M[top]),
                 float(judged.mean_M[top]),
                 float(judged.sd_M[top]),
                 judged.best,
@@ -158,23 +157,46 @@ class FrontierPolicy:
             )
         return found
 
+    def _candidates(self, view: View, pool: Sequence[Proposal]) -> list[list[Step]]:
+        """Per rung, paused trials and new proposals on their way there; kept until they change."""
+        rungs: list[list[Step]] = [[] for _ in range(view.num_rungs)]
+        for trial in view.paused:
+            stands = len(trial.rows), view.state.trunk_below(trial.trial, view.num_rungs)
+            known = self._climbs.get(trial.trial)
+            if known is None or known[0] != stands:
+                self._climbs[trial.trial] = stands, view.climbs(trial)
+            for step in self._climbs[trial.trial][1]:
+                rungs[step.rung].append(step)
+        if self._entries[0] is not pool:
+            self._entries = pool, [step for proposal in pool for step in view.entries(proposal)]
+        for step in self._entries[1]:
+            rungs[step.rung].append(step)
+        return rungs
+
     def _beside_the_top(self, view: View, steps: list[Step]) -> list[Step]:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         top = view.num_rungs - 1
         if view.state.rungs.get(top) or top in view.meant.values():
             return steps
-        ways = [step for step in (view.climb(trial, top) for trial in view.paused) if step is not None]
-        cheapest = min((step.cost_flops for step in ways), default=math.inf)
-
-        def leaves_a_way(step: Step) -> bool:
-            if top not in self.arena.rungs(step.config):
-                return view.available_flops - step.cost_flops >= cheapest
-            rest = ascent_flops(self.arena, step.config, step.rung, step.rung + 1, top)
-            return view.available_flops - step.cost_flops >= min(cheapest, rest)
-
-        kept = [step for step in steps if leaves_a_way(step)]
+        cheapest = min(
+            (self._rest(step, top) for trial in view.paused for step in view.climbs(trial)[:1]), default=math.inf
+        )
+        left = view.available_flops
+        kept = [
+            step for step in steps if left - step.cost_flops >= min(cheapest, self._rest(step, top) - step.cost_flops)
+        ]
         # Where the cap does not pay for the top at all, the rungs below have it.
         return kept or steps
+
+    def _rest(self, step: Step, top: int) -> float:
+        """What a step's subject costs from where it stands to the top; inf where it has no row there."""
+        rungs = self.arena.rungs(step.config)
+        if top not in rungs:
+            return math.inf
+        ways = [rung for rung in rungs if rung >= step.rung]
+        return step.cost_flops + sum(
+            self.arena.reserve_flops(step.config, way, before) for before, way in itertools.pairwise(ways)
+        )
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops

@@ -6,12 +6,12 @@ the signed metric, and a rung is an integer index.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bfm.sweep.arena import Arena, Config, Proposal
+from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policy import Promote, Propose
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
@@ -95,22 +95,27 @@ class View:
         """Trials that may be trained on, in order of their proposals."""
         return [trial for trial in self.state.trials.values() if self.is_paused(trial)]
 
-    def climb(self, trial: Trial, rung: int) -> Step | None:
-        """A paused trial on its way to a rung; None where it has no row to reach there."""
-        ways = [step for step in self.arena.rungs(trial.config) if max(trial.rows) < step <= rung]
-        if not ways or ways[-1] != rung:
-            return None
-        first = ways[0] if self.arena.climbs(trial.config) else rung
-        below = self.state.trunk_below(trial.trial, first)
-        return Step(trial, None, first, rung, ascent_flops(self.arena, trial.config, below, first, rung))
+    def climbs(self, trial: Trial) -> list[Step]:
+        """A paused trial on its way to each of the rungs above."""
+        ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
+        return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
 
-    def enter(self, proposal: Proposal, rung: int) -> Step | None:
-        """A new proposal on its way to a rung."""
-        rungs = self.arena.rungs(proposal.config)
-        if rung not in rungs:
-            return None
-        first = rungs[0] if self.arena.climbs(proposal.config) else rung
-        return Step(None, proposal, first, rung, ascent_flops(self.arena, proposal.config, None, first, rung))
+    def entries(self, proposal: Proposal) -> list[Step]:
+        """A new proposal on its way to each of its rungs."""
+        return self._steps(None, proposal, self.arena.rungs(proposal.config), None)
+
+    def _steps(
+        self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
+    ) -> list[Step]:
+        config = trial.config if trial is not None else proposal.config if proposal is not None else {}
+        if not self.arena.climbs(config):
+            return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
+        steps, cost_flops = [], 0
+        for way in ways:
+            cost_flops += self.arena.reserve_flops(config, way, trunk)
+            steps.append(Step(trial, proposal, ways[0], way, cost_flops))
+            trunk = way
+        return steps
 
     def trunk_of(self, step: Step) -> int | None:
         """The rung whose trunk a step's first task goes on from."""
@@ -132,15 +137,6 @@ class View:
         return [self.state.nominal_flops[rung] + self.promised_flops[rung] for rung in range(self.num_rungs)]
 
 
-def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
-    """All reservations from a trunk (None: from nothing) over a first task up to a rung."""
-    total = 0
-    for step in range(first, rung + 1):
-        total += arena.reserve_flops(config, step, from_rung)
-        from_rung = step
-    return total
-
-
-def affordable(steps: Iterable[Step | None], available_flops: int) -> list[Step]:
+def affordable(steps: Iterable[Step], available_flops: int) -> list[Step]:
     """Steps whose whole way may be reserved."""
-    return [step for step in steps if step is not None and step.cost_flops <= available_flops]
+    return [step for step in steps if step.cost_flops <= available_flops]

@@ -126,6 +126,7 @@ class TableArena:
             name: {rung: row for rung in range(len(rungs)) if (row := curve.row_at(rungs, rung)) is not None}
             for name, curve in self.curves.items()
         }
+        self._pool: tuple[int, list[Proposal]] = (-1, [])
         self._proposals = [
             Proposal(curve.config, curve.params, "table") for name, curve in self.curves.items() if self._places[name]
         ]
@@ -192,9 +193,12 @@ class TableArena:
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """All curves that were not begun."""
-        del number
+        if self._pool[0] == number:
+            return self._pool[1]
         begun = {trial.config["config_id"] for trial in state.trials.values()}
-        return [proposal for proposal in self._proposals if proposal.config["config_id"] not in begun]
+        fresh = [proposal for proposal in self._proposals if proposal.config["config_id"] not in begun]
+        self._pool = number, fresh
+        return fresh
 
     def execute(self, task: Task) -> dict[str, Any]:
         """The row that a task brings."""
