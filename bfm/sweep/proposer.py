@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,8 @@ STARTUP_ROWS = 10
 OPTUNA_TRIES = 300
 RANDOM_TRIES = 5000
 POOL_SIZE = 96
-POOL_OPTUNA_DRAWS = 4
+POOL_ERA = 16
+POOL_OPTUNA_DRAWS = 2
 POOL_TRIES = 2000
 _DUPLICATE = "was proposed before"
 
@@ -44,6 +45,7 @@ class Proposer:
     def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
         self.spec, self.feasible = spec, feasible
         self._names = [parameter.name for parameter in spec.free_parameters]
+        self._random: tuple[int, dict[tuple[Any, ...], Proposal], dict[str, int]] = (-1, {}, {})
 
     def propose(self, state: SweepState, number: int) -> Proposal | None:
         """The point of proposal `number`; None where the space has no further one.
@@ -71,47 +73,63 @@ class Proposer:
     def pool(self, state: SweepState, number: int) -> tuple[Proposal, ...]:
         """Feasible points that a policy may choose proposal `number` from: a few of TPE's, the others at random.
 
-        Of a grid, those not tried yet. Empty where the space has no further point; InfeasibleError as in `propose`.
+        The random ones (of a grid: some of its points) serve POOL_ERA proposals. Empty where the space has no further
+        point; InfeasibleError as in `propose`.
         """
         seen = {self._key(trial.config) for trial in state.trials.values()}
-        rng = np.random.default_rng((self.spec.seeds[0], number))
         if self.spec.method == "grid":
-            fresh = [values for values in self.feasible.feasible_grid[0] if self._values_key(values) not in seen]
-            chosen = rng.permutation(len(fresh))[:POOL_SIZE]
-            draws: Iterator[tuple[str, dict[str, Any]]] = (("grid", fresh[place]) for place in sorted(chosen))
+            found = self._grid_pool(seen, number)
         else:
-            draws = self._pool_draws(state, number, rng)
-        found: dict[tuple[Any, ...], Proposal] = {}
-        rejected: Counter[str] = Counter()
-        refusals: list[Rejection] = []
-        for source, values in draws:
+            random, rejected = self._random_pool(number // POOL_ERA)
+            found = {key: proposal for key, proposal in random.items() if key not in seen}
+            if number % POOL_ERA == 0:
+                found = {key: replace(proposal, rejected=rejected) for key, proposal in found.items()}
+        for values in self._optuna_pool(state, number):
             verdict = self.feasible.judge(values)
-            if isinstance(verdict, Rejection):
-                rejected[verdict.reason] += 1
-                refusals.append(verdict)
-                continue
-            key = self._key(verdict.config.as_dict())
-            if key in seen:
-                rejected[_DUPLICATE] += 1
-            elif key not in found:
-                found[key] = _proposal(verdict, source, {})
-            if len(found) == POOL_SIZE:
-                break
-        if not found and refusals and not rejected[_DUPLICATE]:
-            raise binding_bound(refusals)
-        counts = dict(sorted(rejected.items()))
-        return tuple(replace(proposal, rejected=counts) for proposal in found.values())
+            if isinstance(verdict, Feasible) and (key := self._key(verdict.config.as_dict())) not in seen:
+                found[key] = _proposal(verdict, "optuna", {})
+        return tuple(found.values())
 
-    def _pool_draws(
-        self, state: SweepState, number: int, rng: np.random.Generator
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _grid_pool(self, seen: set[tuple[Any, ...]], number: int) -> dict[tuple[Any, ...], Proposal]:
+        points, rejected = self.feasible.feasible_grid
+        if not points:
+            raise binding_bound(self.feasible.sample[1])
+        counts = dict(sorted(rejected.items())) if number == 0 else {}
+        fresh = [values for values in points if self._key(self.spec.config(values).as_dict()) not in seen]
+        order = np.random.default_rng((self.spec.seeds[0], number // POOL_ERA)).permutation(len(fresh))
+        found = {}
+        for place in sorted(order[:POOL_SIZE]):
+            verdict = self.feasible.judge(fresh[place])
+            assert isinstance(verdict, Feasible)
+            found[self._key(verdict.config.as_dict())] = _proposal(verdict, "grid", counts)
+        return found
+
+    def _random_pool(self, era: int) -> tuple[dict[tuple[Any, ...], Proposal], dict[str, int]]:
+        """Random feasible points and the counted reasons of the others: a function of the seed and the era."""
+        if self._random[0] != era:
+            rng = np.random.default_rng((self.spec.seeds[0], era))
+            found: dict[tuple[Any, ...], Proposal] = {}
+            refusals: list[Rejection] = []
+            for _ in range(POOL_TRIES):
+                verdict = self.feasible.judge(self.feasible.draw(rng))
+                if isinstance(verdict, Rejection):
+                    refusals.append(verdict)
+                else:
+                    found[self._key(verdict.config.as_dict())] = _proposal(verdict, "random", {})
+                if len(found) == POOL_SIZE:
+                    break
+            if not found:
+                raise binding_bound(refusals)
+            counts = Counter(refusal.reason for refusal in refusals)
+            self._random = era, found, dict(sorted(counts.items()))
+        return self._random[1], self._random[2]
+
+    def _optuna_pool(self, state: SweepState, number: int) -> Iterator[dict[str, Any]]:
         rung = self._learning_rung(state) if self.spec.method == "optuna" else None
         if rung is not None:
             study = self._study(state, rung)
             for attempt in range(POOL_OPTUNA_DRAWS):
-                yield "optuna", self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
-        for _ in range(POOL_TRIES):
-            yield "random", self.feasible.draw(rng)
+                yield self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
 
     def _next_of_grid(self, number: int) -> Proposal | None:
         points, rejected = self.feasible.feasible_grid
@@ -186,9 +204,6 @@ class Proposer:
 
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)
-
-    def _values_key(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        return self._key(self.spec.config(values).as_dict())
 
     def _key(self, config: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(config[name] for name in self._names)

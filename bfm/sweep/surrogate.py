@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.spatial.distance import cdist
 from scipy.special import ndtr
 from scipy.stats import qmc
 
@@ -210,8 +211,9 @@ class _Between:
     """Squared distances between two sets of points, from which the kernel of any hypothesis follows."""
 
     def __init__(self, left: Places, right: Places) -> None:
-        apart = ((left.numbers_MX[:, None] - right.numbers_MX[None]) ** 2).sum(-1)
-        self._axes = apart + (left.codes_MG[:, None] != right.codes_MG[None]).sum(-1)
+        self._axes = cdist(left.numbers_MX, right.numbers_MX, "sqeuclidean")
+        for left_M, right_M in zip(left.codes_MG.T, right.codes_MG.T, strict=True):
+            self._axes += left_M[:, None] != right_M[None]
         self._flops = (left.log_flops_M[:, None] - right.log_flops_M[None]) ** 2
         same = left.ids_M[:, None] == right.ids_M[None]
         self._own = same * np.exp(-0.5 * self._flops / _OWN_FLOPS_SCALE**2)

@@ -71,7 +71,7 @@ class FrontierPolicy:
         self._beliefs = Beliefs(spec, arena)
         # Only for speed: what follows from a trial's rows, or from a pool, alone.
         self._climbs: dict[str, tuple[tuple[int, int | None], list[Step]]] = {}
-        self._entries: tuple[Sequence[Proposal], list[Step]] = ((), [])
+        self._entries: dict[int, tuple[Proposal, list[Step]]] = {}
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
@@ -90,7 +90,8 @@ class FrontierPolicy:
     def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
         entries = [view.entries(proposal)[0] for proposal in pool]
-        fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)))
+        cheapest = self._cheapest_to_the_top(self._candidates(view, ()))
+        fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)), cheapest)
         if not fitting:
             return self._idle(view, "the first rows decide what comes next") if view.running else None
         number = len(view.state.trials)
@@ -138,8 +139,10 @@ class FrontierPolicy:
     def _offers(self, view: View, pool: Sequence[Proposal]) -> dict[int, Offer]:
         available_flops = view.available_flops - sum(view.promised_flops)
         found = {}
-        for rung, candidates in enumerate(self._candidates(view, pool)):
-            steps = self._beside_the_top(view, affordable(candidates, available_flops))
+        rungs = self._candidates(view, pool)
+        cheapest = self._cheapest_to_the_top(rungs)
+        for rung, candidates in enumerate(rungs):
+            steps = self._beside_the_top(view, affordable(candidates, available_flops), cheapest)
             if not steps:
                 continue
             kept = self._beliefs.screen(steps, _SCREENED)
@@ -167,20 +170,21 @@ class FrontierPolicy:
                 self._climbs[trial.trial] = stands, view.climbs(trial)
             for step in self._climbs[trial.trial][1]:
                 rungs[step.rung].append(step)
-        if self._entries[0] is not pool:
-            self._entries = pool, [step for proposal in pool for step in view.entries(proposal)]
-        for step in self._entries[1]:
-            rungs[step.rung].append(step)
+        # The proposals are held, so that no other one can get the id of one that is known.
+        self._entries = {id(p): self._entries.get(id(p)) or (p, view.entries(p)) for p in pool}
+        for _, steps in self._entries.values():
+            for step in steps:
+                rungs[step.rung].append(step)
         return rungs
 
-    def _beside_the_top(self, view: View, steps: list[Step]) -> list[Step]:
+    def _cheapest_to_the_top(self, rungs: list[list[Step]]) -> float:
+        return min((step.cost_flops for step in rungs[-1] if step.trial is not None), default=math.inf)
+
+    def _beside_the_top(self, view: View, steps: list[Step], cheapest: float) -> list[Step]:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         top = view.num_rungs - 1
         if view.state.rungs.get(top) or top in view.meant.values():
             return steps
-        cheapest = min(
-            (self._rest(step, top) for trial in view.paused for step in view.climbs(trial)[:1]), default=math.inf
-        )
         left = view.available_flops
         kept = [
             step for step in steps if left - step.cost_flops >= min(cheapest, self._rest(step, top) - step.cost_flops)
