@@ -11,6 +11,7 @@ from itertools import count, takewhile
 
 import numpy as np
 
+from bfm.errors import UserError
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policies.ground import Step, View, affordable
 from bfm.sweep.policy import Decision, Propose, Stop
@@ -129,6 +130,11 @@ class AshaPromote(_Baseline):
 
 class IsoflopWindow(_Baseline):
     """At every rung the configurations nearest to N = sqrt(C / 120), within a factor of three: D about 20 N."""
+
+    def __init__(self, spec: SweepSpec, arena: Arena) -> None:
+        super().__init__(spec, arena)
+        if arena.axes.size is None:
+            raise UserError("isoflop-window needs models of different size", key="policy", fix="name --params-column")
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
         pool = self.arena.pool(view.state, len(view.state.trials)) if can_propose else ()

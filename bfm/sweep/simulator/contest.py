@@ -122,7 +122,7 @@ def enter(contest: Contest, policy: str, seed: int) -> Entry:
     budget_flops = int(contest.budget_fraction * arena.full_flops(contest.rungs_flops[-1]))
     if arena.num_points == 0:
         raise UserError("no configuration of a subset reaches a rung", key="--subset", fix="draw a larger share")
-    spec = _spec(contest, policy, budget_flops, seed)
+    spec = contest_spec(contest, policy, budget_flops, seed)
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
     timeline = run_fleet(driver, arena.execute, contest.fleet, rng)
     return Entry(arena.regrets(driver.state), budget_flops, driver.state.spent_flops, timeline, driver.state)
@@ -156,7 +156,8 @@ def render(result: dict[str, Any]) -> str:
     )
 
 
-def _spec(contest: Contest, policy: str, budget_flops: int, seed: int) -> SweepSpec:
+def contest_spec(contest: Contest, policy: str, budget_flops: int, seed: int) -> SweepSpec:
+    """The spec of one entry."""
     return SweepSpec(
         name="table",
         metric=LOSS,

@@ -50,9 +50,9 @@ class Curve:
         low = rungs[rung - 1] * (1 + _FLOPS_SLACK) if rung else 0.0
         return place if place >= 0 and self.flops[place] > low else None
 
-    def best_within(self, flops: float) -> float:
-        """The lowest loss up to `flops`; inf where the curve begins later."""
-        return min(self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))], default=math.inf)
+    def within(self, flops: float) -> tuple[float, ...]:
+        """The losses up to `flops`."""
+        return self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))]
 
 
 def read_curves(
@@ -228,23 +228,18 @@ class TableArena:
         """Per rung, best loss seen within its C minus the best there is; the worst known one if nothing was seen."""
         found = []
         for rung, flops in enumerate(self._rungs):
-            best = min(curve.best_within(flops) for curve in self.curves.values())
+            best = min(loss for curve in self.curves.values() for loss in curve.within(flops) if math.isfinite(loss))
             ends = {
                 name: max((at for at in trial.rows if at <= rung), default=None)
                 for name, trial in ((trial.config["config_id"], trial) for trial in state.trials.values())
             }
             seen = [self._seen(name, at) for name, at in ends.items() if at is not None]
-            found.append(min(seen, default=math.inf) - best)
-            if not math.isfinite(found[-1]):
-                known = [
-                    curve.losses[row]
-                    for curve in self.curves.values()
-                    if (row := curve.row_at(self._rungs, rung)) is not None
-                ]
-                found[-1] = max(loss for loss in known if math.isfinite(loss)) - best
+            worst = max(loss for curve in self.curves.values() for loss in curve.within(flops) if math.isfinite(loss))
+            found.append(min([loss for loss in seen if math.isfinite(loss)], default=worst) - best)
         return np.array(found)
 
     def _seen(self, name: str, rung: int) -> float:
         """The best loss of a curve that was run to a rung: all of its rows on the way if it is one run."""
         curve, row = self.curves[name], self._places[name][rung]
-        return min(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]
+        losses = curve.losses[: row + 1] if curve.resumable else curve.losses[row : row + 1]
+        return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
