@@ -12,7 +12,7 @@ from itertools import count, takewhile
 import numpy as np
 
 from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.policies.ground import Step, View, affordable
+from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
 from bfm.sweep.policy import Decision, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial
@@ -71,7 +71,7 @@ class FullLength(_Baseline):
     def _next(self, view: View, can_propose: bool) -> Decision | None:
         for step in affordable((self._one_up(view, trial) for trial in view.paused), view.available_flops):
             return step.decision("every configuration is trained to the end")
-        owed = sum(self._rest(trial) for trial in view.state.trials.values() if trial.trial in view.running)
+        owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
             return None
         return self._start(view, can_propose, "the next configuration, to be trained to the end")
@@ -80,14 +80,9 @@ class FullLength(_Baseline):
         rungs = self.arena.rungs(proposal.config)
         return rungs[0] if self.arena.climbs(proposal.config) else rungs[-1]
 
-    def _rest(self, trial: Trial) -> int:
-        """What a running trial will still ask for after its task."""
-        rungs = self.arena.rungs(trial.config)
-        return sum(
-            self.arena.reserve_flops(trial.config, rung, rung - 1)
-            for rung in rungs
-            if rung > max(trial.rows, default=rungs[0])
-        )
+    def _rest(self, trial: Trial, rung: int) -> int:
+        """What a trial will still ask for after its task at a rung."""
+        return ascent_flops(self.arena, trial.config, rung, rung + 1, self.arena.rungs(trial.config)[-1])
 
 
 class AshaStop(_Baseline):

@@ -122,8 +122,10 @@ class View:
         promised = [0] * self.num_rungs
         for name, rung in self.running.items():
             config = self.state.trials[name].config
-            for step in range(rung + 1, self.meant[name] + 1):
-                promised[step] += self.arena.reserve_flops(config, step, step - 1)
+            for step in self.arena.rungs(config):
+                if rung < step <= self.meant[name]:
+                    promised[step] += self.arena.reserve_flops(config, step, rung)
+                    rung = step
         return promised
 
     @cached_property
@@ -134,8 +136,9 @@ class View:
 
 def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
     """All reservations from a trunk (None: from nothing) over a first task up to a rung."""
+    steps = [step for step in arena.rungs(config) if first <= step <= rung]
     total = 0
-    for step in range(first, rung + 1):
+    for step in steps if arena.climbs(config) else steps[-1:]:
         total += arena.reserve_flops(config, step, from_rung)
         from_rung = step
     return total

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +52,7 @@ class Curve:
 
     def best_within(self, flops: float) -> float:
         """The lowest loss up to `flops`; inf where the curve begins later."""
-        return min(self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))], default=math.inf)
+        return _lowest(self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))])
 
 
 def read_curves(
@@ -225,22 +225,28 @@ class TableArena:
         found = []
         for rung, flops in enumerate(self._rungs):
             best = min(curve.best_within(flops) for curve in self.curves.values())
-            ends = {
-                name: max((at for at in trial.rows if at <= rung), default=None)
-                for name, trial in ((trial.config["config_id"], trial) for trial in state.trials.values())
-            }
-            seen = [self._seen(name, at) for name, at in ends.items() if at is not None]
-            found.append(min(seen, default=math.inf) - best)
-            if not math.isfinite(found[-1]):
-                known = [
-                    curve.losses[row]
-                    for curve in self.curves.values()
-                    if (row := curve.row_at(self._rungs, rung)) is not None
-                ]
-                found[-1] = max(loss for loss in known if math.isfinite(loss)) - best
-        return np.array(found)
+            seen = _lowest(
+                self._seen(trial.config["config_id"], at)
+                for trial in state.trials.values()
+                for at in trial.rows
+                if at <= rung
+            )
+            found.append((seen if math.isfinite(seen) else self._worst(rung, best)) - best)
+        # Where there is nothing to be seen there is nothing to regret.
+        return np.nan_to_num(np.array(found), nan=0.0)
+
+    def _worst(self, rung: int, best: float) -> float:
+        """The worst known loss at a rung; `best` where it has none."""
+        rows = ((curve, curve.row_at(self._rungs, rung)) for curve in self.curves.values())
+        losses = [curve.losses[row] for curve, row in rows if row is not None]
+        return max((loss for loss in losses if math.isfinite(loss)), default=best)
 
     def _seen(self, name: str, rung: int) -> float:
         """The best loss of a curve that was run to a rung: all of its rows on the way if it is one run."""
         curve, row = self.curves[name], self._places[name][rung]
-        return min(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]
+        return _lowest(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]
+
+
+def _lowest(losses: Iterable[float]) -> float:
+    """Of those that are numbers; inf where there is none."""
+    return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
