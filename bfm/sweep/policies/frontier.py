@@ -15,7 +15,7 @@ probability that it holds. Everything is a function of the ledger.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,7 @@ class FrontierPolicy:
         if not view.state.trials:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
-        return min(view.available_flops, share)
+        return min(view.available_flops - sum(view.promised_flops), share)
 
     def _serve(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         offers = self._offers(view, pool)
@@ -164,18 +164,29 @@ class FrontierPolicy:
         top = view.num_rungs - 1
         if view.state.rungs.get(top) or top in view.meant.values():
             return steps
-        ways = [step for step in (view.climb(trial, top) for trial in view.paused) if step is not None]
-        cheapest = min((step.cost_flops for step in ways), default=math.inf)
+        free = view.available_flops - sum(view.promised_flops)
+        cheapest = min(self._ways_up(view, top), default=math.inf)
 
         def leaves_a_way(step: Step) -> bool:
             if top not in self.arena.rungs(step.config):
-                return view.available_flops - step.cost_flops >= cheapest
+                return free - step.cost_flops >= cheapest
             rest = ascent_flops(self.arena, step.config, step.rung, step.rung + 1, top)
-            return view.available_flops - step.cost_flops >= min(cheapest, rest)
+            return free - step.cost_flops >= min(cheapest, rest)
 
         kept = [step for step in steps if leaves_a_way(step)]
         # Where the cap does not pay for the top at all, the rungs below have it.
-        return kept or steps
+        return kept if kept or cheapest <= free else steps
+
+    def _ways_up(self, view: View, top: int) -> Iterator[int]:
+        """What bringing a paused trial to the top costs, or a running one beyond where it is meant to go."""
+        for trial in view.paused:
+            step = view.climb(trial, top)
+            if step is not None:
+                yield step.cost_flops
+        for name, rung in view.meant.items():
+            config = view.state.trials[name].config
+            if top in self.arena.rungs(config):
+                yield ascent_flops(self.arena, config, rung, rung + 1, top)
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops
