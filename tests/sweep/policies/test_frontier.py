@@ -192,7 +192,7 @@ class CapMachine(RuleBasedStateMachine):
             assert self.driver.state.finished
 
 
-CapMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+CapMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestCap = CapMachine.TestCase
 
 
@@ -253,7 +253,7 @@ def test_shares_double_and_the_top_one_has_three_times_the_one_below():
 
 
 @given(bad=st.sets(st.integers(0, 40), min_size=1), kind=st.sampled_from(["nan", "diverged", "oom", "missing C"]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_what_cannot_be_compared_is_never_the_reason_for_more(bad, kind):
     def run(task):
         row = execute(task)
@@ -309,7 +309,7 @@ def drive(driver, choose, check=lambda driver: None):
 
 
 @given(slots=st.integers(2, 8), seed=st.integers(0, 1000), fraction=st.floats(0.02, 0.4))
-@settings(max_examples=10, deadline=None, phases=[Phase.generate])
+@settings(max_examples=6, deadline=None, phases=[Phase.generate])
 def test_running_tasks_are_accounted_for(slots, seed, fraction):
     curves = planted(seed, copies=1)
     total = max(1.01 * LADDER[-1], fraction * len(curves) * LADDER[-1])
