@@ -32,8 +32,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.In: lambda column, values: column.isin(values),
-    ast.NotIn: lambda column, values: ~column.isin(values),
+    ast.In: lambda column, values: _is_in(column, values),
+    ast.NotIn: lambda column, values: ~_is_in(column, values),
 }
 
 
@@ -82,6 +82,12 @@ def _expression(node: ast.expr, columns: Sequence[str]) -> Any:
         case ast.Compare(ast.Name(name), [compared], [value]) if name in columns and type(compared) in _COMPARISONS:
             return _COMPARISONS[type(compared)](pc.field(name), _literal(value))
     raise SyntaxError(f"cannot read {ast.unparse(node)}")
+
+
+def _is_in(column: pc.Expression, values: Any) -> pc.Expression:
+    if not isinstance(values, (list, tuple)):
+        raise SyntaxError(f"{values!r} is no list")
+    return column.isin(values)
 
 
 def _literal(node: ast.expr) -> Any:

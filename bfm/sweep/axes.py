@@ -36,6 +36,9 @@ class NumberAxis:
     def of(cls, name: str, values: Sequence[float], is_log: bool | None = None) -> NumberAxis | None:
         """Scaled by the values it will see; None where they are all equal."""
         array = np.asarray(values, dtype=float)
+        # Not by the spread: the mean of equal numbers is rounded, and may differ from them.
+        if array.min() == array.max():
+            return None
         if is_log is None:
             is_log = bool(array.min() > 0 and array.max() > _LOG_SPAN * array.min())
         array = np.log(array) if is_log else array

@@ -202,7 +202,7 @@ class SweepDriver:
             raise ValueError(f"the row of task {task_id} is of {row['trial']} rung {row['rung']} {row['status']}")
         checked = _finite(row)
         if checked["status"] == "ok":
-            if not isinstance(row.get("checkpoint"), str):
+            if self.arena.climbs(self.state.trials[place[0]].config) and not isinstance(row.get("checkpoint"), str):
                 raise ValueError(f"the row of task {task_id} names no checkpoint to go on from")
             name = self.spec.metric.name
             if name not in row["metrics"]:

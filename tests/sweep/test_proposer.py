@@ -163,3 +163,33 @@ def test_other_seeds_propose_other_points():
     spec = make_spec()
     one, two = (proposer(replace(spec, seeds=(seed,))).propose(SweepState(), 0) for seed in (0, 1))
     assert one.config != two.config
+
+
+@pytest.mark.parametrize("method", ["optuna", "random"])
+def test_a_pool_is_feasible_untried_and_the_same_again(method):
+    driver = in_memory(make_spec(method=method))
+    run_serial(driver, execute)
+    state, number = driver.state, len(driver.state.trials)
+    pool = proposer(driver.spec).pool(state, number)
+    assert pool == proposer(driver.spec).pool(state, number)
+    assert len(pool) == 96
+    points = {(p.config["params"], p.config["learning_rate"]) for p in pool}
+    assert len(points) == len(pool)
+    assert points.isdisjoint((t.config["params"], t.config["learning_rate"]) for t in state.trials.values())
+    assert all(300 <= params <= 10000 and 1e-4 <= rate <= 1e-1 for params, rate in points)
+    sources = {proposal.source for proposal in pool}
+    assert sources == ({"optuna", "random"} if method == "optuna" else {"random"})
+    assert pool != proposer(driver.spec).pool(state, number + 1)
+
+
+def test_the_pool_of_a_grid_is_what_was_not_tried():
+    parameters = {"params": {"values": [500, 1000, 3000]}, "learning_rate": {"values": [0.001, 0.004]}}
+    spec = make_spec(method="grid", parameters=parameters, budget={"max_trials": 4})
+    driver = in_memory(spec)
+    whole = {(p.config["params"], p.config["learning_rate"]) for p in proposer(spec).pool(SweepState(), 0)}
+    assert len(whole) == 6
+    run_serial(driver, execute)
+    tried = {(t.config["params"], t.config["learning_rate"]) for t in driver.state.trials.values()}
+    left = {(p.config["params"], p.config["learning_rate"]) for p in proposer(spec).pool(driver.state, 4)}
+    assert len(tried) == 4
+    assert left == whole - tried

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.sweep.settings import Parameter, Tier
+from bfm.sweep.settings import POLICIES, Constraint, Metric, Parameter, Scheduler, Tier
 from bfm.sweep.spec import from_dict, json_schema, resolve
 from bfm.yaml import load_yaml
 from tests.sweep.world import make_spec
@@ -67,6 +67,46 @@ def test_the_resolved_form_is_a_space_again(good):
     assert again == spec
     assert again.hash == spec.hash
     assert spec.seeds == (0, 1, 2)
+
+
+def test_the_frontier_is_what_a_sweep_runs_by_unless_told(good):
+    assert resolve(good).scheduler == Scheduler("frontier")
+    for name in POLICIES:
+        assert resolve(good, [f"scheduler.type={name}"]).scheduler.type == name
+
+
+def test_further_metrics_and_constraints_are_read_and_written(good):
+    spec = resolve(good, ["metric.others=[nll]", "metric.constraints=['recall@10>=0.05', nll <= 7.5]"])
+    assert [(metric.name, metric.goal) for metric in spec.metrics] == [("recall@10", "maximize"), ("nll", "minimize")]
+    assert [(c.metric.name, c.metric.goal, c.bound) for c in spec.constraints] == [
+        ("recall@10", "maximize", 0.05),
+        ("nll", "minimize", 7.5),
+    ]
+    assert spec.as_dict()["metric"]["constraints"] == ["recall@10 >= 0.05", "nll <= 7.5"]
+    again = from_dict(json.loads(json.dumps(spec.as_dict())))
+    assert again == spec
+    assert again.hash == spec.hash
+    assert len({spec.hash, resolve(good).hash, resolve(good, ["metric.others=[nll]"]).hash}) == 3
+
+
+@given(st.floats(1e-4, 1 - 1e-4), st.floats(1e-4, 1 - 1e-4))
+def test_surrogates_see_metrics_in_order_and_users_see_them_back(low, high):
+    for metric in (Metric("recall@10", "maximize"), Metric("nll", "minimize")):
+        seen = [metric.to_model(metric.loss(value)) for value in (low, high)]
+        assert metric.from_model(seen[0]) == pytest.approx(low)
+        better = low > high if metric.goal == "maximize" else low < high
+        if abs(low - high) > 1e-9:
+            assert (seen[0] < seen[1]) == better
+    bound = Constraint(Metric("recall@10", "maximize"), low)
+    kept = bound.metric.to_model(bound.metric.loss(high)) <= bound.loss_bound
+    assert kept == bound.holds(high)
+
+
+def test_a_metric_at_its_end_has_a_finite_place():
+    metric = Metric("recall@10", "maximize")
+    ends = [metric.to_model(metric.loss(value)) for value in (0.0, 1.0)]
+    assert np.isfinite(ends).all()
+    assert ends[0] > ends[1]
 
 
 def test_the_order_of_keys_means_nothing(good):
@@ -138,6 +178,17 @@ SLIPS = {
     "scheduler.eta=1": ("scheduler.eta", "promotes everything"),
     "scheduler.eta=0.5": ("scheduler.eta", "0.5"),
     "scheduler.type=asha": ("scheduler.type", "'strata'"),
+    "scheduler.type=front": ("scheduler.type", "'frontier'"),
+    "metric.others=[recal@10]": ("metric.others.0", "did you mean 'recall@10'"),
+    "metric.others=[nll, recall@10]": ("metric.others.1", "'recall@10' is named twice"),
+    "metric.others=[nll, nll]": ("metric.others.1", "'nll' is named twice"),
+    "metric.others=nll": ("metric.others", "list"),
+    "metric.constraints=[nll]": ("metric.constraints.0", "'nll' is no bound"),
+    "metric.constraints=[nll <= 3, recal@10 >= 0.1]": ("metric.constraints.1", "did you mean 'recall@10'"),
+    "metric.constraints=[nll >= 3]": ("metric.constraints.0", "to be minimized; turn the bound round"),
+    "metric.constraints=[recall@10 <= 0.1]": ("metric.constraints.0", "to be maximized; turn the bound round"),
+    "metric.constraints=[recall@10 > 0.1]": ("metric.constraints.0", "no bound"),
+    "metric.constraints=[recall@10 >= lots]": ("metric.constraints.0", "'lots' is not a number"),
     "scheduler.strata=0": ("scheduler.strata", "at least 1"),
     "scheduler.shares=[1]": ("scheduler.shares", "1 shares for 2 rungs"),
     "scheduler.shares=[0.5, 0.6]": ("scheduler.shares", "parts of one"),

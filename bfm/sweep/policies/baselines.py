@@ -11,9 +11,8 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from bfm.errors import UserError
 from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.policies.ground import Step, View, affordable
+from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
 from bfm.sweep.policy import Decision, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial
@@ -72,7 +71,7 @@ class FullLength(_Baseline):
         ups = (step for trial in view.paused for step in view.climbs(trial)[:1])
         for step in affordable(ups, view.available_flops):
             return step.decision("every configuration is trained to the end")
-        owed = sum(self._rest(trial) for trial in view.state.trials.values() if trial.trial in view.running)
+        owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
             return None
         return self._start(view, can_propose, "the next configuration, to be trained to the end")
@@ -81,14 +80,9 @@ class FullLength(_Baseline):
         rungs = self.arena.rungs(proposal.config)
         return rungs[0] if self.arena.climbs(proposal.config) else rungs[-1]
 
-    def _rest(self, trial: Trial) -> int:
-        """What a running trial will still ask for after its task."""
-        rungs = self.arena.rungs(trial.config)
-        return sum(
-            self.arena.reserve_flops(trial.config, rung, rung - 1)
-            for rung in rungs
-            if rung > max(trial.rows, default=rungs[0])
-        )
+    def _rest(self, trial: Trial, rung: int) -> int:
+        """What a trial will still ask for after its task at a rung."""
+        return ascent_flops(self.arena, trial.config, rung, rung + 1, self.arena.rungs(trial.config)[-1])
 
 
 class AshaStop(_Baseline):
@@ -130,11 +124,6 @@ class AshaPromote(_Baseline):
 
 class IsoflopWindow(_Baseline):
     """At every rung the configurations nearest to N = sqrt(C / 120), within a factor of three: D about 20 N."""
-
-    def __init__(self, spec: SweepSpec, arena: Arena) -> None:
-        super().__init__(spec, arena)
-        if arena.axes.size is None:
-            raise UserError("isoflop-window needs models of different size", key="policy", fix="name --params-column")
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
         pool = self.arena.pool(view.state, len(view.state.trials)) if can_propose else ()

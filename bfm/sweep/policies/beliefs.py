@@ -48,7 +48,9 @@ class Beliefs:
         ladder = spec.budget.ladder_flops
         self._center = float(np.mean(np.log(np.array(ladder, dtype=float))))
         self._models = [_Model(self, metric) for metric in spec.metrics]
-        self._bounds = [(_Model(self, constraint.metric), constraint) for constraint in spec.constraints]
+        self._bounds = [
+            (_Model(self, constraint.metric, constraint.loss_bound), constraint) for constraint in spec.constraints
+        ]
         self._known: dict[str | int, tuple[np.ndarray, np.ndarray, int, Trial | Proposal]] = {}
 
     @property
@@ -81,17 +83,28 @@ class Beliefs:
         rung = steps[0].rung
         places = self.places([step.subject for step in steps], [rung] * len(steps))
         first: tuple[Prediction, float] | None = None
-        improvement_M = np.zeros(len(steps))
-        for model in self._models:
-            prediction = model.predict(places, quick=quick)
-            best = model.best(rung, prediction)
-            improvement_M += prediction.improvement_M(best) / model.spread
-            first = first or (prediction, best)
+        keeps_M, improvement_M = np.ones(len(steps)), np.zeros(len(steps))
         for model, constraint in self._bounds:
             if model.num_rows:
-                improvement_M *= model.predict(places, quick=quick).below_M(constraint.loss_bound)
+                keeps_M *= model.predict(places, quick=quick).below_M(constraint.loss_bound)
+        for model in self._models:
+            if not model.num_rows:
+                continue
+            prediction = model.predict(places, quick=quick)
+            best = model.best(rung, prediction, keeps_M)
+            improvement_M += prediction.improvement_M(best) / model.spread
+            first = first or (prediction, best)
         assert first is not None
-        return Judged(improvement_M, first[0].mean_M, first[0].sd_M, first[1])
+        return Judged(keeps_M * improvement_M, first[0].mean_M, first[0].sd_M, first[1])
+
+    def breaks(self, view: View, trial: str, rung: int) -> bool:
+        """Whether a row is known to break a constraint; of a task that is running, the trial's last row."""
+        rows = view.state.trials[trial].rows
+        row = rows.get(rung) or rows.get(max(rows, default=rung))
+        if row is None:
+            return False
+        values = ((constraint, row["metrics"].get(constraint.metric.name)) for constraint in self.spec.constraints)
+        return any(value is not None and not constraint.holds(value) for constraint, value in values)
 
     def spread_out(self, view: View, steps: Sequence[Step], target: float) -> int:
         """The new proposal nearest to a quantile of all their sizes, and unlike the trials begun on other axes."""
@@ -141,8 +154,10 @@ class Beliefs:
 class _Model:
     """The surrogate of one metric."""
 
-    def __init__(self, beliefs: Beliefs, metric: Metric) -> None:
+    def __init__(self, beliefs: Beliefs, metric: Metric, believed_to: float = -math.inf) -> None:
         self.beliefs, self.metric = beliefs, metric
+        self._believed_to = believed_to
+        """Rows up to this loss are believed wholly, be they above the frontier: what matters is a bound there."""
         self._rows: list[tuple[str, int, float]] = []
         """(trial, rung, loss) in order of arrival; NaN: diverged."""
         self._seen = 0
@@ -151,6 +166,8 @@ class _Model:
         self._surrogate: Surrogate | None = None
         self._believed: tuple[tuple[str, int], ...] = ()
         self._best: dict[int, float] = {}
+        self._held: set[int] = set()
+        """Rungs with a row (or an expected one) on the frontier's side of the constraints."""
 
     @property
     def num_rows(self) -> int:
@@ -207,14 +224,19 @@ class _Model:
         filled = [
             (trial, rung, loss if math.isfinite(loss) else worst.get(rung, max(finite))) for trial, rung, loss in rows
         ]
+        # What breaks a constraint is no part of the frontier.
         self._best = {}
-        for _, rung, loss in filled:
-            self._best[rung] = min(self._best.get(rung, math.inf), loss)
+        for trial, rung, loss in filled:
+            if not self.beliefs.breaks(view, trial, rung):
+                self._best[rung] = min(self._best.get(rung, math.inf), loss)
+        self._held = set(self._best)
         for rung in range(1, view.num_rungs):
             self._best[rung] = min(self._best.get(rung, math.inf), self._best.get(rung - 1, math.inf))
         kept = _best_of_each_rung(filled)
         loss_M = np.array([loss for _, _, loss in kept])
-        frontier_M = np.array([self._best[rung] for _, rung, _ in kept])
+        worst_loss = float(loss_M.max())
+        frontier_M = np.array([min(self._best.get(rung, math.inf), worst_loss) for _, rung, _ in kept])
+        frontier_M = np.maximum(frontier_M, self._believed_to)
         places = self._places(view, [(trial, rung) for trial, rung, _ in kept])
         return Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely)
 
@@ -226,13 +248,17 @@ class _Model:
         assert self._surrogate is not None
         return self._surrogate.predict(places, hypotheses=1 if quick else None)
 
-    def best(self, rung: int, prediction: Prediction) -> float:
-        """The frontier at a rung; where it has no row, a little above the best that is expected there."""
+    def best(self, rung: int, prediction: Prediction, keeps_M: np.ndarray) -> float:
+        """The frontier at a rung; where it has no row, a little above the best that is expected there.
+
+        `keeps_M` is the probability that the candidates keep the constraints.
+        """
         assert self._surrogate is not None
         carried = self._best.get(rung, math.inf)
-        if any(at == rung for _, at, _ in self._rows) or any(at == rung for _, at in self._believed):
+        if rung in self._held:
             return carried
-        return min(carried, float(prediction.mean_M.min()) + _UNSEEN_MARGIN * self._surrogate.spread)
+        likely_M = keeps_M >= min(0.5, keeps_M.max())
+        return min(carried, float(prediction.mean_M[likely_M].min()) + _UNSEEN_MARGIN * self._surrogate.spread)
 
 
 def _best_of_each_rung(rows: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:

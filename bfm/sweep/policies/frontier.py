@@ -14,7 +14,6 @@ probability that it holds. Everything is a function of the ledger.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policies.beliefs import Beliefs
-from bfm.sweep.policies.ground import Step, View, affordable
+from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
 from bfm.sweep.policy import Decision, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
@@ -90,7 +89,7 @@ class FrontierPolicy:
     def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
         entries = [view.entries(proposal)[0] for proposal in pool]
-        cheapest = self._cheapest_to_the_top(self._candidates(view, ()))
+        cheapest = self._cheapest_to_the_top(view, self._candidates(view, ()))
         fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)), cheapest)
         if not fitting:
             return self._idle(view, "the first rows decide what comes next") if view.running else None
@@ -105,7 +104,7 @@ class FrontierPolicy:
         if not view.state.trials:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
-        return min(view.available_flops, share)
+        return min(view.available_flops - sum(view.promised_flops), share)
 
     def _serve(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         offers = self._offers(view, pool)
@@ -140,7 +139,7 @@ class FrontierPolicy:
         available_flops = view.available_flops - sum(view.promised_flops)
         found = {}
         rungs = self._candidates(view, pool)
-        cheapest = self._cheapest_to_the_top(rungs)
+        cheapest = self._cheapest_to_the_top(view, rungs)
         for rung, candidates in enumerate(rungs):
             steps = self._beside_the_top(view, affordable(candidates, available_flops), cheapest)
             if not steps:
@@ -177,30 +176,33 @@ class FrontierPolicy:
                 rungs[step.rung].append(step)
         return rungs
 
-    def _cheapest_to_the_top(self, rungs: list[list[Step]]) -> float:
-        return min((step.cost_flops for step in rungs[-1] if step.trial is not None), default=math.inf)
+    def _cheapest_to_the_top(self, view: View, rungs: list[list[Step]]) -> float:
+        """What bringing a paused trial to the top costs, or a running one beyond where it is meant to go."""
+        top = view.num_rungs - 1
+        ways = [step.cost_flops for step in rungs[top] if step.trial is not None]
+        for name, rung in view.meant.items():
+            config = view.state.trials[name].config
+            if top in self.arena.rungs(config):
+                ways.append(ascent_flops(self.arena, config, rung, rung + 1, top))
+        return min(ways, default=math.inf)
 
     def _beside_the_top(self, view: View, steps: list[Step], cheapest: float) -> list[Step]:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         top = view.num_rungs - 1
         if view.state.rungs.get(top) or top in view.meant.values():
             return steps
-        left = view.available_flops
+        free = view.available_flops - sum(view.promised_flops)
         kept = [
-            step for step in steps if left - step.cost_flops >= min(cheapest, self._rest(step, top) - step.cost_flops)
+            step for step in steps if free - step.cost_flops >= min(cheapest, self._rest(step, top) - step.cost_flops)
         ]
         # Where the cap does not pay for the top at all, the rungs below have it.
-        return kept or steps
+        return kept if kept or cheapest <= free else steps
 
     def _rest(self, step: Step, top: int) -> float:
         """What a step's subject costs from where it stands to the top; inf where it has no row there."""
-        rungs = self.arena.rungs(step.config)
-        if top not in rungs:
+        if top not in self.arena.rungs(step.config):
             return math.inf
-        ways = [rung for rung in rungs if rung >= step.rung]
-        return step.cost_flops + sum(
-            self.arena.reserve_flops(step.config, way, before) for before, way in itertools.pairwise(ways)
-        )
+        return step.cost_flops + ascent_flops(self.arena, step.config, step.rung, step.rung + 1, top)
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.arena import Arena, Config, Proposal
 from bfm.sweep.policy import Promote, Propose
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
@@ -127,14 +127,26 @@ class View:
         promised = [0] * self.num_rungs
         for name, rung in self.running.items():
             config = self.state.trials[name].config
-            for step in range(rung + 1, self.meant[name] + 1):
-                promised[step] += self.arena.reserve_flops(config, step, step - 1)
+            for step in self.arena.rungs(config):
+                if rung < step <= self.meant[name]:
+                    promised[step] += self.arena.reserve_flops(config, step, rung)
+                    rung = step
         return promised
 
     @cached_property
     def spent_flops(self) -> list[int]:
         """Nominal FLOPs per rung of all tasks, running and failed ones included, and what is promised."""
         return [self.state.nominal_flops[rung] + self.promised_flops[rung] for rung in range(self.num_rungs)]
+
+
+def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
+    """All reservations from a trunk (None: from nothing) over a first task up to a rung."""
+    steps = [step for step in arena.rungs(config) if first <= step <= rung]
+    total = 0
+    for step in steps if arena.climbs(config) else steps[-1:]:
+        total += arena.reserve_flops(config, step, from_rung)
+        from_rung = step
+    return total
 
 
 def affordable(steps: Iterable[Step], available_flops: int) -> list[Step]:

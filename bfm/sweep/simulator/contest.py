@@ -19,7 +19,7 @@ from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, Metric, Scheduler, SweepSpec, Tier
 from bfm.sweep.simulator.fleet import Fleet, Timeline, run_fleet
-from bfm.sweep.simulator.table import Curve, TableArena
+from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
 from bfm.sweep.state import SweepState
 
 LOSS = Metric("loss", "minimize")
@@ -102,6 +102,8 @@ def compete(
 ) -> list[Standing]:
     """All policies on the same subsets. Raises UserError as `Contest.check`."""
     contest.check()
+    if "isoflop-window" in policies and all(curve.params == UNKNOWN_SIZE for curve in contest.curves):
+        raise UserError("isoflop-window needs the size of models", key="--params-column", fix="name the column of N")
     standings = []
     for place, policy in enumerate(policies):
         entries = []

@@ -88,6 +88,7 @@ class Timeline:
     """What happened when."""
 
     elapsed_s: float = 0.0
+    """Until the last task ended."""
     busy_s: float = 0.0
     """Worker seconds with a task, start-up included."""
     decisions: int = 0
@@ -112,13 +113,13 @@ def run_fleet(driver: SweepDriver, execute: Execute, fleet: Fleet, rng: np.rando
             timeline.decisions += 1
             events.start(asked)
         if isinstance(asked, Finished):
-            timeline.elapsed_s = events.now_s
             return timeline
         ended = events.advance()
         if ended is None:
             continue
         task, used_s, fault = ended
         timeline.busy_s += used_s
+        timeline.elapsed_s = events.now_s
         if fault:
             timeline.lost += 1
             driver.lost(task.task_id, fault)

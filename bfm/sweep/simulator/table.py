@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ from bfm.sweep.task import Task
 
 _SIZE_NAMES = ("N", "n", "params")
 _FLOPS_SLACK = 1e-9
+UNKNOWN_SIZE = 1
+"""N of a table that names no column for it."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Curve:
         low = rungs[rung - 1] * (1 + _FLOPS_SLACK) if rung else 0.0
         return place if place >= 0 and self.flops[place] > low else None
 
-    def within(self, flops: float) -> tuple[float, ...]:
-        """The losses up to `flops`."""
-        return self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))]
+    def best_within(self, flops: float) -> float:
+        """The lowest loss up to `flops`; inf where the curve begins later."""
+        return _lowest(self.losses[: bisect_right(self.flops, flops * (1 + _FLOPS_SLACK))])
 
 
 def read_curves(
@@ -103,7 +105,7 @@ def _curve(
             )
     return Curve(
         config={"config_id": name, **{feature: rows[0][feature] for feature in features}},
-        params=1 if size is None else round(rows[0][size]),
+        params=UNKNOWN_SIZE if size is None else round(rows[0][size]),
         flops=flops,
         losses=tuple(math.nan if row["loss"] is None else float(row["loss"]) for row in rows),
         resumable=True if resumable is None else bool(rows[0][resumable]),
@@ -228,18 +230,29 @@ class TableArena:
         """Per rung, best loss seen within its C minus the best there is; the worst known one if nothing was seen."""
         found = []
         for rung, flops in enumerate(self._rungs):
-            best = min(loss for curve in self.curves.values() for loss in curve.within(flops) if math.isfinite(loss))
-            ends = {
-                name: max((at for at in trial.rows if at <= rung), default=None)
-                for name, trial in ((trial.config["config_id"], trial) for trial in state.trials.values())
-            }
-            seen = [self._seen(name, at) for name, at in ends.items() if at is not None]
-            worst = max(loss for curve in self.curves.values() for loss in curve.within(flops) if math.isfinite(loss))
-            found.append(min([loss for loss in seen if math.isfinite(loss)], default=worst) - best)
-        return np.array(found)
+            best = min(curve.best_within(flops) for curve in self.curves.values())
+            seen = _lowest(
+                self._seen(trial.config["config_id"], at)
+                for trial in state.trials.values()
+                for at in trial.rows
+                if at <= rung
+            )
+            found.append((seen if math.isfinite(seen) else self._worst(rung, best)) - best)
+        # Where there is nothing to be seen there is nothing to regret.
+        return np.nan_to_num(np.array(found), nan=0.0)
+
+    def _worst(self, rung: int, best: float) -> float:
+        """The worst known loss at a rung; `best` where it has none."""
+        rows = ((curve, curve.row_at(self._rungs, rung)) for curve in self.curves.values())
+        losses = [curve.losses[row] for curve, row in rows if row is not None]
+        return max((loss for loss in losses if math.isfinite(loss)), default=best)
 
     def _seen(self, name: str, rung: int) -> float:
         """The best loss of a curve that was run to a rung: all of its rows on the way if it is one run."""
         curve, row = self.curves[name], self._places[name][rung]
-        losses = curve.losses[: row + 1] if curve.resumable else curve.losses[row : row + 1]
-        return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+        return _lowest(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]
+
+
+def _lowest(losses: Iterable[float]) -> float:
+    """Of those that are numbers; inf where there is none."""
+    return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
