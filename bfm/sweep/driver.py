@@ -15,6 +15,7 @@ from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.changes import check_changes, past_parameters
 from bfm.sweep.costs import CostModel
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
@@ -31,26 +32,32 @@ __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
 Row = Mapping[str, Any]
 STATUSES = ("ok", "diverged", "oom")
 _NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
-# A resumed sweep may have more to spend, or other machines; everything else would make its rows incomparable.
-_MAY_CHANGE = ("budget.total_flops", "budget.max_trials", "scaling.")
 
 
 class SweepDriver:
     """One sweep over one ledger."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger | MemoryLedger, policy: Policy, arena: Arena) -> None:
+    def __init__(
+        self, spec: SweepSpec, ledger: Ledger | MemoryLedger, policy: Policy, arena: Arena, *, extend: bool = False
+    ) -> None:
         self.spec, self.policy, self.arena = spec, policy, arena
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
         self._can_propose = True
-        self._open()
+        self._open(extend)
 
     @classmethod
-    def start(cls, spec: SweepSpec, ledger: Ledger | MemoryLedger, costs: CostModel) -> SweepDriver:
-        """With the policy and proposals that the spec names. Raises InfeasibleError for a space without a point."""
-        arena = SpaceArena(spec, FeasibleSet(spec, costs))
-        return cls(spec, ledger, make_policy(spec, arena), arena)
+    def start(
+        cls, spec: SweepSpec, ledger: Ledger | MemoryLedger, costs: CostModel, *, extend: bool = False
+    ) -> SweepDriver:
+        """With the policy and proposals that the spec names; `extend`: more of it may differ from the ledger's.
+
+        Raises InfeasibleError for a space without a point, UserError for a change that would spoil the rows at hand.
+        """
+        past = past_parameters(ledger.replay.records)
+        arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
+        return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend)
 
     @property
     def available_flops(self) -> int:
@@ -114,13 +121,11 @@ class SweepDriver:
         """Give the lease back; the sweep can be resumed."""
         self._ledger.close()
 
-    def _open(self) -> None:
+    def _open(self, extend: bool) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
-        spec = self.spec.as_dict()
-        if self.state.spec is not None:
-            _refuse_changes(self.state.spec, spec)
-        if self.state.spec != spec:
-            records.append({"kind": "spec", "spec": spec, "hash": self.spec.hash})
+        changed = check_changes(self.state.spec, self.spec, extend=extend)
+        if self.state.spec is None or changed:
+            records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
 
@@ -164,13 +169,10 @@ class SweepDriver:
         return task
 
     def _propose(self, decision: Propose) -> Task | None:
-        number = len(self.state.trials)
+        number = self.state.num_proposals
         seed, proposal = decision.seed, decision.proposal
         if seed is None:
-            seed = self.spec.seeds[number % len(self.spec.seeds)]
-            if number % len(self.spec.seeds):
-                first = list(self.state.trials.values())[-1]
-                proposal = Proposal(first.config, first.params, first.source)
+            seed, proposal = self._next_seed()
         if proposal is None:
             proposal = self.arena.propose(self.state, number)
         if proposal is None:
@@ -181,6 +183,16 @@ class SweepDriver:
         task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
         self._reserve(task, decision, record)
         return task
+
+    def _next_seed(self) -> tuple[int, Proposal | None]:
+        """The next seed of the last configuration; the first one, and no proposal, where that has all of them."""
+        begun = [trial for trial in self.state.trials.values() if trial.number is not None]
+        used = {trial.seed for trial in begun if trial.config == begun[-1].config}
+        missing = [seed for seed in self.spec.seeds if seed not in used]
+        if not begun or not missing:
+            return self.spec.seeds[0], None
+        last = begun[-1]
+        return missing[0], Proposal(last.config, last.params, last.source)
 
     def _reserve(self, task: Task, decision: Promote | Propose, *before: Record) -> None:
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
@@ -249,23 +261,3 @@ def _finite(row: Row) -> Record:
         return value
 
     return clean(row)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and values:
-        return {name: leaf for key, inner in values.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): values}
-
-
-def _refuse_changes(before: Record, now: Record) -> None:
-    old, new = _flat(before), _flat(now)
-    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
-    if refused:
-        key = refused[0]
-        raise UserError(
-            f"the sweep in this folder has {old.get(key)!r}, not {new.get(key)!r}"
-            + (f" (also changed: {', '.join(refused[1:])})" if refused[1:] else ""),
-            key=key,
-            fix="give the changed sweep another name, or undo the change; budgets and scaling may change",
-        )

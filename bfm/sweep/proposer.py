@@ -51,7 +51,7 @@ class Proposer:
         Raises InfeasibleError, naming the bound that binds, where no feasible point is found.
         """
         if self.spec.method == "grid":
-            return self._next_of_grid(number)
+            return self._next_of_grid(state, number)
         seen = {self._key(trial.config) for trial in state.trials.values()}
         rejected: Counter[str] = Counter()
         refusals: list[Rejection] = []
@@ -113,16 +113,17 @@ class Proposer:
         for _ in range(POOL_TRIES):
             yield "random", self.feasible.draw(rng)
 
-    def _next_of_grid(self, number: int) -> Proposal | None:
+    def _next_of_grid(self, state: SweepState, number: int) -> Proposal | None:
         points, rejected = self.feasible.feasible_grid
-        index = number // len(self.spec.seeds)
         if not points:
             raise binding_bound(self.feasible.sample[1])
-        if index >= len(points):
-            return None
-        verdict = self.feasible.judge(points[index])
-        assert isinstance(verdict, Feasible)
-        return _proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+        seen = {self._key(trial.config) for trial in state.trials.values()}
+        for values in points:
+            verdict = self.feasible.judge(values)
+            assert isinstance(verdict, Feasible)
+            if self._key(verdict.config.as_dict()) not in seen:
+                return _proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+        return None
 
     def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
         seed = self.spec.seeds[0]
@@ -137,8 +138,11 @@ class Proposer:
     def _learning_rung(self, state: SweepState) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
         for rung in reversed(range(len(self.spec.budget.ladder_flops))):
-            rows = state.rungs.get(rung, {}).values()
-            if sum(self._value(row) is not None for row in rows) >= STARTUP_ROWS:
+            rows = state.rungs.get(rung, {})
+            known = [
+                name for name, row in rows.items() if self._value(row) is not None and self._is_inside(state, name)
+            ]
+            if len(known) >= STARTUP_ROWS:
                 return rung
         return None
 
@@ -149,13 +153,15 @@ class Proposer:
         worst = math.inf if direction == "minimize" else -math.inf
         finished = []
         for name, row in state.rungs[rung].items():
+            if row["status"] == "oom" or not self._is_inside(state, name):
+                continue
             value = self._value(row)
-            # A trial that diverged, or did not fit, is as bad as can be: TPE must learn to keep away.
+            # A trial that diverged is as bad as can be: TPE must learn to keep away.
             finished.append(self._frozen(state.trials[name], TrialState.COMPLETE, worst if value is None else value))
         running = [
             self._frozen(state.trials[name], TrialState.RUNNING, None)
             for name, at in state.attempts
-            if at == rung and name not in state.rungs[rung]
+            if at == rung and name not in state.rungs[rung] and self._is_inside(state, name)
         ]
         study.add_trials(finished + running)
         return study
@@ -183,6 +189,11 @@ class Proposer:
             for parameter in self.spec.free_parameters
         }
         return create_trial(state=state, value=value, params=params, distributions=self._distributions())
+
+    def _is_inside(self, state: SweepState, name: str) -> bool:
+        """Whether a trial lies in this space: an earlier one may have been another, and TPE knows only one."""
+        config = state.trials[name].config
+        return all(parameter.contains(config[parameter.name]) for parameter in self.spec.free_parameters)
 
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)

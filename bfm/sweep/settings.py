@@ -132,6 +132,13 @@ class Parameter:
         first, last = math.ceil(self.low / quantum), math.floor(self.high / quantum)
         return tuple(self.quantise(k * quantum) if self.quantum else k for k in range(first, last + 1))
 
+    def contains(self, value: Any) -> bool:
+        """Whether a value could be proposed (multiples of a quantum are not asked for)."""
+        if self.values:
+            return value in self.values
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high
+
     def as_dict(self) -> dict[str, Any]:
         """The W&B-shaped YAML form."""
         if self.distribution == "constant":

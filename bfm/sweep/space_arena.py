@@ -12,7 +12,7 @@ from typing import Any
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
 from bfm.sweep.proposer import Proposer
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
@@ -21,16 +21,25 @@ from bfm.sweep.task import Task
 class SpaceArena:
     """Points of a search space."""
 
-    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
-        self.spec, self.feasible = spec, feasible
+    def __init__(self, spec: SweepSpec, feasible: FeasibleSet, past: Sequence[Sequence[Parameter]] = ()) -> None:
+        """`past`: parameters of earlier spaces of the same sweep; what varied in them stays a coordinate.
+
+        Raises InfeasibleError for a space without a point.
+        """
+        self.spec, self.feasible, self._past = spec, feasible, past
+        self._params = [point.cost.params for point in feasible.sample[0]]
         self.proposer = Proposer(spec, feasible)
         self._pools: dict[int, Sequence[Proposal]] = {}
 
     @cached_property
     def axes(self) -> Axes:
-        """Realised log N and the free parameters."""
-        params = [point.cost.params for point in self.feasible.sample[0]]
-        return Axes.of_parameters(params, self.spec.free_parameters)
+        """Realised log N and the free parameters, then those that were free in earlier spaces of the sweep."""
+        free = {parameter.name: parameter for parameter in self.spec.free_parameters}
+        for parameters in reversed(self._past):
+            for parameter in parameters:
+                if parameter.is_free:
+                    free.setdefault(parameter.name, parameter)
+        return Axes.of_parameters(self._params, tuple(free.values()))
 
     @property
     def num_points(self) -> int | None:

@@ -25,8 +25,8 @@ class Trial:
     """One configuration and seed, and how far it has come."""
 
     trial: str
-    number: int
-    """Proposals count from 0; those of one configuration follow each other, one per seed."""
+    number: int | None
+    """Proposals count from 0; those of one configuration follow each other, one per seed. None: not proposed here."""
     config: dict[str, Any]
     seed: int
     params: int
@@ -56,6 +56,8 @@ class SweepState:
 
     spec: Record | None = None
     trials: dict[str, Trial] = field(default_factory=dict)
+    num_proposals: int = 0
+    """Trials that this sweep began: the number of the next proposal."""
     rungs: dict[int, dict[str, Record]] = field(default_factory=dict)
     """Rung index -> trial -> rung row, in order of arrival."""
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
@@ -137,8 +139,9 @@ class SweepState:
 
     def _propose(self, record: Record) -> None:
         trial = Trial(**{name: record[name] for name in ("trial", "number", "config", "seed", "params", "source")})
-        if trial.number != len(self.trials):
-            raise CorruptError(f"proposal {trial.number} stands where {len(self.trials)} is due")
+        if trial.number != self.num_proposals:
+            raise CorruptError(f"proposal {trial.number} stands where {self.num_proposals} is due")
+        self.num_proposals += 1
         self.trials[trial.trial] = trial
         self.rejected.update(record["rejected"])
 

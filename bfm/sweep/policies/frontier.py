@@ -75,8 +75,8 @@ class FrontierPolicy:
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
         view = View(self.spec, self.arena, state, available_flops)
-        can_propose = can_propose and len(state.trials) < self.spec.budget.max_trials
-        pool = self.arena.pool(state, len(state.trials)) if can_propose else ()
+        can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
+        pool = self.arena.pool(state, state.num_proposals) if can_propose else ()
         self._beliefs.take(view)
         if self._beliefs.num_rows < OPENING_ROWS:
             opening = self._open(view, pool)
@@ -92,7 +92,7 @@ class FrontierPolicy:
         fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)))
         if not fitting:
             return self._idle(view, "the first rows decide what comes next") if view.running else None
-        number = len(view.state.trials)
+        number = view.state.num_proposals
         target = (0.1 + number * _GOLDEN) % 1.0
         step = fitting[self._beliefs.spread_out(view, [step.proposal for step in fitting if step.proposal], target)]
         reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
@@ -100,7 +100,7 @@ class FrontierPolicy:
 
     def _opening_flops(self, view: View) -> int:
         """While rows are few only the entry's share may go into new configurations, but one can always start."""
-        if not view.state.trials:
+        if not view.state.num_proposals:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
         return min(view.available_flops, share)

@@ -20,7 +20,10 @@ from bfm.units import format_count, format_flops
 
 @dataclass
 class _Block:
-    """One configuration: its trials, one per seed, are promoted together and judged by their mean."""
+    """One configuration: its trials, one per seed, are promoted together and judged by their mean.
+
+    Runs that were imported are no block: the rule knows only its own.
+    """
 
     number: int
     trials: list[Trial]
@@ -164,9 +167,11 @@ class _View:
         self.members = [state.members(rung) for rung in range(self.top + 1)]
         self.blocks: list[_Block] = []
         for trial in state.trials.values():
-            if trial.number % self.seeds == 0:
-                self.blocks.append(_Block(trial.number // self.seeds, []))
-            self.blocks[-1].trials.append(trial)
+            if trial.number is not None:
+                # One that was begun before further seeds were asked for keeps the seeds it has.
+                if not self.blocks or self.blocks[-1].trials[0].config != trial.config:
+                    self.blocks.append(_Block(len(self.blocks), []))
+                self.blocks[-1].trials.append(trial)
         self._losses: dict[int, dict[int, float]] = {}
 
     def is_issued(self, block: _Block, rung: int) -> bool:
@@ -194,8 +199,8 @@ class _View:
                     metric_value(trial.rows[rung], self.spec.metric.name, self.spec.budget.tolerance)
                     for trial in block.trials
                 ]
-                if len(values) == self.seeds and None not in values:
-                    losses[block.number] = sum(self.spec.metric.loss(v) for v in values if v is not None) / self.seeds
+                if None not in values:
+                    losses[block.number] = sum(self.spec.metric.loss(v) for v in values if v is not None) / len(values)
             self._losses[rung] = losses
         return self._losses[rung]
 
