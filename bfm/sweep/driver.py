@@ -102,7 +102,10 @@ class SweepDriver:
             return False
         probes = [_finite(probe) for probe in row.get("probes", ())]
         checked = self._checked(task_id, {key: value for key, value in row.items() if key != "probes"})
-        self._write({"kind": "row", "task_id": task_id, "row": checked, "probes": probes})
+        record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
+        if checked["status"] == "oom":
+            record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
+        self._write(record)
         return True
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
@@ -189,7 +192,7 @@ class SweepDriver:
         begun = [trial for trial in self.state.trials.values() if trial.number is not None]
         used = {trial.seed for trial in begun if trial.config == begun[-1].config}
         missing = [seed for seed in self.spec.seeds if seed not in used]
-        if not begun or not missing:
+        if not begun or not missing or not self.arena.fits(begun[-1].config, 0, self.state.memory_limits):
             return self.spec.seeds[0], None
         last = begun[-1]
         return missing[0], Proposal(last.config, last.params, last.source)

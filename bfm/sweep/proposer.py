@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.settings import Parameter, SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet, Rejection, binding_bound
+from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_bound
 from bfm.sweep.state import SweepState, Trial, metric_value
 
 STARTUP_ROWS = 10
@@ -56,7 +56,7 @@ class Proposer:
         rejected: Counter[str] = Counter()
         refusals: list[Rejection] = []
         for source, values in self._draws(state, number):
-            verdict = self.feasible.judge(values)
+            verdict = self.feasible.judge(values, state.memory_limits)
             if isinstance(verdict, Rejection):
                 rejected[verdict.reason] += 1
                 refusals.append(verdict)
@@ -64,7 +64,7 @@ class Proposer:
                 rejected[_DUPLICATE] += 1
             else:
                 return _proposal(verdict, source, dict(sorted(rejected.items())))
-        if rejected[_DUPLICATE]:
+        if rejected[_DUPLICATE] or rejected[RAN_OUT]:
             return None
         raise binding_bound(refusals)
 
@@ -85,7 +85,7 @@ class Proposer:
         rejected: Counter[str] = Counter()
         refusals: list[Rejection] = []
         for source, values in draws:
-            verdict = self.feasible.judge(values)
+            verdict = self.feasible.judge(values, state.memory_limits)
             if isinstance(verdict, Rejection):
                 rejected[verdict.reason] += 1
                 refusals.append(verdict)
@@ -97,7 +97,7 @@ class Proposer:
                 found[key] = _proposal(verdict, source, {})
             if len(found) == POOL_SIZE:
                 break
-        if not found and refusals and not rejected[_DUPLICATE]:
+        if not found and refusals and not rejected[_DUPLICATE] and not rejected[RAN_OUT]:
             raise binding_bound(refusals)
         counts = dict(sorted(rejected.items()))
         return tuple(replace(proposal, rejected=counts) for proposal in found.values())
@@ -118,11 +118,14 @@ class Proposer:
         if not points:
             raise binding_bound(self.feasible.sample[1])
         seen = {self._key(trial.config) for trial in state.trials.values()}
+        ran_out: Counter[str] = Counter()
         for values in points:
-            verdict = self.feasible.judge(values)
-            assert isinstance(verdict, Feasible)
-            if self._key(verdict.config.as_dict()) not in seen:
-                return _proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+            verdict = self.feasible.judge(values, state.memory_limits)
+            if isinstance(verdict, Rejection):
+                ran_out[verdict.reason] += 1
+            elif self._key(verdict.config.as_dict()) not in seen:
+                counts = (rejected if number == 0 else Counter[str]()) + ran_out
+                return _proposal(verdict, "grid", dict(sorted(counts.items())))
         return None
 
     def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:

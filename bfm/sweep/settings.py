@@ -200,6 +200,12 @@ class Tier:
     memory_gib: float | None = None
     """Memory of one worker; configurations estimated above it are infeasible. None: not checked."""
 
+    @property
+    def kind(self) -> str:
+        """Equal where tasks run alike, whatever thresholds led there."""
+        settings = {name: value for name, value in asdict(self).items() if not name.startswith("from_")}
+        return canonical_json(settings).decode()
+
     def scaling(self, groups_per_step: int) -> dict[str, Any]:
         """The scaling of a task: micro_groups is the largest allowed divisor of a worker's groups."""
         groups = groups_per_step // self.workers

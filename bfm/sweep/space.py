@@ -25,6 +25,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 from bfm.units import format_count, format_flops
 
+RAN_OUT = "ran out of memory at a smaller estimate"
 SAMPLE_SIZE = 256
 SAMPLE_TRIES = 4096
 _SAMPLE_SEED = 20_260_613
@@ -56,9 +57,13 @@ class FeasibleSet:
 
     def __init__(self, spec: SweepSpec, costs: CostModel) -> None:
         self.spec, self.costs = spec, costs
+        self._memory: dict[tuple[Any, ...], tuple[str, int]] = {}
 
-    def judge(self, values: Mapping[str, Any]) -> Feasible | Rejection:
-        """The verdict on the values of the free parameters."""
+    def judge(self, values: Mapping[str, Any], limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
+        """The verdict on the values of the free parameters.
+
+        `limits`: kind of tier -> the smallest estimate that ran out of memory there (SweepState.memory_limits).
+        """
         try:
             config = self.spec.config(values)
             if (too_many := self._negatives(config)) is not None:
@@ -73,7 +78,26 @@ class FeasibleSet:
             or self._data(config, cost)
             or next(filter(None, (self._fits(config, cost, tier) for tier in self._tiers(cost))), None)
         )
+        if rejection is None and limits:
+            rejection = self._ran_out(config, cost, limits)
         return rejection or Feasible(config, cost)
+
+    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
+        """The kind of tier that trains a whole configuration to a rung, and the estimate for one of its workers."""
+        key = (rung, *config.items())
+        if key not in self._memory:
+            whole = TrainConfig.from_dict(config)
+            cost = self.costs.of(whole)
+            tier = self.spec.tier(self.spec.budget.ladder_flops[rung], cost.params)
+            self._memory[key] = tier.kind, _memory_bytes(whole, cost, tier)
+        return self._memory[key]
+
+    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+        """Whether nothing estimated as small or smaller ran out of memory at the tier of a rung."""
+        if not limits:
+            return True
+        kind, needed_bytes = self.memory(config, rung)
+        return kind not in limits or needed_bytes < limits[kind]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -196,6 +220,18 @@ class FeasibleSet:
                 )
         return None
 
+    def _ran_out(self, config: TrainConfig, cost: ConfigCost, limits: Mapping[str, int]) -> Rejection | None:
+        for tier in self._tiers(cost):
+            needed_bytes = _memory_bytes(config, cost, tier)
+            if tier.kind in limits and needed_bytes >= limits[tier.kind]:
+                return Rejection(
+                    reason=RAN_OUT,
+                    detail=f"about {needed_bytes / GIB:.3g} GiB; {limits[tier.kind] / GIB:.3g} GiB ran out",
+                    key="scaling.tiers",
+                    fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
+                )
+        return None
+
     def _fits(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
         if config.groups_per_step % tier.workers:
             return Rejection(
@@ -206,8 +242,7 @@ class FeasibleSet:
             )
         if tier.memory_gib is None:
             return None
-        micro_groups = tier.scaling(config.groups_per_step)["micro_groups"]
-        needed_gib = cost.memory_bytes(tier, micro_groups, config.averaging) / GIB
+        needed_gib = _memory_bytes(config, cost, tier) / GIB
         if needed_gib <= tier.memory_gib:
             return None
         return Rejection(
@@ -216,6 +251,10 @@ class FeasibleSet:
             key="scaling.tiers",
             fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
         )
+
+
+def _memory_bytes(config: TrainConfig, cost: ConfigCost, tier: Tier) -> int:
+    return cost.memory_bytes(tier, tier.scaling(config.groups_per_step)["micro_groups"], config.averaging)
 
 
 def binding_bound(rejected: list[Rejection] | tuple[Rejection, ...]) -> InfeasibleError:

@@ -29,7 +29,7 @@ class SpaceArena:
         self.spec, self.feasible, self._past = spec, feasible, past
         self._params = [point.cost.params for point in feasible.sample[0]]
         self.proposer = Proposer(spec, feasible)
-        self._pools: dict[int, Sequence[Proposal]] = {}
+        self._pools: dict[tuple[Any, ...], Sequence[Proposal]] = {}
 
     @cached_property
     def axes(self) -> Axes:
@@ -65,6 +65,14 @@ class SpaceArena:
         """See SweepSpec.task_flops."""
         return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
 
+    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+        """See FeasibleSet.fits."""
+        return self.feasible.fits(config, rung, limits)
+
+    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
+        """See FeasibleSet.memory."""
+        return self.feasible.memory(config, rung)
+
     def task(
         self,
         trial: str,
@@ -98,7 +106,8 @@ class SpaceArena:
         return self.proposer.propose(state, number)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
-        """Drawn once per proposal number: decisions in between choose from the same points."""
-        if number not in self._pools:
-            self._pools = {number: self.proposer.pool(state, number)}
-        return self._pools[number]
+        """Drawn once per proposal number (and again when memory ran out): decisions in between see the same points."""
+        key = number, *sorted(state.memory_limits.items())
+        if key not in self._pools:
+            self._pools = {key: self.proposer.pool(state, number)}
+        return self._pools[key]

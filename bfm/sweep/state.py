@@ -80,6 +80,8 @@ class SweepState:
     eval_flops: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> infeasible proposals."""
+    memory_limits: dict[str, int] = field(default_factory=dict)
+    """Kind of tier -> the smallest estimate of bytes per worker that ran out of memory there."""
     losses: list[Record] = field(default_factory=list)
     finished: str | None = None
     """Why the sweep ended; None while it has not."""
@@ -178,6 +180,9 @@ class SweepState:
         self.arrivals.append((trial, rung))
         self.spent_flops += row["task_flops"]
         self.eval_flops += row["eval_flops"]
+        if row["status"] == "oom" and record.get("memory"):
+            kind, needed_bytes = record["memory"]
+            self.memory_limits[kind] = min(needed_bytes, self.memory_limits.get(kind, needed_bytes))
         for probe in record["probes"]:
             self.probes.append(probe)
             self.eval_flops += probe["eval_flops"]

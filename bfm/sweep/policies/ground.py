@@ -101,6 +101,9 @@ class View:
         if not ways or ways[-1] != rung:
             return None
         first = ways[0] if self.arena.climbs(trial.config) else rung
+        limits = self.state.memory_limits
+        if limits and not all(self.arena.fits(trial.config, step, limits) for step in ways if step >= first):
+            return None
         below = self.state.trunk_below(trial.trial, first)
         return Step(trial, None, first, rung, ascent_flops(self.arena, trial.config, below, first, rung))
 
