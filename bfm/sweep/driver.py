@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
@@ -20,6 +20,7 @@ from bfm.sweep.costs import CostModel
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
+from bfm.sweep.quota import evictions
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
@@ -106,6 +107,7 @@ class SweepDriver:
         if checked["status"] == "oom":
             record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
         self._write(record)
+        self._keep_quota()
         return True
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
@@ -131,6 +133,18 @@ class SweepDriver:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
+        for evicted in self.state.evicted.values():
+            # The last holder may have died between the record and the deletion.
+            self._ledger.drop(evicted["checkpoint"])
+        self._keep_quota()
+
+    def _keep_quota(self) -> None:
+        """The record first: what the ledger calls a trunk must stand."""
+        records = evictions(self.spec, self.state, self.policy)
+        if records:
+            self._write(*records)
+            for record in records:
+                self._ledger.drop(record["checkpoint"])
 
     def _write(self, *records: Record) -> None:
         self._ledger.append(records)
@@ -166,8 +180,7 @@ class SweepDriver:
         return None
 
     def _promote(self, decision: Promote) -> Task:
-        reached = [rung for rung in self.state.trials[decision.trial].rows if rung < decision.rung]
-        task = self._task(decision.trial, decision.rung, max(reached), 0)
+        task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
         self._reserve(task, decision)
         return task
 
@@ -199,14 +212,30 @@ class SweepDriver:
 
     def _reserve(self, task: Task, decision: Promote | Propose, *before: Record) -> None:
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
-        meant = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
-        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **meant})
+        also = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
+        trained = self._trained_below(task)
+        if trained != task.from_rung:
+            spared = self.arena.reserve_flops(task.config, task.rung, trained)
+            also["redone_flops"] = task.reserved_flops - spared
+        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
+
+    def _trained_below(self, task: Task) -> int | None:
+        """The highest rung below a task's whose trunk this sweep has trained, kept or not."""
+        trial = self.state.trials.get(task.trial)
+        rows = {} if trial is None else trial.rows
+        return max((rung for rung, row in rows.items() if rung < task.rung and row.get("checkpoint")), default=None)
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]
         checkpoint = None if from_rung is None else trial.rows[from_rung]["checkpoint"]
         proposal = Proposal(trial.config, trial.params, trial.source)
-        return self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
+        task = self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
+        trained = self._trained_below(task)
+        if task.probes and trained != from_rung:
+            # The part of the trunk that is trained again has its probe rows.
+            ahead = self.spec.probes_between(trial.config["cooldown_fraction"], rung, trained)
+            task = replace(task, probes=ahead)
+        return task
 
     def _checked(self, task_id: str, row: Row) -> Record:
         missing = [key for key in _NEEDED if key not in row]

@@ -248,6 +248,8 @@ class SweepSpec:
     """Further metrics with a frontier of their own; the spend is shared."""
     constraints: tuple[Constraint, ...] = ()
     """What a useful model keeps to."""
+    checkpoints_gib: float | None = None
+    """Room for the trunks that promotions go on from; None: all are kept."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -330,6 +332,7 @@ class SweepSpec:
                 "tiers": [asdict(tier) for tier in self.tiers],
             },
             "data": {"shards": self.shards, "evaluation_queries": self.evaluation_queries},
+            "storage": {"checkpoints_gib": self.checkpoints_gib},
             "seeds": list(self.seeds),
             "probes": list(self.probes),
         }

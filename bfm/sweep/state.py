@@ -1,8 +1,9 @@
 """The state of a sweep: a pure fold over the records of its ledger, nothing else.
 
 Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a reservation
-charged without a row), abandoned (a task that will not be tried again), finished. Unknown fields are carried, unknown
-kinds refused. What a task's place in the ladder is called is its integer rung index, never a FLOP count.
+charged without a row), abandoned (a task that will not be tried again), evicted (a trunk that is kept no longer),
+finished. Unknown fields are carried, unknown kinds refused. What a task's place in the ladder is called is its integer
+rung index, never a FLOP count.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bfm.errors import CorruptError
 Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
+LAST_DECISIONS = 5
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Attempt:
     """False: it is owed, to be started again."""
     meant_for: int = 0
     """The rung that the trial is on its way to."""
+    redone_flops: int = 0
+    """The part of its reservation that an evicted trunk would have spared."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ class SweepState:
     arrivals: list[tuple[str, int]] = field(default_factory=list)
     """(trial, rung) of the rung rows, in order of arrival."""
     nominal_flops: Counter[int] = field(default_factory=Counter)
-    """Rung -> FLOPs first reserved for its tasks; what was redone after losses is left out."""
+    """Rung -> FLOPs first reserved for its tasks; what was redone after losses and evictions is left out."""
     probes: list[Record] = field(default_factory=list)
     closed_tasks: set[str] = field(default_factory=set)
     """Ids of tasks that have a row or are lost."""
@@ -76,6 +80,8 @@ class SweepState:
     """Everything trained: task_flops of rows and reservations of lost tasks."""
     lost_flops: int = 0
     """The part of spent_flops that gave no row."""
+    redone_flops: int = 0
+    """The part of spent_flops that evicted trunks would have spared."""
     reserved_flops: int = 0
     eval_flops: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
@@ -83,6 +89,10 @@ class SweepState:
     memory_limits: dict[str, int] = field(default_factory=dict)
     """Kind of tier -> the smallest estimate of bytes per worker that ran out of memory there."""
     losses: list[Record] = field(default_factory=list)
+    evicted: dict[tuple[str, int], Record] = field(default_factory=dict)
+    """(trial, rung) of trunks that are kept no longer."""
+    decisions: list[Record] = field(default_factory=list)
+    """The last reservations that a policy decided on: task id, FLOPs, reason, the rung that it is meant for."""
     finished: str | None = None
     """Why the sweep ended; None while it has not."""
     num_records: int = 0
@@ -122,7 +132,14 @@ class SweepState:
     def trunk_below(self, trial: str, rung: int) -> int | None:
         """The highest rung below one whose trunk may be gone on from; None: there is none."""
         rows = self.trials[trial].rows
-        return max((at for at, row in rows.items() if at < rung and row.get("checkpoint")), default=None)
+        standing = (at for at, row in rows.items() if row.get("checkpoint") and (trial, at) not in self.evicted)
+        return max((at for at in standing if at < rung), default=None)
+
+    @property
+    def kept_trunks(self) -> dict[tuple[str, int], int]:
+        """(trial, rung) -> bytes of the trunks that stand, oldest first; 0 where the row does not say."""
+        rows = {place: self.trials[place[0]].rows[place[1]] for place in self.arrivals if place not in self.evicted}
+        return {place: row.get("checkpoint_bytes") or 0 for place, row in rows.items() if row.get("checkpoint")}
 
     def pending(self, rung: int) -> list[str]:
         """Trials that are reserved or owed at a rung."""
@@ -154,8 +171,11 @@ class SweepState:
             raise CorruptError(f"task {task['task_id']} is reserved twice")
         attempt = self.attempts.get(place)
         if attempt is None:
-            self.attempts[place] = Attempt(task, meant_for=record.get("meant_for", task["rung"]))
-            self.nominal_flops[task["rung"]] += task["reserved_flops"]
+            meant_for, redone_flops = record.get("meant_for", task["rung"]), record.get("redone_flops", 0)
+            self.attempts[place] = Attempt(task, meant_for=meant_for, redone_flops=redone_flops)
+            self.nominal_flops[task["rung"]] += task["reserved_flops"] - redone_flops
+            decision = {"task_id": task["task_id"], "reserved_flops": task["reserved_flops"], "meant_for": meant_for}
+            self.decisions = [*self.decisions, {**decision, "reason": record.get("reason")}][-LAST_DECISIONS:]
         else:
             attempt.task, attempt.is_open = task, True
             attempt.tries += 1
@@ -171,7 +191,7 @@ class SweepState:
 
     def _take_row(self, record: Record) -> None:
         row = record["row"]
-        (trial, rung), _ = self._close(record["task_id"])
+        (trial, rung), attempt = self._close(record["task_id"])
         if (row["trial"], row["rung"]) != (trial, rung):
             raise CorruptError(f"task {record['task_id']} brought the row of another place")
         del self.attempts[trial, rung]
@@ -179,6 +199,7 @@ class SweepState:
         self.trials[trial].rows[rung] = row
         self.arrivals.append((trial, rung))
         self.spent_flops += row["task_flops"]
+        self.redone_flops += min(attempt.redone_flops, row["task_flops"])
         self.eval_flops += row["eval_flops"]
         if row["status"] == "oom" and record.get("memory"):
             kind, needed_bytes = record["memory"]
@@ -200,6 +221,9 @@ class SweepState:
         del self.attempts[place]
         self.abandoned[place] = record["reason"]
 
+    def _evict(self, record: Record) -> None:
+        self.evicted[record["trial"], record["rung"]] = record
+
     def _finish(self, record: Record) -> None:
         self.finished = record["reason"]
 
@@ -212,6 +236,7 @@ _HANDLERS = {
     "row": SweepState._take_row,
     "lost": SweepState._lose,
     "abandoned": SweepState._abandon,
+    "evicted": SweepState._evict,
     "finished": SweepState._finish,
 }
 

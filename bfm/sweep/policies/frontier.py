@@ -86,6 +86,21 @@ class FrontierPolicy:
             return self._idle(view, "no run has given a comparable row")
         return self._serve(view, pool) or self._idle(view, "nothing more fits under the cap")
 
+    def promises(self, state: SweepState, trials: Sequence[str]) -> dict[str, float] | None:
+        """See Forecaster."""
+        total_flops = self.spec.budget.total_flops
+        view = View(self.spec, self.arena, state, total_flops)
+        self._beliefs.take(view)
+        if self._beliefs.num_rows == 0:
+            return None
+        rates = dict.fromkeys(trials, 0.0)
+        for rung in range(view.num_rungs):
+            steps = [step for name in trials if (step := view.climb(state.trials[name], rung)) is not None]
+            if steps:
+                for step, gain in zip(steps, self._beliefs.judge(view, steps, rung).improvement_M, strict=True):
+                    rates[step.key] = max(rates[step.key], float(gain) * total_flops / step.cost_flops)
+        return rates
+
     def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
         entries = [view.enter(proposal, self.arena.rungs(proposal.config)[0]) for proposal in pool]
