@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,7 @@ from bfm.sweep.ledger import FOLDER as LEDGER
 from bfm.sweep.ledger import Ledger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
+from bfm.sweep.state import IMPORT
 from bfm.units import format_flops
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
 from ray_jobs.search import SweepEvent
@@ -77,6 +79,7 @@ def run_sweep(
     *,
     resume: str = "auto",
     extend: bool = False,
+    runs: str | Path | None = None,
     progress: Progress | None = None,
     execute: Executor | None = None,
 ) -> SweepOutcome:
@@ -87,6 +90,7 @@ def run_sweep(
         storage: path or URI that every node reaches.
         resume: auto goes on from a ledger if there is one, never refuses one, must demands one.
         extend: more of the spec may differ from that of the ledger (bfm.sweep.changes).
+        runs: table of runs to import (bfm.sweep.imports).
         progress: called in this process at every event.
         execute: what trains a task, instead of the shards' real training.
 
@@ -101,8 +105,10 @@ def run_sweep(
     workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     if not joins_a_cluster():
         check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, shards, extend) as driver:
+    with signals_raise(), _driver(spec, store, shards, extend=extend, runs=runs) as driver:
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
+        if progress is not None and driver.import_words:
+            progress(SweepEvent("imported", reason=driver.import_words), driver)
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
@@ -132,12 +138,12 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 
 @contextmanager
-def _driver(spec: SweepSpec, store: Store, shards_path: str, extend: bool) -> Iterator[SweepDriver]:
+def _driver(spec: SweepSpec, store: Store, shards_path: str, **options: Any) -> Iterator[SweepDriver]:
     shards = Shards.open(shards_path)
     facts = LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries)
     lease = Lease.acquire(store)
     try:
-        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), extend=extend)
+        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), **options)
     finally:
         lease.release()
 
@@ -164,11 +170,12 @@ def _curves(store: Store, driver: SweepDriver, progress: Progress | None) -> Ite
 
 def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:
     state = driver.state
-    rows = [row for row in sweep_rows(state) if row.get("kind", "rung") == "rung"]
+    trained = [row for row in sweep_rows(state) if row.get("source") != IMPORT]
+    rows = [row for row in trained if row.get("kind", "rung") == "rung"]
     ok = sum(row["status"] == "ok" for row in rows)
     cap_flops, failed = driver.spec.budget.total_flops, len(rows) - ok
     return SweepOutcome(
-        reason, len(state.trials), ok, failed, len(state.losses), state.spent_flops, cap_flops, store.uri
+        reason, state.num_proposals, ok, failed, len(state.losses), state.spent_flops, cap_flops, store.uri
     )
 
 
@@ -179,6 +186,7 @@ def sweep_verb(
     name: str | None = None,
     resume: str = "auto",
     extend: bool = False,
+    runs: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
     """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
@@ -189,6 +197,8 @@ def sweep_verb(
             state = driver.state
             if event.row is not None:
                 display.say(row_words(event.row, spec.metric.name))
+            elif event.kind == "imported":
+                display.say(event.reason)
             elif event.kind == "lost" and event.task is not None:
                 display.say(f"lost {event.task.task_id}: {event.reason}")
             rows = sum(len(rung) for rung in state.rungs.values())
@@ -197,7 +207,7 @@ def sweep_verb(
 
         display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
         try:
-            outcome = run_sweep(spec, storage, resume=resume, extend=extend, progress=show)
+            outcome = run_sweep(spec, storage, resume=resume, extend=extend, runs=runs, progress=show)
         except Interrupted as interrupt:
             return 128 + interrupt.number
         display.say(outcome.line())
@@ -212,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="folder under the storage (default: the file's name)")
     parser.add_argument("--resume", default="auto", help="auto, never or must")
     parser.add_argument("--extend", action="store_true", help="go on with more rungs, seeds or space than before")
+    parser.add_argument("--import", dest="runs", metavar="RUNS", help="Parquet, CSV or JSON lines of earlier runs")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:

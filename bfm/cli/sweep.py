@@ -48,6 +48,9 @@ def sweep(
     extend: Annotated[
         bool, typer.Option("--extend", help="Go on with rungs above, another space, further seeds, another scheduler.")
     ] = False,
+    runs: Annotated[
+        str | None, typer.Option("--import", help="Parquet, CSV or JSON lines of runs trained elsewhere.")
+    ] = None,
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
 ) -> None:
@@ -55,7 +58,9 @@ def sweep(
     from ray_jobs.sweep import sweep_verb
 
     overrides = with_shards(overrides, shards)
-    raise SystemExit(sweep_verb(space, storage, name=name, resume=resume, extend=extend, overrides=overrides))
+    raise SystemExit(
+        sweep_verb(space, storage, name=name, resume=resume, extend=extend, runs=runs, overrides=overrides)
+    )
 
 
 @app.command()

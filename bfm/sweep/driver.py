@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.changes import check_changes, past_parameters
 from bfm.sweep.costs import CostModel
+from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
@@ -39,26 +41,49 @@ class SweepDriver:
     """One sweep over one ledger."""
 
     def __init__(
-        self, spec: SweepSpec, ledger: Ledger | MemoryLedger, policy: Policy, arena: Arena, *, extend: bool = False
+        self,
+        spec: SweepSpec,
+        ledger: Ledger | MemoryLedger,
+        policy: Policy,
+        arena: Arena,
+        *,
+        extend: bool = False,
+        runs: RunTable | None = None,
     ) -> None:
         self.spec, self.policy, self.arena = spec, policy, arena
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
         self._can_propose = True
-        self._open(extend)
+        self.import_words = ""
+        """What came of the import, for a person."""
+        self._open(extend, runs)
 
     @classmethod
     def start(
-        cls, spec: SweepSpec, ledger: Ledger | MemoryLedger, costs: CostModel, *, extend: bool = False
+        cls,
+        spec: SweepSpec,
+        ledger: Ledger | MemoryLedger,
+        costs: CostModel,
+        *,
+        extend: bool = False,
+        runs: str | Path | None = None,
     ) -> SweepDriver:
-        """With the policy and proposals that the spec names; `extend`: more of it may differ from the ledger's.
+        """With the policy and proposals that the spec names.
 
-        Raises InfeasibleError for a space without a point, UserError for a change that would spoil the rows at hand.
+        Args:
+            spec, ledger, costs: what is swept, where it is written down, what it costs.
+            extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
+            runs: table of runs to import (see bfm.sweep.imports).
+
+        Raises:
+            InfeasibleError: the space has no point.
+            UserError: a change would spoil the rows at hand, or the table cannot be used.
         """
         past = past_parameters(ledger.replay.records)
         arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend)
+        table = None if runs is None else read_runs(runs, spec, arena.feasible)
+        return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend, runs=table)
 
     @property
     def available_flops(self) -> int:
@@ -126,13 +151,18 @@ class SweepDriver:
         """Give the lease back; the sweep can be resumed."""
         self._ledger.close()
 
-    def _open(self, extend: bool) -> None:
+    def _open(self, extend: bool, runs: RunTable | None) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
         changed = check_changes(self.state.spec, self.spec, extend=extend)
         if self.state.spec is None or changed:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
+        if runs is not None:
+            imported = import_record(self.state, runs, self.spec)
+            self.import_words = import_words(imported)
+            if imported["rows"]:
+                self._write(imported)
         for evicted in self.state.evicted.values():
             # The last holder may have died between the record and the deletion.
             self._ledger.drop(evicted["checkpoint"])

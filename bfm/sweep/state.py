@@ -2,8 +2,8 @@
 
 Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a reservation
 charged without a row), abandoned (a task that will not be tried again), evicted (a trunk that is kept no longer),
-finished. Unknown fields are carried, unknown kinds refused. What a task's place in the ladder is called is its integer
-rung index, never a FLOP count.
+imported (rows that were trained elsewhere), finished. Unknown fields are carried, unknown kinds refused. What a task's
+place in the ladder is called is its integer rung index, never a FLOP count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bfm.errors import CorruptError
 Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
+IMPORT = "import"
 LAST_DECISIONS = 5
 
 
@@ -91,6 +92,8 @@ class SweepState:
     losses: list[Record] = field(default_factory=list)
     evicted: dict[tuple[str, int], Record] = field(default_factory=dict)
     """(trial, rung) of trunks that are kept no longer."""
+    imports: list[Record] = field(default_factory=list)
+    """Of each import: file, counts of rows, trials and rows known already, reasons of those left out."""
     decisions: list[Record] = field(default_factory=list)
     """The last reservations that a policy decided on: task id, FLOPs, reason, the rung that it is meant for."""
     finished: str | None = None
@@ -195,9 +198,7 @@ class SweepState:
         if (row["trial"], row["rung"]) != (trial, rung):
             raise CorruptError(f"task {record['task_id']} brought the row of another place")
         del self.attempts[trial, rung]
-        self.rungs.setdefault(rung, {})[trial] = row
-        self.trials[trial].rows[rung] = row
-        self.arrivals.append((trial, rung))
+        self._place(row)
         self.spent_flops += row["task_flops"]
         self.redone_flops += min(attempt.redone_flops, row["task_flops"])
         self.eval_flops += row["eval_flops"]
@@ -224,6 +225,21 @@ class SweepState:
     def _evict(self, record: Record) -> None:
         self.evicted[record["trial"], record["rung"]] = record
 
+    def _import(self, record: Record) -> None:
+        for trial in record["trials"]:
+            self.trials[trial["trial"]] = Trial(**trial, number=None, source=IMPORT)
+        for row in record["rows"]:
+            self._place(row)
+        counts = {name: len(record[name]) for name in ("rows", "trials")}
+        self.imports.append({**{name: record[name] for name in ("file", "known", "left_out")}, **counts})
+        self.finished = None
+
+    def _place(self, row: Record) -> None:
+        trial, rung = row["trial"], row["rung"]
+        self.rungs.setdefault(rung, {})[trial] = row
+        self.trials[trial].rows[rung] = row
+        self.arrivals.append((trial, rung))
+
     def _finish(self, record: Record) -> None:
         self.finished = record["reason"]
 
@@ -237,6 +253,7 @@ _HANDLERS = {
     "lost": SweepState._lose,
     "abandoned": SweepState._abandon,
     "evicted": SweepState._evict,
+    "imported": SweepState._import,
     "finished": SweepState._finish,
 }
 

@@ -66,10 +66,11 @@ class _Baseline:
 
 
 class FullLength(_Baseline):
-    """Every configuration to its last rung, in the arena's order: a random search, or a grid."""
+    """Every configuration to its last rung, in the arena's order: a random search, or a grid. Imported runs stay."""
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
-        for step in affordable((self._one_up(view, trial) for trial in view.paused), view.available_flops):
+        own = [trial for trial in view.paused if trial.number is not None]
+        for step in affordable((self._one_up(view, trial) for trial in own), view.available_flops):
             return step.decision("every configuration is trained to the end")
         owed = sum(self._rest(trial) for trial in view.state.trials.values() if trial.trial in view.running)
         if owed >= view.available_flops:
