@@ -201,8 +201,8 @@ def sweep_verb(
                 display.say(event.reason)
             elif event.kind == "lost" and event.task is not None:
                 display.say(f"lost {event.task.task_id}: {event.reason}")
-            rows = sum(len(rung) for rung in state.rungs.values())
-            words = f"{len(state.trials)} trials  {rows} rows  {len(state.open_tasks)} running"
+            rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
+            words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"
             display.show(words, state.spent_flops / spec.budget.total_flops)
 
         display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
