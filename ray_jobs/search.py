@@ -46,7 +46,7 @@ class Driver(Protocol):
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is assigned, row, lost or finished."""
+    """Something a display may show: `kind` is imported, assigned, row, lost or finished."""
 
     kind: str
     task: Task | None = None

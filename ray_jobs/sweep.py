@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,7 @@ from bfm.sweep.ledger import FOLDER as LEDGER
 from bfm.sweep.ledger import Ledger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
+from bfm.sweep.state import IMPORT
 from bfm.units import format_flops
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
 from ray_jobs.search import SweepEvent
@@ -76,6 +78,8 @@ def run_sweep(
     storage: str,
     *,
     resume: str = "auto",
+    extend: bool = False,
+    runs: str | Path | None = None,
     progress: Progress | None = None,
     execute: Executor | None = None,
 ) -> SweepOutcome:
@@ -85,22 +89,26 @@ def run_sweep(
         spec: the checked search space; its name is the folder under `storage`.
         storage: path or URI that every node reaches.
         resume: auto goes on from a ledger if there is one, never refuses one, must demands one.
+        extend: more of the spec may differ from that of the ledger (bfm.sweep.changes).
+        runs: table of runs to import (bfm.sweep.imports).
         progress: called in this process at every event.
         execute: what trains a task, instead of the shards' real training.
 
     Raises:
         UserError: the space is infeasible on the shards, the sweep does not fit the machine, another one holds the
-            ledger, or `resume` disagrees with what stands. Nothing is running then.
+            ledger, or `resume` or `extend` disagree with what stands. Nothing is running then.
         CorruptError: shards, checkpoint or ledger are damaged.
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
-    store = _sweep_store(storage, spec.name, resume)
+    store = _sweep_store(storage, spec.name, resume, extend)
     shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
     workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     if not joins_a_cluster():
         check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, shards) as driver:
+    with signals_raise(), _driver(spec, store, shards, extend=extend, runs=runs) as driver:
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
+        if progress is not None and driver.import_words:
+            progress(SweepEvent("imported", reason=driver.import_words), driver)
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
@@ -112,26 +120,30 @@ def run_sweep(
         return _outcome(driver, store, driver.state.finished or "ended")
 
 
-def _sweep_store(storage: str, name: str, resume: str) -> Store:
+def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
     if resume not in RESUME:
         raise UserError(f"{resume!r} is not a way to resume", key="--resume", fix=f"write {', '.join(RESUME)}")
+    if extend and resume == "never":
+        raise UserError("never goes on, but --extend must", key="--resume", fix="leave out one of the two")
     base = storage if "://" in storage else str(Path(storage).absolute())
     store = Store(base).child(name)
     begun = bool(store.names(LEDGER))
     if begun and resume == "never":
         raise UserError("there is a sweep already", file=store.uri, fix="give another --name, or --resume auto")
+    if not begun and extend:
+        raise UserError("there is no sweep to extend", file=store.uri, key="--extend", fix="check --storage and --name")
     if not begun and resume == "must":
         raise UserError("there is no sweep to resume", file=store.uri, fix="check --storage and --name")
     return store
 
 
 @contextmanager
-def _driver(spec: SweepSpec, store: Store, shards_path: str) -> Iterator[SweepDriver]:
+def _driver(spec: SweepSpec, store: Store, shards_path: str, **options: Any) -> Iterator[SweepDriver]:
     shards = Shards.open(shards_path)
     facts = LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries)
     lease = Lease.acquire(store)
     try:
-        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts))
+        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), **options)
     finally:
         lease.release()
 
@@ -158,16 +170,24 @@ def _curves(store: Store, driver: SweepDriver, progress: Progress | None) -> Ite
 
 def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:
     state = driver.state
-    rows = [row for row in sweep_rows(state) if row.get("kind", "rung") == "rung"]
+    trained = [row for row in sweep_rows(state) if row.get("source") != IMPORT]
+    rows = [row for row in trained if row.get("kind", "rung") == "rung"]
     ok = sum(row["status"] == "ok" for row in rows)
     cap_flops, failed = driver.spec.budget.total_flops, len(rows) - ok
     return SweepOutcome(
-        reason, len(state.trials), ok, failed, len(state.losses), state.spent_flops, cap_flops, store.uri
+        reason, state.num_proposals, ok, failed, len(state.losses), state.spent_flops, cap_flops, store.uri
     )
 
 
 def sweep_verb(
-    space: str | Path, storage: str, *, name: str | None = None, resume: str = "auto", overrides: Sequence[str] = ()
+    space: str | Path,
+    storage: str,
+    *,
+    name: str | None = None,
+    resume: str = "auto",
+    extend: bool = False,
+    runs: str | Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> int:
     """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
     spec = resolve(space, [*overrides, *([f"name={name}"] if name else [])])
@@ -177,15 +197,17 @@ def sweep_verb(
             state = driver.state
             if event.row is not None:
                 display.say(row_words(event.row, spec.metric.name))
+            elif event.kind == "imported":
+                display.say(event.reason)
             elif event.kind == "lost" and event.task is not None:
                 display.say(f"lost {event.task.task_id}: {event.reason}")
-            rows = sum(len(rung) for rung in state.rungs.values())
-            words = f"{len(state.trials)} trials  {rows} rows  {len(state.open_tasks)} running"
+            rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
+            words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"
             display.show(words, state.spent_flops / spec.budget.total_flops)
 
         display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
         try:
-            outcome = run_sweep(spec, storage, resume=resume, progress=show)
+            outcome = run_sweep(spec, storage, resume=resume, extend=extend, runs=runs, progress=show)
         except Interrupted as interrupt:
             return 128 + interrupt.number
         display.say(outcome.line())
@@ -199,12 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--storage", required=True, help="path or URI that every node reaches")
     parser.add_argument("--name", help="folder under the storage (default: the file's name)")
     parser.add_argument("--resume", default="auto", help="auto, never or must")
+    parser.add_argument("--extend", action="store_true", help="go on with more rungs, seeds or space than before")
+    parser.add_argument("--import", dest="runs", metavar="RUNS", help="Parquet, CSV or JSON lines of earlier runs")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
-        return sweep_verb(
-            options.space, options.storage, name=options.name, resume=options.resume, overrides=options.overrides
-        )
+        return sweep_verb(**vars(options))
     except UserError as error:
         print(f"bfm: {error}", file=sys.stderr)
         return 2

@@ -45,13 +45,22 @@ def sweep(
     storage: Annotated[str, typer.Option(help="Folder or URI under which sweeps are kept.")] = "runs",
     name: Annotated[str | None, typer.Option(help="Name of the sweep (default: the file's).")] = None,
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on with rungs above, another space, further seeds, another scheduler.")
+    ] = False,
+    runs: Annotated[
+        str | None, typer.Option("--import", help="Parquet, CSV or JSON lines of runs trained elsewhere.")
+    ] = None,
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
 ) -> None:
     """Run a sweep on this machine, or on the cluster that RAY_ADDRESS names; resumable at any point."""
     from ray_jobs.sweep import sweep_verb
 
-    raise SystemExit(sweep_verb(space, storage, name=name, resume=resume, overrides=with_shards(overrides, shards)))
+    overrides = with_shards(overrides, shards)
+    raise SystemExit(
+        sweep_verb(space, storage, name=name, resume=resume, extend=extend, runs=runs, overrides=overrides)
+    )
 
 
 @app.command()

@@ -34,6 +34,7 @@ def sweep_summary(state: SweepState, elapsed_s: float | None = None) -> dict[str
         "metric": (spec.get("metric") or {}).get("name"),
         "rungs": list(budget.get("ladder_flops") or []),
         "spent_flops": state.spent_flops,
+        "redone_flops": state.redone_flops,
         "cap_flops": budget.get("total_flops"),
         "eval_flops": state.eval_flops,
         "elapsed_s": elapsed_s,

@@ -19,7 +19,7 @@ from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
 from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
-from bfm.sweep.status import summarise
+from bfm.sweep.status import life_text, summarise
 
 Baselines = Mapping[str, Mapping[str, float]]
 
@@ -70,9 +70,10 @@ def read_sweep(sweep_dir: str) -> SweepView:
 
 
 def status_text(view: SweepView) -> str:
-    """For a terminal: the frontier so far, spend against the cap, the best trials, failures."""
+    """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
     parts = [frontier_text(view.rows), spend_text(view.rows, view.summary), trials_text(view.rows)]
-    return "\n\n".join(part for part in [*parts, failures_text(view.rows, view.summary)] if part)
+    parts += [failures_text(view.rows, view.summary), life_text(view.status)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:

@@ -101,7 +101,9 @@ def spend_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     if not spent_flops:
         return table
     under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
-    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}"
+    redone_flops = summary.get("redone_flops")
+    redone = f", {format_flops(redone_flops)} of them redone for want of evicted trunks" if redone_flops else ""
+    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{redone}"
 
 
 def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:

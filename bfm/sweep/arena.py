@@ -58,6 +58,14 @@ class Arena(Protocol):
         """Upper bound of what training from a lower rung's trunk (None: from nothing) to a rung's row costs."""
         ...
 
+    def fits(self, config: Config, rung: int, limits: Mapping[str, int]) -> bool:
+        """Whether it may be trained to a rung, after what ran out of memory (SweepState.memory_limits)."""
+        ...
+
+    def memory(self, config: Config, rung: int) -> tuple[str, int] | None:
+        """The kind of tier that trains it to a rung, and the bytes that a worker is estimated to need there."""
+        ...
+
     def task(
         self,
         trial: str,

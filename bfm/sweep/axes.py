@@ -21,6 +21,8 @@ from bfm.sweep.settings import Parameter
 _LOG_SPAN = 3.0
 _DRAWS = 256
 _SEED = 20_261_122
+_FAR = 4.0
+"""Spreads from the middle at which zero stands on a log axis."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class NumberAxis:
         spread = float(array.std())
         return cls(name, is_log, float(array.mean()), spread) if spread > 0 else None
 
-    def at(self, value: float) -> float:
-        """The coordinate of a value."""
+    def at(self, value: Any) -> float:
+        """The coordinate of a value; of one from another space that is no number here, the middle."""
+        if not _is_number(value):
+            return 0.0
+        if self.is_log and value <= 0:
+            return -_FAR
         return ((math.log(value) if self.is_log else float(value)) - self.center) / self.spread
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.changes import check_changes, past_parameters
 from bfm.sweep.costs import CostModel
+from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
+from bfm.sweep.quota import evictions
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
@@ -31,26 +35,55 @@ __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
 Row = Mapping[str, Any]
 STATUSES = ("ok", "diverged", "oom")
 _NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
-# A resumed sweep may have more to spend, or other machines; everything else would make its rows incomparable.
-_MAY_CHANGE = ("budget.total_flops", "budget.max_trials", "scaling.")
 
 
 class SweepDriver:
     """One sweep over one ledger."""
 
-    def __init__(self, spec: SweepSpec, ledger: Ledger | MemoryLedger, policy: Policy, arena: Arena) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        ledger: Ledger | MemoryLedger,
+        policy: Policy,
+        arena: Arena,
+        *,
+        extend: bool = False,
+        runs: RunTable | None = None,
+    ) -> None:
         self.spec, self.policy, self.arena = spec, policy, arena
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
         self._can_propose = True
-        self._open()
+        self.import_words = ""
+        """What came of the import, for a person."""
+        self._open(extend, runs)
 
     @classmethod
-    def start(cls, spec: SweepSpec, ledger: Ledger | MemoryLedger, costs: CostModel) -> SweepDriver:
-        """With the policy and proposals that the spec names. Raises InfeasibleError for a space without a point."""
-        arena = SpaceArena(spec, FeasibleSet(spec, costs))
-        return cls(spec, ledger, make_policy(spec, arena), arena)
+    def start(
+        cls,
+        spec: SweepSpec,
+        ledger: Ledger | MemoryLedger,
+        costs: CostModel,
+        *,
+        extend: bool = False,
+        runs: str | Path | None = None,
+    ) -> SweepDriver:
+        """With the policy and proposals that the spec names.
+
+        Args:
+            spec, ledger, costs: what is swept, where it is written down, what it costs.
+            extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
+            runs: table of runs to import (see bfm.sweep.imports).
+
+        Raises:
+            InfeasibleError: the space has no point.
+            UserError: a change would spoil the rows at hand, or the table cannot be used.
+        """
+        past = past_parameters(ledger.replay.records)
+        arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
+        table = None if runs is None else read_runs(runs, spec, arena.feasible)
+        return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend, runs=table)
 
     @property
     def available_flops(self) -> int:
@@ -95,7 +128,11 @@ class SweepDriver:
             return False
         probes = [_finite(probe) for probe in row.get("probes", ())]
         checked = self._checked(task_id, {key: value for key, value in row.items() if key != "probes"})
-        self._write({"kind": "row", "task_id": task_id, "row": checked, "probes": probes})
+        record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
+        if checked["status"] == "oom":
+            record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
+        self._write(record)
+        self._keep_quota()
         return True
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
@@ -114,15 +151,30 @@ class SweepDriver:
         """Give the lease back; the sweep can be resumed."""
         self._ledger.close()
 
-    def _open(self) -> None:
+    def _open(self, extend: bool, runs: RunTable | None) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
-        spec = self.spec.as_dict()
-        if self.state.spec is not None:
-            _refuse_changes(self.state.spec, spec)
-        if self.state.spec != spec:
-            records.append({"kind": "spec", "spec": spec, "hash": self.spec.hash})
+        changed = check_changes(self.state.spec, self.spec, extend=extend)
+        if self.state.spec is None or changed:
+            records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
+        if runs is not None:
+            imported = import_record(self.state, runs, self.spec)
+            self.import_words = import_words(imported)
+            if imported["rows"]:
+                self._write(imported)
+        for evicted in self.state.evicted.values():
+            # The last holder may have died between the record and the deletion.
+            self._ledger.drop(evicted["checkpoint"])
+        self._keep_quota()
+
+    def _keep_quota(self) -> None:
+        """The record first: what the ledger calls a trunk must stand."""
+        records = evictions(self.spec, self.state, self.policy)
+        if records:
+            self._write(*records)
+            for record in records:
+                self._ledger.drop(record["checkpoint"])
 
     def _write(self, *records: Record) -> None:
         self._ledger.append(records)
@@ -158,19 +210,15 @@ class SweepDriver:
         return None
 
     def _promote(self, decision: Promote) -> Task:
-        reached = [rung for rung in self.state.trials[decision.trial].rows if rung < decision.rung]
-        task = self._task(decision.trial, decision.rung, max(reached), 0)
+        task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
         self._reserve(task, decision)
         return task
 
     def _propose(self, decision: Propose) -> Task | None:
-        number = len(self.state.trials)
+        number = self.state.num_proposals
         seed, proposal = decision.seed, decision.proposal
         if seed is None:
-            seed = self.spec.seeds[number % len(self.spec.seeds)]
-            if number % len(self.spec.seeds):
-                first = list(self.state.trials.values())[-1]
-                proposal = Proposal(first.config, first.params, first.source)
+            seed, proposal = self._next_seed()
         if proposal is None:
             proposal = self.arena.propose(self.state, number)
         if proposal is None:
@@ -182,16 +230,42 @@ class SweepDriver:
         self._reserve(task, decision, record)
         return task
 
+    def _next_seed(self) -> tuple[int, Proposal | None]:
+        """The next seed of the last configuration; the first one, and no proposal, where that has all of them."""
+        begun = [trial for trial in self.state.trials.values() if trial.number is not None]
+        used = {trial.seed for trial in begun if trial.config == begun[-1].config}
+        missing = [seed for seed in self.spec.seeds if seed not in used]
+        if not begun or not missing or not self.arena.fits(begun[-1].config, 0, self.state.memory_limits):
+            return self.spec.seeds[0], None
+        last = begun[-1]
+        return missing[0], Proposal(last.config, last.params, last.source)
+
     def _reserve(self, task: Task, decision: Promote | Propose, *before: Record) -> None:
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
-        meant = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
-        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **meant})
+        also = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
+        trained = self._trained_below(task)
+        if trained != task.from_rung:
+            spared = self.arena.reserve_flops(task.config, task.rung, trained)
+            also["redone_flops"] = task.reserved_flops - spared
+        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
+
+    def _trained_below(self, task: Task) -> int | None:
+        """The highest rung below a task's whose trunk this sweep has trained, kept or not."""
+        trial = self.state.trials.get(task.trial)
+        rows = {} if trial is None else trial.rows
+        return max((rung for rung, row in rows.items() if rung < task.rung and row.get("checkpoint")), default=None)
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]
         checkpoint = None if from_rung is None else trial.rows[from_rung]["checkpoint"]
         proposal = Proposal(trial.config, trial.params, trial.source)
-        return self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
+        task = self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
+        trained = self._trained_below(task)
+        if task.probes and trained != from_rung:
+            # The part of the trunk that is trained again has its probe rows.
+            ahead = self.spec.probes_between(trial.config["cooldown_fraction"], rung, trained)
+            task = replace(task, probes=ahead)
+        return task
 
     def _checked(self, task_id: str, row: Row) -> Record:
         missing = [key for key in _NEEDED if key not in row]
@@ -249,23 +323,3 @@ def _finite(row: Row) -> Record:
         return value
 
     return clean(row)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping) and values:
-        return {name: leaf for key, inner in values.items() for name, leaf in _flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): values}
-
-
-def _refuse_changes(before: Record, now: Record) -> None:
-    old, new = _flat(before), _flat(now)
-    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    refused = [key for key in changed if not key.startswith(_MAY_CHANGE)]
-    if refused:
-        key = refused[0]
-        raise UserError(
-            f"the sweep in this folder has {old.get(key)!r}, not {new.get(key)!r}"
-            + (f" (also changed: {', '.join(refused[1:])})" if refused[1:] else ""),
-            key=key,
-            fix="give the changed sweep another name, or undo the change; budgets and scaling may change",
-        )

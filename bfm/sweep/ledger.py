@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ FOLDER = "ledger"
 VERSION = 1
 _NAME = re.compile(r"ledger/(\d{6})-(\d{8})\.jsonl")
 _READERS = 8
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Ledger:
         self._last = _Link(name, sha256_bytes(data))
         self._next_number += 1
 
+    def drop(self, folder: str) -> None:
+        """Delete a folder of the sweep that the ledger says is kept no longer; a failure is left to the next resume."""
+        if not self.lease.is_held:
+            return
+        try:
+            self.store.delete_folder(folder)
+        except OSError as error:
+            _log.warning("%s/%s could not be deleted: %s", self.store.uri, folder, error)
+
     def close(self) -> None:
         """Give the lease back."""
         self.lease.release()
@@ -84,10 +95,15 @@ class MemoryLedger:
         self.replay = Replay(records=list(records))
         self.records = list(records)
         self.epoch = 1
+        self.dropped: list[str] = []
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep records, as JSON would bring them back."""
         self.records += json.loads(canonical_json(list(records)))
+
+    def drop(self, folder: str) -> None:
+        """Note what would be deleted."""
+        self.dropped.append(folder)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -7,8 +7,9 @@ the cap alone), so decisions after a crash equal the unbroken ones until the cap
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.state import SweepState
@@ -58,4 +59,13 @@ class Policy(Protocol):
 
         `can_propose`: the space has another point.
         """
+        ...
+
+
+@runtime_checkable
+class Forecaster(Protocol):
+    """A policy that can tell what paused trials are still good for."""
+
+    def promises(self, state: SweepState, trials: Sequence[str]) -> Mapping[str, float] | None:
+        """Trial -> the largest expected improvement per share of the cap over all rungs; None: nothing is known yet."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.settings import Parameter, SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet, Rejection, binding_bound
+from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_bound
 from bfm.sweep.state import SweepState, Trial, metric_value
+from bfm.training.config import TrainConfig
 
 STARTUP_ROWS = 10
 OPTUNA_TRIES = 300
@@ -53,12 +54,12 @@ class Proposer:
         Raises InfeasibleError, naming the bound that binds, where no feasible point is found.
         """
         if self.spec.method == "grid":
-            return self._next_of_grid(number)
+            return self._next_of_grid(state, number)
         seen = {self._key(trial.config) for trial in state.trials.values()}
         rejected: Counter[str] = Counter()
         refusals: list[Rejection] = []
         for source, values in self._draws(state, number):
-            verdict = self.feasible.judge(values)
+            verdict = self.feasible.judge(values, state.memory_limits)
             if isinstance(verdict, Rejection):
                 rejected[verdict.reason] += 1
                 refusals.append(verdict)
@@ -66,7 +67,7 @@ class Proposer:
                 rejected[_DUPLICATE] += 1
             else:
                 return _proposal(verdict, source, dict(sorted(rejected.items())))
-        if rejected[_DUPLICATE]:
+        if rejected[_DUPLICATE] or rejected[RAN_OUT]:
             return None
         raise binding_bound(refusals)
 
@@ -88,7 +89,16 @@ class Proposer:
             verdict = self.feasible.judge(values)
             if isinstance(verdict, Feasible) and (key := self._key(verdict.config.as_dict())) not in seen:
                 found[key] = _proposal(verdict, "optuna", {})
-        return tuple(found.values())
+        return self._fitting(tuple(found.values()), state.memory_limits)
+
+    def _fitting(self, pool: tuple[Proposal, ...], limits: Mapping[str, int]) -> tuple[Proposal, ...]:
+        """Without what is estimated as large as something that ran out of memory; counted with the reason."""
+        if not limits:
+            return pool
+        verdicts = [self.feasible.judge_config(TrainConfig.from_dict(proposal.config), limits) for proposal in pool]
+        kept = [p for p, verdict in zip(pool, verdicts, strict=True) if isinstance(verdict, Feasible)]
+        ran_out = len(pool) - len(kept)
+        return tuple(replace(p, rejected={**p.rejected, RAN_OUT: ran_out}) if ran_out else p for p in kept)
 
     def _grid_pool(self, seen: set[tuple[Any, ...]], number: int) -> dict[tuple[Any, ...], Proposal]:
         points, rejected = self.feasible.feasible_grid
@@ -131,16 +141,20 @@ class Proposer:
             for attempt in range(POOL_OPTUNA_DRAWS):
                 yield self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
 
-    def _next_of_grid(self, number: int) -> Proposal | None:
+    def _next_of_grid(self, state: SweepState, number: int) -> Proposal | None:
         points, rejected = self.feasible.feasible_grid
-        index = number // len(self.spec.seeds)
         if not points:
             raise binding_bound(self.feasible.sample[1])
-        if index >= len(points):
-            return None
-        verdict = self.feasible.judge(points[index])
-        assert isinstance(verdict, Feasible)
-        return _proposal(verdict, "grid", dict(sorted(rejected.items())) if number == 0 else {})
+        seen = {self._key(trial.config) for trial in state.trials.values()}
+        ran_out: Counter[str] = Counter()
+        for values in points:
+            verdict = self.feasible.judge(values, state.memory_limits)
+            if isinstance(verdict, Rejection):
+                ran_out[verdict.reason] += 1
+            elif self._key(verdict.config.as_dict()) not in seen:
+                counts = (rejected if number == 0 else Counter[str]()) + ran_out
+                return _proposal(verdict, "grid", dict(sorted(counts.items())))
+        return None
 
     def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
         seed = self.spec.seeds[0]
@@ -155,8 +169,11 @@ class Proposer:
     def _learning_rung(self, state: SweepState) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
         for rung in reversed(range(len(self.spec.budget.ladder_flops))):
-            rows = state.rungs.get(rung, {}).values()
-            if sum(self._value(row) is not None for row in rows) >= STARTUP_ROWS:
+            rows = state.rungs.get(rung, {})
+            known = [
+                name for name, row in rows.items() if self._value(row) is not None and self._is_inside(state, name)
+            ]
+            if len(known) >= STARTUP_ROWS:
                 return rung
         return None
 
@@ -167,13 +184,15 @@ class Proposer:
         worst = math.inf if direction == "minimize" else -math.inf
         finished = []
         for name, row in state.rungs[rung].items():
+            if row["status"] == "oom" or not self._is_inside(state, name):
+                continue
             value = self._value(row)
-            # A trial that diverged, or did not fit, is as bad as can be: TPE must learn to keep away.
+            # A trial that diverged is as bad as can be: TPE must learn to keep away.
             finished.append(self._frozen(state.trials[name], TrialState.COMPLETE, worst if value is None else value))
         running = [
             self._frozen(state.trials[name], TrialState.RUNNING, None)
             for name, at in state.attempts
-            if at == rung and name not in state.rungs[rung]
+            if at == rung and name not in state.rungs[rung] and self._is_inside(state, name)
         ]
         study.add_trials(finished + running)
         return study
@@ -201,6 +220,11 @@ class Proposer:
             for parameter in self.spec.free_parameters
         }
         return create_trial(state=state, value=value, params=params, distributions=self._distributions())
+
+    def _is_inside(self, state: SweepState, name: str) -> bool:
+        """Whether a trial lies in this space: an earlier one may have been another, and TPE knows only one."""
+        config = state.trials[name].config
+        return all(parameter.contains(config[parameter.name]) for parameter in self.spec.free_parameters)
 
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)

@@ -132,6 +132,13 @@ class Parameter:
         first, last = math.ceil(self.low / quantum), math.floor(self.high / quantum)
         return tuple(self.quantise(k * quantum) if self.quantum else k for k in range(first, last + 1))
 
+    def contains(self, value: Any) -> bool:
+        """Whether a value could be proposed (multiples of a quantum are not asked for)."""
+        if self.values:
+            return value in self.values
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high
+
     def as_dict(self) -> dict[str, Any]:
         """The W&B-shaped YAML form."""
         if self.distribution == "constant":
@@ -193,6 +200,12 @@ class Tier:
     memory_gib: float | None = None
     """Memory of one worker; configurations estimated above it are infeasible. None: not checked."""
 
+    @property
+    def kind(self) -> str:
+        """Equal where tasks run alike, whatever thresholds led there."""
+        settings = {name: value for name, value in asdict(self).items() if not name.startswith("from_")}
+        return canonical_json(settings).decode()
+
     def scaling(self, groups_per_step: int) -> dict[str, Any]:
         """The scaling of a task: micro_groups is the largest allowed divisor of a worker's groups."""
         groups = groups_per_step // self.workers
@@ -235,6 +248,8 @@ class SweepSpec:
     """Further metrics with a frontier of their own; the spend is shared."""
     constraints: tuple[Constraint, ...] = ()
     """What a useful model keeps to."""
+    checkpoints_gib: float | None = None
+    """Room for the trunks that promotions go on from; None: all are kept."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -317,6 +332,7 @@ class SweepSpec:
                 "tiers": [asdict(tier) for tier in self.tiers],
             },
             "data": {"shards": self.shards, "evaluation_queries": self.evaluation_queries},
+            "storage": {"checkpoints_gib": self.checkpoints_gib},
             "seeds": list(self.seeds),
             "probes": list(self.probes),
         }

@@ -26,6 +26,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 from bfm.units import format_count, format_flops
 
+RAN_OUT = "ran out of memory at a smaller estimate"
 SAMPLE_SIZE = 256
 SAMPLE_TRIES = 4096
 _SAMPLE_SEED = 20_260_613
@@ -59,19 +60,31 @@ class FeasibleSet:
 
     def __init__(self, spec: SweepSpec, costs: CostModel) -> None:
         self.spec, self.costs = spec, costs
+        self._memory: dict[tuple[Any, ...], tuple[str, int]] = {}
 
-    def judge(self, values: Mapping[str, Any]) -> Feasible | Rejection:
-        """The verdict on the values of the free parameters."""
+    def judge(self, values: Mapping[str, Any], limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
+        """The verdict on the values of the free parameters.
+
+        `limits`: kind of tier -> the smallest estimate that ran out of memory there (SweepState.memory_limits).
+        """
         try:
             config = self.spec.config(values)
+        except UserError as error:
+            return _from_error("is contradictory", error)
+        return self.judge_config(config, limits)
+
+    def judge_config(self, config: TrainConfig, limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
+        """The verdict on a whole configuration; `limits` as of `judge`."""
+        try:
             if (too_many := self._negatives(config)) is not None:
                 return too_many
             cost = self.costs.of(config)
         except InfeasibleError as error:
             return _from_error("cannot be built", error)
-        except UserError as error:
-            return _from_error("is contradictory", error)
-        return self._rungs(config, cost)
+        verdict = self._rungs(config, cost)
+        if limits and isinstance(verdict, Feasible):
+            return self._ran_out(verdict, limits) or verdict
+        return verdict
 
     def _rungs(self, config: TrainConfig, cost: ConfigCost) -> Feasible | Rejection:
         rejections = [self._at(config, cost, rung) for rung in range(len(self.spec.budget.ladder_flops))]
@@ -89,6 +102,23 @@ class FeasibleSet:
             or self._data(config, cost, rung_flops)
             or self._fits(config, cost, self.spec.tier(rung_flops, cost.params))
         )
+
+    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
+        """The kind of tier that trains a whole configuration to a rung, and the estimate for one of its workers."""
+        key = (rung, *config.items())
+        if key not in self._memory:
+            whole = TrainConfig.from_dict(config)
+            cost = self.costs.of(whole)
+            tier = self.spec.tier(self.spec.budget.ladder_flops[rung], cost.params)
+            self._memory[key] = tier.kind, _memory_bytes(whole, cost, tier)
+        return self._memory[key]
+
+    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+        """Whether nothing estimated as small or smaller ran out of memory at the tier of a rung."""
+        if not limits:
+            return True
+        kind, needed_bytes = self.memory(config, rung)
+        return kind not in limits or needed_bytes < limits[kind]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -206,6 +236,19 @@ class FeasibleSet:
                 )
         return None
 
+    def _ran_out(self, point: Feasible, limits: Mapping[str, int]) -> Rejection | None:
+        for rung in point.rungs:
+            tier = self.spec.tier(self.spec.budget.ladder_flops[rung], point.cost.params)
+            needed_bytes = _memory_bytes(point.config, point.cost, tier)
+            if tier.kind in limits and needed_bytes >= limits[tier.kind]:
+                return Rejection(
+                    reason=RAN_OUT,
+                    detail=f"about {needed_bytes / GIB:.3g} GiB; {limits[tier.kind] / GIB:.3g} GiB ran out",
+                    key="scaling.tiers",
+                    fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
+                )
+        return None
+
     def _fits(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
         if config.groups_per_step % tier.workers:
             return Rejection(
@@ -216,8 +259,7 @@ class FeasibleSet:
             )
         if tier.memory_gib is None:
             return None
-        micro_groups = tier.scaling(config.groups_per_step)["micro_groups"]
-        needed_gib = cost.memory_bytes(tier, micro_groups, config.averaging) / GIB
+        needed_gib = _memory_bytes(config, cost, tier) / GIB
         if needed_gib <= tier.memory_gib:
             return None
         return Rejection(
@@ -226,6 +268,10 @@ class FeasibleSet:
             key="scaling.tiers",
             fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
         )
+
+
+def _memory_bytes(config: TrainConfig, cost: ConfigCost, tier: Tier) -> int:
+    return cost.memory_bytes(tier, tier.scaling(config.groups_per_step)["micro_groups"], config.averaging)
 
 
 def binding_bound(rejected: list[Rejection] | tuple[Rejection, ...]) -> InfeasibleError:

@@ -12,27 +12,36 @@ from typing import Any
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
 from bfm.sweep.proposer import Proposer
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
+from bfm.training.config import TrainConfig
 
 
 class SpaceArena:
     """Points of a search space."""
 
-    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
-        self.spec, self.feasible = spec, feasible
+    def __init__(self, spec: SweepSpec, feasible: FeasibleSet, past: Sequence[Sequence[Parameter]] = ()) -> None:
+        """`past`: parameters of earlier spaces of the same sweep; what varied in them stays a coordinate.
+
+        Raises InfeasibleError for a space without a point.
+        """
+        self.spec, self.feasible, self._past = spec, feasible, past
+        self._params = [point.cost.params for point in feasible.sample[0]]
         self.proposer = Proposer(spec, feasible)
-        self._names = [parameter.name for parameter in spec.free_parameters]
         self._rungs: dict[tuple[Any, ...], range] = {}
-        self._pools: dict[int, Sequence[Proposal]] = {}
+        self._pools: dict[tuple[Any, ...], Sequence[Proposal]] = {}
 
     @cached_property
     def axes(self) -> Axes:
-        """Realised log N and the free parameters."""
-        params = [point.cost.params for point in self.feasible.sample[0]]
-        return Axes.of_parameters(params, self.spec.free_parameters)
+        """Realised log N and the free parameters, then those that were free in earlier spaces of the sweep."""
+        free = {parameter.name: parameter for parameter in self.spec.free_parameters}
+        for parameters in reversed(self._past):
+            for parameter in parameters:
+                if parameter.is_free:
+                    free.setdefault(parameter.name, parameter)
+        return Axes.of_parameters(self._params, tuple(free.values()))
 
     @property
     def num_points(self) -> int | None:
@@ -41,9 +50,9 @@ class SpaceArena:
 
     def rungs(self, config: Mapping[str, Any]) -> range:
         """From the first rung that has 100 steps and a sensible D/N to the last one."""
-        key = tuple([config[name] for name in self._names])
+        key = tuple(config.values())
         if key not in self._rungs:
-            verdict = self.feasible.judge(dict(zip(self._names, key, strict=True)))
+            verdict = self.feasible.judge_config(TrainConfig.from_dict(config))
             # A trial from before the space was changed goes where its rows are.
             whole = range(len(self.spec.budget.ladder_flops))
             self._rungs[key] = verdict.rungs if isinstance(verdict, Feasible) else whole
@@ -62,6 +71,14 @@ class SpaceArena:
     def reserve_flops(self, config: Mapping[str, Any], rung: int, from_rung: int | None) -> int:
         """See SweepSpec.task_flops."""
         return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
+
+    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+        """See FeasibleSet.fits."""
+        return self.feasible.fits(config, rung, limits)
+
+    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
+        """See FeasibleSet.memory."""
+        return self.feasible.memory(config, rung)
 
     def task(
         self,
@@ -96,7 +113,8 @@ class SpaceArena:
         return self.proposer.propose(state, number)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
-        """Drawn once per proposal number: decisions in between choose from the same points."""
-        if number not in self._pools:
-            self._pools = {number: self.proposer.pool(state, number)}
-        return self._pools[number]
+        """Drawn once per proposal number (and again when memory ran out): decisions in between see the same points."""
+        key = number, *sorted(state.memory_limits.items())
+        if key not in self._pools:
+            self._pools = {key: self.proposer.pool(state, number)}
+        return self._pools[key]

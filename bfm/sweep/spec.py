@@ -103,6 +103,10 @@ class _DataKeys(_Section):
     evaluation_queries: Count | None = None
 
 
+class _StorageKeys(_Section):
+    checkpoints_gib: Number | None = None
+
+
 _SEEDS_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]})
 
 
@@ -127,6 +131,7 @@ class _SweepKeys(_Section):
     scheduler: _SchedulerKeys = _SchedulerKeys()
     scaling: _ScalingKeys = _ScalingKeys()
     data: _DataKeys
+    storage: _StorageKeys = _StorageKeys()
     seeds: Annotated[list[int], BeforeValidator(_read_seeds), _SEEDS_SCHEMA] = [0]
     probes: list[Count] = []
 
@@ -175,9 +180,12 @@ def _build(keys: _SweepKeys) -> SweepSpec:
         evaluation_queries=keys.data.evaluation_queries,
         seeds=tuple(keys.seeds),
         probes=tuple(sorted(set(keys.probes))),
+        checkpoints_gib=keys.storage.checkpoints_gib,
     )
     if spec.evaluation_queries is not None:
         _at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
+    if spec.checkpoints_gib is not None and spec.checkpoints_gib <= 0:
+        raise UserError("must be above 0", key="storage.checkpoints_gib", fix="write GiB, or leave it out to keep all")
     _check_tiers(spec)
     _check_probes(spec)
     _check_cap(spec)

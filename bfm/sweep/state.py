@@ -1,8 +1,9 @@
 """The state of a sweep: a pure fold over the records of its ledger, nothing else.
 
 Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a reservation
-charged without a row), abandoned (a task that will not be tried again), finished. Unknown fields are carried, unknown
-kinds refused. What a task's place in the ladder is called is its integer rung index, never a FLOP count.
+charged without a row), abandoned (a task that will not be tried again), evicted (a trunk that is kept no longer),
+imported (rows that were trained elsewhere), finished. Unknown fields are carried, unknown kinds refused. What a task's
+place in the ladder is called is its integer rung index, never a FLOP count.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from bfm.errors import CorruptError
 Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
+IMPORT = "import"
+LAST_DECISIONS = 5
 
 
 @dataclass
@@ -25,8 +28,8 @@ class Trial:
     """One configuration and seed, and how far it has come."""
 
     trial: str
-    number: int
-    """Proposals count from 0; those of one configuration follow each other, one per seed."""
+    number: int | None
+    """Proposals count from 0; those of one configuration follow each other, one per seed. None: not proposed here."""
     config: dict[str, Any]
     seed: int
     params: int
@@ -48,6 +51,8 @@ class Attempt:
     """False: it is owed, to be started again."""
     meant_for: int = 0
     """The rung that the trial is on its way to."""
+    redone_flops: int = 0
+    """The part of its reservation that an evicted trunk would have spared."""
 
 
 @dataclass
@@ -56,6 +61,8 @@ class SweepState:
 
     spec: Record | None = None
     trials: dict[str, Trial] = field(default_factory=dict)
+    num_proposals: int = 0
+    """Trials that this sweep began: the number of the next proposal."""
     rungs: dict[int, dict[str, Record]] = field(default_factory=dict)
     """Rung index -> trial -> rung row, in order of arrival."""
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
@@ -65,7 +72,7 @@ class SweepState:
     arrivals: list[tuple[str, int]] = field(default_factory=list)
     """(trial, rung) of the rung rows, in order of arrival."""
     nominal_flops: Counter[int] = field(default_factory=Counter)
-    """Rung -> FLOPs first reserved for its tasks; what was redone after losses is left out."""
+    """Rung -> FLOPs first reserved for its tasks; what was redone after losses and evictions is left out."""
     probes: list[Record] = field(default_factory=list)
     closed_tasks: set[str] = field(default_factory=set)
     """Ids of tasks that have a row or are lost."""
@@ -74,11 +81,21 @@ class SweepState:
     """Everything trained: task_flops of rows and reservations of lost tasks."""
     lost_flops: int = 0
     """The part of spent_flops that gave no row."""
+    redone_flops: int = 0
+    """The part of spent_flops that evicted trunks would have spared."""
     reserved_flops: int = 0
     eval_flops: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> infeasible proposals."""
+    memory_limits: dict[str, int] = field(default_factory=dict)
+    """Kind of tier -> the smallest estimate of bytes per worker that ran out of memory there."""
     losses: list[Record] = field(default_factory=list)
+    evicted: dict[tuple[str, int], Record] = field(default_factory=dict)
+    """(trial, rung) of trunks that are kept no longer."""
+    imports: list[Record] = field(default_factory=list)
+    """Of each import: file, counts of rows, trials and rows known already, reasons of those left out."""
+    decisions: list[Record] = field(default_factory=list)
+    """The last reservations that a policy decided on: task id, FLOPs, reason, the rung that it is meant for."""
     finished: str | None = None
     """Why the sweep ended; None while it has not."""
     num_records: int = 0
@@ -118,7 +135,14 @@ class SweepState:
     def trunk_below(self, trial: str, rung: int) -> int | None:
         """The highest rung below one whose trunk may be gone on from; None: there is none."""
         rows = self.trials[trial].rows
-        return max((at for at, row in rows.items() if at < rung and row.get("checkpoint")), default=None)
+        standing = (at for at, row in rows.items() if row.get("checkpoint") and (trial, at) not in self.evicted)
+        return max((at for at in standing if at < rung), default=None)
+
+    @property
+    def kept_trunks(self) -> dict[tuple[str, int], int]:
+        """(trial, rung) -> bytes of the trunks that stand, oldest first; 0 where the row does not say."""
+        rows = {place: self.trials[place[0]].rows[place[1]] for place in self.arrivals if place not in self.evicted}
+        return {place: row.get("checkpoint_bytes") or 0 for place, row in rows.items() if row.get("checkpoint")}
 
     def pending(self, rung: int) -> list[str]:
         """Trials that are reserved or owed at a rung."""
@@ -137,8 +161,9 @@ class SweepState:
 
     def _propose(self, record: Record) -> None:
         trial = Trial(**{name: record[name] for name in ("trial", "number", "config", "seed", "params", "source")})
-        if trial.number != len(self.trials):
-            raise CorruptError(f"proposal {trial.number} stands where {len(self.trials)} is due")
+        if trial.number != self.num_proposals:
+            raise CorruptError(f"proposal {trial.number} stands where {self.num_proposals} is due")
+        self.num_proposals += 1
         self.trials[trial.trial] = trial
         self.rejected.update(record["rejected"])
 
@@ -149,8 +174,11 @@ class SweepState:
             raise CorruptError(f"task {task['task_id']} is reserved twice")
         attempt = self.attempts.get(place)
         if attempt is None:
-            self.attempts[place] = Attempt(task, meant_for=record.get("meant_for", task["rung"]))
-            self.nominal_flops[task["rung"]] += task["reserved_flops"]
+            meant_for, redone_flops = record.get("meant_for", task["rung"]), record.get("redone_flops", 0)
+            self.attempts[place] = Attempt(task, meant_for=meant_for, redone_flops=redone_flops)
+            self.nominal_flops[task["rung"]] += task["reserved_flops"] - redone_flops
+            decision = {"task_id": task["task_id"], "reserved_flops": task["reserved_flops"], "meant_for": meant_for}
+            self.decisions = [*self.decisions, {**decision, "reason": record.get("reason")}][-LAST_DECISIONS:]
         else:
             attempt.task, attempt.is_open = task, True
             attempt.tries += 1
@@ -166,15 +194,17 @@ class SweepState:
 
     def _take_row(self, record: Record) -> None:
         row = record["row"]
-        (trial, rung), _ = self._close(record["task_id"])
+        (trial, rung), attempt = self._close(record["task_id"])
         if (row["trial"], row["rung"]) != (trial, rung):
             raise CorruptError(f"task {record['task_id']} brought the row of another place")
         del self.attempts[trial, rung]
-        self.rungs.setdefault(rung, {})[trial] = row
-        self.trials[trial].rows[rung] = row
-        self.arrivals.append((trial, rung))
+        self._place(row)
         self.spent_flops += row["task_flops"]
+        self.redone_flops += min(attempt.redone_flops, row["task_flops"])
         self.eval_flops += row["eval_flops"]
+        if row["status"] == "oom" and record.get("memory"):
+            kind, needed_bytes = record["memory"]
+            self.memory_limits[kind] = min(needed_bytes, self.memory_limits.get(kind, needed_bytes))
         for probe in record["probes"]:
             self.probes.append(probe)
             self.eval_flops += probe["eval_flops"]
@@ -192,6 +222,24 @@ class SweepState:
         del self.attempts[place]
         self.abandoned[place] = record["reason"]
 
+    def _evict(self, record: Record) -> None:
+        self.evicted[record["trial"], record["rung"]] = record
+
+    def _import(self, record: Record) -> None:
+        for trial in record["trials"]:
+            self.trials[trial["trial"]] = Trial(**trial, number=None, source=IMPORT)
+        for row in record["rows"]:
+            self._place(row)
+        counts = {name: len(record[name]) for name in ("rows", "trials")}
+        self.imports.append({**{name: record[name] for name in ("file", "known", "left_out")}, **counts})
+        self.finished = None
+
+    def _place(self, row: Record) -> None:
+        trial, rung = row["trial"], row["rung"]
+        self.rungs.setdefault(rung, {})[trial] = row
+        self.trials[trial].rows[rung] = row
+        self.arrivals.append((trial, rung))
+
     def _finish(self, record: Record) -> None:
         self.finished = record["reason"]
 
@@ -204,6 +252,8 @@ _HANDLERS = {
     "row": SweepState._take_row,
     "lost": SweepState._lose,
     "abandoned": SweepState._abandon,
+    "evicted": SweepState._evict,
+    "imported": SweepState._import,
     "finished": SweepState._finish,
 }
 

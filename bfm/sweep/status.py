@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from bfm.sweep.settings import Metric
+from bfm.sweep.costs import GIB
+from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.spec import METRICS, from_dict
 from bfm.sweep.state import SweepState, metric_value
+from bfm.units import format_flops
 
 
 def summarise(state: SweepState) -> dict[str, Any]:
@@ -27,9 +31,12 @@ def summarise(state: SweepState) -> dict[str, Any]:
         "spent_flops": state.spent_flops,
         "reserved_flops": state.reserved_flops,
         "lost_flops": state.lost_flops,
+        "redone_flops": state.redone_flops,
         "left_flops": budget.total_flops - state.spent_flops - state.reserved_flops,
         "eval_flops": state.eval_flops,
-        "trials": len(state.trials),
+        "trials": state.num_proposals,
+        "imported_trials": len(state.trials) - state.num_proposals,
+        "imports": state.imports,
         "rungs": [
             _rung(state, rung, rung_flops, spec.metric, budget.tolerance)
             for rung, rung_flops in enumerate(budget.ladder_flops)
@@ -40,7 +47,63 @@ def summarise(state: SweepState) -> dict[str, Any]:
         "lost_tasks": dict(Counter(record["reason"] for record in state.losses)),
         "rejected": dict(state.rejected.most_common()),
         "probes": len(state.probes),
+        "storage": _storage(state, spec),
+        "decisions": state.decisions,
     }
+
+
+def life_text(status: Mapping[str, Any]) -> str:
+    """Imports, what is kept and the last decisions of `summarise`, for a terminal; empty where there is nothing."""
+    blocks = [[_import_line(record) for record in status["imports"]], _storage_lines(status["storage"])]
+    if status["decisions"]:
+        lines = [f"  {_decision_line(decision)}" for decision in status["decisions"]]
+        blocks.append(["last decisions", *lines])
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def _import_line(record: Mapping[str, Any]) -> str:
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
+    words = f"imported {record['rows']} rows of {record['trials']} new trials from {record['file']}"
+    return f"{words}; left out: {reasons}" if reasons else words
+
+
+def _decision_line(decision: Mapping[str, Any]) -> str:
+    cost = format_flops(decision["reserved_flops"])
+    return f"{decision['task_id']} ({cost} FLOPs, on the way to rung {decision['meant_for']}): {decision['reason']}"
+
+
+def _storage(state: SweepState, spec: SweepSpec) -> dict[str, Any]:
+    kept = state.kept_trunks
+    models = [row.get("model_bytes") or 0 for rows in state.rungs.values() for row in rows.values()]
+    quota_bytes = None if spec.checkpoints_gib is None else round(spec.checkpoints_gib * GIB)
+    return {
+        "quota_bytes": quota_bytes,
+        "trunks": len(kept),
+        "trunk_bytes": sum(kept.values()),
+        "model_bytes": sum(models),
+        "models_alone_break_quota": quota_bytes is not None and sum(models) > quota_bytes,
+        "evicted": len(state.evicted),
+        "evicted_bytes": sum(record["bytes"] for record in state.evicted.values()),
+        "evictions": dict(Counter(_kind(record["reason"]) for record in state.evicted.values())),
+    }
+
+
+def _kind(reason: str) -> str:
+    """A reason without its figures, so that equal ones are counted together."""
+    return re.sub(r"\s*\(.*?\)", "", re.sub(r"\d[\d.e+-]*%?", "#", reason))
+
+
+def _storage_lines(storage: Mapping[str, Any]) -> list[str]:
+    if storage["quota_bytes"] is None and not storage["evicted"]:
+        return []
+    quota = "" if storage["quota_bytes"] is None else f" of {storage['quota_bytes'] / GIB:.3g} GiB"
+    lines = [f"{storage['trunks']} trunks kept, {storage['trunk_bytes'] / GIB:.3g}{quota or ' GiB'}"]
+    lines[0] += f"; {storage['evicted']} evicted, {storage['evicted_bytes'] / GIB:.3g} GiB"
+    lines += [f"  evicted {count}: {reason}" for reason, count in storage["evictions"].items()]
+    if storage["models_alone_break_quota"]:
+        size = f"{storage['model_bytes'] / GIB:.3g} GiB"
+        lines.append(f"the cooled models of the rows alone take {size}, more than the quota; they are kept")
+    return lines
 
 
 def _rung(state: SweepState, rung: int, rung_flops: int, selection: Metric, tolerance: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.model.two_part import TwoPartModel
 from bfm.ranking.evaluate import Evaluation, QueryScores, evaluate, merge, summarise
-from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
@@ -288,8 +288,14 @@ class _RungRun:
             "task_flops": self._spent_flops(),
             "checkpoint": task.name("trunk") if succeeded else None,
             "model": task.name("model") if succeeded else None,
+            "checkpoint_bytes": self._kept_bytes("trunk") if succeeded else 0,
+            "model_bytes": self._kept_bytes("model") if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
         }
+
+    def _kept_bytes(self, what: str) -> int:
+        """Size of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""
+        return int(read_meta(self.store, self.task.name(what))["state_bytes"])
 
     def _observe(self, record: StepRecord) -> None:
         if self.journal:

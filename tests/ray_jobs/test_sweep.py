@@ -81,6 +81,10 @@ def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
         run_sweep(spec, str(tmp_path), resume="never")
     with pytest.raises(CorruptError, match="000001-00000000"):
         run_sweep(spec, str(tmp_path), resume="must")
+    with pytest.raises(UserError, match="leave out one"):
+        run_sweep(spec, str(tmp_path), resume="never", extend=True)
+    with pytest.raises(UserError, match="no sweep to extend"):
+        run_sweep(spec, str(tmp_path / "elsewhere"), extend=True)
     with pytest.raises(UserError, match="auto, never, must"):
         run_sweep(spec, str(tmp_path), resume="perhaps")
 

@@ -39,7 +39,8 @@ def test_numbers_are_standardised_or_dropped(values):
         coordinates = np.array([axis.at(value) for value in values])
         assert coordinates.mean() == pytest.approx(0, abs=1e-6)
         assert coordinates.std() == pytest.approx(1, abs=1e-6)
-        assert np.array_equal(np.argsort(coordinates, kind="stable"), np.argsort(values, kind="stable"))
+        # Neighbours whose logarithms round to one number may tie.
+        assert (np.diff(coordinates[np.argsort(values)]) >= 0).all()
 
 
 @pytest.mark.parametrize("constant", [0.1, 3, "a", None, True])

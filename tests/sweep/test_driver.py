@@ -29,23 +29,28 @@ def rows_of(state):
 
 
 class CapMachine(RuleBasedStateMachine):
-    """Any order of starts, rows, divergences, deaths, late rows and crashes of the driver."""
+    """Any order of starts, rows, divergences, deaths, late rows, extensions and crashes of the driver."""
 
     @initialize(
         slots=st.integers(1, 4),
         seeds=st.integers(1, 2),
         total=st.integers(21, 120),
         method=st.sampled_from(["random", "grid"]),
+        policy=st.sampled_from(["strata", "asha-promote", "random", "isoflop-window"]),
+        quota=st.sampled_from([None, 0.5, 2]),
     )
-    def begin(self, slots, seeds, total, method):
+    def begin(self, slots, seeds, total, method, policy, quota):
         parameters = {"params": {"values": [500, 1000, 3000]}, "learning_rate": {"values": [0.001, 0.004, 0.09]}}
-        self.spec = make_spec(
-            scaling={"slots": slots},
-            seeds=seeds,
-            method=method,
-            budget={"total_flops": total * 10**9},
+        self.changes = {
+            "scaling": {"slots": slots},
+            "seeds": seeds,
+            "method": method,
+            "scheduler": {"type": policy},
+            "storage": {"checkpoints_gib": quota},
+            "budget": {"total_flops": total * 10**9},
             **({"parameters": parameters} if method == "grid" else {}),
-        )
+        }
+        self.spec = make_spec(**self.changes)
         self.driver = in_memory(self.spec)
         self.closed: list[Task] = []
 
@@ -75,8 +80,9 @@ class CapMachine(RuleBasedStateMachine):
         row = execute(task)
         if row["status"] == "ok":
             row["status"] = status
+        row["checkpoint_bytes"] = 1 << 30
         if row["status"] != "ok":
-            row["task_flops"] = int(used * task.reserved_flops)
+            row |= {"task_flops": int(used * task.reserved_flops), "checkpoint": None}
         assert self.driver.report(task.task_id, row)
         self.closed.append(task)
 
@@ -102,6 +108,24 @@ class CapMachine(RuleBasedStateMachine):
         self.closed += self.open()
         self.driver = in_memory(self.spec, self.driver._ledger.records)
         assert not self.driver.state.open_tasks
+
+    @rule(
+        more=st.integers(60, 90), policy=st.sampled_from(["strata", "asha-promote", "random"]), seeds=st.integers(2, 3)
+    )
+    def extend(self, more, policy, seeds):
+        self.closed += self.open()
+        budget = {"ladder_flops": ["1e9", "4e9", "16e9", "32e9"]}
+        budget["total_flops"] = self.spec.budget.total_flops + more * 10**9
+        self.changes |= {"scheduler": {"type": policy}, "seeds": max(seeds, len(self.spec.seeds)), "budget": budget}
+        self.spec = make_spec(**self.changes)
+        self.driver = in_memory(self.spec, self.driver._ledger.records, extend=True)
+
+    @invariant()
+    def tasks_go_on_from_trunks_that_stand(self):
+        if hasattr(self, "driver"):
+            for task in self.open():
+                assert (task.resume_from is None) == (task.from_rung is None)
+                assert (task.trial, task.from_rung) not in self.driver.state.evicted
 
     @invariant()
     def the_cap_holds(self):

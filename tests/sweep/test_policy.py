@@ -111,8 +111,9 @@ def test_what_cannot_be_compared_is_never_promoted(bad, kind):
     for trial in driver.state.trials.values():
         if trial.number in bad:
             assert set(trial.rows) <= {0}
-    # And the sweep went on to the top with the others.
-    assert set(driver.state.rungs) == {0, 1, 2}
+    # And the sweep went on to the top with the others; those at least as large as one that ran out of memory stay.
+    if kind != "oom":
+        assert set(driver.state.rungs) == {0, 1, 2}
 
 
 def test_a_sweep_in_which_everything_diverges_ends():

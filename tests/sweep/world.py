@@ -107,6 +107,6 @@ def start(spec: SweepSpec, store: Store, epoch_s: float = 0.0) -> SweepDriver:
     return SweepDriver.start(spec, mortal_ledger(store, epoch_s), PlantedCosts())
 
 
-def in_memory(spec: SweepSpec, records=()) -> SweepDriver:
+def in_memory(spec: SweepSpec, records=(), **options) -> SweepDriver:
     """A driver without files; go on from `records`."""
-    return SweepDriver.start(spec, MemoryLedger(records), PlantedCosts())
+    return SweepDriver.start(spec, MemoryLedger(records), PlantedCosts(), **options)

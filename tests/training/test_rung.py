@@ -19,6 +19,7 @@ from tests.training.common import CPU, STAGE_1, STAGE_2
 C0, C1 = 2.5e8, 4e8
 ROW_KEYS = {
     *("trial", "rung", "rung_flops", "seed", "config", "kind", "status", "checkpoint", "model"),
+    *("checkpoint_bytes", "model_bytes"),
     *("params", "embedder_share", "embedder_params", "contextualizer_params", "stem_params", "table_params", "shape"),
     *("path_flops", "task_flops", "eval_flops", "hardware_flops", "useful_attention_flops"),
     *("steps", "events", "unique_events", "epochs", "batch_events", "groups", "metrics", "errors"),

@@ -32,7 +32,7 @@ class _Baseline:
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
         view = View(self.spec, self.arena, state, available_flops)
-        can_propose = can_propose and len(state.trials) < self.spec.budget.max_trials
+        can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
         return self._next(view, can_propose) or self._idle(view)
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
@@ -56,7 +56,7 @@ class _Baseline:
         """The arena's next point at its entry rung."""
         if not can_propose:
             return None
-        proposal = self.arena.propose(view.state, len(view.state.trials))
+        proposal = self.arena.propose(view.state, view.state.num_proposals)
         if proposal is None:
             return None
         entry = self._entry(proposal)
@@ -65,11 +65,11 @@ class _Baseline:
 
 
 class FullLength(_Baseline):
-    """Every configuration to its last rung, in the arena's order: a random search, or a grid."""
+    """Every configuration to its last rung, in the arena's order: a random search, or a grid. Imported runs stay."""
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
-        ups = (step for trial in view.paused for step in view.climbs(trial)[:1])
-        for step in affordable(ups, view.available_flops):
+        own = [trial for trial in view.paused if trial.number is not None]
+        for step in affordable((step for trial in own for step in view.climbs(trial)[:1]), view.available_flops):
             return step.decision("every configuration is trained to the end")
         owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
@@ -126,7 +126,7 @@ class IsoflopWindow(_Baseline):
     """At every rung the configurations nearest to N = sqrt(C / 120), within a factor of three: D about 20 N."""
 
     def _next(self, view: View, can_propose: bool) -> Decision | None:
-        pool = self.arena.pool(view.state, len(view.state.trials)) if can_propose else ()
+        pool = self.arena.pool(view.state, view.state.num_proposals) if can_propose else ()
         best: tuple[int, int, Step] | None = None
         for rung in range(view.num_rungs):
             done, step = self._nearest(view, pool, rung)

@@ -51,6 +51,7 @@ class Beliefs:
         self._bounds = [
             (_Model(self, constraint.metric, constraint.loss_bound), constraint) for constraint in spec.constraints
         ]
+        self._trials_known = 0
         self._known: dict[str | int, tuple[np.ndarray, np.ndarray, int, Trial | Proposal]] = {}
 
     @property
@@ -134,8 +135,11 @@ class Beliefs:
         key = subject.trial if isinstance(subject, Trial) else id(subject)
         if key not in self._known:
             numbers, codes = self.arena.axes.encode([subject.config], [subject.params])
-            number = subject.number if isinstance(subject, Trial) else -1
-            if isinstance(subject, Proposal):
+            if isinstance(subject, Trial):
+                self._trials_known += 1
+                number = self._trials_known
+            else:
+                number = 0
                 self._forget_proposals()
             # The subject is held, so that no other one can get its id.
             self._known[key] = numbers[0], codes[0], number, subject

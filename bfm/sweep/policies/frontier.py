@@ -71,12 +71,13 @@ class FrontierPolicy:
         # Only for speed: what follows from a trial's rows, or from a pool, alone.
         self._climbs: dict[str, tuple[tuple[int, int | None], list[Step]]] = {}
         self._entries: dict[int, tuple[Proposal, list[Step]]] = {}
+        self._limits: dict[str, int] = {}
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
         view = View(self.spec, self.arena, state, available_flops)
-        can_propose = can_propose and len(state.trials) < self.spec.budget.max_trials
-        pool = self.arena.pool(state, len(state.trials)) if can_propose else ()
+        can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
+        pool = self.arena.pool(state, state.num_proposals) if can_propose else ()
         self._beliefs.take(view)
         if self._beliefs.num_rows < OPENING_ROWS:
             opening = self._open(view, pool)
@@ -86,14 +87,30 @@ class FrontierPolicy:
             return self._idle(view, "no run has given a comparable row")
         return self._serve(view, pool) or self._idle(view, "nothing more fits under the cap")
 
+    def promises(self, state: SweepState, trials: Sequence[str]) -> dict[str, float] | None:
+        """See Forecaster."""
+        total_flops = self.spec.budget.total_flops
+        view = View(self.spec, self.arena, state, total_flops)
+        self._beliefs.take(view)
+        if self._beliefs.num_rows == 0:
+            return None
+        rates = dict.fromkeys(trials, 0.0)
+        climbs = [step for name in trials for step in view.climbs(state.trials[name])]
+        for rung in range(view.num_rungs):
+            steps = [step for step in climbs if step.rung == rung]
+            if steps:
+                for step, gain in zip(steps, self._beliefs.judge(steps).improvement_M, strict=True):
+                    rates[step.key] = max(rates[step.key], float(gain) * total_flops / step.cost_flops)
+        return rates
+
     def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
-        entries = [view.entries(proposal)[0] for proposal in pool]
+        entries = [step for proposal in pool for step in view.entries(proposal)[:1]]
         cheapest = self._cheapest_to_the_top(view, self._candidates(view, ()))
         fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)), cheapest)
         if not fitting:
             return self._idle(view, "the first rows decide what comes next") if view.running else None
-        number = len(view.state.trials)
+        number = view.state.num_proposals
         target = (0.1 + number * _GOLDEN) % 1.0
         step = fitting[self._beliefs.spread_out(view, fitting, target)]
         reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
@@ -101,7 +118,7 @@ class FrontierPolicy:
 
     def _opening_flops(self, view: View) -> int:
         """While rows are few only the entry's share may go into new configurations, but one can always start."""
-        if not view.state.trials:
+        if not view.state.num_proposals:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
         return min(view.available_flops - sum(view.promised_flops), share)
@@ -162,6 +179,8 @@ class FrontierPolicy:
     def _candidates(self, view: View, pool: Sequence[Proposal]) -> list[list[Step]]:
         """Per rung, paused trials and new proposals on their way there; kept until they change."""
         rungs: list[list[Step]] = [[] for _ in range(view.num_rungs)]
+        if self._limits != view.state.memory_limits:
+            self._limits, self._climbs, self._entries = dict(view.state.memory_limits), {}, {}
         for trial in view.paused:
             stands = len(trial.rows), view.state.trunk_below(trial.trial, view.num_rungs)
             known = self._climbs.get(trial.trial)

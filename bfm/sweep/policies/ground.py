@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from bfm.sweep.arena import Arena, Config, Proposal
@@ -108,6 +109,9 @@ class View:
         self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
     ) -> list[Step]:
         config = trial.config if trial is not None else proposal.config if proposal is not None else {}
+        limits = self.state.memory_limits
+        if limits:
+            ways = list(takewhile(lambda way: self.arena.fits(config, way, limits), ways))
         if not self.arena.climbs(config):
             return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
         steps, cost_flops = [], 0

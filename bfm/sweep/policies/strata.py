@@ -20,7 +20,10 @@ from bfm.units import format_count, format_flops
 
 @dataclass
 class _Block:
-    """One configuration: its trials, one per seed, are promoted together and judged by their mean."""
+    """One configuration: its trials, one per seed, are promoted together and judged by their mean.
+
+    Runs that were imported are no block: the rule knows only its own.
+    """
 
     number: int
     trials: list[Trial]
@@ -40,7 +43,7 @@ class StrataPolicy:
     """
 
     def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
-        self.spec = spec
+        self.spec, self._feasible = spec, feasible
         self._seeds = len(spec.seeds)
         cooldown = spec.cooldown_fractions[1]
         self._top = len(spec.budget.ladder_flops) - 1
@@ -58,7 +61,7 @@ class StrataPolicy:
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
-        view = _View(self.spec, state, available_flops, self._costs)
+        view = _View(self.spec, self._feasible, state, available_flops, self._costs)
         can_propose = can_propose and len(view.blocks) < self.max_configurations
         return (
             self._complete_seeds(view)
@@ -72,7 +75,8 @@ class StrataPolicy:
     def _complete_seeds(self, view: _View) -> Decision | None:
         """A configuration that was begun with one seed is begun with all."""
         blocks = view.blocks
-        if blocks and len(blocks[-1].trials) < self._seeds and view.available_flops >= view.costs[0] // self._seeds:
+        begun = bool(blocks) and len(blocks[-1].trials) < self._seeds and view.can_go(blocks[-1].trials[:1], 0)
+        if begun and view.available_flops >= view.costs[0] // self._seeds:
             return Propose(
                 0, f"seed {len(blocks[-1].trials) + 1} of {self._seeds} of configuration {blocks[-1].number}"
             )
@@ -80,7 +84,7 @@ class StrataPolicy:
             for block in blocks:
                 missing = [trial for trial in block.trials if trial.trial not in view.members[rung]]
                 begun = 0 < len(missing) < len(block.trials)
-                if begun and missing[0].rows.get(rung - 1) and view.affords(rung, 1):
+                if begun and missing[0].rows.get(rung - 1) and view.affords(rung, 1) and view.can_go(missing[:1], rung):
                     return Promote(missing[0].trial, rung, f"the other seeds of configuration {block.number} went on")
         return None
 
@@ -156,17 +160,21 @@ class StrataPolicy:
 class _View:
     """One state, in blocks."""
 
-    def __init__(self, spec: SweepSpec, state: SweepState, available_flops: int, costs: list[int]) -> None:
-        self.spec, self.state = spec, state
+    def __init__(
+        self, spec: SweepSpec, feasible: FeasibleSet, state: SweepState, available_flops: int, costs: list[int]
+    ) -> None:
+        self.spec, self.feasible, self.state = spec, feasible, state
         self.available_flops, self.costs = available_flops, costs
         self.seeds = len(spec.seeds)
         self.top = len(spec.budget.ladder_flops) - 1
         self.members = [state.members(rung) for rung in range(self.top + 1)]
         self.blocks: list[_Block] = []
         for trial in state.trials.values():
-            if trial.number % self.seeds == 0:
-                self.blocks.append(_Block(trial.number // self.seeds, []))
-            self.blocks[-1].trials.append(trial)
+            if trial.number is not None:
+                # One that was begun before further seeds were asked for keeps the seeds it has.
+                if not self.blocks or self.blocks[-1].trials[0].config != trial.config:
+                    self.blocks.append(_Block(len(self.blocks), []))
+                self.blocks[-1].trials.append(trial)
         self._losses: dict[int, dict[int, float]] = {}
 
     def is_issued(self, block: _Block, rung: int) -> bool:
@@ -194,16 +202,31 @@ class _View:
                     metric_value(trial.rows[rung], self.spec.metric.name, self.spec.budget.tolerance)
                     for trial in block.trials
                 ]
-                if len(values) == self.seeds and None not in values:
-                    losses[block.number] = sum(self.spec.metric.loss(v) for v in values if v is not None) / self.seeds
+                if None not in values:
+                    losses[block.number] = sum(self.spec.metric.loss(v) for v in values if v is not None) / len(values)
             self._losses[rung] = losses
         return self._losses[rung]
 
     def candidates(self, blocks: list[_Block], rung: int) -> list[_Block]:
         """Blocks that may go on to a rung, best first; ties by number."""
         losses = self.losses(rung - 1)
-        waiting = [block for block in blocks if block.number in losses and not self.is_issued(block, rung)]
+        waiting = [
+            block
+            for block in blocks
+            if block.number in losses and not self.is_issued(block, rung) and self.can_go(block.trials, rung)
+        ]
         return sorted(waiting, key=lambda block: (losses[block.number], block.number))
+
+    def can_go(self, trials: list[Trial], rung: int) -> bool:
+        """Whether trials fit into the memory at a rung, and the cap pays for their ways from the trunks they have."""
+        limits = self.state.memory_limits
+        if not all(self.feasible.fits(trial.config, rung, limits) for trial in trials):
+            return False
+        needed = sum(
+            self.spec.task_flops(trial.config["cooldown_fraction"], rung, self.state.trunk_below(trial.trial, rung))
+            for trial in trials
+        )
+        return needed <= self.available_flops
 
     def affords(self, rung: int, trials: int | None = None) -> bool:
         """Whether a whole block (or so many of its trials) may be reserved at a rung."""

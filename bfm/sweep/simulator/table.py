@@ -165,6 +165,15 @@ class TableArena:
         spared = 0.0 if from_rung is None or not self.climbs(config) else self._kept * self.row_flops(config, from_rung)
         return round(self.row_flops(config, rung) - spared)
 
+    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+        """Nothing runs out of memory in a table."""
+        del config, rung, limits
+        return True
+
+    def memory(self, config: Mapping[str, Any], rung: int) -> None:
+        """Not known."""
+        del config, rung
+
     def task(
         self,
         trial: str,

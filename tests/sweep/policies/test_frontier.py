@@ -242,14 +242,14 @@ def test_what_is_spent_follows_the_shares():
     assert spent[0.05, 0.05, 0.1, 0.8][3] > spent[0.4, 0.2, 0.2, 0.2][3] + 0.05
 
 
-def test_shares_double_and_the_top_one_has_three_times_the_one_below():
-    for rungs in range(1, 7):
+def test_half_is_for_the_top_and_the_rest_grows_with_the_rung():
+    assert default_shares(1) == (1.0,)
+    for rungs in range(2, 7):
         shares = default_shares(rungs)
         assert sum(shares) == pytest.approx(1)
+        assert shares[-1] == 0.5
         for below, above in itertools.pairwise(shares[:-1]):
-            assert above == pytest.approx(2 * below)
-        if rungs > 1:
-            assert shares[-1] == pytest.approx(3 * shares[-2])
+            assert above == pytest.approx(1.6 * below)
 
 
 @given(bad=st.sets(st.integers(0, 40), min_size=1), kind=st.sampled_from(["nan", "diverged", "oom", "missing C"]))

@@ -1,0 +1,97 @@
+"""Running out of memory teaches which points are infeasible."""
+
+from __future__ import annotations
+
+import pytest
+
+from bfm.sweep.driver import run_serial
+from bfm.sweep.space import RAN_OUT
+from bfm.sweep.state import SweepState
+from tests.sweep.world import execute, in_memory, make_spec
+
+TIERS = {"tiers": [{"workers": 1}, {"from_rung_flops": "4e9", "micro_groups": 2}]}
+POLICIES = ["frontier", "strata", "asha-promote", "asha-stop", "random", "isoflop-window"]
+
+
+def too_small(limit, rungs):
+    """Models above a limit run out of memory at some rungs."""
+
+    def run(task):
+        row = execute(task)
+        if task.config["params"] > limit and task.rung in rungs:
+            row |= {"status": "oom", "checkpoint": None, "metrics": {}, "task_flops": 0}
+        return row
+
+    return run
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rungs", [(0, 1, 2), (1, 2), (2,)])
+def test_nothing_estimated_larger_is_tried_again_at_that_tier(policy, rungs):
+    driver = in_memory(make_spec(scheduler={"type": policy}, scaling=TIERS))
+    order = []
+
+    def run(task):
+        kind, needed_bytes = driver.arena.memory(task.config, task.rung)
+        assert needed_bytes < driver.state.memory_limits.get(kind, float("inf"))
+        row = too_small(2000, rungs)(task)
+        order.append(row["status"])
+        return row
+
+    run_serial(driver, run)
+    state = driver.state
+    assert "ok" in order
+    if "oom" in order:
+        assert state.memory_limits
+        assert any(at == max(rungs) or at in rungs for at in state.rungs)
+    for trial in state.trials.values():
+        assert "oom" not in [row["status"] for row in trial.rows.values()][:-1]
+    assert SweepState.fold(driver._ledger.records) == state
+
+
+def test_the_reason_is_counted_and_the_limit_is_the_smallest_that_ran_out():
+    driver = in_memory(make_spec(scheduler={"type": "random"}, scaling=TIERS))
+    run_serial(driver, too_small(1000, (0, 1, 2)))
+    ran_out = [trial for trial in driver.state.trials.values() if trial.rows[max(trial.rows)]["status"] == "oom"]
+    sizes = [trial.params for trial in ran_out]
+    assert sizes == sorted(sizes, reverse=True)
+    assert driver.state.rejected[RAN_OUT] > 0
+    (limit,) = driver.state.memory_limits.values()
+    assert limit == min(driver.arena.memory(trial.config, 0)[1] for trial in ran_out)
+
+
+def test_another_tier_has_another_memory():
+    driver = in_memory(make_spec(scheduler={"type": "random"}))
+    run_serial(driver, too_small(1000, (0, 1, 2)))
+    config = next(trial.config for trial in driver.state.trials.values() if trial.rows[0]["status"] == "oom")
+    assert not driver.arena.fits(config, 0, driver.state.memory_limits)
+    wider = make_spec(scheduler={"type": "random"}, scaling={"tiers": [{"engine": "deepspeed", "workers": 1}]})
+    again = in_memory(wider, driver._ledger.records)
+    assert again.arena.fits(config, 0, again.state.memory_limits)
+
+
+def test_a_space_in_which_all_runs_out_ends():
+    spec = make_spec(
+        method="grid",
+        parameters={"params": {"values": [500, 1000]}, "learning_rate": {"values": [0.001, 0.004]}},
+        seeds=2,
+    )
+    driver = in_memory(spec)
+    run_serial(driver, too_small(0, (0, 1, 2)))
+    assert [trial.params for trial in driver.state.trials.values()] == [500]
+    for method in ("random", "optuna"):
+        driver = in_memory(make_spec(method=method, scheduler={"type": "frontier"}))
+        run_serial(driver, too_small(0, (0,)))
+        assert driver.state.finished
+
+
+def test_optuna_does_not_take_it_for_a_bad_loss():
+    driver = in_memory(
+        make_spec(
+            method="optuna", scheduler={"type": "random"}, budget={"ladder_flops": ["1e9"], "total_flops": "30e9"}
+        )
+    )
+    run_serial(driver, too_small(5000, (0,)))
+    study = driver.arena.proposer._study(driver.state, 0)
+    ok = [row for row in driver.state.rungs[0].values() if row["status"] != "oom"]
+    assert len(study.trials) == len(ok)
