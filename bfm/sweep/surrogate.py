@@ -25,7 +25,7 @@ from scipy.special import ndtr
 from scipy.stats import qmc
 
 HYPOTHESES = 32
-MAX_ROWS = 256
+MAX_ROWS = 192
 _KEPT_WEIGHT = 1e-3
 _DOUBT = 0.3
 """Standard error of a row per unit that it lies above the frontier at its C."""

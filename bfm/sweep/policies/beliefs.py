@@ -155,6 +155,17 @@ class Beliefs:
         return self._center
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A surrogate, and the frontier that its rows make."""
+
+    surrogate: Surrogate
+    best: dict[int, float]
+    """Rung -> the best loss with at most its C that keeps the constraints."""
+    held: frozenset[int]
+    """Rungs with a row of their own (or an expected one) that keeps the constraints."""
+
+
 class _Model:
     """The surrogate of one metric."""
 
@@ -165,24 +176,25 @@ class _Model:
         self._rows: list[tuple[str, int, float]] = []
         """(trial, rung, loss) in order of arrival; NaN: diverged."""
         self._seen = 0
+        self._finite = 0
         self._likely = draw_hypotheses()
         self._weighed_at = 0
-        self._surrogate: Surrogate | None = None
+        self._known: _Fitted | None = None
+        """To the rows alone."""
+        self._fitted: _Fitted | None = None
+        """With what is expected of running tasks."""
         self._believed: tuple[tuple[str, int], ...] = ()
-        self._best: dict[int, float] = {}
-        self._held: set[int] = set()
-        """Rungs with a row (or an expected one) on the frontier's side of the constraints."""
 
     @property
     def num_rows(self) -> int:
         """Rows with a value."""
-        return sum(math.isfinite(loss) for _, _, loss in self._rows)
+        return self._finite
 
     @property
     def spread(self) -> float:
         """Unit of the losses."""
-        assert self._surrogate is not None
-        return self._surrogate.spread
+        assert self._fitted is not None
+        return self._fitted.surrogate.spread
 
     def take(self, view: View) -> None:
         """New rows, then what is expected of running tasks."""
@@ -192,18 +204,21 @@ class _Model:
             diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
             if loss is not None or diverged:
                 self._rows.append((trial, rung, math.nan if loss is None else self.metric.to_model(loss)))
+                self._finite += loss is not None
         self._seen = len(view.state.arrivals)
         running = tuple(sorted({*view.running.items(), *view.meant.items()}))
         if self.num_rows == 0 or not (changed or running != self._believed):
             return
         self._believed = running
         self._weigh(view)
-        known = self._fit(view, self._rows)
+        if changed or self._known is None:
+            self._known = self._fit(view, self._rows)
+        known = self._known
         if running:
-            expected = known.predict(self._places(view, running)).mean_M
+            expected = known.surrogate.predict(self._places(view, running)).mean_M
             rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
             known = self._fit(view, rows)
-        self._surrogate = known
+        self._fitted = known
 
     def _weigh(self, view: View) -> None:
         """All hypotheses, on a schedule that is a function of the number of rows alone."""
@@ -217,52 +232,53 @@ class _Model:
             self._likely = draw_hypotheses()
             rows = self._rows[:due]
             if any(math.isfinite(loss) for _, _, loss in rows):
-                self._likely = self._fit(view, rows).likely[:_MAX_LIKELY]
+                self._likely = self._fit(view, rows).surrogate.likely[:_MAX_LIKELY]
 
-    def _fit(self, view: View, rows: Sequence[tuple[str, int, float]]) -> Surrogate:
-        finite = [loss for _, _, loss in rows if math.isfinite(loss)]
+    def _fit(self, view: View, rows: Sequence[tuple[str, int, float]]) -> _Fitted:
         worst: dict[int, float] = {}
         for _, rung, loss in rows:
             if math.isfinite(loss):
                 worst[rung] = max(worst.get(rung, -math.inf), loss)
+        anywhere = max(worst.values())
         filled = [
-            (trial, rung, loss if math.isfinite(loss) else worst.get(rung, max(finite))) for trial, rung, loss in rows
+            (trial, rung, loss if math.isfinite(loss) else worst.get(rung, anywhere)) for trial, rung, loss in rows
         ]
         # What breaks a constraint is no part of the frontier.
-        self._best = {}
+        bound = bool(self.beliefs.spec.constraints)
+        best: dict[int, float] = {}
         for trial, rung, loss in filled:
-            if not self.beliefs.breaks(view, trial, rung):
-                self._best[rung] = min(self._best.get(rung, math.inf), loss)
-        self._held = set(self._best)
+            if not (bound and self.beliefs.breaks(view, trial, rung)):
+                best[rung] = min(best.get(rung, math.inf), loss)
+        held = frozenset(best)
         for rung in range(1, view.num_rungs):
-            self._best[rung] = min(self._best.get(rung, math.inf), self._best.get(rung - 1, math.inf))
+            best[rung] = min(best.get(rung, math.inf), best.get(rung - 1, math.inf))
         kept = _best_of_each_rung(filled)
         loss_M = np.array([loss for _, _, loss in kept])
         worst_loss = float(loss_M.max())
-        frontier_M = np.array([min(self._best.get(rung, math.inf), worst_loss) for _, rung, _ in kept])
+        frontier_M = np.array([min(best.get(rung, math.inf), worst_loss) for _, rung, _ in kept])
         frontier_M = np.maximum(frontier_M, self._believed_to)
         places = self._places(view, [(trial, rung) for trial, rung, _ in kept])
-        return Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely)
+        return _Fitted(Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely), best, held)
 
     def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
         return self.beliefs.places([view.state.trials[trial] for trial, _ in places], [rung for _, rung in places])
 
     def predict(self, places: Places, *, quick: bool) -> Prediction:
         """At candidates."""
-        assert self._surrogate is not None
-        return self._surrogate.predict(places, hypotheses=1 if quick else None)
+        assert self._fitted is not None
+        return self._fitted.surrogate.predict(places, hypotheses=1 if quick else None)
 
     def best(self, rung: int, prediction: Prediction, keeps_M: np.ndarray) -> float:
         """The frontier at a rung; where it has no row, a little above the best that is expected there.
 
         `keeps_M` is the probability that the candidates keep the constraints.
         """
-        assert self._surrogate is not None
-        carried = self._best.get(rung, math.inf)
-        if rung in self._held:
+        assert self._fitted is not None
+        carried = self._fitted.best.get(rung, math.inf)
+        if rung in self._fitted.held:
             return carried
         likely_M = keeps_M >= min(0.5, keeps_M.max())
-        return min(carried, float(prediction.mean_M[likely_M].min()) + _UNSEEN_MARGIN * self._surrogate.spread)
+        return min(carried, float(prediction.mean_M[likely_M].min()) + _UNSEEN_MARGIN * self.spread)
 
 
 def _best_of_each_rung(rows: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
