@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bfm.sweep.costs import GIB
+from bfm.sweep.policies.replicas import winner
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.spec import METRICS, from_dict
 from bfm.sweep.state import SweepState, metric_value
@@ -41,6 +42,7 @@ def summarise(state: SweepState) -> dict[str, Any]:
             _rung(state, rung, rung_flops, spec.metric, budget.tolerance)
             for rung, rung_flops in enumerate(budget.ladder_flops)
         ],
+        "winner": winner(state, spec),
         "running": list(state.open_tasks),
         "retrying": [f"{trial} rung {rung}" for trial, rung in state.owed()],
         "abandoned": {f"{trial} rung {rung}": reason for (trial, rung), reason in state.abandoned.items()},
@@ -54,11 +56,19 @@ def summarise(state: SweepState) -> dict[str, Any]:
 
 def life_text(status: Mapping[str, Any]) -> str:
     """Imports, what is kept and the last decisions of `summarise`, for a terminal; empty where there is nothing."""
-    blocks = [[_import_line(record) for record in status["imports"]], _storage_lines(status["storage"])]
+    blocks = [_winner_lines(status["winner"])]
+    blocks += [[_import_line(record) for record in status["imports"]], _storage_lines(status["storage"])]
     if status["decisions"]:
         lines = [f"  {_decision_line(decision)}" for decision in status["decisions"]]
         blocks.append(["last decisions", *lines])
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def _winner_lines(winner: Mapping[str, Any] | None) -> list[str]:
+    if winner is None:
+        return []
+    over = f"mean of {winner['seeds']} seeds, s.e. {winner['error']:.2g}" if winner["seeds"] > 1 else "one seed"
+    return [f"best at rung {winner['rung']}: {winner['trial']}, {winner['metric']} {winner['value']:.5g} ({over})"]
 
 
 def _import_line(record: Mapping[str, Any]) -> str:

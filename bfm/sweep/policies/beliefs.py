@@ -59,6 +59,11 @@ class Beliefs:
         """Comparable rows of the first metric."""
         return self._models[0].num_rows
 
+    @property
+    def noise(self) -> float:
+        """Standard error of a row of the first metric, as the surrogate sees it."""
+        return self._models[0].noise
+
     def take(self, view: View) -> None:
         """Learn what the ledger has by now."""
         for model in [*self._models, *(model for model, _ in self._bounds)]:
@@ -195,6 +200,12 @@ class _Model:
         """Unit of the losses."""
         assert self._fitted is not None
         return self._fitted.surrogate.spread
+
+    @property
+    def noise(self) -> float:
+        """Standard error of a row at the frontier."""
+        assert self._fitted is not None
+        return self._fitted.surrogate.noise
 
     def take(self, view: View) -> None:
         """New rows, then what is expected of running tasks."""

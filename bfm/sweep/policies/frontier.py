@@ -23,7 +23,8 @@ import numpy as np
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.policies.beliefs import Beliefs
 from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
-from bfm.sweep.policy import Decision, Stop
+from bfm.sweep.policies.replicas import REPLICA, kept_flops, next_replica
+from bfm.sweep.policy import Decision, Promote, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Wait
@@ -75,6 +76,19 @@ class FrontierPolicy:
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
+        kept = kept_flops(self.spec, state)
+        decision = self._explore(state, available_flops - kept, can_propose)
+        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1 or self._beliefs.num_rows == 0:
+            return decision
+        if any(state.trials[name].source != REPLICA for name, _ in state.attempts):
+            return decision
+        replica = next_replica(View(self.spec, self.arena, state, available_flops), self._beliefs.noise)
+        if replica is not None or state.attempts:
+            return replica or decision
+        # There is no tie to settle: what was kept for it goes where all else goes.
+        return self._explore(state, available_flops, can_propose)
+
+    def _explore(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         view = View(self.spec, self.arena, state, available_flops)
         can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
         pool = self.arena.pool(state, state.num_proposals) if can_propose else ()
