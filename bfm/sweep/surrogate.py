@@ -3,8 +3,8 @@
 Enters: rows as coordinates, log C and a loss (smaller is better). Leaves: normal mixtures at other coordinates.
 
 The mean is the iso-FLOP law in log form: a parabola in log N whose vertex moves with log C, linear in its coefficients
-(Hoffmann et al. 2022, approach 2), with parabolas along the other numeric axes and offsets of choices that may fade
-with C. What it misses is a Gaussian process over all axes, plus one along log C for each configuration of its own: so
+(Hoffmann et al. 2022, approach 2), with parabolas along the other numeric axes and offsets of choices; differences may
+shrink like a power of C, stay, or both. What it misses is a Gaussian process over all axes, plus one along log C for each configuration of its own: so
 curves of like models resemble each other, and may cross. A handful of hypotheses about the scales of these processes
 is drawn once from the prior; the rows weigh them by evidence instead of an optimiser picking one.
 
@@ -31,6 +31,8 @@ _DOUBT = 0.3
 """Standard error of a row per unit that it lies above the frontier at its C."""
 _FLOPS_SPREAD = 1.5
 """Unit of log C in the parabola; about a factor of 4.5."""
+_FADING = 0.5
+"""What shrinks of the differences between settings does so like C to the power of minus a third."""
 _OWN_FLOPS_SCALE = 3.0
 _SIZE_COLUMNS = 6
 _MAX_LEVELS = 8
@@ -186,7 +188,7 @@ class Surrogate:
     def _basis(self, points: Places) -> np.ndarray:
         size_M, flops_M = points.numbers_MX[:, 0], (points.log_flops_M - self._center) / _FLOPS_SPREAD
         columns = [np.ones(len(points)), size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2]
-        fading_M = 0.75 * flops_M
+        fading_M = np.exp(-_FADING * flops_M)
         for other_M in points.numbers_MX[:, 1:].T:
             columns += [other_M, other_M**2, other_M * fading_M]
         for codes_M in points.codes_MG.T:

@@ -37,10 +37,10 @@ def brute_force(rows, loss, doubt, points, h):
         n, f = numbers[0], (log_flops - CENTER) / 1.5
         found = [(1.0, 3.0), (n, 1.0), (f, 1.0), (n * n, 1.0), (n * f, 1.0), (f * f, 1.0)]
         for other in numbers[1:]:
-            found += [(other, 0.3), (other * other, 0.3), (other * 0.75 * f, 0.15)]
+            found += [(other, 0.3), (other * other, 0.3), (other * np.exp(-0.5 * f), 0.15)]
         for code in codes:
             for level in range(8):
-                found += [((code == level) * 1.0, 0.3), ((code == level) * 0.75 * f, 0.15)]
+                found += [((code == level) * 1.0, 0.3), ((code == level) * np.exp(-0.5 * f), 0.15)]
         return found
 
     def covariance(a, i, b, j):
