@@ -186,6 +186,12 @@ def _build(keys: _SweepKeys) -> SweepSpec:
         _at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
     if spec.checkpoints_gib is not None and spec.checkpoints_gib <= 0:
         raise UserError("must be above 0", key="storage.checkpoints_gib", fix="write GiB, or leave it out to keep all")
+    if spec.scheduler.type in ("random", "grid") and spec.method != spec.scheduler.type:
+        raise UserError(
+            f"{spec.scheduler.type} trains points of {spec.method} proposals to the end",
+            key="scheduler.type",
+            fix=f"write method: {spec.scheduler.type}, or another type",
+        )
     _check_tiers(spec)
     _check_probes(spec)
     _check_cap(spec)

@@ -4,9 +4,10 @@ Enters: rows as coordinates, log C and a loss (smaller is better). Leaves: norma
 
 The mean is the iso-FLOP law in log form: a parabola in log N whose vertex moves with log C, linear in its coefficients
 (Hoffmann et al. 2022, approach 2), with parabolas along the other numeric axes and offsets of choices; differences may
-shrink like a power of C, stay, or both. What it misses is a Gaussian process over all axes, plus one along log C for each configuration of its own: so
-curves of like models resemble each other, and may cross. A handful of hypotheses about the scales of these processes
-is drawn once from the prior; the rows weigh them by evidence instead of an optimiser picking one.
+shrink like a power of C, stay, or both. What it misses is a Gaussian process over all axes, plus one along log C for
+each configuration of its own: so curves of like models resemble each other, and may cross. A handful of hypotheses
+about the scales of these processes is drawn once from the prior; the rows weigh them by evidence instead of an
+optimiser picking one.
 
 Rows far above the frontier at their C are believed only roughly: that a model is bad is known, how bad is of no use,
 and the steep beginnings of curves follow no parabola.

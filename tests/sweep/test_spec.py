@@ -71,8 +71,11 @@ def test_the_resolved_form_is_a_space_again(good):
 
 def test_the_frontier_is_what_a_sweep_runs_by_unless_told(good):
     assert resolve(good).scheduler == Scheduler("frontier")
-    for name in POLICIES:
+    for name in set(POLICIES) - {"random", "grid"}:
         assert resolve(good, [f"scheduler.type={name}"]).scheduler.type == name
+    assert resolve(good, ["scheduler.type=random", "method=random"]).scheduler.type == "random"
+    with pytest.raises(UserError, match="write method: grid"):
+        resolve(good, ["scheduler.type=grid", "method=random"])
 
 
 def test_further_metrics_and_constraints_are_read_and_written(good):
