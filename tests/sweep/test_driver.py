@@ -147,7 +147,7 @@ class CapMachine(RuleBasedStateMachine):
             assert self.driver.state.finished
 
 
-CapMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+CapMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
 TestCap = CapMachine.TestCase
 
 

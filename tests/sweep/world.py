@@ -57,6 +57,9 @@ def make_spec(**changes) -> SweepSpec:
     }
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) and key in values else value
+    if values["scheduler"].get("type") in ("random", "grid"):
+        # Full-length runs go with their method.
+        values["method"] = values["scheduler"]["type"]
     return from_dict(values)
 
 

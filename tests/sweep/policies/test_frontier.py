@@ -192,7 +192,7 @@ class CapMachine(RuleBasedStateMachine):
             assert self.driver.state.finished
 
 
-CapMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+CapMachine.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
 TestCap = CapMachine.TestCase
 
 
