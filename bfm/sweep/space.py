@@ -150,7 +150,7 @@ class FeasibleSet:
     def sample(self) -> tuple[tuple[Feasible, ...], tuple[Rejection, ...]]:
         """A fixed random sample of the space (a grid: all of it): feasible points, and the rejected ones.
 
-        Raises InfeasibleError naming the bound that rejects most, where no draw is feasible.
+        Raises InfeasibleError naming the bound that rejects most, where no draw is feasible at all, or at a rung.
         """
         rng = np.random.default_rng(_SAMPLE_SEED)
         feasible: list[Feasible] = []
@@ -166,6 +166,10 @@ class FeasibleSet:
                 break
         if not feasible:
             raise binding_bound(rejected)
+        for rung in range(len(self.spec.budget.ladder_flops)):
+            if not any(rung in point.rungs for point in feasible):
+                here = (self._at(point.config, point.cost, rung) for point in feasible)
+                raise binding_bound([rejection for rejection in here if rejection is not None])
         return tuple(feasible), tuple(rejected)
 
     def size_edges(self, strata: int) -> tuple[float, ...]:
