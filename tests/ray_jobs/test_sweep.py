@@ -126,7 +126,8 @@ def test_sweeps_with_losses_and_damage(tmp_path, toy_shards, monkeypatch) -> Non
     """One Ray for several short sweeps, because it takes longer to start than they take to run."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with local_ray(2, dashboard=True):
-        space = write_space(tmp_path, toy_shards.path)
+        # Strata begin a number of trials that is known beforehand.
+        space = write_space(tmp_path, toy_shards.path, scheduler={"type": "strata"})
         check_lost_tasks_are_tried_again(tmp_path, space)
         check_a_sweep_of_which_nothing_came(tmp_path, space, monkeypatch)
         check_damage_ends_the_sweep(tmp_path, space)
@@ -276,7 +277,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_every_row_once(tmp_path, scratch,
     done = rows(tmp_path / "tiny")
     assert len(done) > begun
     assert Counter((row["trial"], row["rung"]) for row in done).most_common(1)[0][1] == 1
-    assert len({row["trial"] for row in done if row["rung"] == 0}) == 4
+    assert any(row["rung"] == 1 for row in done), "the top was reached"
     state = folded(tmp_path / "tiny")
     assert state.spent_flops <= resolve(space).budget.total_flops
     assert not state.open_tasks
