@@ -12,6 +12,7 @@ import typer
 from bfm.cli.common import Json, ShardsOption, show
 
 app = typer.Typer()
+_SHARE = "its share, or auto (best ndcg@10 on validation)"
 
 
 @app.command()
@@ -112,13 +113,18 @@ def evaluate(
     sampled_negatives: Annotated[
         int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
     ] = None,
+    memory: Annotated[str | None, typer.Option(help=f"Also interpolated with a memory: {_SHARE}.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Full-catalogue metrics of a checkpoint, beside the popularity and co-occurrence floors."""
+    """Full-catalogue metrics of a checkpoint, beside the popularity and co-occurrence floors.
+
+    A memory is a table of the items that stood near each other in the training histories.
+    """
     from bfm.report.tables import evaluation_text
     from bfm.training.single import evaluate_checkpoint
 
-    show(evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives), as_json, evaluation_text)
+    found = evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives, memory)
+    show(found, as_json, evaluation_text)
 
 
 @app.command()
@@ -129,18 +135,21 @@ def export(
     catalogue_dtype: Annotated[
         str, typer.Option(help="float32: ranks as evaluation does; bfloat16: half the room.")
     ] = "float32",
+    memory: Annotated[str | None, typer.Option(help=f"Rank together with a memory: {_SHARE}.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained model as a folder that predicts on its own, without Ray, DeepSpeed or the shards."""
     from bfm.training.export import export_checkpoint
 
-    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype)
+    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype, memory)
     show(
         made,
         as_json,
         lambda made: (
             f"{made['params']:,} weights, {made['items']:,} items ({made['catalogue']:,} in the catalogue, "
-            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB\n{made['export']}"
+            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB"
+            + (f", with a memory of {made['memory']['share']:.0%}" if made["memory"] else "")
+            + f"\n{made['export']}"
         ),
     )
 

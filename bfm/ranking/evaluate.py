@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
 from bfm.objective.softmax import sampled_softmax
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
-from bfm.ranking.ranks import DotScores, rank_targets
+from bfm.ranking.ranks import DotScores, ScoreBlock, rank_targets
 from bfm.ranking.sampled import sampled_metrics
 
 __all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
@@ -63,6 +64,51 @@ def evaluate(
     `sampled_negatives` adds ranks among so many items drawn by `seed`, under names such as sampled100.recall@10.
     Raises UserError for an unknown part or a part without queries, DivergedError for scores that are not finite.
     """
+    encoded = encode(model, shards, protocol, part, window, queries, rank, world_size, device)
+    return evaluate_encoded(model, encoded, k, candidates, sampled_negatives, seed)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Queries as a model sees them, ready to be ranked."""
+
+    rows: NDArray[np.int64]
+    """Place of each query in the part."""
+    table: QueryTable
+    h_QD: Tensor
+    catalogue_VD: Tensor
+    scale: Tensor
+    targets: Ragged
+    seen: Ragged | None
+    eval_flops: int
+
+    @property
+    def scorer(self) -> DotScores:
+        """The model's scores scale * <h, v>."""
+        return DotScores(self.h_QD * self.scale, self.catalogue_VD)
+
+    def ranked(self, scorer: ScoreBlock, k: Sequence[int] = (10,)) -> QueryScores:
+        """Every query's metrics by any scores of the catalogue."""
+        table, num_items = self.table, len(self.catalogue_VD)
+        ranked = rank_targets(scorer, self.targets, num_items, max(k), self.seen)
+        return score_queries(
+            ranked, self.targets, num_items, k, query_Q=self.rows, user_Q=table.user, basket_Q=table.basket
+        )
+
+
+@torch.no_grad()
+def encode(
+    model: TwoPartModel,
+    shards: Shards,
+    protocol: Protocol,
+    part: str,
+    window: int,
+    queries: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Encoded:
+    """This worker's queries and all items through the model; arguments and errors as in `evaluate`."""
     table = protocol.queries(part)[:queries]
     if len(table) == 0:
         raise UserError(f"the {part} part has no query", file=str(shards.path), fix="use a later or longer log")
@@ -70,17 +116,27 @@ def evaluate(
     table = table[rows]
     item_vectors_ID = model.embed_all()
     h_QD, targets, seen, flops = _contextualize(model, item_vectors_ID, shards, table, window, device)
-    catalogue_VD = item_vectors_ID[: shards.num_catalogue]
-    scorer = DotScores(h_QD * model.scale, catalogue_VD)
-    ranked = rank_targets(scorer, targets, shards.num_catalogue, max(k), seen)
-    scores = score_queries(
-        ranked, targets, shards.num_catalogue, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket
-    )
+    return Encoded(rows, table, h_QD, item_vectors_ID[: shards.num_catalogue], model.scale, targets, seen, flops)
+
+
+@torch.no_grad()
+def evaluate_encoded(
+    model: TwoPartModel,
+    encoded: Encoded,
+    k: Sequence[int] = (10,),
+    candidates: Candidates | None = None,
+    sampled_negatives: int | None = None,
+    seed: int = 0,
+) -> QueryScores:
+    """`evaluate` of queries that are encoded already."""
+    table, targets, h_QD, catalogue_VD = encoded.table, encoded.targets, encoded.h_QD, encoded.catalogue_VD
+    scores, flops = encoded.ranked(encoded.scorer, k), encoded.eval_flops
     if candidates is not None:
         scores.values["loss_sampled"], rows_T = _sampled_loss(model, h_QD, catalogue_VD, targets, table, candidates)
         flops += 2 * rows_T * len(candidates.ids_K) * catalogue_VD.shape[1]
         scores = dataclasses.replace(scores, loss_sampled_negatives=len(candidates.ids_K))
     if sampled_negatives is not None:
+        rows, seen = encoded.rows, encoded.seen
         scores.values.update(sampled_metrics(h_QD, catalogue_VD, targets, seen, rows, k, sampled_negatives, seed))
         flops += 2 * int((targets.ids < len(catalogue_VD)).sum()) * (1 + sampled_negatives) * catalogue_VD.shape[1]
     return dataclasses.replace(scores, eval_flops=flops)

@@ -33,7 +33,8 @@ from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective.catalogue import FrozenCatalogue, embedder_hash
 from bfm.ranking.evaluate import query_batches
-from bfm.ranking.exported import CATALOGUE, WEIGHTS, open_sealed
+from bfm.ranking.exported import CATALOGUE, MEMORY, WEIGHTS, open_sealed
+from bfm.ranking.memory import Memory
 from bfm.ranking.ranks import rank_targets
 
 _ROW_GROUP_USERS = 4096
@@ -47,7 +48,7 @@ class Top:
     item_Qk: np.ndarray
     """Int64 ids by falling score; -1 where filtering leaves fewer than k items."""
     score_Qk: np.ndarray
-    """Float32 logits scale * <h, v>; -inf beside -1."""
+    """Float32 logits scale * <h, v>, with a memory log probabilities; -inf beside -1."""
     h_QD: np.ndarray
     """Float32 unit vectors of the users."""
 
@@ -62,9 +63,10 @@ class Predictor:
         encoding: Encoding,
         window: int,
         filter_seen: bool,
+        memory: Memory | None = None,
     ) -> None:
         self.model, self.catalogue, self.encoding = model, catalogue, encoding
-        self.window, self.filter_seen = window, filter_seen
+        self.window, self.filter_seen, self.memory = window, filter_seen, memory
         self._new_ND = torch.zeros(0, model.shape.d_item, device=model.device)
 
     @classmethod
@@ -93,7 +95,10 @@ class Predictor:
         key = embedder_hash(model, facts["fields_hash"])
         catalogue = FrozenCatalogue.load(Store(folder), CATALOGUE, key, (store.num_items, shape.d_item), device)
         catalogue.verify(model)
-        return cls(model, catalogue, encoding, int(facts["window"]), bool(facts["filter_seen"]))
+        memory = None
+        if facts["memory"]:
+            memory = Memory.of(safetensors.torch.load_file(folder / MEMORY), facts["memory"])
+        return cls(model, catalogue, encoding, int(facts["window"]), bool(facts["filter_seen"]), memory)
 
     def check_k(self, k: int) -> None:
         """Raise UserError where lists of k items cannot be made."""
@@ -134,15 +139,13 @@ class Predictor:
         if queries.filter_seen:
             seen = distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
-        ranked = rank_targets(
-            lambda rows, items: scaled_QD[rows] @ self.catalogue.vectors_ID[items].float().T,
-            no_targets,
-            num_catalogue,
-            k,
-            seen,
-        )
-        score_Qk = self._scores(scaled_QD, ranked.top_Qk)
-        return Top(ranked.top_Qk, score_Qk.cpu().numpy(), h_QD.cpu().numpy())
+
+        def logits(rows: slice, items: slice) -> Tensor:
+            return scaled_QD[rows] @ self.catalogue.vectors_ID[items].float().T
+
+        scores = logits if self.memory is None else self.memory.beside(logits, shards, queries)
+        ranked = rank_targets(scores, no_targets, num_catalogue, k, seen)
+        return Top(ranked.top_Qk, ranked.top_score_Qk, h_QD.cpu().numpy())
 
     def write(
         self,
@@ -206,13 +209,6 @@ class Predictor:
         v_UD[known_U] = self.catalogue.vectors_ID[ids_U[known_U]].float()
         v_UD[~known_U] = self._new_ND[ids_U[~known_U] - self.encoding.num_items]
         return v_UD
-
-    def _scores(self, scaled_QD: Tensor, top_Qk: np.ndarray) -> Tensor:
-        item_Qk = torch.from_numpy(top_Qk).to(scaled_QD.device)
-        columns = [
-            (scaled_QD * self.catalogue.vectors_ID[item_Q.clamp(min=0)].float()).sum(1) for item_Q in item_Qk.unbind(1)
-        ]
-        return torch.stack(columns, 1).masked_fill(item_Qk < 0, -torch.inf)
 
     # ---------------------------------------------------------------- output
 

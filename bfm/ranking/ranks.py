@@ -54,6 +54,8 @@ class Ranked:
     """NaN for cold targets."""
     top_Qk: NDArray[np.int64]
     """Best items of each query, equal scores by ascending id; -1 where fewer are left unfiltered."""
+    top_score_Qk: NDArray[np.float32]
+    """Their scores; -inf beside -1."""
 
 
 class DotScores:
@@ -96,6 +98,7 @@ def rank_targets(
     rank_N = np.full(len(targets.ids), np.inf)
     nll_N = np.full(len(targets.ids), np.nan)
     top_Qk = np.full((num_queries, max_k), -1, dtype=np.int64)
+    top_score_Qk = np.full((num_queries, max_k), -np.inf, dtype=np.float32)
 
     @torch.no_grad()
     def rank_rows(start: int) -> None:
@@ -103,9 +106,10 @@ def rank_targets(
         passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k)
         rank_N[chunk.target_N], nll_N[chunk.target_N] = _ranks_and_nll(passed, chunk)
         top_Qk[chunk.start : chunk.stop] = passed.first.id_Rk.cpu().numpy()
+        top_score_Qk[chunk.start : chunk.stop] = passed.first.value_Rk.float().cpu().numpy()
 
     _for_each(rank_rows, range(0, num_queries, rows))
-    return Ranked(rank_N, nll_N, top_Qk)
+    return Ranked(rank_N, nll_N, top_Qk, top_score_Qk)
 
 
 def _for_each(work: Callable[[int], None], starts: range) -> None:

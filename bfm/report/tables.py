@@ -115,18 +115,20 @@ def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """An evaluation and the floors on the same queries, a line per metric (all of them), for a terminal."""
+    """An evaluation, with its memory and the floors on the same queries: a line per metric, for a terminal."""
     row = {"metrics": evaluation["metrics"], "errors": evaluation["errors"]}
-    floors = evaluation.get("baselines") or {}
+    memory = evaluation.get("memory")
+    beside = {f"with memory, {memory['share']:.0%}": memory["metrics"]} if memory else {}
+    beside.update(evaluation.get("baselines") or {})
     lines = [
         [
             metric,
             value_text(metric_value(row, metric), metric_error(row, metric)),
-            *[_plain_value(values.get(metric, math.nan)) for values in floors.values()],
+            *[_plain_value(values.get(metric, math.nan)) for values in beside.values()],
         ]
         for metric in metric_names([row], headline=False)
     ]
-    table = ruled(["metric", "model", *[name.replace("_", "-") for name in floors]], lines)
+    table = ruled(["metric", "model", *[name.replace("_", "-") for name in beside]], lines)
     seen = ", seen items filtered out" if evaluation.get("filter_seen") else ""
     sampled = any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"])
     return (

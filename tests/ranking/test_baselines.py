@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,77 +10,9 @@ import pytest
 from bfm.events.derived import derived_path
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
-from bfm.ranking.baselines import (
-    BACKWARD,
-    CONTEXT_EVENTS,
-    DAMPING,
-    DECAY,
-    REACH,
-    baseline_metrics,
-    co_occurrence_scores,
-    count_neighbours,
-    popularity_scores,
-)
+from bfm.ranking.baselines import baseline_metrics, best_neighbours, popularity_scores
+from bfm.ranking.neighbours import BROAD, COUNTINGS, count_neighbours
 from tests.helpers import make_shards
-
-
-def plain_weights(shards):
-    """{u: {v: c_uv / (n_u n_v)^DAMPING}} by loops."""
-    counts = {}
-    for user in range(shards.num_users):
-        history = shards.history(user)
-        items = history.item[: history.train_end].tolist()
-        for first in range(len(items)):
-            for second in range(first + 1, min(first + REACH + 1, len(items))):
-                counts.setdefault(items[first], Counter())[items[second]] += 1.0
-                counts.setdefault(items[second], Counter())[items[first]] += BACKWARD
-    n_V = shards.train_counts
-    return {
-        u: {v: count / (float(n_V[u]) * n_V[v]) ** DAMPING for v, count in row.items()} for u, row in counts.items()
-    }
-
-
-@pytest.mark.parametrize(("num_shards", "pass_pairs", "chunk_events"), [(1, 1 << 23, 1 << 20), (3, 500, 100)])
-def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, num_shards, pass_pairs, chunk_events):
-    monkeypatch.setattr(baselines, "_PASS_PAIRS", pass_pairs)
-    monkeypatch.setattr(baselines, "_CHUNK_EVENTS", chunk_events)
-    shards = make_shards(tmp_path / "toy", users=30, num_shards=num_shards)
-    neighbours, expected = count_neighbours(shards), plain_weights(shards)
-    assert len(neighbours.lists) == shards.num_catalogue
-    for item in range(shards.num_catalogue):
-        low, high = neighbours.lists.offsets[item : item + 2]
-        found = dict(zip(neighbours.lists[item].tolist(), neighbours.weight[low:high].tolist(), strict=True))
-        assert found == pytest.approx(expected.get(item, {}), rel=1e-6)
-
-
-def test_only_the_strongest_neighbours_are_kept(toy_shards, monkeypatch):
-    monkeypatch.setattr(baselines, "NEIGHBOURS", 3)
-    neighbours, expected = count_neighbours(toy_shards), plain_weights(toy_shards)
-    for item, row in expected.items():
-        low, high = neighbours.lists.offsets[item : item + 2]
-        strongest = sorted(row.values(), reverse=True)[:3]
-        assert neighbours.weight[low:high].tolist() == pytest.approx(strongest, rel=1e-6)
-
-
-def test_scores_are_summed_weights_of_the_last_events_and_ties_go_by_popularity(toy_shards):
-    table = Protocol.load(toy_shards).queries("test")
-    weights = plain_weights(toy_shards)
-    num_items = toy_shards.num_catalogue
-    block = co_occurrence_scores(toy_shards, table)
-    scores_QV = block(slice(0, len(table)), slice(0, num_items)).numpy()
-    pieces = [
-        block(slice(0, len(table)), slice(low, min(low + 17, num_items))).numpy() for low in range(0, num_items, 17)
-    ]
-    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), scores_QV)
-    for query in range(len(table)):
-        history = toy_shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]
-        expected_V = np.zeros(num_items)
-        for age, item in enumerate(history[::-1][:CONTEXT_EVENTS].tolist()):
-            for neighbour, weight in weights.get(item, {}).items():
-                expected_V[neighbour] += DECAY**age * weight
-        np.testing.assert_allclose(scores_QV[query], expected_V, rtol=1e-4, atol=1e-6)
-        # Ids fall with popularity.
-        assert (np.diff(scores_QV[query][expected_V == 0]) < 0).all()
 
 
 def test_popularity_is_a_distribution(toy_shards):
@@ -112,6 +43,20 @@ def test_floors_beat_chance_and_have_the_names_of_an_evaluation(toy_shards):
     assert metrics["popularity"]["nll"] < math.log(toy_shards.num_catalogue)
     assert "nll" not in metrics["co_occurrence"]
     assert {"basket.recall@10", "warm.ndcg@10", "coverage@10"} <= set(metrics["co_occurrence"])
+
+
+def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_shards):
+    protocol = Protocol.load(toy_shards)
+    validation = protocol.queries("validation")
+    worth = {
+        counting: baselines._neighbour_metrics(count_neighbours(toy_shards, counting), toy_shards, validation, (10,))
+        for counting in COUNTINGS
+    }
+    best = max(COUNTINGS, key=lambda counting: worth[counting]["ndcg@10"])
+    assert len({metrics["ndcg@10"] for metrics in worth.values()}) == len(COUNTINGS)
+    assert best_neighbours(toy_shards, protocol).counting == best
+    nobody = Protocol(protocol.info, {**protocol.tables, "validation": validation[:0]})
+    assert best_neighbours(toy_shards, nobody).counting == BROAD
 
 
 def test_queries_limit_the_floors_too(toy_shards):

@@ -1,0 +1,122 @@
+"""A model's distribution interpolated with counted neighbours: what a factorised score forgets, a table remembers.
+
+    p_v = (1 - a) e^{s_v} / sum_u e^{s_u} + a m_v / sum_u m_u
+
+s are the model's scores, m the neighbour scores of the query's last events (neighbours.py), a is the memory's share.
+A query none of whose events has neighbours keeps the model's distribution. Nothing is trained, and N, D and C stay the
+model's own. As n-gram models are interpolated (Jelinek, Mercer 1980), and neural ones with their training data
+(kNN-LM, Khandelwal et al. 2020).
+
+Q = queries, R = query rows of a chunk, C = items of a block, P = items of a block that some event points to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bfm.errors import UserError
+from bfm.events.protocol import QueryTable, Ragged
+from bfm.events.shards import Shards
+from bfm.ranking.evaluate import Encoded
+from bfm.ranking.metrics import summarise
+from bfm.ranking.neighbours import Counting, Neighbours, NeighbourScores
+from bfm.ranking.ranks import ScoreBlock
+
+AUTO = "auto"
+"""The share with the best ndcg@10 on the validation part."""
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+"""What `auto` chooses from."""
+_ROWS = 256
+_COLUMNS = 8192
+
+
+def parse_share(text: str) -> float | None:
+    """A share of 0 to under 1, or None for `auto`. Raises UserError for anything else."""
+    if text == AUTO:
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 <= share < 1.0:
+        raise UserError(f"{text!r} is no share", key="--memory", fix="use auto or a number from 0 to under 1")
+    return share
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Neighbours and their share of the distribution."""
+
+    neighbours: Neighbours
+    share: float
+
+    def beside(self, scores: ScoreBlock, shards: Shards, table: QueryTable) -> ScoreBlock:
+        """log p of the queries' items, from the model's scores of all catalogue items."""
+        return scores if self.share == 0.0 else _Interpolated(scores, self, shards, table)
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader wants to know of it, as JSON."""
+        return {"share": self.share, "counting": asdict(self.neighbours.counting)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The table of neighbours; with `facts`, all that `of` needs."""
+        lists = self.neighbours.lists
+        arrays = {"ids": lists.ids, "offsets": lists.offsets, "weight": self.neighbours.weight}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Memory:
+        """The memory of which these are the `tensors` and the `facts`."""
+        lists = Ragged(tensors["ids"].numpy(), tensors["offsets"].numpy())
+        neighbours = Neighbours(lists, tensors["weight"].numpy(), Counting(**facts["counting"]))
+        return cls(neighbours, float(facts["share"]))
+
+
+def choose_share(encoded: Encoded, shards: Shards, neighbours: Neighbours) -> float:
+    """The share of SHARES with the best ndcg@10 on encoded queries, of the validation part that is."""
+
+    def ndcg(share: float) -> float:
+        block = Memory(neighbours, share).beside(encoded.scorer, shards, encoded.table)
+        return summarise(encoded.ranked(block)).metrics["ndcg@10"]
+
+    return max(SHARES, key=ndcg)
+
+
+class _Interpolated:
+    """A ScoreBlock of log p."""
+
+    def __init__(self, scores: ScoreBlock, memory: Memory, shards: Shards, table: QueryTable) -> None:
+        self._model, self._memory = scores, NeighbourScores(memory.neighbours, shards, table)
+        total_Q = torch.from_numpy(self._memory.totals())
+        known_Q = total_Q > 0
+        self._per_weight_Q = torch.where(known_Q, memory.share / total_Q, 0.0)
+        self._log_rest_Q = torch.where(known_Q, math.log1p(-memory.share), 0.0)
+        self._log_total_Q = _log_totals(scores, len(table), len(memory.neighbours.lists))
+
+    def __call__(self, rows: slice, items: slice) -> Tensor:
+        log_p_RC = self._model(rows, items)
+        device = log_p_RC.device
+        log_p_RC += (self._log_rest_Q[rows].to(device) - self._log_total_Q[rows])[:, None]
+        weight_RC = self._memory(rows, items)
+        row_P, column_P = np.nonzero(weight_RC)
+        at = torch.from_numpy(row_P).to(device), torch.from_numpy(column_P).to(device)
+        share_P = torch.from_numpy(weight_RC[row_P, column_P]) * self._per_weight_Q[rows][row_P]
+        log_p_RC[at] = torch.logaddexp(log_p_RC[at], share_P.log().to(log_p_RC))
+        return log_p_RC
+
+
+def _log_totals(scores: ScoreBlock, num_queries: int, num_items: int) -> Tensor:
+    """log sum over the catalogue of e^score of every query [Q], in blocks of bounded size."""
+    totals = []
+    for start in range(0, num_queries, _ROWS):
+        rows = slice(start, min(start + _ROWS, num_queries))
+        blocks = (slice(low, min(low + _COLUMNS, num_items)) for low in range(0, num_items, _COLUMNS))
+        totals.append(torch.logsumexp(torch.stack([scores(rows, items).logsumexp(1) for items in blocks]), 0))
+    return torch.cat(totals)
