@@ -31,7 +31,7 @@ from bfm.ranking.ranks import ScoreBlock
 
 AUTO = "auto"
 """The share with the best ndcg@10 on the validation part."""
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """What `auto` chooses from."""
 _ROWS = 256
 _COLUMNS = 8192
