@@ -143,10 +143,11 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 @contextmanager
 def _driver(spec: SweepSpec, store: Store, shards_path: str, **options: Any) -> Iterator[SweepDriver]:
     shards = Shards.open(shards_path)
-    facts = LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries)
+    protocol = Protocol.load(shards)
+    facts = LogFacts.from_shards(shards, protocol, spec.evaluation_queries)
     lease = Lease.acquire(store)
     try:
-        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), **options)
+        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), protocol_hash=protocol.hash, **options)
     finally:
         lease.release()
 

@@ -68,6 +68,7 @@ class SweepDriver:
         *,
         extend: bool = False,
         runs: str | Path | None = None,
+        protocol_hash: str | None = None,
     ) -> SweepDriver:
         """With the policy and proposals that the spec names.
 
@@ -75,6 +76,7 @@ class SweepDriver:
             spec, ledger, costs: what is swept, where it is written down, what it costs.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
             runs: table of runs to import (see bfm.sweep.imports).
+            protocol_hash: the protocol by which tasks are scored; imported runs that name another are left out.
 
         Raises:
             InfeasibleError: the space has no point.
@@ -82,7 +84,7 @@ class SweepDriver:
         """
         past = past_parameters(ledger.replay.records)
         arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        table = None if runs is None else read_runs(runs, spec, arena.feasible)
+        table = None if runs is None else read_runs(runs, spec, arena.feasible, protocol_hash)
         return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend, runs=table)
 
     @property

@@ -1,9 +1,9 @@
 """Runs that were trained elsewhere, as rows of a sweep: a table in, one ledger record out.
 
 Enters: Parquet, CSV or JSON lines with a column per free parameter, `flops` (C), the selecting metric, and optionally
-`seed`, `config_id` and further metrics. Leaves: rung rows of trials x00000, x00001, ... that cost nothing and have no
-checkpoint, and the counted reasons of the runs that are no use. That they were scored by the same protocol is the
-user's word.
+`seed`, `config_id`, `protocol_hash` and further metrics. Leaves: rung rows of trials x00000, x00001, ... that cost
+nothing and have no checkpoint, and the counted reasons of the runs that are no use. Where the table does not say by
+which protocol they were scored, that it was the sweep's is the user's word.
 """
 
 from __future__ import annotations
@@ -53,14 +53,19 @@ class RunTable:
     """Reason -> rows."""
 
 
-def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet) -> RunTable:
-    """Judge every row. Raises UserError for a table that lacks a column or has no row of use."""
+def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol_hash: str | None = None) -> RunTable:
+    """Judge every row. Raises UserError for a table that lacks a column or has no row of use.
+
+    `protocol_hash` is the sweep's; runs that name another one are left out.
+    """
     names = [parameter.name for parameter in spec.free_parameters]
     table = read_table(path, [*names, "flops", spec.metric.name])
     runs: list[Run] = []
     left_out: Counter[str] = Counter()
     for values in table.to_pylist():
-        run = _judge(values, spec, feasible)
+        known = values.get("protocol_hash")
+        other = protocol_hash is not None and known is not None and known != protocol_hash
+        run = "scored by another protocol" if other else _judge(values, spec, feasible)
         if isinstance(run, Run):
             runs.append(run)
         else:

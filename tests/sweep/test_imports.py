@@ -97,6 +97,13 @@ def test_what_is_of_no_use_is_counted_and_told(table):
         in_memory(narrow, runs=table([run(500, 0.004)]))
 
 
+def test_runs_of_another_protocol_are_left_out(table):
+    runs = [run(700, 0.004, protocol_hash="here"), run(800, 0.004, protocol_hash="there"), run(900, 0.004)]
+    driver = in_memory(make_spec(), runs=table(runs, ".jsonl"), protocol_hash="here")
+    assert [trial.config["params"] for trial in driver.state.trials.values()] == [700, 900]
+    assert "scored by another protocol (1)" in driver.import_words
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_imported_trials_are_promoted_from_nothing_and_numbers_are_not_disturbed(table, policy):
     spec = make_spec(scheduler={"type": policy}, method="optuna")
