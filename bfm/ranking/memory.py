@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,10 +103,9 @@ class _Interpolated:
         log_p_RC = self._model(rows, items)
         device = log_p_RC.device
         log_p_RC += (self._log_rest_Q[rows].to(device) - self._log_total_Q[rows])[:, None]
-        weight_RC = self._memory(rows, items)
-        row_P, column_P = np.nonzero(weight_RC)
-        at = torch.from_numpy(row_P).to(device), torch.from_numpy(column_P).to(device)
-        share_P = torch.from_numpy(weight_RC[row_P, column_P]) * self._per_weight_Q[rows][row_P]
+        row_P, column_P, score_P = map(torch.from_numpy, self._memory.pairs(rows, items))
+        share_P = score_P * self._per_weight_Q[rows][row_P]
+        at = row_P.to(device), column_P.to(device)
         log_p_RC[at] = torch.logaddexp(log_p_RC[at], share_P.log().to(log_p_RC))
         return log_p_RC
 

@@ -9,13 +9,15 @@ first, `backward` where v does; u = v counts too (repeats). Only the strongest n
 more than MOST_EVENTS training events is counted on its first users (their order is a hash).
 
 V = catalogue items, Q = queries, R = query rows of a chunk, C = items of a block, M = context events of a query,
-E = training events, P = pairs, N = neighbours of the events of an age.
+E = training events, P = pairs, N = neighbours of context events.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,12 +69,21 @@ class Neighbours:
         return float(self.weight.min(initial=1.0))
 
 
+class ScoredPairs(NamedTuple):
+    """A sparse block of scores, by rising item."""
+
+    row_P: NDArray[np.int64]
+    column_P: NDArray[np.int64]
+    score_P: NDArray[np.float32]
+
+
 class NeighbourScores:
     """The scores m_v of a table's queries; their callers want blocks (query rows, items) -> [R, C]."""
 
     def __init__(self, neighbours: Neighbours, shards: Shards, table: QueryTable) -> None:
         self._neighbours = neighbours
         self._context_QM = _last_items(shards, table, CONTEXT_EVENTS)
+        self._last = threading.local()
 
     def totals(self) -> NDArray[np.float32]:
         """Sum over the catalogue of every query's scores [Q]; 0 where no event has a neighbour."""
@@ -83,21 +94,37 @@ class NeighbourScores:
         item_QM = np.where(known_QM, self._context_QM, len(lists))
         return (total_V[item_QM] @ decay ** np.arange(item_QM.shape[1])).astype(np.float32)
 
+    def pairs(self, rows: slice, items: slice) -> ScoredPairs:
+        """Where scores of these rows and items are not 0."""
+        # A thread asks for the blocks of its rows one after the other.
+        if getattr(self._last, "rows", None) != rows:
+            self._last.rows, self._last.pairs = rows, self._scored(rows)
+        row_P, item_P, score_P = self._last.pairs
+        low, high = np.searchsorted(item_P, [items.start, items.stop])
+        return ScoredPairs(row_P[low:high], item_P[low:high] - items.start, score_P[low:high])
+
     def __call__(self, rows: slice, items: slice) -> NDArray[np.float32]:
         """Scores [R, C]; 0 where no event points."""
-        lists, counting = self._neighbours.lists, self._neighbours.counting
-        context_RM = self._context_QM[rows]
-        scores_RC = np.zeros((len(context_RM), items.stop - items.start), np.float32)
+        row_P, column_P, score_P = self.pairs(rows, items)
+        scores_RC = np.zeros((len(self._context_QM[rows]), items.stop - items.start), np.float32)
+        scores_RC[row_P, column_P] = score_P
+        return scores_RC
+
+    def _scored(self, rows: slice) -> ScoredPairs:
+        """All pairs of some rows, by rising item."""
+        lists, context_RM = self._neighbours.lists, self._context_QM[rows]
+        num_rows = len(context_RM)
+        keys, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         for age in range(context_RM.shape[1]):
             known_R = np.flatnonzero((context_RM[:, age] >= 0) & (context_RM[:, age] < len(lists)))
             place_N, row_N = _spread(lists, context_RM[known_R, age])
-            item_N = lists.ids[place_N]
-            inside_N = (item_N >= items.start) & (item_N < items.stop)
-            # A row's list has distinct ids, so no index repeats within one age.
-            scores_RC[known_R[row_N[inside_N]], item_N[inside_N] - items.start] += (
-                np.float32(counting.age_decay**age) * self._neighbours.weight[place_N[inside_N]]
-            )
-        return scores_RC
+            keys.append(lists.ids[place_N].astype(np.int64) * num_rows + known_R[row_N])
+            weights.append(np.float32(self._neighbours.counting.age_decay**age) * self._neighbours.weight[place_N])
+        key_N, weight_N = np.concatenate(keys), np.concatenate(weights)
+        order = np.argsort(key_N, kind="stable")
+        starts = np.flatnonzero(np.diff(key_N[order], prepend=-1))
+        item_P, row_P = np.divmod(key_N[order][starts], num_rows)
+        return ScoredPairs(row_P, item_P, _sums_of_runs(weight_N[order], starts))
 
 
 def _last_items(shards: Shards, table: QueryTable, count: int) -> NDArray[np.int64]:
@@ -117,6 +144,11 @@ def _spread(lists: Ragged, item_R: NDArray[np.int64]) -> tuple[NDArray[np.int64]
     row_N = np.repeat(np.arange(len(item_R)), length_R)
     inside_N = np.arange(len(row_N)) - np.repeat(np.cumsum(length_R) - length_R, length_R)
     return start_R[row_N] + inside_N, row_N
+
+
+def _sums_of_runs(values_N: NDArray, starts: NDArray[np.int64]) -> NDArray:
+    """Sums of values[starts[i] : starts[i + 1]]; of an empty array `reduceat` makes no sums but an error."""
+    return np.add.reduceat(values_N, starts) if len(starts) else values_N[:0]
 
 
 # ---------------------------------------------------------------- counting
@@ -157,9 +189,7 @@ def _count(
     weighted_P = np.where(backward_P == 1, counting.backward, 1.0) * counting.lag_decay**past_P * count_P
     starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
     first, second = np.divmod(pair_P[starts], num_items)
-    # Of an empty array `reduceat` makes no sums but an error.
-    total = np.add.reduceat(weighted_P, starts) if len(starts) else np.zeros(0)
-    return first, second, total
+    return first, second, _sums_of_runs(weighted_P, starts)
 
 
 def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
