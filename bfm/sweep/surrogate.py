@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dtrtrs
 from scipy.spatial.distance import cdist
 from scipy.special import ndtr
 from scipy.stats import qmc
@@ -36,6 +37,7 @@ _FADING = 0.5
 """What shrinks of the differences between settings does so like C to the power of minus a third."""
 _OWN_FLOPS_SCALE = 3.0
 _SIZE_COLUMNS = 6
+_GLANCED_SDS = 96
 _MAX_LEVELS = 8
 """So many values of a choice have offsets of their own; further ones differ by the processes alone."""
 # Ranges of the prior, in units of the losses' spread (s_) or of standardised axes (l_): log-uniform from low to high.
@@ -61,9 +63,18 @@ class Places:
     def __len__(self) -> int:
         return len(self.log_flops_M)
 
-    def take(self, index: np.ndarray) -> Places:
+    def take(self, index: np.ndarray | slice) -> Places:
         """Some of the points."""
         return Places(self.numbers_MX[index], self.codes_MG[index], self.log_flops_M[index], self.ids_M[index])
+
+    def and_also(self, other: Places) -> Places:
+        """These, then others."""
+        return Places(
+            np.concatenate([self.numbers_MX, other.numbers_MX]),
+            np.concatenate([self.codes_MG, other.codes_MG]),
+            np.concatenate([self.log_flops_M, other.log_flops_M]),
+            np.concatenate([self.ids_M, other.ids_M]),
+        )
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class Surrogate:
         self.spread = spread if spread > 0 else max(abs(self.location) * 0.1, 1e-9)
         doubt_M = _DOUBT * np.maximum(0.0, loss_M - frontier_M) / self.spread
         residual_M = (loss_M - self.location) / self.spread
-        self._scaled_MP = self._basis(rows) * _prior_sd(rows)
+        self._scaled_MP = trend(rows, self._center) * prior_sd(rows)
         between = _Between(rows, rows)
         linear_MM = self._scaled_MP @ self._scaled_MP.T
         fits = [_fit(h, between.kernel(h) + linear_MM, doubt_M, residual_M) for h in hypotheses]
@@ -172,34 +183,69 @@ class Surrogate:
         """Losses (without a new measurement's noise) at points; by all that are left, or so many of the likeliest."""
         order = np.argsort(-self._weight_H, kind="stable")[:hypotheses]
         weight_H = self._weight_H[order] / self._weight_H[order].sum()
-        scaled_MP = self._basis(points) * _prior_sd(points)
+        scaled_MP = trend(points, self._center) * prior_sd(points)
         between = _Between(points, self._rows)
         linear = scaled_MP @ self._scaled_MP.T
         prior_M = (scaled_MP**2).sum(1)
         means, sds = [], []
         for fit in (self._fits[place] for place in order):
             h = fit.hypothesis
-            cross = between.kernel(h) + linear
-            whitened = solve_triangular(fit.factor[0], cross.T, lower=True, check_finite=False)
-            variance_M = h.s_shared**2 + h.s_own**2 + prior_M - np.einsum("ij,ij->j", whitened, whitened)
+            cross = between.kernel(h)
+            cross += linear
             means.append(cross @ fit.alpha_M)
+            # Without solve_triangular's copies and checks, which cost as much as the solving.
+            whitened, _ = dtrtrs(fit.factor[0], cross.T, lower=1, overwrite_b=1)
+            variance_M = h.s_shared**2 + h.s_own**2 + prior_M - np.einsum("ij,ij->j", whitened, whitened)
             sds.append(np.sqrt(np.maximum(variance_M, 1e-10)))
         return Prediction(self.location + self.spread * np.array(means), self.spread * np.array(sds), weight_H)
 
-    def _basis(self, points: Places) -> np.ndarray:
-        size_M, flops_M = points.numbers_MX[:, 0], (points.log_flops_M - self._center) / _FLOPS_SPREAD
-        columns = [np.ones(len(points)), size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2]
-        fading_M = np.exp(-_FADING * flops_M)
-        for other_M in points.numbers_MX[:, 1:].T:
-            columns += [other_M, other_M**2, other_M * fading_M]
-        for codes_M in points.codes_MG.T:
-            for code in range(_MAX_LEVELS):
-                chosen_M = (codes_M == code).astype(float)
-                columns += [chosen_M, chosen_M * fading_M]
-        return np.array(columns).T
+    def glance(self, points: Places) -> Prediction:
+        """Roughly what `predict` says by the likeliest hypothesis alone, for very many points.
+
+        Means are in single precision and without a configuration's own process; standard deviations are those of the
+        nearest of _GLANCED_SDS points of the same kind (configurations with an id, and those without).
+        """
+        fit = self._fits[int(np.argmax(self._weight_H))]
+        h = fit.hypothesis
+        near = _roughly_near(points, self._rows, h)
+        mean_M = np.exp(near, out=near) @ (h.s_shared**2 * fit.alpha_M).astype(np.float32)
+        mean_M = mean_M + (trend(points, self._center) * prior_sd(points)) @ (self._scaled_MP.T @ fit.alpha_M)
+        some = points.take(np.unique(np.linspace(0, len(points) - 1, _GLANCED_SDS).round().astype(int)))
+        near = _roughly_near(points, some, h)
+        near[(points.ids_M > 0)[:, None] != (some.ids_M > 0)] = -np.inf
+        sd_M = self.predict(some, hypotheses=1).sd_HM[0][near.argmax(1)]
+        return Prediction(self.location + self.spread * mean_M[None], sd_M[None], np.ones(1))
 
 
-def _prior_sd(points: Places) -> np.ndarray:
+def _roughly_near(left: Places, right: Places, h: _Hypothesis) -> np.ndarray:
+    """Minus half the squared distances in the scales of a hypothesis, in single precision and one multiplication."""
+    middle = float(right.log_flops_M.mean())
+    scaled = [np.column_stack([p.numbers_MX / h.l_axes, (p.log_flops_M - middle) / h.l_flops]) for p in (left, right)]
+    lengths = [-0.5 * (coordinates**2).sum(1) for coordinates in scaled]
+    ones = [np.ones(len(length)) for length in lengths]
+    left_MX = np.column_stack([scaled[0], lengths[0], ones[0]]).astype(np.float32)
+    right_MX = np.column_stack([scaled[1], ones[1], lengths[1]]).astype(np.float32)
+    near = left_MX @ right_MX.T
+    for left_M, right_M in zip(left.codes_MG.T, right.codes_MG.T, strict=True):
+        near -= (left_M[:, None] != right_M) * np.float32(0.5 / h.l_axes**2)
+    return near
+
+
+def trend(points: Places, center_log_flops: float) -> np.ndarray:
+    """(M, P): parabola in log N and log C, parabolas along the other axes, offsets of choices, some of them fading."""
+    size_M, flops_M = points.numbers_MX[:, 0], (points.log_flops_M - center_log_flops) / _FLOPS_SPREAD
+    columns = [np.ones(len(points)), size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2]
+    fading_M = np.exp(-_FADING * flops_M)
+    for other_M in points.numbers_MX[:, 1:].T:
+        columns += [other_M, other_M**2, other_M * fading_M]
+    for codes_M in points.codes_MG.T:
+        for code in range(_MAX_LEVELS):
+            chosen_M = (codes_M == code).astype(float)
+            columns += [chosen_M, chosen_M * fading_M]
+    return np.array(columns).T
+
+
+def prior_sd(points: Places) -> np.ndarray:
     """Prior standard deviation of each coefficient, in units of the losses' spread."""
     others = points.numbers_MX.shape[1] - 1
     return np.array(
@@ -218,13 +264,18 @@ class _Between:
         for left_M, right_M in zip(left.codes_MG.T, right.codes_MG.T, strict=True):
             self._axes += left_M[:, None] != right_M[None]
         self._flops = (left.log_flops_M[:, None] - right.log_flops_M[None]) ** 2
-        same = left.ids_M[:, None] == right.ids_M[None]
-        self._own = same * np.exp(-0.5 * self._flops / _OWN_FLOPS_SCALE**2)
+        self._same = np.nonzero(left.ids_M[:, None] == right.ids_M[None])
+        self._own = np.exp(-0.5 * self._flops[self._same] / _OWN_FLOPS_SCALE**2)
 
     def kernel(self, h: _Hypothesis) -> np.ndarray:
         """Covariance of the two processes."""
-        shared = np.exp(-0.5 * (self._axes / h.l_axes**2 + self._flops / h.l_flops**2))
-        return h.s_shared**2 * shared + h.s_own**2 * self._own
+        covariance = self._axes / h.l_axes**2
+        covariance += self._flops / h.l_flops**2
+        covariance *= -0.5
+        np.exp(covariance, out=covariance)
+        covariance *= h.s_shared**2
+        covariance[self._same] += h.s_own**2 * self._own
+        return covariance
 
 
 def _fit(h: _Hypothesis, covariance_MM: np.ndarray, doubt_M: np.ndarray, residual_M: np.ndarray) -> _Posterior:

@@ -181,3 +181,15 @@ def test_one_row_and_equal_losses_are_no_special_case():
         guess = model.predict(places(3, 2))
         assert np.isfinite(guess.mean_M).all()
         assert (guess.sd_M > 0).all()
+
+
+def test_a_glance_is_roughly_what_the_likeliest_hypothesis_says():
+    rows, new = places(60, 1), places(400, 2)
+    loss = planted(rows) + np.random.default_rng(3).normal(0, 0.02, len(rows))
+    model = fitted(rows, loss)
+    glanced, whole = model.glance(new), model.predict(new, hypotheses=1)
+    assert glanced.mean_M == pytest.approx(whole.mean_M, abs=1e-3 * model.spread)
+    assert np.median(np.abs(np.log(glanced.sd_M / whole.sd_M))) < 0.1
+    # Of few points all are looked at.
+    few = new.take(np.arange(5))
+    assert model.glance(few).sd_M == pytest.approx(model.predict(few, hypotheses=1).sd_M)

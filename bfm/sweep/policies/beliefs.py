@@ -1,20 +1,25 @@
 """What the frontier policy expects: one surrogate per metric and constraint, kept up with the ledger.
 
 Enters: Views of a growing ledger. Leaves: expected improvements at a rung. A surrogate is fitted to at most MAX_ROWS
-rows, the best of each rung first. All hypotheses are weighed again when the rows have grown by a quarter, on the rows
-that stood then (so that a resumed sweep weighs the same ones); in between only the likely ones are.
+rows, the best of each rung first, and only when somebody asks. All hypotheses are weighed again when the rows have
+grown by a quarter, on the rows that stood then (so that a resumed sweep weighs the same ones); in between only the
+likely ones are. Of more than CLOSELY candidates for a rung GLANCED are looked at, chosen by Surrogate.glance, which is
+an approximation (5,000 candidates cost twice what 1,200 do, not four times).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.policies.ground import Step, View
+from bfm.sweep.policies.candidates import Ways
+from bfm.sweep.policies.ground import View
+from bfm.sweep.policies.survival import Survival
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.state import Trial
 from bfm.sweep.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
@@ -25,7 +30,12 @@ _MAX_LIKELY = 6
 _UNSEEN_MARGIN = 0.05
 """Where a rung has no row its frontier is taken to lie so many spreads above the best prediction."""
 _OTHER_AXES = 0.3
-_MANY = 20_000
+CLOSELY = 640
+"""So many candidates for a rung are all looked at."""
+GLANCED = 256
+
+Care = Literal["glance", "quick", "whole"]
+"""Of a prediction: by one hypothesis in part, by the likeliest alone, by all that are left."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Judged:
     """Candidates at a rung."""
 
     improvement_M: np.ndarray
-    """Expected improvement, in spreads, summed over metrics, times the probability of the constraints."""
+    """Expected improvement, in spreads, summed over metrics, times the probability of the constraints and of a row."""
     mean_M: np.ndarray
     """Of the first metric."""
     sd_M: np.ndarray
@@ -52,8 +62,8 @@ class Beliefs:
         self._bounds = [
             (_Model(self, constraint.metric, constraint.loss_bound), constraint) for constraint in spec.constraints
         ]
-        self._trials_known = 0
-        self._known: dict[str | int, tuple[np.ndarray, np.ndarray, int, Trial | Proposal]] = {}
+        self._survival = Survival(ladder, self.places)
+        self._known: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -69,35 +79,37 @@ class Beliefs:
         """Learn what the ledger has by now."""
         for model in [*self._models, *(model for model, _ in self._bounds)]:
             model.take(view)
+        self._survival.take(view)
 
     def shown(self, loss: float) -> float:
         """A loss of the first metric as a user knows it."""
         return self.spec.metric.from_model(loss)
 
-    def screen(self, steps: Sequence[Step], count: int) -> list[int]:
-        """Indices of the most promising candidates for one rung, by the likeliest hypothesis alone."""
-        if len(steps) <= count:
-            return list(range(len(steps)))
-        judged = self._judge(steps, quick=True)
-        costs = np.array([step.cost_flops for step in steps], dtype=float)
-        return sorted(np.argsort(-judged.improvement_M / costs, kind="stable")[:count].tolist())
+    def screen(self, ways: Ways, count: int) -> Ways:
+        """The most promising candidates for a rung per FLOP, by the likeliest hypothesis alone."""
+        stages: list[tuple[int, int, Care]] = [(CLOSELY, GLANCED, "glance"), (count, count, "quick")]
+        for most, kept, care in stages:
+            if len(ways) > most:
+                rate_M = self._judge(ways, care).improvement_M / ways.cost_M.astype(float)
+                ways = ways.take(np.sort(np.argsort(-rate_M, kind="stable")[:kept]))
+        return ways
 
-    def judge(self, steps: Sequence[Step]) -> Judged:
+    def judge(self, ways: Ways) -> Judged:
         """What candidates for one rung are worth there."""
-        return self._judge(steps, quick=False)
+        return self._judge(ways, "whole")
 
-    def _judge(self, steps: Sequence[Step], *, quick: bool) -> Judged:
-        rung = steps[0].rung
-        places = self.places([step.subject for step in steps], [rung] * len(steps))
+    def _judge(self, ways: Ways, care: Care) -> Judged:
+        places, rung = ways.places, ways.rung
         first: tuple[Prediction, float] | None = None
-        keeps_M, improvement_M = np.ones(len(steps)), np.zeros(len(steps))
+        keeps_M, improvement_M = self._survival.chance_M(ways), np.zeros(len(ways))
         for model, constraint in self._bounds:
             if model.num_rows:
-                keeps_M *= model.predict(places, quick=quick).below_M(constraint.loss_bound)
+                at = replace(places, log_flops_M=places.log_flops_M + model.judged_below(rung, constraint.loss_bound))
+                keeps_M = keeps_M * model.predict(at, care).below_M(constraint.loss_bound)
         for model in self._models:
             if not model.num_rows:
                 continue
-            prediction = model.predict(places, quick=quick)
+            prediction = model.predict(places, care)
             best = model.best(rung, prediction, keeps_M)
             improvement_M += prediction.improvement_M(best) / model.spread
             first = first or (prediction, best)
@@ -113,9 +125,8 @@ class Beliefs:
         values = ((constraint, row["metrics"].get(constraint.metric.name)) for constraint in self.spec.constraints)
         return any(value is not None and not constraint.holds(value) for constraint, value in values)
 
-    def spread_out(self, view: View, steps: Sequence[Step], target: float) -> int:
+    def spread_out(self, view: View, new: Places, target: float) -> int:
         """The new proposal nearest to a quantile of all their sizes, and unlike the trials begun on other axes."""
-        new = self.places([step.subject for step in steps], [step.rung for step in steps])
         score = np.abs(new.numbers_MX[:, 0] - np.quantile(new.numbers_MX[:, 0], target))
         trials = list(view.state.trials.values())
         if trials and new.numbers_MX.shape[1] + new.codes_MG.shape[1] > 1:
@@ -127,7 +138,7 @@ class Beliefs:
 
     def places(self, subjects: Sequence[Trial | Proposal], rungs: Sequence[int]) -> Places:
         """Coordinates of trials and proposals at rungs."""
-        known = [self._coordinates(subject) for subject in subjects]
+        known = [self.coordinates(subject) for subject in subjects]
         log_flops = np.log([self.arena.row_flops(s.config, rung) for s, rung in zip(subjects, rungs, strict=True)])
         return Places(
             np.array([numbers for numbers, _, _ in known]),
@@ -136,24 +147,20 @@ class Beliefs:
             np.array([number for _, _, number in known]),
         )
 
-    def _coordinates(self, subject: Trial | Proposal) -> tuple[np.ndarray, np.ndarray, int]:
-        # A trial keeps its own for good; a proposal is nobody yet, and there are many.
-        key = subject.trial if isinstance(subject, Trial) else id(subject)
-        if key not in self._known:
-            numbers, codes = self.arena.axes.encode([subject.config], [subject.params])
-            if isinstance(subject, Trial):
-                self._trials_known += 1
-                number = self._trials_known
-            else:
-                number = 0
-                self._forget_proposals()
-            # The subject is held, so that no other one can get its id.
-            self._known[key] = numbers[0], codes[0], number, subject
-        return self._known[key][:3]
+    def coordinates(self, subject: Trial | Proposal) -> tuple[np.ndarray, np.ndarray, int]:
+        """Numbers, codes of choices, and who it is: a trial keeps its own for good, a proposal is nobody yet (0)."""
+        if isinstance(subject, Trial) and subject.trial in self._known:
+            return self._known[subject.trial]
+        numbers, codes = self.arena.axes.encode([subject.config], [subject.params])
+        if not isinstance(subject, Trial):
+            return numbers[0], codes[0], 0
+        self._known[subject.trial] = numbers[0], codes[0], 1 + len(self._known)
+        return self._known[subject.trial]
 
-    def _forget_proposals(self) -> None:
-        if len(self._known) > _MANY:
-            self._known = {key: value for key, value in self._known.items() if isinstance(key, str)}
+
+_Row = tuple[str, int, float]
+"""Trial, rung, loss; NaN: diverged."""
+_Running = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -174,17 +181,24 @@ class _Model:
         self.beliefs, self.metric = beliefs, metric
         self._believed_to = believed_to
         """Rows up to this loss are believed wholly, be they above the frontier: what matters is a bound there."""
-        self._rows: list[tuple[str, int, float]] = []
-        """(trial, rung, loss) in order of arrival; NaN: diverged."""
+        self._rows: list[_Row] = []
+        """In order of arrival."""
+        self._row_places: Places | None = None
+        self._breaks: list[bool] = []
+        """Which of them break a constraint."""
+        self._lowest: dict[int, float] = {}
+        """Rung -> the best loss of a row."""
         self._seen = 0
         self._finite = 0
         self._likely = draw_hypotheses()
         self._weighed_at = 0
-        self._known: _Fitted | None = None
-        """To the rows alone."""
-        self._fitted: _Fitted | None = None
-        """With what is expected of running tasks."""
-        self._believed: tuple[tuple[str, int], ...] = ()
+        self._view: View | None = None
+        """The last one."""
+        self._running: _Running = ()
+        """(trial, rung) of the tasks that run, and of where they are meant to go."""
+        self._known: tuple[int, _Fitted] | None = None
+        """To so many rows alone."""
+        self._with_running: tuple[tuple[int, _Running], _Fitted] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -194,40 +208,56 @@ class _Model:
     @property
     def spread(self) -> float:
         """Unit of the losses."""
-        assert self._fitted is not None
         return self._fitted.surrogate.spread
 
     @property
     def noise(self) -> float:
         """Standard error of a row at the frontier."""
-        assert self._fitted is not None
         return self._fitted.surrogate.noise
 
     def take(self, view: View) -> None:
-        """New rows, then what is expected of running tasks."""
-        changed = self._seen < len(view.state.arrivals)
+        """New rows; running tasks count as what is expected of them."""
+        bound, known = bool(self.beliefs.spec.constraints), len(self._rows)
         for trial, rung in view.state.arrivals[self._seen :]:
             loss = view.loss(view.state.trials[trial], rung, self.metric)
             diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
             if loss is not None or diverged:
                 self._rows.append((trial, rung, math.nan if loss is None else self.metric.to_model(loss)))
-                self._finite += loss is not None
+                self._breaks.append(bound and self.beliefs.breaks(view, trial, rung))
+                if loss is not None:
+                    self._finite += 1
+                    self._lowest[rung] = min(self._rows[-1][2], self._lowest.get(rung, math.inf))
+        if len(self._rows) > known:
+            new = self._places(view, [row[:2] for row in self._rows[known:]])
+            self._row_places = new if self._row_places is None else self._row_places.and_also(new)
         self._seen = len(view.state.arrivals)
-        running = tuple(sorted({*view.running.items(), *view.meant.items()}))
-        if self.num_rows == 0 or not (changed or running != self._believed):
-            return
-        self._believed = running
-        self._weigh(view)
-        if changed or self._known is None:
-            self._known = self._fit(view, self._rows)
-        known = self._known
-        if running:
-            expected = known.surrogate.predict(self._places(view, running)).mean_M
-            rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
-            known = self._fit(view, rows)
-        self._fitted = known
+        self._view = view
+        self._running = tuple(sorted({*view.running.items(), *view.meant.items()}))
 
-    def _weigh(self, view: View) -> None:
+    @property
+    def _fitted(self) -> _Fitted:
+        """As of the last view."""
+        view, count, running = self._view, len(self._rows), self._running
+        if self._with_running is not None and self._with_running[0] == (count, running):
+            return self._with_running[1]
+        places = self._row_places
+        assert view is not None
+        assert places is not None
+        self._weigh(view, places)
+        if self._known is None or self._known[0] != count:
+            self._known = count, self._fit(view, self._rows, self._breaks, places)
+        fitted = self._known[1]
+        if running:
+            also = self._places(view, running)
+            expected = fitted.surrogate.predict(also).mean_M
+            rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
+            bound = bool(self.beliefs.spec.constraints)
+            breaks = [*self._breaks, *(bound and self.beliefs.breaks(view, *place) for place in running)]
+            fitted = self._fit(view, rows, breaks, places.and_also(also))
+        self._with_running = (count, running), fitted
+        return fitted
+
+    def _weigh(self, view: View, places: Places) -> None:
         """All hypotheses, on a schedule that is a function of the number of rows alone."""
         count = len(self._rows)
         due = count
@@ -239,64 +269,73 @@ class _Model:
             self._likely = draw_hypotheses()
             rows = self._rows[:due]
             if any(math.isfinite(loss) for _, _, loss in rows):
-                self._likely = self._fit(view, rows).surrogate.likely[:_MAX_LIKELY]
+                fitted = self._fit(view, rows, self._breaks[:due], places.take(slice(due)))
+                self._likely = fitted.surrogate.likely[:_MAX_LIKELY]
 
-    def _fit(self, view: View, rows: Sequence[tuple[str, int, float]]) -> _Fitted:
-        worst: dict[int, float] = {}
-        for _, rung, loss in rows:
-            if math.isfinite(loss):
-                worst[rung] = max(worst.get(rung, -math.inf), loss)
-        anywhere = max(worst.values())
-        filled = [
-            (trial, rung, loss if math.isfinite(loss) else worst.get(rung, anywhere)) for trial, rung, loss in rows
-        ]
+    def _fit(self, view: View, rows: Sequence[_Row], breaks: Sequence[bool], places: Places) -> _Fitted:
+        rung_M, loss_M = np.array([rung for _, rung, _ in rows]), np.array([loss for _, _, loss in rows])
         # What breaks a constraint is no part of the frontier.
-        bound = bool(self.beliefs.spec.constraints)
+        keeps_M, finite_M = ~np.array(breaks), np.isfinite(loss_M)
+        anywhere = loss_M[finite_M].max()
         best: dict[int, float] = {}
-        for trial, rung, loss in filled:
-            if not (bound and self.beliefs.breaks(view, trial, rung)):
-                best[rung] = min(best.get(rung, math.inf), loss)
+        for rung in np.unique(rung_M).tolist():
+            here_M = rung_M == rung
+            known_M = loss_M[here_M & finite_M]
+            loss_M[here_M & ~finite_M] = known_M.max() if len(known_M) else anywhere
+            if (here_M & keeps_M).any():
+                best[rung] = float(loss_M[here_M & keeps_M].min())
         held = frozenset(best)
         for rung in range(1, view.num_rungs):
             best[rung] = min(best.get(rung, math.inf), best.get(rung - 1, math.inf))
-        kept = _best_of_each_rung(filled)
-        loss_M = np.array([loss for _, _, loss in kept])
+        kept = _best_of_each_rung(rung_M, loss_M)
+        loss_M = loss_M[kept]
         worst_loss = float(loss_M.max())
-        frontier_M = np.array([min(best.get(rung, math.inf), worst_loss) for _, rung, _ in kept])
+        frontier_M = np.array([min(best.get(rung, math.inf), worst_loss) for rung in rung_M[kept].tolist()])
         frontier_M = np.maximum(frontier_M, self._believed_to)
-        places = self._places(view, [(trial, rung) for trial, rung, _ in kept])
-        return _Fitted(Surrogate(places, loss_M, frontier_M, self.beliefs.center, self._likely), best, held)
+        return _Fitted(Surrogate(places.take(kept), loss_M, frontier_M, self.beliefs.center, self._likely), best, held)
 
     def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
         return self.beliefs.places([view.state.trials[trial] for trial, _ in places], [rung for _, rung in places])
 
-    def predict(self, places: Places, *, quick: bool) -> Prediction:
+    def predict(self, places: Places, care: Care) -> Prediction:
         """At candidates."""
-        assert self._fitted is not None
-        return self._fitted.surrogate.predict(places, hypotheses=1 if quick else None)
+        surrogate = self._fitted.surrogate
+        if care == "glance":
+            return surrogate.glance(places)
+        return surrogate.predict(places, hypotheses=1 if care == "quick" else None)
+
+    def judged_below(self, rung: int, bound: float) -> float:
+        """Where a bound on this metric is judged, in log C from a rung: there, or where no row is there, lower.
+
+        That is at the highest rung below that has a row, as long as one of them keeps the bound: beyond its rows the
+        trend says too little of who will keep to it, and one that does not should not climb to find out.
+        """
+        below = [at for at in self._lowest if at < rung]
+        if rung in self._lowest or not below or self._lowest[max(below)] > bound:
+            return 0.0
+        ladder = self.beliefs.spec.budget.ladder_flops
+        return math.log(ladder[max(below)] / ladder[rung])
 
     def best(self, rung: int, prediction: Prediction, keeps_M: np.ndarray) -> float:
         """The frontier at a rung; where it has no row, a little above the best that is expected there.
 
-        `keeps_M` is the probability that the candidates keep the constraints.
+        `keeps_M` is the probability that the candidates have a row there and keep the constraints.
         """
-        assert self._fitted is not None
-        carried = self._fitted.best.get(rung, math.inf)
-        if rung in self._fitted.held:
+        fitted = self._fitted
+        carried = fitted.best.get(rung, math.inf)
+        if rung in fitted.held:
             return carried
         likely_M = keeps_M >= min(0.5, keeps_M.max())
         return min(carried, float(prediction.mean_M[likely_M].min()) + _UNSEEN_MARGIN * self.spread)
 
 
-def _best_of_each_rung(rows: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
-    """At most MAX_ROWS, in order of arrival."""
-    if len(rows) <= MAX_ROWS:
-        return rows
-    places: dict[int, int] = {}
-    rank: dict[int, tuple[int, int]] = {}
-    for index in sorted(range(len(rows)), key=lambda index: rows[index][2]):
-        rung = rows[index][1]
-        rank[index] = (places.get(rung, 0), -rung)
-        places[rung] = places.get(rung, 0) + 1
-    kept = sorted(rank, key=lambda index: rank[index])[:MAX_ROWS]
-    return [rows[index] for index in sorted(kept)]
+def _best_of_each_rung(rung_M: np.ndarray, loss_M: np.ndarray) -> np.ndarray:
+    """Indices of at most MAX_ROWS rows, in order of arrival; of equal places the higher rung's go first."""
+    if len(loss_M) <= MAX_ROWS:
+        return np.arange(len(loss_M))
+    order = np.argsort(loss_M, kind="stable")
+    place_M = np.empty(len(loss_M), dtype=int)
+    for rung in np.unique(rung_M):
+        own = order[rung_M[order] == rung]
+        place_M[own] = np.arange(len(own))
+    return np.sort(np.lexsort((-rung_M, place_M))[:MAX_ROWS])

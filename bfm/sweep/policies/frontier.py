@@ -7,9 +7,10 @@ a large model that cannot look good early is started for what it is expected to 
 
 Which rung is served: from the bottom up, each rung may spend up to its share of the cap (what it leaves falls to those
 above), as long as its best candidate improves at no less than a stated part of the best rate above it.
-Running tasks are taken to bring what is expected of them; diverged ones brought the worst loss of their rung. Several
-metrics have a frontier each: improvements, in units of their spread, are added. A constraint multiplies by the
-probability that it holds. Everything is a function of the ledger.
+Running tasks are taken to bring what is expected of them; diverged ones brought the worst loss of their rung, and where
+they are likely (bfm.sweep.policies.survival) an improvement counts for as much less. Several metrics have a frontier
+each: improvements, in units of their spread, are added. A constraint multiplies by the probability that it holds.
+Everything is a function of the ledger.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.arena import Arena
 from bfm.sweep.policies.beliefs import Beliefs
-from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
+from bfm.sweep.policies.candidates import Candidates, Ways
+from bfm.sweep.policies.ground import Step, View, ascent_flops
 from bfm.sweep.policies.replicas import REPLICA, kept_flops, next_replica
 from bfm.sweep.policy import Decision, Promote, Propose, Stop
 from bfm.sweep.settings import SweepSpec
@@ -69,10 +71,7 @@ class FrontierPolicy:
         self.spec, self.arena = spec, arena
         self.shares = spec.scheduler.shares or default_shares(len(spec.budget.ladder_flops))
         self._beliefs = Beliefs(spec, arena)
-        # Only for speed: what follows from a trial's rows, or from a pool, alone.
-        self._climbs: dict[str, tuple[tuple[int, int | None], list[Step]]] = {}
-        self._entries: dict[int, tuple[Proposal, list[Step]]] = {}
-        self._limits: dict[str, int] = {}
+        self._candidates = Candidates(arena, self._beliefs.coordinates, len(spec.budget.ladder_flops))
 
     def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
         """See Policy."""
@@ -93,13 +92,14 @@ class FrontierPolicy:
         can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
         pool = self.arena.pool(state, state.num_proposals) if can_propose else ()
         self._beliefs.take(view)
+        self._candidates.take(view, pool)
         if self._beliefs.num_rows < OPENING_ROWS:
-            opening = self._open(view, pool)
+            opening = self._open(view)
             if opening is not None:
                 return opening
         if self._beliefs.num_rows == 0:
             return self._idle(view, "no run has given a comparable row")
-        return self._serve(view, pool) or self._idle(view, "nothing more fits under the cap")
+        return self._serve(view) or self._idle(view, "nothing more fits under the cap")
 
     def promises(self, state: SweepState, trials: Sequence[str]) -> dict[str, float] | None:
         """See Forecaster."""
@@ -109,24 +109,24 @@ class FrontierPolicy:
         if self._beliefs.num_rows == 0:
             return None
         rates = dict.fromkeys(trials, 0.0)
-        climbs = [step for name in trials for step in view.climbs(state.trials[name])]
+        self._candidates.take(view, (), [state.trials[name] for name in trials])
         for rung in range(view.num_rungs):
-            steps = [step for step in climbs if step.rung == rung]
-            if steps:
-                for step, gain in zip(steps, self._beliefs.judge(steps).improvement_M, strict=True):
+            ways = self._candidates.trials_to(rung)
+            if len(ways):
+                for place, gain in enumerate(self._beliefs.judge(ways).improvement_M):
+                    step = ways.step(place)
                     rates[step.key] = max(rates[step.key], float(gain) * total_flops / step.cost_flops)
         return rates
 
-    def _open(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
+    def _open(self, view: View) -> Decision | None:
         """Spread the first sizes over the space; other axes as far from those begun as can be."""
-        entries = [step for proposal in pool for step in view.entries(proposal)[:1]]
-        cheapest = self._cheapest_to_the_top(view, self._candidates(view, ()))
-        fitting = self._beside_the_top(view, affordable(entries, self._opening_flops(view)), cheapest)
-        if not fitting:
+        entries = self._candidates.entries().within(self._opening_flops(view))
+        fitting = self._beside_the_top(view, entries, self._cheapest_to_the_top(view))
+        if not len(fitting):
             return self._idle(view, "the first rows decide what comes next") if view.running else None
         number = view.state.num_proposals
         target = (0.1 + number * _GOLDEN) % 1.0
-        step = fitting[self._beliefs.spread_out(view, fitting, target)]
+        step = fitting.step(self._beliefs.spread_out(view, fitting.places, target))
         reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
         return step.decision(reason, self.spec.seeds[0])
 
@@ -137,18 +137,23 @@ class FrontierPolicy:
         share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
         return min(view.available_flops - sum(view.promised_flops), share)
 
-    def _serve(self, view: View, pool: Sequence[Proposal]) -> Decision | None:
-        offers = self._offers(view, pool)
-        if not offers:
+    def _serve(self, view: View) -> Decision | None:
+        ways = self._ways(view)
+        if not ways:
             return None
         total, spent = self.spec.budget.total_flops, view.spent_flops
-        under = [rung for rung in sorted(offers) if sum(spent[: rung + 1]) < sum(self.shares[: rung + 1]) * total]
-        over = [rung for rung in sorted(offers, reverse=True) if rung not in under]
+        under = [rung for rung in ways if sum(spent[: rung + 1]) < sum(self.shares[: rung + 1]) * total]
+        over = [rung for rung in reversed(ways) if rung not in under]
         if over and not under and view.running:
             return Wait(
                 f"shares are taken; what is left is given out when the {len(view.running)} running tasks are done"
             )
+        # From the top down, and no further than has to be known: rungs below whose share is taken are never asked.
+        offers: dict[int, Offer] = {}
         for rung in [*under, *over]:
+            for at in reversed(ways):
+                if at >= rung and at not in offers:
+                    offers[at] = self._offer(ways[at])
             above = max((offer.rate for at, offer in offers.items() if at > rung), default=0.0)
             if offers[rung].rate >= _RATE_FLOOR * above:
                 return self._patience(view, rung, offers[rung].step) or self._take(view, rung, offers[rung])
@@ -166,76 +171,51 @@ class FrontierPolicy:
             return None
         return Wait(f"{len(cheap)} much cheaper tasks are running that may change what is chosen for rung {rung}")
 
-    def _offers(self, view: View, pool: Sequence[Proposal]) -> dict[int, Offer]:
+    def _ways(self, view: View) -> dict[int, Ways]:
+        """Rungs, ascending, with the candidates that could be brought there."""
         available_flops = view.available_flops - sum(view.promised_flops)
-        found = {}
-        rungs = self._candidates(view, pool)
-        cheapest = self._cheapest_to_the_top(view, rungs)
-        for rung, candidates in enumerate(rungs):
-            steps = self._beside_the_top(view, affordable(candidates, available_flops), cheapest)
-            if not steps:
-                continue
-            kept = self._beliefs.screen(steps, _SCREENED)
-            judged = self._beliefs.judge([steps[place] for place in kept])
-            costs = np.array([steps[place].cost_flops for place in kept]) / self.spec.budget.total_flops
-            rates = judged.improvement_M / costs
-            top = int(np.argmax(rates))
-            found[rung] = Offer(
-                steps[kept[top]],
-                float(rates[top]),
-                float(judged.mean_M[top]),
-                float(judged.sd_M[top]),
-                judged.best,
-                len(steps) - 1,
-            )
-        return found
+        cheapest = self._cheapest_to_the_top(view)
+        every = (self._candidates.to(rung).within(available_flops) for rung in range(view.num_rungs))
+        found = {rung: self._beside_the_top(view, ways, cheapest) for rung, ways in enumerate(every)}
+        return {rung: ways for rung, ways in found.items() if len(ways)}
 
-    def _candidates(self, view: View, pool: Sequence[Proposal]) -> list[list[Step]]:
-        """Per rung, paused trials and new proposals on their way there; kept until they change."""
-        rungs: list[list[Step]] = [[] for _ in range(view.num_rungs)]
-        if self._limits != view.state.memory_limits:
-            self._limits, self._climbs, self._entries = dict(view.state.memory_limits), {}, {}
-        for trial in view.paused:
-            stands = len(trial.rows), view.state.trunk_below(trial.trial, view.num_rungs)
-            known = self._climbs.get(trial.trial)
-            if known is None or known[0] != stands:
-                self._climbs[trial.trial] = stands, view.climbs(trial)
-            for step in self._climbs[trial.trial][1]:
-                rungs[step.rung].append(step)
-        # The proposals are held, so that no other one can get the id of one that is known.
-        self._entries = {id(p): self._entries.get(id(p)) or (p, view.entries(p)) for p in pool}
-        for _, steps in self._entries.values():
-            for step in steps:
-                rungs[step.rung].append(step)
-        return rungs
+    def _offer(self, ways: Ways) -> Offer:
+        kept = self._beliefs.screen(ways, _SCREENED)
+        judged = self._beliefs.judge(kept)
+        rates = judged.improvement_M / (kept.cost_M.astype(float) / self.spec.budget.total_flops)
+        top = int(np.argmax(rates))
+        return Offer(
+            kept.step(top),
+            float(rates[top]),
+            float(judged.mean_M[top]),
+            float(judged.sd_M[top]),
+            judged.best,
+            len(ways) - 1,
+        )
 
-    def _cheapest_to_the_top(self, view: View, rungs: list[list[Step]]) -> float:
-        """What bringing a paused trial to the top costs, or a running one beyond where it is meant to go."""
+    def _cheapest_to_the_top(self, view: View) -> float | None:
+        """What bringing a paused trial to the top costs, or a running one beyond where it is meant to go.
+
+        None: something is there already, or on its way.
+        """
         top = view.num_rungs - 1
-        ways = [step.cost_flops for step in rungs[top] if step.trial is not None]
+        if view.state.rungs.get(top) or top in view.meant.values():
+            return None
+        ways = self._candidates.trials_to(top).cost_M.tolist()
         for name, rung in view.meant.items():
             config = view.state.trials[name].config
             if top in self.arena.rungs(config):
                 ways.append(ascent_flops(self.arena, config, rung, rung + 1, top))
         return min(ways, default=math.inf)
 
-    def _beside_the_top(self, view: View, steps: list[Step], cheapest: float) -> list[Step]:
+    def _beside_the_top(self, view: View, ways: Ways, cheapest: float | None) -> Ways:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
-        top = view.num_rungs - 1
-        if view.state.rungs.get(top) or top in view.meant.values():
-            return steps
+        if cheapest is None or not len(ways):
+            return ways
         free = view.available_flops - sum(view.promised_flops)
-        kept = [
-            step for step in steps if free - step.cost_flops >= min(cheapest, self._rest(step, top) - step.cost_flops)
-        ]
+        kept = ways.take(np.asarray(free - ways.cost_M >= np.minimum(ways.beyond_M, cheapest), dtype=bool))
         # Where the cap does not pay for the top at all, the rungs below have it.
-        return kept if kept or cheapest <= free else steps
-
-    def _rest(self, step: Step, top: int) -> float:
-        """What a step's subject costs from where it stands to the top; inf where it has no row there."""
-        if top not in self.arena.rungs(step.config):
-            return math.inf
-        return step.cost_flops + ascent_flops(self.arena, step.config, step.rung, step.rung + 1, top)
+        return kept if len(kept) or cheapest <= free else ways
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops

@@ -7,6 +7,7 @@ curves have within a rung's C) with standard errors.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,12 +48,14 @@ class Contest:
             raise UserError("a rung needs FLOPs", key="--rungs", fix="write numbers above 0")
         if any(above <= below for below, above in itertools.pairwise(ladder)):
             raise UserError("are not strictly increasing", key="--rungs", fix="sort them and drop repetitions")
-        if not self.budget_fraction > 0:
-            raise UserError("must be above 0", key="--budget-fraction", fix="write e.g. 0.15")
+        if not 0 < self.budget_fraction < math.inf:
+            raise UserError("must be a number above 0", key="--budget-fraction", fix="write e.g. 0.15")
         if not 0 < self.subset <= 1:
             raise UserError("must be above 0 and at most 1", key="--subset", fix="write e.g. 0.7")
         if not 0 <= self.cooldown_fraction < 1:
             raise UserError("must be at least 0 and below 1", key="--cooldown-fraction", fix="write e.g. 0.2")
+        if not 1 <= self.eta < math.inf:
+            raise UserError("must be a number of at least 1", key="--eta", fix="write e.g. 4")
         for rung in range(len(ladder)):
             if all(curve.row_at(ladder, rung) is None for curve in self.curves):
                 raise UserError(
@@ -103,6 +106,8 @@ def compete(
 ) -> list[Standing]:
     """All policies on the same subsets. Raises UserError as `Contest.check`."""
     contest.check()
+    if not policies:
+        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
     if "isoflop-window" in policies and all(curve.params == UNKNOWN_SIZE for curve in contest.curves):
         raise UserError("isoflop-window needs the size of models", key="--params-column", fix="name the column of N")
     standings = []

@@ -46,11 +46,11 @@ class Fleet:
 
     def check(self) -> None:
         """Raises UserError for figures that no machine has."""
-        if self.flops_per_s <= 0:
+        if not 0 < self.flops_per_s < math.inf:
             raise UserError("must be above 0", key="--throughput", fix="write FLOP/s, e.g. 4e14")
         for name in ("startup_s", "task_startup_s", "preempted_per_hour"):
-            if getattr(self, name) < 0:
-                raise UserError("is below 0", key=f"--{name.replace('_', '-')}", fix="write 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError("is no number from 0 on", key=f"--{name.replace('_', '-')}", fix="write 0 or more")
         for name in ("failure_share", "straggler_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError("is no share", key=f"--{name.replace('_', '-')}", fix="at least 0, below 1")

@@ -64,6 +64,8 @@ def forecast(
     """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
     if [metric.name for metric in spec.metrics] != ["nll"] or spec.constraints:
         raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
+    if not policies:
+        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
     if "grid" in policies and spec.method != "grid":
         raise UserError("the space is no grid", key="--policy", fix="write method: grid and finite values in the space")
     made = []

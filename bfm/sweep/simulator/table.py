@@ -74,6 +74,14 @@ def read_curves(
     table = read_table(path, columns, where)
     for name in ("flops", "loss", *filter(None, [size])):
         _check_numbers(table[name], name, str(path))
+    if size is not None and pc.any(pc.less(table[size], 1)).as_py():
+        raise UserError(f"{size} has values below 1", file=str(path), key=size, fix="write numbers of parameters")
+    if table["config_id"].null_count:
+        raise UserError("config_id is empty in some rows", file=str(path), key="config_id", fix="fill it")
+    for name in others:
+        _check_feature(table[name], name, str(path))
+    if resumable_column is not None:
+        _check_flag(table[resumable_column], resumable_column, str(path))
     rows = table.select(list(dict.fromkeys(columns))).to_pylist()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -88,6 +96,32 @@ def _check_numbers(column: pa.ChunkedArray, name: str, path: str) -> None:
         raise UserError(f"{name} has values that are not above 0", file=path, key=name, fix="leave those rows out")
     if name != "loss" and not pc.all(pc.is_finite(column)).as_py():
         raise UserError(f"{name} has values that are not finite", file=path, key=name, fix="leave those rows out")
+
+
+def _check_feature(column: pa.ChunkedArray, name: str, path: str) -> None:
+    """A number, a text or a yes or no: what a ledger can hold and a surrogate can tell apart."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    known = (
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_boolean,
+        pa.types.is_string,
+        pa.types.is_large_string,
+    )
+    if not pa.types.is_null(kind) and not any(is_kind(kind) for is_kind in known):
+        fix = "leave it out, or write it as number or text"
+        raise UserError(f"{name} is {kind}", file=path, key="--features", fix=fix)
+    if pa.types.is_floating(kind) and not pc.all(pc.is_finite(column)).as_py():
+        fix = "leave it out, or those rows"
+        raise UserError(f"{name} has values that are not finite", file=path, key="--features", fix=fix)
+
+
+def _check_flag(column: pa.ChunkedArray, name: str, path: str) -> None:
+    """A yes or no in every row: a text such as "no" would count as yes."""
+    told = pa.types.is_boolean(column.type) or pa.types.is_integer(column.type)
+    if not told or not {*column.unique().to_pylist()} <= {True, False}:
+        fix = "write true or false in every row"
+        raise UserError(f"{name} is not yes or no everywhere", file=path, key="--resumable-column", fix=fix)
 
 
 def _curve(
@@ -105,6 +139,9 @@ def _curve(
                 key="--features",
                 fix="leave it out",
             )
+    if resumable is not None and len({row[resumable] for row in rows}) > 1:
+        fix = "write one value for all of its rows"
+        raise UserError(f"configuration {name} is and is not one run", file=path, key="--resumable-column", fix=fix)
     return Curve(
         config={"config_id": name, **{feature: rows[0][feature] for feature in features}},
         params=UNKNOWN_SIZE if size is None else round(rows[0][size]),

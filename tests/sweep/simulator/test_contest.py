@@ -114,6 +114,9 @@ SLIPS = {
     "no fraction": ({"budget_fraction": 0.0}, "--budget-fraction", "above 0"),
     "negative fraction": ({"budget_fraction": -0.1}, "--budget-fraction", "above 0"),
     "no number": ({"budget_fraction": float("nan")}, "--budget-fraction", "above 0"),
+    "endless fraction": ({"budget_fraction": float("inf")}, "--budget-fraction", "above 0"),
+    "no eta": ({"eta": 0.0}, "--eta", "at least 1"),
+    "eta is no number": ({"eta": float("nan")}, "--eta", "at least 1"),
     "no subset": ({"subset": 0.0}, "--subset", "above 0"),
     "large subset": ({"subset": 1.1}, "--subset", "at most 1"),
     "cooldown": ({"cooldown_fraction": 1.0}, "--cooldown-fraction", "below 1"),
@@ -130,6 +133,12 @@ def test_slips_are_one_line(slip):
         compete(Contest(**{**values, **changes}), ["random"], [0])
     assert caught.value.key == key
     assert caught.value.fix
+
+
+def test_no_policy_is_a_slip():
+    with pytest.raises(UserError, match="names no policy") as caught:
+        compete(SMALL, [], [0])
+    assert caught.value.key == "--policy"
 
 
 def test_strata_need_a_space():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -198,4 +200,15 @@ def test_bad_schedules_are_users_errors(text):
     with pytest.raises(UserError) as caught:
         parse_schedule(text)
     assert caught.value.key == "--workers"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("flops_per_s", math.inf), ("startup_s", math.nan), ("task_startup_s", -1.0), ("preempted_per_hour", math.inf)],
+)
+def test_figures_that_no_machine_has_are_users_errors(name, value):
+    with pytest.raises(UserError) as caught:
+        Fleet(**{name: value}).check()
+    assert caught.value.key == "--throughput" if name == "flops_per_s" else f"--{name.replace('_', '-')}"
     assert caught.value.fix

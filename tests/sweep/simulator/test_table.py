@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 
 import numpy as np
@@ -111,6 +112,12 @@ def test_numbers_as_names_and_missing_losses(table):
         ({"flops": [1e9, 1e9, 1e9, 16e9, 4e9]}, [], "flops", "configuration a has two rows at one C"),
         ({"rate": [0.2, 0.1, 0.3, 0.2, 0.2]}, ["rate"], "--features", "configuration a has no single value of rate"),
         ({"kind": [None, "y", "y", None, None]}, ["kind"], "--features", "configuration b has no single value"),
+        ({"kind": [None] * 5}, ["kind"], "--features", "configuration a has no single value"),
+        ({"rate": [0.2, math.inf, math.inf, 0.2, 0.2]}, ["rate"], "--features", "rate has values that are not finite"),
+        ({"kind": [[1]] * 5}, ["kind"], "--features", "kind is list"),
+        ({"kind": [datetime.date(2026, 1, 1)] * 5}, ["kind"], "--features", "kind is date32"),
+        ({"N": [0.2] * 5}, ["N"], "N", "N has values below 1"),
+        ({"config_id": ["b", None, "a", "b", "b"]}, [], "config_id", "empty in some rows"),
     ],
 )
 def test_slips_name_file_and_column(table, changes, features, key, fragment):
@@ -119,6 +126,25 @@ def test_slips_name_file_and_column(table, changes, features, key, fragment):
         read_curves(path, features)
     assert caught.value.file == str(path)
     assert caught.value.key == key
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("values", "fragment"),
+    [
+        (["no", "yes", "yes", "no", "no"], "whole is not yes or no everywhere"),
+        ([None, True, True, None, None], "whole is not yes or no everywhere"),
+        ([2, 1, 1, 2, 2], "whole is not yes or no everywhere"),
+        ([[True]] * 5, "whole is not yes or no everywhere"),
+        ([False, True, False, False, False], "configuration a is and is not one run"),
+    ],
+)
+def test_whether_a_curve_is_one_run_is_told_plainly(table, values, fragment):
+    path = table(whole=values)
+    with pytest.raises(UserError, match=fragment) as caught:
+        read_curves(path, [], resumable_column="whole")
+    assert caught.value.file == str(path)
+    assert caught.value.key == "--resumable-column"
     assert caught.value.fix
 
 
