@@ -56,9 +56,11 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best."""
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
     if len(validation) == 0:
-        return count_neighbours(shards, BROAD)
-    counted = [count_neighbours(shards, counting) for counting in COUNTINGS]
-    return max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC])
+        return count_neighbours(shards, [BROAD])[0]
+    return max(
+        count_neighbours(shards, COUNTINGS),
+        key=lambda way: _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC],
+    )
 
 
 def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:

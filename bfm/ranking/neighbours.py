@@ -15,7 +15,7 @@ E = training events, P = pairs, N = neighbours of context events.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,42 +154,63 @@ def _sums_of_runs(values_N: NDArray, starts: NDArray[np.int64]) -> NDArray:
 # ---------------------------------------------------------------- counting
 
 
-def count_neighbours(shards: Shards, counting: Counting) -> Neighbours:
-    """The strongest neighbours of every catalogue item. Memory: a bounded number of pairs, and the table itself."""
+def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neighbours]:
+    """The strongest neighbours of every catalogue item, in each way of counting, from one reading of the log.
+
+    Memory: a bounded number of pairs, and the tables themselves.
+    """
     num_items, counts_V = shards.num_catalogue, shards.train_counts
     # No item has more pairs than this; a pass takes a run of items that fits.
     most_pairs_V = np.cumsum(2 * REACH * counts_V)
-    ids, weights, sizes = [], [], []
+    found: list[list[Neighbours]] = [[] for _ in countings]
     low = 0
     while low < num_items:
         before = most_pairs_V[low - 1] if low else 0
         high = max(low + 1, int(np.searchsorted(most_pairs_V, before + _PASS_PAIRS, side="right")))
-        first_P, second_P, count_P = _count(np.concatenate(list(_pairs(shards, low, high))), num_items, counting)
-        weight_P = count_P / (counts_V[first_P].astype(np.float64) * counts_V[second_P]) ** counting.damping
-        # One key instead of two: pairs stand by their first item already, a weight below 1 orders inside it.
-        order = np.argsort(first_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
-        starts = np.searchsorted(first_P, np.arange(low, high + 1))
-        rank_P = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
-        kept = order[rank_P < NEIGHBOURS]
-        ids.append(second_P[kept].astype(np.int32))
-        weights.append(weight_P[kept].astype(np.float32))
-        sizes.append(np.minimum(np.diff(starts), NEIGHBOURS))
+        key_P, count_P = np.unique(np.concatenate(list(_pairs(shards, low, high))), return_counts=True)
+        for runs, counting in zip(found, countings, strict=True):
+            first_P, second_P, total_P = _totals(key_P, count_P, num_items, counting)
+            weight_P = total_P / (counts_V[first_P].astype(np.float64) * counts_V[second_P]) ** counting.damping
+            runs.append(_strongest(first_P - low, second_P, weight_P, min(high, num_items) - low, counting))
         low = high
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return Neighbours(Ragged(np.concatenate(ids), offsets), np.concatenate(weights), counting)
+    return [_joined(runs) for runs in found]
 
 
-def _count(
-    key_P: NDArray[np.int64], num_items: int, counting: Counting
+def _totals(
+    key_P: NDArray[np.int64], count_P: NDArray[np.int64], num_items: int, counting: Counting
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """First item, second item and weighted count of each distinct pair, ascending."""
-    key_P, count_P = np.unique(key_P, return_counts=True)
+    """First item, second item and c_uv of each distinct pair, ascending."""
     pair_P, kind_P = np.divmod(key_P, 2 * REACH)
     backward_P, past_P = np.divmod(kind_P, REACH)
     weighted_P = np.where(backward_P == 1, counting.backward, 1.0) * counting.lag_decay**past_P * count_P
     starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
     first, second = np.divmod(pair_P[starts], num_items)
     return first, second, _sums_of_runs(weighted_P, starts)
+
+
+def _strongest(
+    row_P: NDArray[np.int64],
+    second_P: NDArray[np.int64],
+    weight_P: NDArray[np.float64],
+    num_rows: int,
+    counting: Counting,
+) -> Neighbours:
+    """The first NEIGHBOURS of each row by weight; row_P rises."""
+    # One key instead of two: pairs stand by their row already, a weight below 1 orders inside it.
+    order = np.argsort(row_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
+    starts = np.searchsorted(row_P, np.arange(num_rows + 1))
+    rank_P = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
+    kept = order[rank_P < NEIGHBOURS]
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(starts), NEIGHBOURS))])
+    return Neighbours(Ragged(second_P[kept].astype(np.int32), offsets), weight_P[kept].astype(np.float32), counting)
+
+
+def _joined(runs: Sequence[Neighbours]) -> Neighbours:
+    """One table of the tables of consecutive runs of items."""
+    lengths = [np.diff(run.lists.offsets) for run in runs]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    lists = Ragged(np.concatenate([run.lists.ids for run in runs]), offsets)
+    return Neighbours(lists, np.concatenate([run.weight for run in runs]), runs[0].counting)
 
 
 def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:

@@ -49,7 +49,9 @@ def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_sh
     protocol = Protocol.load(toy_shards)
     validation = protocol.queries("validation")
     worth = {
-        counting: baselines._neighbour_metrics(count_neighbours(toy_shards, counting), toy_shards, validation, (10,))
+        counting: baselines._neighbour_metrics(
+            count_neighbours(toy_shards, [counting])[0], toy_shards, validation, (10,)
+        )
         for counting in COUNTINGS
     }
     best = max(COUNTINGS, key=lambda counting: worth[counting]["ndcg@10"])

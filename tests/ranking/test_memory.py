@@ -29,7 +29,7 @@ def encoded(shop):
 
 @pytest.fixture(scope="module")
 def neighbours(shop):
-    return count_neighbours(shop.shards, SHARP)
+    return count_neighbours(shop.shards, [SHARP])[0]
 
 
 def plain_distribution(encoded, neighbours, shards, share):

@@ -38,7 +38,7 @@ def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_sh
     monkeypatch.setattr(module, "_PASS_PAIRS", pass_pairs)
     monkeypatch.setattr(module, "_CHUNK_EVENTS", chunk_events)
     shards = make_shards(tmp_path / "toy", users=30, num_shards=num_shards)
-    neighbours, expected = count_neighbours(shards, counting), plain_weights(shards, counting)
+    neighbours, expected = count_neighbours(shards, [counting])[0], plain_weights(shards, counting)
     assert len(neighbours.lists) == shards.num_catalogue
     for item in range(shards.num_catalogue):
         low, high = neighbours.lists.offsets[item : item + 2]
@@ -48,7 +48,7 @@ def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_sh
 
 def test_only_the_strongest_neighbours_are_kept(toy_shards, monkeypatch):
     monkeypatch.setattr(module, "NEIGHBOURS", 3)
-    neighbours, expected = count_neighbours(toy_shards, BROAD), plain_weights(toy_shards, BROAD)
+    neighbours, expected = count_neighbours(toy_shards, [BROAD])[0], plain_weights(toy_shards, BROAD)
     for item, row in expected.items():
         low, high = neighbours.lists.offsets[item : item + 2]
         strongest = sorted(row.values(), reverse=True)[:3]
@@ -58,7 +58,7 @@ def test_only_the_strongest_neighbours_are_kept(toy_shards, monkeypatch):
 @pytest.mark.parametrize("counting", [BROAD, SHARP])
 def test_scores_are_summed_weights_of_the_last_events_and_ties_go_by_popularity(toy_shards, counting):
     table = Protocol.load(toy_shards).queries("test")
-    weights, neighbours = plain_weights(toy_shards, counting), count_neighbours(toy_shards, counting)
+    weights, neighbours = plain_weights(toy_shards, counting), count_neighbours(toy_shards, [counting])[0]
     num_items, every = toy_shards.num_catalogue, slice(0, len(table))
     block = co_occurrence_scores(neighbours, toy_shards, table)
     scores_QV = block(every, slice(0, num_items)).numpy()
@@ -77,7 +77,7 @@ def test_scores_are_summed_weights_of_the_last_events_and_ties_go_by_popularity(
 
 def test_totals_are_the_sums_of_the_scores(toy_shards):
     table = Protocol.load(toy_shards).queries("test")
-    scores = NeighbourScores(count_neighbours(toy_shards, SHARP), toy_shards, table)
+    scores = NeighbourScores(count_neighbours(toy_shards, [SHARP])[0], toy_shards, table)
     scores_QV = scores(slice(0, len(table)), slice(0, toy_shards.num_catalogue))
     np.testing.assert_allclose(scores.totals(), scores_QV.sum(1), rtol=1e-5)
     assert (scores.totals() > 0).any()
