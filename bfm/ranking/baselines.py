@@ -57,10 +57,8 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
     if len(validation) == 0:
         return count_neighbours(shards, [BROAD])[0]
-    return max(
-        count_neighbours(shards, COUNTINGS),
-        key=lambda way: _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC],
-    )
+    counted = count_neighbours(shards, COUNTINGS)
+    return max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC])
 
 
 def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:

@@ -48,15 +48,12 @@ def test_floors_beat_chance_and_have_the_names_of_an_evaluation(toy_shards):
 def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_shards):
     protocol = Protocol.load(toy_shards)
     validation = protocol.queries("validation")
-    worth = {
-        counting: baselines._neighbour_metrics(
-            count_neighbours(toy_shards, [counting])[0], toy_shards, validation, (10,)
-        )
-        for counting in COUNTINGS
-    }
+    counted = count_neighbours(toy_shards, COUNTINGS)
+    worth = {way.counting: baselines._neighbour_metrics(way, toy_shards, validation, (10,)) for way in counted}
     best = max(COUNTINGS, key=lambda counting: worth[counting]["ndcg@10"])
     assert len({metrics["ndcg@10"] for metrics in worth.values()}) == len(COUNTINGS)
     assert best_neighbours(toy_shards, protocol).counting == best
+    assert counted[1].weight.tolist() == count_neighbours(toy_shards, COUNTINGS[1:])[0].weight.tolist()
     nobody = Protocol(protocol.info, {**protocol.tables, "validation": validation[:0]})
     assert best_neighbours(toy_shards, nobody).counting == BROAD
 
