@@ -58,7 +58,7 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     if len(validation) == 0:
         return count_neighbours(shards, [BROAD])[0]
     counted = count_neighbours(shards, COUNTINGS)
-    return max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC])
+    return max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,)).get(_CHOOSING_METRIC, 0.0))
 
 
 def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:

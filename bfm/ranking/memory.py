@@ -57,8 +57,8 @@ class Memory:
     share: float
 
     def beside(self, scores: ScoreBlock, shards: Shards, table: QueryTable) -> ScoreBlock:
-        """log p of the queries' items, from the model's scores of all catalogue items."""
-        return scores if self.share == 0.0 else _Interpolated(scores, self, shards, table)
+        """log p of the queries' items, from the model's scores of all catalogue items; those themselves at share 0."""
+        return scores if self.share == 0.0 else _Mixture(scores, self.neighbours, shards, table).at(self.share)
 
     def facts(self) -> dict[str, Any]:
         """What a reader wants to know of it, as JSON."""
@@ -80,34 +80,42 @@ class Memory:
 
 def choose_share(encoded: Encoded, shards: Shards, neighbours: Neighbours) -> float:
     """The share of SHARES with the best ndcg@10 on encoded queries, of the validation part that is."""
+    scores = encoded.scorer
+    mixture = _Mixture(scores, neighbours, shards, encoded.table)
 
     def ndcg(share: float) -> float:
-        block = Memory(neighbours, share).beside(encoded.scorer, shards, encoded.table)
-        return summarise(encoded.ranked(block)).metrics["ndcg@10"]
+        ranked = encoded.ranked(mixture.at(share) if share else scores)
+        # A part of baskets alone has no headline metrics.
+        return summarise(ranked).metrics.get("ndcg@10", 0.0)
 
     return max(SHARES, key=ndcg)
 
 
-class _Interpolated:
-    """A ScoreBlock of log p."""
+class _Mixture:
+    """A model and its neighbours on some queries; a ScoreBlock of log p at every share."""
 
-    def __init__(self, scores: ScoreBlock, memory: Memory, shards: Shards, table: QueryTable) -> None:
-        self._model, self._memory = scores, NeighbourScores(memory.neighbours, shards, table)
-        total_Q = torch.from_numpy(self._memory.totals())
-        known_Q = total_Q > 0
-        self._per_weight_Q = torch.where(known_Q, memory.share / total_Q, 0.0)
-        self._log_rest_Q = torch.where(known_Q, math.log1p(-memory.share), 0.0)
-        self._log_total_Q = _log_totals(scores, len(table), len(memory.neighbours.lists))
+    def __init__(self, scores: ScoreBlock, neighbours: Neighbours, shards: Shards, table: QueryTable) -> None:
+        self._model, self._memory = scores, NeighbourScores(neighbours, shards, table)
+        self._weight_Q = torch.from_numpy(self._memory.totals())
+        self._log_total_Q = _log_totals(scores, len(table), len(neighbours.lists))
 
-    def __call__(self, rows: slice, items: slice) -> Tensor:
-        log_p_RC = self._model(rows, items)
-        device = log_p_RC.device
-        log_p_RC += (self._log_rest_Q[rows].to(device) - self._log_total_Q[rows])[:, None]
-        row_P, column_P, score_P = map(torch.from_numpy, self._memory.pairs(rows, items))
-        share_P = score_P * self._per_weight_Q[rows][row_P]
-        at = row_P.to(device), column_P.to(device)
-        log_p_RC[at] = torch.logaddexp(log_p_RC[at], share_P.log().to(log_p_RC))
-        return log_p_RC
+    def at(self, share: float) -> ScoreBlock:
+        """log p with this share of the memory, above 0."""
+        known_Q = self._weight_Q > 0
+        per_weight_Q = torch.where(known_Q, share / self._weight_Q, 0.0)
+        log_rest_Q = torch.where(known_Q, math.log1p(-share), 0.0)
+
+        def block(rows: slice, items: slice) -> Tensor:
+            log_p_RC = self._model(rows, items)
+            device = log_p_RC.device
+            log_p_RC += (log_rest_Q[rows].to(device) - self._log_total_Q[rows])[:, None]
+            row_P, column_P, score_P = map(torch.from_numpy, self._memory.pairs(rows, items))
+            share_P = score_P * per_weight_Q[rows][row_P]
+            at = row_P.to(device), column_P.to(device)
+            log_p_RC[at] = torch.logaddexp(log_p_RC[at], share_P.log().to(log_p_RC))
+            return log_p_RC
+
+        return block
 
 
 def _log_totals(scores: ScoreBlock, num_queries: int, num_items: int) -> Tensor:
@@ -117,4 +125,4 @@ def _log_totals(scores: ScoreBlock, num_queries: int, num_items: int) -> Tensor:
         rows = slice(start, min(start + _ROWS, num_queries))
         blocks = (slice(low, min(low + _COLUMNS, num_items)) for low in range(0, num_items, _COLUMNS))
         totals.append(torch.logsumexp(torch.stack([scores(rows, items).logsumexp(1) for items in blocks]), 0))
-    return torch.cat(totals)
+    return torch.cat(totals) if totals else torch.zeros(0)

@@ -200,7 +200,7 @@ def _strongest(
     order = np.argsort(row_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
     starts = np.searchsorted(row_P, np.arange(num_rows + 1))
     rank_P = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
-    kept = order[rank_P < NEIGHBOURS]
+    kept = np.sort(order[rank_P < NEIGHBOURS])
     offsets = np.concatenate([[0], np.cumsum(np.minimum(np.diff(starts), NEIGHBOURS))])
     return Neighbours(Ragged(second_P[kept].astype(np.int32), offsets), weight_P[kept].astype(np.float32), counting)
 

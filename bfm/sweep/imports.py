@@ -63,8 +63,8 @@ def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol
     runs: list[Run] = []
     left_out: Counter[str] = Counter()
     for values in table.to_pylist():
-        known = values.get("protocol_hash")
-        other = protocol_hash is not None and known is not None and known != protocol_hash
+        # An empty cell of a CSV is an empty text.
+        other = bool(protocol_hash and values.get("protocol_hash")) and values["protocol_hash"] != protocol_hash
         run = "scored by another protocol" if other else _judge(values, spec, feasible)
         if isinstance(run, Run):
             runs.append(run)

@@ -30,6 +30,8 @@ from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_b
 from bfm.sweep.state import SweepState, Trial, metric_value
 from bfm.training.config import TrainConfig
 
+Row = dict[str, Any]
+
 STARTUP_ROWS = 10
 OPTUNA_TRIES = 300
 RANDOM_TRIES = 5000
@@ -135,9 +137,10 @@ class Proposer:
         return self._random[1], self._random[2]
 
     def _optuna_pool(self, state: SweepState, number: int) -> Iterator[dict[str, Any]]:
-        rung = self._learning_rung(state) if self.spec.method == "optuna" else None
+        rows = _rows_before_proposal(state)
+        rung = self._learning_rung(state, rows) if self.spec.method == "optuna" else None
         if rung is not None:
-            study = self._study(state, rung)
+            study = self._study(state, rows[rung])
             for attempt in range(POOL_OPTUNA_DRAWS):
                 yield self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
 
@@ -158,18 +161,18 @@ class Proposer:
 
     def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
         seed = self.spec.seeds[0]
-        rung = self._learning_rung(state) if self.spec.method == "optuna" else None
+        rung = self._learning_rung(state, state.rungs) if self.spec.method == "optuna" else None
         if rung is not None:
-            study = self._study(state, rung)
+            study = self._study(state, state.rungs[rung])
             for attempt in range(OPTUNA_TRIES):
                 yield "optuna", self._ask(study, np.random.default_rng((seed, number, attempt)))
         for attempt in range(RANDOM_TRIES):
             yield "random", self.feasible.draw(np.random.default_rng((seed, number, attempt)))
 
-    def _learning_rung(self, state: SweepState) -> int | None:
+    def _learning_rung(self, state: SweepState, rungs: Mapping[int, Mapping[str, Row]]) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
         for rung in reversed(range(len(self.spec.budget.ladder_flops))):
-            rows = state.rungs.get(rung, {})
+            rows = rungs.get(rung, {})
             known = [
                 name for name, row in rows.items() if self._value(row) is not None and self._is_inside(state, name)
             ]
@@ -177,24 +180,19 @@ class Proposer:
                 return rung
         return None
 
-    def _study(self, state: SweepState, rung: int) -> optuna.Study:
+    def _study(self, state: SweepState, rows: Mapping[str, Row]) -> optuna.Study:
         direction = self.spec.metric.goal
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(direction=direction, storage=optuna.storages.InMemoryStorage())
         worst = math.inf if direction == "minimize" else -math.inf
         finished = []
-        for name, row in state.rungs[rung].items():
+        for name, row in rows.items():
             if row["status"] == "oom" or not self._is_inside(state, name):
                 continue
             value = self._value(row)
             # A trial that diverged is as bad as can be: TPE must learn to keep away.
-            finished.append(self._frozen(state.trials[name], TrialState.COMPLETE, worst if value is None else value))
-        running = [
-            self._frozen(state.trials[name], TrialState.RUNNING, None)
-            for name, at in state.attempts
-            if at == rung and name not in state.rungs[rung] and self._is_inside(state, name)
-        ]
-        study.add_trials(finished + running)
+            finished.append(self._frozen(state.trials[name], worst if value is None else value))
+        study.add_trials(finished)
         return study
 
     def _ask(self, study: optuna.Study, rng: np.random.Generator) -> dict[str, Any]:
@@ -214,12 +212,12 @@ class Proposer:
     def _distributions(self) -> dict[str, BaseDistribution]:
         return {parameter.name: _distribution(parameter) for parameter in self.spec.free_parameters}
 
-    def _frozen(self, trial: Trial, state: TrialState, value: float | None) -> FrozenTrial:
+    def _frozen(self, trial: Trial, value: float) -> FrozenTrial:
         params = {
             parameter.name: _from_value(parameter, trial.config[parameter.name])
             for parameter in self.spec.free_parameters
         }
-        return create_trial(state=state, value=value, params=params, distributions=self._distributions())
+        return create_trial(value=value, params=params, distributions=self._distributions())
 
     def _is_inside(self, state: SweepState, name: str) -> bool:
         """Whether a trial lies in this space: an earlier one may have been another, and TPE knows only one."""
@@ -231,6 +229,14 @@ class Proposer:
 
     def _key(self, config: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(config[name] for name in self._names)
+
+
+def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Row]]:
+    """Rows by rung and trial; see SweepState.arrivals_before_proposal."""
+    found: dict[int, dict[str, Row]] = {}
+    for name, rung in state.arrivals[: state.arrivals_before_proposal]:
+        found.setdefault(rung, {})[name] = state.rungs[rung][name]
+    return found
 
 
 def _proposal(point: Feasible, source: str, rejected: dict[str, int]) -> Proposal:

@@ -109,7 +109,10 @@ class SpaceArena:
         return self.proposer.propose(state, number)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
-        """Drawn once per proposal number (and again when memory ran out): decisions in between see the same points."""
+        """Drawn once per proposal number (and again when memory ran out): decisions in between see the same points.
+
+        It rests on what stood before the last proposal, so a driver that resumes in between draws the same ones.
+        """
         key = number, *sorted(state.memory_limits.items())
         if key not in self._pools:
             self._pools = {key: self.proposer.pool(state, number)}

@@ -72,6 +72,9 @@ class SweepState:
     """(trial, rung) given up -> reason."""
     arrivals: list[tuple[str, int]] = field(default_factory=list)
     """(trial, rung) of the rung rows, in order of arrival."""
+    arrivals_before_proposal: int = 0
+    """How many of them stood before the last proposal or import: what is drawn for the next one rests on these alone,
+    and so not on when it is first asked for."""
     nominal_flops: Counter[int] = field(default_factory=Counter)
     """Rung -> FLOPs first reserved for its tasks; what was redone after losses and evictions is left out."""
     probes: list[Record] = field(default_factory=list)
@@ -168,6 +171,7 @@ class SweepState:
         if trial.number != self.num_proposals:
             raise CorruptError(f"proposal {trial.number} stands where {self.num_proposals} is due")
         self.num_proposals += 1
+        self.arrivals_before_proposal = len(self.arrivals)
         self.trials[trial.trial] = trial
         self.rejected.update(record["rejected"])
 
@@ -235,6 +239,7 @@ class SweepState:
         for row in record["rows"]:
             self._place(row)
         counts = {name: len(record[name]) for name in ("rows", "trials")}
+        self.arrivals_before_proposal = len(self.arrivals)
         self.imports.append({**{name: record[name] for name in ("file", "known", "left_out")}, **counts})
         self.finished = None
 

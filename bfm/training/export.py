@@ -60,7 +60,8 @@ def export_checkpoint(
         shards: the shard set it was trained on.
         out: a new or empty folder.
         catalogue_dtype: float32 ranks exactly as evaluation does; bfloat16 takes half the room.
-        memory: a share (or auto) of a memory of the training events, which the export then ranks with.
+        memory: a share (or auto) of a memory of the training events, which the export then ranks with; one
+            of share 0 is left out.
 
     Returns:
         Facts for a summary.
@@ -84,7 +85,8 @@ def export_checkpoint(
     catalogue = FrozenCatalogue.embed(model, fields_hash, DTYPES[catalogue_dtype])
     protocol, remembered = Protocol.load(opened), None
     if memory is not None:
-        remembered = memory_of(model, opened, protocol, config.window, share)
+        chosen = memory_of(model, opened, protocol, config.window, share)
+        remembered = chosen if chosen.share else None
     facts = {
         "name": opened.manifest.name,
         "shape": dataclasses.asdict(config.shape()),

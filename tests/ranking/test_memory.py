@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from bfm.errors import CorruptError, UserError
-from bfm.events.protocol import Protocol, query_targets
+from bfm.events.protocol import Protocol, QueryTable, query_targets
 from bfm.ranking.evaluate import encode
 from bfm.ranking.memory import SHARES, Memory, choose_share, parse_share
 from bfm.ranking.metrics import summarise
 from bfm.ranking.neighbours import SHARP, NeighbourScores, count_neighbours
 from bfm.ranking.predictor import Predictor
+from bfm.ranking.ranks import DotScores, rank_targets
 from bfm.training.export import export_checkpoint
 from bfm.training.single import evaluate_checkpoint, memory_of
 from tests.ranking.shop import CONFIG
@@ -53,6 +54,28 @@ def test_the_distribution_is_the_weighted_mean(shop, encoded, neighbours, share)
     np.testing.assert_allclose(p_QV.sum(1), 1.0, rtol=1e-5)
     pieces = [block(slice(3, queries), slice(low, min(low + 7, num_items))) for low in range(0, num_items, 7)]
     np.testing.assert_allclose(torch.cat(pieces, 1).exp().numpy(), p_QV[3:], rtol=1e-5)
+
+
+def test_several_threads_rank_as_one_does(shop, encoded, neighbours):
+    """More queries than one chunk of rows takes."""
+    table = encoded.table
+    many = QueryTable(np.tile(table.user, 5), np.tile(table.position, 5), np.tile(table.basket, 5), table.filter_seen)
+    scorer = DotScores((encoded.h_QD * encoded.scale).repeat(5, 1), encoded.catalogue_VD)
+    targets = query_targets(shop.shards, many)
+    assert len(many) > 1000
+    ranked = []
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 4):
+            torch.set_num_threads(num_threads)
+            block = Memory(neighbours, 0.4).beside(scorer, shop.shards, many)
+            ranked.append(rank_targets(block, targets, shop.shards.num_catalogue, 10))
+    finally:
+        torch.set_num_threads(threads)
+    one, four = ranked
+    np.testing.assert_array_equal(one.rank_N, four.rank_N)
+    np.testing.assert_array_equal(one.top_Qk, four.top_Qk)
+    np.testing.assert_allclose(one.rank_N[: len(one.rank_N) // 5], one.rank_N[-len(one.rank_N) // 5 :])
 
 
 def test_a_query_without_neighbours_keeps_the_models_distribution(shop, encoded, neighbours):
@@ -109,9 +132,17 @@ def test_an_export_with_a_memory_ranks_as_evaluation_does(shop, tmp_path):
     assert np.mean(recall) != pytest.approx(found["metrics"]["recall@10"], rel=1e-3)
     assert (np.exp(top.score_Qk).sum(1) <= 1 + 1e-5).all()
     assert (np.diff(top.score_Qk) <= 0).all()
+    assert Predictor.load(tmp_path / "export").top(shop.shards, table[:0], 3).item_Qk.shape == (0, 3)
     (tmp_path / "export" / "memory.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptError, match=r"memory\.safetensors"):
         Predictor.load(tmp_path / "export")
+
+
+def test_a_share_of_nothing_is_left_out_of_an_export(shop, tmp_path):
+    made = export_checkpoint(shop.checkpoint, str(shop.shards.path), tmp_path / "export", memory="0")
+    assert made["memory"] is None
+    assert not (tmp_path / "export" / "memory.safetensors").exists()
+    assert Predictor.load(tmp_path / "export").memory is None
 
 
 def test_the_verbs(bfm, shop, tmp_path):

@@ -139,12 +139,13 @@ def check_both_slots_stay_busy(tmp_path: Path, shards: Path) -> None:
     """The frontier policy on two slots: tasks of half a second, with what lies between them."""
 
     def fault(task: dict) -> None:
+        import os
         import time
         from pathlib import Path
 
         began_s = time.time()
         time.sleep(0.5)
-        Path(spans, task["task_id"]).write_text(f"{began_s} {time.time()}")
+        Path(spans, task["task_id"]).write_text(f"{os.getpid()} {began_s} {time.time()}")
 
     spans = str(tmp_path / "spans")
     Path(spans).mkdir()
@@ -152,8 +153,14 @@ def check_both_slots_stay_busy(tmp_path: Path, shards: Path) -> None:
     outcome = run_sweep(resolve(space, ["name=busy"]), str(tmp_path), execute=planted_executor(fault))
     told = [tuple(map(float, path.read_text().split())) for path in Path(spans).iterdir()]
     assert outcome.rows == len(told) > 15
-    wall_s = max(end for _, end in told) - min(begin for begin, _ in told)
-    assert sum(end - begin for begin, end in told) / (2 * wall_s) > 0.75
+    # From when both workers are there to when the last task is given out.
+    first: dict[float, float] = {}
+    for pid, begin, _ in told:
+        first[pid] = min(begin, first.get(pid, begin))
+    low, high = max(first.values()), max(begin for _, begin, _ in told)
+    busy_s = sum(max(0.0, min(end, high) - max(begin, low)) for _, begin, end in told)
+    assert len(first) == 2
+    assert busy_s / (2 * (high - low)) > 0.7
 
 
 def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
@@ -298,6 +305,10 @@ def finish(process: subprocess.Popen, limit_s: float = 300) -> str:
         end_tree(process.pid)
 
 
+AMPLE = {"total_flops": 4e9}
+"""What a kill costs counts against the cap, which must not be what ends a sweep here."""
+
+
 def in_order(path: Path) -> list[tuple[str, int, dict, float]]:
     """What came of a sweep, as its ledger tells it."""
     found = [record["row"] for record in read_ledger(Store(path)).records if record["kind"] == "row"]
@@ -309,7 +320,7 @@ def unbroken(tmp_path_factory, toy_shards) -> list[tuple[str, int, dict, float]]
     """A sweep of one slot that nobody stops."""
     folder = tmp_path_factory.mktemp("unbroken")
     scratch = Path(tempfile.mkdtemp(prefix="u", dir="/tmp"))
-    process = launch(write_space(folder, toy_shards.path, scaling={"slots": 1}), folder, scratch)
+    process = launch(write_space(folder, toy_shards.path, scaling={"slots": 1}, budget=AMPLE), folder, scratch)
     said = finish(process)
     shutil.rmtree(scratch, ignore_errors=True)
     assert process.returncode == 0, said
@@ -318,9 +329,13 @@ def unbroken(tmp_path_factory, toy_shards) -> list[tuple[str, int, dict, float]]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(tmp_path, scratch, toy_shards, unbroken, number, code) -> None:
-    space = write_space(tmp_path, toy_shards.path, scaling={"slots": 1})
+@pytest.mark.parametrize(
+    ("number", "code", "slots"), [(signal.SIGTERM, 143, 1), (signal.SIGKILL, -9, 1), (signal.SIGKILL, -9, 2)]
+)
+def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(
+    tmp_path, scratch, toy_shards, unbroken, number, code, slots
+) -> None:
+    space = write_space(tmp_path, toy_shards.path, scaling={"slots": slots}, budget=AMPLE)
     first = launch(space, tmp_path, scratch)
     try:
         wait_for(lambda: has_rows(tmp_path / "tiny", 2), 300, "two rows")
@@ -338,8 +353,8 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(tmp_path, scratch, toy_s
     done = in_order(tmp_path / "tiny")
     assert len(done) > begun
     assert any(rung == 1 for _, rung, _, _ in done), "the top was reached"
-    # What the kill cost counts against the cap, so the end may come earlier; up to there nothing differs.
-    assert done == unbroken[: len(done)]
+    if slots == 1:
+        assert done == unbroken
     state = folded(tmp_path / "tiny")
     assert len(done) == len(rows(tmp_path / "tiny")), "a row is there twice"
     assert state.spent_flops <= resolve(space).budget.total_flops

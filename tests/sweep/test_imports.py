@@ -97,9 +97,11 @@ def test_what_is_of_no_use_is_counted_and_told(table):
         in_memory(narrow, runs=table([run(500, 0.004)]))
 
 
-def test_runs_of_another_protocol_are_left_out(table):
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_runs_of_another_protocol_are_left_out(table, suffix):
     runs = [run(700, 0.004, protocol_hash="here"), run(800, 0.004, protocol_hash="there"), run(900, 0.004)]
-    driver = in_memory(make_spec(), runs=table(runs, ".jsonl"), protocol_hash="here")
+    runs[2]["protocol_hash"] = "" if suffix == ".csv" else None
+    driver = in_memory(make_spec(), runs=table(runs, suffix), protocol_hash="here")
     assert [trial.config["params"] for trial in driver.state.trials.values()] == [700, 900]
     assert "scored by another protocol (1)" in driver.import_words
 
@@ -132,7 +134,7 @@ def test_they_teach_the_surrogate_and_optuna(table):
     task = driver.next_task()
     assert isinstance(task, Task)
     assert driver.policy._beliefs.num_rows == 24
-    assert len(driver.arena.proposer._study(driver.state, 1).trials) == 12
+    assert len(driver.arena.proposer._study(driver.state, driver.state.rungs[1]).trials) == 12
     assert any(proposal.source == "optuna" for proposal in driver.arena.pool(driver.state, 0))
 
 

@@ -193,3 +193,20 @@ def test_the_pool_of_a_grid_is_what_was_not_tried():
     left = {(p.config["params"], p.config["learning_rate"]) for p in proposer(spec).pool(driver.state, 4)}
     assert len(tried) == 4
     assert left == whole - tried
+
+
+def test_a_pool_is_the_same_whenever_it_is_first_asked_for():
+    """Rows that arrive between two proposals do not enter, so a driver that resumes between them sees what it saw."""
+    spec = make_spec(method="optuna", scheduler={"type": "frontier"}, budget={"total_flops": "400e9"})
+    driver = in_memory(spec)
+    run_serial(driver, execute)
+    state, first, drawn, compared = SweepState(), {}, 0, 0
+    for record in driver._ledger.records:
+        state.apply(record)
+        if record["kind"] in ("proposal", "row") and state.num_proposals > 10:
+            pool = [(proposal.source, proposal.config) for proposal in proposer(spec).pool(state, state.num_proposals)]
+            drawn += any(source == "optuna" for source, _ in pool)
+            compared += state.num_proposals in first
+            assert first.setdefault(state.num_proposals, pool) == pool
+    assert drawn > 10
+    assert compared > 10

@@ -62,7 +62,7 @@ class Beliefs:
         self._bounds = [
             (_Model(self, constraint.metric, constraint.loss_bound), constraint) for constraint in spec.constraints
         ]
-        self._survival = Survival(ladder, self.places)
+        self._survival = Survival(self.center, self.places)
         self._known: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
 
     @property

@@ -99,7 +99,7 @@ class Candidates:
         self.flops_SR = np.ones((0, num_rungs))
         self.cost_SR = np.zeros((0, num_rungs), dtype=object)
         self.first_SR = np.zeros((0, num_rungs), dtype=int)
-        self._leads_SR = np.zeros((0, num_rungs), dtype=bool)
+        self.leads_SR = np.zeros((0, num_rungs), dtype=bool)
         """Whether there is a way to the rung."""
         self._beyond: dict[tuple[int, int], float] = {}
         self._pool: Sequence[Proposal] | None = None
@@ -120,17 +120,17 @@ class Candidates:
     def to(self, rung: int) -> Ways:
         """All on their way to a rung."""
         slots_M = np.concatenate([self._trials_now, self._new_now])
-        slots_M = slots_M[self._leads_SR[slots_M, rung]]
+        slots_M = slots_M[self.leads_SR[slots_M, rung]]
         return Ways(self, slots_M, np.full(len(slots_M), rung))
 
     def entries(self) -> Ways:
         """New proposals, each on its way to its first rung."""
-        slots_M = self._new_now[self._leads_SR[self._new_now].any(1)]
-        return Ways(self, slots_M, self._leads_SR[slots_M].argmax(1))
+        slots_M = self._new_now[self.leads_SR[self._new_now].any(1)]
+        return Ways(self, slots_M, self.leads_SR[slots_M].argmax(1))
 
     def trials_to(self, rung: int) -> Ways:
         """Trials alone."""
-        slots_M = self._trials_now[self._leads_SR[self._trials_now, rung]]
+        slots_M = self._trials_now[self.leads_SR[self._trials_now, rung]]
         return Ways(self, slots_M, np.full(len(slots_M), rung))
 
     def beyond(self, slot: int, rung: int) -> float:
@@ -169,7 +169,7 @@ class Candidates:
         self._stands.append((0, 0, None))
         self.steps_S.append({})
         if slot == len(self.ids_S):
-            for name in ("numbers_SX", "codes_SG", "ids_S", "flops_SR", "cost_SR", "first_SR", "_leads_SR"):
+            for name in ("numbers_SX", "codes_SG", "ids_S", "flops_SR", "cost_SR", "first_SR", "leads_SR"):
                 array = getattr(self, name)
                 room = np.zeros((max(_ROOM, slot), *array.shape[1:]), array.dtype)
                 setattr(self, name, np.concatenate([array, room]))
@@ -178,8 +178,8 @@ class Candidates:
 
     def _put(self, slot: int, steps: Sequence[Step]) -> None:
         self.steps_S[slot] = {step.rung: step for step in steps}
-        self._leads_SR[slot] = False
+        self.leads_SR[slot] = False
         for step in steps:
-            self._leads_SR[slot, step.rung] = True
+            self.leads_SR[slot, step.rung] = True
             self.cost_SR[slot, step.rung], self.first_SR[slot, step.rung] = step.cost_flops, step.first
             self.flops_SR[slot, step.rung] = self.arena.row_flops(step.config, step.rung)

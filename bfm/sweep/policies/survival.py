@@ -11,7 +11,7 @@ Shape legend: M candidates, T tasks that ended, P coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -37,10 +37,9 @@ _Task = tuple[Trial, int]
 class Survival:
     """See the module."""
 
-    def __init__(self, ladder_flops: Sequence[int], places: Callable[[list[Trial], list[int]], Places]) -> None:
-        """`places`: coordinates of the rows of trials."""
-        self._log_ladder = np.log(np.array(ladder_flops, dtype=float))
-        self._center, self._places = float(np.mean(self._log_ladder)), places
+    def __init__(self, center: float, places: Callable[[list[Trial], list[int]], Places]) -> None:
+        """`center`: middle of the ladder, in log C. `places`: coordinates of the rows of trials."""
+        self._center, self._places = center, places
         self._ended: tuple[list[_Task], list[_Task]] = [], []
         """(trial, rung) that went well, and those that diverged."""
         self._seen = 0
@@ -63,9 +62,11 @@ class Survival:
             return alive_M
         places, first_M, coefficient_P = ways.places, ways.first_M, self._coefficients()
         for rung in range(int(first_M.min()), int(ways.rungs_M.max()) + 1):
-            here = replace(places, log_flops_M=np.full(len(ways), self._log_ladder[rung]))
+            # Where there is no row there are no FLOPs either, and nothing is multiplied.
+            here = replace(places, log_flops_M=np.log(np.maximum(1.0, ways.of.flops_SR[ways.slots_M, rung])))
             hazard_M = expit(self._features(here) @ coefficient_P)
-            alive_M *= np.where((first_M <= rung) & (rung <= ways.rungs_M), 1.0 - hazard_M, 1.0)
+            trains_M = (first_M <= rung) & (rung <= ways.rungs_M) & ways.of.leads_SR[ways.slots_M, rung]
+            alive_M *= np.where(trains_M, 1.0 - hazard_M, 1.0)
         return np.where(alive_M >= min(_HOPELESS, float(alive_M.max())), alive_M, 0.0)
 
     def _features(self, places: Places) -> np.ndarray:

@@ -69,6 +69,7 @@ def test_what_breaks_a_bound_is_not_the_first_to_climb_where_no_row_is(per_rung)
         first = {}
         for trial, rung in state.arrivals:
             first.setdefault(rung, trial)
+        assert max(first) == 3, "nobody has climbed"
         for rung, trial in first.items():
             below = [row for at, row in state.trials[trial].rows.items() if at == rung - 1]
             assert all(row["metrics"]["recall@10"] >= 0.5 for row in below)
