@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import RESULTS, ROOT, cpu_name
@@ -38,20 +38,17 @@ OURS, RANGE, TWO_PASS, DENSE, AUTO = "bfm one-pass", "bfm one-pass, range", "bfm
 
 @dataclass(frozen=True)
 class Setting:
-    """A problem and the modes that solve it; rounds: fewer for a mode that takes far longer than the rest."""
+    """A problem and the modes that solve it."""
 
     key: str
     rows: int
     candidates: int
     items: int
     modes: tuple[str, ...]
-    rounds: dict[str, int] = field(default_factory=dict)
 
 
 SETTINGS = (
-    Setting(
-        "many", 128, 2_097_152, NUM_ITEMS, (OURS, RANGE, *(f"torch, {rows} rows" for rows in CHUNKS), AUTO), {AUTO: 2}
-    ),
+    Setting("many", 128, 2_097_152, NUM_ITEMS, (OURS, RANGE, *(f"torch, {rows} rows" for rows in CHUNKS), AUTO)),
     Setting("few", 128, 65_536, NUM_ITEMS, (OURS,)),
     Setting("wide", 1024, 65_536, FEW_ITEMS, (OURS, TWO_PASS, DENSE, *(f"torch, {rows} rows" for rows in WIDE_CHUNKS))),
 )
@@ -174,8 +171,7 @@ def measure(setting: Setting, folder: Path, threads: int, rounds: int) -> list[d
         modes[-1].peak_bytes = 0
     for index in range(rounds):
         for mode in modes:
-            if index < setting.rounds.get(mode.name, rounds):
-                mode.round(index)
+            mode.round(index)
     rows = []
     for mode in modes:
         mode.close()
