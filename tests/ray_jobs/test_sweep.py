@@ -133,6 +133,28 @@ def test_sweeps_with_losses_and_damage(tmp_path, toy_shards, monkeypatch) -> Non
         check_a_sweep_of_which_nothing_came(tmp_path, space, monkeypatch)
         check_damage_ends_the_sweep(tmp_path, space)
         check_both_slots_stay_busy(tmp_path, toy_shards.path)
+        check_what_diverged_is_never_promoted(tmp_path, toy_shards.path)
+
+
+def check_what_diverged_is_never_promoted(tmp_path: Path, shards: Path) -> None:
+    """Every other trial diverges."""
+    answer = planted_executor()
+
+    def execute(task: dict, assigned_at_s: float) -> dict:
+        row = answer(task, assigned_at_s)
+        if int(task["trial"][1:]) % 2 == 0:
+            row |= {"status": "diverged", "metrics": {}, "errors": {}, "checkpoint": None}
+        return row
+
+    for policy in ("frontier", "asha-promote"):
+        space = write_space(tmp_path, shards, scheduler={"type": policy}, budget={"total_flops": 4e9, "max_trials": 12})
+        outcome = run_sweep(resolve(space, [f"name=nan-{policy}"]), str(tmp_path), execute=execute)
+        state = folded(tmp_path / f"nan-{policy}")
+        gone = {name for name, trial in state.trials.items() if any(r["status"] != "ok" for r in trial.rows.values())}
+        assert outcome.succeeded
+        assert len(gone) > 2
+        assert all(len(state.trials[name].rows) == 1 for name in gone)
+        assert any(len(trial.rows) == 2 for name, trial in state.trials.items() if name not in gone)
 
 
 def check_both_slots_stay_busy(tmp_path: Path, shards: Path) -> None:
