@@ -53,12 +53,21 @@ def baseline_metrics(
 
 
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
-    """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best."""
+    """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best.
+
+    Which one that is is cached with the shard set.
+    """
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
     if len(validation) == 0:
         return count_neighbours(shards, [BROAD])[0]
+    name = f"counting-v{VERSION}-{protocol.hash[:16]}"
+    cached = load_derived(shards, name)
+    if cached is not None:
+        return count_neighbours(shards, [way for way in COUNTINGS if way.name == cached.decode()])[0]
     counted = count_neighbours(shards, COUNTINGS)
-    return max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,)).get(_CHOOSING_METRIC, 0.0))
+    best = max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,)).get(_CHOOSING_METRIC, 0.0))
+    save_derived(shards, name, best.counting.name.encode())
+    return best
 
 
 def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:
