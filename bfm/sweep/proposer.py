@@ -27,10 +27,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from bfm.sweep.arena import Proposal
 from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_bound
-from bfm.sweep.state import SweepState, Trial, metric_value
+from bfm.sweep.state import Record, SweepState, Trial, metric_value
 from bfm.training.config import TrainConfig
-
-Row = dict[str, Any]
 
 STARTUP_ROWS = 10
 OPTUNA_TRIES = 300
@@ -137,8 +135,10 @@ class Proposer:
         return self._random[1], self._random[2]
 
     def _optuna_pool(self, state: SweepState, number: int) -> Iterator[dict[str, Any]]:
+        if self.spec.method != "optuna":
+            return
         rows = _rows_before_proposal(state)
-        rung = self._learning_rung(state, rows) if self.spec.method == "optuna" else None
+        rung = self._learning_rung(state, rows)
         if rung is not None:
             study = self._study(state, rows[rung])
             for attempt in range(POOL_OPTUNA_DRAWS):
@@ -169,7 +169,7 @@ class Proposer:
         for attempt in range(RANDOM_TRIES):
             yield "random", self.feasible.draw(np.random.default_rng((seed, number, attempt)))
 
-    def _learning_rung(self, state: SweepState, rungs: Mapping[int, Mapping[str, Row]]) -> int | None:
+    def _learning_rung(self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]]) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
         for rung in reversed(range(len(self.spec.budget.ladder_flops))):
             rows = rungs.get(rung, {})
@@ -180,7 +180,7 @@ class Proposer:
                 return rung
         return None
 
-    def _study(self, state: SweepState, rows: Mapping[str, Row]) -> optuna.Study:
+    def _study(self, state: SweepState, rows: Mapping[str, Record]) -> optuna.Study:
         direction = self.spec.metric.goal
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(direction=direction, storage=optuna.storages.InMemoryStorage())
@@ -231,9 +231,9 @@ class Proposer:
         return tuple(config[name] for name in self._names)
 
 
-def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Row]]:
+def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Record]]:
     """Rows by rung and trial; see SweepState.arrivals_before_proposal."""
-    found: dict[int, dict[str, Row]] = {}
+    found: dict[int, dict[str, Record]] = {}
     for name, rung in state.arrivals[: state.arrivals_before_proposal]:
         found.setdefault(rung, {})[name] = state.rungs[rung][name]
     return found
