@@ -11,6 +11,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
+_FEISTEL_ROUNDS = 4
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -35,3 +36,22 @@ def stream_key(*words: int) -> np.uint64:
 def keyed(key: np.uint64, values: np.ndarray) -> np.ndarray:
     """Uint64 of each value under a key: distinct where the values are."""
     return mix64(mix64(values) ^ key)
+
+
+def permuted(key: np.uint64, index_N: np.ndarray, size: int) -> np.ndarray:
+    """Where a keyed permutation of 0..size-1 sends each index; int64, no memory beyond the indices.
+
+    A balanced Feistel network over the smallest even number of bits that holds `size`; what lands outside is sent on
+    until it lands inside (cycle walking: Black and Rogaway, 2002), less than four times on average.
+    """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    out_N = index_N.astype(np.uint64)
+    outside = np.ones(len(out_N), bool)
+    while outside.any():
+        left, right = out_N[outside] >> half, out_N[outside] & low
+        for turn in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (keyed(key ^ np.uint64(turn), right) & low)
+        out_N[outside] = (left << half) | right
+        outside = out_N >= size
+    return out_N.astype(np.int64)

@@ -253,6 +253,11 @@ class Shards:
         """Int64 [V]: training events of each catalogue item, falling."""
         return self.items_table(["train_count"])["train_count"].to_numpy()[: self.num_catalogue]
 
+    @cached_property
+    def train_stops(self) -> np.ndarray:
+        """Int64 [U]: training events of this user and all users before."""
+        return np.cumsum(self.train_lengths)
+
     @property
     def user_lengths(self) -> np.ndarray:
         """Int64 [U]: events of each user."""

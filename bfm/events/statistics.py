@@ -1,18 +1,21 @@
-"""Figures of negative groups: inclusion probabilities of in-batch negatives, distinct items per group, and their curve.
+"""Figures of negative groups: in how many windows an item is a target, and how many distinct items a group holds.
 
-A group is n = G * L consecutive positions of the training stream, so its distinct items depend on (L, G) through n
-alone (padding of the epoch's last window apart). The curve is measured at n = 1, 2, 4, ..., one epoch; between knots
-the ratios (distinct / n) are interpolated linearly in logarithms. Its stated error is the largest relative deviation at
-the geometric midpoints between the knots, measured on groups of their own.
+A group is G of the W windows of the stream, drawn without replacement (windows.py), so everything follows from n_v, the
+number of windows that hold item v:
+
+    P(no window of G holds v) = prod_{i < G} (1 - n_v / (W - i))
+
+and the mean number of distinct items is the sum over items of one minus that. The manifest keeps those sums on a grid of
+L and G, from a sample of windows where the log is large (rarefaction: the formula with the sample in the place of the
+stream has the mean of a group of the stream, Hurlbert 1971); between its knots they are interpolated linearly in
+logarithms.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,14 @@ from bfm.events.derived import load_derived, save_derived
 from bfm.events.manifest import Manifest
 from bfm.events.shards import Shards
 from bfm.events.windows import WindowOrder
-from bfm.files import canonical_json
 
-_MEASURED_GROUPS = 256
-_KNOT_POSITIONS = 1 << 18
-_PIECE_POSITIONS = 1 << 20
-_SMALLEST_RATIO = 1e-9
-_RATIOS = ("distinct_items", "distinct_targets", "target_rows")
+_LARGEST_WINDOW = 1 << 16
+_SAMPLE_POSITIONS = 1 << 18
+_PIECE_POSITIONS = 1 << 18
+_KINDS = ("items", "targets")
+# The product over so few draws is quick; differences of log factorials cancel where it is near one.
+_EXACT_DRAWS = 256
+_SMALLEST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -41,105 +45,110 @@ class DistinctStats:
     target_rows_mean: float
     """Positions with a target."""
     relative_error: float
-    """Measured: standard error of distinct_items_mean over it. From the curve: its stated largest relative error."""
+    """Largest relative error of the interpolation, as measured between the knots."""
 
 
-def inclusion_in_batch(shards: Shards, window: int, group_windows: int) -> np.ndarray:
-    """Float64 [V]: share of the first epoch's groups whose distinct targets contain the item, floored at one group.
+def inclusion_elsewhere(shards: Shards, window: int, group_windows: int) -> np.ndarray:
+    """Float64 [V]: chance that the other G - 1 windows of a group hold the item among their targets.
 
-    The order is seeded by the manifest's seed, so every run on the shard set corrects by the same numbers. Cached.
+    For a row whose own window does not hold it; floored at what one window gives, so that it is positive. 0 at G = 1.
     """
-    name = f"inclusion-L{window}-G{group_windows}"
+    count_V = np.maximum(target_windows(shards, window), 1)
+    others = -(-shards.manifest.train_events // window) - 1
+    distinct, place_V = np.unique(count_V, return_inverse=True)
+    return -np.expm1(_log_absent(distinct, others, min(group_windows - 1, others)))[place_V]
+
+
+def target_windows(shards: Shards, window: int) -> np.ndarray:
+    """Int64 [V]: windows of the stream among whose targets each catalogue item is. Cached."""
+    name = f"target-windows-L{window}"
     cached = load_derived(shards, name)
     if cached is not None and len(cached) == 8 * shards.num_catalogue:
-        return np.frombuffer(cached, "<f8").astype(np.float64)
-    order = WindowOrder(shards, window, group_windows, shards.seed)
-    num_groups = math.ceil(order.groups_per_epoch)
-    hits = np.zeros(shards.num_catalogue, np.int64)
-    for index in range(num_groups):
-        hits[order.group_target_ids(index)] += 1
-    inclusion = np.maximum(hits, 1) / num_groups
-    save_derived(shards, name, inclusion.astype("<f8").tobytes())
-    return inclusion
-
-
-def distinct_per_group(shards: Shards, window: int, group_windows: int) -> DistinctStats:
-    """Means over at most 256 groups, evenly spaced over the first epoch (seeded by the manifest's seed). Cached."""
-    name = f"distinct-L{window}-G{group_windows}"
-    cached = load_derived(shards, name)
-    if cached is not None:
-        return DistinctStats(**json.loads(cached))
-    order = WindowOrder(shards, window, group_windows, shards.seed)
-    num_groups = math.ceil(order.groups_per_epoch)
-    indices = _spaced(num_groups, min(num_groups, _MEASURED_GROUPS))
-    groups = ((order.group_item_ids(int(index)), order.group_targets(int(index))) for index in indices)
-    counts = np.array([_count(shards.num_items, [group]) for group in groups], np.float64)
-    items, targets, rows = counts.mean(axis=0)
-    spread = float(counts[:, 0].std(ddof=1) / math.sqrt(len(counts))) if 1 < len(counts) < num_groups else 0.0
-    stats = DistinctStats(float(items), float(targets), float(rows), spread / float(items))
-    save_derived(shards, name, canonical_json(asdict(stats)))
-    return stats
+        return np.frombuffer(cached, "<i8").astype(np.int64)
+    num_windows = -(-shards.manifest.train_events // window)
+    count_V = _windows_with(shards, window, np.arange(num_windows))["targets"][: shards.num_catalogue]
+    save_derived(shards, name, count_V.astype("<i8").tobytes())
+    return count_V
 
 
 def fit_distinct_curve(shards: Shards) -> dict[str, Any]:
-    """The curve for the manifest: knots (positions per group), ratios to them, and the largest relative error."""
-    total = shards.manifest.train_events
-    order = WindowOrder(shards, 1, 1, shards.seed)
-    knots = sorted({*(2**power for power in range(total.bit_length())), total})
-    ratios = np.array([_measure(order, knot) / knot for knot in knots])
-    curve: dict[str, Any] = {"positions": knots, "max_relative_error": 0.0}
-    curve |= {name: [round(float(value), 9) for value in ratios[:, column]] for column, name in enumerate(_RATIOS)}
+    """The grid for the manifest: per window length the knots of G with the mean distinct items and targets."""
+    lengths = [2]
+    while lengths[-1] < min(shards.manifest.train_events, _LARGEST_WINDOW):
+        lengths.append(2 * lengths[-1])
+    curve: dict[str, Any] = {"max_relative_error": 0.0, "windows": {str(L): _knots(shards, L) for L in lengths}}
     worst = 0.0
-    for low, high in itertools.pairwise(knots):
+    for low, high in itertools.pairwise(lengths):
         middle = round(math.sqrt(low * high))
         if low < middle < high:
-            measured = _measure(order, middle, offset=0.5)[:2]
-            fitted = np.array(_interpolate(curve, middle)[:2])
-            worst = max(worst, float(np.max(np.abs(fitted - measured) / np.maximum(measured, 1.0))))
-    curve["max_relative_error"] = round(worst, 6)
-    return curve
+            measured, largest = _knots(shards, middle), curve["windows"][str(high)]["groups"][-1]
+            for kind, groups in itertools.product(_KINDS, range(len(measured["groups"]))):
+                drawn, value = measured["groups"][groups], measured[kind][groups]
+                if drawn <= largest and value > 0:
+                    worst = max(worst, abs(_interpolate(curve, kind, middle, drawn) / value - 1))
+    return {**curve, "max_relative_error": round(worst, 6)}
 
 
 def expected_distinct(manifest: Manifest, window: int, group_windows: int) -> DistinctStats:
-    """Evaluate the manifest's curve at (L, G); beyond an epoch the distinct counts stay those of one epoch."""
-    windows_per_epoch = -(-manifest.train_events // window)
-    positions = group_windows * manifest.train_events / windows_per_epoch
-    items, targets, rows = _interpolate(manifest.distinct_curve, positions)
+    """Evaluate the manifest's grid at (L, G); groups beyond the largest knot hold what that one does."""
+    items, targets = (_interpolate(manifest.distinct_curve, kind, window, group_windows) for kind in _KINDS)
+    rows = group_windows * manifest.train_targets / -(-manifest.train_events // window)
     return DistinctStats(items, targets, rows, float(manifest.distinct_curve["max_relative_error"]))
 
 
-def _interpolate(curve: dict[str, Any], positions: float) -> tuple[float, float, float]:
-    knots = np.asarray(curve["positions"], np.float64)
-    inside = min(positions, float(knots[-1]))
-    items, targets, rows = (
-        float(np.exp(np.interp(math.log(inside), np.log(knots), np.log(np.maximum(curve[name], _SMALLEST_RATIO)))))
-        for name in _RATIOS
-    )
-    # Rows with a target go on to grow beyond an epoch, distinct items do not.
-    return items * inside, targets * inside, rows * positions
+def _knots(shards: Shards, window: int) -> dict[str, list[float]]:
+    """Knots of G (powers of two, and the whole sample) and the mean distinct counts there."""
+    num_windows = -(-shards.manifest.train_events // window)
+    sampled = min(num_windows, max(1, _SAMPLE_POSITIONS // window))
+    spaced = np.arange(sampled) * num_windows // sampled
+    groups = sorted({*(2**power for power in range(sampled.bit_length())), sampled})
+    found: dict[str, list[float]] = {"groups": [float(g) for g in groups]}
+    for kind, count in _windows_with(shards, window, spaced).items():
+        distinct, times = np.unique(count, return_counts=True)
+        found[kind] = [float(-np.expm1(_log_absent(distinct, sampled, g)) @ times) for g in groups]
+    return found
 
 
-def _measure(order: WindowOrder, positions: int, offset: float = 0.0) -> np.ndarray:
-    """Mean (distinct items, distinct targets, target rows) of stretches of so many positions, spaced over the epoch."""
-    whole = order.shards.manifest.train_events // positions
-    wanted = int(np.clip(_KNOT_POSITIONS // positions, 4, _MEASURED_GROUPS))
-    counts = []
-    for index in _spaced(whole, min(whole, wanted), offset):
-        cuts = [*range(int(index) * positions, (int(index) + 1) * positions, _PIECE_POSITIONS)]
-        pieces = (order.stretch(*cut) for cut in itertools.pairwise([*cuts, (int(index) + 1) * positions]))
-        counts.append(_count(order.shards.num_items, pieces))
-    return np.mean(counts, axis=0)
+def _windows_with(shards: Shards, window: int, window_R: np.ndarray) -> dict[str, np.ndarray]:
+    """How many of these windows hold each item [I], as input or target (`items`) and as target (`targets`)."""
+    order = WindowOrder(shards, window, 1, shards.seed)
+    counts = {kind: np.zeros(shards.num_items, np.int64) for kind in _KINDS}
+    step = max(1, _PIECE_POSITIONS // window)
+    for start in range(0, len(window_R), step):
+        read = order.windows(window_R[start : start + step])
+        row_RL = np.broadcast_to(np.arange(len(read.item_RL))[:, None], read.item_RL.shape)
+        for kind, ids_RX in (("items", np.hstack([read.item_RL, read.target_RL])), ("targets", read.target_RL)):
+            rows_RX = np.hstack([row_RL, row_RL]) if kind == "items" else row_RL
+            known = ids_RX >= 0
+            pairs = np.unique(rows_RX[known] * shards.num_items + ids_RX[known])
+            counts[kind] += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
+    return counts
 
 
-def _spaced(available: int, wanted: int, offset: float = 0.0) -> np.ndarray:
-    """`wanted` different indices below `available`, evenly spaced."""
-    return np.floor((np.arange(wanted) + offset) * available / wanted).astype(np.int64)
+def _log_absent(count_X: np.ndarray, num_windows: int, drawn: int) -> np.ndarray:
+    """log of the chance that none of `drawn` windows out of num_windows is one of count_X; -inf where one must be."""
+    if drawn > _EXACT_DRAWS:
+        free_X = num_windows - np.minimum(count_X, num_windows - drawn)
+        ways_X = _log_factorial(free_X) - _log_factorial(free_X - drawn)
+        all_ways = math.lgamma(num_windows + 1) - math.lgamma(num_windows - drawn + 1)
+        return np.where(count_X > num_windows - drawn, -np.inf, ways_X - all_ways)
+    log_X = np.zeros(len(count_X))
+    with np.errstate(divide="ignore"):
+        for before in range(drawn):
+            log_X += np.log1p(-np.minimum(count_X / (num_windows - before), 1.0))
+    return log_X
 
 
-def _count(num_items: int, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int, int]:
-    """Distinct items, distinct targets and rows with a target of (items, targets) that come in pieces."""
-    as_input, as_target, rows = np.zeros(num_items, np.bool_), np.zeros(num_items, np.bool_), 0
-    for items, targets in pieces:
-        as_input[items], as_target[targets] = True, True
-        rows += len(targets)
-    return int(np.count_nonzero(as_input | as_target)), int(np.count_nonzero(as_target)), rows
+def _log_factorial(numbers_X: np.ndarray) -> np.ndarray:
+    return np.array([math.lgamma(number + 1) for number in numbers_X.tolist()])
+
+
+def _interpolate(curve: dict[str, Any], kind: str, window: int, group_windows: float) -> float:
+    lengths = np.array([int(length) for length in curve["windows"]])
+    values = []
+    for length in lengths:
+        knots = curve["windows"][str(length)]
+        values.append(
+            np.interp(math.log(group_windows), np.log(knots["groups"]), np.log(np.maximum(knots[kind], _SMALLEST)))
+        )
+    return float(np.exp(np.interp(math.log(window), np.log(lengths), values)))

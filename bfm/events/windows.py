@@ -1,9 +1,10 @@
 """Packed windows of L events, negative groups of G windows, and their global order; packed contexts of queries.
 
-The training stream of an epoch: users in an order that is a pure function of (seed, epoch), each user's training events
-one after the other. It is cut into W windows of L positions, the last one padded. Window i of the endless order is
-window i % W of epoch i // W, and group g is windows g*G .. (g+1)*G - 1. So the cursor of a run is one integer, the
-index of the next group, whatever the number of workers.
+The training stream: users as the shards hold them (their order is a hash), each user's training events one after the
+other. It is cut into W windows of L positions, the last one padded. An epoch is a permutation of the windows, a pure
+function of (seed, epoch, place) that is computed place by place. Window i of the endless order is place i % W of epoch
+i // W, and group g is windows g*G .. (g+1)*G - 1. So the windows of a group are of unrelated users, and the cursor of a
+run is one integer, the index of the next group, whatever the number of workers.
 
 Shapes: R rows (windows), L positions, N events, Q queries.
 """
@@ -11,17 +12,15 @@ Shapes: R rows (windows), L positions, N events, Q queries.
 from __future__ import annotations
 
 import bisect
-import copy
 from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.mixing import keyed, stream_key
-from bfm.events.protocol import QueryTable, Ragged, distinct_items, query_targets
+from bfm.events.mixing import permuted, stream_key
+from bfm.events.protocol import QueryTable
 from bfm.events.shards import Shards
 
 _ORDER_STREAM = 0x0DE2
-_KEPT_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,6 @@ class EvalWindows:
     """Int64 [Q]."""
     column: np.ndarray
     """Int64 [Q]."""
-    targets: Ragged
-    """Distinct target items of each query, cold ones included."""
-    seen: Ragged | None
-    """Distinct items of each query's history; None where the protocol does not filter them."""
-    user: np.ndarray
-    """Int64 [Q]."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +68,12 @@ class _Places:
     stop_RL: np.ndarray
     """Global index after the user's last event that may be known; 0 where padded."""
 
-    @classmethod
-    def stack(cls, pieces: list[_Places]) -> _Places:
-        """One piece after the other."""
-        columns = ("event_RL", "segment_RL", "first_RL", "stop_RL")
-        return cls(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in columns))
-
 
 class WindowOrder:
-    """The endless order of training windows and groups of one (shard set, L, G, seed). Memory: O(users)."""
+    """The endless order of training windows and groups of one (shard set, L, G, seed)."""
 
     def __init__(self, shards: Shards, window: int, group_windows: int, seed: int) -> None:
-        """Prepare the order. `window` (L) and `group_windows` (G) are at least 1.
+        """`window` (L) and `group_windows` (G) are at least 1.
 
         Raises:
             ValueError: L or G below 1, or a shard set without training events.
@@ -96,24 +83,11 @@ class WindowOrder:
         if shards.manifest.train_events < 1:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
-        self._users = np.flatnonzero(shards.train_lengths)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def reshaped(self, window: int, group_windows: int) -> WindowOrder:
-        """The same order of users cut into other windows and groups; shares what is O(users)."""
-        other = copy.copy(self)
-        other.window, other.group_windows = window, group_windows
-        return other
 
     @property
     def windows_per_epoch(self) -> int:
         """W: windows that hold every training event once."""
         return -(-self.shards.manifest.train_events // self.window)
-
-    @property
-    def groups_per_epoch(self) -> float:
-        """W / G; groups may straddle epochs."""
-        return self.windows_per_epoch / self.group_windows
 
     @property
     def targets_per_epoch(self) -> int:
@@ -122,74 +96,34 @@ class WindowOrder:
 
     def group(self, index: int) -> Windows:
         """The windows of a group (index from 0, endless)."""
-        return _gather(self.shards, self._places(index), with_targets=True)
+        epoch_R, place_R = np.divmod(
+            np.arange(index * self.group_windows, (index + 1) * self.group_windows), self.windows_per_epoch
+        )
+        window_R = np.empty_like(place_R)
+        for epoch in range(int(epoch_R[0]), int(epoch_R[-1]) + 1):
+            here = epoch_R == epoch
+            key = stream_key(self.seed, _ORDER_STREAM, epoch)
+            window_R[here] = permuted(key, place_R[here], self.windows_per_epoch)
+        return self.windows(window_R)
 
-    def group_item_ids(self, index: int) -> np.ndarray:
-        """Items of a group's filled positions [N], in order (repeats included)."""
-        event_RL = self._places(index).event_RL
-        return self.shards.take_item(self.shards.locate(event_RL[event_RL >= 0]))
-
-    def group_targets(self, index: int) -> np.ndarray:
-        """Target items of a group's positions [T], in order (repeats included)."""
-        places = self._places(index)
-        following = places.event_RL[places.event_RL + 1 < places.stop_RL] + 1
-        return self.shards.take_item(self.shards.locate(following))
-
-    def group_target_ids(self, index: int) -> np.ndarray:
-        """Sorted distinct target items of a group, without building its windows."""
-        return np.unique(self.group_targets(index))
-
-    def _places(self, index: int) -> _Places:
-        first, stop = index * self.group_windows, (index + 1) * self.group_windows
-        pieces = []
-        while first < stop:
-            epoch, low = divmod(first, self.windows_per_epoch)
-            high = min(low + stop - first, self.windows_per_epoch)
-            pieces.append(self._epoch_places(epoch, low, high))
-            first += high - low
-        return pieces[0] if len(pieces) == 1 else _Places.stack(pieces)
-
-    def stretch(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items [N] and target items [T] of positions start..stop-1 of the first epoch's stream."""
-        event_N, _, _, stop_N = self._stream(0, start, stop)
-        following = event_N[event_N + 1 < stop_N] + 1
-        return self.shards.take_item(self.shards.locate(event_N)), self.shards.take_item(self.shards.locate(following))
-
-    def _epoch_places(self, epoch: int, low: int, high: int) -> _Places:
-        """Windows low..high-1 of one epoch."""
-        start, stop = low * self.window, min(high * self.window, self.shards.manifest.train_events)
-
-        def spread(values: np.ndarray, pad: int) -> np.ndarray:
-            out = np.full((high - low) * self.window, pad)
-            out[: stop - start] = values
-            return out.reshape(-1, self.window)
-
-        event_N, slot_N, first_N, stop_N = self._stream(epoch, start, stop)
-        slot_RL = spread(slot_N, -1)
-        segment_RL = np.where(slot_RL >= 0, slot_RL - slot_RL[:, :1], -1)
-        return _Places(spread(event_N, -1), segment_RL, spread(first_N, 0), spread(stop_N, 0))
-
-    def _stream(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Positions start..stop-1 of an epoch's stream [N]: event, rank of its user here, the user's first and stop."""
-        users, ends = self._epoch(epoch)
-        first_slot, last_slot = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
-        end, user = ends[first_slot : last_slot + 1], users[first_slot : last_slot + 1]
-        first, length = self.shards.user_starts[user], self.shards.train_lengths[user]
-        counts = np.minimum(end, stop) - np.maximum(end - length, start)
-        # An event's global index and its place in the stream differ by a constant per user.
-        event_N = np.arange(start, stop) + np.repeat(first + length - end, counts)
-        slot_N = np.repeat(np.arange(len(user)), counts)
-        return event_N, slot_N, np.repeat(first, counts), np.repeat(first + length, counts)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Users in the epoch's order, and the place in the stream after each one's last event."""
-        if epoch not in self._epochs:
-            if len(self._epochs) >= _KEPT_EPOCHS:
-                del self._epochs[min(self._epochs)]
-            order = np.argsort(keyed(stream_key(self.seed, _ORDER_STREAM, epoch), self._users))
-            users = self._users[order]
-            self._epochs[epoch] = users, np.cumsum(self.shards.train_lengths[users])
-        return self._epochs[epoch]
+    def windows(self, window_R: np.ndarray) -> Windows:
+        """Windows by their number in the stream, 0..W-1."""
+        shards = self.shards
+        position_RL = window_R[:, None] * self.window + np.arange(self.window)
+        filled_RL = position_RL < shards.manifest.train_events
+        position_RL = np.minimum(position_RL, shards.manifest.train_events - 1)
+        user_RL = np.searchsorted(shards.train_stops, position_RL, side="right")
+        first_RL = shards.user_starts[user_RL]
+        stop_RL = first_RL + shards.train_lengths[user_RL]
+        event_RL = stop_RL - (shards.train_stops[user_RL] - position_RL)
+        segment_RL = np.cumsum(np.diff(user_RL, axis=1, prepend=user_RL[:, :1]) != 0, axis=1)
+        places = _Places(
+            event_RL=np.where(filled_RL, event_RL, -1),
+            segment_RL=np.where(filled_RL, segment_RL, -1),
+            first_RL=np.where(filled_RL, first_RL, 0),
+            stop_RL=np.where(filled_RL, stop_RL, 0),
+        )
+        return _gather(shards, places, with_targets=True)
 
 
 def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
@@ -257,8 +191,7 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int) -> EvalWindow
     windows = _gather(shards, places, with_targets=False)
     last = column + length - 1
     windows.later_RL[row, last] = ~queries.basket
-    seen = distinct_items(shards, first, position + 1) if queries.filter_seen else None
-    return EvalWindows(windows, row, last, query_targets(shards, queries), seen, queries.user)
+    return EvalWindows(windows, row, last)
 
 
 def _pack(length: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -83,6 +83,11 @@ class ModelBatch:
         """Target rows of each group."""
         return _lengths(self.row_offset)
 
+    def window_T(self, group: int) -> Tensor:
+        """Window of each of a group's target rows, counted from the group's first; int64."""
+        position_T = self.target_position_T[self.row_offset[group] : self.row_offset[group + 1]]
+        return position_T // self.item_RL.shape[1] - sum(self.windows[:group])
+
     @property
     def candidates(self) -> tuple[int, ...]:
         """Live candidates (distinct targets and what was drawn) of each group."""

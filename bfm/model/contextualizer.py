@@ -1,17 +1,19 @@
 """A user's events to one vector per position: the history's query for the next item.
 
 Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position of packed windows, and their segments.
-Leaves: h_TD at the wanted positions, float32, unit length. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a
-mask that lets an event see its own user's events up to itself; a final norm and the projection to d_item run on the
-wanted rows only. Attention is dense over the row: L x L pairs, masked.
+Leaves: `Queries` at the wanted positions. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an
+event see its own user's events up to itself; a final norm, the projection to d_item, and the pointer (mixture.py).
+Attention is dense over the row: L x L pairs, masked.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm, unit
+from bfm.model.mixture import Pointer, Queries
 from bfm.model.sizing import Shape
 
 
@@ -27,13 +29,20 @@ class Contextualizer(nn.Module):
             Block(shape.width, shape.heads, shape.hidden, generator) for _ in range(shape.depth)
         )
         self.out = make_linear(shape.width, shape.d_item, generator)
+        self.pointer = Pointer(shape.width, shape.pointer_width, generator) if shape.pointer_width else None
         self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(
-        self, v_RLD: Tensor, context_RLD: Tensor, segment_RL: Tensor, position_T: Tensor, drop: Drop | None = None
-    ) -> Tensor:
-        """Unit vectors h_TD, float32, at the flat positions r * L + l."""
-        rows, length, d_item = v_RLD.shape
+        self,
+        v_RLD: Tensor,
+        context_RLD: Tensor,
+        segment_RL: Tensor,
+        time_RL: Tensor,
+        position_T: Tensor,
+        drop: Drop | None = None,
+    ) -> Queries:
+        """The queries at the flat positions r * L + l."""
+        _, length, d_item = v_RLD.shape
         dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
         x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
@@ -43,8 +52,12 @@ class Contextualizer(nn.Module):
         rotation = self._rotation(length, x_RLW.device)
         for block in self.blocks:
             x_RLW = block(x_RLW, mask, rotation, drop)
-        x_TW = x_RLW.reshape(rows * length, -1).index_select(0, position_T)
-        return unit(self.out(rms_norm(x_TW)))
+        x_RLW = rms_norm(x_RLW)
+        h_TD = unit(self.out(x_RLW.flatten(0, 1).index_select(0, position_T)))
+        if self.pointer is None:
+            return Queries(h_TD, h_TD.new_zeros(len(h_TD), 1), None)
+        gate_T1, pointer_TL = self.pointer(x_RLW, segment_RL, time_RL, position_T)
+        return Queries(h_TD, F.log_softmax(F.pad(gate_T1, (1, 0)), -1), pointer_TL)
 
     def _rotation(self, length: int, device: torch.device) -> Tensor:
         key = length, device

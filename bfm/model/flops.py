@@ -5,7 +5,7 @@ Leaves: integers. Counted are the matmuls of the reference implementation that a
 a weight of p entries costs 2 n p forward, 2 n p for the weight's gradient and 2 n p for its input's gradient, the last
 only where the input needs one (numeric, vector and time features, the gap and the clock do not; table rows do; item
 vectors do in stage 1 and not in stage 2). Attention is dense, 4 pairs w forward and twice that backward, pairs = F^2
-per item over its F field tokens and L^2 per window. The head costs 6 rows K d with live and 4 rows K d with frozen
+per item over its F field tokens and L^2 per window; the pointer's scores cost half of that at its own width. The head costs 6 rows K d with live and 4 rows K d with frozen
 candidates. Lookups, norms and elementwise work (the positives' scores too) cost nothing.
 """
 
@@ -18,7 +18,7 @@ from bfm.model.fields import FieldLayout
 from bfm.model.sizing import Shape
 from bfm.model.two_part import automatic_features
 
-FLOPS_VERSION = 1
+FLOPS_VERSION = 2
 
 
 class ModelCost:
@@ -54,7 +54,7 @@ class ModelCost:
         flops += positions * (6 * self._context_tables + 4 * self._context_dense)
         flops += positions * shape.d_item * shape.width * ((6 if live else 4) + 6)
         flops += positions * 6 * self._block_params()
-        flops += 3 * self._attention(windows)
+        flops += 3 * self._attention(windows) + 3 * self._pointer(windows, target_rows)
         flops += target_rows * 6 * shape.width * shape.d_item
         return flops + target_rows * candidates * shape.d_item * (6 if live else 4)
 
@@ -90,7 +90,7 @@ class ModelCost:
         """
         shape, positions = self.shape, rows * self.window
         weights = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width + self._block_params()
-        flops = 2 * positions * weights + self._attention(rows)
+        flops = 2 * positions * weights + self._attention(rows) + self._pointer(rows, queries)
         return flops + 2 * queries * shape.d_item * (shape.width + catalogue)
 
     def _embed(self, items: int, backward: bool) -> int:
@@ -108,7 +108,17 @@ class ModelCost:
         return 6 * forward + 4 * dense + 3 * self._field_attention(items)
 
     def _block_params(self) -> int:
-        return self.shape.contextualizer_params - 3 * self.shape.d_item * self.shape.width
+        return self.shape.contextualizer_params - self.shape.edge_params
+
+    def _pointer(self, windows: int, rows: int) -> int:
+        """Queries and keys at every position, scores of all pairs, gates of the wanted rows; forward."""
+        shape, positions = self.shape, windows * self.window
+        if shape.pointer_width == 0:
+            return 0
+        pairs = positions * self.window
+        return 2 * (
+            2 * positions * shape.width * shape.pointer_width + pairs * shape.pointer_width + rows * shape.width
+        )
 
     def _attention(self, windows: int) -> int:
         return 4 * windows * self.window**2 * self.shape.width * self.shape.depth

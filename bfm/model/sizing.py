@@ -5,6 +5,7 @@ Enters: N (every dense weight after the field tokens and before the final logits
 exactly. Norms have no parameters and nothing has a bias, so N is the sum of the matmul weights:
 
     contextualizer  2 d_item w (item and context inputs) + depth (4 w^2 + 3 w hidden) + w d_item (output)
+    pointer         w (2 key width + 1), of the contextualizer; the key width is half of d_item
     MLP embedder    2 d_item hidden, on the pooled vector, added to the path of s = 0
     transformer     2 d_item w + depth (4 w^2 + 3 w hidden), on the field tokens, pooled, added to the same path
 
@@ -38,6 +39,8 @@ class Shape:
     heads: int
     hidden: int
     """SwiGLU width of the contextualizer's blocks."""
+    pointer_width: int = 0
+    """Width of the pointer's queries and keys; 0: no pointer."""
     embedder_kind: EmbedderKind = "none"
     embedder_width: int = 0
     embedder_depth: int = 0
@@ -57,8 +60,13 @@ class Shape:
 
     @property
     def contextualizer_params(self) -> int:
-        """Weights of the contextualizer, its input and output projections included."""
-        return 3 * self.d_item * self.width + _block_params(self.width, self.depth, self.hidden)
+        """Weights of the contextualizer, its input and output projections and its pointer included."""
+        return self.edge_params + _block_params(self.width, self.depth, self.hidden)
+
+    @property
+    def edge_params(self) -> int:
+        """Weights of the contextualizer outside its blocks."""
+        return _edge(self.d_item, self.pointer_width) * self.width
 
     @property
     def params(self) -> int:
@@ -88,6 +96,7 @@ def size_model(
     aspect: float = 32.0,
     depth: int | None = None,
     embedder_depth: int | None = None,
+    pointer: bool = True,
 ) -> Shape:
     """The model of N = `params` with embedder share s = `embedder_share`.
 
@@ -99,7 +108,9 @@ def size_model(
     """
     _check(params, embedder_share, d_item, aspect, depth, embedder_depth)
     embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
-    smallest = _smallest_stack(3 * d_item, depth or 1)
+    embedder = dataclasses.replace(embedder, pointer_width=d_item // 2 if pointer else 0)
+    edge = _edge(d_item, embedder.pointer_width)
+    smallest = _smallest_stack(edge, depth or 1)
     if params * (1 - embedder_share) < smallest:
         least = math.ceil(smallest / (1 - embedder_share))
         raise InfeasibleError(
@@ -109,7 +120,7 @@ def size_model(
             fix="take a larger N or a smaller d_item",
         )
     budget = max(params - embedder.embedder_params, smallest)
-    width, layers, hidden = _size_stack(budget, 3 * d_item, aspect, depth)
+    width, layers, hidden = _size_stack(budget, edge, aspect, depth)
     return dataclasses.replace(embedder, width=width, depth=layers, heads=_choose_heads(width), hidden=hidden)
 
 
@@ -124,7 +135,7 @@ def width_unit_params(shape: Shape) -> tuple[int, int]:
     def wider(width: int, fixed: int, depth: int, hidden: int) -> int:
         return 2 * fixed + _block_params(width + 2, depth, hidden) - _block_params(width, depth, hidden)
 
-    contextualizer = wider(shape.width, 3 * shape.d_item, shape.depth, shape.hidden)
+    contextualizer = wider(shape.width, _edge(shape.d_item, shape.pointer_width), shape.depth, shape.hidden)
     if shape.embedder_kind == "none":
         return contextualizer, 0
     if shape.embedder_kind == "mlp":
@@ -230,6 +241,11 @@ def _choose_heads(width: int) -> int:
         return abs(math.log(head_dim / target)) + odd, head_dim
 
     return width // min((dim for dim in range(2, width + 1, 2) if width % dim == 0), key=cost)
+
+
+def _edge(d_item: int, pointer_width: int) -> int:
+    """Weights outside the blocks per channel: item and context inputs, output; queries, keys and gate of a pointer."""
+    return 3 * d_item + (2 * pointer_width + 1 if pointer_width else 0)
 
 
 def _block_params(width: int, depth: int, hidden: int) -> int:

@@ -31,6 +31,7 @@ from bfm.model.fields import (
     clock_features,
     gap_features,
 )
+from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape
 
 LARGEST_SCALE = 100.0
@@ -144,8 +145,8 @@ class TwoPartModel(nn.Module):
         ids = torch.arange(first, self.item_store.num_items, step, device=self.device)
         return torch.cat([self._embed_chunk(part) for part in ids.split(chunk)])
 
-    def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Tensor:
-        """Unit queries h_TD (float32) of the batch's target rows, in row-major order.
+    def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Queries:
+        """The queries of the batch's target rows, in row-major order.
 
         v_UD: vectors of batch.items_U, from `embed_items` (stage 1) or rows of the frozen catalogue (stage 2).
         """
@@ -154,7 +155,7 @@ class TwoPartModel(nn.Module):
         drop = None
         if self.training and self.dropout > 0.0:
             drop = GroupDropout(self.dropout, self.seed, batch.group_indices, batch.windows, self.device)
-        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.target_position_T, drop)
+        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.time_RL, batch.target_position_T, drop)
 
     def embedder_parameter_names(self) -> tuple[str, ...]:
         """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""

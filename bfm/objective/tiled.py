@@ -10,7 +10,8 @@ A state (max_T, sum_T, weighted_TD) stands for the candidates seen so far, with 
 sum = sum_k exp(logit_k - max), weighted = sum_k exp(logit_k - max) c_k. Any `max` serves for which neither overflows
 and the sum does not vanish; no candidate at all is max -inf, sum 0.
 
-T = target rows, K = candidates, R = rows of the table, D = retrieval width; P, C = rows and candidates of a tile.
+T = target rows, K = candidates, G = windows with a pi of their own (two passes only), R = rows of the table,
+D = retrieval width; P, C = rows and candidates of a tile.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def loss_from_log_sum(q_TD: Tensor, positive_TD: Tensor, log_sum_T: Tensor) -> T
     return torch.where(positive_T.isfinite(), loss_T, torch.nan)
 
 
-def two_pass_log_sum(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> Tensor:
+def two_pass_log_sum(
+    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None
+) -> Tensor:
     """Log of the sum over the candidates except the hit, log_sum_T; differentiable in q and the table."""
-    return _TwoPassLogSum.apply(q_TD, table_RD, ids_K, log_pi_K, hit_T)
+    return _TwoPassLogSum.apply(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _online_state(tiles: _Tiles, q_TD: Tensor, log_pi_K: Tensor) -> State:
     max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
     weighted_TD, room = torch.zeros_like(q_TD), tiles.workspace(q_TD)
     for tile in tiles:
-        factor_P, weight_PC = _exponentials(_logits(q_TD, log_pi_K, tile, room), max_T[tile.rows])
+        factor_P, weight_PC = _exponentials(_logits(q_TD, log_pi_K[None], None, tile, room), max_T[tile.rows])
         sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
         weighted_TD[tile.rows] *= factor_P[:, None]
         _add_product(weighted_TD[tile.rows], weight_PC, tile.vectors_CD)
@@ -229,10 +232,11 @@ def _nan_unless_finite(vectors_CD: Tensor) -> Tensor:
     return 0.0 * vectors_CD.sum()
 
 
-def _logits(q_TD: Tensor, log_pi_K: Tensor, tile: _Tile, room: Tensor) -> Tensor:
+def _logits(q_TD: Tensor, log_pi_GK: Tensor, window_T: Tensor | None, tile: _Tile, room: Tensor) -> Tensor:
     """Corrected scores of the tile, -inf for hits."""
     logits_PC = _scores(q_TD, tile, room)
-    logits_PC -= log_pi_K[tile.columns].to(q_TD.dtype)
+    log_pi_GC = log_pi_GK[:, tile.columns].to(q_TD.dtype)
+    logits_PC -= log_pi_GC if window_T is None else log_pi_GC.index_select(0, window_T[tile.rows])
     if len(tile.hit_rows):
         logits_PC[tile.hit_rows, tile.hit_columns] = -torch.inf
     return logits_PC
@@ -258,25 +262,33 @@ class _TwoPassLogSum(torch.autograd.Function):
     """log_sum_T; the backward pass computes every tile's scores again."""
 
     @staticmethod
-    def forward(ctx: Any, q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_TD: Tensor,
+        table_RD: Tensor,
+        ids_K: Tensor,
+        log_pi_GK: Tensor,
+        hit_T: Tensor,
+        window_T: Tensor | None,
+    ) -> Tensor:
         tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
         max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
         room = tiles.workspace(q_TD)
         with torch.autocast(q_TD.device.type, enabled=False):
             for tile in tiles:
-                logits_PC = _logits(q_TD, log_pi_K, tile, room)
+                logits_PC = _logits(q_TD, log_pi_GK, window_T, tile, room)
                 factor_P, weight_PC = _exponentials(logits_PC, max_T[tile.rows])
                 sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
                 if tile.rows.start == 0:
                     sum_T += _nan_unless_finite(tile.vectors_CD)
         # Not log_sum: scores below -1000 with their rounding would come out of exp as wrong shares.
-        ctx.save_for_backward(q_TD, table_RD, ids_K, log_pi_K, hit_T, max_T, sum_T)
+        ctx.save_for_backward(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T)
         return max_T + sum_T.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_TD, table_RD, ids_K, log_pi_K, hit_T, max_T, sum_T = ctx.saved_tensors
+        q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T = ctx.saved_tensors
         tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
         grad_q_TD = torch.zeros_like(q_TD)
         grad_table_RD = torch.zeros_like(table_RD, dtype=q_TD.dtype) if ctx.needs_input_grad[1] else None
@@ -284,11 +296,12 @@ class _TwoPassLogSum(torch.autograd.Function):
         room = tiles.workspace(q_TD)
         with torch.autocast(q_TD.device.type, enabled=False):
             for tile in tiles:
-                logits_PC = _logits(q_TD, log_pi_K, tile, room)
+                logits_PC = _logits(q_TD, log_pi_GK, window_T, tile, room)
                 grad_PC = logits_PC.sub_(reference_T[tile.rows, None]).exp_().mul_(factor_T[tile.rows, None])
                 _add_product(grad_q_TD[tile.rows], grad_PC, tile.vectors_CD)
                 if grad_table_RD is not None:
                     grad_CD = torch.zeros_like(tile.vectors_CD, dtype=q_TD.dtype)
                     _add_product(grad_CD, grad_PC.T, q_TD[tile.rows].to(tile.vectors_CD.dtype))
                     grad_table_RD.index_add_(0, ids_K[tile.columns], grad_CD)
-        return grad_q_TD, None if grad_table_RD is None else grad_table_RD.to(table_RD.dtype), None, None, None
+        grad_table_RD = None if grad_table_RD is None else grad_table_RD.to(table_RD.dtype)
+        return grad_q_TD, grad_table_RD, None, None, None, None

@@ -4,7 +4,7 @@ Enters: a model, a shard set and its protocol. Leaves: every query's metrics (`Q
 `summarise` turns into the names of a row: nll, recall@k, ndcg@k, mrr@k, coverage@k, their `warm.` and `basket.` kinds,
 and loss_sampled, the training objective at the headline queries on one fixed sample of its proposal.
 
-All items are embedded once; contexts are packed and run in batches of bounded size; the catalogue streams in blocks.
+All items are embedded once, queries.py runs the contexts, the catalogue streams in blocks.
 
 Q = queries, D = retrieval width, I = all items, V = catalogue items, N = targets, T = targets of a block,
 K = negatives.
@@ -13,8 +13,9 @@ K = negatives.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,22 +23,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol, QueryTable, Ragged
+from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
 from bfm.events.shards import Shards
-from bfm.events.windows import eval_windows
-from bfm.model.batch import make_query_batch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
 from bfm.objective.softmax import sampled_softmax
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
+from bfm.ranking.mixture import MixtureScores
+from bfm.ranking.queries import Answers, answer
 from bfm.ranking.ranks import DotScores, ScoreBlock, rank_targets
 from bfm.ranking.sampled import sampled_metrics
 
 __all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
 
-# Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
-_BATCH_POSITIONS = 1 << 14
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -75,17 +74,16 @@ class Encoded:
     rows: NDArray[np.int64]
     """Place of each query in the part."""
     table: QueryTable
-    h_QD: Tensor
+    answers: Answers
     catalogue_VD: Tensor
-    scale: Tensor
     targets: Ragged
     seen: Ragged | None
     eval_flops: int
 
-    @property
-    def scorer(self) -> DotScores:
-        """The model's scores scale * <h, v>."""
-        return DotScores(self.h_QD * self.scale, self.catalogue_VD)
+    @cached_property
+    def scorer(self) -> DotScores | MixtureScores:
+        """The model's scores of the catalogue."""
+        return self.answers.scores(self.catalogue_VD)
 
     def ranked(self, scorer: ScoreBlock, k: Sequence[int] = (10,)) -> QueryScores:
         """Every query's metrics by any scores of the catalogue."""
@@ -115,8 +113,14 @@ def encode(
     rows = np.arange(rank, len(table), world_size)
     table = table[rows]
     item_vectors_ID = model.embed_all()
-    h_QD, targets, seen, flops = _contextualize(model, item_vectors_ID, shards, table, window, device)
-    return Encoded(rows, table, h_QD, item_vectors_ID[: shards.num_catalogue], model.scale, targets, seen, flops)
+    answers = answer(model, item_vectors_ID.__getitem__, shards, table, window, shards.num_catalogue)
+    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
+    flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), shards.num_catalogue)
+    seen = None
+    if table.filter_seen:
+        seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
+    catalogue_VD = item_vectors_ID[: shards.num_catalogue]
+    return Encoded(rows, table, answers, catalogue_VD, query_targets(shards, table), seen, flops)
 
 
 @torch.no_grad()
@@ -129,58 +133,18 @@ def evaluate_encoded(
     seed: int = 0,
 ) -> QueryScores:
     """`evaluate` of queries that are encoded already."""
-    table, targets, h_QD, catalogue_VD = encoded.table, encoded.targets, encoded.h_QD, encoded.catalogue_VD
+    targets, num_items, width = encoded.targets, len(encoded.catalogue_VD), encoded.catalogue_VD.shape[1]
     scores, flops = encoded.ranked(encoded.scorer, k), encoded.eval_flops
     if candidates is not None:
-        scores.values["loss_sampled"], rows_T = _sampled_loss(model, h_QD, catalogue_VD, targets, table, candidates)
-        flops += 2 * rows_T * len(candidates.ids_K) * catalogue_VD.shape[1]
+        scores.values["loss_sampled"], rows_T = _sampled_loss(model, encoded, candidates)
+        flops += 2 * rows_T * len(candidates.ids_K) * width
         scores = dataclasses.replace(scores, loss_sampled_negatives=len(candidates.ids_K))
     if sampled_negatives is not None:
-        rows, seen = encoded.rows, encoded.seen
-        scores.values.update(sampled_metrics(h_QD, catalogue_VD, targets, seen, rows, k, sampled_negatives, seed))
-        flops += 2 * int((targets.ids < len(catalogue_VD)).sum()) * (1 + sampled_negatives) * catalogue_VD.shape[1]
+        pairs, seen = encoded.scorer.pairs, encoded.seen
+        metrics = sampled_metrics(pairs, num_items, targets, seen, encoded.rows, k, sampled_negatives, seed)
+        scores.values.update(metrics)
+        flops += 2 * int((targets.ids < num_items).sum()) * (1 + sampled_negatives) * width
     return dataclasses.replace(scores, eval_flops=flops)
-
-
-def _contextualize(
-    model: TwoPartModel,
-    item_vectors_ID: Tensor,
-    shards: Shards,
-    table: QueryTable,
-    window: int,
-    device: torch.device | str,
-) -> tuple[Tensor, Ragged, Ragged | None, int]:
-    """h_QD of all queries, their targets, their seen items where filtered, and the forward FLOPs of everything."""
-    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
-    flops = cost.catalogue_flops(shards.num_items)
-    vectors = [item_vectors_ID.new_zeros(0, item_vectors_ID.shape[1])]
-    targets, seen = [], []
-    for chosen in query_batches(table, window):
-        contexts = eval_windows(shards, table[chosen], window)
-        batch = make_query_batch(contexts, device)
-        vectors.append(model.contextualize(batch, item_vectors_ID[batch.items_U]))
-        targets.append(contexts.targets)
-        if contexts.seen is not None:
-            seen.append(contexts.seen)
-        flops += cost.eval_flops(len(contexts.windows.item_RL), len(contexts.row), shards.num_catalogue)
-    return torch.cat(vectors), _join(targets), _join(seen) if table.filter_seen else None, flops
-
-
-def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
-    """Runs of queries whose contexts fill a bounded number of positions."""
-    filled_Q = np.cumsum(np.minimum(table.position + 1, window))
-    start = 0
-    while start < len(table):
-        before = filled_Q[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(filled_Q, before + _BATCH_POSITIONS, side="right")))
-        yield slice(start, stop)
-        start = stop
-
-
-def _join(parts: Sequence[Ragged]) -> Ragged:
-    lengths = [np.diff(part.offsets) for part in parts]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))])
-    return Ragged(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), offsets)
 
 
 def _table_width(model: TwoPartModel) -> int:
@@ -189,30 +153,25 @@ def _table_width(model: TwoPartModel) -> int:
     return tables[0].shape[1] if tables else 1
 
 
-def _sampled_loss(
-    model: TwoPartModel,
-    h_QD: Tensor,
-    catalogue_VD: Tensor,
-    targets: Ragged,
-    table: QueryTable,
-    candidates: Candidates,
-) -> tuple[NDArray[np.float64], int]:
+def _sampled_loss(model: TwoPartModel, encoded: Encoded, candidates: Candidates) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
-    device = h_QD.device
+    targets, answers, catalogue_VD = encoded.targets, encoded.answers, encoded.catalogue_VD
+    device = catalogue_VD.device
     query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
-    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[query_N]
+    used_N = (targets.ids < len(catalogue_VD)) & ~encoded.table.basket[query_N]
     place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
     hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
     ids_K = torch.from_numpy(candidates.ids_K).to(device)
-    log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
+    log_pi_1K = torch.from_numpy(candidates.log_pi_K).float().to(device)[None]
     loss_N = np.full(len(query_N), np.nan)
     rows = np.flatnonzero(used_N)
-    step = max(1, _BLOCK_BYTES // (h_QD.element_size() * max(1, len(candidates.ids_K))))
+    step = max(1, _BLOCK_BYTES // (4 * max(1, len(candidates.ids_K))))
     for start in range(0, len(rows), step):
         chosen_T = rows[start : start + step]
         query_T, item_T, hit_T = (
             torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
         )
-        loss_T = sampled_softmax(h_QD[query_T], catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, model.scale)
-        loss_N[chosen_T] = loss_T.double().cpu().numpy()
+        h_TD = answers.h_QD[query_T]
+        loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_1K, hit_T, model.scale)
+        loss_N[chosen_T] = answers.mixed_loss(loss_T, query_T, item_T).double().cpu().numpy()
     return query_mean(loss_N, targets, used_N), len(rows)

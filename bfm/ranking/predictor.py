@@ -9,7 +9,6 @@ Q = queries, I = all items, V = catalogue items, N = items new to the export, D 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,14 @@ from bfm.errors import UserError
 from bfm.events.encoding import Encoding, Part
 from bfm.events.protocol import QueryTable, Ragged, distinct_items
 from bfm.events.shards import Shards
-from bfm.events.windows import eval_windows
 from bfm.files import Store
-from bfm.model.batch import make_query_batch
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective.catalogue import FrozenCatalogue, embedder_hash
-from bfm.ranking.evaluate import query_batches
 from bfm.ranking.exported import CATALOGUE, MEMORY, WEIGHTS, open_sealed
 from bfm.ranking.memory import Memory
-from bfm.ranking.ranks import rank_targets
+from bfm.ranking.queries import answer
+from bfm.ranking.ranks import ScoreBlock, rank_targets
 
 _ROW_GROUP_USERS = 4096
 _EMBED_ITEMS = 8192
@@ -127,25 +124,18 @@ class Predictor:
         Raises DivergedError where a score is not finite.
         """
         self.check_k(k)
-        num_catalogue, device = self.encoding.catalogue, self.model.device
-        open_queries = dataclasses.replace(queries, filter_seen=False)
-        vectors = [self._new_ND.new_zeros(0, self._new_ND.shape[1])]
-        for rows in query_batches(queries, self.window):
-            batch = make_query_batch(eval_windows(shards, open_queries[rows], self.window), device)
-            vectors.append(self.model.contextualize(batch, self._item_vectors(batch.items_U)))
-        h_QD = torch.cat(vectors)
-        scaled_QD = h_QD * self.model.scale
+        num_catalogue = self.encoding.catalogue
+        answers = answer(self.model, self._item_vectors, shards, queries, self.window, num_catalogue)
         seen = None
         if queries.filter_seen:
             seen = distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
 
-        def logits(rows: slice, items: slice) -> Tensor:
-            return scaled_QD[rows] @ self.catalogue.vectors_ID[items].float().T
-
-        scores = logits if self.memory is None else self.memory.beside(logits, shards, queries)
+        scores: ScoreBlock = answers.scores(self.catalogue.vectors_ID[:num_catalogue].float())
+        if self.memory is not None:
+            scores = self.memory.beside(scores, shards, queries)
         ranked = rank_targets(scores, no_targets, num_catalogue, k, seen)
-        return Top(ranked.top_Qk, ranked.top_score_Qk, h_QD.cpu().numpy())
+        return Top(ranked.top_Qk, ranked.top_score_Qk, answers.h_QD.cpu().numpy())
 
     def write(
         self,

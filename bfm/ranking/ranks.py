@@ -63,6 +63,7 @@ class DotScores:
 
     def __init__(self, queries_QD: Tensor, items_VD: Tensor) -> None:
         self._queries_QD = queries_QD
+        self.num_items = len(items_VD)
         # The matmul of a block is faster where the items of a row of the operand are neighbours.
         self._items_DV = items_VD.T.contiguous()
         longest = [vectors.norm(dim=1).amax().double() for vectors in (queries_QD, items_VD) if len(vectors)]
@@ -72,6 +73,11 @@ class DotScores:
     def __call__(self, rows: slice, items: slice) -> Tensor:
         """Scores [R, C]."""
         return self._queries_QD[rows] @ self._items_DV[:, items]
+
+    def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
+        """Scores of S items for each of T queries, [T, S]."""
+        # Not a matmul: every score is summed in the same order, so equal items stay equal.
+        return (self._queries_QD[query_T][:, None] * self._items_DV.T[item_TS]).sum(-1)
 
 
 def rank_targets(
@@ -170,7 +176,7 @@ def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[N
 
 
 def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int, columns: int, max_k: int) -> _Passed:
-    finite = isinstance(score_block, DotScores) and score_block.finite
+    finite = getattr(score_block, "finite", False)
     log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
         stop = min(start + columns, num_items)

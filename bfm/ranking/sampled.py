@@ -1,6 +1,6 @@
 """Ranks among a few sampled negatives, as papers that rank "1 against 100" report them. Not the full catalogue.
 
-Enters: queries, item vectors and targets. Leaves: recall, NDCG and MRR per query under names of their own, such as
+Enters: scores of any query and item, and targets. Leaves: recall, NDCG and MRR per query under names of their own, such as
 `sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene & Rendle,
 KDD 2020), so they only serve to compare with such papers.
 
@@ -8,12 +8,12 @@ A target's competitors are drawn uniformly without replacement from the catalogu
 the protocol filters them, its seen items. They depend on the seed and the query alone: every model, and every division
 among workers, meets the same ones. Ties count half, so the place of the target among them does not matter.
 
-Q = queries, N = targets, T = warm targets of a block, S = sampled negatives, D = retrieval width.
+Q = queries, N = targets, T = warm targets of a block, S = sampled negatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from bfm.errors import UserError
 from bfm.events.protocol import Ragged
 from bfm.ranking.metrics import query_metrics
 
-# Item vectors gathered at a time.
-_BLOCK_BYTES = 8 * 2**20
+# Scores made at a time.
+_BLOCK_PAIRS = 1 << 15
+PairScores = Callable[[Tensor, Tensor], Tensor]
+"""(queries [T], items [T, S]) -> scores [T, S]."""
 
 
 def sampled_metrics(
-    h_QD: Tensor,
-    catalogue_VD: Tensor,
+    pair_scores: PairScores,
+    num_items: int,
     targets: Ragged,
     seen: Ragged | None,
     query_Q: NDArray[np.int64],
@@ -42,8 +44,8 @@ def sampled_metrics(
 
     Raises UserError where a query has fewer than num_negatives items to draw from.
     """
-    negatives_QS = _draw(targets, seen, query_Q, len(catalogue_VD), num_negatives, seed)
-    rank_N = _ranks(h_QD, catalogue_VD, targets, negatives_QS)
+    negatives_QS = _draw(targets, seen, query_Q, num_items, num_negatives, seed)
+    rank_N = _ranks(pair_scores, num_items, targets, negatives_QS)
     metrics: dict[str, NDArray[np.float64]] = {}
     for k in ks:
         metrics |= query_metrics(rank_N, targets, np.ones(len(rank_N), bool), k)
@@ -72,19 +74,19 @@ def _draw(
     return negatives_QS
 
 
-def _ranks(h_QD: Tensor, catalogue_VD: Tensor, targets: Ragged, negatives_QS: NDArray[np.int64]) -> NDArray[np.float64]:
+def _ranks(
+    pair_scores: PairScores, num_items: int, targets: Ragged, negatives_QS: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """1 + #greater + 1/2 #equal among the query's negatives; inf for cold targets."""
     query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
     rank_N = np.full(len(query_N), np.inf)
-    warm = np.flatnonzero(targets.ids < len(catalogue_VD))
-    step = max(1, _BLOCK_BYTES // (4 * catalogue_VD.shape[1] * (1 + negatives_QS.shape[1])))
+    warm = np.flatnonzero(targets.ids < num_items)
+    step = max(1, _BLOCK_PAIRS // (1 + negatives_QS.shape[1]))
     for start in range(0, len(warm), step):
         chosen_T = warm[start : start + step]
-        items_TS = np.concatenate([targets.ids[chosen_T, None], negatives_QS[query_N[chosen_T]]], axis=1)
-        h_TD = h_QD[torch.from_numpy(query_N[chosen_T]).to(h_QD.device)]
-        vectors_TSD = catalogue_VD[torch.from_numpy(items_TS).to(h_QD.device)]
-        # Not a matmul: every score is summed in the same order, so equal items stay equal.
-        score_TS = (h_TD[:, None] * vectors_TSD).sum(-1)
+        query_T = query_N[chosen_T]
+        items_TS = np.concatenate([targets.ids[chosen_T, None], negatives_QS[query_T]], axis=1)
+        score_TS = pair_scores(torch.from_numpy(query_T), torch.from_numpy(items_TS))
         target_T1, negative_TS = score_TS[:, :1], score_TS[:, 1:]
         better_T, equal_T = (negative_TS > target_T1).sum(1), (negative_TS == target_T1).sum(1)
         rank_N[chosen_T] = (1.0 + better_T + 0.5 * equal_T).double().cpu().numpy()

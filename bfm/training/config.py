@@ -34,6 +34,8 @@ class TrainConfig:
     """Peak (and constant) rate of the dense weights; 0 takes the rule in (N, B) and is replaced by its value."""
     groups_per_step: int = 1
     """B: negative groups per optimizer step, over all workers."""
+    copy: str = "pointer"
+    """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone."""
     window: int = 256
     """L: events per training window."""
     group_windows: int = 4
@@ -123,17 +125,39 @@ class TrainConfig:
 
     def shape(self) -> Shape:
         """Widths and depths; raises InfeasibleError where (N, s) cannot be built."""
-        return _shape(self.params, self.embedder_share, self.d_item, self.aspect, self.depth, self.embedder_depth)
+        return _shape(
+            self.params,
+            self.embedder_share,
+            self.d_item,
+            self.aspect,
+            self.depth,
+            self.embedder_depth,
+            self.copy == "pointer",
+        )
 
 
 @functools.lru_cache(maxsize=1024)
 def _shape(
-    params: float, embedder_share: float, d_item: int, aspect: float, depth: int | None, embedder_depth: int | None
+    params: float,
+    embedder_share: float,
+    d_item: int,
+    aspect: float,
+    depth: int | None,
+    embedder_depth: int | None,
+    pointer: bool,
 ) -> Shape:
     # Imported late: the border code that only checks configurations need not load the model room.
     from bfm.model.sizing import size_model
 
-    return size_model(params, embedder_share, d_item=d_item, aspect=aspect, depth=depth, embedder_depth=embedder_depth)
+    return size_model(
+        params,
+        embedder_share,
+        d_item=d_item,
+        aspect=aspect,
+        depth=depth,
+        embedder_depth=embedder_depth,
+        pointer=pointer,
+    )
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
@@ -164,6 +188,15 @@ def _count(low: int, high: int) -> Check:
     return check
 
 
+def _choice(*allowed: str) -> Check:
+    def check(value: object, key: str) -> str:
+        if value not in allowed:
+            raise UserError(f"{value!r} is no choice", key=key, fix=f"write {' or '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
 def _flag(value: object, key: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"expected true or false, got {value!r}", key=key, fix="write true or false")
@@ -180,6 +213,7 @@ _CHECKS: dict[str, Check] = {
     "embedder_share": _number(0, 0.5),
     "learning_rate": _number(0, 10),
     "groups_per_step": _count(1, 1 << 20),
+    "copy": _choice("pointer", "none"),
     "window": _count(2, 1 << 16),
     "group_windows": _count(1, 1 << 20),
     "d_item": _count(2, 1 << 14),

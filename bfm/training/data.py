@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.events.statistics import inclusion_in_batch
+from bfm.events.statistics import inclusion_elsewhere
 from bfm.events.windows import WindowOrder
 from bfm.files import canonical_json, sha256_bytes
 from bfm.model.flops import ModelCost
@@ -56,10 +56,11 @@ class TrainingData:
         return sha256_bytes(canonical_json({"fields": fields, "files": files}))
 
     def log_pi(self, config: TrainConfig) -> Tensor:
-        """Log inclusion probabilities of in-batch negatives, float32 [V], on the CPU."""
+        """Log chance that the other windows of a group bring a catalogue item, float32 [V], on the CPU."""
         key = config.window, config.group_windows
         if key not in self._log_pi:
-            self._log_pi[key] = torch.from_numpy(np.log(inclusion_in_batch(self.shards, *key))).float()
+            with np.errstate(divide="ignore"):
+                self._log_pi[key] = torch.from_numpy(np.log(inclusion_elsewhere(self.shards, *key))).float()
         return self._log_pi[key]
 
     def order(self, config: TrainConfig, seed: int) -> WindowOrder:

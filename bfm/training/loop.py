@@ -27,8 +27,8 @@ from bfm.model.two_part import TwoPartModel, embeds_twice
 from bfm.objective.catalogue import embedder_hash
 from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
-from bfm.objective.loss import DrawnObjective, LiveObjective
 from bfm.objective.methods import check_method, method_of_stage
+from bfm.objective.objectives import DrawnObjective, LiveObjective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -241,7 +241,14 @@ class Trainer:
             self._embedder_hash = key
             factory = self.factory
             self.objective = DrawnObjective(
-                freeze_items(model, compute_dtype(factory.device), self.softmax, factory.rank, factory.world_size),
+                freeze_items(
+                    model,
+                    compute_dtype(factory.device),
+                    self.softmax,
+                    factory.rank,
+                    factory.world_size,
+                    self.config.negatives_in_batch,
+                ),
                 self.data.shards.train_counts,
                 self.config.negatives,
                 self.config.negatives_exponent,

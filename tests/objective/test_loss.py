@@ -10,7 +10,7 @@ from bfm.errors import UserError
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
 from bfm.objective.frozen import WholeItems
-from bfm.objective.loss import DrawnObjective, LiveObjective
+from bfm.objective.objectives import DrawnObjective, LiveObjective
 
 DIM = 6
 

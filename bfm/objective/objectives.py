@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.model.batch import NO_ITEMS, ModelBatch
+from bfm.model.mixture import Queries, mixture_loss
 from bfm.objective.frozen import FrozenItems
 from bfm.objective.sampling import (
     Candidates,
@@ -41,7 +42,7 @@ class TwoParts(Protocol):
 
     scale: Tensor
     embed_items: Callable[[Tensor], Tensor]
-    contextualize: Callable[[ModelBatch, Tensor], Tensor]
+    contextualize: Callable[[ModelBatch, Tensor], Queries]
 
 
 class LiveObjective:
@@ -78,22 +79,25 @@ class LiveObjective:
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
         v_UD = model.embed_items(batch.items_U)
-        h_TD = model.contextualize(batch, v_UD)
+        queries = model.contextualize(batch, v_UD)
         losses = []
         for group, rows in _groups(batch):
             chosen_K = batch.candidates_C[batch.candidate_offset[group] : batch.candidate_offset[group + 1]]
-            loss_T = sampled_softmax(
-                h_TD[rows],
-                v_UD[batch.target_index_T[rows]],
-                v_UD,
-                chosen_K,
-                self.log_pi_V[batch.items_U[chosen_K]],
-                batch.hit_T[rows],
-                model.scale,
-                method=self.method,
+            window_T, hit_T = batch.window_T(group), batch.hit_T[rows]
+            losses.append(
+                sampled_softmax(
+                    queries.h_TD[rows],
+                    v_UD[batch.target_index_T[rows]],
+                    v_UD,
+                    chosen_K,
+                    own_window_certain(self.log_pi_V[batch.items_U[chosen_K]], window_T, hit_T, batch.windows[group]),
+                    hit_T,
+                    model.scale,
+                    window_T=window_T,
+                    method=self.method,
+                )
             )
-            losses.append(_mean(loss_T))
-        return torch.stack(losses).mean()
+        return _mean_of_groups(batch, queries, losses)
 
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group: its distinct targets and what was drawn."""
@@ -136,22 +140,20 @@ class DrawnObjective:
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
         """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
-        h_TD = model.contextualize(batch, self.items.vectors(batch.items_U))
+        queries = model.contextualize(batch, self.items.vectors(batch.items_U))
         losses = []
         for group, rows in _groups(batch):
             ids_K = self._candidate_ids(batch, group)
             target_T = batch.target_item_T[rows]
             place_T = torch.searchsorted(ids_K, target_T).clamp(max=len(ids_K) - 1)
-            loss_T = self.items.loss(
-                h_TD[rows],
-                target_T,
-                ids_K,
-                self.log_pi_V[ids_K],
-                torch.where(ids_K[place_T] == target_T, place_T, -1),
-                model.scale,
-            )
-            losses.append(_mean(loss_T))
-        return torch.stack(losses).mean()
+            hit_T = torch.where(ids_K[place_T] == target_T, place_T, -1)
+            log_pi_GK, window_T = self.log_pi_V[ids_K][None], None
+            if self.in_batch:
+                window_T = batch.window_T(group)
+                log_pi_GK = own_window_certain(log_pi_GK[0], window_T, hit_T, batch.windows[group])
+            h_TD = queries.h_TD[rows]
+            losses.append(self.items.loss(h_TD, target_T, ids_K, log_pi_GK, hit_T, model.scale, window_T))
+        return _mean_of_groups(batch, queries, losses)
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:
         """Nothing: the candidates of stage 2 are not embedded with the group."""
@@ -191,6 +193,30 @@ def _groups(batch: ModelBatch) -> Iterator[tuple[int, slice]]:
         yield group, slice(batch.row_offset[group], batch.row_offset[group + 1])
 
 
-def _mean(loss_T: Tensor) -> Tensor:
+def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
+    """log pi of the candidates for the rows of each window, log_pi_GK: 0 for the targets of the window itself.
+
+    Given what a row's window holds, the other windows of its group are drawn without regard to it. So the candidates
+    that stand in the row's own window are there with certainty (pi = 1), and any other item with the chance log_pi_K
+    that another window brings it. Then E[1{in} / pi] = 1 for every item, those of the row's own history included, and
+    the sum over the candidates is an unbiased estimate of the sum over the catalogue.
+    """
+    log_pi_GK = log_pi_K.repeat(num_windows, 1)
+    log_pi_GK[window_T, hit_T] = 0.0
+    return log_pi_GK
+
+
+def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
+    """Mean over groups of the mean over their rows; a group without targets counts as zero."""
+    loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
     # Not .mean(): the last group of a small log may hold no target, and its mean would be NaN.
-    return loss_T.sum() / max(1, len(loss_T))
+    return torch.stack([loss_T[rows].sum() / max(1, rows.stop - rows.start) for _, rows in _groups(batch)]).mean()
+
+
+def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
+    """What the sparse components give each row's target, [T, X]."""
+    if queries.pointer_TL is None:
+        return queries.h_TD.new_zeros(len(queries.h_TD), 0)
+    item_TL = batch.item_RL.index_select(0, batch.target_position_T // batch.item_RL.shape[1])
+    # Pads carry the index of some item, and probability 0.
+    return (queries.pointer_TL * (item_TL == batch.target_index_T[:, None])).sum(1, keepdim=True)

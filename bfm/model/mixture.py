@@ -1,0 +1,87 @@
+"""The output distribution: a softmax over the catalogue, mixed with sparse distributions over few items.
+
+    p(v) = g_0 softmax(scale <h, v>) + sum_x g_x c_x(v),     g = softmax of the gates of a position
+
+One vector cannot put mass on several unrelated items of a user's past (arXiv 2310.14079); a sparse component can, at a
+cost that does not grow with the catalogue. The pointer is one: attention of the query over the user's own events in the
+window, whose weights are the probabilities of their items (Vinyals et al. 2015, See et al. 2017).
+
+Enters: what the contextualizer knows at every position. Leaves: gates and probabilities at the wanted positions.
+
+R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows, X sparse components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bfm.model.blocks import look_up, make_linear, rms_norm
+
+_STEPS = 96
+"""Half powers of two up to 2^47: events, or 4,000 years in milliseconds."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What the model says at T rows."""
+
+    h_TD: Tensor
+    """Unit vectors, float32: the softmax over the catalogue."""
+    log_gate_TX1: Tensor
+    """log g, float32: the softmax first, then the sparse components (X = 0: all zero)."""
+    pointer_TL: Tensor | None
+    """Probabilities of the positions of the row's window, float32; None without a pointer."""
+
+
+def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tensor:
+    """-log p of the targets, [T]: loss_T of the softmax alone, mass_TX what each sparse component gives the target."""
+    if mass_TX.shape[1] == 0:
+        return loss_T
+    # Where a component gives nothing it must leave neither a value nor a NaN in the gradient.
+    nothing_TX = mass_TX <= 0
+    log_mass_TX = torch.where(nothing_TX, 1.0, mass_TX).log().masked_fill(nothing_TX, -torch.inf)
+    return -torch.logsumexp(log_gate_TX1 + torch.cat([-loss_T[:, None], log_mass_TX], 1), 1)
+
+
+class Pointer(nn.Module):
+    """Attention over the user's own events, and its gate.
+
+    The score of an event is <q, k>, a learned value of its distance in events, and one of the time that has passed.
+    """
+
+    def __init__(self, width: int, key_width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.query = make_linear(width, key_width, generator)
+        # Zero: a new pointer gives all events of a history the same weight.
+        self.key = make_linear(width, key_width, None)
+        self.gate = make_linear(width, 1, None)
+        self.gate_bias = nn.Parameter(torch.zeros(1))
+        self.distance_bias = nn.Parameter(torch.zeros(_STEPS))
+        self.elapsed_bias = nn.Parameter(torch.zeros(_STEPS))
+
+    def forward(self, x_RLW: Tensor, segment_RL: Tensor, time_RL: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate logits [T, 1] and probabilities [T, L], float32; x is normalised, position_T as r * L + l."""
+        length = x_RLW.shape[1]
+        q_RLP, k_RLP = rms_norm(self.query(x_RLW)), self.key(x_RLW)
+        score_RLL = (q_RLP @ k_RLP.mT) * k_RLP.shape[-1] ** -0.5
+        score_TL = score_RLL.flatten(0, 1).index_select(0, position_T).float()
+        row_T, place_T1 = position_T // length, (position_T % length)[:, None]
+        distance_TL = place_T1 - torch.arange(length, device=x_RLW.device)
+        elapsed_TL = time_RL.flatten()[position_T, None] - time_RL.index_select(0, row_T)
+        for bias, past_TL in ((self.distance_bias, distance_TL), (self.elapsed_bias, elapsed_TL)):
+            score_TL = score_TL + look_up(bias[:, None], half_octave(past_TL)).squeeze(-1)
+        own_TL = segment_RL.index_select(0, row_T) == segment_RL.flatten()[position_T, None]
+        score_TL = score_TL.masked_fill(~(own_TL & (distance_TL >= 0)), -torch.inf)
+        gate_T1 = self.gate(x_RLW.flatten(0, 1).index_select(0, position_T)).float() + self.gate_bias
+        return gate_T1, F.softmax(score_TL, -1)
+
+
+def half_octave(numbers: Tensor) -> Tensor:
+    """0 below 1, then one more for every half power of two (1, 1.5, 2, 3, 4, ...), at most 95; int32."""
+    # The exponent and the first bit of the mantissa.
+    bits = numbers.clamp(min=0).float().view(torch.int32) >> 22
+    return (bits - (2 * 127 - 1)).clamp(0, _STEPS - 1)

@@ -1,0 +1,104 @@
+"""Scores of a distribution that mixes a softmax with sparse distributions: log p of any block of queries and items.
+
+    p_v = g e^{s_v} / sum_u e^{s_u} + m_v          g the softmax's gate, m what all sparse components give together
+
+Enters: the softmax's scores, its gates, and the few items per query with a mass of their own. Leaves: a ScoreBlock
+(ranks.py) of log p. Mass on items outside the catalogue is left out: what is ranked and scored is p given that the item
+is one of the catalogue, which ranks.py's own sum over it divides by.
+
+Q = queries, R = query rows of a chunk, C = items of a block, P = pairs of a query and an item, N = pairs asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bfm.ranking.ranks import DotScores
+
+_ROWS, _COLUMNS = 256, 8192
+
+
+@dataclass(frozen=True)
+class SparseMass:
+    """Distinct (query, item) pairs with their probability, by rising query and item."""
+
+    query_P: Tensor
+    """int64."""
+    item_P: Tensor
+    """int64."""
+    mass_P: Tensor
+    """float32, positive."""
+
+    @classmethod
+    def of(cls, query_P: Tensor, item_P: Tensor, mass_P: Tensor, num_items: int) -> SparseMass:
+        """From pairs in any order; those of a query and an item are added up, items from num_items on left out."""
+        kept = ((mass_P > 0) & (item_P < num_items)).nonzero()[:, 0]
+        key_P, place_P = torch.unique(query_P[kept] * num_items + item_P[kept], return_inverse=True)
+        total_P = torch.zeros(len(key_P), device=mass_P.device).index_add_(0, place_P, mass_P[kept])
+        return cls(key_P // num_items, key_P % num_items, total_P)
+
+    @classmethod
+    def join(cls, parts: Sequence[SparseMass], queries: Sequence[int], device: torch.device) -> SparseMass:
+        """The pairs of runs of queries one after the other; `queries` are the lengths of the runs."""
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        starts = [0, *itertools.accumulate(queries)]
+        return cls(
+            torch.cat([none, *(part.query_P + start for part, start in zip(parts, starts, strict=False))]),
+            torch.cat([none, *(part.item_P for part in parts)]),
+            torch.cat([none.float(), *(part.mass_P for part in parts)]),
+        )
+
+    def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
+        """Mass of any pairs, 0 where there is none."""
+        if len(self.mass_P) == 0:
+            return torch.zeros(item_N.shape, device=item_N.device)
+        stride = int(max(self.item_P.max(), item_N.max() if item_N.numel() else 0)) + 1
+        key_P, key_N = self.query_P * stride + self.item_P, query_N * stride + item_N
+        place_N = torch.searchsorted(key_P, key_N).clamp(max=len(key_P) - 1)
+        return torch.where(key_P[place_N] == key_N, self.mass_P[place_N], 0.0)
+
+
+class MixtureScores:
+    """A ScoreBlock of log p."""
+
+    def __init__(self, softmax: DotScores, log_gate_Q: Tensor, sparse: SparseMass) -> None:
+        self._softmax, self._sparse = softmax, sparse
+        self.finite = softmax.finite
+        """No score can be NaN or infinite."""
+        self.shift_Q = log_gate_Q - _log_totals(softmax, len(log_gate_Q))
+        """What makes a score of the softmax its share of log p."""
+        self._log_mass_P = sparse.mass_P.log()
+
+    def __call__(self, rows: slice, items: slice) -> Tensor:
+        """log p [R, C]."""
+        log_p_RC = self._softmax(rows, items) + self.shift_Q[rows, None]
+        sparse = self._sparse
+        low, high = torch.searchsorted(
+            sparse.query_P, torch.tensor([rows.start, rows.stop]).to(sparse.query_P)
+        ).tolist()
+        item_P = sparse.item_P[low:high]
+        here = low + ((item_P >= items.start) & (item_P < items.stop)).nonzero()[:, 0]
+        at = sparse.query_P[here] - rows.start, sparse.item_P[here] - items.start
+        log_p_RC[at] = torch.logaddexp(log_p_RC[at], self._log_mass_P[here])
+        return log_p_RC
+
+    def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
+        """log p of S items for each of T queries, [T, S]."""
+        log_p_TS = self._softmax.pairs(query_T, item_TS) + self.shift_Q[query_T, None]
+        mass_TS = self._sparse.at(query_T[:, None].expand_as(item_TS), item_TS)
+        return torch.logaddexp(log_p_TS, mass_TS.log())
+
+
+def _log_totals(scores: DotScores, num_queries: int) -> Tensor:
+    """log sum over the catalogue of e^score of every query [Q], in blocks of bounded size."""
+    totals = []
+    for start in range(0, num_queries, _ROWS):
+        rows = slice(start, min(start + _ROWS, num_queries))
+        blocks = (slice(low, min(low + _COLUMNS, scores.num_items)) for low in range(0, scores.num_items, _COLUMNS))
+        totals.append(torch.logsumexp(torch.stack([scores(rows, items).logsumexp(1) for items in blocks]), 0))
+    return torch.cat(totals) if totals else torch.zeros(0)
