@@ -128,11 +128,24 @@ def format_description(description: dict[str, Any]) -> str:
             f"{part['basket_queries']:,} inside baskets; {part['cold_target_share']:.1%} of targets are cold"
         )
     lines += [_field_line(field) for field in d["fields"]]
-    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items())]
+    lines += [f"cut            {line}" for line in cut_lines(d["checks"].get("cuts", {}))]
+    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items()) if name != "cuts"]
     return "\n".join(lines + _warnings(d))
 
 
 _PARTS = ("train", "validation", "test")
+
+
+def cut_lines(cuts: dict[str, dict[str, Any]]) -> list[str]:
+    """The manifest's check `cuts` as lines for people: per field what is kept, how much was cut, and what to do."""
+    lines = []
+    for name, cut in sorted(cuts.items()):
+        reason = "a larger max_length keeps more" if cut["by_max_length"] else "none in training is longer"
+        lines.append(
+            f"{name}: {cut['cut']:,} of {cut['values']:,} {cut['of']} with a value ({cut['cut'] / cut['values']:.1%}) "
+            f"have more than {cut['kept']} {cut['unit']}, {cut['lost']:,} {cut['unit']} left out; {reason}"
+        )
+    return lines
 
 
 def _field_line(field: dict[str, Any]) -> str:
