@@ -7,7 +7,7 @@ field. Partitions are a function of the rows and the seed, so is everything here
 Text is a bag of its first lower-case words, a list of its first elements, as many as the schema's `max_length` and at
 most as many as the longest one in training has; what that cuts off is counted. Words and elements beyond the 65,534
 most frequent ones, or never seen in training, share the id 1. A categorical field with more than 65,536 values is
-hashed instead: two hashes into one table.
+hashed instead: two hashes into one table of 65,536 rows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MAX_VALUES = 1 << 16
 _FIRST_ID = 2
 _NUM_EDGES = 31
 _KEPT_TOKENS = 1 << 18
+_LEAST_HASH_ROWS = 1 << 10
 _TEXT = pa.large_string()
 _COUNTS = pa.schema([("value", _TEXT), ("count", pa.int64())])
 _BINS = pa.schema([("value", pa.int64()), ("count", pa.int64())])
@@ -179,8 +180,12 @@ def hashed_field(name: str, side: Side, rows: int) -> FittedField:
 
 
 def hash_rows(num_values: int) -> int:
-    """Power of two in [1024, 65536], not below the number of values where that is possible."""
-    return min(max(1024, 1 << max(num_values - 1, 0).bit_length()), MAX_VALUES)
+    """Rows R of the table of V hashed ids: the least power of two that is at least V, and at least 1,024.
+
+    Two hashes of V values on R >= V rows: a row has two values or fewer on average, and about (V / R)^2 <= 1 pairs of
+    values share both rows and cannot be told apart, whatever V.
+    """
+    return max(_LEAST_HASH_ROWS, 1 << max(num_values - 1, 0).bit_length())
 
 
 def encode(values: pa.Array, fitted: Fitted) -> Encoded:

@@ -32,6 +32,7 @@ _KINDS_OF_OPTION = {
     "buckets": ("categorical",),
     "format": ("time",),
 }
+_MAX_HASH_ROWS = 1 << 30
 _BUILT_IN = Path(__file__).parent / "schemas"
 
 
@@ -191,6 +192,7 @@ class EventSchema(_Strict):
     split: SplitSpec = SplitSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     hash_rows: Annotated[int | None, BeforeValidator(_as_count)] = None
+    """Rows of the table of item ids, a power of two; left out: one per catalogue item, rounded up to a power of two."""
     id_field: bool = True
     """The item's own id as a hashed field."""
     popularity_field: bool = True
@@ -217,8 +219,9 @@ class EventSchema(_Strict):
             raise UserError("is also an item field", key=f"context_fields.{name}", fix="rename one of the two")
         if self.items and len(self.items.key) != len(self.item):
             raise UserError("needs as many columns as item", key="items.key", fix="name one key column per item column")
-        if self.hash_rows is not None and (self.hash_rows < 16 or self.hash_rows & (self.hash_rows - 1)):
-            raise UserError("is not a power of two from 16 on", key="hash_rows", fix="write for example 4096")
+        rows = self.hash_rows
+        if rows is not None and (not 16 <= rows <= _MAX_HASH_ROWS or rows & (rows - 1)):
+            raise UserError("is not a power of two from 16 to 2^30", key="hash_rows", fix="write for example 4096")
         if not self.id_field and not self.popularity_field and not self.item_fields:
             raise UserError("items would have no field at all", key="id_field", fix="keep it, or declare item_fields")
         return self

@@ -87,9 +87,22 @@ def test_many_categories_are_hashed():
     assert fitting.fit("f", "item", "categorical", fitting.merge("categorical", [part, rest])).field.kind == "hashed"
 
 
-@pytest.mark.parametrize(("values", "rows"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (10**6, 65536)])
+@pytest.mark.parametrize(
+    ("values", "rows"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (10**6, 1 << 20), (10**7, 1 << 24)]
+)
 def test_rows_of_a_hashed_table(values, rows):
     assert fitting.hash_rows(values) == rows
+
+
+@pytest.mark.parametrize("values", [1000, 65_537, 300_000])
+def test_two_hashes_tell_the_items_of_any_catalogue_apart(values):
+    rows = fitting.hash_rows(values)
+    keys = text([f"item {n}" for n in range(values)])
+    ids = fitting.encode(keys, fitting.Fitted(fitting.hashed_field("item_id", "item", rows))).array
+    # At most one pair of items is expected to share both rows; seven or more happen once in 10,000 tables.
+    assert values - len(np.unique(np.sort(ids, axis=1), axis=0)) < 7
+    assert 2 <= ids.min() <= ids.max() < rows
+    assert np.bincount(ids.ravel(), minlength=rows)[2:].mean() <= 2.01
 
 
 def test_numbers_keep_their_raw_value_and_know_their_quantiles():

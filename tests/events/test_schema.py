@@ -29,6 +29,7 @@ def test_the_json_schema_says_what_an_option_means():
     field = json_schema()["$defs"]["FieldSpec"]["properties"]["max_length"]
     assert field["anyOf"][0] == {"type": "integer", "minimum": 1}
     assert all(str(length) in field["description"] for length in MAX_LENGTH.values())
+    assert "power of two" in json_schema()["properties"]["hash_rows"]["description"]
 
 
 def test_short_forms_are_written_out():
@@ -66,6 +67,7 @@ def test_short_forms_are_written_out():
         (BASE + "item_fields: {a/b: numeric}\n", "item_fields.a/b", "not a field name"),
         (BASE + "item_fields: {a: text}\ncontext_fields: {a: text}\n", "context_fields.a", "also an item field"),
         (BASE + "hash_rows: 1000\n", "hash_rows", "power of two"),
+        (BASE + "hash_rows: 4294967296\n", "hash_rows", "to 2^30"),
         (BASE + "id_field: false\npopularity_field: false\n", "id_field", "no field at all"),
         (BASE + "split: {valid: 0.5, test: 0.6}\n", "split", "nothing for training"),
         (BASE + "split: {valid_from: 2017-01-01}\n", "split", "go together"),
