@@ -40,17 +40,22 @@ def prepare(
         "items": manifest.items,
         "catalogue": manifest.catalogue,
         "quarantined": dict(manifest.rows_quarantined),
+        "cuts": manifest.checks.get("cuts", {}),
     }
     show(summary, as_json, _prepared_text)
 
 
 def _prepared_text(summary: dict[str, Any]) -> str:
-    quarantined = summary["quarantined"]
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in quarantined.items()) or "none"
-    return (
+    from bfm.events.describe import cut_lines
+
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary["quarantined"].items()) or "none"
+    lines = [
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
-        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}\n{summary['shards']}"
-    )
+        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}",
+        *(f"cut: {line}" for line in cut_lines(summary["cuts"])),
+        summary["shards"],
+    ]
+    return "\n".join(lines)
 
 
 @app.command()

@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.fields import FittedField
-from bfm.events.fitting import Fitted
+from bfm.events.fitting import Cut, Encoded, Fitted
 from bfm.events.items import Items, choose_values, count_items, count_values, join_item_table, key_columns, merge_items
 from bfm.events.manifest import Manifest
 from bfm.events.prepare import ROW_HASH, Job, num_partitions, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
+from bfm.events.schema import MAX_LENGTH, EventSchema
 from bfm.events.shards import Shards, finish, write_items, write_shard
 from bfm.events.split import Split
 from bfm.events.statistics import fit_distinct_curve
@@ -99,24 +100,26 @@ def fit_all(job: Job) -> dict[str, Any]:
     for name, spec in job.schema.item_fields.items():
         raw[name] = clean.from_text(texts[name], spec.kind)
         statistics = fitting.measure(raw[name], spec.kind, items.train_count)
-        fields.append(fitting.fit(name, "item", spec.kind, statistics))
-        encoded[name], lost = fitting.encode(raw[name], fields[-1])
-        checks["repairs"].update({f"{name}: {fitting.LOST[spec.kind]}": lost} if lost else {})
+        fields.append(fitting.fit(name, "item", spec.kind, statistics, spec.max_length))
+        found = fitting.encode(raw[name], fields[-1])
+        encoded[name] = found.array
+        checks["repairs"].update(_repairs(fields[-1].field, found))
+        checks["cuts"].update(_cuts(job.schema, fields[-1].field, found.cut))
         if statistics.known == 0:
             checks["no_value_in_training"].append(name)
     if job.schema.id_field:
         rows = job.schema.hash_rows or fitting.hash_rows(items.catalogue)
         fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
-        encoded[_ITEM_ID], _ = fitting.encode(items.keys, fields[-1])
+        encoded[_ITEM_ID] = fitting.encode(items.keys, fields[-1]).array
     if job.schema.popularity_field:
         popularity = pa.array(items.train_count.astype(np.float64))
         known = (items.train_count > 0).astype(np.int64)
         fields.append(fitting.fit(_POPULARITY, "item", "numeric", fitting.measure(popularity, "numeric", known)))
-        encoded[_POPULARITY], _ = fitting.encode(popularity, fields[-1])
+        encoded[_POPULARITY] = fitting.encode(popularity, fields[-1]).array
     for name, spec in job.schema.context_fields.items():
         parts = [fitting.Statistics.from_table(table) for table in _partials(job, f"context-{name}")]
         statistics = fitting.merge(spec.kind, parts)
-        fields.append(fitting.fit(name, "context", spec.kind, statistics))
+        fields.append(fitting.fit(name, "context", spec.kind, statistics, spec.max_length))
         if statistics.known == 0:
             checks["no_value_in_training"].append(name)
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
@@ -139,7 +142,12 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
     for report in reports:
         repairs.update({(name, fault): count for name, fault, count in report["repairs"]})
         ties += TieCounts(*report["ties"])
-    checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "no_value_in_training": [], "item_conflicts": {}}
+    checks: dict[str, Any] = {
+        "ties_raw": ties.as_dict(),
+        "no_value_in_training": [],
+        "item_conflicts": {},
+        "cuts": {},
+    }
     texts = {}
     for name in job.event_item_fields:
         values = choose_values(_partials(job, f"values-{name}"), items)
@@ -159,6 +167,21 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
         checks["item_conflicts"]["warning"] = what
     checks["repairs"] = {f"{name}: {fault}": count for (name, fault), count in sorted(repairs.items())}
     return texts, checks
+
+
+def _repairs(field: FittedField, found: Encoded) -> dict[str, int]:
+    return {f"{field.name}: {fitting.LOST[field.kind]}": found.missing} if found.missing else {}
+
+
+def _cuts(schema: EventSchema, field: FittedField, cut: Cut) -> dict[str, dict[str, Any]]:
+    """What the manifest says of a field whose bags were cut; nothing where none was."""
+    if not cut.cut:
+        return {}
+    specs, of = (schema.item_fields, "items") if field.side == "item" else (schema.context_fields, "events")
+    limit = specs[field.name].max_length or MAX_LENGTH[field.kind]
+    unit = "words" if field.kind == "text" else "elements"
+    figures = {"of": of, "unit": unit, "kept": field.columns, "by_max_length": field.columns == limit}
+    return {field.name: {**figures, **dataclasses.asdict(cut)}}
 
 
 def _write_fields(job: Job, fields: list[Fitted]) -> None:
@@ -199,7 +222,8 @@ def write_partition(job: Job, split: Split, index: int) -> None:
     """Encode a sorted partition and write it as a shard (an empty one where no user fell into it)."""
     path = job.file("sorted", index, "arrow")
     context: dict[str, np.ndarray] = {}
-    repairs = {}
+    repairs: dict[str, int] = {}
+    cuts: dict[str, tuple[int, ...]] = {}
     fields = [fitted for fitted in _read_fields(job) if fitted.field.side == "context"]
     if path.is_file():
         table = read_arrow(path)
@@ -214,9 +238,10 @@ def write_partition(job: Job, split: Split, index: int) -> None:
         target = clean.cleaned_schema(job.schema, job.event_item_fields)
         values = {f.field.name: pa.array([], target.field(clean.context_column(f.field.name)).type) for f in fields}
     for fitted in fields:
-        context[fitted.field.name], lost = fitting.encode(values[fitted.field.name], fitted)
-        if lost:
-            repairs[f"{fitted.field.name}: {fitting.LOST[fitted.field.kind]}"] = lost
+        found = fitting.encode(values[fitted.field.name], fitted)
+        context[fitted.field.name] = found.array
+        repairs.update(_repairs(fitted.field, found))
+        cuts[fitted.field.name] = dataclasses.astuple(found.cut)
     train_end, valid_end = split.ends(time, offsets)
     write_shard(
         job.shard_set,
@@ -229,17 +254,14 @@ def write_partition(job: Job, split: Split, index: int) -> None:
         valid_end=valid_end,
         users=users,
     )
-    job.file("written", index, "json").write_text(json.dumps({"repairs": repairs}))
+    job.file("written", index, "json").write_text(json.dumps({"repairs": repairs, "cuts": cuts}))
 
 
 def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
     """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
     partitions = job.summaries("sorted")
-    repairs = Counter(checks.get("repairs", {}))
-    for report in job.summaries("written"):
-        repairs.update(report["repairs"])
-    if repairs:
-        checks = {**checks, "repairs": dict(sorted(repairs.items()))}
+    fields = tuple(fitted.field for fitted in _read_fields(job))
+    checks = _with_context_losses(job, fields, checks)
     users = sum(partition["users"] for partition in partitions)
     if users == 1:
         checks = {**checks, "users": {"warning": "there is a single user: standard errors over users do not exist"}}
@@ -260,7 +282,7 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
         shards=num_partitions(rows),
         has_clock=job.schema.has_clock,
         split=split.as_dict(),
-        fields=tuple(fitted.field for fitted in _read_fields(job)),
+        fields=fields,
         train_events=sum(summary["train_events"] for summary in measured),
         train_targets=sum(summary["train_targets"] for summary in measured),
         time_range=(min(first for first, _ in times), max(last for _, last in times)),
@@ -270,6 +292,20 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
         checks=checks,
     )
     return _complete(job, draft)
+
+
+def _with_context_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:
+    """The checks of `fit_all` and what the encoding of events made missing or cut."""
+    repairs, cuts = Counter(checks.get("repairs", {})), dict(checks.get("cuts", {}))
+    reports = job.summaries("written")
+    for report in reports:
+        repairs.update(report["repairs"])
+    for field in fields:
+        if field.side == "context":
+            cut = sum((Cut(*report["cuts"][field.name]) for report in reports), Cut())
+            cuts.update(_cuts(job.schema, field, cut))
+    losses = {"repairs": dict(sorted(repairs.items())), "cuts": cuts}
+    return {**checks, **{name: figures for name, figures in losses.items() if figures}}
 
 
 def _complete(job: Job, draft: Manifest) -> Manifest:

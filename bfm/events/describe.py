@@ -127,17 +127,44 @@ def format_description(description: dict[str, Any]) -> str:
             f"{name:<14} {part['queries']:,} queries of {part['candidates']:,} possible, {part['users']:,} users; "
             f"{part['basket_queries']:,} inside baskets; {part['cold_target_share']:.1%} of targets are cold"
         )
-    lines += [_field_line(field) for field in d["fields"]]
-    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items())]
+    lines += [_field_line(field, d["catalogue"]) for field in d["fields"]]
+    lines.append(_tables_line(d["fields"]))
+    lines += [f"cut            {line}" for line in cut_lines(d["checks"].get("cuts", {}))]
+    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items()) if name != "cuts"]
     return "\n".join(lines + _warnings(d))
 
 
 _PARTS = ("train", "validation", "test")
+_EXAMPLE_WIDTH = 16
+# A weight, its gradient and AdamW's two moments in float32.
+_NUMBER_BYTES = 16
 
 
-def _field_line(field: dict[str, Any]) -> str:
+def cut_lines(cuts: dict[str, dict[str, Any]]) -> list[str]:
+    """The manifest's check `cuts` as lines for people: per field what is kept, how much was cut, and what to do."""
+    lines = []
+    for name, cut in sorted(cuts.items()):
+        reason = "a larger max_length keeps more" if cut["by_max_length"] else "none in training is longer"
+        lines.append(
+            f"{name}: {cut['cut']:,} of {cut['values']:,} {cut['of']} with a value ({cut['cut'] / cut['values']:.1%}) "
+            f"have more than {cut['kept']} {cut['unit']}, {cut['lost']:,} {cut['unit']} left out; {reason}"
+        )
+    return lines
+
+
+def _field_line(field: dict[str, Any], catalogue: int) -> str:
     rows = f", {format_count(field['rows'])} table rows" if field["rows"] else ""
+    if field["name"] == "item_id":
+        rows += f", {2 * catalogue / field['rows']:.2g} items a row"
     return f"field          {field['side']} {field['name']}: {field['kind']}{rows}"
+
+
+def _tables_line(fields: list[dict[str, Any]]) -> str:
+    rows = sum(field["rows"] for field in fields)
+    return (
+        f"tables         {format_count(rows)} rows in all: training holds "
+        f"{rows * _EXAMPLE_WIDTH * _NUMBER_BYTES / (1 << 20):.3g} MiB for tables of width {_EXAMPLE_WIDTH}"
+    )
 
 
 def _check_text(value: Any) -> str:

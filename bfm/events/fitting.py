@@ -4,9 +4,10 @@ Statistics are counts of values (categorical: of values, text: of words, list: o
 log(1 + |x|) in the bins of a `Histogram`, vector: of lengths), so no step holds more than the distinct values of one
 field. Partitions are a function of the rows and the seed, so is everything here.
 
-Text is a bag of its first 32 lower-case words, a list of its first 16 elements; words and elements beyond the 65,534
+Text is a bag of its first lower-case words, a list of its first elements, as many as the schema's `max_length` and at
+most as many as the longest one in training has; what that cuts off is counted. Words and elements beyond the 65,534
 most frequent ones, or never seen in training, share the id 1. A categorical field with more than 65,536 values is
-hashed instead: two hashes into one table.
+hashed instead: two hashes into one table of 65,536 rows.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.events.fields import FittedField, Side
+from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_strings
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
 from bfm.events.parse import plain, to_mask
+from bfm.events.schema import MAX_LENGTH
 
 MAX_VALUES = 1 << 16
-MAX_TEXT_COLUMNS, MAX_LIST_COLUMNS = 32, 16
 _FIRST_ID = 2
 _NUM_EDGES = 31
 _KEPT_TOKENS = 1 << 18
+_LEAST_HASH_ROWS = 1 << 10
 _TEXT = pa.large_string()
 _COUNTS = pa.schema([("value", _TEXT), ("count", pa.int64())])
 _BINS = pa.schema([("value", pa.int64()), ("count", pa.int64())])
@@ -66,6 +68,33 @@ class Fitted:
     field: FittedField
     vocabulary: pa.Array | None = None
     """Large strings; entry i has the id i + 2. None for kinds without ids or with hashed ids."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How far the bags of a field were cut."""
+
+    values: int = 0
+    """Values with at least one word or element."""
+    cut: int = 0
+    """Values that lost some."""
+    lost: int = 0
+    """Words or elements lost."""
+
+    def __add__(self, other: Cut) -> Cut:
+        return Cut(self.values + other.values, self.cut + other.cut, self.lost + other.lost)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded column."""
+
+    array: np.ndarray
+    """As in the field contract (see fields.py)."""
+    missing: int = 0
+    """Known values that had to become missing; `LOST` says why."""
+    cut: Cut = Cut()
+    """Of text and lists."""
 
 
 def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
@@ -115,8 +144,11 @@ def merge(kind: str, parts: list[Statistics]) -> Statistics:
     return Statistics(table, known, {"longest": max(part.extra.get("longest", 0) for part in parts)})
 
 
-def fit(name: str, side: Side, kind: str, statistics: Statistics) -> Fitted:
+def fit(name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None) -> Fitted:
     """The field as its training values say.
+
+    Args:
+        max_length: words or elements that are kept of a value, at most; None: the default of the kind.
 
     Raises:
         UserError: a vector field without a single vector.
@@ -138,12 +170,8 @@ def fit(name: str, side: Side, kind: str, statistics: Statistics) -> Fitted:
     rows = len(vocabulary) + _FIRST_ID
     if kind == "categorical":
         return Fitted(FittedField(name, side, "categorical", rows=rows), vocabulary)
-    longest = int(statistics.extra.get("longest", 0))
-    if kind == "text":
-        field = FittedField(name, side, "text", rows=rows, columns=max(1, min(longest, MAX_TEXT_COLUMNS)))
-    else:
-        field = FittedField(name, side, "list", rows=rows, columns=max(1, min(longest, MAX_LIST_COLUMNS)))
-    return Fitted(field, vocabulary)
+    columns = max(1, min(int(statistics.extra["longest"]), max_length or MAX_LENGTH[kind]))
+    return Fitted(FittedField(name, side, kind, rows=rows, columns=columns), vocabulary)
 
 
 def hashed_field(name: str, side: Side, rows: int) -> FittedField:
@@ -152,33 +180,34 @@ def hashed_field(name: str, side: Side, rows: int) -> FittedField:
 
 
 def hash_rows(num_values: int) -> int:
-    """Power of two in [1024, 65536], not below the number of values where that is possible."""
-    return min(max(1024, 1 << max(num_values - 1, 0).bit_length()), MAX_VALUES)
+    """Rows R of the table of V hashed ids: the least power of two that is at least V, and at least 1,024.
+
+    Two hashes of V values on R >= V rows: a row has two values or fewer on average, and about (V / R)^2 <= 1 pairs of
+    values share both rows and cannot be told apart, whatever V.
+    """
+    return max(_LEAST_HASH_ROWS, 1 << max(num_values - 1, 0).bit_length())
 
 
-def encode(values: pa.Array, fitted: Fitted) -> tuple[np.ndarray, int]:
-    """The array of the field contract (see fields.py), and how many known values had to become missing.
+def encode(values: pa.Array, fitted: Fitted) -> Encoded:
+    """A column as the model reads it, and what that left out.
 
     Args:
         values: as in `measure`.
     """
     field = fitted.field
     if field.kind == "numeric":
-        return values.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float32), 0
+        return Encoded(values.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float32))
     if field.kind == "time":
         # The kind has no missing value; the epoch stands for it.
-        return values.fill_null(0).to_numpy(zero_copy_only=False), values.null_count
+        return Encoded(values.fill_null(0).to_numpy(zero_copy_only=False), missing=values.null_count)
     if field.kind == "vector":
         return _encode_vectors(values, field.columns)
     if field.kind == "hashed":
-        return _hash_ids(values, field.rows), 0
+        return Encoded(_hash_ids(values, field.rows))
     assert fitted.vocabulary is not None
     if field.kind == "categorical":
-        return _ids(values, fitted.vocabulary), 0
-    bags = _words(values) if field.kind == "text" else values
-    flat = plain(pc.list_flatten(bags))
-    parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
-    return _padded(_ids(flat, fitted.vocabulary), parents, len(values), field.columns), 0
+        return Encoded(_ids(values, fitted.vocabulary))
+    return _encode_bags(_words(values) if field.kind == "text" else values, fitted.vocabulary, field.columns)
 
 
 # ---------------------------------------------------------------- inside
@@ -210,7 +239,7 @@ def _most_frequent(counts: pa.Table, limit: int) -> pa.Table:
 
 
 def _words(texts: pa.Array) -> pa.Array:
-    """Lower-case words of letters and digits, the first MAX_TEXT_COLUMNS of each text."""
+    """Lower-case words of letters and digits of each text."""
     if pa.types.is_dictionary(texts.type):
         # Splitting each distinct text once.
         return _words(texts.dictionary).take(texts.indices)
@@ -264,19 +293,22 @@ def _hash_ids(values: pa.Array, rows: int) -> np.ndarray:
     return table[encoded.indices.fill_null(len(encoded.dictionary)).to_numpy(zero_copy_only=False)]
 
 
-def _padded(ids: np.ndarray, parents: np.ndarray, num_rows: int, columns: int) -> np.ndarray:
-    """Int32 [n, columns]: the first ids of each row, then zeros."""
-    lengths = np.bincount(parents, minlength=num_rows)
+def _encode_bags(bags: pa.Array, vocabulary: pa.Array, columns: int) -> Encoded:
+    """Int32 [n, columns]: the first ids of each bag, then zeros."""
+    ids = _ids(plain(pc.list_flatten(bags)), vocabulary)
+    parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
+    lengths = np.bincount(parents, minlength=len(bags))
     place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     inside = place < columns
-    table = np.zeros((num_rows, columns), np.int32)
+    table = np.zeros((len(bags), columns), np.int32)
     table[parents[inside], place[inside]] = ids[inside]
-    return table
+    cut = Cut(int((lengths > 0).sum()), int((lengths > columns).sum()), int((~inside).sum()))
+    return Encoded(table, cut=cut)
 
 
-def _encode_vectors(values: pa.Array, columns: int) -> tuple[np.ndarray, int]:
+def _encode_vectors(values: pa.Array, columns: int) -> Encoded:
     lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
     fits = lengths == columns
     table = np.zeros((len(values), columns), np.float32)
     table[fits] = pc.list_flatten(values.filter(pa.array(fits))).to_numpy(zero_copy_only=False).reshape(-1, columns)
-    return table, int(((lengths > 0) & ~fits).sum())
+    return Encoded(table, missing=int(((lengths > 0) & ~fits).sum()))

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.encoding import Encoding, Part
+from bfm.events.fields import FittedField
 from bfm.events.fitting import Fitted
 from bfm.events.hashing import hash_rows, hash_strings
 from bfm.events.manifest import Manifest
@@ -63,6 +64,8 @@ class Histories:
         """Reason -> rows."""
         self.repairs: Counter[tuple[str, str]] = Counter()
         """(field, fault) -> values made missing."""
+        self.cuts: Counter[str] = Counter()
+        """Field -> values that are longer than the training log's."""
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
         self._scratch, self._part_rows = scratch, part_rows
@@ -89,7 +92,7 @@ class Histories:
 
     def new_item_arrays(self) -> dict[str, np.ndarray]:
         """Encoded item fields of the new items, in the order of their ids."""
-        return self._new.encode()
+        return self._new.encode(self._encode)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
@@ -152,8 +155,7 @@ class Histories:
         for field in self.encoding.fields:
             if field.side == "context":
                 values = plain(events[clean.context_column(field.name)]).take(pa.array(order))
-                encoded, _ = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-                context[field.name] = _with_placeholder(encoded)
+                context[field.name] = _with_placeholder(self._encode(field, values))
         nobody = np.zeros(len(user.dictionary) + 1, np.int64)
         write_shard(
             folder,
@@ -169,6 +171,14 @@ class Histories:
         users = plain(table[clean.USER]).unique()
         without = users.filter(pc.invert(pc.is_in(users, value_set=user.dictionary)))
         return Part(Shards(folder, self._manifest(len(nobody), len(order) + 1)), user.dictionary, without)
+
+    def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
+        found = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
+        if found.missing:
+            self.repairs[field.name, fitting.LOST[field.kind]] += found.missing
+        if found.cut.cut:
+            self.cuts[field.name] += found.cut.cut
+        return found.array
 
     def _manifest(self, users: int, events: int) -> Manifest:
         encoding = self.encoding
@@ -217,7 +227,7 @@ class _NewItems:
                 self._note(first, rows, row_hash[order], clean.item_column(name))
         return item_E.astype(np.int32)
 
-    def encode(self) -> dict[str, np.ndarray]:
+    def encode(self, encode: Callable[[FittedField, pa.Array], np.ndarray]) -> dict[str, np.ndarray]:
         """Encoded item fields [new items]; what an item table would have to say is missing."""
         keys = pa.array(list(self.ids), _TEXT)
         arrays = {}
@@ -232,8 +242,7 @@ class _NewItems:
             else:
                 # The fields that every schema may have: the id itself, and a popularity that is zero so far.
                 values = keys if field.kind == "hashed" else pa.array(np.zeros(len(keys)))
-            fitted = Fitted(field, self.encoding.vocabularies.get(field.name))
-            arrays[field.name], _ = fitting.encode(values, fitted)
+            arrays[field.name] = encode(field, values)
         return arrays
 
     @staticmethod

@@ -5,7 +5,7 @@ user: customer
 time: bought_at                 # or {column, format | unit}; or `position: step` where there is no clock
 item: [mcc, {column: amount, buckets: [10, 50, 100]}]     # a column, or several that together are the item
 items: {path: items.parquet, key: mcc}                     # optional: a table with one row per item
-item_fields: {brand: categorical, tags: {kind: list, separator: "|"}}
+item_fields: {brand: categorical, tags: {kind: list, separator: "|", max_length: 64}}
 context_fields: {quantity: numeric, shop: {kind: categorical, column: shop_id}}
 split: {by: time, valid: 0.1, test: 0.1}                   # or dates (valid_from, test_from); or by: leave_one_out
 """
@@ -23,13 +23,21 @@ from bfm.errors import UserError
 from bfm.units import parse_count
 from bfm.yaml import did_you_mean, load_yaml, validate
 
-KINDS = ("categorical", "numeric", "text", "list", "vector", "time")
+MAX_LENGTH = {"text": 32, "list": 16}
+"""Words or elements that are kept of one value where the schema does not say."""
 RESERVED = ("item_id", "popularity", "gap", "later", "clock")
+_KINDS_OF_OPTION = {
+    "separator": ("list", "vector"),
+    "max_length": tuple(MAX_LENGTH),
+    "buckets": ("categorical",),
+    "format": ("time",),
+}
+_MAX_HASH_ROWS = 1 << 30
 _BUILT_IN = Path(__file__).parent / "schemas"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def _as_column(value: Any) -> Any:
@@ -56,6 +64,10 @@ def _as_fields(value: Any) -> Any:
 
 def _as_queries(value: Any) -> Any:
     return None if value == "all" else parse_count(value)
+
+
+def _as_count(value: Any) -> Any:
+    return None if value is None else parse_count(value)
 
 
 class TimeSpec(_Strict):
@@ -87,6 +99,8 @@ class FieldSpec(_Strict):
     column: str
     separator: str | None = None
     """list, vector: what separates the elements where the column is text."""
+    max_length: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_as_count)] = None
+    """text, list: only the first so many words (32 where left out) or elements (16) of a value are kept."""
     buckets: list[float] | None = None
     """categorical: cut a number into buckets."""
     format: str | None = None
@@ -96,7 +110,7 @@ class FieldSpec(_Strict):
     @model_validator(mode="after")
     def _fits_kind(self) -> FieldSpec:
         _check_buckets(self.buckets)
-        for option, kinds in (("separator", ("list", "vector")), ("buckets", ("categorical",)), ("format", ("time",))):
+        for option, kinds in _KINDS_OF_OPTION.items():
             if getattr(self, option) is not None and self.kind not in kinds:
                 fix = f"remove it, or set kind to {' or '.join(kinds)}"
                 raise UserError(f"does not go with kind {self.kind}", key=option, fix=fix)
@@ -177,7 +191,8 @@ class EventSchema(_Strict):
     clean: CleanSpec = CleanSpec()
     split: SplitSpec = SplitSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    hash_rows: Annotated[int | None, BeforeValidator(lambda v: v if v is None else parse_count(v))] = None
+    hash_rows: Annotated[int | None, BeforeValidator(_as_count)] = None
+    """Rows of the table of item ids, a power of two; left out: one per catalogue item, rounded up to a power of two."""
     id_field: bool = True
     """The item's own id as a hashed field."""
     popularity_field: bool = True
@@ -204,8 +219,9 @@ class EventSchema(_Strict):
             raise UserError("is also an item field", key=f"context_fields.{name}", fix="rename one of the two")
         if self.items and len(self.items.key) != len(self.item):
             raise UserError("needs as many columns as item", key="items.key", fix="name one key column per item column")
-        if self.hash_rows is not None and (self.hash_rows < 16 or self.hash_rows & (self.hash_rows - 1)):
-            raise UserError("is not a power of two from 16 on", key="hash_rows", fix="write for example 4096")
+        rows = self.hash_rows
+        if rows is not None and (not 16 <= rows <= _MAX_HASH_ROWS or rows & (rows - 1)):
+            raise UserError("is not a power of two from 16 to 2^30", key="hash_rows", fix="write for example 4096")
         if not self.id_field and not self.popularity_field and not self.item_fields:
             raise UserError("items would have no field at all", key="id_field", fix="keep it, or declare item_fields")
         return self

@@ -73,12 +73,15 @@ def predict_log(
 
         counts = predictor.write(histories.parts(), made, k=k, vectors=vectors, filter_seen=filter_seen, progress=show)
         os.replace(made, out)
+    return {"predictions": str(out), **counts, **_read_counts(histories)}
+
+
+def _read_counts(histories: Histories) -> dict[str, Any]:
     return {
-        "predictions": str(out),
         "rows": histories.rows,
-        **counts,
         "unusable": dict(sorted(histories.unusable.items())),
         "repairs": {f"{name}: {fault}": count for (name, fault), count in sorted(histories.repairs.items())},
+        "cuts": dict(sorted(histories.cuts.items())),
         "duplicates": histories.duplicates,
         "new_items": histories.new_items,
         "new_item_events": histories.new_item_events,
@@ -96,6 +99,9 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["repairs"]:
         faults = ", ".join(f"{fault} {count:,}" for fault, count in summary["repairs"].items())
         lines.append(f"field values taken as missing: {faults}")
+    if summary["cuts"]:
+        cuts = ", ".join(f"{name} {count:,}" for name, count in summary["cuts"].items())
+        lines.append(f"texts and lists cut to the length kept in training: {cuts}")
     if summary["users_without_event"]:
         lines.append(f"users without a usable row, with empty lists: {summary['users_without_event']:,}")
     if summary["new_items"]:

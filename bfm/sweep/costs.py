@@ -19,6 +19,7 @@ from bfm.events.fields import FittedField
 from bfm.events.protocol import Protocol as EvaluationProtocol
 from bfm.events.shards import Shards
 from bfm.events.statistics import DistinctStats, expected_distinct
+from bfm.model.fields import TABLE_KINDS
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
 from bfm.objective.methods import shares_catalogue
@@ -31,6 +32,8 @@ from bfm.training.schedule import check_rung
 
 FLOAT_BYTES = 4
 GIB = 1 << 30
+STATE_COPIES = 4
+"""Numbers held per weight in training: itself, its gradient, AdamW's two moments."""
 _TILE_SCORES = 1 << 19
 STEP_MARGIN = 0.1
 """Steps differ in cost; one so much dearer than the mean must not make a feasible configuration miss its rung."""
@@ -84,6 +87,8 @@ class ConfigCost:
     """Realised s."""
     state_params: int
     """N, stem and tables: everything that the optimizer holds state for."""
+    table_params: int
+    """Entries of the lookup tables among them."""
     step_flops: float
     """Mean FLOPs of an optimizer step of stage 1."""
     step_events: float
@@ -137,7 +142,7 @@ class ConfigCost:
         A catalogue that workers share in training is whole on each of them while it evaluates, without activations.
         """
         divided = {0: 0, 1: 2, 2: 3, 3: 4}[tier.zero_stage]
-        copies = (4 - divided) + divided / tier.workers + (1 if averaging else 0)
+        copies = (STATE_COPIES - divided) + divided / tier.workers + (1 if averaging else 0)
         state = copies * FLOAT_BYTES * self.state_params
         scores_bytes = 3 * FLOAT_BYTES * _kept_scores(self.group_scores, tier.softmax)
         activations = micro_groups * (self.group_bytes + scores_bytes)
@@ -180,6 +185,7 @@ class Costs:
             params=shape.params,
             embedder_share=shape.embedder_share,
             state_params=shape.params + cost.stem_params + cost.table_params,
+            table_params=cost.table_params,
             step_flops=first_flops * config.groups_per_step,
             step_events=groups.target_rows_mean * config.groups_per_step,
             epoch_events=self.facts.train_targets,
@@ -259,9 +265,10 @@ def _kept_scores(scores: float, method: str) -> float:
 
 
 def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats) -> int:
-    """Activations kept for the backward of one group, fp32: blocks, attention scores, field tokens.
+    """Activations kept for the backward of one group, fp32: blocks, attention scores, looked-up rows, field tokens.
 
-    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head.
+    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head; per id
+    of a table field its row of the table and that row's gradient.
     """
 
     def block(width: int, hidden: int, heads: int, length: int) -> int:
@@ -269,11 +276,16 @@ def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField]
 
     positions = config.group_windows * config.window
     tokens = sum(1 for field in fields if field.side == "item")
+    item_ids, context_ids = (
+        sum(field.columns for field in fields if field.side == side and field.kind in TABLE_KINDS)
+        for side in ("item", "context")
+    )
     embedder_positions = groups.distinct_items_mean * (tokens if shape.embedder_kind == "transformer" else 1)
     embedder_block = block(shape.embedder_width, shape.embedder_hidden, shape.embedder_heads, tokens)
     numbers = (
         positions * shape.depth * block(shape.width, shape.hidden, shape.heads, config.window)
         + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
+        + 2 * (groups.distinct_items_mean * item_ids + positions * context_ids) * config.table_width
         + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item
     )
     return math.ceil(FLOAT_BYTES * numbers)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.sweep.costs import GIB, CostModel
+from bfm.sweep.costs import FLOAT_BYTES, GIB, STATE_COPIES, CostModel
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.policies.strata import StrataPolicy
@@ -72,6 +72,8 @@ class Plan:
     training_flops: int
     evaluation_flops: int
     rungs: tuple[RungPlan, ...]
+    table_params: int
+    """Entries of lookup tables beside N, of the point with most; their state is in the rungs' memory."""
     feasible_share: float
     """Of the draws from the space."""
     refusals: tuple[Refusal, ...]
@@ -107,6 +109,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
         training_flops=sum(rung.training_flops for rung in rungs),
         evaluation_flops=sum(rung.evaluation_flops for rung in rungs),
         rungs=rungs,
+        table_params=max(point.cost.table_params for point in points),
         feasible_share=len(points) / tries,
         refusals=tuple(
             Refusal(reason, count / tries, examples[reason].detail, examples[reason].fix)
@@ -161,11 +164,21 @@ def render(sweep: Plan) -> str:
         lines.append(
             f"training takes about {format_seconds(sweep.train_s)} here, at worst {format_seconds(sweep.worst_s)}"
         )
+    if sweep.table_params > min(rung.params[0] for rung in sweep.rungs):
+        lines.append(_tables_line(sweep.table_params))
     lines.append(f"{sweep.feasible_share:.0%} of the space is feasible")
     lines += [
         f"  {refusal.share:.0%} {refusal.reason} ({refusal.example}): {refusal.fix}" for refusal in sweep.refusals
     ]
     return "\n".join(lines)
+
+
+def _tables_line(table_params: int) -> str:
+    count, state_gib = format_count(table_params), STATE_COPIES * FLOAT_BYTES * table_params / GIB
+    return (
+        f"lookup tables hold {count} numbers beside N, more than a model below N = {count}: {state_gib:.2g} GiB of the "
+        "memory (weights, gradient, moments) before ZeRO divides it; a smaller hash_rows in the log's schema takes less"
+    )
 
 
 def _task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from bfm.events import describe as module
 from bfm.events.describe import describe, format_description
 from bfm.events.ties import TieCounts, tie_monotonicity
+from bfm.units import format_count
 from tests.helpers import make_shards
 
 
@@ -44,6 +45,9 @@ def test_text_has_the_figures_and_the_warnings(tmp_path, options):
     checks = {"ties": sorted_ties, "conflicts": {"price": 0.25, "category": 0.0}}
     shards.manifest = dataclasses.replace(shards.manifest, checks=checks)
     text = format_description(describe(shards))
+    rows = sum(field.rows for field in shards.fields)
+    assert f"tables         {format_count(rows)} rows in all: training holds {rows * 256 / 2**20:.3g} MiB" in text
+    assert f"item_id: hashed, 1.02k table rows, {shards.num_catalogue / 512:.2g} items a row" in text
     assert f"{shards.num_events:,} events, 50 users" in text
     assert "price 0.25" in text
     assert "warning: the raw order inside ties is monotone" in text

@@ -20,11 +20,11 @@ def ones(values):
     return np.ones(len(values), np.int64)
 
 
-def fitted(values, kind, weights=None):
+def fitted(values, kind, weights=None, max_length=None):
     weights = ones(values) if weights is None else np.asarray(weights)
     statistics = fitting.measure(values, kind, weights)
     read_back = fitting.Statistics.from_table(statistics.to_table())
-    return fitting.fit("f", "context", kind, fitting.merge(kind, [read_back]))
+    return fitting.fit("f", "context", kind, fitting.merge(kind, [read_back]), max_length)
 
 
 # ---------------------------------------------------------------- hashes
@@ -67,15 +67,15 @@ def test_categories_by_falling_training_frequency():
     field = fitted(values, "categorical", [1, 1, 1, 1, 1, 1, 0])
     assert field.vocabulary.to_pylist() == ["a", "b", "c"]
     assert (field.field.kind, field.field.rows, field.field.columns) == ("categorical", 5, 1)
-    ids, lost = fitting.encode(values, field)
-    assert (ids.tolist(), ids.dtype, lost) == ([3, 3, 2, 4, 2, 0, 1], np.int32, 0)
+    found = fitting.encode(values, field)
+    assert (found.array.tolist(), found.array.dtype, found.missing) == ([3, 3, 2, 4, 2, 0, 1], np.int32, 0)
 
 
 def test_many_categories_are_hashed():
     values = text([f"v{n}" for n in range(fitting.MAX_VALUES + 1)])
     field = fitted(values, "categorical")
     assert (field.field.kind, field.field.rows, field.field.columns, field.vocabulary) == ("hashed", 65536, 2, None)
-    ids, _ = fitting.encode(pa.chunked_array([values, text([None])]).combine_chunks(), field)
+    ids = fitting.encode(pa.chunked_array([values, text([None])]).combine_chunks(), field).array
     assert ids.shape == (len(values) + 1, 2)
     assert ids[-1].tolist() == [0, 0]
     assert 2 <= ids[:-1].min() <= ids.max() < 65536
@@ -87,9 +87,22 @@ def test_many_categories_are_hashed():
     assert fitting.fit("f", "item", "categorical", fitting.merge("categorical", [part, rest])).field.kind == "hashed"
 
 
-@pytest.mark.parametrize(("values", "rows"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (10**6, 65536)])
+@pytest.mark.parametrize(
+    ("values", "rows"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (10**6, 1 << 20), (10**7, 1 << 24)]
+)
 def test_rows_of_a_hashed_table(values, rows):
     assert fitting.hash_rows(values) == rows
+
+
+@pytest.mark.parametrize("values", [1000, 65_537, 300_000])
+def test_two_hashes_tell_the_items_of_any_catalogue_apart(values):
+    rows = fitting.hash_rows(values)
+    keys = text([f"item {n}" for n in range(values)])
+    ids = fitting.encode(keys, fitting.Fitted(fitting.hashed_field("item_id", "item", rows))).array
+    # At most one pair of items is expected to share both rows; seven or more happen once in 10,000 tables.
+    assert values - len(np.unique(np.sort(ids, axis=1), axis=0)) < 7
+    assert 2 <= ids.min() <= ids.max() < rows
+    assert np.bincount(ids.ravel(), minlength=rows)[2:].mean() <= 2.01
 
 
 def test_numbers_keep_their_raw_value_and_know_their_quantiles():
@@ -102,7 +115,7 @@ def test_numbers_keep_their_raw_value_and_know_their_quantiles():
     np.testing.assert_allclose(field.edges, expected, rtol=2e-4)
     assert np.all(np.diff(field.edges) > 0)
     assert (field.mean, field.std) == (pytest.approx(squashed.mean()), pytest.approx(squashed.std()))
-    array, _ = fitting.encode(values, fitting.Fitted(field))
+    array = fitting.encode(values, fitting.Fitted(field)).array
     assert array.dtype == np.float32
     np.testing.assert_allclose(array[:-1], raw, rtol=1e-6)
     assert np.isnan(array[-1])
@@ -119,10 +132,9 @@ def test_text_is_a_bag_of_words():
     values = text(["Café au lait", "AU REVOIR!", "", None, " - ", "unseen"])
     field = fitted(values, "text", [1, 1, 1, 1, 1, 0])
     assert field.vocabulary.to_pylist() == ["au", "café", "lait", "revoir"]
-    ids, _ = fitting.encode(values, field)
+    ids = fitting.encode(values, field).array
     assert ids.tolist() == [[3, 2, 4], [2, 5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
-    encoded, _ = fitting.encode(values.dictionary_encode(), field)
-    assert (encoded == ids).all()
+    assert (fitting.encode(values.dictionary_encode(), field).array == ids).all()
     long = fitted(text([" ".join(f"w{n}" for n in range(50))]), "text").field
     assert (long.columns, long.rows) == (32, 52)
 
@@ -131,23 +143,49 @@ def test_lists_are_padded():
     values = pa.array([["b", "a"], ["b"], None, ["new"] * 20], pa.large_list(pa.large_string()))
     field = fitted(values, "list", [1, 1, 1, 0])
     assert (field.field.rows, field.field.columns) == (4, 2)
-    assert fitting.encode(values, field)[0].tolist() == [[2, 3], [2, 0], [0, 0], [1, 1]]
+    found = fitting.encode(values, field)
+    assert found.array.tolist() == [[2, 3], [2, 0], [0, 0], [1, 1]]
+    assert found.cut == fitting.Cut(values=3, cut=1, lost=18)
+
+
+@given(st.lists(st.none() | st.lists(st.sampled_from("abcde"), max_size=8), min_size=1, max_size=20), st.integers(1, 9))
+def test_what_a_bag_loses_is_counted(bags, max_length):
+    """A bag is its first `max_length` elements, and kept and lost ones are all there were; as words of a text too."""
+    lists = pa.array(bags, pa.large_list(pa.large_string()))
+    texts = text([bag if bag is None else " ".join(bag) for bag in bags])
+    ids = {}
+    for kind, values in (("list", lists), ("text", texts), ("text", texts.dictionary_encode())):
+        field = fitted(values, kind, max_length=max_length)
+        found = fitting.encode(values, field)
+        names = [None, None, *field.vocabulary.to_pylist()]
+        kept = [[names[place] for place in row if place] for row in found.array.tolist()]
+        assert kept == [(bag or [])[:max_length] for bag in bags]
+        lengths = [len(bag or []) for bag in bags]
+        over = [length - max_length for length in lengths if length > max_length]
+        assert found.cut == fitting.Cut(sum(length > 0 for length in lengths), len(over), sum(over))
+        assert found.array.shape[1] == max(1, min(max_length, max(lengths)))
+        ids.setdefault(kind, found.array.tolist())
+        assert found.array.tolist() == ids[kind]
+
+
+def test_cuts_of_partitions_add_up():
+    assert fitting.Cut(3, 1, 5) + fitting.Cut(4, 2, 2) == fitting.Cut(7, 3, 7)
 
 
 def test_vectors_have_the_most_frequent_length():
     values = pa.array([[1.0, 2.0], [3.0, 4.0], [5.0], None], pa.large_list(pa.float32()))
     field = fitted(values, "vector")
     assert field.field.columns == 2
-    array, lost = fitting.encode(values, field)
-    assert (array.tolist(), lost) == ([[1, 2], [3, 4], [0, 0], [0, 0]], 1)
+    found = fitting.encode(values, field)
+    assert (found.array.tolist(), found.missing) == ([[1, 2], [3, 4], [0, 0], [0, 0]], 1)
     with pytest.raises(UserError, match="no vector"):
         fitted(pa.array([None], pa.large_list(pa.float32())), "vector")
 
 
 def test_times_stay_milliseconds():
     values = pa.array([5, None], pa.int64())
-    array, lost = fitting.encode(values, fitted(values, "time"))
-    assert (array.tolist(), array.dtype, lost) == ([5, 0], np.int64, 1)
+    found = fitting.encode(values, fitted(values, "time"))
+    assert (found.array.tolist(), found.array.dtype, found.missing) == ([5, 0], np.int64, 1)
 
 
 @pytest.mark.parametrize("kind", ["categorical", "numeric", "text", "list", "vector"])

@@ -1,7 +1,7 @@
 import pytest
 
 from bfm.errors import UserError
-from bfm.events.schema import EventSchema, built_in_schemas, load_schema
+from bfm.events.schema import MAX_LENGTH, EventSchema, built_in_schemas, json_schema, load_schema
 from bfm.yaml import parse_yaml, validate
 
 BASE = "name: shop\nuser: u\ntime: t\nitem: i\n"
@@ -25,17 +25,25 @@ def test_defaults():
     assert (positions.has_clock, positions.split_by, positions.filter_seen) == (False, "leave_one_out", True)
 
 
+def test_the_json_schema_says_what_an_option_means():
+    field = json_schema()["$defs"]["FieldSpec"]["properties"]["max_length"]
+    assert field["anyOf"][0] == {"type": "integer", "minimum": 1}
+    assert all(str(length) in field["description"] for length in MAX_LENGTH.values())
+    assert "power of two" in json_schema()["properties"]["hash_rows"]["description"]
+
+
 def test_short_forms_are_written_out():
     schema = check(
         BASE.replace("item: i", "item: [mcc, {column: amount, buckets: [10, 50, 100]}]")
         + "items: {path: t.csv, key: [mcc, bucket]}\n"
-        + "item_fields: {brand: categorical, tags: {kind: list, separator: '|', column: tag_ids}}\n"
+        + "item_fields: {brand: categorical, tags: {kind: list, separator: '|', column: tag_ids, max_length: 1k}}\n"
         + "evaluation: {queries: all}\nhash_rows: 4096\n"
         + "split: {by: time, valid_from: 2017-11-01, test_from: 2017-12-01}\n"
     )
     assert [part.column for part in schema.item] == ["mcc", "amount"]
     assert schema.item[1].buckets == [10, 50, 100]
     assert (schema.item_fields["brand"].column, schema.item_fields["tags"].column) == ("brand", "tag_ids")
+    assert (schema.item_fields["tags"].max_length, schema.item_fields["brand"].max_length) == (1000, None)
     assert schema.evaluation.queries is None
     assert schema.split.valid_from == "2017-11-01"
 
@@ -47,6 +55,11 @@ def test_short_forms_are_written_out():
         (BASE + "item_fields: {a: {kind: numeric, colum: x}}\n", "item_fields.a.colum", "did you mean 'column'?"),
         (BASE + "item_fields: {a: number}\n", "item_fields.a.kind", "'numeric'"),
         (BASE + "item_fields: {a: {kind: numeric, separator: x}}\n", "item_fields.a.separator", "does not go with"),
+        (BASE + "item_fields: {a: {kind: vector, max_length: 4}}\n", "item_fields.a.max_length", "text or list"),
+        (BASE + "item_fields: {a: {kind: list, max_length: 0}}\n", "item_fields.a.max_length", "greater than or equal"),
+        (BASE + "context_fields: {a: {kind: text, max_length: -8}}\n", "context_fields.a.max_length", "got -8"),
+        (BASE + "item_fields: {a: {kind: text, max_length: 1.5}}\n", "item_fields.a.max_length", "not a whole number"),
+        (BASE + "item_fields: {a: {kind: text, max_length: all}}\n", "item_fields.a.max_length", "not a number"),
         (BASE + "position: p\n", "time", "exactly one of time and position"),
         ("name: s\nuser: u\nitem: i\n", "time", "exactly one of time and position"),
         ("name: s\nuser: u\nposition: p\nitem: i\nsplit: {by: time}\n", "split.by", "leave_one_out"),
@@ -54,6 +67,7 @@ def test_short_forms_are_written_out():
         (BASE + "item_fields: {a/b: numeric}\n", "item_fields.a/b", "not a field name"),
         (BASE + "item_fields: {a: text}\ncontext_fields: {a: text}\n", "context_fields.a", "also an item field"),
         (BASE + "hash_rows: 1000\n", "hash_rows", "power of two"),
+        (BASE + "hash_rows: 4294967296\n", "hash_rows", "to 2^30"),
         (BASE + "id_field: false\npopularity_field: false\n", "id_field", "no field at all"),
         (BASE + "split: {valid: 0.5, test: 0.6}\n", "split", "nothing for training"),
         (BASE + "split: {valid_from: 2017-01-01}\n", "split", "go together"),

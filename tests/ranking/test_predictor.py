@@ -239,6 +239,29 @@ def test_positions_duplicates_and_the_filter_follow_the_schema(tmp_path):
     assert not any(seen[user] & set(items) for user, items in got["items"].items())
 
 
+def test_bags_are_cut_as_preparation_cuts_them(tmp_path):
+    """Context lists, and texts of items that the export does not know."""
+    schema = SCHEMA.replace("words: text", "words: {kind: text, max_length: 2}").replace(
+        'coupons: {kind: list, separator: "|"}', 'coupons: {kind: list, separator: "|", max_length: 1}'
+    )
+    shop, export = make_export(tmp_path, schema)
+    cuts = shop.shards.manifest.checks["cuts"]
+    assert {name: cut["kept"] for name, cut in cuts.items()} == {"words": 2, "coupons": 1}
+    encoding = Predictor.load(export).encoding
+    (tmp_path / "scratch").mkdir()
+    histories = Histories(encoding, [str(shop.folder / "log.parquet")], tmp_path / "scratch")
+    (part,) = histories.parts()
+    place = {key: user for user, key in enumerate(part.users.to_pylist())}
+    for user, key in enumerate(shop.shards.user_keys().to_pylist()):
+        again = part.shards.history(place[key]).context["coupons"]
+        np.testing.assert_array_equal(again, shop.shards.history(user).context["coupons"])
+    assert histories.cuts == {"coupons": cuts["coupons"]["cut"]}
+    shop.frame.assign(item=9000 + shop.frame["item"]).to_parquet(tmp_path / "new.parquet")
+    _, summary = predict(export, [tmp_path / "new.parquet"], tmp_path / "out.parquet")
+    assert summary["cuts"] == {"coupons": cuts["coupons"]["cut"], "words": summary["new_items"]}
+    assert "cut to the length kept in training: coupons" in summary_text(summary)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

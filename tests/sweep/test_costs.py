@@ -63,6 +63,24 @@ def test_memory_does_not_grow_with_the_scores_of_many_negatives(toy_shards):
     assert many.memory_bytes(reference, 1, False) - few.memory_bytes(reference, 1, False) == pytest.approx(12 * scores)
 
 
+def test_memory_grows_with_tables_and_with_the_ids_of_bags(toy_shards):
+    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    config = dataclasses.replace(STAGE_1, live_negatives=0)
+
+    def cost(**changes):
+        fields = tuple(dataclasses.replace(f, **changes.get(f.name, {})) for f in facts.fields)
+        return Costs(dataclasses.replace(facts, fields=fields)).of(config)
+
+    plain, wide, long = cost(), cost(item_id={"rows": 1 << 20}), cost(tags={"columns": 64})
+    more = ((1 << 20) - 1024) * config.table_width
+    assert wide.table_params - plain.table_params == wide.state_params - plain.state_params == more
+    assert wide.memory_bytes(Tier(), 1, False) - plain.memory_bytes(Tier(), 1, False) == 16 * more
+    tags = next(field for field in facts.fields if field.name == "tags")
+    items = facts.groups(config.window, config.group_windows).distinct_items_mean
+    added = 2 * 4 * (64 - tags.columns) * config.table_width * items
+    assert long.memory_bytes(Tier(), 1, False) - plain.memory_bytes(Tier(), 1, False) == pytest.approx(added, abs=2)
+
+
 def test_a_shared_catalogue_is_divided_among_workers_beside_activations(toy_shards):
     facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
     cost = Costs(facts).of(dataclasses.replace(STAGE_1, freeze_at_flops=1e9, negatives=64))

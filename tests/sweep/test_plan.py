@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,24 @@ def test_what_is_infeasible_stands_with_its_share_and_fix():
     assert "fewer than 100 steps" in text
     assert refusal.fix in text
     assert len({len(line) for line in text.splitlines()[:4]}) == 1
+
+
+def test_tables_larger_than_a_model_are_named_and_are_in_the_memory():
+    class Costs(PlantedCosts):
+        def of(self, config):
+            cost = super().of(config)
+            return dataclasses.replace(cost, table_params=tables, state_params=cost.state_params + tables)
+
+    without = plan(make_spec(), PlantedCosts())
+    tables = 1 << 28
+    expected = plan(make_spec(), Costs())
+    assert expected.table_params == tables
+    assert expected.rungs[0].memory_gib - without.rungs[0].memory_gib == pytest.approx(16 * tables / (1 << 30), rel=0.3)
+    assert "lookup tables hold 268M numbers" in render(expected)
+    assert "4 GiB" in render(expected)
+    assert "lookup tables" not in render(without)
+    tables = 100
+    assert "lookup tables" not in render(plan(make_spec(), Costs()))
 
 
 def test_a_space_without_a_point_has_no_plan():

@@ -31,6 +31,7 @@ class PlantedCosts:
             params=round(config.params),
             embedder_share=config.embedder_share,
             state_params=round(config.params),
+            table_params=0,
             step_flops=6.0 * config.params * events,
             step_events=events,
             epoch_events=100_000,

@@ -100,6 +100,7 @@ class LawCosts:
             params=shape.params,
             embedder_share=shape.embedder_share,
             state_params=shape.params,
+            table_params=0,
             step_flops=step_flops,
             step_events=events,
             epoch_events=1 << 62,
