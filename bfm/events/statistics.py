@@ -5,9 +5,9 @@ number of windows that hold item v:
 
     P(no window of G holds v) = prod_{i < G} (1 - n_v / (W - i))
 
-and the mean number of distinct items is the sum over items of one minus that. The manifest keeps those sums on a grid of
-L and G, from a sample of windows where the log is large (rarefaction: the formula with the sample in the place of the
-stream has the mean of a group of the stream, Hurlbert 1971); between its knots they are interpolated linearly in
+and the mean number of distinct items is the sum over items of one minus that. The manifest keeps those sums on a grid
+of L and G, from a sample of windows where the log is large (rarefaction: the formula with the sample in the place of
+the stream has the mean of a group of the stream, Hurlbert 1971); between its knots they are interpolated linearly in
 logarithms.
 """
 
@@ -144,7 +144,7 @@ def _log_factorial(numbers_X: np.ndarray) -> np.ndarray:
 
 
 def _interpolate(curve: dict[str, Any], kind: str, window: int, group_windows: float) -> float:
-    lengths = np.array([int(length) for length in curve["windows"]])
+    lengths = np.array(sorted(map(int, curve["windows"])))
     values = []
     for length in lengths:
         knots = curve["windows"][str(length)]

@@ -5,8 +5,9 @@ Leaves: integers. Counted are the matmuls of the reference implementation that a
 a weight of p entries costs 2 n p forward, 2 n p for the weight's gradient and 2 n p for its input's gradient, the last
 only where the input needs one (numeric, vector and time features, the gap and the clock do not; table rows do; item
 vectors do in stage 1 and not in stage 2). Attention is dense, 4 pairs w forward and twice that backward, pairs = F^2
-per item over its F field tokens and L^2 per window; the pointer's scores cost half of that at its own width. The head costs 6 rows K d with live and 4 rows K d with frozen
-candidates. Lookups, norms and elementwise work (the positives' scores too) cost nothing.
+per item over its F field tokens and L^2 per window; the pointer's scores are 2 pairs of its own width forward. The head
+costs 6 rows K d with live and 4 rows K d with frozen candidates. Lookups, norms and elementwise work (the positives'
+scores and the mixture too) cost nothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ window, whose weights are the probabilities of their items (Vinyals et al. 2015,
 
 Enters: what the contextualizer knows at every position. Leaves: gates and probabilities at the wanted positions.
 
-R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows, X sparse components.
+R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows,
+X sparse components.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def sampled_softmax(
 
     The candidates are the rows ids_K (int64, distinct; fastest ascending) of the table. hit_T (int64) is the column
     of the row's own target among the candidates, -1 where it is not among them; that column is left out of the row's
-    sum. window_T (int64) is the row's line of log_pi_GK, needed where G > 1. scale is a scalar. Differentiable in h, positive, scale and, by `reference` and `two_pass`, the table.
+    sum. window_T (int64) is the row's line of log_pi_GK, needed where G > 1. scale is a scalar. Differentiable in h,
+    positive, scale and, by `reference` and `two_pass`, the table.
 
     `reference` stores T x K scores; the others keep one tile of them. A score that is not finite gives its row a loss
     of NaN or infinity. Raises ValueError for an unknown method, and for a table that needs a gradient or windows that

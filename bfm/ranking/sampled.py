@@ -1,7 +1,7 @@
 """Ranks among a few sampled negatives, as papers that rank "1 against 100" report them. Not the full catalogue.
 
-Enters: scores of any query and item, and targets. Leaves: recall, NDCG and MRR per query under names of their own, such as
-`sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene & Rendle,
+Enters: scores of any query and item, and targets. Leaves: recall, NDCG and MRR per query under names of their own,
+such as `sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene & Rendle,
 KDD 2020), so they only serve to compare with such papers.
 
 A target's competitors are drawn uniformly without replacement from the catalogue without the query's targets and, where

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bfm.events.mixing import permuted, stream_key
 from bfm.events.protocol import Protocol
 from bfm.events.windows import WindowOrder, eval_windows
 from tests.helpers import make_shards
@@ -25,7 +26,7 @@ def leave_one_out(tmp_path_factory):
 
 def epoch_rows(order, epoch):
     """All windows of an epoch, taken one by one."""
-    single = order.reshaped(order.window, 1)
+    single = WindowOrder(order.shards, order.window, 1, order.seed)
     first = epoch * order.windows_per_epoch
     return [single.group(first + index) for index in range(order.windows_per_epoch)]
 
@@ -42,7 +43,8 @@ def same(first, second):
 def test_order_is_a_pure_function_of_seed_and_index(toy_shards, split_in_three, shape):
     window, group_windows, seed = shape
     order = WindowOrder(toy_shards, window, group_windows, seed)
-    indices = [0, 1, 7, int(order.groups_per_epoch), int(order.groups_per_epoch) + 1, 3 * int(order.groups_per_epoch)]
+    per_epoch = order.windows_per_epoch // group_windows
+    indices = [0, 1, 7, per_epoch, per_epoch + 1, 3 * per_epoch]
     forward = [order.group(index) for index in indices]
     # Another reading order, another process's object, another partition into shards: the same groups.
     fresh = WindowOrder(toy_shards, window, group_windows, seed)
@@ -74,50 +76,84 @@ def test_every_training_event_is_input_once_per_epoch(toy_shards, shape, epoch):
     assert sum(targets.values()) == order.targets_per_epoch
 
 
-def test_positions_hold_what_the_history_holds(split_in_three):
-    """Brute force over two epochs: item, target, bit, gap, context, segments, user by user."""
+@pytest.mark.parametrize("window", [3, 13, 200])
+def test_positions_hold_what_the_history_holds(split_in_three, window):
+    """Brute force over the stream: item, target, bit, gap, context, segments, user by user, windows dense."""
     shards = split_in_three
-    order = WindowOrder(shards, 13, 4, seed=5)
-    rows = epoch_rows(order, 0) + epoch_rows(order, 1)
-    cells = []
-    for row in rows:
-        for column in np.flatnonzero(row.item_RL[0] >= 0):
-            cells.append((row, column))
-    offset = 0
-    finished = Counter()
-    while offset < len(cells):
-        row, column = cells[offset]
-        user = next(
-            user
-            for user in range(shards.num_users)
-            if finished[user] < 2 and _matches(shards.history(user), cells[offset:])
-        )
-        finished[user] += 1
+    order = WindowOrder(shards, window, 4, seed=5)
+    rows = order.windows(np.arange(order.windows_per_epoch))
+    place = 0
+    for user in range(shards.num_users):
         history = shards.history(user)
         for position in range(history.train_end):
-            row, column = cells[offset + position]
+            row, column = divmod(place, window)
             last = position + 1 == history.train_end
             gap = history.time[position] - history.time[position - 1] if position else 0
             following = history.time[position] if last else history.time[position + 1]
-            assert row.target_RL[0, column] == (-1 if last else history.item[position + 1])
-            assert row.later_RL[0, column] == (following > history.time[position])
-            assert row.gap_RL[0, column] == np.float32(gap / 1000)
-            assert row.context["channel"][0, column] == history.context["channel"][position]
+            assert rows.item_RL[row, column] == history.item[position]
+            assert rows.time_RL[row, column] == history.time[position]
+            assert rows.target_RL[row, column] == (-1 if last else history.item[position + 1])
+            assert rows.later_RL[row, column] == (following > history.time[position])
+            assert rows.gap_RL[row, column] == np.float32(gap / 1000)
+            assert rows.context["channel"][row, column] == history.context["channel"][position]
             # Segments count from 0 in every row and change exactly where the user does.
-            before = row.segment_RL[0, column - 1] if column else -1
-            starts_here = position == 0 or column == 0
-            assert row.segment_RL[0, column] == before + starts_here
-        offset += history.train_end
-    assert set(finished.values()) == {2}
+            before = rows.segment_RL[row, column - 1] if column else -1
+            assert rows.segment_RL[row, column] == before + (position == 0 or column == 0)
+            place += 1
+    assert (rows.item_RL.ravel()[place:] == -1).all()
+    assert rows.item_RL.size - place < window
 
 
-def _matches(history, cells):
-    wanted = history.train_end
-    if not 0 < wanted <= len(cells):
-        return False
-    items = [row.item_RL[0, column] for row, column in cells[:wanted]]
-    times = [row.time_RL[0, column] for row, column in cells[:wanted]]
-    return np.array_equal(items, history.item[:wanted]) and np.array_equal(times, history.time[:wanted])
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5000), st.integers(0, 2**63), st.data())
+def test_the_permutation_is_one_and_needs_no_neighbours(size, seed, data):
+    key = stream_key(seed)
+    whole = permuted(key, np.arange(size), size)
+    assert np.array_equal(np.sort(whole), np.arange(size))
+    some = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=8)), np.int64)
+    assert np.array_equal(permuted(key, some, size), whole[some])
+
+
+def test_pairs_of_windows_meet_as_often_as_chance_says():
+    """Which windows are neighbours in the order: every pair alike, over many keys."""
+    size, keys = 40, 4000
+    met = np.zeros((size, size))
+    for key in range(keys):
+        first, second = permuted(stream_key(key), np.arange(2), size)
+        met[first, second] += 1
+    others = met[~np.eye(size, dtype=bool)]
+    expected = keys / len(others)
+    assert np.diag(met).sum() == 0
+    # Chi squared over its degrees of freedom.
+    assert np.mean((others - expected) ** 2 / expected) == pytest.approx(1.0, abs=0.15)
+
+
+def test_windows_of_a_group_are_of_unrelated_users(tmp_path):
+    """Long histories: a group holds as many users as its windows would, and they share no more than chance."""
+    shards = make_shards(tmp_path, users=60, items=300, max_events=200)
+    order = WindowOrder(shards, 16, 8, seed=1)
+    user_R = np.array([_user_of(shards, order, row) for row in range(order.windows_per_epoch)])
+    pairs, same = 0, 0
+    for index in range(300):
+        chosen = permuted_windows(order, index)
+        pairs += len(chosen) * (len(chosen) - 1)
+        same += (user_R[chosen][:, None] == user_R[chosen]).sum() - len(chosen)
+    share_U = np.bincount(user_R) / len(user_R)
+    assert same / pairs == pytest.approx((share_U**2).sum() - 1 / len(user_R), rel=0.15)
+
+
+def permuted_windows(order, index):
+    """Numbers of the windows of a group inside one epoch, found by their first event."""
+    every = order.windows(np.arange(order.windows_per_epoch))
+    first = {(row.tobytes(), time.tobytes()): number for number, (row, time) in enumerate(zip(every.item_RL, every.time_RL, strict=True))}
+    group = order.group(index)
+    return np.array([first[row.tobytes(), time.tobytes()] for row, time in zip(group.item_RL, group.time_RL, strict=True)])
+
+
+def _user_of(shards, order, row):
+    """The user of most of a window's events."""
+    position = np.arange(row * order.window, min((row + 1) * order.window, shards.manifest.train_events))
+    return np.bincount(np.searchsorted(shards.train_stops, position, side="right")).argmax()
 
 
 def test_epochs_and_seeds_have_other_orders(toy_shards):
@@ -131,20 +167,16 @@ def test_epochs_and_seeds_have_other_orders(toy_shards):
 @settings(max_examples=30, deadline=None)
 @given(SHAPES, st.integers(0, 500))
 def test_the_cursor_is_one_integer(toy_shards, shape, index):
-    """Group g is windows g*G .. g*G+G-1 of the endless order, across epochs; the cheap path sees the same targets."""
+    """Group g is windows g*G .. g*G+G-1 of the endless order, across epochs."""
     window, group_windows, seed = shape
     order = WindowOrder(toy_shards, window, group_windows, seed)
-    group, single = order.group(index), order.reshaped(window, 1)
+    group, single = order.group(index), WindowOrder(toy_shards, window, 1, seed)
     assert group.item_RL.shape == (group_windows, window)
     for row in range(group_windows):
         alone = single.group(index * group_windows + row)
         assert np.array_equal(group.item_RL[row], alone.item_RL[0])
         assert np.array_equal(group.target_RL[row], alone.target_RL[0])
         assert np.array_equal(group.segment_RL[row], alone.segment_RL[0])
-    targets = group.target_RL[group.target_RL >= 0]
-    assert np.array_equal(order.group_targets(index), targets)
-    assert np.array_equal(order.group_target_ids(index), np.unique(targets))
-    assert np.array_equal(order.group_item_ids(index), group.item_RL[group.item_RL >= 0])
 
 
 def test_no_target_after_the_split(toy_shards, leave_one_out):
@@ -208,9 +240,6 @@ def test_eval_windows_hold_each_query_s_context(split_in_three, leave_one_out, p
             true_bits = history.time[1 : position + 1] > history.time[:position]
             assert np.array_equal(windows.later_RL[place][:-1], true_bits[position + 1 - length :])
             assert windows.later_RL[row, column] == (not queries.basket[query])
-            if packed.seen is not None:
-                assert np.array_equal(packed.seen[query], np.unique(history.item[: position + 1]))
-        assert (packed.seen is not None) == protocol.filter_seen
         assert max(cells.values()) == 1
         assert len(cells) == (packed.windows.item_RL >= 0).sum()
         for row in packed.windows.segment_RL:
