@@ -162,7 +162,7 @@ def _predictor(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> Ba
 
 def _raw_items(shards: Shards) -> np.ndarray:
     """Int64: the item of the world that an item of the shard set is."""
-    return pc.cast(shards.items_table(["item_id"])["item_id"], pa.int64()).to_numpy()
+    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
 
 
 def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:

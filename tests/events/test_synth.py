@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,13 +11,13 @@ import torch
 from bfm.errors import UserError
 from bfm.events import synth as module
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
-from bfm.events.manifest import Manifest
-from bfm.events.protocol import build_protocol, query_targets
+from bfm.events.protocol import Protocol, query_targets
 from bfm.events.schema import load_schema
-from bfm.events.shards import Shards, write_items, write_shard
+from bfm.events.shards import Shards
 from bfm.events.synth import optimum, predictive, write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
+from tests.events.serial import prepare_serially
 
 TINY = WorldSpec(items=7, seed=3, interests=3, switch=0.2, repeat=0.3, recent=2, decay=0.6, basket=1.5, leak=0.15)
 SINGLE = replace(TINY, basket=1, decay=1)
@@ -203,35 +202,23 @@ def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_pat
     assert set(schema.context_fields) <= set(log.column_names)
 
 
-def prepared(log, directory):
-    """The synthetic log as a shard set, every event but the users' last in training or validation."""
-    table = pq.read_table(log / "events")
-    raw = table["item_id"].to_numpy()
-    known, item = np.unique(raw, return_inverse=True)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(table["user_id"].to_numpy()))])
-    lengths = np.diff(offsets)
-    write_shard(
-        directory, 0, item=item, time=table["timestamp"].cast("int64").to_numpy(), context={}, user_offsets=offsets,
-        train_end=lengths // 2, valid_end=lengths, users=[str(user) for user in range(len(lengths))],
-    )  # fmt: skip
-    write_items(directory, pa.table({"item_id": [str(key) for key in known]}), {})
-    sizes = {"users": len(lengths), "events": len(item), "items": len(known), "catalogue": len(known), "shards": 1}
-    training = {"train_events": int((lengths // 2).sum()), "train_targets": 0, "time_range": (0, 1)}
-    shape = {"has_clock": True, "split": {}, "fields": ()}
-    return Shards(directory, Manifest(name="synthetic", seed=0, **sizes, **training, **shape))
+def prepared(log):
+    """Shards of a written log and the headline queries of its validation part."""
+    prepare_serially(log / "schema.yaml", [log / "events"], log / "shards")
+    shards = Shards.open(log / "shards")
+    queries = Protocol.load(shards).queries("validation")
+    return shards, queries[: queries.num_headline]
 
 
 @pytest.mark.parametrize("basket", [1, 5])
 def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
     truth = write_synthetic(tmp_path / "log", events=3000, users=60, items=40, interests=4, basket=basket)
-    shards = prepared(tmp_path / "log", tmp_path / "shards")
-    queries = build_protocol(shards, queries=200, seed=0).queries("validation")
-    queries = queries[: queries.num_headline]
+    shards, queries = prepared(tmp_path / "log")
     found = optimum(shards, queries, truth, k=5)
     block = predictive(shards, queries, truth)
     sizes = np.diff(query_targets(shards, queries).offsets)
     world = World(WorldSpec(**truth["world"]))
-    keys = np.array([int(key) for key in shards.items_table(["item_id"])["item_id"].to_pylist()])
+    keys = np.array([int(key) for key in shards.items_table(["key_item_id"])["key_item_id"].to_pylist()])
     for index in range(0, len(queries), 13):
         known = shards.history(queries.user[index])
         alone = BayesFilter.start(world, 1)
@@ -258,11 +245,9 @@ def protocol_metrics(shards, queries, truth):
 
 
 def test_scored_like_a_model_the_optimum_is_reached_and_beats_every_wrong_world(tmp_path):
-    truth = write_synthetic(tmp_path / "log", events=30_000, users=400, items=200, interests=4)
-    shards = prepared(tmp_path / "log", tmp_path / "shards")
+    truth = write_synthetic(tmp_path / "log", events=100_000, users=1000, items=200, interests=4)
+    shards, queries = prepared(tmp_path / "log")
     assert shards.num_catalogue == 200
-    queries = build_protocol(shards, queries=1500, seed=0).queries("validation")
-    queries = queries[: queries.num_headline]
     best = protocol_metrics(shards, queries, truth)
     for name, expected_Q in optimum(shards, queries, truth).items():
         deviation_Q = best[name] - expected_Q
