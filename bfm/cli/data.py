@@ -74,10 +74,12 @@ def synth(
     events: Annotated[str, typer.Option(help="Number of events, e.g. 1e6.")] = "1e6",
     users: Annotated[str, typer.Option(help="Number of users.")] = "1e4",
     items: Annotated[str, typer.Option(help="Number of items.")] = "1e4",
+    repeat: Annotated[float, typer.Option(help="Share of purchases that repeat, where an aisle is known.")] = 0.3,
+    basket: Annotated[float, typer.Option(help="Mean size of baskets, before their law is cut; 1: none.")] = 10.0,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a synthetic log with known structure and its Bayes-optimal NLL and recall@10."""
+    """Write a synthetic log with known structure and its Bayes-optimal NLL, recall@10 and NDCG@10."""
     from bfm.events.synth import write_synthetic
     from bfm.report.console import Display
     from bfm.units import format_count, parse_count
@@ -90,6 +92,8 @@ def synth(
             users=counts["users"],
             items=parse_count(items, key="--items"),
             seed=seed,
+            repeat=repeat,
+            basket=basket,
             progress=lambda done: display.show(f"{format_count(done)} events", done / counts["events"]),
         )
     show(truth, as_json, lambda value: "\n".join(f"{name}: {entry}" for name, entry in value.items()) + f"\n{out}")

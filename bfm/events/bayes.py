@@ -1,23 +1,32 @@
 """The world of the synthetic logs, and its Bayes-optimal predictor, computed exactly.
 
-Each user carries a hidden interest z in 1..M that follows z' = z with probability 1 - switch, else z' ~ prior.
-An event repeats one of the user's last `recent` events with probability `repeat` (uniformly over those events), else
+Items lie in A aisles. A user's events come in baskets that share a timestamp. A basket of n items visits n different
+aisles, drawn uniformly, so its items are distinct; n = 1..A has probability proportional to (1 - 1 / basket)^(n - 1),
+whatever came before. Each user carries a hidden interest z in 1..M that follows z' = z from basket to basket with
+probability 1 - switch, else z' ~ prior. Given z, the history before the basket and the aisles, its items are
+independent. In aisle a
 
-    p(i | z) = (1 - leak) * pop_i * [cluster(i) = z] / P_z + leak * pop_i,      P_z = sum of pop over cluster z,
+    p(i | a, z) = r_a * c_i + (1 - r_a) * f(i | a, z)
+    f(i | a, z) = (1 - leak) * pop_i * [cluster(i) = z] / P_az + leak * pop_i / P_a,        pop ~ rank^-zipf,
 
-with pop ~ rank^-zipf. So given the belief b over the next z, the predictive of item i is
+P_a, P_az the sums of pop over the aisle and its part in cluster z (where that is empty, all leaks). r_a = repeat where
+the user has bought in the aisle before, else 0, and c weighs the last `recent` purchases there: one is worth `decay`
+times the next later one. A protocol scores a query by the mean over its distinct targets T, and the best distribution
+for that is E[1{i in T} / |T|]. Here it does not depend on n, as |T| = n and an aisle is visited with probability n / A:
 
-    p(i) = r * count_i / n + pop_i * w_cluster(i),     w_c = (1 - r) * ((1 - leak) * b_c / P_c + leak),
+    q(i) = p(i | a_i, belief) / A = r c_i / A + pop_i * w,   w a number per aisle and cluster,
 
-where count_i is its number among the last n events, and b is the forward filter's. The conditional entropy and the mass
-of the k most probable items follow in O(M + recent) and O(M * (k + recent)) per prediction, so the optimal NLL and
-recall@k are averages of exact values over histories, free of the next item's noise.
+the belief over the next z being the forward filter's. Its entropy and its k best items follow from A * M weights and
+A * recent purchases; so the optimal NLL, recall@k and NDCG@k are averages of exact values over histories, free of the
+next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
 
-Shapes: N users, M interests, V items, W recent events, K candidates.
+Shapes: N users, A aisles, M interests or clusters, V items, W recent purchases of an aisle (newest first, -1 none),
+E events, B baskets, Q queries, K candidates.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +35,8 @@ import numpy as np
 from bfm.events.mixing import stream_key
 
 _WORLD_STREAM = 0x3017D
+# Aisles per event that an average basket has beyond its first: the law of sizes is cut where 2 % of it are left.
+_SPREAD = 4
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,28 @@ class WorldSpec:
     seed: int
     interests: int = 16
     switch: float = 0.05
-    """Probability that the interest is drawn anew before an event."""
-    repeat: float = 0.25
-    """Probability that an event repeats a recent one."""
+    """Probability that the interest is drawn anew before a basket."""
+    repeat: float = 0.3
+    """Probability that an item is one of the user's last purchases, where its aisle has some."""
     recent: int = 5
-    """How many of the last events can be repeated."""
+    """How many of the last purchases of an aisle can be repeated."""
+    decay: float = 0.7
+    """Weight of a purchase against that of the next later one in its aisle."""
+    basket: float = 10.0
+    """Mean of the geometric law of basket sizes before it is cut at the number of aisles; 1: no baskets."""
     leak: float = 0.1
     """Share of the other events that ignore the interest."""
     zipf: float = 1.0
     """Exponent of the popularity over ranks."""
 
+    @property
+    def aisles(self) -> int:
+        """A, the largest basket."""
+        return min(self.items, 1 + math.ceil(_SPREAD * (self.basket - 1)))
+
 
 class World:
-    """Items, clusters and popularity of a spec."""
+    """Items, aisles, clusters and popularity of a spec."""
 
     def __init__(self, spec: WorldSpec) -> None:
         """Draw the world; O(items)."""
@@ -57,147 +77,253 @@ class World:
         rank_V = rng.permutation(spec.items)
         popularity_V = (1.0 + rank_V) ** -spec.zipf
         self.popularity_V: np.ndarray = popularity_V / popularity_V.sum()
-        cluster_V = rng.integers(0, spec.interests, spec.items)
-        # No cluster may be empty.
-        cluster_V[rng.permutation(spec.items)[: spec.interests]] = np.arange(spec.interests)
-        self.cluster_V: np.ndarray = cluster_V
+        self.cluster_V: np.ndarray = _partition(rng, spec.items, spec.interests)
+        self.aisle_V: np.ndarray = _partition(rng, spec.items, spec.aisles)
         prior_M = (1.0 + np.arange(spec.interests)) ** -0.5
         self.prior_M: np.ndarray = prior_M / prior_M.sum()
-        self.mass_M: np.ndarray = np.bincount(cluster_V, self.popularity_V, spec.interests)
+        shape = (spec.aisles, spec.interests)
+        cell_V = self.aisle_V * spec.interests + self.cluster_V
+        self.mass_AM: np.ndarray = np.bincount(cell_V, self.popularity_V, math.prod(shape)).reshape(shape)
         log_V = self.popularity_V * np.log(self.popularity_V)
-        self.log_mass_M: np.ndarray = np.bincount(cluster_V, log_V, spec.interests)
-        self.order_V: np.ndarray = np.lexsort((-self.popularity_V, cluster_V))
-        """Items by cluster, then by falling popularity."""
-        self.cumulative_V: np.ndarray = np.cumsum(self.popularity_V[self.order_V])
-        self.start_M: np.ndarray = np.searchsorted(cluster_V[self.order_V], np.arange(spec.interests + 1))
+        self.log_mass_AM: np.ndarray = np.bincount(cell_V, log_V, math.prod(shape)).reshape(shape)
+        self.leak_AM: np.ndarray = np.where(self.mass_AM > 0, spec.leak, 1.0)
+        self.order_V: np.ndarray = np.lexsort((-self.popularity_V, cell_V))
+        """Items by aisle, then cluster, then falling popularity."""
+        self.cumulative_V: np.ndarray = np.concatenate([[0.0], np.cumsum(self.popularity_V[self.order_V])])
+        """Sums of popularity in that order, [V + 1]."""
+        self.start_C: np.ndarray = np.searchsorted(cell_V[self.order_V], np.arange(math.prod(shape) + 1))
+        """Where each aisle's part in a cluster begins, [A * M + 1]."""
+        # Of f(i | a, z) / pop_i: what every item of aisle a gets under z, and what those of cluster z get beside it.
+        self.common_AM: np.ndarray = self.leak_AM / self.mass_AM.sum(axis=1, keepdims=True)
+        self.own_AM: np.ndarray = (1 - self.leak_AM) / np.where(self.mass_AM > 0, self.mass_AM, 1.0)
+        size_A = (1 - 1 / spec.basket) ** np.arange(spec.aisles)
+        self.size_A: np.ndarray = size_A / size_A.sum()
+        """Probability of a basket of 1..A items."""
+        self.weight_W: np.ndarray = spec.decay ** np.arange(spec.recent)
+
+    def weight(self, belief_NM: np.ndarray) -> np.ndarray:
+        """[N, A, M]: f of an aisle's items by cluster, over pop, expected under beliefs."""
+        return self.own_AM * belief_NM[:, None, :] + (belief_NM @ self.common_AM.T)[:, :, None]
+
+    def likelihood(self, item_E: np.ndarray, recent_EW: np.ndarray) -> np.ndarray:
+        """[E, M]: p(item | its aisle, z), given the recent purchases of that aisle."""
+        aisle_E, cluster_E = self.aisle_V[item_E], self.cluster_V[item_E]
+        fresh_EM = self.common_AM[aisle_E]
+        fresh_EM[np.arange(len(item_E)), cluster_E] += self.own_AM[aisle_E, cluster_E]
+        fresh_EM *= ((1 - self.repeat(recent_EW)) * self.popularity_V[item_E])[:, None]
+        return fresh_EM + self.repeated(recent_EW, item_E)[:, None]
+
+    def repeat(self, recent_W: np.ndarray) -> np.ndarray:
+        """[...]: r of aisles with the recent purchases [..., W]."""
+        return np.where(recent_W[..., 0] >= 0, self.spec.repeat, 0.0)
+
+    def repeated(self, recent_W: np.ndarray, item: np.ndarray) -> np.ndarray:
+        """[...]: r * c of items [...] in their aisles with the recent purchases [..., W]."""
+        weight_W = np.where(recent_W >= 0, self.weight_W, 0.0)
+        hit = np.where(recent_W == item[..., None], weight_W, 0.0).sum(axis=-1)
+        return self.spec.repeat * hit / np.maximum(weight_W.sum(axis=-1), 1.0)
 
     @cached_property
     def marginal_nll(self) -> float:
         """Entropy of an event's marginal in nats: the best NLL of a predictor that ignores the history."""
-        weight_M = (1 - self.spec.leak) * self.prior_M / self.mass_M + self.spec.leak
-        return float(-np.sum(_plogp(weight_M) * self.mass_M + weight_M * self.log_mass_M))
+        # A repeated item has the marginal of the purchase it repeats.
+        return float(self.smooth_entropy(self.weight(self.prior_M[None]) / self.spec.aisles)[0])
+
+    def smooth_entropy(self, weight_NAM: np.ndarray) -> np.ndarray:
+        """[N]: - sum of q log q, where q is pop times a weight per aisle and cluster."""
+        return -(_plogp(weight_NAM) * self.mass_AM + weight_NAM * self.log_mass_AM).sum(axis=(1, 2))
 
     def head(self, depth: int) -> np.ndarray:
-        """Int64 [M, depth]: the most popular items of each cluster; -1 where a cluster is smaller."""
-        place = self.start_M[:-1, None] + np.arange(depth)
-        inside = place < self.start_M[1:, None]
-        return np.where(inside, self.order_V[np.minimum(place, self.spec.items - 1)], -1)
+        """Int64 [A, M * depth]: the most popular items of each cluster in each aisle; -1 where there are fewer."""
+        place = self.start_C[:-1, None] + np.arange(depth)
+        inside = place < self.start_C[1:, None]
+        head = np.where(inside, self.order_V[np.minimum(place, self.spec.items - 1)], -1)
+        return head.reshape(self.spec.aisles, -1)
 
-    def draw(self, rng: np.random.Generator, interest_N: np.ndarray) -> np.ndarray:
-        """Items [N] given the interests, no repeats."""
-        ends = np.concatenate([[0.0], self.cumulative_V])[self.start_M]
-        low_N, high_N = ends[interest_N], ends[interest_N + 1]
-        leaked_N = rng.random(len(interest_N)) < self.spec.leak
-        low_N, high_N = np.where(leaked_N, 0.0, low_N), np.where(leaked_N, self.cumulative_V[-1], high_N)
-        place_N = np.searchsorted(self.cumulative_V, low_N + rng.random(len(interest_N)) * (high_N - low_N), "right")
-        return self.order_V[np.minimum(place_N, self.spec.items - 1)]
+    # ---------------------------------------------------------------- drawing
 
-    def draw_histories(self, rng: np.random.Generator, lengths_N: np.ndarray) -> np.ndarray:
-        """Items of all events, one user after the other (lengths at least 1)."""
+    def draw_histories(self, rng: np.random.Generator, lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Histories of so many events (at least 1), one user after the other; the last basket is cut to fit.
+
+        Returns:
+            int32 [E] items, in random order inside a basket, and bool [E]: the event is the first of its basket.
+        """
         spec = self.spec
-        by_length = np.argsort(-lengths_N, kind="stable")
-        falling = lengths_N[by_length]
-        first_N = (np.cumsum(lengths_N) - lengths_N)[by_length]
-        items = np.empty(int(lengths_N.sum()), np.int32)
+        end_N = np.cumsum(lengths_N)
+        next_N = end_N - lengths_N
+        items, opens = np.empty(int(lengths_N.sum()), np.int32), np.zeros(int(lengths_N.sum()), np.bool_)
         interest_N = rng.choice(spec.interests, len(lengths_N), p=self.prior_M)
-        recent_NW = np.zeros((len(lengths_N), spec.recent), np.int32)
-        for step in range(int(falling[0])):
-            active = int(np.searchsorted(-falling, -step, side="left"))
-            if step:
-                switched = np.flatnonzero(rng.random(active) < spec.switch)
-                interest_N[switched] = rng.choice(spec.interests, len(switched), p=self.prior_M)
-            drawn = self.draw(rng, interest_N[:active]).astype(np.int32)
-            if step:
-                repeated = np.flatnonzero(rng.random(active) < spec.repeat)
-                which = rng.integers(0, min(step, spec.recent), len(repeated))
-                drawn[repeated] = recent_NW[repeated, which]
-            recent_NW[:active, step % spec.recent] = drawn
-            items[first_N[:active] + step] = drawn
-        return items
+        recent_NAW = no_purchases(spec, len(lengths_N))
+        active = np.arange(len(lengths_N))
+        while len(active):
+            size = 1 + rng.choice(spec.aisles, len(active), p=self.size_A)
+            size = np.minimum(size, end_N[active] - next_N[active])
+            shuffled = rng.random((len(active), spec.aisles)).argsort(axis=1)
+            aisle_E = shuffled[np.arange(spec.aisles) < size[:, None]]
+            user_E = np.repeat(active, size)
+            item_E = self._draw(rng, interest_N[user_E], aisle_E, recent_NAW[user_E, aisle_E])
+            remember(recent_NAW, user_E, aisle_E, item_E)
+            opens[next_N[active]] = True
+            items[runs(next_N[active], size)] = item_E
+            next_N[active] += size
+            active = active[next_N[active] < end_N[active]]
+            switched = active[rng.random(len(active)) < spec.switch]
+            interest_N[switched] = rng.choice(spec.interests, len(switched), p=self.prior_M)
+        return items, opens
+
+    def _draw(
+        self, rng: np.random.Generator, interest_E: np.ndarray, aisle_E: np.ndarray, recent_EW: np.ndarray
+    ) -> np.ndarray:
+        """Items [E] ~ p(i | a, z)."""
+        spec = self.spec
+        first_E = aisle_E * spec.interests
+        leaked_E = rng.random(len(aisle_E)) < self.leak_AM[aisle_E, interest_E]
+        start_E = self.start_C[first_E + np.where(leaked_E, 0, interest_E)]
+        stop_E = self.start_C[first_E + np.where(leaked_E, spec.interests, interest_E + 1)]
+        low_E, high_E = self.cumulative_V[start_E], self.cumulative_V[stop_E]
+        place_E = np.searchsorted(self.cumulative_V, low_E + rng.random(len(aisle_E)) * (high_E - low_E), "right") - 1
+        # A product that is rounded up must not leave the range.
+        place_E = np.clip(place_E, start_E, stop_E - 1)
+        item_E = self.order_V[place_E]
+        repeated = np.flatnonzero(rng.random(len(aisle_E)) < self.repeat(recent_EW))
+        total_W = np.cumsum(self.weight_W)
+        known = (recent_EW[repeated] >= 0).sum(axis=1)
+        age = np.searchsorted(total_W, rng.random(len(repeated)) * total_W[known - 1], "right")
+        item_E[repeated] = recent_EW[repeated, np.minimum(age, known - 1)]
+        return item_E
 
 
 class BayesFilter:
-    """The optimal predictor of N users side by side: predict, observe, predict, ..."""
+    """The optimal predictor of N users side by side: predict, observe a basket, predict, ..."""
 
-    def __init__(self, world: World, num_users: int) -> None:
-        """Before the first event of every user."""
-        self.world, self.step = world, 0
-        self.belief_NM: np.ndarray = np.tile(world.prior_M, (num_users, 1))
-        """Belief over the interest of the next event."""
-        self.recent_NW: np.ndarray = np.full((num_users, world.spec.recent), -1)
+    def __init__(self, world: World, belief_NM: np.ndarray, recent_NAW: np.ndarray) -> None:
+        """The belief over the interest of the next basket, and what each user bought last in every aisle."""
+        self.world, self.belief_NM, self.recent_NAW = world, belief_NM, recent_NAW
 
-    def observe(self, item_N: np.ndarray) -> None:
-        """Take in the next event of each user that goes on; the first len(item_N) users do, the others are dropped."""
-        spec, world = self.world.spec, self.world
-        belief_NM, self.recent_NW = self.belief_NM[: len(item_N)], self.recent_NW[: len(item_N)]
-        cluster_N = world.cluster_V[item_N]
-        fresh_NM = np.full(belief_NM.shape, spec.leak)
-        fresh_NM[np.arange(len(item_N)), cluster_N] += (1 - spec.leak) / world.mass_M[cluster_N]
-        count_N = (self.recent_NW == item_N[:, None]).sum(axis=1)
-        likelihood_NM = (1 - self._repeat) * world.popularity_V[item_N][:, None] * fresh_NM
-        likelihood_NM += (self._repeat * count_N / self._memory)[:, None]
-        belief_NM = belief_NM * likelihood_NM
+    @classmethod
+    def start(cls, world: World, num_users: int) -> BayesFilter:
+        """Before the first basket of every user."""
+        return cls(world, np.tile(world.prior_M, (num_users, 1)), no_purchases(world.spec, num_users))
+
+    def observe(self, item_E: np.ndarray, size_N: np.ndarray) -> None:
+        """Take in the next basket of each user that goes on: the first len(size_N) users do, the others are dropped.
+
+        The baskets' items lie one basket after the other, size_N (at least 1) of each.
+        """
+        world, switch = self.world, self.world.spec.switch
+        belief_NM, self.recent_NAW = self.belief_NM[: len(size_N)], self.recent_NAW[: len(size_N)]
+        user_E, aisle_E = np.repeat(np.arange(len(size_N)), size_N), world.aisle_V[item_E]
+        likelihood_EM = world.likelihood(item_E, self.recent_NAW[user_E, aisle_E])
+        # Only ratios count; scaled, products over a basket do not underflow.
+        likelihood_EM /= likelihood_EM.max(axis=1, keepdims=True)
+        belief_NM = belief_NM * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
         belief_NM /= belief_NM.sum(axis=1, keepdims=True)
-        self.belief_NM = (1 - spec.switch) * belief_NM + spec.switch * world.prior_M
-        self.recent_NW[:, self.step % spec.recent] = item_N
-        self.step += 1
+        self.belief_NM = (1 - switch) * belief_NM + switch * world.prior_M
+        remember(self.recent_NAW, user_E, aisle_E, item_E)
 
-    def subset(self, rows: np.ndarray) -> BayesFilter:
-        """The predictor of some of the users, to look at (copies)."""
-        other = BayesFilter(self.world, 0)
-        other.step, other.belief_NM, other.recent_NW = self.step, self.belief_NM[rows], self.recent_NW[rows]
-        return other
-
-    @property
-    def _repeat(self) -> float:
-        return self.world.spec.repeat if self.step else 0.0
-
-    @property
-    def _memory(self) -> int:
-        return max(min(self.step, self.world.spec.recent), 1)
-
-    def _weight(self) -> np.ndarray:
-        """[N, M]: what multiplies an item's popularity in its predictive, by cluster."""
-        spec = self.world.spec
-        return (1 - self._repeat) * ((1 - spec.leak) * self.belief_NM / self.world.mass_M + spec.leak)
-
-    def _recent(self, weight_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[N, W], [N, W]: predictive of recent items without and with repeats; zero where empty or doubled."""
-        recent_NW = self.recent_NW
-        same_NWW = recent_NW[:, :, None] == recent_NW[:, None, :]
-        earlier_NW = np.any(same_NWW & np.tri(recent_NW.shape[1], k=-1, dtype=bool), axis=2)
-        kept_NW = (recent_NW >= 0) & ~earlier_NW
-        item_NW = np.maximum(recent_NW, 0)
-        fresh_NW = self.world.popularity_V[item_NW] * np.take_along_axis(weight_NM, self.world.cluster_V[item_NW], 1)
-        full_NW = fresh_NW + self._repeat * same_NWW.sum(axis=2) / self._memory
-        return np.where(kept_NW, fresh_NW, 0.0), np.where(kept_NW, full_NW, 0.0)
+    def subset(self, rows: np.ndarray | slice) -> BayesFilter:
+        """The predictor of some of the users."""
+        return BayesFilter(self.world, self.belief_NM[rows], self.recent_NAW[rows])
 
     def probability(self, item_NK: np.ndarray) -> np.ndarray:
-        """[N, K]: predictive probability of any items [N, K]."""
-        weight_NK = np.take_along_axis(self._weight(), self.world.cluster_V[item_NK], 1)
-        count_NK = (self.recent_NW[:, None, :] == item_NK[:, :, None]).sum(axis=2)
-        return self.world.popularity_V[item_NK] * weight_NK + self._repeat * count_NK / self._memory
+        """[N, K]: q of any items [N, K]."""
+        world, row_N = self.world, np.arange(len(item_NK))[:, None]
+        aisle_NK = world.aisle_V[item_NK]
+        weight_NK = self._weight()[row_N, aisle_NK, world.cluster_V[item_NK]]
+        repeated_NK = world.repeated(self.recent_NAW[row_N, aisle_NK], item_NK)
+        return world.popularity_V[item_NK] * weight_NK + repeated_NK / world.spec.aisles
 
     def entropy(self) -> np.ndarray:
-        """[N] nats: expected NLL of the optimal prediction of the next item."""
-        weight_NM = self._weight()
-        fresh_NW, full_NW = self._recent(weight_NM)
-        smooth_N = -(_plogp(weight_NM) @ self.world.mass_M) - weight_NM @ self.world.log_mass_M
-        return smooth_N + (_plogp(fresh_NW) - _plogp(full_NW)).sum(axis=1)
+        """[N] nats: expected NLL of the optimal prediction of the next basket's items."""
+        weight_NAM = self._weight()
+        fresh_NAW, full_NAW = self._recent(weight_NAM)
+        return self.world.smooth_entropy(weight_NAM) + (_plogp(fresh_NAW) - _plogp(full_NAW)).sum(axis=(1, 2))
 
-    def top_mass(self, k: int) -> np.ndarray:
-        """[N]: expected recall@k of the optimal prediction = mass of its k most probable items."""
-        weight_NM = self._weight()
-        _, full_NW = self._recent(weight_NM)
-        # The k best items that are not recent lie among each cluster's k + recent most popular ones.
-        head_K = self.world.head(k + self.world.spec.recent).ravel()
-        head_K = head_K[head_K >= 0]
-        mass_NK = self.world.popularity_V[head_K] * weight_NM[:, self.world.cluster_V[head_K]]
-        for column in range(self.recent_NW.shape[1]):
-            mass_NK[self.recent_NW[:, column, None] == head_K] = 0.0
-        mass_NK = np.concatenate([mass_NK, full_NW], axis=1)
-        kept = min(k, mass_NK.shape[1])
-        return -np.partition(-mass_NK, kept - 1, axis=1)[:, :kept].sum(axis=1)
+    def top(self, k: int) -> np.ndarray:
+        """[N, min(k, V)]: q of the k most probable items, falling. Their sum is the expected recall@k."""
+        world, weight_NAM = self.world, self._weight()
+        _, full_NAW = self._recent(weight_NAM)
+        # The k best items that are not recent lie among the k + recent most popular ones of their aisle and cluster.
+        head_AK = world.head(k + world.spec.recent)
+        aisle_A1 = np.arange(len(head_AK))[:, None]
+        mass_NAK = np.where(head_AK >= 0, world.popularity_V[head_AK], 0.0)
+        mass_NAK = mass_NAK * weight_NAM[:, aisle_A1, world.cluster_V[head_AK]]
+        for column in range(world.spec.recent):
+            mass_NAK[self.recent_NAW[:, :, column, None] == head_AK] = 0.0
+        mass_NK = np.concatenate([mass_NAK, full_NAW], axis=2).reshape(len(mass_NAK), -1)
+        kept = min(k, world.spec.items)
+        return -np.sort(np.partition(-mass_NK, kept - 1, axis=1)[:, :kept], axis=1)
+
+    def _weight(self) -> np.ndarray:
+        """[N, A, M]: what multiplies an item's popularity in q, by aisle and cluster."""
+        fresh_NA = (1 - self.world.repeat(self.recent_NAW)) / self.world.spec.aisles
+        return fresh_NA[:, :, None] * self.world.weight(self.belief_NM)
+
+    def _recent(self, weight_NAM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[N, A, W], [N, A, W]: q of recent purchases without and with repeats; zero where empty or doubled."""
+        recent_NAW, world = self.recent_NAW, self.world
+        same_NAWW = recent_NAW[..., :, None] == recent_NAW[..., None, :]
+        later_NAW = np.any(same_NAWW & np.tri(world.spec.recent, k=-1, dtype=bool), axis=3)
+        kept_NAW = (recent_NAW >= 0) & ~later_NAW
+        item_NAW = np.maximum(recent_NAW, 0)
+        fresh_NAW = world.popularity_V[item_NAW] * np.take_along_axis(weight_NAM, world.cluster_V[item_NAW], 2)
+        repeated_NAW = world.repeated(recent_NAW[:, :, None, :], recent_NAW)
+        full_NAW = fresh_NAW + repeated_NAW / world.spec.aisles
+        return np.where(kept_NAW, fresh_NAW, 0.0), np.where(kept_NAW, full_NAW, 0.0)
+
+
+def filter_at(
+    world: World, item_E: np.ndarray, size_B: np.ndarray, first_Q: np.ndarray, basket_Q: np.ndarray
+) -> BayesFilter:
+    """The optimal predictor of each query, one row each, as it is before a basket.
+
+    Args:
+        item_E, size_B: items of all baskets, one basket after the other, and their sizes.
+        first_Q, basket_Q: numbers of the first basket of the query's user and of a later one, which is to come.
+    """
+    first_N, slot_Q = np.unique(first_Q, return_inverse=True)
+    known_Q = basket_Q - first_Q
+    known_N = np.zeros(len(first_N), np.int64)
+    np.maximum.at(known_N, slot_Q, known_Q)
+    by_length = np.argsort(-known_N, kind="stable")
+    row_Q = np.argsort(by_length)[slot_Q]
+    first_N, falling_N = first_N[by_length], known_N[by_length]
+    start_B = np.cumsum(size_B) - size_B
+    by_known = np.argsort(known_Q, kind="stable")
+    cuts = np.searchsorted(known_Q[by_known], np.arange(int(known_N.max(initial=0)) + 2))
+    predictor, belief, recent = BayesFilter.start(world, len(first_N)), [], []
+    for step in range(len(cuts) - 1):
+        if step:
+            basket = first_N[: int(np.searchsorted(-falling_N, -step, side="right"))] + step - 1
+            predictor.observe(item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
+        asked = row_Q[by_known[cuts[step] : cuts[step + 1]]]
+        belief.append(predictor.belief_NM[asked])
+        recent.append(predictor.recent_NAW[asked])
+    back = np.argsort(by_known)
+    return BayesFilter(world, np.concatenate(belief)[back], np.concatenate(recent)[back])
+
+
+def no_purchases(spec: WorldSpec, num_users: int) -> np.ndarray:
+    """Int32 [N, A, W] of users without a history."""
+    return np.full((num_users, spec.aisles, spec.recent), -1, np.int32)
+
+
+def remember(recent_NAW: np.ndarray, user_E: np.ndarray, aisle_E: np.ndarray, item_E: np.ndarray) -> None:
+    """Put items in front of the recent purchases of their aisles, in place; a user's aisles are different ones."""
+    recent_NAW[user_E, aisle_E, 1:] = recent_NAW[user_E, aisle_E, :-1]
+    recent_NAW[user_E, aisle_E, 0] = item_E
+
+
+def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Int64: start, start + 1, ... of every run, one run after the other."""
+    return np.arange(int(length.sum())) + np.repeat(start - (np.cumsum(length) - length), length)
+
+
+def _partition(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
+    """Int64 [V]: a random part of every item; none is empty."""
+    part_V = rng.integers(0, parts, items)
+    part_V[rng.permutation(items)[:parts]] = np.arange(parts)
+    return part_V
 
 
 def _plogp(values: np.ndarray) -> np.ndarray:

@@ -3,18 +3,21 @@
 Writes <out>/events/part-*.parquet, <out>/items.parquet (features that carry the interests), <out>/schema.yaml (prepares
 the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one chunk of users plus O(users + items).
 
-The truth answers the platform's prediction question, given the full history, which item comes next, for events in the
-last 20 % of the time range (no user has two events at one time). Its values are averages of exact conditional
-entropies and top-10 masses over sampled users' histories, with user-clustered standard errors: over events, and (as a
+The truth answers the platform's prediction question, given the full history, what comes at the next later timestamp,
+for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
+recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
 protocol with about one query per user weighs them) over users' means. `optimum` gives the values at the very queries of
-a prepared log's protocol. Context fields carry nothing, item fields nothing beyond what the item itself says, so the
-bound holds for models that use them.
+a prepared log's protocol, `predictive` the distribution itself, to be scored like a model. Context fields carry
+nothing, item fields nothing beyond what the item itself says, so the bound holds for models that use them.
+
+Shapes: U users, E events, B baskets, Q queries, R query rows, K items or list length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
-from bfm.events.bayes import BayesFilter, World, WorldSpec
+from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at, runs
 from bfm.events.mixing import stream_key
-from bfm.events.protocol import QueryTable
+from bfm.events.protocol import QueryTable, query_targets
 from bfm.events.shards import Shards
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000
+# A user's last purchases take the memory of about so many events.
+_USER_EVENTS = 10
 _FILE_EVENTS = 8_000_000
 _TRUTH_USERS = 4_000
 _TRUTH_EVENTS = 400_000
+_EVALUATED_ROWS = 256
 _EVALUATED_SHARE = 0.2
 _TOP = 10
 _START_MS = 1_672_531_200_000  # 2023-01-01
@@ -42,7 +48,7 @@ _SPAN_MS = 365 * 86_400_000
 _LENGTH_STREAM, _CHUNK_STREAM, _ITEM_STREAM = 1, 2, 3
 _CHANNELS = ("web", "app", "store")
 _SCHEMA = """\
-# A synthetic log: latent interests, Zipf popularity, repeat purchases. Its optimum stands in truth.json.
+# A synthetic log: baskets, latent interests, Zipf popularity, repeat purchases. Its optimum stands in truth.json.
 name: synthetic
 user: user_id
 time: timestamp
@@ -68,6 +74,8 @@ def write_synthetic(
     items: int,
     seed: int = 0,
     interests: int = 16,
+    repeat: float = WorldSpec.repeat,
+    basket: float = WorldSpec.basket,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a log and return its truth.
@@ -78,13 +86,16 @@ def write_synthetic(
         users, items: numbers of users and of items that may occur.
         seed: everything is a function of the arguments.
         interests: hidden interests, at most `items`.
+        repeat: probability that an item repeats one of the user's last purchases in its aisle, where there are some.
+        basket: mean of the geometric law of basket sizes, cut at 1 + 4 (basket - 1) and at `items`; 1: no baskets.
         progress: called with the number of events written so far.
 
     Raises:
         UserError: numbers that do not fit together, or a directory that already holds a log.
     """
-    _check(path, events, users, items, interests)
-    world = World(WorldSpec(items=items, seed=seed, interests=interests))
+    spec = WorldSpec(items=items, seed=seed, interests=interests, repeat=repeat, basket=basket)
+    _check(path, events, users, spec)
+    world = World(spec)
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(_item_table(world), path / "items.parquet")
     lengths_U = _history_lengths(seed, events, users)
@@ -93,9 +104,12 @@ def write_synthetic(
         for chunk, (low, high) in enumerate(_chunks(lengths_U)):
             rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
             lengths = lengths_U[low:high]
-            item, time = world.draw_histories(rng, lengths), _times(rng, lengths)
-            files.write(_event_table(rng, np.repeat(np.arange(low, high), lengths), item, time))
-            truth.add(low, lengths, item, time)
+            item_E, opens_E = world.draw_histories(rng, lengths)
+            baskets = np.add.reduceat(opens_E, np.cumsum(lengths) - lengths, dtype=np.int64)
+            time_B, size_B = _times(rng, baskets), np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+            user_E = np.repeat(np.arange(low, high), lengths)
+            files.write(_event_table(rng, user_E, item_E, np.repeat(time_B, size_B)))
+            truth.add(low, baskets, item_E, size_B, time_B)
             if progress is not None:
                 progress(files.events)
     write_atomic(path / "schema.yaml", _SCHEMA.encode())
@@ -104,45 +118,83 @@ def write_synthetic(
     return result
 
 
-def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int = _TOP) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 [Q], [Q]: expected NLL (nats, over all items) and recall@k of the optimal predictor at each query.
+def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int = _TOP) -> dict[str, np.ndarray]:
+    """Expected nll (nats, over all items), recall@k and ndcg@k of the optimal predictor: float64 [Q] each.
 
     Args:
         shards: the synthetic log, prepared by its schema.
-        queries: of its protocol; one sweep over the histories of their users.
+        queries: headline queries of its protocol.
         truth: what truth.json holds.
     """
-    world = World(WorldSpec(**truth["world"]))
-    raw_V = pc.cast(shards.items_table(["item_id"])["item_id"], pa.int64()).to_numpy()
+    return _expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
+
+
+def predictive(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> Callable[[slice, slice], np.ndarray]:
+    """The optimal distribution of the next timestamp's items: (query rows, items of the shard set) -> float64 [R, K].
+
+    Arguments as in `optimum`. Over the catalogue it sums to less than 1 where items of the world are not in it; scaled
+    to 1 there, it is still best for the NLL of warm targets if they are one by one (`basket` 1), else nearly so.
+    """
+    predictor, raw_V = _predictor(shards, queries, truth), _raw_items(shards)
+
+    def block(rows: slice, items: slice) -> np.ndarray:
+        view = predictor.subset(rows)
+        return view.probability(np.tile(raw_V[items], (len(view.belief_NM), 1)))
+
+    return block
+
+
+def _predictor(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> BayesFilter:
+    """The optimal predictor at every headline query. Memory: the histories of their users."""
     users, slot_Q = np.unique(queries.user, return_inverse=True)
-    needed = np.zeros(len(users), np.int64)
-    np.maximum.at(needed, slot_Q, queries.position + 1)
-    by_length = np.argsort(-needed, kind="stable")
-    rank_Q = np.argsort(by_length)[slot_Q]
-    start, falling = shards.user_starts[users[by_length]], needed[by_length]
-    by_position = np.argsort(queries.position, kind="stable")
-    cuts = np.searchsorted(queries.position[by_position], np.arange(int(needed.max(initial=0)) + 1))
-    nll_Q, recall_Q = np.zeros(len(queries)), np.zeros(len(queries))
-    predictor = BayesFilter(world, len(users))
-    for step in range(len(cuts) - 1):
-        active = int(np.searchsorted(-falling, -step, side="left"))
-        predictor.observe(raw_V[shards.take_item(shards.locate(start[:active] + step))])
-        asked = by_position[cuts[step] : cuts[step + 1]]
-        if len(asked):
-            view = predictor.subset(rank_Q[asked])
-            nll_Q[asked], recall_Q[asked] = view.entropy(), view.top_mass(k)
-    return nll_Q, recall_Q
+    known = np.zeros(len(users), np.int64)
+    np.maximum.at(known, slot_Q, queries.position + 1)
+    located = shards.locate(runs(shards.user_starts[users], known))
+    item_E, time_E = _raw_items(shards)[shards.take_item(located)], shards.take_time(located)
+    start = np.cumsum(known) - known
+    opens_E = np.diff(time_E, prepend=0) != 0
+    opens_E[start] = True
+    number_E = np.cumsum(opens_E) - 1
+    size_B = np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+    first_Q, last_Q = number_E[start[slot_Q]], number_E[start[slot_Q] + queries.position]
+    return filter_at(World(WorldSpec(**truth["world"])), item_E, size_B, first_Q, last_Q + 1)
 
 
-def _check(path: Path, events: int, users: int, items: int, interests: int) -> None:
-    if users < 1 or items < 1 or events < users:
+def _raw_items(shards: Shards) -> np.ndarray:
+    """Int64: the item of the world that an item of the shard set is."""
+    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
+
+
+def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """Expected metrics [Q] of the optimal predictor, given the numbers of distinct targets.
+
+    One of n targets is item i with probability n q(i), so ndcg@k = n sum_j q(i_j) / log2(1 + j) / (the ideal of n).
+    """
+    discount_K = 1 / np.log2(2.0 + np.arange(k))
+    scale_Q = targets_Q / np.cumsum(discount_K)[np.clip(targets_Q, 1, k) - 1]
+    nll_Q, recall_Q, gain_Q = np.zeros((3, len(targets_Q)))
+    for start in range(0, len(targets_Q), _EVALUATED_ROWS):
+        rows = slice(start, start + _EVALUATED_ROWS)
+        view = predictor.subset(rows)
+        top_RK = view.top(k)
+        nll_Q[rows], recall_Q[rows] = view.entropy(), top_RK.sum(axis=1)
+        gain_Q[rows] = top_RK @ discount_K[: top_RK.shape[1]]
+    return {"nll": nll_Q, f"recall@{k}": recall_Q, f"ndcg@{k}": scale_Q * gain_Q}
+
+
+def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
+    if users < 1 or spec.items < 1 or events < users:
         raise UserError(
-            f"{events} events, {users} users and {items} items do not fit together",
+            f"{events} events, {users} users and {spec.items} items do not fit together",
             key="events",
             fix="give at least one user, one item and as many events as users",
         )
-    if not 1 <= interests <= items:
-        raise UserError(f"{interests} interests for {items} items", key="interests", fix="give from 1 to items")
+    if not 1 <= spec.interests <= spec.items:
+        raise UserError(f"{spec.interests} interests, {spec.items} items", key="interests", fix="give from 1 to items")
+    if not 0 <= spec.repeat <= 1:
+        raise UserError(f"{spec.repeat} is no probability", key="repeat", fix="give from 0 to 1")
+    if not 1 <= spec.basket < math.inf:
+        raise UserError(f"{spec.basket} is no mean size of baskets", key="basket", fix="give 1 (no baskets) or more")
     if (path / TRUTH).exists() or (path / "events").exists():
         raise UserError("already holds a synthetic log", file=str(path), fix="give a new directory or remove it")
 
@@ -156,8 +208,8 @@ def _history_lengths(seed: int, events: int, users: int) -> np.ndarray:
 
 
 def _chunks(lengths_U: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of users with about the same number of events each."""
-    ends = np.cumsum(lengths_U)
+    """Ranges of users that take about the same memory each."""
+    ends = np.cumsum(lengths_U + _USER_EVENTS)
     low = 0
     while low < len(lengths_U):
         before = int(ends[low - 1]) if low else 0
@@ -166,19 +218,18 @@ def _chunks(lengths_U: np.ndarray) -> Iterator[tuple[int, int]]:
         low = high
 
 
-def _times(rng: np.random.Generator, lengths: np.ndarray) -> np.ndarray:
-    """Milliseconds [E]: each user's events are sorted uniform draws over the span, a millisecond apart at least."""
+def _times(rng: np.random.Generator, baskets_U: np.ndarray) -> np.ndarray:
+    """Milliseconds [B]: each user's baskets are sorted uniform draws over the span, a millisecond apart at least."""
     # Normalised partial sums of exponentials are sorted uniforms, without sorting.
-    gaps = rng.exponential(size=int(lengths.sum()) + len(lengths))
-    ends = np.cumsum(lengths + 1)
+    gaps = rng.exponential(size=int(baskets_U.sum()) + len(baskets_U))
+    ends = np.cumsum(baskets_U + 1)
     total = np.cumsum(gaps)
     last = total[ends - 1]
     before = np.concatenate([[0.0], last[:-1]])
-    fraction = (total - np.repeat(before, lengths + 1)) / np.repeat(last - before, lengths + 1)
+    fraction = (total - np.repeat(before, baskets_U + 1)) / np.repeat(last - before, baskets_U + 1)
     keep = np.ones(len(gaps), np.bool_)
     keep[ends - 1] = False
-    step = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return _START_MS + np.floor(fraction[keep] * _SPAN_MS).astype(np.int64) + step
+    return _START_MS + np.floor(fraction[keep] * _SPAN_MS).astype(np.int64) + runs(np.zeros_like(baskets_U), baskets_U)
 
 
 def _event_table(rng: np.random.Generator, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> pa.Table:
@@ -252,47 +303,37 @@ class _EventFiles:
         self.events += table.num_rows
 
 
-@dataclass
 class _Truth:
     """Accumulates exact expectations over every `stride`-th user."""
 
-    world: World
-    stride: int
-    sums: list[np.ndarray] = field(default_factory=list)
-    """Per chunk [n, 3]: each user's evaluated events, sum of entropies, sum of top-10 masses."""
+    def __init__(self, world: World, stride: int) -> None:
+        """Before the first chunk of users."""
+        self.world, self.stride = world, stride
+        self.sums: list[dict[str, np.ndarray]] = []
+        """Per chunk [U]: number of each user's evaluated baskets, and sums of their metrics."""
 
-    def add(self, low: int, lengths: np.ndarray, item: np.ndarray, time: np.ndarray) -> None:
+    def add(self, low: int, baskets_U: np.ndarray, item_E: np.ndarray, size_B: np.ndarray, time_B: np.ndarray) -> None:
         """Evaluate the sampled users of a chunk that begins at user `low`."""
-        chosen = np.flatnonzero((np.arange(low, low + len(lengths)) % self.stride) == 0)
-        if len(chosen):
-            chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
-            start = (np.cumsum(lengths) - lengths)[chosen]
-            self.sums.append(self._walk(start, lengths[chosen], item, time))
-
-    def _walk(self, start: np.ndarray, falling: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-        cut = _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
-        sums = np.zeros((len(start), 3))
-        predictor = BayesFilter(self.world, len(start))
-        for step in range(int(falling[0]) - 1):
-            # Users with a next event; they have seen `step + 1` events when they predict it.
-            active = int(np.searchsorted(-falling, -(step + 1), side="left"))
-            predictor.observe(item[start[:active] + step])
-            rows = np.flatnonzero(time[start[:active] + step + 1] >= cut)
-            if len(rows):
-                view = predictor.subset(rows)
-                sums[rows] += np.stack([np.ones(len(rows)), view.entropy(), view.top_mass(_TOP)], axis=1)
-        return sums
+        chosen_U = np.arange(low, low + len(baskets_U)) % self.stride == 0
+        first_B = np.repeat(np.cumsum(baskets_U) - baskets_U, baskets_U)
+        late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
+        query_Q = np.flatnonzero(np.repeat(chosen_U, baskets_U) & late_B & (np.arange(len(first_B)) > first_B))
+        predictor = filter_at(self.world, item_E, size_B, first_B[query_Q], query_Q)
+        metrics = _expected(predictor, size_B[query_Q], _TOP)
+        metrics["queries"] = np.ones(len(query_Q))
+        user_Q = np.unique(first_B[query_Q], return_inverse=True)[1]
+        self.sums.append({name: np.bincount(user_Q, value_Q) for name, value_Q in metrics.items()})
 
     def result(self) -> dict[str, Any]:
-        """Means over evaluated events with user-clustered standard errors; None where no event was evaluated."""
-        sums = np.concatenate(self.sums)
-        count = sums[:, 0].sum()
-        figures: dict[str, Any] = {"evaluated_events": int(count), "evaluated_users": int((sums[:, 0] > 0).sum())}
-        for column, name in ((1, "bayes_nll"), (2, f"bayes_recall@{_TOP}")):
-            mean = sums[:, column].sum() / count if count else None
-            deviation = None if mean is None else np.sqrt(np.sum((sums[:, column] - mean * sums[:, 0]) ** 2)) / count
-            per_user = sums[sums[:, 0] > 0, column] / sums[sums[:, 0] > 0, 0]
-            figures[name] = None if mean is None else float(mean)
-            figures[f"{name}_error"] = None if deviation is None else float(deviation)
-            figures[f"{name}_user_mean"] = float(per_user.mean()) if count else None
+        """Means over evaluated baskets with user-clustered standard errors; None where none was evaluated."""
+        sums = {name: np.concatenate([chunk[name] for chunk in self.sums]) for name in self.sums[0]}
+        queries_U = sums.pop("queries")
+        count = queries_U.sum()
+        figures: dict[str, Any] = {"evaluated_queries": int(count), "evaluated_users": len(queries_U)}
+        for name, sum_U in sums.items():
+            mean = float(sum_U.sum() / count) if count else None
+            deviation = None if mean is None else float(np.sqrt(np.sum((sum_U - mean * queries_U) ** 2)) / count)
+            figures[f"bayes_{name}"] = mean
+            figures[f"bayes_{name}_error"] = deviation
+            figures[f"bayes_{name}_user_mean"] = float((sum_U / queries_U).mean()) if count else None
         return {**figures, "marginal_nll": self.world.marginal_nll}

@@ -1,88 +1,185 @@
 import itertools
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from bfm.errors import UserError
 from bfm.events import synth as module
-from bfm.events.bayes import BayesFilter, World, WorldSpec
-from bfm.events.manifest import Manifest
-from bfm.events.protocol import build_protocol
+from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
+from bfm.events.protocol import Protocol, query_targets
 from bfm.events.schema import load_schema
-from bfm.events.shards import Shards, write_items, write_shard
-from bfm.events.synth import optimum, write_synthetic
+from bfm.events.shards import Shards
+from bfm.events.synth import optimum, predictive, write_synthetic
+from bfm.ranking.metrics import clustered_error, score_queries
+from bfm.ranking.ranks import rank_targets
+from tests.events.serial import prepare_serially
 
-TINY = WorldSpec(items=7, seed=3, interests=3, switch=0.2, repeat=0.3, recent=2, leak=0.15)
+TINY = WorldSpec(items=7, seed=3, interests=3, switch=0.2, repeat=0.3, recent=2, decay=0.6, basket=1.5, leak=0.15)
+SINGLE = replace(TINY, basket=1, decay=1)
 
 
-def brute_force_joint(world, items):
-    """p(items) summed over every path of interests: the generating process, written down once more."""
+def emission(world, item, interest, history):
+    """p(item | aisle, interest, history of baskets): the generating process, written down once more."""
     spec = world.spec
-    total = 0.0
-    for path in itertools.product(range(spec.interests), repeat=len(items)):
+    shelf = world.aisle_V == world.aisle_V[item]
+    inside = shelf & (world.cluster_V == interest)
+    leak = spec.leak if inside.any() else 1.0
+    fresh = leak * world.popularity_V[item] / world.popularity_V[shelf].sum()
+    if inside[item]:
+        fresh += (1 - leak) * world.popularity_V[item] / world.popularity_V[inside].sum()
+    memory = [bought for basket in history for bought in basket if shelf[bought]][-spec.recent :]
+    if not memory:
+        return fresh
+    weights = [spec.decay**age for age in range(len(memory))][::-1]
+    again = sum(weight for bought, weight in zip(memory, weights, strict=True) if bought == item) / sum(weights)
+    return (1 - spec.repeat) * fresh + spec.repeat * again
+
+
+def brute_force_joint(world, baskets):
+    """p(baskets) summed over every path of interests."""
+    spec, total = world.spec, 0.0
+    for path in itertools.product(range(spec.interests), repeat=len(baskets)):
         probability = 1.0
-        for step, (interest, item) in enumerate(zip(path, items, strict=True)):
+        for step, (interest, basket) in enumerate(zip(path, baskets, strict=True)):
             drawn = world.prior_M[interest]
             if step:
                 drawn = spec.switch * drawn + (1 - spec.switch) * (path[step - 1] == interest)
-            inside = world.cluster_V == interest
-            emission = spec.leak * world.popularity_V[item]
-            if inside[item]:
-                emission += (1 - spec.leak) * world.popularity_V[item] / world.popularity_V[inside].sum()
-            if step:
-                memory = items[max(step - spec.recent, 0) : step]
-                emission = (1 - spec.repeat) * emission + spec.repeat * memory.count(item) / len(memory)
-            probability *= drawn * emission
+            aisles = world.size_A[len(basket) - 1] / math.comb(spec.aisles, len(basket))
+            probability *= drawn * aisles * math.prod(emission(world, i, interest, baskets[:step]) for i in basket)
         total += probability
     return total
 
 
-@pytest.mark.parametrize("history", [[], [2], [2, 2], [0, 5, 0], [6, 1, 3, 3], [4, 4, 4, 1, 0]])
-def test_the_filter_is_the_exact_posterior_predictive(history):
-    world = World(TINY)
-    predictor = BayesFilter(world, 1)
-    for item in history:
-        predictor.observe(np.array([item]))
+def every_basket(world):
+    """Every set of items of different aisles."""
+    shelves = [[None, *np.flatnonzero(world.aisle_V == aisle)] for aisle in range(world.spec.aisles)]
+    for choice in itertools.product(*shelves):
+        if basket := [int(item) for item in choice if item is not None]:
+            yield basket
+
+
+HISTORIES = [[], [[2]], [[2], [2]], [[0], [5], [0]], [[6], [1], [3], [3]], [[4], [4], [4], [1], [0]]]
+# The aisles of TINY hold the items [0, 1, 6], [4, 5] and [2, 3]; some have none of an interest's.
+BASKETS = [[], [[2, 1]], [[0], [0, 4, 3]], [[5, 2], [5], [0, 5], [6, 4, 3]]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "history"),
+    [
+        *((spec, history) for spec in (SINGLE, replace(SINGLE, repeat=0)) for history in HISTORIES),
+        *((spec, history) for spec in (TINY, replace(TINY, leak=0)) for history in BASKETS),
+    ],
+)
+def test_the_filter_is_the_best_distribution_exactly(spec, history):
+    """For every basket T that may come, E[1{i in T} / |T|]: what minimises the mean NLL over distinct targets."""
+    world = World(spec)
+    predictor = BayesFilter.start(world, 1)
+    for basket in history:
+        predictor.observe(np.array(basket), np.array([len(basket)]))
     before = brute_force_joint(world, history)
-    expected = np.array([brute_force_joint(world, [*history, item]) / before for item in range(TINY.items)])
-    predicted = predictor.probability(np.arange(TINY.items)[None])[0]
-    np.testing.assert_allclose(predicted, expected, rtol=1e-12)
-    assert expected.sum() == pytest.approx(1.0)
-    assert predictor.entropy()[0] == pytest.approx(-(expected * np.log(expected)).sum(), rel=1e-12)
+    expected, total = np.zeros(spec.items), 0.0
+    for basket in every_basket(world):
+        probability = brute_force_joint(world, [*history, basket]) / before
+        expected[basket] += probability / len(basket)
+        total += probability
+    assert total == pytest.approx(1.0)
+    np.testing.assert_allclose(predictor.probability(np.arange(spec.items)[None])[0], expected, rtol=1e-12)
+    surprise = expected[expected > 0] * np.log(expected[expected > 0])
+    assert predictor.entropy()[0] == pytest.approx(-surprise.sum(), rel=1e-12)
     for k in (1, 3, 10):
-        assert predictor.top_mass(k)[0] == pytest.approx(np.sort(expected)[::-1][:k].sum(), rel=1e-12)
+        np.testing.assert_allclose(predictor.top(k)[0], np.sort(expected)[::-1][:k], rtol=1e-12)
 
 
-def test_generated_histories_follow_the_predictive():
-    """Realised NLL and recall of the optimal predictor on drawn histories equal their exact expectations."""
-    world = World(WorldSpec(items=300, seed=1, interests=5))
-    lengths = np.random.default_rng(0).integers(10, 40, 3000)
-    lengths = -np.sort(-lengths)
-    items = world.draw_histories(np.random.default_rng(1), lengths)
+def test_without_baskets_and_repeats_the_next_item_is_an_interest_s():
+    """The settings zero: one item at a time, p(i) = sum over z of b_z p(i | z), popularity inside a cluster."""
+    world = World(replace(SINGLE, repeat=0))
+    assert world.spec.aisles == 1
+    assert world.size_A.tolist() == [1.0]
+    inside_MV = world.cluster_V == np.arange(3)[:, None]
+    share_MV = inside_MV * world.popularity_V / (inside_MV * world.popularity_V).sum(axis=1, keepdims=True)
+    expected = world.prior_M @ (0.85 * share_MV + 0.15 * world.popularity_V)
+    np.testing.assert_allclose(BayesFilter.start(world, 1).probability(np.arange(7)[None])[0], expected, rtol=1e-12)
+    assert world.marginal_nll == pytest.approx(-(expected * np.log(expected)).sum())
+
+
+@pytest.mark.parametrize("basket", [1, 4])
+def test_generated_histories_follow_the_predictive(basket):
+    """Realised NLL, recall and items of the next baskets equal their exact expectations."""
+    world = World(WorldSpec(items=300, seed=1, interests=5, basket=basket))
+    lengths = np.random.default_rng(0).integers(10, 40, 700)
+    items, opens = world.draw_histories(np.random.default_rng(1), lengths)
     start = np.cumsum(lengths) - lengths
-    predictor = BayesFilter(world, len(lengths))
-    surprise, hits = [], []
-    for step in range(10):
-        following = items[start + step]
-        every = predictor.probability(np.tile(np.arange(300), (len(lengths), 1)))
-        own = every[np.arange(len(lengths)), following]
-        surprise.append(-np.log(own) - predictor.entropy())
-        hits.append(((every > own[:, None]).sum(axis=1) < 10) - predictor.top_mass(10))
-        predictor.observe(following)
-    for deviation in (np.array(surprise), np.array(hits)):
-        assert abs(deviation.mean()) < 4 * deviation.std() / np.sqrt(deviation.size)
+    assert opens[start].all()
+    number_E, size_B = np.cumsum(opens) - 1, np.diff(np.flatnonzero(opens), append=len(opens))
+    first_B = number_E[np.repeat(start, lengths)][opens]
+    asked = np.flatnonzero(np.arange(len(first_B)) > first_B)
+    predictor = filter_at(world, items, size_B, first_B[asked], asked)
+    every = predictor.probability(np.tile(np.arange(300), (len(asked), 1)))
+    row_E = np.searchsorted(asked, number_E)
+    target = np.flatnonzero(np.isin(number_E, asked))
+    realised = np.zeros_like(every)
+    realised[row_E[target], items[target]] = 1 / size_B[number_E[target]]
+    np.testing.assert_allclose(realised.sum(axis=1), 1.0, err_msg="the items of a basket are distinct")
+    hit = (every >= -np.partition(-every, 9, axis=1)[:, 9:10]) * realised
+    user = first_B[asked]
+    for deviation in (
+        -(realised * np.log(every)).sum(axis=1) - predictor.entropy(),
+        hit.sum(axis=1) - predictor.top(10).sum(axis=1),
+        *(realised - every)[:, world.order_V[:: 300 // 20]].T,
+    ):
+        assert abs(deviation.mean()) < 4 * clustered_error(deviation, user)
     frequency = np.bincount(items, minlength=300) / len(items)
-    assert -(frequency * np.log(np.maximum(frequency, 1e-12))).sum() == pytest.approx(world.marginal_nll, abs=0.05)
+    marginal = -(frequency * np.log(np.maximum(frequency, 1e-12))).sum()
+    assert marginal == pytest.approx(world.marginal_nll, abs=0.05)
 
 
-def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_path, monkeypatch):
+def test_repeats_and_basket_sizes_come_out_as_asked():
+    """Among so many equally popular items that hardly any comes twice by chance."""
+    spec = WorldSpec(items=40_000, seed=2, interests=1, repeat=0.4, recent=3, decay=0.5, basket=3, zipf=0)
+    world = World(spec)
+    events = 40 * spec.aisles
+    items, opens = world.draw_histories(np.random.default_rng(0), np.full(60, events))
+    known, ages = 0, []
+    for history in items.reshape(60, events):
+        shelves = {aisle: [] for aisle in range(spec.aisles)}
+        for item in history:
+            shelf = shelves[int(world.aisle_V[item])]
+            if len(shelf) >= spec.recent:
+                known += 1
+                ages += [shelf[::-1].index(item)] if item in shelf[-spec.recent :] else []
+            shelf.append(item)
+    assert len(ages) / known == pytest.approx(spec.repeat, abs=4 * math.sqrt(0.24 / known))
+    # Repeats fill the memory with equal items, and the first of equal ones is found.
+    assert np.bincount(ages)[0] / len(ages) > 4 / 7
+    # The first baskets, which no end of a history can have cut.
+    sizes = [np.diff(np.flatnonzero(user))[:30] for user in opens.reshape(60, events)]
+    shares = np.bincount(np.concatenate(sizes), minlength=spec.aisles + 1)[1:] / (60 * 30)
+    np.testing.assert_allclose(shares, world.size_A, atol=4 * math.sqrt(0.25 / (60 * 30)))
+    np.testing.assert_allclose(world.size_A[1:] / world.size_A[:-1], 2 / 3)
+    assert (world.size_A @ np.arange(1, spec.aisles + 1)) == pytest.approx(3, rel=0.1)
+
+
+def test_a_log_by_default_is_like_a_real_one(tmp_path):
+    """Grocery baskets: 41 % of events are repeats, and 89 % of neighbours share a timestamp."""
+    write_synthetic(tmp_path / "log", events=100_000, users=1000, items=10_000)
+    log = pq.read_table(tmp_path / "log/events")
+    user, item, time = (log[name].cast("int64").to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    assert len(np.unique(user * 10_000 + item)) / len(user) == pytest.approx(1 - 0.41, abs=0.1)
+    neighbours = user[1:] == user[:-1]
+    assert (np.diff(time)[neighbours] == 0).mean() == pytest.approx(0.89, abs=0.02)
+
+
+@pytest.mark.parametrize("basket", [1, 3])
+def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_path, monkeypatch, basket):
     monkeypatch.setattr(module, "_CHUNK_EVENTS", 700)
     monkeypatch.setattr(module, "_FILE_EVENTS", 2000)
     progress = []
-    sizes = {"events": 5000, "users": 120, "items": 80}
+    sizes = {"events": 5000, "users": 120, "items": 80, "basket": basket}
     truth = write_synthetic(tmp_path / "a", **sizes, seed=5, progress=progress.append)
     again = write_synthetic(tmp_path / "b", **sizes, seed=5)
     assert truth == again
@@ -96,7 +193,8 @@ def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_pat
     time = log["timestamp"].cast("int64").to_numpy()
     assert len(np.unique(user)) == 120
     same_user = user[1:] == user[:-1]
-    assert (np.diff(time)[same_user] > 0).all(), "no ties: one target per query"
+    assert (np.diff(time)[same_user] >= 0).all()
+    assert (np.diff(time)[same_user] > 0).all() == (basket == 1)
     table = pq.read_table(tmp_path / "a/items.parquet")
     assert np.array_equal(table["item_id"].to_numpy(), np.arange(80))
     schema = load_schema(str(tmp_path / "a/schema.yaml"))
@@ -104,46 +202,74 @@ def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_pat
     assert set(schema.context_fields) <= set(log.column_names)
 
 
-def prepared(log, directory):
-    """The synthetic log as a shard set, every event but the users' last in training or validation."""
-    table = pq.read_table(log / "events")
-    raw = table["item_id"].to_numpy()
-    known, item = np.unique(raw, return_inverse=True)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(table["user_id"].to_numpy()))])
-    lengths = np.diff(offsets)
-    write_shard(
-        directory, 0, item=item, time=table["timestamp"].cast("int64").to_numpy(), context={}, user_offsets=offsets,
-        train_end=lengths // 2, valid_end=lengths, users=[str(user) for user in range(len(lengths))],
-    )  # fmt: skip
-    write_items(directory, pa.table({"item_id": [str(key) for key in known]}), {})
-    sizes = {"users": len(lengths), "events": len(item), "items": len(known), "catalogue": len(known), "shards": 1}
-    training = {"train_events": int((lengths // 2).sum()), "train_targets": 0, "time_range": (0, 1)}
-    shape = {"has_clock": True, "split": {}, "fields": ()}
-    return Shards(directory, Manifest(name="synthetic", seed=0, **sizes, **training, **shape))
+def prepared(log):
+    """Shards of a written log and the headline queries of its validation part."""
+    prepare_serially(log / "schema.yaml", [log / "events"], log / "shards")
+    shards = Shards.open(log / "shards")
+    queries = Protocol.load(shards).queries("validation")
+    return shards, queries[: queries.num_headline]
 
 
-def test_optimum_at_a_protocol_s_queries(tmp_path):
-    truth = write_synthetic(tmp_path / "log", events=3000, users=60, items=40, interests=4)
-    shards = prepared(tmp_path / "log", tmp_path / "shards")
-    queries = build_protocol(shards, queries=200, seed=0).queries("validation")
-    nll, recall = optimum(shards, queries, truth, k=5)
+@pytest.mark.parametrize("basket", [1, 5])
+def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
+    truth = write_synthetic(tmp_path / "log", events=3000, users=60, items=40, interests=4, basket=basket)
+    shards, queries = prepared(tmp_path / "log")
+    found = optimum(shards, queries, truth, k=5)
+    block = predictive(shards, queries, truth)
+    sizes = np.diff(query_targets(shards, queries).offsets)
     world = World(WorldSpec(**truth["world"]))
-    keys = shards.items_table(["item_id"])["item_id"].to_pylist()
+    keys = np.array([int(key) for key in shards.items_table(["key_item_id"])["key_item_id"].to_pylist()])
     for index in range(0, len(queries), 13):
-        history = shards.history(queries.user[index]).item[: queries.position[index] + 1]
-        alone = BayesFilter(world, 1)
-        for item in history:
-            alone.observe(np.array([int(keys[item])]))
-        assert nll[index] == pytest.approx(alone.entropy()[0], rel=1e-12)
-        assert recall[index] == pytest.approx(alone.top_mass(5)[0], rel=1e-12)
+        known = shards.history(queries.user[index])
+        alone = BayesFilter.start(world, 1)
+        for time in np.unique(known.time[: queries.position[index] + 1]):
+            item = keys[known.item[known.time == time]]
+            alone.observe(item, np.array([len(item)]))
+        top = alone.top(5)[0]
+        ideal = (1 / np.log2(2.0 + np.arange(min(5, sizes[index])))).sum()
+        gain = sizes[index] * (top / np.log2(2.0 + np.arange(5))).sum() / ideal
+        expected = {"nll": alone.entropy()[0], "recall@5": top.sum(), "ndcg@5": gain}
+        assert {name: values[index] for name, values in found.items()} == pytest.approx(expected, rel=1e-12)
+        own = alone.probability(keys[None])
+        np.testing.assert_allclose(block(slice(index, index + 1), slice(0, len(keys))), own, rtol=1e-12)
 
 
-def test_truth_is_better_than_no_history_and_covers_the_evaluated_range(tmp_path):
-    truth = write_synthetic(tmp_path / "log", events=40_000, users=800, items=500, seed=0)
+def protocol_metrics(shards, queries, truth):
+    """The predictive of a truth, ranked and scored by the code that scores models."""
+    block, targets = predictive(shards, queries, truth), query_targets(shards, queries)
+    ranked = rank_targets(
+        lambda rows, items: torch.from_numpy(np.log(block(rows, items))), targets, shards.num_catalogue, 10
+    )
+    places = {"query_Q": np.arange(len(queries)), "user_Q": queries.user, "basket_Q": queries.basket}
+    return score_queries(ranked, targets, shards.num_catalogue, (10,), **places).values
+
+
+def test_scored_like_a_model_the_optimum_is_reached_and_beats_every_wrong_world(tmp_path):
+    truth = write_synthetic(tmp_path / "log", events=100_000, users=1000, items=200, interests=4)
+    shards, queries = prepared(tmp_path / "log")
+    assert shards.num_catalogue == 200
+    best = protocol_metrics(shards, queries, truth)
+    for name, expected_Q in optimum(shards, queries, truth).items():
+        deviation_Q = best[name] - expected_Q
+        assert abs(deviation_Q.mean()) < 4 * clustered_error(deviation_Q, queries.user), name
+    wrong = [{"repeat": 0.1}, {"repeat": 0.6}, {"decay": 0.1}, {"recent": 1}, {"leak": 0.3}, {"switch": 0.5}]
+    for change in wrong:
+        other = protocol_metrics(shards, queries, {**truth, "world": truth["world"] | change})
+        excess_Q = other["nll"] - best["nll"]
+        assert excess_Q.mean() > 4 * clustered_error(excess_Q, queries.user), change
+
+
+@pytest.mark.parametrize(("basket", "recall"), [(1, 0.3), (10, 0.15)])
+def test_truth_is_better_than_no_history_and_covers_the_evaluated_range(tmp_path, basket, recall):
+    truth = write_synthetic(tmp_path / "log", events=40_000, users=800, items=500, basket=basket)
     assert truth["bayes_nll"] < truth["marginal_nll"] - 1
-    assert 0.3 < truth["bayes_recall@10"] < 1
+    assert recall < truth["bayes_recall@10"] < 1
+    assert 0 < truth["bayes_ndcg@10"] < 1
     assert 0 < truth["bayes_nll_error"] < 0.05
-    assert truth["evaluated_events"] == pytest.approx(0.2 * 40_000, rel=0.05)
+    log = pq.read_table(tmp_path / "log/events")
+    user, time = (log[name].cast("int64").to_numpy() for name in ("user_id", "timestamp"))
+    late = (time >= module._START_MS + 0.8 * module._SPAN_MS) & (np.diff(time, prepend=0) != 0)
+    assert truth["evaluated_queries"] == (late[1:] & (user[1:] == user[:-1])).sum()
 
 
 def test_item_features_carry_the_interests(tmp_path):
@@ -162,10 +288,12 @@ def test_item_features_carry_the_interests(tmp_path):
         {"events": 5, "users": 0, "items": 3},
         {"events": 5, "users": 5, "items": 0},
         {"events": 50, "users": 5, "items": 10, "interests": 11},
+        {"events": 50, "users": 5, "items": 20, "repeat": 1.1},
+        {"events": 50, "users": 5, "items": 20, "basket": 0.5},
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path, sizes):
-    with pytest.raises(UserError, match=r"fit together|interests"):
+    with pytest.raises(UserError, match=r"fit together|interests|probability|mean size"):
         write_synthetic(tmp_path / "log", **sizes)
     assert not (tmp_path / "log").exists()
 
@@ -178,5 +306,5 @@ def test_an_existing_log_is_not_overwritten(tmp_path):
 
 def test_the_smallest_log_has_a_truth_without_figures(tmp_path):
     truth = write_synthetic(tmp_path / "log", events=3, users=3, items=1, interests=1)
-    assert truth["evaluated_events"] == 0
+    assert truth["evaluated_queries"] == 0
     assert truth["bayes_nll"] is truth["bayes_nll_user_mean"] is None
