@@ -92,7 +92,9 @@ class ModelCost:
         shape, positions = self.shape, rows * self.window
         weights = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width + self._block_params()
         flops = 2 * positions * weights + self._attention(rows) + self._pointer(rows, queries)
-        return flops + 2 * queries * shape.d_item * (shape.width + catalogue)
+        # A mixture needs the sum over the catalogue before it can score an item: two passes.
+        passes = 2 if shape.pointer_width else 1
+        return flops + 2 * queries * shape.d_item * (shape.width + passes * catalogue)
 
     def _embed(self, items: int, backward: bool) -> int:
         """Item stem and embedder; forward only, or with backward."""

@@ -40,7 +40,7 @@ class FrozenItems(Protocol):
         log_pi_GK: Tensor,
         hit_T: Tensor,
         scale: Tensor,
-        window_T: Tensor | None,
+        window_T: Tensor | None = None,
     ) -> Tensor:
         """loss_T as of sampled_softmax, target_T and ids_K being item ids; differentiable in h and scale."""
 
@@ -70,7 +70,7 @@ class WholeItems:
         log_pi_GK: Tensor,
         hit_T: Tensor,
         scale: Tensor,
-        window_T: Tensor | None,
+        window_T: Tensor | None = None,
     ) -> Tensor:
         """loss_T of the rows."""
         positive_TD = self.vectors_ID[target_T]
@@ -115,12 +115,12 @@ class DealtItems:
         log_pi_GK: Tensor,
         hit_T: Tensor,
         scale: Tensor,
-        window_T: Tensor | None,
+        window_T: Tensor | None = None,
     ) -> Tensor:
         """loss_T of this rank's rows among its own candidates; all rows have one pi."""
         assert window_T is None, "a shared catalogue takes no candidates from the batch"
         q_TD = scale.float() * h_TD.float()
-        return self.catalogue.loss(q_TD, self._places(target_T), self._places(ids_K), log_pi_GK[0], hit_T)
+        return self.catalogue.loss(q_TD, self._places(target_T), self._places(ids_K), log_pi_GK, hit_T)
 
     def _places(self, ids_N: Tensor) -> Tensor:
         """Items as the sharded catalogue numbers them: rank by rank."""

@@ -147,10 +147,10 @@ class DrawnObjective:
             target_T = batch.target_item_T[rows]
             place_T = torch.searchsorted(ids_K, target_T).clamp(max=len(ids_K) - 1)
             hit_T = torch.where(ids_K[place_T] == target_T, place_T, -1)
-            log_pi_GK, window_T = self.log_pi_V[ids_K][None], None
+            log_pi_GK, window_T = self.log_pi_V[ids_K], None
             if self.in_batch:
                 window_T = batch.window_T(group)
-                log_pi_GK = own_window_certain(log_pi_GK[0], window_T, hit_T, batch.windows[group])
+                log_pi_GK = own_window_certain(log_pi_GK, window_T, hit_T, batch.windows[group])
             h_TD = queries.h_TD[rows]
             losses.append(self.items.loss(h_TD, target_T, ids_K, log_pi_GK, hit_T, model.scale, window_T))
         return _mean_of_groups(batch, queries, losses)

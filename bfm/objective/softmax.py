@@ -9,7 +9,7 @@ every item the loss is the full softmax.
 Enters: queries, positives, a table with the ids of the candidates, log inclusion probabilities. Leaves: loss_T. One
 contract, several implementations; `sampled_softmax` chooses.
 
-T = target rows, K = candidates shared by the rows, G = windows whose rows have one pi (1: pi is the same for all rows),
+T = target rows, K = candidates shared by the rows, G = windows whose rows have one pi,
 R = rows of the table that candidates are taken from, V = catalogue items, D = retrieval width.
 """
 
@@ -48,8 +48,8 @@ def sampled_softmax(
 
     The candidates are the rows ids_K (int64, distinct; fastest ascending) of the table. hit_T (int64) is the column
     of the row's own target among the candidates, -1 where it is not among them; that column is left out of the row's
-    sum. window_T (int64) is the row's line of log_pi_GK, needed where G > 1. scale is a scalar. Differentiable in h,
-    positive, scale and, by `reference` and `two_pass`, the table.
+    sum. window_T (int64) is the row's line of log_pi_GK; without it pi is the same for all rows, and log_pi_GK is [K].
+    scale is a scalar. Differentiable in h, positive, scale and, by `reference` and `two_pass`, the table.
 
     `reference` stores T x K scores; the others keep one tile of them. A score that is not finite gives its row a loss
     of NaN or infinity. Raises ValueError for an unknown method, and for a table that needs a gradient or windows that
@@ -73,7 +73,7 @@ def sampled_softmax(
             f"{method} gives the table no gradient and knows one window: use two_pass, or detach the table"
         )
     state_of = fused_softmax_state if method == "triton" else softmax_state
-    return loss_from_state(q_TD, positive_TD, state_of(q_TD, table_RD, ids_K, log_pi_GK[0], hit_T))
+    return loss_from_state(q_TD, positive_TD, state_of(q_TD, table_RD, ids_K, log_pi_GK, hit_T))
 
 
 def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:

@@ -74,9 +74,12 @@ def loss_from_log_sum(q_TD: Tensor, positive_TD: Tensor, log_sum_T: Tensor) -> T
 
 
 def two_pass_log_sum(
-    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None
+    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None = None
 ) -> Tensor:
-    """Log of the sum over the candidates except the hit, log_sum_T; differentiable in q and the table."""
+    """Log of the sum over the candidates except the hit, log_sum_T; differentiable in q and the table.
+
+    log_pi_GK is [K] where no window_T picks its lines.
+    """
     return _TwoPassLogSum.apply(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T)
 
 
@@ -205,7 +208,7 @@ def _online_state(tiles: _Tiles, q_TD: Tensor, log_pi_K: Tensor) -> State:
     max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
     weighted_TD, room = torch.zeros_like(q_TD), tiles.workspace(q_TD)
     for tile in tiles:
-        factor_P, weight_PC = _exponentials(_logits(q_TD, log_pi_K[None], None, tile, room), max_T[tile.rows])
+        factor_P, weight_PC = _exponentials(_logits(q_TD, log_pi_K, None, tile, room), max_T[tile.rows])
         sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
         weighted_TD[tile.rows] *= factor_P[:, None]
         _add_product(weighted_TD[tile.rows], weight_PC, tile.vectors_CD)
@@ -235,7 +238,7 @@ def _nan_unless_finite(vectors_CD: Tensor) -> Tensor:
 def _logits(q_TD: Tensor, log_pi_GK: Tensor, window_T: Tensor | None, tile: _Tile, room: Tensor) -> Tensor:
     """Corrected scores of the tile, -inf for hits."""
     logits_PC = _scores(q_TD, tile, room)
-    log_pi_GC = log_pi_GK[:, tile.columns].to(q_TD.dtype)
+    log_pi_GC = log_pi_GK[..., tile.columns].to(q_TD.dtype)
     logits_PC -= log_pi_GC if window_T is None else log_pi_GC.index_select(0, window_T[tile.rows])
     if len(tile.hit_rows):
         logits_PC[tile.hit_rows, tile.hit_columns] = -torch.inf

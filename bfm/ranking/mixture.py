@@ -3,8 +3,7 @@
     p_v = g e^{s_v} / sum_u e^{s_u} + m_v          g the softmax's gate, m what all sparse components give together
 
 Enters: the softmax's scores, its gates, and the few items per query with a mass of their own. Leaves: a ScoreBlock
-(ranks.py) of log p. Mass on items outside the catalogue is left out: what is ranked and scored is p given that the item
-is one of the catalogue, which ranks.py's own sum over it divides by.
+(ranks.py) of log p. g and the masses of a query sum to one over the catalogue.
 
 Q = queries, R = query rows of a chunk, C = items of a block, P = pairs of a query and an item, N = pairs asked for.
 """
@@ -52,6 +51,10 @@ class SparseMass:
             torch.cat([none, *(part.item_P for part in parts)]),
             torch.cat([none.float(), *(part.mass_P for part in parts)]),
         )
+
+    def totals(self, num_queries: int) -> Tensor:
+        """Mass of every query [Q]."""
+        return torch.zeros(num_queries, device=self.mass_P.device).index_add_(0, self.query_P, self.mass_P)
 
     def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
         """Mass of any pairs, 0 where there is none."""

@@ -8,6 +8,7 @@ Q = queries, V = catalogue items, D = retrieval width, L = positions of a window
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -77,10 +78,13 @@ def answer(
         lengths.append(len(queries.h_TD))
         rows += len(batch.item_RL)
     none = torch.zeros(0, device=model.device)
+    log_gate_Q, sparse = torch.cat([none, *gates]), SparseMass.join(masses, lengths, model.device)
+    # What fell on items outside the catalogue is left out of the distribution.
+    log_total_Q = (log_gate_Q.exp() + sparse.totals(len(log_gate_Q))).log()
     return Answers(
         torch.cat([none.new_zeros(0, model.shape.d_item), *h]),
-        torch.cat([none, *gates]),
-        SparseMass.join(masses, lengths, model.device),
+        log_gate_Q - log_total_Q,
+        dataclasses.replace(sparse, mass_P=sparse.mass_P * (-log_total_Q[sparse.query_P]).exp()),
         model.scale,
         rows,
         model.shape.pointer_width > 0,

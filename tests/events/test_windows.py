@@ -145,9 +145,14 @@ def test_windows_of_a_group_are_of_unrelated_users(tmp_path):
 def permuted_windows(order, index):
     """Numbers of the windows of a group inside one epoch, found by their first event."""
     every = order.windows(np.arange(order.windows_per_epoch))
-    first = {(row.tobytes(), time.tobytes()): number for number, (row, time) in enumerate(zip(every.item_RL, every.time_RL, strict=True))}
+    first = {
+        (row.tobytes(), time.tobytes()): number
+        for number, (row, time) in enumerate(zip(every.item_RL, every.time_RL, strict=True))
+    }
     group = order.group(index)
-    return np.array([first[row.tobytes(), time.tobytes()] for row, time in zip(group.item_RL, group.time_RL, strict=True)])
+    return np.array(
+        [first[row.tobytes(), time.tobytes()] for row, time in zip(group.item_RL, group.time_RL, strict=True)]
+    )
 
 
 def _user_of(shards, order, row):

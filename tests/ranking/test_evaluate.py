@@ -11,13 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bfm.errors import DivergedError, UserError
-from bfm.events.protocol import Protocol
+from bfm.events.protocol import Protocol, query_targets
 from bfm.events.windows import eval_windows
 from bfm.model.batch import make_query_batch
 from bfm.model.sizing import size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective.sampling import Candidates, draw_systematic, drawn_inclusion, group_rng
 from bfm.ranking import evaluate as evaluate_module
+from bfm.ranking import queries as queries_module
 from bfm.ranking.evaluate import evaluate, merge, summarise
 from tests.helpers import make_shards
 
@@ -25,29 +26,42 @@ WINDOW = 16
 torch.set_num_threads(1)
 
 
-def build_model(shards, share=0.0):
-    shape = size_model(4e3, share, d_item=16)
+def build_model(shards, share=0.0, pointer=True):
+    """With noise on all weights: some begin at zero, and what they multiply would go untested."""
+    shape = size_model(4e3, share, d_item=16, pointer=pointer)
     store = ItemStore(shards.item_fields, shards.item_arrays)
-    return TwoPartModel(shape, shards.fields, store, shards.has_clock, table_width=8, seed=0).eval()
+    model = TwoPartModel(shape, shards.fields, store, shards.has_clock, table_width=8, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for values in model.parameters():
+            values += 0.1 * torch.randn(values.shape, generator=generator)
+    return model.eval()
 
 
-@pytest.fixture(scope="module")
-def world(toy_shards):
-    return build_model(toy_shards), toy_shards, Protocol.load(toy_shards)
+@pytest.fixture(scope="module", params=[True, False], ids=["pointer", "softmax"])
+def world(request, toy_shards):
+    return build_model(toy_shards, pointer=request.param), toy_shards, Protocol.load(toy_shards)
 
 
 @torch.no_grad()
 def plain_scores(model, shards, table):
-    """Scores [Q, V], one query at a time, and the queries' targets."""
+    """log p [Q, V] and the softmax's scores, log gate and mass that it is made of, one query at a time; targets."""
     v_ID = model.embed_all()
-    rows, targets = [], []
+    targets, rows = query_targets(shards, table), []
     for query in range(len(table)):
-        contexts = eval_windows(shards, table[query : query + 1], WINDOW)
-        batch = make_query_batch(contexts)
-        h_1D = model.contextualize(batch, v_ID[batch.items_U])
-        rows.append((model.scale * h_1D @ v_ID[: shards.num_catalogue].T)[0].double().numpy())
-        targets.append(contexts.targets[0].tolist())
-    return np.array(rows), targets
+        batch = make_query_batch(eval_windows(shards, table[query : query + 1], WINDOW))
+        said = model.contextualize(batch, v_ID[batch.items_U])
+        score_V = (model.scale * said.h_TD @ v_ID[: shards.num_catalogue].T)[0].double().numpy()
+        mass_V, gate = np.zeros(len(score_V)), said.log_gate_TX1[0, 0].item()
+        if said.pointer_TL is not None:
+            items = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
+            for item, mass in zip(items, said.pointer_TL[0].double().numpy(), strict=False):
+                if item < len(mass_V):
+                    mass_V[item] += mass * math.exp(said.log_gate_TX1[0, 1].item())
+        total = math.exp(gate) + mass_V.sum()
+        rows.append((score_V, gate - math.log(total), mass_V / total))
+    log_p_QV = [np.log(np.exp(score_V + gate - np.logaddexp.reduce(score_V)) + mass) for score_V, gate, mass in rows]
+    return np.array(log_p_QV), rows, [targets[query].tolist() for query in range(len(table))]
 
 
 def plain_metrics(scores_V, targets, hidden, k=10):
@@ -72,10 +86,10 @@ def plain_metrics(scores_V, targets, hidden, k=10):
 
 
 def check_against_loops(model, shards, protocol, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "_BATCH_POSITIONS", 100)
+    monkeypatch.setattr(queries_module, "_BATCH_POSITIONS", 100)
     table = protocol.queries("validation")
     scores = evaluate(model, shards, protocol, "validation", WINDOW)
-    table_QV, targets = plain_scores(model, shards, table)
+    table_QV, _, targets = plain_scores(model, shards, table)
     for query in range(len(table)):
         history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]
         hidden = set(history.tolist()) - set(targets[query]) if protocol.filter_seen else set()
@@ -156,13 +170,13 @@ def test_loss_sampled_equals_a_plain_sum_over_its_fixed_sample(world, monkeypatc
     scores = evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)
     assert summarise(scores).metrics["loss_sampled_negatives"] == 30
     table = protocol.queries("validation")
-    table_QV, targets = plain_scores(model, shards, table)
+    _, rows, targets = plain_scores(model, shards, table)
     for query in range(len(table)):
-        losses = []
+        losses, (score_V, gate, mass_V) = [], rows[query]
         for target in [item for item in targets[query] if item < shards.num_catalogue]:
-            others = [table_QV[query, item] - np.log(pi_V[item]) for item in ids_K if item != target]
-            own = table_QV[query, target]
-            losses.append(np.logaddexp.reduce([own, *others]) - own)
+            others = [score_V[item] - np.log(pi_V[item]) for item in ids_K if item != target]
+            share = np.exp(score_V[target] - np.logaddexp.reduce([score_V[target], *others]))
+            losses.append(-np.log(np.exp(gate) * share + mass_V[target]))
         expected = np.mean(losses) if losses and not table.basket[query] else math.nan
         assert scores.values["loss_sampled"][query] == pytest.approx(expected, rel=1e-4, abs=1e-4, nan_ok=True)
 

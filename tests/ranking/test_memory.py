@@ -60,7 +60,7 @@ def test_several_threads_rank_as_one_does(shop, encoded, neighbours):
     """More queries than one chunk of rows takes."""
     table = encoded.table
     many = QueryTable(np.tile(table.user, 5), np.tile(table.position, 5), np.tile(table.basket, 5), table.filter_seen)
-    scorer = DotScores((encoded.h_QD * encoded.scale).repeat(5, 1), encoded.catalogue_VD)
+    scorer = DotScores((encoded.answers.h_QD * encoded.answers.scale).repeat(5, 1), encoded.catalogue_VD)
     targets = query_targets(shop.shards, many)
     assert len(many) > 1000
     ranked = []
