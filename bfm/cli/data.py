@@ -40,6 +40,7 @@ def prepare(
         "items": manifest.items,
         "catalogue": manifest.catalogue,
         "quarantined": dict(manifest.rows_quarantined),
+        "seen_items": manifest.checks["seen_items"],
     }
     show(summary, as_json, _prepared_text)
 
@@ -49,7 +50,8 @@ def _prepared_text(summary: dict[str, Any]) -> str:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in quarantined.items()) or "none"
     return (
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
-        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}\n{summary['shards']}"
+        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}\n"
+        f"seen items {summary['seen_items']}\n{summary['shards']}"
     )
 
 

@@ -274,7 +274,8 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
 
 def _complete(job: Job, draft: Manifest) -> Manifest:
     shards = Shards(job.shard_set, draft)
-    queries = job.schema.evaluation.queries
-    build_protocol(shards, queries=queries, filter_seen=job.schema.filter_seen, seed=job.seed)
+    asked = job.schema.evaluation
+    protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
     curve = fit_distinct_curve(shards)
-    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve))
+    checks = {**draft.checks, "seen_items": protocol.seen_rule}
+    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve, checks=checks))

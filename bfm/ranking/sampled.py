@@ -5,8 +5,9 @@ Enters: queries, item vectors and targets. Leaves: recall, NDCG and MRR per quer
 KDD 2020), so they only serve to compare with such papers.
 
 A target's competitors are drawn uniformly without replacement from the catalogue without the query's targets and, where
-the protocol filters them, its seen items. They depend on the seed and the query alone: every model, and every division
-among workers, meets the same ones. Ties count half, so the place of the target among them does not matter.
+the protocol filters them, its seen items; a seen target is a miss then, as in any list. They depend on the seed and the
+query alone: every model, and every division among workers, meets the same ones. Ties count half, so the place of the
+target among them does not matter.
 
 Q = queries, N = targets, T = warm targets of a block, S = sampled negatives, D = retrieval width.
 """
@@ -44,6 +45,8 @@ def sampled_metrics(
     """
     negatives_QS = _draw(targets, seen, query_Q, len(catalogue_VD), num_negatives, seed)
     rank_N = _ranks(h_QD, catalogue_VD, targets, negatives_QS)
+    if seen is not None:
+        rank_N[targets.within(seen)] = np.inf
     metrics: dict[str, NDArray[np.float64]] = {}
     for k in ks:
         metrics |= query_metrics(rank_N, targets, np.ones(len(rank_N), bool), k)
