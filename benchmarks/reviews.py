@@ -4,9 +4,10 @@
 
 FOLDER holds events.parquet (user_id, position, item_id) and items.parquet (item_id, attribute_ids). Trained on all but
 the last two events of every user; the validation item enters only the test query; ranked against the full catalogue,
-all users, seen items filtered (asked for by the schemas, as the published protocol does); means over SEEDS. Beside every model stands its interpolation with a memory of counted neighbours
-(bfm/ranking/memory.py), whose share is chosen on the validation part. --movielens adds the ratings of a MovieLens file,
-with the same settings, which were chosen on the validation part of the reviews (choices_one_at_a_time.md).
+all users, seen items filtered (asked for by the schemas, as the published protocol does); means over SEEDS. Beside
+every model stands its interpolation with a memory of counted neighbours (bfm/ranking/memory.py), whose share is chosen
+on the validation part. --movielens adds the ratings of a MovieLens file, with the same settings, which were chosen on
+the validation part of the reviews (choices_one_at_a_time.md).
 """
 
 from __future__ import annotations
