@@ -22,6 +22,7 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.console import Display, row_words
+from bfm.report.floors import Baselines, publish_floors
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
@@ -115,7 +116,8 @@ def run_sweep(
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                with ray_session(spec), signals_raise(), _curves(store, driver, progress) as on_event:
+                floors = publish_floors(store, Shards.open(shards), spec.evaluation_queries)
+                with ray_session(spec), signals_raise(), _curves(store, driver, floors, progress) as on_event:
                     run_tasks(driver, spec.slots, execute or workplace, on_event)
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
@@ -153,11 +155,13 @@ def _driver(spec: SweepSpec, store: Store, shards_path: str, **options: Any) -> 
 
 
 @contextmanager
-def _curves(store: Store, driver: SweepDriver, progress: Progress | None) -> Iterator[Callable[[SweepEvent], None]]:
+def _curves(
+    store: Store, driver: SweepDriver, floors: Baselines, progress: Progress | None
+) -> Iterator[Callable[[SweepEvent], None]]:
     """Sweep-level TensorBoard, and the caller's display, as one listener."""
     from bfm.report.tensorboard import sweep_writer
 
-    writer = sweep_writer(f"{store.uri}/tensorboard/_sweep")
+    writer = sweep_writer(f"{store.uri}/tensorboard/_sweep", floors)
 
     def listen(event: SweepEvent) -> None:
         if event.kind == "row":

@@ -47,11 +47,20 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     assert code == 0, err
     evaluated = json.loads(out)
     assert evaluated["metrics"]["nll"] == pytest.approx(direct["metrics"]["nll"], rel=1e-6)
-    assert set(evaluated["baselines"]) == {"popularity", "co_occurrence"}
+    assert set(evaluated["baselines"]) == {"popularity", "co_occurrence", "personal"}
+    code, out, err = bfm("eval", tmp_path / "once" / CHECKPOINT, *shards, "--k", "20,5", "--json")
+    assert code == 0, err
+    longer = json.loads(out)
+    for values in (longer["metrics"], *longer["baselines"].values()):
+        assert {"recall@5", "recall@20", "coverage@20"} <= set(values)
+        assert "recall@10" not in values
+        assert values["recall@5"] <= values["recall@20"]
     assert Store(tmp_path / "once" / "tensorboard" / "run").names()
     code, out, err = bfm("train", config, *shards, "--flops", "2e8", "--out", tmp_path / "once")
     assert code == 0, err
-    assert "co-occurrence" in out
+    assert "strongest floor" in out
+    assert "The model is " in out
+    assert "seen items stay in lists" in out
     assert CHECKPOINT in out
 
 
@@ -63,6 +72,7 @@ def test_plan_names_what_is_infeasible(bfm, toy_shards, tmp_path):
     assert [rung["rung_flops"] for rung in plan["rungs"]] == [1e8, 2e8]
     assert plan["flops_per_s"]
     assert plan["train_s"] > 0
+    assert "of training targets" in plan["seen_items"]
     code, out, err = bfm("plan", space, "--set", "budget.ladder_flops=[1e4, 2e8]", "--probe-seconds", "0")
     assert (code, out) == (2, "")
     assert "100 steps" in err
@@ -94,6 +104,9 @@ def test_describe_reads_what_stands(bfm, toy_shards):
         (("train", "CONFIG", "--shards", "SHARDS", "--flops", "1e4", "--out", "TMP/run"), "needs at least 100"),
         (("eval", "TMP/none", "--shards", "SHARDS"), "none"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--part", "tset"), "one of validation, test"),
+        (("eval", "TMP/none", "--shards", "SHARDS", "--k", "5,ten"), "--k: '5,ten' is no list of lengths"),
+        (("eval", "TMP/none", "--shards", "SHARDS", "--k", "0"), "--k: '0' is no list of lengths"),
+        (("eval", "TMP/none", "--shards", "SHARDS", "--k", "5,1000"), "--k: lists of 1000 items cannot be made"),
         (("data", "synth", "TMP/log", "--events", "-5"), "event"),
     ],
 )

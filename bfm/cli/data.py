@@ -41,6 +41,7 @@ def prepare(
         "catalogue": manifest.catalogue,
         "quarantined": dict(manifest.rows_quarantined),
         "cuts": manifest.checks.get("cuts", {}),
+        "seen_items": manifest.checks["seen_items"],
     }
     show(summary, as_json, _prepared_text)
 
@@ -52,6 +53,7 @@ def _prepared_text(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
         f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}",
+        f"seen items {summary['seen_items']}",
         *(f"cut: {line}" for line in cut_lines(summary["cuts"])),
         summary["shards"],
     ]

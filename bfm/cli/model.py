@@ -110,20 +110,22 @@ def evaluate(
     shards: ShardsOption,
     part: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     queries: Annotated[int | None, typer.Option(help="The first so many queries (default: all).")] = None,
+    k: Annotated[str, typer.Option("--k", help="Lengths of lists, e.g. 5,10,50.")] = "10",
     sampled_negatives: Annotated[
         int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help=f"Also interpolated with a memory: {_SHARE}.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Full-catalogue metrics of a checkpoint, beside the popularity and co-occurrence floors.
+    """Full-catalogue metrics of a checkpoint, beside the floors: popularity, co-occurrence, the personal history.
 
     A memory is a table of the items that stood near each other in the training histories.
     """
+    from bfm.ranking.metrics import parse_ks
     from bfm.report.tables import evaluation_text
     from bfm.training.single import evaluate_checkpoint
 
-    found = evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives, memory)
+    found = evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives, memory, parse_ks(k))
     show(found, as_json, evaluation_text)
 
 

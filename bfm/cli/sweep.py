@@ -37,12 +37,14 @@ def plan(
     spec = resolve(space, with_shards(overrides, shards))
     opened = Shards.open(spec.shards)
     spec = with_stage1(spec, opened.hash)
-    costs = Costs(LogFacts.from_shards(opened, Protocol.load(opened), spec.evaluation_queries))
+    protocol = Protocol.load(opened)
+    costs = Costs(LogFacts.from_shards(opened, protocol, spec.evaluation_queries))
     # As a task is trained: more threads than a slot has would wait for each other.
     torch.set_num_threads(max(1, int(spec.tiers[0].cpus)))
     measure = (lambda config, seconds: measure_speed(config, opened, seconds)) if probe_seconds > 0 else None
     made = make_plan(spec, costs, measure, probe_seconds)
-    show(made.as_dict(), as_json, lambda _: render(made))
+    shown = {**made.as_dict(), "seen_items": protocol.seen_rule}
+    show(shown, as_json, lambda _: f"{render(made)}\nseen items {protocol.seen_rule}")
 
 
 @app.command()
@@ -87,11 +89,11 @@ def study(
 def status(
     sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")], as_json: Json = False
 ) -> None:
-    """Where a sweep stands, from its ledger alone (running or not)."""
+    """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
     from bfm.report.sweep_view import read_sweep, status_text
 
     view = read_sweep(sweep_dir)
-    show(view.status, as_json, lambda _: status_text(view))
+    show({**view.status, "floors": view.floors}, as_json, lambda _: status_text(view))
 
 
 @app.command()

@@ -310,7 +310,8 @@ def _with_context_losses(job: Job, fields: tuple[FittedField, ...], checks: dict
 
 def _complete(job: Job, draft: Manifest) -> Manifest:
     shards = Shards(job.shard_set, draft)
-    queries = job.schema.evaluation.queries
-    build_protocol(shards, queries=queries, filter_seen=job.schema.filter_seen, seed=job.seed)
+    asked = job.schema.evaluation
+    protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
     curve = fit_distinct_curve(shards)
-    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve))
+    checks = {**draft.checks, "seen_items": protocol.seen_rule}
+    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve, checks=checks))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bfm.events.protocol import PARTS, Protocol
-from bfm.events.shards import Shards
+from bfm.events.shards import Shards, user_chunks
 from bfm.events.ties import tie_monotonicity
 from bfm.units import format_count
 
@@ -68,10 +68,8 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
-    bounds = np.searchsorted(shards.user_starts, np.arange(0, shards.num_events, _CHUNK_EVENTS))
-    bounds = np.unique(np.concatenate([bounds, [0, shards.num_users]]))
     first_times, ties = 0, tie_monotonicity(np.zeros(0), np.zeros(0), {"item": np.zeros(0, np.int32)})
-    for low, high in itertools.pairwise(bounds):
+    for low, high in itertools.pairwise(user_chunks(shards.user_lengths, _CHUNK_EVENTS)):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)
@@ -89,12 +87,14 @@ def _split(shards: Shards) -> dict[str, Any]:
 
 
 def _protocol(shards: Shards) -> dict[str, Any]:
-    info = Protocol.load(shards).info
+    protocol = Protocol.load(shards)
+    info = protocol.info
     parts = {}
     for name, part in info["parts"].items():
         shown = {key: value for key, value in part.items() if not key.endswith("sha256")}
         parts[name] = {**shown, "cold_target_share": part["cold_targets"] / max(part["targets"], 1)}
-    return {"hash": info["hash"], "filter_seen": info["filter_seen"], "parts": parts}
+    rule = {key: info[key] for key in ("filter_seen", "filter_seen_by", "training_repeats")}
+    return {"hash": protocol.hash, **rule, "seen_rule": protocol.seen_rule, "parts": parts}
 
 
 # ---------------------------------------------------------------- text
@@ -130,7 +130,11 @@ def format_description(description: dict[str, Any]) -> str:
     lines += [_field_line(field, d["catalogue"]) for field in d["fields"]]
     lines.append(_tables_line(d["fields"]))
     lines += [f"cut            {line}" for line in cut_lines(d["checks"].get("cuts", {}))]
-    lines += [f"{name:<14} {_check_text(value)}" for name, value in sorted(d["checks"].items()) if name != "cuts"]
+    lines += [
+        f"{name.replace('_', ' '):<14} {_check_text(value)}"
+        for name, value in sorted(d["checks"].items())
+        if name != "cuts"
+    ]
     return "\n".join(lines + _warnings(d))
 
 

@@ -21,11 +21,12 @@ import numpy as np
 
 from bfm.errors import CorruptError, UserError
 from bfm.events.mixing import keyed, mix64, stream_key
-from bfm.events.shards import Shards
+from bfm.events.repeats import rule_facts, rule_words, training_repeats
+from bfm.events.shards import Shards, user_chunks
 from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
 
 PROTOCOL = "protocol.json"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PARTS = ("validation", "test")
 DEFAULT_QUERIES = 10_000
 BASKET_DIVISOR = 4
@@ -50,6 +51,14 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def within(self, other: Ragged) -> np.ndarray:
+        """Bool [sum of lengths]: which ids are also in the same query's list of `other`."""
+        width = 1 + max(self.ids.max(initial=0), other.ids.max(initial=0))
+        own, others = (
+            np.repeat(np.arange(len(lists)), np.diff(lists.offsets)) * width + lists.ids for lists in (self, other)
+        )
+        return np.isin(own, others)
+
 
 @dataclass(frozen=True)
 class QueryTable:
@@ -62,7 +71,7 @@ class QueryTable:
     basket: np.ndarray
     """Bool [Q]; False = headline."""
     filter_seen: bool = False
-    """Items of the history are no candidates."""
+    """Items of the history are in no list: one that is a target all the same is a miss."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -86,13 +95,19 @@ class Protocol:
 
     @classmethod
     def load(cls, shards: Shards) -> Protocol:
-        """Read the protocol. Raises CorruptError where a file is missing or does not fit its hash."""
+        """Read the protocol.
+
+        Raises CorruptError where a file is missing or does not fit its hash, UserError for one of another version.
+        """
         path = shards.path / PROTOCOL
         if not path.is_file():
             raise CorruptError(f"{path}: is missing")
         info = read_json(path)
         if protocol_hash(info) != info.get("hash"):
             raise CorruptError(f"{path}: was altered (its hash does not fit)")
+        if info["version"] != PROTOCOL_VERSION:
+            found = f"protocol of version {info['version']}, this code scores by {PROTOCOL_VERSION}"
+            raise UserError(found, file=str(path), fix="prepare the shard set again")
         tables = {}
         for part in PARTS:
             raw_path = shards.path / table_name(part)
@@ -110,8 +125,13 @@ class Protocol:
 
     @property
     def filter_seen(self) -> bool:
-        """Whether items of the query's history are taken out of the candidates."""
+        """Whether items of the query's history are in no list."""
         return bool(self.info["filter_seen"])
+
+    @property
+    def seen_rule(self) -> str:
+        """The rule about seen items and its reason, for people."""
+        return rule_words(self.info)
 
     @property
     def catalogue(self) -> int:
@@ -139,19 +159,20 @@ def protocol_hash(info: dict[str, Any]) -> str:
 
 
 def build_protocol(
-    shards: Shards, *, queries: int | None = DEFAULT_QUERIES, filter_seen: bool = False, seed: int
+    shards: Shards, *, queries: int | None = DEFAULT_QUERIES, filter_seen: bool | None = None, seed: int
 ) -> Protocol:
     """Choose the queries of both parts and write protocol.json and its tables into the shard set (before `finish`).
 
     Args:
         shards: opened from a draft manifest.
         queries: headline queries per part (and a quarter as many basket queries); None takes all of them.
-        filter_seen: take the items of a query's history out of the candidates.
+        filter_seen: keep items of a query's history out of its list; None: as the log's repeats say (repeats.py).
         seed: of the sample and its order.
 
     Raises:
         UserError: the validation part has no headline query.
     """
+    rule = rule_facts(training_repeats(shards), filter_seen)
     parts, tables = {}, {}
     for number, part in enumerate(PARTS):
         key = stream_key(seed, 0x9107, number)
@@ -166,7 +187,7 @@ def build_protocol(
                 fix="give a larger validation share, an earlier split or a longer log",
             )
         columns = np.concatenate([headline, basket], axis=1)
-        table = QueryTable(columns[0], columns[1], columns[2].astype(bool), filter_seen)
+        table = QueryTable(columns[0], columns[1], columns[2].astype(bool), rule["filter_seen"])
         buffer = io.BytesIO()
         np.save(buffer, columns, allow_pickle=False)
         write_atomic(shards.path / table_name(part), buffer.getvalue())
@@ -186,7 +207,7 @@ def build_protocol(
         "catalogue": shards.num_catalogue,
         "split": shards.manifest.split,
         "parts": parts,
-        "filter_seen": filter_seen,
+        **rule,
         "ties": "half",
         "target_rule": TARGET_RULE,
     }
@@ -208,7 +229,7 @@ def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
     """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
     first_U, count_U = _part_bounds(shards, part)
-    bounds = _chunks(count_U, _CHUNK_EVENTS)
+    bounds = user_chunks(count_U, _CHUNK_EVENTS)
     kept: list[np.ndarray] = []
     num_kept, num_found = 0, 0
     for low, high in itertools.pairwise(bounds):
@@ -223,13 +244,6 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
     chosen = _first(everything, key, num_found if limit is None else limit)
     flags = np.full((1, chosen.shape[1]), basket, np.int64)
     return np.concatenate([chosen[:2], flags]), num_found
-
-
-def _chunks(count_U: np.ndarray, target: int) -> np.ndarray:
-    """User boundaries of chunks that hold about `target` events each."""
-    total_U = np.cumsum(count_U)
-    cuts = np.searchsorted(total_U, np.arange(target, int(total_U[-1]) if len(total_U) else 0, target)) + 1
-    return np.unique(np.concatenate([[0], cuts, [len(count_U)]]))
 
 
 def _candidates(shards: Shards, first: np.ndarray, count: np.ndarray, low: int, basket: bool) -> np.ndarray:

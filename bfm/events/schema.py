@@ -166,7 +166,7 @@ class EvaluationSpec(_Strict):
     queries: Annotated[int | None, BeforeValidator(_as_queries)] = 10_000
     """Headline queries per part; None (written `all`) takes all of them."""
     filter_seen: bool | None = None
-    """Seen items are no candidates; None: only with leave_one_out."""
+    """Items that the user had before are in no list; None: as the log's repeats say."""
 
 
 class BuiltIn(_Strict):
@@ -235,12 +235,6 @@ class EventSchema(_Strict):
     def split_by(self) -> Literal["time", "leave_one_out"]:
         """The split, its default resolved."""
         return self.split.by or ("time" if self.has_clock else "leave_one_out")
-
-    @property
-    def filter_seen(self) -> bool:
-        """The protocol's rule, its default resolved."""
-        given = self.evaluation.filter_seen
-        return self.split_by == "leave_one_out" if given is None else given
 
 
 def built_in_schemas() -> list[str]:

@@ -305,6 +305,13 @@ class Shards:
         return _take(self._context[name], located)
 
 
+def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:
+    """User boundaries of chunks that hold about `target` events each; count_U are each user's events."""
+    total_U = np.cumsum(count_U)
+    cuts = np.searchsorted(total_U, np.arange(target, int(total_U[-1]) if len(total_U) else 0, target)) + 1
+    return np.unique(np.concatenate([[0], cuts, [len(count_U)]]))
+
+
 def _map(path: Path) -> np.ndarray:
     # A plain view of the map: np.memmap's own indexing is several times slower.
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)

@@ -63,6 +63,8 @@ item_fields:
 context_fields:
   channel: categorical
   quantity: numeric
+# The optimum knows of no filter.
+evaluation: {filter_seen: false}
 """
 
 

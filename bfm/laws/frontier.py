@@ -3,7 +3,8 @@
 A row is a ledger row as a plain dict; only rung rows count (`kind` "rung", `status` "ok", a finite value), because a
 probe is measured on a subset of the queries. C is the row's nominal `rung_flops`: results at one rung have spent the
 same C within 1 %, and must be compared with each other and not sorted by that last percent. Metrics are those of the
-evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, each also as `warm.` and `basket.`) and `loss_sampled`.
+evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, also as `warm.`, `unseen.` and `basket.`) and
+`loss_sampled`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bfm.errors import UserError
 Row = Mapping[str, Any]
 Goal = Literal["minimize", "maximize"]
 
+_KINDS = ("", "warm", "unseen", "basket")
 _ORDER = ("nll", "loss_sampled", "recall", "ndcg", "mrr", "coverage")
 
 
@@ -64,7 +66,7 @@ def rung_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
-    """Metrics of the rows, losses first; `headline` leaves out `warm.` and `basket.` and `loss_sampled`."""
+    """Metrics of the rows, losses first; `headline` leaves out kinds such as `warm.`, and `loss_sampled`."""
     names = {name for row in rung_rows(rows) for name in row.get("metrics") or {}}
     if headline:
         names = {name for name in names if "." not in name and not name.startswith("loss_sampled")}
@@ -130,7 +132,8 @@ def _sort_key(name: str) -> tuple[int, int, float, str]:
     prefix, _, base = name.rpartition(".")
     stem, _, cut = base.partition("@")
     place = _ORDER.index(stem) if stem in _ORDER else len(_ORDER)
-    return (("", "warm", "basket").index(prefix) if prefix in ("", "warm", "basket") else 3, place, _cut(cut), name)
+    kind = _KINDS.index(prefix) if prefix in _KINDS else len(_KINDS)
+    return kind, place, _cut(cut), name
 
 
 def _cut(text: str) -> float:

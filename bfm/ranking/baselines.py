@@ -4,6 +4,7 @@ Enters: a shard set and its protocol. Leaves: metrics by the name of the floor.
 
     popularity:     score_v = log((n_v + 1) / (sum n + V)), n_v = training count: a distribution, so it has an nll
     co_occurrence:  the neighbours of the query's last events (neighbours.py), then popularity
+    personal:       the user's own history, decayed, mixed with popularity (personal.py): a distribution too
 
 V = catalogue items, Q = queries, R = query rows of a chunk, N = targets.
 """
@@ -23,9 +24,10 @@ from bfm.events.shards import Shards
 from bfm.files import canonical_json
 from bfm.ranking.metrics import score_queries, summarise
 from bfm.ranking.neighbours import BROAD, COUNTINGS, Neighbours, NeighbourScores, count_neighbours
+from bfm.ranking.personal import best_personal, log_popularity
 from bfm.ranking.ranks import Ranked, ScoreBlock, rank_targets
 
-VERSION = 2
+VERSION = 3
 _CHOOSING_QUERIES = 2_000
 _CHOOSING_METRIC = "ndcg@10"
 
@@ -33,9 +35,9 @@ _CHOOSING_METRIC = "ndcg@10"
 def baseline_metrics(
     shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of `popularity` and `co_occurrence` over a part (its first `queries`), under the names of `summarise`.
+    """Metrics of every floor over a part (its first `queries`), under the names of `summarise`.
 
-    Cached with the shard set. Only popularity has an nll.
+    Cached with the shard set. Co-occurrence is no distribution and has no nll.
     """
     table = protocol.queries(part)[:queries]
     chosen = "-".join(map(str, k))
@@ -43,10 +45,11 @@ def baseline_metrics(
     cached = load_derived(shards, name)
     if cached is not None:
         return json.loads(cached)
-    neighbours = best_neighbours(shards, protocol)
+    neighbours, personal = best_neighbours(shards, protocol), best_personal(shards, protocol)
     metrics = {
         "popularity": _measure(popularity_scores(shards), shards, table, k, alike=True),
         "co_occurrence": _neighbour_metrics(neighbours, shards, table, k),
+        "personal": _measure(personal.scores(shards, table), shards, table, k, alike=False),
     }
     save_derived(shards, name, canonical_json(metrics))
     return metrics
@@ -96,8 +99,7 @@ def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[
 
 def popularity_scores(shards: Shards) -> ScoreBlock:
     """Add-one smoothed log shares of the training events, the same for every query."""
-    smoothed_V = shards.train_counts + 1.0
-    log_share_V = torch.from_numpy(np.log(smoothed_V / smoothed_V.sum())).float()
+    log_share_V = torch.from_numpy(log_popularity(shards)).float()
 
     def block(rows: slice, items: slice) -> Tensor:
         return log_share_V[items].repeat(rows.stop - rows.start, 1)

@@ -3,7 +3,7 @@
 Enters: ranks, likelihoods and first items of every query (`ranks.py`). Leaves: metrics per query, which workers merge,
 and the means that stand in a row.
 
-    recall@k = |targets ranked <= k| / |targets|                      cold targets (ids >= V) are misses
+    recall@k = |targets ranked <= k| / |targets|       cold targets (ids >= V) and filtered ones are misses
     ndcg@k   = sum_{rank_t <= k} 1/log2(1 + rank_t) / sum_{i <= min(k, |targets|)} 1/log2(1 + i)
     mrr@k    = 1 / (best rank) if that is <= k, else 0
     coverage@k = |union of the headline queries' first k items| / V
@@ -20,8 +20,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bfm.errors import UserError
 from bfm.events.protocol import Ragged
 from bfm.ranking.ranks import Ranked
+
+
+def parse_ks(text: str) -> tuple[int, ...]:
+    """List lengths from text such as 5,10,50, rising. Raises UserError for anything but whole numbers from 1 on."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{text!r} is no list of lengths", key="--k", fix="write whole numbers from 1 on: 5,10,50")
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def query_metrics(
@@ -94,14 +103,18 @@ def score_queries(
     user_Q: NDArray[np.int64],
     basket_Q: NDArray[np.bool_],
 ) -> QueryScores:
-    """All metrics of every query: over all its targets, and with the prefix `warm.` over those of the catalogue."""
+    """All metrics of every query over all its targets, with the prefix `warm.` over those of the catalogue, and where
+    lists leave out seen items with the prefix `unseen.` over the targets that the user had not had before."""
     warm_N = targets.ids < num_items
+    kinds = {"": np.ones(len(warm_N), bool), "warm.": warm_N}
+    if ranked.filtered_N is not None:
+        kinds["unseen."] = ~ranked.filtered_N
     values = {"nll": query_mean(ranked.nll_N, targets, warm_N)}
     shown = {}
     for k in ks:
-        values |= query_metrics(ranked.rank_N, targets, np.ones(len(warm_N), bool), k)
-        warm = query_metrics(ranked.rank_N, targets, warm_N, k)
-        values |= {f"warm.{name}": value_Q for name, value_Q in warm.items()}
+        for kind, counted_N in kinds.items():
+            found = query_metrics(ranked.rank_N, targets, counted_N, k)
+            values |= {kind + name: value_Q for name, value_Q in found.items()}
         listed = ranked.top_Qk[~basket_Q, :k]
         shown[k] = np.bincount(listed[listed >= 0], minlength=num_items) > 0
     return QueryScores(query_Q, user_Q, basket_Q, values, shown)
@@ -124,7 +137,7 @@ def summarise(scores: QueryScores) -> Evaluation:
     for prefix, chosen_Q in (("", ~scores.basket_Q), ("basket.", scores.basket_Q)):
         for name, value_Q in scores.values.items():
             used_Q = chosen_Q & ~np.isnan(value_Q)
-            if not used_Q.any() or (prefix and name.startswith("warm.")):
+            if not used_Q.any() or (prefix and name.startswith(("warm.", "unseen."))):
                 continue
             metrics[prefix + name] = float(value_Q[used_Q].mean())
             error = clustered_error(value_Q[used_Q], scores.user_Q[used_Q])

@@ -14,7 +14,6 @@ E = training events, P = pairs, N = neighbours of context events.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from bfm.events.protocol import QueryTable, Ragged
 from bfm.events.shards import Shards
+from bfm.ranking.ranks import kept_per_thread
 
 REACH = 10
 CONTEXT_EVENTS = 20
@@ -83,7 +83,7 @@ class NeighbourScores:
     def __init__(self, neighbours: Neighbours, shards: Shards, table: QueryTable) -> None:
         self._neighbours = neighbours
         self._context_QM = _last_items(shards, table, CONTEXT_EVENTS)
-        self._last = threading.local()
+        self._scored_rows = kept_per_thread(self._scored)
 
     def totals(self) -> NDArray[np.float32]:
         """Sum over the catalogue of every query's scores [Q]; 0 where no event has a neighbour."""
@@ -96,10 +96,7 @@ class NeighbourScores:
 
     def pairs(self, rows: slice, items: slice) -> ScoredPairs:
         """Where scores of these rows and items are not 0."""
-        # A thread asks for the blocks of its rows one after the other.
-        if getattr(self._last, "rows", None) != rows:
-            self._last.rows, self._last.pairs = rows, self._scored(rows)
-        row_P, item_P, score_P = self._last.pairs
+        row_P, item_P, score_P = self._scored_rows(rows)
         low, high = np.searchsorted(item_P, [items.start, items.stop])
         return ScoredPairs(row_P[low:high], item_P[low:high] - items.start, score_P[low:high])
 

@@ -2,7 +2,8 @@
 
 Enters: a function that gives the scores of some query rows for some items, and every query's targets. Leaves:
 
-    rank_t = 1 + #{s > s_t} + 1/2 #{s == s_t, other items}     over the catalogue, filtered items left out
+    rank_t = 1 + #{s > s_t} + 1/2 #{s == s_t, other items}     over the catalogue, filtered items left out;
+                                                               inf where t itself is filtered: no list can hold it
     nll_t  = log sum_v e^{s_v} - s_t                           over the whole catalogue, nothing filtered
 
 Never a table of all queries times all items: blocks of rows and columns stream by, and what stays of a row is its
@@ -19,10 +20,11 @@ P = filtered pairs, k = list length, D = width of the vectors.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from bfm.errors import DivergedError
 from bfm.events.protocol import Ragged
 from bfm.ranking.first import GROUP, First, FirstItems
 
+T = TypeVar("T")
 ScoreBlock = Callable[[slice, slice], Tensor]
 """(query rows, items) -> fresh scores [R, C] in float32 or float64, which the caller may overwrite."""
 
@@ -49,13 +52,27 @@ class Ranked:
     """What the catalogue pass leaves of each target and query."""
 
     rank_N: NDArray[np.float64]
-    """inf for targets behind the first max_k, and for cold ones."""
+    """inf for targets behind the first max_k, for filtered and for cold ones."""
     nll_N: NDArray[np.float64]
     """NaN for cold targets."""
     top_Qk: NDArray[np.int64]
     """Best items of each query, equal scores by ascending id; -1 where fewer are left unfiltered."""
     top_score_Qk: NDArray[np.float32]
     """Their scores; -inf beside -1."""
+    filtered_N: NDArray[np.bool_] | None = None
+    """Whether a target is among the items that its list leaves out; None where lists leave out nothing."""
+
+
+def kept_per_thread(make: Callable[[slice], T]) -> Callable[[slice], T]:
+    """`make`, whose last result each thread keeps: it asks for the blocks of its rows one after the other."""
+    last = threading.local()
+
+    def of(rows: slice) -> T:
+        if getattr(last, "rows", None) != rows:
+            last.rows, last.made = rows, make(rows)
+        return last.made
+
+    return of
 
 
 class DotScores:
@@ -92,8 +109,8 @@ def rank_targets(
 ) -> Ranked:
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
-    Items in `seen` are no competitors of their query, unless they are targets of it. Working memory is a few blocks
-    of scores per thread. `score_block` is called from several threads, unless torch is set to one.
+    Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
+    scores per thread. `score_block` is called from several threads, unless torch is set to one.
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries = len(targets)
@@ -115,7 +132,10 @@ def rank_targets(
         top_score_Qk[chunk.start : chunk.stop] = passed.first.value_Rk.float().cpu().numpy()
 
     _for_each(rank_rows, range(0, num_queries, rows))
-    return Ranked(rank_N, nll_N, top_Qk, top_score_Qk)
+    filtered_N = None if seen is None else targets.within(seen)
+    if filtered_N is not None:
+        rank_N[filtered_N] = np.inf
+    return Ranked(rank_N, nll_N, top_Qk, top_score_Qk, filtered_N)
 
 
 def _for_each(work: Callable[[int], None], starts: range) -> None:
@@ -136,7 +156,7 @@ def _for_each(work: Callable[[int], None], starts: range) -> None:
 
 
 class _Chunk(NamedTuple):
-    """Some queries, with their warm targets and the items that do not compete, both by rising item."""
+    """Some queries, with their warm targets and the items that are filtered, both by rising item."""
 
     start: int
     stop: int
@@ -155,24 +175,19 @@ class _Passed(NamedTuple):
 
 
 def _chunk(targets: Ragged, seen: Ragged | None, start: int, stop: int, num_items: int) -> _Chunk:
-    target_N, row_N, item_N = _warm_pairs(targets, start, stop, num_items)
-    order = np.argsort(item_N)
-    target_N, row_N, item_N = target_N[order], row_N[order], item_N[order]
-    hidden_P = np.zeros(0, np.int64)
+    hidden_row_P, hidden_item_P = np.zeros((2, 0), np.int64)
     if seen is not None:
-        _, seen_row, seen_item = _warm_pairs(seen, start, stop, num_items)
-        num_rows = stop - start
-        hidden_P = np.setdiff1d(seen_item * num_rows + seen_row, item_N * num_rows + row_N)
-    hidden_item_P, hidden_row_P = np.divmod(hidden_P, stop - start)
-    return _Chunk(start, stop, target_N, row_N, item_N, hidden_row_P, hidden_item_P)
+        _, hidden_row_P, hidden_item_P = _warm_pairs(seen, start, stop, num_items)
+    return _Chunk(start, stop, *_warm_pairs(targets, start, stop, num_items), hidden_row_P, hidden_item_P)
 
 
 def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Place in the lists, row and item of the catalogue items of rows start..stop-1."""
+    """Place in the lists, row and item of the catalogue items of rows start..stop-1, by rising item."""
     low, high = lists.offsets[start], lists.offsets[stop]
     place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
     row_N = np.repeat(np.arange(stop - start), np.diff(lists.offsets[start : stop + 1]))[place_N - low]
-    return place_N, row_N, lists.ids[place_N].astype(np.int64)
+    order = np.argsort(lists.ids[place_N], kind="stable")
+    return place_N[order], row_N[order], lists.ids[place_N[order]].astype(np.int64)
 
 
 def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int, columns: int, max_k: int) -> _Passed:

@@ -1,12 +1,13 @@
 """Ranks among a few sampled negatives, as papers that rank "1 against 100" report them. Not the full catalogue.
 
 Enters: scores of any query and item, and targets. Leaves: recall, NDCG and MRR per query under names of their own,
-such as `sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene & Rendle,
-KDD 2020), so they only serve to compare with such papers.
+such as `sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene &
+Rendle, KDD 2020), so they only serve to compare with such papers.
 
 A target's competitors are drawn uniformly without replacement from the catalogue without the query's targets and, where
-the protocol filters them, its seen items. They depend on the seed and the query alone: every model, and every division
-among workers, meets the same ones. Ties count half, so the place of the target among them does not matter.
+the protocol filters them, its seen items; a seen target is a miss then, as in any list. They depend on the seed and the
+query alone: every model, and every division among workers, meets the same ones. Ties count half, so the place of the
+target among them does not matter.
 
 Q = queries, N = targets, T = warm targets of a block, S = sampled negatives.
 """
@@ -46,6 +47,8 @@ def sampled_metrics(
     """
     negatives_QS = _draw(targets, seen, query_Q, num_items, num_negatives, seed)
     rank_N = _ranks(pair_scores, num_items, targets, negatives_QS)
+    if seen is not None:
+        rank_N[targets.within(seen)] = np.inf
     metrics: dict[str, NDArray[np.float64]] = {}
     for k in ks:
         metrics |= query_metrics(rank_N, targets, np.ones(len(rank_N), bool), k)

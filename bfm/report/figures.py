@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from bfm.laws.agreement import rank_agreement
 from bfm.laws.frontier import Row, metric_names, rung_ladder, rung_rows
+from bfm.report.floors import Baselines
 from bfm.report.panels import (
-    Baselines,
     agreement_panel,
     curves_panel,
     field_panel,

@@ -12,14 +12,13 @@ from bfm.files import write_atomic
 from bfm.laws.frontier import Row
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
+from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted
 from bfm.report.law_sections import law_parts, recipe_part
 from bfm.report.style import inline_svg, svg_text
 from bfm.report.tables import runs_parquet
 from bfm.report.template import escape, page, paragraph, section
-
-Baselines = Mapping[str, Mapping[str, float]]
 
 
 def write_report(
@@ -101,7 +100,7 @@ def report_html(
     state = f"{summary['state']} sweep" if summary.get("state") else "sweep"
     head = (
         f'<header><p class="eyebrow">bfm report: {escape(state)}</p><h1>{escape(name)}</h1>'
-        f"{paragraph(sections.headline(rows, summary), 'lede')}{sections.cards(rows, summary, baselines)}"
+        f"{paragraph(sections.lede(rows, summary, baselines), 'lede')}{sections.cards(rows, summary, baselines)}"
         f"<nav>{_links(parts)}</nav></header>"
     )
     foot = (

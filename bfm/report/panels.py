@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from bfm.laws.frontier import (
     rung_ladder,
     rung_rows,
 )
+from bfm.report.floors import Baselines, shown_name
 from bfm.report.style import (
     BAD,
     INK,
@@ -35,8 +36,6 @@ from bfm.report.style import (
     value_axis,
 )
 from bfm.units import format_count
-
-Baselines = Mapping[str, Mapping[str, float]]
 
 _DOT: dict[str, Any] = {"s": 20.0, "linewidths": 0.6, "edgecolors": PAPER, "zorder": 3}
 
@@ -236,7 +235,7 @@ def with_goal(metric: str) -> str:
 def _draw_baselines(axes: Axes, baselines: Baselines, metric: str, window: tuple[float, float]) -> None:
     """Dashed lines named at the right end; what lies far off the scale is named beside the title."""
     low, high = window
-    known = [(name.replace("_", "-"), values[metric]) for name, values in baselines.items() if metric in values]
+    known = [(shown_name(name), values[metric]) for name, values in baselines.items() if metric in values]
     known = sorted((entry for entry in known if math.isfinite(entry[1])), key=lambda entry: entry[1])
     off_scale = [f"{name} {value:.2g}" for name, value in known if not low <= value <= high]
     if off_scale:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from bfm.events.repeats import rule_words
 from bfm.laws.frontier import (
     Row,
     frontier,
@@ -19,12 +20,11 @@ from bfm.laws.frontier import (
     rung_rows,
 )
 from bfm.report.figures import varied_fields
+from bfm.report.floors import Baselines, is_above, shown_name, strongest, sweep_verdict
 from bfm.report.style import power_text
 from bfm.report.tables import failed_rows, point_text, trials_in_order, value_text
 from bfm.report.template import Cell, escape, facts, paragraph, table
 from bfm.units import format_count, format_seconds
-
-Baselines = Mapping[str, Mapping[str, float]]
 
 _DEFINITIONS = (
     (
@@ -44,17 +44,27 @@ _DEFINITIONS = (
     ("D", "training positions with a next-event target, repeats counted; epochs = D / distinct ones"),
     ("B", "mean target positions of one optimizer step"),
     ("nll", "exact negative log-likelihood over the full catalogue, in nats per warm target"),
-    ("recall@k, ndcg@k, mrr@k", "means over queries against the full catalogue; a target unseen in training is a miss"),
+    (
+        "recall@k, ndcg@k, mrr@k",
+        "means over queries against the full catalogue; a target unseen in training is a miss, and so is one that the "
+        "user had before where lists leave those out",
+    ),
+    (
+        "floor",
+        "what counting reaches without training: popularity, co-occurrence, the personal history; a model is below it "
+        "where counting does better",
+    ),
     ("coverage@k", "share of the catalogue that appears in any query's top k"),
     ("\u00b1", "one standard error over queries, clustered by user; it holds no seed-to-seed spread"),
 )
 
 
-_SEEN: Mapping[object, str] = {True: "filtered out", False: "stay in the ranking"}
+def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+    """What was swept and what it cost, and whether anything is worth more than counting."""
+    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines)}".strip()
 
 
-def headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
-    """One sentence: what was swept and what it cost."""
+def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     results = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
     trials = {str(row["trial"]) for row in rung_rows(rows)}
     if not trials:
@@ -73,7 +83,7 @@ def headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 
 def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
-    """Best value of each headline metric so far, against the best baseline; spend against the cap."""
+    """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric in metric_names(rows):
         points = frontier(rows, metric)
@@ -156,13 +166,19 @@ def trial_table(rows: Sequence[Row], *, every_row: bool = False) -> str:
 
 
 def baseline_table(rows: Sequence[Row], baselines: Baselines) -> str:
-    """The floors without a model, on the same queries, with the sweep's best beside them."""
+    """The floors without a model, on the same queries, the strongest marked, with the sweep's best beside them."""
     metrics = metric_names(rows) or sorted({metric for values in baselines.values() for metric in values})
     if not baselines:
         return ""
+    best_floors = {metric: strongest(baselines, metric) for metric in metrics}
+
+    def cell(name: str, metric: str, value: float) -> Cell:
+        floor = best_floors[metric]
+        return Cell(value_text(value), kind="best" if floor is not None and floor[0] == name else "")
+
     lines = [
-        [Cell(name.replace("_", "-")), *[Cell(value_text(values.get(metric, math.nan))) for metric in metrics]]
-        for name, values in baselines.items()
+        [Cell(name), *[cell(name, metric, values.get(metric, math.nan)) for metric in metrics]]
+        for name, values in ((shown_name(floor), values) for floor, values in baselines.items())
     ]
     best = [frontier(rows, metric) for metric in metrics]
     lines.append([Cell("best of the sweep"), *[Cell(point_text(found[-1] if found else None)) for found in best]])
@@ -219,7 +235,7 @@ def data_part(extra: Mapping[str, Any]) -> str:
         (f"{name} queries", _queries(part)) for name, part in (protocol.get("parts") or {}).items()
     ]
     measured_by += [
-        ("seen items", _SEEN.get(protocol.get("filter_seen"))),
+        ("seen items", rule_words(protocol) if "filter_seen" in protocol else None),
         ("equal scores", "each counts half a rank" if protocol.get("ties") == "half" else protocol.get("ties")),
         ("targets of a query", protocol.get("target_rule")),
         ("protocol", protocol.get("hash")),
@@ -243,18 +259,17 @@ def definitions_part() -> str:
 
 
 def _against_baseline(value: float, metric: str, baselines: Baselines) -> str:
-    known = {name: values[metric] for name, values in baselines.items() if math.isfinite(values.get(metric, math.nan))}
-    if not known:
+    floor = strongest(baselines, metric)
+    if floor is None:
         return ""
-    minimise = goal_of(metric) == "minimize"
-    name = min(known, key=known.__getitem__) if minimise else max(known, key=known.__getitem__)
-    reference, label = known[name], escape(name.replace("_", "-"))
-    better = value < reference if minimise else value > reference
-    if minimise or reference <= 0:
-        amount = f"{value - reference:+.3g} to {label} {reference:.3g}"
+    name, reference = floor
+    if goal_of(metric) == "minimize" or reference <= 0:
+        amount = f"{value - reference:+.3g} to {reference:.3g}"
     else:
-        amount = f"{value / reference:.2f}\u00d7 {label} {reference:.3g}"
-    return f'<span class="{"gain" if better else "loss"}">{amount}</span>'
+        amount = f"{value / reference:.2f}\u00d7 {reference:.3g}"
+    above = is_above(value, reference, metric)
+    side = f"{'above' if above else 'below'} the strongest floor, {escape(name)}"
+    return f'<span class="{"gain" if above else "loss"}">{side}: {amount}</span>'
 
 
 def _numeric(value: object, text: Any) -> Cell:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,7 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.laws.frontier import frontier, metric_names
-from bfm.ranking.baselines import baseline_metrics
+from bfm.report.floors import Baselines, read_floors
 from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
@@ -22,8 +21,6 @@ from bfm.sweep.checks import checks_lines
 from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
 from bfm.sweep.status import life_text, summarise
-
-Baselines = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -49,17 +46,18 @@ class SweepView:
         }
 
     @cached_property
-    def data(self) -> tuple[dict[str, Any], Baselines]:
-        """Manifest, protocol and floors of the sweep's shards; a reason and no floors where they are out of reach."""
-        spec = from_dict(self.spec)
+    def data(self) -> dict[str, Any]:
+        """Manifest and protocol of the sweep's shards; a reason where they are out of reach."""
         try:
-            shards = Shards.open(spec.shards)
+            shards = Shards.open(from_dict(self.spec).shards)
+            return {"manifest": shards.manifest.as_dict(), "protocol": Protocol.load(shards).info}
         except (UserError, CorruptError) as error:
-            return {"provenance": {"shards": str(error)}}, {}
-        protocol = Protocol.load(shards)
-        floors = baseline_metrics(shards, protocol, "validation", queries=spec.evaluation_queries)
-        rules = json.loads((shards.path / "protocol.json").read_bytes())
-        return {"manifest": shards.manifest.as_dict(), "protocol": rules}, floors
+            return {"provenance": {"shards": str(error)}}
+
+    @cached_property
+    def floors(self) -> Baselines:
+        """What counting reaches on the same queries, by floor; none where the sweep has not run yet."""
+        return read_floors(self.store)
 
     @cached_property
     def laws(self) -> list[Fitted]:
@@ -84,16 +82,15 @@ def read_recipe(store: Store) -> dict[str, Any] | None:
 
 def status_text(view: SweepView) -> str:
     """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.rows), spend_text(view.rows, view.summary), trials_text(view.rows)]
+    parts = [frontier_text(view.rows, view.floors), spend_text(view.rows, view.summary), trials_text(view.rows)]
     parts += [failures_text(view.rows, view.summary), life_text(view.status)]
     return "\n\n".join(part for part in parts if part)
 
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    extra, baselines = view.data
-    shown = {**extra, "recipe": read_recipe(view.store), "checks": view.status["checks"]}
-    files = render_report(view.rows, view.summary, baselines, view.spec, shown, laws=view.laws, overview=overview)
+    shown = {**view.data, "recipe": read_recipe(view.store), "checks": view.status["checks"]}
+    files = render_report(view.rows, view.summary, view.floors, view.spec, shown, laws=view.laws, overview=overview)
     folder = view.store.child("report")
     # index.html is last in `files`: it stands only where all that it names stands.
     for name, data in files.items():
@@ -103,9 +100,7 @@ def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
 
 def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
-    extra, baselines = view.data
-    missing = "" if baselines else f"no floors: {extra['provenance']['shards']}"
-    shown = [frontier_text(view.rows, baselines), missing, failures_text(view.rows, view.summary)]
+    shown = [frontier_text(view.rows, view.floors), failures_text(view.rows, view.summary)]
     shown.append("\n".join(checks_lines(view.status["checks"])))
     paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
     return "\n\n".join(part for part in [*shown, paths] if part)

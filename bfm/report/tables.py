@@ -22,6 +22,7 @@ from bfm.laws.frontier import (
     rung_ladder,
     rung_rows,
 )
+from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
 _NESTED = ("config", "metrics", "errors", "shape")
@@ -46,8 +47,11 @@ def runs_parquet(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def frontier_text(rows: Sequence[Row], baselines: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's."""
+def frontier_text(rows: Sequence[Row], baselines: Baselines) -> str:
+    """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's.
+
+    Below stand the floors, the name of the strongest at each metric, and whether the sweep's best is below it.
+    """
     metrics = metric_names(rows)
     if not metrics:
         return "no results yet"
@@ -59,12 +63,15 @@ def frontier_text(rows: Sequence[Row], baselines: Mapping[str, Mapping[str, floa
         holder = points[metrics[0]].get(flops)
         size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
         lines.append([f"C {format_flops(flops)}", str(count), size, *cells])
-    for name, values in (baselines or {}).items():
+    for name, values in baselines.items():
         cells = [_plain_value(values.get(metric, math.nan)) for metric in metrics]
-        lines.append([name.replace("_", "-"), "", "", *cells])
+        lines.append([shown_name(name), "", "", *cells])
+    if baselines:
+        lines.append(["strongest", "", "", *[_strongest_name(baselines, metric) for metric in metrics]])
     text = ruled(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
     starred = any(cell.endswith("*") for line in lines for cell in line)
-    return f"{text}\n* reached at a lower rung" if starred else text
+    notes = ["* reached at a lower rung"] if starred else []
+    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines)])])
 
 
 def trials_text(rows: Sequence[Row], limit: int = 20) -> str:
@@ -115,27 +122,34 @@ def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """An evaluation, with its memory and the floors on the same queries: a line per metric, for a terminal."""
+    """An evaluation, with its memory and the floors on the same queries: a line per metric, for a terminal.
+
+    The strongest floor at each metric is named, and in a sentence where the model is below it.
+    """
     row = {"metrics": evaluation["metrics"], "errors": evaluation["errors"]}
-    memory = evaluation.get("memory")
+    memory, baselines = evaluation.get("memory"), evaluation["baselines"]
     beside = {f"with memory, {memory['share']:.0%}": memory["metrics"]} if memory else {}
-    beside.update(evaluation.get("baselines") or {})
+    beside.update({shown_name(name): values for name, values in baselines.items()})
     lines = [
         [
             metric,
             value_text(metric_value(row, metric), metric_error(row, metric)),
             *[_plain_value(values.get(metric, math.nan)) for values in beside.values()],
+            _strongest_name(baselines, metric),
         ]
         for metric in metric_names([row], headline=False)
     ]
-    table = ruled(["metric", "model", *[name.replace("_", "-") for name in beside]], lines)
-    seen = ", seen items filtered out" if evaluation.get("filter_seen") else ""
-    sampled = any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"])
-    return (
-        f"{table}\n{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} "
-        f"items{seen}; protocol {evaluation['protocol_hash'][:12]}"
-        + ("\nsampledN.*: the target against N drawn items, not the catalogue: other numbers by far" if sampled else "")
-    )
+    table = ruled(["metric", "model", *beside, "strongest floor"], lines)
+    text = [
+        table,
+        verdict("The model", row["metrics"], baselines, metric_names([row])),
+        f"{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} items; protocol "
+        f"{evaluation['protocol_hash'][:12]}",
+        f"seen items {evaluation['seen_rule']}",
+    ]
+    if any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"]):
+        text.append("sampledN.*: the target against N drawn items, not the catalogue: other numbers by far")
+    return "\n".join(text)
 
 
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
@@ -189,6 +203,11 @@ def _tight(cell: str) -> str:
 
 def _plain_value(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _strongest_name(baselines: Baselines, metric: str) -> str:
+    floor = strongest(baselines, metric)
+    return floor[0] if floor else "-"
 
 
 def _failures(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

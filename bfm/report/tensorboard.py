@@ -30,6 +30,7 @@ from bfm.laws.frontier import (
     rung_rows,
 )
 from bfm.report.events_file import EventFile, flops_step, stored_events
+from bfm.report.floors import Baselines, shown_name
 from bfm.report.tables import frontier_text
 from bfm.training.loop import StepRecord
 from bfm.units import format_flops
@@ -162,10 +163,14 @@ class TrialWriter:
 
 
 class SweepWriter:
-    """Scalars of the whole sweep against the number of results; results already in the folder are not written again."""
+    """Scalars of the whole sweep against the number of results; results already in the folder are not written again.
 
-    def __init__(self, log_dir: str | Path) -> None:
+    The floors stand beside the frontier of each metric.
+    """
+
+    def __init__(self, log_dir: str | Path, baselines: Baselines) -> None:
         self._file = EventFile(log_dir)
+        self._baselines = baselines
         self._last_step = -1
         for event in stored_events(self._file.store):
             if any(value.tag == "spend/total" for value in event.summary.value):
@@ -185,6 +190,12 @@ class SweepWriter:
             for metric in metric_names(rows)
             for point in frontier(rows, metric)
         }
+        best |= {
+            f"frontier/{metric}/floor={shown_name(name)}": values[metric]
+            for metric in metric_names(rows)
+            for name, values in self._baselines.items()
+            if metric in values
+        }
         spent = float(summary.get("spent_flops") or sum(float(row.get("task_flops") or 0.0) for row in found))
         self._file.scalars(len(found), {**best, **_spend(found, spent, summary), **_occupancy(found, summary)})
         self._file.scalars(flops_step(spent), _by_flops(best))
@@ -192,7 +203,9 @@ class SweepWriter:
 
     def finish(self, rows: Sequence[Row], overview_png: bytes | None = None) -> None:
         """The frontier as a text table and, where given, the overview figure; closes the file."""
-        self._file.summary(text("frontier", f"<pre>\n{frontier_text(rows)}\n</pre>"), len(rung_rows(rows)))
+        self._file.summary(
+            text("frontier", f"<pre>\n{frontier_text(rows, self._baselines)}\n</pre>"), len(rung_rows(rows))
+        )
         if overview_png is not None:
             self._file.summary(_image("overview", overview_png), len(rung_rows(rows)))
         self.close()
@@ -210,9 +223,9 @@ def trial_writer(log_dir: str | Path, config: Mapping[str, Any], metrics: Sequen
     return TrialWriter(log_dir, config, metrics)
 
 
-def sweep_writer(log_dir: str | Path) -> SweepWriter:
+def sweep_writer(log_dir: str | Path, baselines: Baselines) -> SweepWriter:
     """The writer of the sweep-level curves, new or taken up again."""
-    return SweepWriter(log_dir)
+    return SweepWriter(log_dir, baselines)
 
 
 def _validation(row: Row) -> dict[str, float]:

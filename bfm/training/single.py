@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bfm.errors import UserError
@@ -76,28 +76,33 @@ def evaluate_checkpoint(
     queries: int | None,
     sampled_negatives: int | None = None,
     memory: str | None = None,
+    k: Sequence[int] = (10,),
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on a part of the protocol, the floors on the same queries, and what was measured.
 
     `sampled_negatives` adds metrics against so many drawn items, named sampledN.*, which the floors do not have.
-    `memory` (a share, or auto) adds those of the model interpolated with a memory.
-    Raises UserError for a part that the protocol does not have, a checkpoint of other shards, or a wrong share.
+    `memory` (a share, or auto) adds those of the model interpolated with a memory. `k`: lengths of lists.
+    Raises UserError for a part that the protocol does not have, a checkpoint of other shards, a wrong share, or lists
+    longer than the catalogue.
     """
     if part not in PARTS:
         raise UserError(f"no part {part!r}", key="--part", fix=f"one of {', '.join(PARTS)}")
     share = parse_share(memory) if memory is not None else None
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
+    if max(k) > opened.num_catalogue:
+        fix = f"use 1 to {opened.num_catalogue}, the number of items in the catalogue"
+        raise UserError(f"lists of {max(k)} items cannot be made", key="--k", fix=fix)
     store, name = parent_store(checkpoint)
     model = load_model(store, name, opened)
     window = TrainConfig.from_dict(read_meta(store, name)["config"]).window
     encoded = encode(model, opened, protocol, part, window, queries)
-    scores = evaluate_encoded(model, encoded, sampled_negatives=sampled_negatives, seed=opened.seed)
+    scores = evaluate_encoded(model, encoded, k, sampled_negatives=sampled_negatives, seed=opened.seed)
     evaluation = summarise(scores)
-    found = _beside_floors(opened, part, queries, evaluation.metrics, evaluation.errors)
+    found = _beside_floors(opened, part, queries, k, evaluation.metrics, evaluation.errors)
     if memory is not None:
         remembered = memory_of(model, opened, protocol, window, share)
-        interpolated = summarise(encoded.ranked(remembered.beside(encoded.scorer, opened, encoded.table)))
+        interpolated = summarise(encoded.ranked(remembered.beside(encoded.scorer, opened, encoded.table), k))
         found["memory"] = {
             **remembered.facts(),
             "metrics": interpolated.metrics,
@@ -116,11 +121,16 @@ def memory_of(model: TwoPartModel, shards: Shards, protocol: Protocol, window: i
 
 def row_evaluation(row: Mapping[str, Any], shards: str, queries: int | None) -> dict[str, Any]:
     """The validation metrics of a row that `train_single` brought, in the form of `evaluate_checkpoint`."""
-    return _beside_floors(Shards.open(shards), "validation", queries, row["metrics"], row["errors"])
+    return _beside_floors(Shards.open(shards), "validation", queries, (10,), row["metrics"], row["errors"])
 
 
 def _beside_floors(
-    shards: Shards, part: str, queries: int | None, metrics: Mapping[str, float], errors: Mapping[str, float]
+    shards: Shards,
+    part: str,
+    queries: int | None,
+    k: Sequence[int],
+    metrics: Mapping[str, float],
+    errors: Mapping[str, float],
 ) -> dict[str, Any]:
     """Metrics with the floors on the same queries, and what was measured."""
     protocol = Protocol.load(shards)
@@ -131,8 +141,9 @@ def _beside_floors(
         "queries": len(protocol.queries(part)[:queries]),
         "catalogue": shards.num_catalogue,
         "filter_seen": protocol.filter_seen,
+        "seen_rule": protocol.seen_rule,
         "protocol_hash": protocol.hash,
-        "baselines": baseline_metrics(shards, protocol, part, queries=queries),
+        "baselines": baseline_metrics(shards, protocol, part, k, queries),
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from bfm.errors import CorruptError, UserError
 from bfm.events import protocol as module
-from bfm.events.protocol import PARTS, Protocol, build_protocol, query_targets
+from bfm.events.protocol import PARTS, Protocol, build_protocol, protocol_hash, query_targets
 from bfm.events.shards import Shards
 from tests.helpers import make_shards
 
@@ -120,6 +120,10 @@ def test_altered_protocols_are_found(toy_shards, tmp_path):
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "filter_seen": True}))
     with pytest.raises(CorruptError, match=r"protocol\.json"):
+        Protocol.load(shards)
+    old = {**values, "version": 1}
+    path.write_text(json.dumps({**old, "hash": protocol_hash(old)}))
+    with pytest.raises(UserError, match="protocol of version 1"):
         Protocol.load(shards)
     path.write_text(json.dumps(values))
     table = tmp_path / "copy/protocol-test.npy"

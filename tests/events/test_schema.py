@@ -19,10 +19,11 @@ def test_the_built_in_schemas_load():
 
 def test_defaults():
     schema = check(BASE)
-    assert (schema.has_clock, schema.split_by, schema.filter_seen, schema.id_field) == (True, "time", False, True)
+    assert (schema.has_clock, schema.split_by, schema.id_field) == (True, "time", True)
+    assert schema.evaluation.filter_seen is None, "the log decides"
     assert schema.evaluation.queries == 10_000
     positions = check("name: s\nuser: u\nposition: p\nitem: i\n")
-    assert (positions.has_clock, positions.split_by, positions.filter_seen) == (False, "leave_one_out", True)
+    assert (positions.has_clock, positions.split_by) == (False, "leave_one_out")
 
 
 def test_the_json_schema_says_what_an_option_means():

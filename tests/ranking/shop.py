@@ -57,8 +57,11 @@ class Shop:
         return _model(self.shards)
 
 
-def make_shop(folder: Path, num: int = 2400, schema: str = SCHEMA) -> Shop:
-    """60 users, about 80 items, four rows a basket; some items are first sold at the end, prices only of some."""
+def make_shop(folder: Path, num: int = 2400, schema: str = SCHEMA, repeats: bool = True) -> Shop:
+    """60 users, about 80 items, four rows a basket; some items are first sold at the end, prices only of some.
+
+    Without `repeats` nobody has an item twice.
+    """
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     basket_user = rng.integers(0, 60, num // 4)
@@ -74,13 +77,15 @@ def make_shop(folder: Path, num: int = 2400, schema: str = SCHEMA) -> Shop:
             "shop": rng.choice(["north", "south"], num),
         }
     ).sort_values(["user", "time", "item"], ignore_index=True)
+    if not repeats:
+        frame = frame.drop_duplicates(["user", "item"], ignore_index=True)
     frame["step"] = frame.groupby("user").cumcount()
     frame["words"] = [f"thing number {item % 13}" for item in frame["item"]]
     frame["tags"] = [f"t{item % 5}|t{item % 3}" for item in frame["item"]]
     frame["look"] = [f"{item % 7},{item % 2}.5" for item in frame["item"]]
-    frame["coupons"] = rng.choice(["a", "a|b", ""], num)
-    frame["place"] = [f"{x},1,{y}" for x, y in rng.integers(0, 9, (num, 2))]
-    frame["due"] = frame["time"] + rng.integers(0, 9, num) * 3600
+    frame["coupons"] = rng.choice(["a", "a|b", ""], len(frame))
+    frame["place"] = [f"{x},1,{y}" for x, y in rng.integers(0, 9, (len(frame), 2))]
+    frame["due"] = frame["time"] + rng.integers(0, 9, len(frame)) * 3600
     items = pd.DataFrame({"item": np.arange(100, 170), "colour": np.arange(70) % 3, "price": np.arange(70) / 7})
     items.to_parquet(folder / "table.parquet")
     (folder / "shop.yaml").write_text(schema)

@@ -42,6 +42,9 @@ def test_floors_beat_chance_and_have_the_names_of_an_evaluation(toy_shards):
     assert metrics["co_occurrence"]["recall@10"] > 1.2 * metrics["popularity"]["recall@10"]
     assert metrics["popularity"]["nll"] < math.log(toy_shards.num_catalogue)
     assert "nll" not in metrics["co_occurrence"]
+    # They buy the same items again, too.
+    assert metrics["personal"]["nll"] < metrics["popularity"]["nll"]
+    assert metrics["personal"]["recall@10"] > 1.2 * metrics["popularity"]["recall@10"]
     assert {"basket.recall@10", "warm.ndcg@10", "coverage@10"} <= set(metrics["co_occurrence"])
 
 

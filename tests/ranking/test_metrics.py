@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -41,9 +42,9 @@ def scored(table_QV, targets, seen=None, ks=(1, 3), users=None, basket=None, row
 
 
 def brute_force(row, targets, seen, k):
-    """rank, nll of each target, the first k items, and recall, ndcg, mrr of one query."""
+    """recall, ndcg, mrr of one query over all, warm and unseen targets; its nll and first k items."""
     num_items = len(row)
-    hidden = set(seen) - set(targets)
+    hidden = set(seen)
     ranks, nlls = [], []
     for target in targets:
         if target >= num_items:
@@ -51,7 +52,8 @@ def brute_force(row, targets, seen, k):
             nlls.append(math.nan)
             continue
         others = [row[v] for v in range(num_items) if v != target and v not in hidden]
-        ranks.append(1 + sum(s > row[target] for s in others) + 0.5 * sum(s == row[target] for s in others))
+        better, equal = (sum(test(s, row[target]) for s in others) for test in (operator.gt, operator.eq))
+        ranks.append(math.inf if target in hidden else 1 + better + 0.5 * equal)
         nlls.append(math.log(sum(math.exp(s) for s in row)) - row[target])
     order = sorted((v for v in range(num_items) if v not in hidden), key=lambda v: (-row[v], v))
 
@@ -64,7 +66,9 @@ def brute_force(row, targets, seen, k):
 
     warm = [(rank, nll) for rank, nll, target in zip(ranks, nlls, targets, strict=True) if target < num_items]
     mean_nll = sum(nll for _, nll in warm) / len(warm) if warm else math.nan
-    return metrics(ranks), metrics([rank for rank, _ in warm]), mean_nll, set(order[:k])
+    unseen = [rank for rank, target in zip(ranks, targets, strict=True) if target not in hidden]
+    kinds = {"": metrics(ranks), "warm.": metrics([rank for rank, _ in warm]), "unseen.": metrics(unseen)}
+    return kinds, mean_nll, set(order[:k])
 
 
 @st.composite
@@ -93,16 +97,15 @@ def test_metrics_equal_brute_force(world, k, block_bytes):
     _, scores = scored(table_QV, targets, seen, ks=(k,), block_bytes=block_bytes)
     union = set()
     for query in range(len(table_QV)):
-        everything, warm, nll, first = brute_force(
-            table_QV[query].tolist(), targets[query], seen[query] if seen else [], k
-        )
-        found = [scores.values[f"{name}@{k}"][query] for name in ("recall", "ndcg", "mrr")]
-        found_warm = [scores.values[f"warm.{name}@{k}"][query] for name in ("recall", "ndcg", "mrr")]
-        np.testing.assert_allclose(found, everything, rtol=1e-12)
-        np.testing.assert_allclose(found_warm, warm, rtol=1e-12)
+        kinds, nll, first = brute_force(table_QV[query].tolist(), targets[query], seen[query] if seen else [], k)
+        for kind, expected in kinds.items():
+            if seen or kind != "unseen.":
+                found = [scores.values[f"{kind}{name}@{k}"][query] for name in ("recall", "ndcg", "mrr")]
+                np.testing.assert_allclose(found, expected, rtol=1e-12)
         np.testing.assert_allclose(scores.values["nll"][query], nll, rtol=1e-5, atol=1e-5)
         union |= first
     assert set(np.flatnonzero(scores.shown[k])) == union
+    assert any(name.startswith("unseen.") for name in scores.values) == (seen is not None)
 
 
 @given(worlds())
@@ -123,8 +126,8 @@ def test_long_rows_take_the_grouped_path_and_agree_with_a_full_sort():
     for block_bytes in (1 << 24, 40_000, 3_000):
         ranked, scores = scored(table_QV, targets, ks=(10,), block_bytes=block_bytes)
         for query in range(7):
-            expected, _, _, first = brute_force(table_QV[query].tolist(), targets[query], [], 10)
-            assert scores.values["recall@10"][query] == pytest.approx(expected[0])
+            expected, _, first = brute_force(table_QV[query].tolist(), targets[query], [], 10)
+            assert scores.values["recall@10"][query] == pytest.approx(expected[""][0])
             assert set(ranked.top_Qk[query]) == first
 
 
@@ -150,11 +153,17 @@ def test_a_score_that_is_not_finite_is_an_error(bad):
         scored(table_QV, [[1], [2], [3]])
 
 
-def test_a_seen_target_stays_a_target_and_other_seen_items_do_not_compete():
+def test_a_seen_target_is_a_miss_and_keeps_its_likelihood():
     table_QV = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
-    ranked, _ = scored(table_QV, [[1, 3]], [[0, 1, 2]], ks=(4,))
-    np.testing.assert_array_equal(ranked.rank_N, [1, 2])
-    np.testing.assert_array_equal(ranked.top_Qk, [[1, 3, -1, -1]])
+    ranked, scores = scored(table_QV, [[1, 3]], [[0, 1, 2]], ks=(4,), basket=[False])
+    np.testing.assert_array_equal(ranked.rank_N, [np.inf, 1])
+    np.testing.assert_array_equal(ranked.top_Qk, [[3, -1, -1, -1]])
+    np.testing.assert_allclose(ranked.nll_N, -torch.log_softmax(table_QV, 1)[0, [1, 3]], rtol=1e-6)
+    metrics = summarise(scores).metrics
+    assert (metrics["recall@4"], metrics["unseen.recall@4"]) == (0.5, 1.0)
+    apart = summarise(scored(table_QV, [[1, 3]], [[0, 1, 2]], ks=(4,), basket=[True])[1]).metrics
+    assert "basket.recall@4" in apart
+    assert not any("unseen." in name for name in apart)
 
 
 @given(worlds(), st.integers(1, 4))

@@ -16,11 +16,10 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.encoding import Encoding
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
-from bfm.events.windows import eval_windows
-from bfm.model.batch import make_query_batch
 from bfm.ranking.evaluate import evaluate, summarise
 from bfm.ranking.exported import EXPORT, seal
 from bfm.ranking.predictor import Predictor
+from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.report.predictions import predict_log, summary_text
 from bfm.training.export import export_checkpoint
@@ -54,23 +53,62 @@ def headline_of_each_user(shards):
 def reference(shop, queries, k):
     """The ranking of evaluation: ids, scores and vectors."""
     model, shards = shop.model(), shop.shards
-    vectors = model.embed_all()
-    batch = make_query_batch(eval_windows(shards, queries, CONFIG.window))
-    h = model.contextualize(batch, vectors[batch.items_U])
-    scores = model.scale * h @ vectors[: shards.num_catalogue].T
-    top = rank_targets(lambda q, i: scores[q, i].clone(), query_targets(shards, queries), shards.num_catalogue, k)
-    return top.top_Qk, scores.numpy(), h.numpy()
+    vectors, num_items = model.embed_all(), shards.num_catalogue
+    answers = answer(model, vectors.__getitem__, shards, queries, CONFIG.window, num_items)
+    scores = answers.scores(vectors[:num_items])(slice(0, len(queries)), slice(0, num_items))
+    top = rank_targets(lambda q, i: scores[q, i].clone(), query_targets(shards, queries), num_items, k)
+    return top.top_Qk, scores.numpy(), answers.h_QD.numpy()
 
 
-def test_recall_of_the_lists_is_the_recall_of_evaluation(shop, predictor):
+def by_hand(lists, targets, k=10):
+    """Mean recall, ndcg and mrr of delivered lists."""
+    sums = dict.fromkeys(("recall", "ndcg", "mrr"), 0.0)
+    for listed, wanted in zip(lists, targets, strict=True):
+        places = [place for place, item in enumerate(listed, 1) if item in wanted]
+        sums["recall"] += len(places) / len(wanted)
+        sums["ndcg"] += sum(1 / np.log2(1 + place) for place in places) / sum(
+            1 / np.log2(1 + place) for place in range(1, min(k, len(wanted)) + 1)
+        )
+        sums["mrr"] += 1 / places[0] if places else 0.0
+    return {f"{name}@{k}": value / len(targets) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("repeats", [True, False])
+def test_lists_are_worth_what_evaluation_says(tmp_path, repeats, asked):
+    """Of leave-one-out with and without repeats, from the raw log of everything but each user's last event."""
+    schema = SCHEMA.replace("time: time", "position: step")
+    if asked is not None:
+        schema += f"evaluation: {{filter_seen: {str(asked).lower()}}}\n"
+    shop, export = make_export(tmp_path, schema, repeats)
     protocol = Protocol.load(shop.shards)
+    assert protocol.filter_seen == ((not repeats) if asked is None else asked)
+    last = shop.frame.groupby("user").step.transform("max") == shop.frame.step
+    shop.frame[~last].to_parquet(tmp_path / "known.parquet")
+    got, _ = predict(export, [tmp_path / "known.parquet"], tmp_path / "lists.parquet")
+    wanted = shop.frame[last].astype({"user": str, "item": str}).set_index("user")["item"]
+    users = [user for user in got.index if got.loc[user, "events"] > 1]
+    metrics = summarise(evaluate(shop.model(), shop.shards, protocol, "test", CONFIG.window)).metrics
+    worth = by_hand(got.loc[users, "items"], [{wanted[user]} for user in users])
+    assert {name: metrics[name] for name in worth} == pytest.approx(worth, rel=1e-6)
+    assert worth["recall@10"] > 0
+    seen = shop.frame[~last].astype(str).groupby("user").item.agg(set)
+    fresh = [user for user in users if wanted[user] not in seen[user]]
+    assert (len(fresh) < len(users)) == repeats
+    if protocol.filter_seen:
+        unseen = by_hand(got.loc[fresh, "items"], [{wanted[user]} for user in fresh])
+        assert {name: metrics[f"unseen.{name}"] for name in unseen} == pytest.approx(unseen, rel=1e-6)
+
+
+def test_lists_of_many_targets_are_worth_what_evaluation_says(shop, predictor):
+    protocol = Protocol.load(shop.shards)
+    assert not protocol.filter_seen, "the shop's users buy again"
     table = protocol.queries("validation")
-    table = table[np.flatnonzero(~table.basket)]
-    top = predictor.top(shop.shards, table, 10)
+    table = table[~table.basket]
     targets = query_targets(shop.shards, table)
-    recall = [np.isin(targets[query], top.item_Qk[query]).mean() for query in range(len(table))]
+    worth = by_hand(predictor.top(shop.shards, table, 10).item_Qk, [targets[query] for query in range(len(table))])
     metrics = summarise(evaluate(shop.model(), shop.shards, protocol, "validation", CONFIG.window)).metrics
-    assert np.mean(recall) == pytest.approx(metrics["recall@10"], rel=1e-6)
+    assert {name: metrics[name] for name in worth} == pytest.approx(worth, rel=1e-6)
 
 
 def test_a_raw_log_gives_what_the_shards_give_for_the_same_histories(shop, export, tmp_path):
@@ -204,9 +242,9 @@ def test_a_bfloat16_catalogue_is_close(shop, predictor, tmp_path):
     assert np.abs(exact.score_Qk - close.score_Qk).max() > 0
 
 
-def make_export(folder, schema):
+def make_export(folder, schema, repeats=True):
     """Another shop and its export."""
-    shop = make_shop(folder / "shop", 800, schema)
+    shop = make_shop(folder / "shop", 800, schema, repeats)
     export_checkpoint(shop.checkpoint, str(shop.shards.path), folder / "export")
     return shop, folder / "export"
 
@@ -225,6 +263,7 @@ def test_composite_items_are_structs(tmp_path):
 
 def test_positions_duplicates_and_the_filter_follow_the_schema(tmp_path):
     schema = SCHEMA.replace("time: time", "position: step") + "clean: {drop_duplicates: true}\n"
+    schema += "evaluation: {filter_seen: true}\n"
     shop, export = make_export(tmp_path, schema)
     log = tmp_path / "log.parquet"
     once = shop.frame.drop_duplicates()
@@ -234,7 +273,6 @@ def test_positions_duplicates_and_the_filter_follow_the_schema(tmp_path):
     got, after = predict(export, [log], tmp_path / "out.parquet")
     assert (before["duplicates"], after["duplicates"]) == (0, len(once) // 2)
     assert got["items"].map(list).equals(plain["items"].map(list))
-    # Leave-one-out filters by default.
     seen = shop.frame.astype(str).groupby("user").item.agg(set)
     assert not any(seen[user] & set(items) for user, items in got["items"].items())
 

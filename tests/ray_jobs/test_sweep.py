@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
+from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import read_ledger
 from bfm.sweep.spec import resolve
@@ -204,7 +205,11 @@ def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
     assert Counter(events) == {"assigned": len(done), "row": len(done), "finished": 1}
     assert yaml.safe_load((tmp_path / "well" / "sweep.yaml").read_text())["name"] == "well"
     board = EventAccumulator(str(tmp_path / "well" / "tensorboard" / "_sweep")).Reload()
-    assert any(tag.startswith("frontier/nll") for tag in board.Tags()["scalars"])
+    assert any(tag.startswith("frontier/nll/C=") for tag in board.Tags()["scalars"])
+    assert "frontier/nll/floor=personal" in board.Tags()["scalars"]
+    text = status_text(read_sweep(str(tmp_path / "well")))
+    assert "strongest" in text
+    assert "The best of the sweep is " in text
     again = run_sweep(resolve(space, ["name=well"]), str(tmp_path), execute=planted_executor())
     assert (again.rows, again.reason) == (outcome.rows, outcome.reason)
     wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 30, "all CPUs are free again")

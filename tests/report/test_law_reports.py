@@ -223,7 +223,7 @@ def planted_study(tmp_path, monkeypatch):
         store = Store(tmp_path / folder)
         views[store.uri] = SweepView(store, rows, {"name": folder, "state": "finished"}, {"checks": []}, {"axis": axis})
         # The shards' facts and floors are not what these tests are about.
-        views[store.uri].__dict__["data"] = ({"provenance": {}}, {})
+        views[store.uri].__dict__["data"] = {"provenance": {}}
     monkeypatch.setattr(study, "read_sweep", lambda location: views[location])
     return tmp_path
 

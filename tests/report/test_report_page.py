@@ -78,6 +78,18 @@ def test_report_of_a_sweep_is_whole_and_self_contained(sweep, tmp_path):
     assert all(f"<td>t{trial:03d}</td>" in html for trial in range(24))
 
 
+def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
+    sweep["baselines"]["co_occurrence"]["coverage@10"] = 0.01
+    assert "The best of the sweep is above every floor in nll" in rendered(sweep)
+    sweep["baselines"]["personal"] = {"nll": 1.0, "recall@10": 0.9}
+    html = rendered(sweep)
+    lede = html[html.index('class="lede"') :][:900]
+    assert "The best of the sweep is BELOW the strongest floor in nll (" in lede
+    assert "personal 0.9) and above it in ndcg@10 (" in lede
+    assert "below the strongest floor, personal: " in html
+    assert "above the strongest floor, co-occurrence: " in html
+
+
 def test_the_page_is_a_function_of_its_input():
     assert rendered(planted_sweep(6)) == rendered(planted_sweep(6))
 

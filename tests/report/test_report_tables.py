@@ -61,8 +61,14 @@ def test_frontier_table_has_a_line_per_rung_and_baseline(sweep):
     assert lines[6].startswith("co-occurrence")
     best = min(row["metrics"]["nll"] for row in sweep["rows"] if row["rung"] == 2)
     assert f"{best:.3f}" in lines[4]
-    assert max(len(line) for line in lines) <= 100
-    assert frontier_text([]) == "no results yet"
+    assert lines[7].split() == ["strongest", "popularity", *["co-occurrence"] * 4]
+    assert lines[-1].startswith(
+        "The best of the sweep is BELOW the strongest floor in coverage@10 (0.1491, co-occurrence"
+    )
+    assert ") and above it in nll (" in lines[-1]
+    assert max(len(line) for line in lines[:-1]) <= 100
+    assert frontier_text([], sweep["baselines"]) == "no results yet"
+    assert "floor" not in frontier_text(sweep["rows"], {})
 
 
 def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
@@ -88,15 +94,23 @@ def test_spend_and_failures(sweep):
 
 def test_an_evaluation_stands_beside_its_floors():
     evaluation = {
-        "part": "test", "queries": 9876, "catalogue": 61220, "filter_seen": True, "protocol_hash": "9f" * 32,
+        "part": "test", "queries": 9876, "catalogue": 61220, "seen_rule": "stay", "protocol_hash": "9f" * 32,
         "metrics": {"recall@10": 0.25, "nll": 7.1, "basket.nll": 6.0, "warm.recall@10": 0.26},
         "errors": {"recall@10": 0.002, "nll": 0.02},
         "baselines": {"popularity": {"nll": 8.9, "recall@10": 0.06}, "co_occurrence": {"recall@10": 0.12}},
     }  # fmt: skip
     lines = evaluation_text(evaluation).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["nll", "recall@10", "warm.recall@10", "basket.nll"]
-    assert lines[3].split()[1:] == ["0.2500", "\u00b1", "0.0020", "0.06", "0.12"]
-    assert lines[6] == "test: 9,876 queries against 61,220 items, seen items filtered out; protocol 9f9f9f9f9f9f"
+    assert lines[3].split()[1:] == ["0.2500", "\u00b1", "0.0020", "0.06", "0.12", "co-occurrence"]
+    assert (
+        lines[6] == "The model is above every floor in nll (7.1, popularity 8.9), recall@10 (0.25, co-occurrence 0.12)."
+    )
+    assert lines[7:] == ["test: 9,876 queries against 61,220 items; protocol 9f9f9f9f9f9f", "seen items stay"]
+    evaluation["metrics"]["recall@10"] = 0.11
+    below = evaluation_text(evaluation).splitlines()[6]
+    assert below.startswith(
+        "The model is BELOW the strongest floor in recall@10 (0.11, co-occurrence 0.12) and above it"
+    )
 
 
 def test_columns_align():

@@ -226,10 +226,10 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path, monkeypatch):
 def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     sweep = planted_sweep()
     rows = sweep["rows"]
-    writer = sweep_writer(tmp_path)
+    writer = sweep_writer(tmp_path, sweep["baselines"])
     for count in range(1, len(rows)):
         writer.update(rows[:count], {"cap_flops": 2.4e13, "running": 2})
-    again = sweep_writer(tmp_path)
+    again = sweep_writer(tmp_path, sweep["baselines"])
     for count in range(len(rows) - 3, len(rows) + 1):
         again.update(rows[:count], sweep["summary"])
     again.finish(rows, overview_png(rows, {}))
@@ -239,6 +239,9 @@ def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     assert total[-1].value == pytest.approx(sweep["summary"]["spent_flops"], rel=1e-6)
     best = board.Scalars("frontier/nll/C=1.6e12")
     assert best[-1].value == pytest.approx(min(r["metrics"]["nll"] for r in rows if r["rung"] == 2), rel=1e-6)
+    floor = board.Scalars("frontier/recall@10/floor=co-occurrence")
+    value = sweep["baselines"]["co_occurrence"]["recall@10"]
+    assert [event.value for event in floor] == pytest.approx([value] * len(total))
     values = [event.value for event in board.Scalars("frontier/recall@10/C=1e11")]
     assert values == sorted(values)
     assert board.Scalars("occupancy/C=4e11")[-1].value == 10

@@ -1,0 +1,77 @@
+"""How much of behaviour repeats, and what follows for lists: whether items that a user had before are candidates.
+
+A target of the training range is a distinct item of a timestamp that follows an earlier one of its user, as the targets
+of headline queries are; it was seen where the user had the item at an earlier timestamp.
+
+U = users, E = training events, B = distinct (user, timestamp, item).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bfm.events.shards import Shards, user_chunks
+
+NOISE = 0.01
+"""Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
+_CHUNK_EVENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Targets of the training range, and how many of them the user had before."""
+
+    targets: int
+    seen: int
+
+    @property
+    def are_noise(self) -> bool:
+        """Whether so few targets were seen that lists are better without; never of a log without targets."""
+        return self.seen < NOISE * self.targets
+
+
+def training_repeats(shards: Shards) -> Repeats:
+    """Count over all users, in chunks of about a million training events."""
+    found = np.zeros(2, np.int64)
+    for low, high in itertools.pairwise(user_chunks(shards.train_lengths, _CHUNK_EVENTS)):
+        found += _count(shards, low, high)
+    return Repeats(*found.tolist())
+
+
+def _count(shards: Shards, low: int, high: int) -> tuple[int, int]:
+    """Targets and seen targets of users low..high-1."""
+    length_U = shards.train_lengths[low:high]
+    user_E = np.repeat(np.arange(low, high), length_U)
+    inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
+    located = shards.locate(shards.user_starts[user_E] + inside_E)
+    item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
+    moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (inside_E == 0))
+    moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
+    in_first_moments = int(np.isin(moment_B, moment_E[inside_E == 0]).sum())
+    # Of all the timestamps at which a user had an item, every one but the earliest is a repeat.
+    different = len(np.unique(user_E * shards.num_items + item_E))
+    return len(moment_B) - in_first_moments, len(moment_B) - different
+
+
+def rule_facts(repeats: Repeats, given: bool | None) -> dict[str, Any]:
+    """What a protocol says of seen items: the schema's choice, or without one that of the log."""
+    return {
+        "filter_seen": repeats.are_noise if given is None else given,
+        "filter_seen_by": "log" if given is None else "schema",
+        "training_repeats": asdict(repeats),
+    }
+
+
+def rule_words(protocol: Mapping[str, Any]) -> str:
+    """The rule of a protocol about seen items and its reason, as one line for people."""
+    repeats = Repeats(**protocol["training_repeats"])
+    share = repeats.seen / max(repeats.targets, 1)
+    what = "are filtered out of lists" if protocol["filter_seen"] else "stay in lists"
+    default = f"by default, as that is {'under' if repeats.are_noise else 'not under'} {NOISE:.0%}"
+    why = default if protocol["filter_seen_by"] == "log" else "the schema's choice"
+    return f"{what} ({share:.2%} of training targets are items that the user had before; {why})"
