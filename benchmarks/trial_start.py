@@ -39,7 +39,7 @@ from ray_jobs.tuning import run_tasks  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "trial_start.md"
-CONFIG = TrainConfig(params=3000.0, embedder_share=0.1, window=8, group_windows=1, d_item=8, groups_per_step=2)
+CONFIG = TrainConfig(params=3000.0, embedder_share=0.1, window=8, group_windows=2, d_item=8, groups_per_step=2)
 RUNG_FLOPS = 100_000_000
 SINGLE = {"engine": "plain", "workers": 1, "zero_stage": 0, "cpus": 0.5, "gpus": 0.0, "micro_groups": 1}
 PAIR = {**SINGLE, "engine": "deepspeed", "workers": 2, "zero_stage": 1}

@@ -15,7 +15,7 @@ CONFIG = {
     "params": 3e3,
     "embedder_share": 0.1,
     "window": 8,
-    "group_windows": 1,
+    "group_windows": 2,
     "groups_per_step": 2,
     "d_item": 8,
     "learning_rate": "5e-3",

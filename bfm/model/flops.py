@@ -20,6 +20,7 @@ from bfm.model.sizing import Shape
 from bfm.model.two_part import automatic_features
 
 FLOPS_VERSION = 2
+"""Of what counts as C and of what is trained with it: rows of two versions are never compared."""
 
 
 class ModelCost:

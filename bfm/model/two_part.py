@@ -107,17 +107,18 @@ class TwoPartModel(nn.Module):
         self.embedder = ItemEmbedder(shape, item_store.layout, table_width, generators[0])
         self.context = ContextEncoder(fields, has_clock, shape.d_item, table_width, generators[1])
         self.contextualizer = Contextualizer(shape, generators[2])
-        self.log_scale = nn.Parameter(torch.tensor([math.log(initial_scale)]))
+        share = initial_scale / LARGEST_SCALE
+        self.scale_logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))
 
     @property
     def scale(self) -> Tensor:
-        """What multiplies cosines: a positive float32 scalar, at most 100."""
-        return self.log_scale.float().clamp(max=math.log(LARGEST_SCALE)).exp().squeeze(0)
+        """What multiplies cosines: a float32 scalar between 0 and 100, with a gradient everywhere."""
+        return LARGEST_SCALE * torch.sigmoid(self.scale_logit.float()).squeeze(0)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.log_scale.device
+        return self.scale_logit.device
 
     def forward(self, batch: ModelBatch, objective: Callable[[TwoPartModel, ModelBatch], Tensor]) -> Tensor:
         """The objective's loss. Engines wrap this call, so that every weight is used inside one forward."""

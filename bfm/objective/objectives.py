@@ -59,7 +59,8 @@ class LiveObjective:
     ) -> None:
         """Fix the proposal: the group's distinct targets and `negatives` drawn items, pi ~ popularity^exponent.
 
-        log_pi_batch_V: log of the share of groups whose targets contain each catalogue item, on the model's device;
+        log_pi_batch_V: log of the chance that another window of the group brings each catalogue item, on the model's
+        device;
         `method` is of sampled_softmax.
         Raises UserError where `negatives` is above V.
         """

@@ -140,7 +140,8 @@ def rank_targets(
 
 def _for_each(work: Callable[[int], None], starts: range) -> None:
     """Run `work` for every start on torch's number of threads."""
-    num_threads = min(torch.get_num_threads(), len(starts))
+    threads = torch.get_num_threads()
+    num_threads = min(threads, len(starts))
     if num_threads <= 1:
         for start in starts:
             work(start)
@@ -153,6 +154,9 @@ def _for_each(work: Callable[[int], None], starts: range) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            # What a thread sets is what torch gives to all threads that are started later.
+            torch.set_num_threads(threads)
 
 
 class _Chunk(NamedTuple):

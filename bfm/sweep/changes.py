@@ -6,10 +6,12 @@ the first one that is refused. A rung is an integer index, so rungs are only eve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bfm.errors import UserError
+from bfm.model.flops import FLOPS_VERSION
 from bfm.sweep.parameters import read_parameters
 from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.spec import from_dict
@@ -59,6 +61,19 @@ def check_changes(before: Record | None, now: SweepSpec, *, extend: bool) -> lis
     if extend and changed:
         _check_extension(from_dict(before), now)
     return changed
+
+
+def check_version(rows: Iterable[Record]) -> None:
+    """Raise UserError where a sweep's rows were trained with another objective or count C in another way."""
+    other = Counter(row["flops_version"] for row in rows if row.get("flops_version", FLOPS_VERSION) != FLOPS_VERSION)
+    if other:
+        version, count = other.most_common(1)[0]
+        raise UserError(
+            f"{count} rows of the sweep are of version {version} of the objective and of C, this code trains "
+            f"version {FLOPS_VERSION}",
+            key="name",
+            fix="give the sweep another name, or go on with the bfm that began it",
+        )
 
 
 def past_parameters(records: Iterable[Record]) -> list[tuple[Parameter, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.changes import check_changes, past_parameters
+from bfm.sweep.changes import check_changes, check_version, past_parameters
 from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
@@ -155,6 +155,7 @@ class SweepDriver:
 
     def _open(self, extend: bool, runs: RunTable | None) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
+        check_version(row for trial in self.state.trials.values() for row in trial.rows.values())
         changed = check_changes(self.state.spec, self.spec, extend=extend)
         if self.state.spec is None or changed:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})

@@ -18,6 +18,7 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.files import canonical_json
 from bfm.laws.tables import read_table
+from bfm.model.flops import FLOPS_VERSION
 from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.space import FeasibleSet, Rejection
 from bfm.sweep.spec import METRICS
@@ -64,8 +65,7 @@ def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol
     left_out: Counter[str] = Counter()
     for values in table.to_pylist():
         # An empty cell of a CSV is an empty text.
-        other = bool(protocol_hash and values.get("protocol_hash")) and values["protocol_hash"] != protocol_hash
-        run = "scored by another protocol" if other else _judge(values, spec, feasible)
+        run = _of_another(values, protocol_hash) or _judge(values, spec, feasible)
         if isinstance(run, Run):
             runs.append(run)
         else:
@@ -122,6 +122,15 @@ def import_words(record: Record) -> str:
     words += f", {record['known']} known already" if record["known"] else ""
     reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
     return f"{words}; left out: {reasons}" if reasons else words
+
+
+def _of_another(values: Mapping[str, Any], protocol_hash: str | None) -> str | None:
+    """Why a run cannot be compared with those of the sweep; None where it says nothing against it."""
+    if protocol_hash and values.get("protocol_hash") and values["protocol_hash"] != protocol_hash:
+        return "scored by another protocol"
+    if values.get("flops_version") and int(values["flops_version"]) != FLOPS_VERSION:
+        return "of another version of the objective and of C"
+    return None
 
 
 def _judge(values: Mapping[str, Any], spec: SweepSpec, feasible: FeasibleSet) -> Run | str:

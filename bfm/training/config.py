@@ -90,6 +90,12 @@ class TrainConfig:
         if self.learning_rate == 0.0:
             positions = self.groups_per_step * self.group_windows * self.window
             object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
+        if self.group_windows == 1 and self.live_negatives == 0:
+            raise UserError(
+                "a group of one window has no other window to take negatives from",
+                key="group_windows",
+                fix="use 2 or more, or set `live_negatives`",
+            )
         if self.freeze_at_flops is not None and self.negatives == 0 and not self.negatives_in_batch:
             raise UserError("stage 2 has no negatives", key="negatives", fix="set `negatives` or `negatives_in_batch`")
         if self.freeze_at_flops is None and (self.negatives or self.negatives_in_batch):
@@ -229,7 +235,7 @@ _CHECKS: dict[str, Check] = {
     "beta2": _number(0, 1, high_open=True),
     "warmup_events": _or_none(_number(0, _INFINITE)),
     "cooldown_fraction": _number(0, 1, high_open=True),
-    "initial_scale": _number(0, 100, low_open=True),
+    "initial_scale": _number(0, 100, low_open=True, high_open=True),
     "dropout": _number(0, 1, high_open=True),
     "live_negatives": _count(0, 1 << 31),
     "live_exponent": _number(0, 2),

@@ -134,9 +134,18 @@ class Trainer:
         self._plan: _StepPlan | None = None
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
-        self.engine: Engine
-        self.objective: LiveObjective | DrawnObjective
-        self._build_engine(EngineState({}) if start is None else start.state)
+        self._start = EngineState({}) if start is None else start.state
+        self._built: tuple[Engine, LiveObjective | DrawnObjective] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What steps; built when it is first needed, so that whoever asks may find that memory does not suffice."""
+        return self._build()[0]
+
+    @property
+    def objective(self) -> LiveObjective | DrawnObjective:
+        """What is minimised; built with the engine."""
+        return self._build()[1]
 
     def run_trunk(self, until_flops: float) -> None:
         """Train the trunk to the largest step whose path_flops is at most `until_flops`.
@@ -215,17 +224,21 @@ class Trainer:
 
     def close(self) -> None:
         """Free the engine."""
-        self.engine.close()
+        if self._built is not None:
+            self._built[0].close()
 
-    def _build_engine(self, state: EngineState) -> None:
+    def _build(self) -> tuple[Engine, LiveObjective | DrawnObjective]:
         """A model with the state's weights, its objective, and an engine around it."""
+        if self._built is not None:
+            return self._built
+        state = self._start
         model = self.data.build_model(self.config, self.seed)
         if state.weight:
             model.load_state_dict(state.weight)
         model = model.to(self.factory.device)
         log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
         if self.counters.stage == 1:
-            self.objective = LiveObjective(
+            objective: LiveObjective | DrawnObjective = LiveObjective(
                 log_pi_V,
                 self.data.shards.train_counts,
                 self.config.live_negatives,
@@ -240,7 +253,7 @@ class Trainer:
                 raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
             self._embedder_hash = key
             factory = self.factory
-            self.objective = DrawnObjective(
+            objective = DrawnObjective(
                 freeze_items(
                     model,
                     compute_dtype(factory.device),
@@ -256,20 +269,21 @@ class Trainer:
                 log_pi_V,
                 self.seed,
             )
-        self.engine = self.factory.build(model, self.config, state, self.micro_batches)
+        self._built = self.factory.build(model, self.config, state, self.micro_batches), objective
+        self._start = EngineState({})
+        return self._built
 
     def _freeze(self) -> None:
         """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
         names = set(self.engine.model.embedder_parameter_names())
-        state = self.engine.export_state().without(names)
+        self._start = self.engine.export_state().without(names)
         self.engine.close()
         self.counters.stage = 2
         self.counters.path_flops += self.catalogue_flops
         self.counters.hardware_flops += self.catalogue_flops
         self.counters.undeduplicated_flops += self.catalogue_flops
         self.spent_flops += self.catalogue_flops
-        self._plan = None
-        self._build_engine(state)
+        self._plan = self._built = None
 
     def _next_plan(self) -> _StepPlan:
         if self._plan is not None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from bfm.events.protocol import Ragged
 from bfm.events.windows import EvalWindows, Windows
 from bfm.model.batch import count_attended_pairs, make_batch, make_query_batch
 from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, make_windows
@@ -46,6 +45,7 @@ def test_each_group_has_its_own_items_and_candidates(groups):
         assert batch.candidates[number] == len(targets)
         assert batch.target_rows[number] == (group.target_RL >= 0).sum()
         assert torch.equal(candidates_K[batch.hit_T[rows]], batch.target_index_T[rows])
+        assert batch.window_T(number).tolist() == np.nonzero(group.target_RL >= 0)[0].tolist()
 
 
 def test_a_group_without_targets_or_events_is_empty_not_an_error():
@@ -74,8 +74,7 @@ def test_batches_do_not_share_memory_with_the_windows(groups):
 def test_query_rows_stand_in_the_order_of_the_queries():
     windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
     row, column = np.array([2, 0, 0, 1]), np.array([5, 15, 3, 0])
-    targets = Ragged(np.zeros(4, np.int32), np.arange(5))
-    batch = make_query_batch(EvalWindows(windows, row, column, targets, None, np.arange(4)))
+    batch = make_query_batch(EvalWindows(windows, row, column))
     assert batch.target_position_T.tolist() == [37, 15, 3, 16]
     valid_RL = windows.item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])

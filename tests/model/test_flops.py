@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,11 +14,11 @@ from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import TwoPartModel
-from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, contextualize, make_model, make_windows
+from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, anything_of, contextualize, make_model, make_windows
 
 TABLE_WIDTH = 8
 ATTENTION_HEAVY = Shape(d_item=8, width=8, depth=3, heads=2, hidden=8)
-EMBEDDER_HEAVY = Shape(16, 16, 1, 1, 32, "transformer", 32, 2, 2, 80)
+EMBEDDER_HEAVY = Shape(16, 16, 1, 1, 32, 0, "transformer", 32, 2, 2, 80)
 
 
 def counted(call) -> int:
@@ -36,15 +38,16 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
         v_UD = model.embed_items(batch.items_U)
     else:
         v_UD = torch.randn(len(batch.items_U), model.shape.d_item)
-    h_TD = model.contextualize(batch, v_UD)
-    loss = h_TD.new_zeros(())
+    queries = model.contextualize(batch, v_UD)
+    loss = anything_of(queries)
     for group in range(batch.num_groups):
         candidates = v_UD[batch.candidates_C[slice(*batch.candidate_offset[group : group + 2])]]
-        rows = h_TD[slice(*batch.row_offset[group : group + 2])]
+        rows = queries.h_TD[slice(*batch.row_offset[group : group + 2])]
         loss = loss + head(model, rows, candidates if frozen_KD is None else frozen_KD)
     loss.backward()
 
 
+@pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize(
     ("shape", "fields", "length", "stage", "negatives", "has_clock"),
     [
@@ -59,7 +62,8 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
         pytest.param(size_model(3e3, 0.0, d_item=16), ALL_FIELDS[:1], 16, 1, 0, True, id="ids-only"),
     ],
 )
-def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock):
+def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock, pointer):
+    shape = replace(shape, pointer_width=shape.d_item // 2 if pointer else 0)
     model = make_model(fields=fields, shape=shape, has_clock=has_clock)
     batch = make_batch([make_windows(fields, rows=rows, length=length, seed=rows) for rows in (2, 3)])
     if stage == 2:
@@ -99,14 +103,18 @@ def test_catalogue_flops_equal_the_counter(share):
     assert cost.catalogue_flops(model.item_store.num_items) == counted(lambda: model.embed_all(chunk=50))
 
 
-def test_eval_flops_equal_the_counter():
-    model = make_model(2e4, 0.1, ALL_FIELDS)
+@pytest.mark.parametrize("pointer", [True, False])
+def test_eval_flops_equal_the_counter(pointer):
+    model = make_model(fields=ALL_FIELDS, shape=size_model(2e4, 0.1, d_item=16, pointer=pointer))
     batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
     catalogue_ID = model.embed_all()
 
     @torch.no_grad()
     def evaluate() -> None:
-        head(model, model.contextualize(batch, catalogue_ID[batch.items_U]), catalogue_ID)
+        h_TD = model.contextualize(batch, catalogue_ID[batch.items_U]).h_TD
+        # A mixture's second pass over the catalogue knows the sum of the first.
+        for _ in range(2 if pointer else 1):
+            head(model, h_TD, catalogue_ID)
 
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     formula = cost.eval_flops(4, len(batch.target_position_T), len(catalogue_ID))
@@ -120,8 +128,9 @@ def test_stem_and_table_params_are_what_the_model_has():
         tables = set(model.table_parameter_names())
         sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         assert cost.table_params == sum(size for name, size in sizes.items() if name in tables)
-        # What remains besides N, tables and the scale is the stem.
-        assert sum(sizes.values()) == model.shape.params + cost.stem_params + cost.table_params + 1
+        # What remains besides N, tables, the biases of the pointer and the scale is the stem.
+        biases = sum(size for name, size in sizes.items() if name.endswith("_bias"))
+        assert sum(sizes.values()) == model.shape.params + cost.stem_params + cost.table_params + biases + 1
 
 
 def test_useful_attention_counts_causal_pairs_inside_users():
@@ -142,5 +151,5 @@ def test_useful_attention_counts_causal_pairs_inside_users():
 def test_contextualize_alone_spends_nothing_on_frozen_items():
     model = make_model(2e4, 0.3)
     model.freeze_embedder()
-    contextualize(model, make_batch([make_windows(PLAIN_FIELDS)])).sum().backward()
+    anything_of(contextualize(model, make_batch([make_windows(PLAIN_FIELDS)]))).backward()
     assert all(weight.grad is None for weight in model.embedder.parameters())

@@ -16,25 +16,28 @@ WIDTHS = st.sampled_from([8, 16, 32, 48, 64, 128, 256])
 DEPTHS = st.one_of(st.none(), st.integers(1, 12))
 
 
-def smallest_contextualizer(d_item: int, depth: int | None) -> int:
-    return 6 * d_item + 28 * (depth or 1)
+def smallest_contextualizer(d_item: int, depth: int | None, pointer: bool = True) -> int:
+    """Two channels: inputs, output, the pointer's queries and keys (half as wide) and gate; blocks of hidden 2."""
+    return 6 * d_item + (2 * d_item + 2 if pointer else 0) + 28 * (depth or 1)
 
 
 @settings(max_examples=400, deadline=None)
-@given(SIZES, SHARES, WIDTHS, st.floats(8, 128), DEPTHS, st.one_of(st.none(), st.integers(0, 6)))
-def test_every_size_is_met_or_refused_for_a_stated_bound(params, share, d_item, aspect, depth, embedder_depth):
+@given(SIZES, SHARES, WIDTHS, st.floats(8, 128), DEPTHS, st.one_of(st.none(), st.integers(0, 6)), st.booleans())
+def test_every_size_is_met_or_refused_for_a_stated_bound(params, share, d_item, aspect, depth, embedder_depth, pointer):
+    depths = {"depth": depth, "embedder_depth": embedder_depth}
     try:
-        shape = size_model(params, share, d_item=d_item, aspect=aspect, depth=depth, embedder_depth=embedder_depth)
+        shape = size_model(params, share, d_item=d_item, aspect=aspect, pointer=pointer, **depths)
     except InfeasibleError as error:
         if error.key == "embedder_share":
             assert 0 < share < smallest_share(params, d_item, embedder_depth)
         else:
             assert error.key == "params"
-            assert params * (1 - share) < smallest_contextualizer(d_item, depth)
+            assert params * (1 - share) < smallest_contextualizer(d_item, depth, pointer)
         return
     contextualizer_unit, embedder_unit = width_unit_params(shape)
     assert abs(shape.params - params) <= max(0.03 * params, contextualizer_unit)
     assert abs(shape.embedder_params - share * params) <= max(0.03 * share * params, embedder_unit)
+    assert shape.pointer_width == (d_item // 2 if pointer else 0)
     assert depth is None or shape.depth == depth
     for width, heads in ((shape.width, shape.heads), (shape.embedder_width, shape.embedder_heads)):
         assert width % 2 == 0
@@ -44,7 +47,7 @@ def test_every_size_is_met_or_refused_for_a_stated_bound(params, share, d_item, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(SIZES, SHARES)
+@given(SIZES.filter(lambda params: params > 2 * smallest_contextualizer(64, 1)), SHARES)
 def test_with_the_default_width_only_shares_below_the_smallest_are_refused(params, share):
     if 0 < share < smallest_share(params, 64):
         with pytest.raises(InfeasibleError, match="s_min"):
@@ -62,20 +65,22 @@ def test_common_sizes_are_met_within_one_percent(params, share):
 
 
 @settings(max_examples=200, deadline=None)
-@given(SIZES, SHARES, WIDTHS)
-def test_a_larger_request_is_a_larger_model(params, share, d_item):
+@given(SIZES, SHARES, WIDTHS, st.booleans())
+def test_a_larger_request_is_a_larger_model(params, share, d_item, pointer):
     """Beyond the tolerance of the smaller one; both parts."""
-    if 0 < share < smallest_share(params, d_item) or params * (1 - share) < smallest_contextualizer(d_item, None):
+    if 0 < share < smallest_share(params, d_item) or params * (1 - share) < smallest_contextualizer(
+        d_item, None, pointer
+    ):
         return
-    small = size_model(params, share, d_item=d_item)
+    small = size_model(params, share, d_item=d_item, pointer=pointer)
     contextualizer_unit, embedder_unit = width_unit_params(small)
     more = max(0.06 * params, 2 * contextualizer_unit)
     if share:
         more = max(more, 2 * embedder_unit / share)
-    large = size_model(params + more, share, d_item=d_item)
+    large = size_model(params + more, share, d_item=d_item, pointer=pointer)
     assert large.params > small.params
     assert large.embedder_params >= small.embedder_params
-    assert size_model(params, share, d_item=d_item) == small
+    assert size_model(params, share, d_item=d_item, pointer=pointer) == small
 
 
 def test_shape_of_wide_models_follows_the_aspect_and_the_swiglu_ratio():
@@ -94,11 +99,12 @@ def test_smallest_share_is_buildable_and_just_below_is_refused():
             size_model(params, 0.98 * share, d_item=d_item, embedder_depth=depth)
 
 
-def test_the_refusal_of_a_small_model_names_the_smallest_that_works():
-    with pytest.raises(InfeasibleError, match="minimum 1564 for d_item 256") as refusal:
-        size_model(1000, 0.0, d_item=256)
+@pytest.mark.parametrize(("pointer", "least"), [(False, 1564), (True, 2078)])
+def test_the_refusal_of_a_small_model_names_the_smallest_that_works(pointer, least):
+    with pytest.raises(InfeasibleError, match=f"minimum {least} for d_item 256") as refusal:
+        size_model(least - 1, 0.0, d_item=256, pointer=pointer)
     assert refusal.value.key == "params"
-    assert size_model(1564, 0.0, d_item=256).params == 1564
+    assert size_model(least, 0.0, d_item=256, pointer=pointer).params == least
 
 
 @pytest.mark.parametrize(
@@ -120,15 +126,20 @@ def test_arguments_outside_their_range_are_the_users_mistake(arguments, key):
     assert refusal.value.key == key
 
 
+@pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
-def test_params_are_the_matmul_weights_of_both_parts(share):
-    model = make_model(3e4, share)
+def test_params_are_the_matmul_weights_of_both_parts(share, pointer):
+    model = make_model(shape=size_model(3e4, share, d_item=16, pointer=pointer))
     weights = {name: weight.numel() for name, weight in model.named_parameters()}
-    contextualizer = sum(size for name, size in weights.items() if name.startswith("contextualizer."))
+    matrices = {name for name, weight in model.named_parameters() if weight.dim() == 2}
+    contextualizer = sum(
+        size for name, size in weights.items() if name in matrices and name.startswith("contextualizer.")
+    )
     embedder = sum(size for name, size in weights.items() if name.startswith("embedder.residual."))
     assert contextualizer == model.shape.contextualizer_params
     assert embedder == model.shape.embedder_params
-    assert all(weight.dim() == 2 for name, weight in model.named_parameters() if name.startswith("contextualizer."))
+    biases = {f"contextualizer.pointer.{name}_bias" for name in ("gate", "distance", "elapsed")} if pointer else set()
+    assert {name for name in weights if name.startswith("contextualizer.")} - matrices == biases
 
 
 def test_shapes_survive_json():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,16 +10,30 @@ import torch
 from bfm.errors import UserError
 from bfm.events.windows import Windows
 from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.mixture import mixture_loss
 from bfm.model.sizing import Shape
 from bfm.model.two_part import LARGEST_SCALE, ItemStore, TwoPartModel
-from tests.model.toys import ALL_FIELDS, CHANNEL, NUM_ITEMS, contextualize, make_model, make_windows, perturb
+from bfm.objective.objectives import target_mass
+from tests.model.toys import (
+    ALL_FIELDS,
+    CHANNEL,
+    NUM_ITEMS,
+    PLAIN_FIELDS,
+    anything_of,
+    contextualize,
+    make_model,
+    make_windows,
+    parts,
+    perturb,
+)
 
+TRANSFORMER = Shape(16, 24, 2, 2, 40, 8, "transformer", 16, 2, 2, 24)
 SHAPES = [
-    pytest.param(Shape(16, 24, 2, 2, 40), id="share-0"),
-    pytest.param(Shape(16, 24, 2, 2, 40, "mlp", embedder_hidden=24), id="mlp"),
-    pytest.param(Shape(16, 24, 2, 2, 40, "transformer", 16, 2, 2, 24), id="transformer"),
+    pytest.param(Shape(16, 24, 2, 2, 40), id="no-pointer"),
+    pytest.param(Shape(16, 24, 2, 2, 40, 8), id="share-0"),
+    pytest.param(Shape(16, 24, 2, 2, 40, 8, "mlp", embedder_hidden=24), id="mlp"),
+    pytest.param(TRANSFORMER, id="transformer"),
 ]
-TRANSFORMER = Shape(16, 24, 2, 2, 40, "transformer", 16, 2, 2, 24)
 
 
 @pytest.fixture(params=SHAPES)
@@ -31,10 +46,12 @@ def every_position(batch: ModelBatch) -> ModelBatch:
     return dataclasses.replace(batch, target_position_T=torch.arange(batch.item_RL.numel()))
 
 
-def queries(model: TwoPartModel, windows: Windows) -> torch.Tensor:
-    """h of every position, [R, L, D]."""
-    h_ND = contextualize(model, every_position(make_batch([windows])))
-    return h_ND.view(*windows.item_RL.shape, -1)
+def answers(model: TwoPartModel, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """At every position: h and log gates, [R, L, X], and the pointer's probabilities, [R, L, L] (or [R, L, 0])."""
+    h_ND, *others = parts(contextualize(model, every_position(make_batch([windows]))))
+    pointer_NL = others[1] if len(others) > 1 else h_ND.new_zeros(len(h_ND), 0)
+    length = windows.item_RL.shape[1]
+    return torch.cat([h_ND, others[0]], 1).unflatten(0, (-1, length)), pointer_NL.unflatten(0, (-1, length))
 
 
 def replaced(windows: Windows, where: np.ndarray, seed: int) -> Windows:
@@ -65,29 +82,31 @@ def cut(windows: Windows, row: int, columns: np.ndarray, length: int, at: int) -
 
 def test_a_user_does_not_depend_on_what_else_is_packed_in_the_row(model):
     windows = make_windows(ALL_FIELDS, rows=2, length=16, seed=3)
-    packed_RLD = queries(model, windows)
+    packed_RLX, packed_RLL = answers(model, windows)
     for segment in np.unique(windows.segment_RL[0]):
         columns = np.flatnonzero(windows.segment_RL[0] == segment)
         for length, at in ((16, 0), (16, 16 - len(columns)), (40, 11)):
-            alone_RLD = queries(model, cut(windows, 0, columns, length, at))
-            torch.testing.assert_close(
-                alone_RLD[0, at : at + len(columns)], packed_RLD[0, columns], atol=2e-5, rtol=1e-4
-            )
+            alone_RLX, alone_RLL = answers(model, cut(windows, 0, columns, length, at))
+            inside = slice(at, at + len(columns))
+            torch.testing.assert_close(alone_RLX[0, inside], packed_RLX[0, columns], atol=2e-5, rtol=1e-4)
+            if model.shape.pointer_width:
+                expected = packed_RLL[0][np.ix_(columns, columns)]
+                torch.testing.assert_close(alone_RLL[0, inside, inside], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_later_events_and_other_users_change_nothing(model):
     windows = make_windows(ALL_FIELDS, rows=2, length=16, seed=3)
-    before_RLD = queries(model, windows)
+    before_RLX = torch.cat(answers(model, windows), -1)
     for column in (1, 7, 15):
         where = np.zeros((2, 16), bool)
         where[0, column] = True
-        after_RLD = queries(model, replaced(windows, where, seed=5))
+        after_RLX = torch.cat(answers(model, replaced(windows, where, seed=5)), -1)
         mine = np.flatnonzero(windows.segment_RL[0] == windows.segment_RL[0, column])
         changed = {int(position) for position in mine if position >= column}
         for position in range(16):
-            same = torch.allclose(after_RLD[0, position], before_RLD[0, position], atol=1e-6)
+            same = torch.allclose(after_RLX[0, position], before_RLX[0, position], atol=1e-6)
             assert same == (position not in changed)
-        assert torch.equal(after_RLD[1], before_RLD[1])
+        assert torch.equal(after_RLX[1], before_RLX[1])
 
 
 def test_what_stands_at_pads_changes_nothing(model):
@@ -95,9 +114,9 @@ def test_what_stands_at_pads_changes_nothing(model):
     pads = windows.segment_RL < 0
     assert pads.any()
     noisy = dataclasses.replace(replaced(windows, pads, seed=6), item_RL=windows.item_RL)
-    before_RLD, after_RLD = queries(model, windows), queries(model, noisy)
-    torch.testing.assert_close(after_RLD[torch.from_numpy(~pads)], before_RLD[torch.from_numpy(~pads)])
-    assert before_RLD.isfinite().all()
+    before_RLX, after_RLX = (torch.cat(answers(model, either), -1) for either in (windows, noisy))
+    torch.testing.assert_close(after_RLX[torch.from_numpy(~pads)], before_RLX[torch.from_numpy(~pads)])
+    assert before_RLX.isfinite().all()
 
 
 def test_item_vectors_do_not_depend_on_their_company(model):
@@ -111,32 +130,34 @@ def test_item_vectors_do_not_depend_on_their_company(model):
 def test_groups_of_a_batch_do_not_touch_each_other(model):
     first, second = make_windows(ALL_FIELDS, seed=1), make_windows(ALL_FIELDS, rows=2, seed=2)
     together = make_batch([first, second])
-    h_TD = contextualize(model, together)
+    both = parts(contextualize(model, together))
     for number, group in enumerate((first, second)):
         rows = slice(*together.row_offset[number : number + 2])
-        torch.testing.assert_close(h_TD[rows], contextualize(model, make_batch([group])))
+        torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, make_batch([group]))))
 
 
 def test_stage_2_uses_constant_vectors_and_leaves_the_embedder_alone(model):
     batch = make_batch([make_windows(ALL_FIELDS)])
-    live_TD = contextualize(model, batch)
+    live = contextualize(model, batch)
     catalogue_ID = model.embed_all()
     model.freeze_embedder()
-    frozen_TD = model.contextualize(batch, catalogue_ID[batch.items_U])
-    torch.testing.assert_close(frozen_TD, live_TD)
-    frozen_TD[:, 0].sum().backward()
+    frozen = model.contextualize(batch, catalogue_ID[batch.items_U])
+    torch.testing.assert_close(parts(frozen), parts(live))
+    anything_of(frozen).backward()
     touched = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert not touched & set(model.embedder_parameter_names())
-    assert touched == set(dict(model.named_parameters())) - set(model.embedder_parameter_names()) - {"log_scale"}
+    assert touched == set(dict(model.named_parameters())) - set(model.embedder_parameter_names()) - {"scale_logit"}
 
 
 def test_every_weight_gets_a_gradient(model):
-    batch = make_batch([make_windows(ALL_FIELDS)])
+    # Of few items, so that targets stand in the histories.
+    batch = make_batch([make_windows(ALL_FIELDS, num_items=8)])
 
     def objective(model: TwoPartModel, batch: ModelBatch) -> torch.Tensor:
         v_UD = model.embed_items(batch.items_U)
-        h_TD = model.contextualize(batch, v_UD)
-        return -(model.scale * (h_TD * v_UD[batch.target_index_T]).sum(-1)).mean()
+        queries = model.contextualize(batch, v_UD)
+        loss_T = -model.scale * (queries.h_TD * v_UD[batch.target_index_T]).sum(-1)
+        return mixture_loss(loss_T, queries.log_gate_TX1, target_mass(batch, queries)).mean()
 
     model(batch, objective).backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
@@ -150,42 +171,54 @@ def test_weights_are_a_function_of_the_seed_alone():
     other = make_model(fields=ALL_FIELDS, shape=TRANSFORMER, seed=5).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    drawn = [name for name in first if first[name].any() and name != "log_scale"]
+    drawn = [name for name in first if first[name].any() and name != "scale_logit"]
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
 def test_a_fresh_embedder_adds_nothing_to_the_path_of_share_0():
-    base = make_model(fields=ALL_FIELDS, shape=Shape(16, 24, 2, 2, 40))
+    base = make_model(fields=ALL_FIELDS, shape=Shape(16, 24, 2, 2, 40, 8))
     for residual in (("mlp", 0, 0, 0, 24), ("transformer", 16, 2, 2, 24)):
-        nested = make_model(fields=ALL_FIELDS, shape=Shape(16, 24, 2, 2, 40, *residual))
+        nested = make_model(fields=ALL_FIELDS, shape=Shape(16, 24, 2, 2, 40, 8, *residual))
         torch.testing.assert_close(nested.embed_all(), base.embed_all())
         batch = make_batch([make_windows(ALL_FIELDS)])
-        torch.testing.assert_close(contextualize(nested, batch), contextualize(base, batch))
+        torch.testing.assert_close(parts(contextualize(nested, batch)), parts(contextualize(base, batch)))
 
 
 def test_the_bit_later_is_seen_at_its_own_position(model):
     windows = make_windows(ALL_FIELDS)
     flipped = dataclasses.replace(windows, later_RL=~windows.later_RL)
-    assert not torch.allclose(queries(model, windows)[:, 0], queries(model, flipped)[:, 0], atol=1e-4)
+    before_RLX, after_RLX = (answers(model, either)[0] for either in (windows, flipped))
+    assert not torch.allclose(before_RLX[:, 0], after_RLX[:, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_is_near_single(model, autocast):
     batch = make_batch([make_windows(ALL_FIELDS)])
-    v_UD, h_TD = model.embed_items(batch.items_U), contextualize(model, batch)
+    v_UD, single = model.embed_items(batch.items_U), contextualize(model, batch)
     if autocast:
         with torch.autocast("cpu", torch.bfloat16):
             half_UD = model.embed_items(batch.items_U)
-            half_TD = model.contextualize(batch, half_UD)
+            half = model.contextualize(batch, half_UD)
     else:
         model.bfloat16()
         half_UD = model.embed_items(batch.items_U)
-        half_TD = model.contextualize(batch, half_UD)
-    assert half_UD.dtype == half_TD.dtype == model.scale.dtype == torch.float32
+        half = model.contextualize(batch, half_UD)
+    assert {part.dtype for part in (half_UD, *parts(half), model.scale)} == {torch.float32}
     assert (half_UD * v_UD).sum(-1).min() > 0.99
-    assert (half_TD * h_TD).sum(-1).min() > 0.99
-    (half_TD[:, 0].sum() * model.scale).backward()
+    assert (half.h_TD * single.h_TD).sum(-1).min() > 0.99
+    torch.testing.assert_close(parts(half)[1:], parts(single)[1:], atol=0.03, rtol=0.05)
+    (anything_of(half) * model.scale).backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_the_gate_moves_mass_from_the_softmax_to_the_pointer():
+    model = make_model()
+    for bias in (0.0, 3.0):
+        with torch.no_grad():
+            model.contextualizer.pointer.gate_bias.fill_(bias)
+            gate_TX1 = contextualize(model, make_batch([make_windows(PLAIN_FIELDS)])).log_gate_TX1.exp()
+        share = 1 / (1 + math.exp(-bias))
+        torch.testing.assert_close(gate_TX1, torch.tensor([1 - share, share]).expand_as(gate_TX1))
 
 
 def test_the_scale_starts_at_its_value_and_is_bounded():
@@ -193,7 +226,13 @@ def test_the_scale_starts_at_its_value_and_is_bounded():
     assert model.scale.item() == pytest.approx(20.0)
     assert model.scale.shape == ()
     with torch.no_grad():
-        model.log_scale.fill_(50)
+        model.scale_logit.fill_(5)
+    assert 99 < model.scale.item() < LARGEST_SCALE
+    # Near the bound the way back stays open.
+    model.scale.backward()
+    assert model.scale_logit.grad.item() > 0
+    with torch.no_grad():
+        model.scale_logit.fill_(50)
     assert model.scale.item() == pytest.approx(LARGEST_SCALE)
 
 

@@ -8,6 +8,7 @@ import torch
 from bfm.events.fields import FittedField
 from bfm.events.windows import Windows
 from bfm.model.batch import ModelBatch
+from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
 
@@ -105,6 +106,16 @@ def perturb(model: TwoPartModel, seed: int = 1) -> TwoPartModel:
     return model
 
 
-def contextualize(model: TwoPartModel, batch: ModelBatch) -> torch.Tensor:
+def contextualize(model: TwoPartModel, batch: ModelBatch) -> Queries:
     """Stage-1 queries of a batch."""
     return model.contextualize(batch, model.embed_items(batch.items_U))
+
+
+def parts(queries: Queries) -> list[torch.Tensor]:
+    """The tensors of queries: h, log gates and, where there is one, the pointer."""
+    return [part for part in (queries.h_TD, queries.log_gate_TX1, queries.pointer_TL) if part is not None]
+
+
+def anything_of(queries: Queries) -> torch.Tensor:
+    """A scalar in which every part counts."""
+    return sum((part[:, ::2].sum() for part in parts(queries)), torch.zeros(()))

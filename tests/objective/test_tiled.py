@@ -24,8 +24,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "_CPU_TILE", (8, 64, 512))
 
 
-def by(method):
-    return lambda *arguments: sampled_softmax(*arguments, method=method)
+def by(method, window_T=None):
+    return lambda *arguments: sampled_softmax(*arguments, window_T=window_T, method=method)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,13 +45,43 @@ def test_float64_stays_float64(name, method):
     assert max(errors(make_case(name), by(method)).values()) < 1e-12
 
 
+def with_windows(case, num_windows=5, seed=3):
+    """The case with a pi of its own for every window (0 for some candidates), and the rows' windows."""
+    generator = torch.Generator().manual_seed(seed)
+    window_T = torch.randint(num_windows, (len(case.h_TD),), generator=generator)
+    raised_GK = torch.rand(num_windows, len(case.ids_K), generator=generator, dtype=torch.float64)
+    log_pi_GK = torch.where(raised_GK < 0.1, 0.0, case.log_pi_K * raised_GK)
+    return replace(case, log_pi_K=log_pi_GK), window_T
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["two_pass", "reference"])
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_with_a_pi_of_their_window_are_as_if_each_window_stood_alone(name, method):
+    case, window_T = with_windows(make_case(name))
+    got = results(case, by(method, window_T), live_table=True)
+    total = {part: torch.zeros_like(value) for part, value in got.items()}
+    for window in range(5):
+        rows = window_T == window
+        alone = replace(
+            case,
+            log_pi_K=case.log_pi_K[window],
+            **{field: getattr(case, field)[rows] for field in ("h_TD", "positive_TD", "hit_T", "weight_T")},
+        )
+        for part, value in results(alone, by("reference"), live_table=True).items():
+            if part in ("table", "scale"):
+                total[part] += value
+            else:
+                total[part][rows] = value
+    torch.testing.assert_close(got, total, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_gradients_are_those_of_the_loss():
-    case = make_case("hits", num_rows=9, num_candidates=70, width=2)
+    case, window_T = with_windows(make_case("hits", num_rows=9, num_candidates=70, width=2))
     leaves = [x.clone().requires_grad_() for x in (case.h_TD, case.positive_TD, case.table_RD, case.scale)]
-    assert torch.autograd.gradcheck(
-        lambda h, p, t, s: sampled_softmax(h, p, t, case.ids_K, case.log_pi_K, case.hit_T, s, method="two_pass"), leaves
-    )
+    loss = by("two_pass", window_T)
+    assert torch.autograd.gradcheck(lambda h, p, t, s: loss(h, p, t, case.ids_K, case.log_pi_K, case.hit_T, s), leaves)
 
 
 @pytest.mark.parametrize("method", ["one_pass", "two_pass", "reference"])
@@ -159,6 +189,9 @@ def test_a_method_that_cannot_serve_is_refused():
         results(case, by("quick"))
     with pytest.raises(ValueError, match="two_pass"):
         results(case, by("one_pass"), live_table=True)
+    windows, window_T = with_windows(case)
+    with pytest.raises(ValueError, match="one window"):
+        results(windows, by("one_pass", window_T))
 
 
 @pytest.mark.parametrize("method", ["one_pass", "two_pass"])

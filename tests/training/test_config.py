@@ -25,6 +25,9 @@ def test_number_types_do_not_change_identity():
 def test_identity_depends_on_every_field(field):
     base = TrainConfig(params=1e5, freeze_at_flops=1e9, negatives=8, depth=1, embedder_depth=1, warmup_events=10)
     value = getattr(base, field)
+    if field == "copy":
+        assert dataclasses.replace(base, copy="none").fingerprint != base.fingerprint
+        return
     other = (not value) if isinstance(value, bool) else (value or 0.2) * 0.5 if isinstance(value, float) else value + 1
     assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
 
@@ -44,6 +47,7 @@ def test_identity_depends_on_every_field(field):
         ({"params": 1e4, "learning_rate": -1}, "learning_rate", ">= 0"),
         ({"params": 1e4, "groups_per_step": 0}, "groups_per_step", "from 1"),
         ({"params": 1e4, "groups_per_step": 1.5}, "groups_per_step", "whole number"),
+        ({"params": 1e4, "copy": "paste"}, "copy", "write pointer or none"),
         ({"params": 1e4, "window": 1}, "window", "from 2"),
         ({"params": 1e4, "cooldown_fraction": 1.0}, "cooldown_fraction", "< 1"),
         ({"params": 1e4, "beta2": 1.0}, "beta2", "< 1"),

@@ -140,7 +140,7 @@ def test_altered_frozen_embedder_is_refused(toy_shards, tmp_path):
     name = trainer.engine.model.embedder_parameter_names()[0]
     checkpoint.state.weight[name] += 1e-6
     with pytest.raises(CorruptError, match="frozen embedder"):
-        Trainer(STAGE_2, 3, trainer.data, CPU, start=checkpoint)
+        _ = Trainer(STAGE_2, 3, trainer.data, CPU, start=checkpoint).engine
 
 
 def test_one_stage_1_trunk_serves_every_stage_2_configuration(toy_shards, tmp_path):
@@ -168,9 +168,9 @@ def test_non_finite_values_end_the_run(toy_shards, bad):
         if bad == "loss":
             return loss * float("nan")
         # Finite forward, infinite backward: the square root's slope at 0.
-        return loss + (model.log_scale * 0).sum().abs().sqrt()
+        return loss + (model.scale_logit * 0).sum().abs().sqrt()
 
-    trainer.objective = broken
+    trainer._built = trainer.engine, broken
     broken.candidates = objective.candidates
     with pytest.raises(DivergedError, match=bad):
         trainer.run_trunk(8e7)

@@ -7,22 +7,31 @@ import pytest
 import torch
 
 from bfm.errors import UserError
+from bfm.events.statistics import inclusion_elsewhere
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
+from bfm.model.mixture import Queries
 from bfm.objective.frozen import WholeItems
 from bfm.objective.objectives import DrawnObjective, LiveObjective
+from tests.helpers import make_shards
+from tests.model.toys import ALL_FIELDS, make_model, make_windows, perturb
 
 DIM = 6
 
 
 class StandIn(torch.nn.Module):
-    """Item vectors from a table; a query is a linear map of its last item."""
+    """Item vectors from a table; query and gates are linear maps of the last item.
 
-    def __init__(self, num_items):
+    The pointer, where there is one, weighs the row's positions by their vectors, whoever's they are.
+    """
+
+    def __init__(self, num_items, pointer=True):
         super().__init__()
+        self.pointer = pointer
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(torch.randn(num_items, DIM, generator=generator).double())
         self.weight = torch.nn.Parameter(torch.randn(DIM, DIM, generator=generator).double())
+        self.gate = torch.nn.Parameter(torch.randn(DIM, 2, generator=generator).double())
         self.log_scale = torch.nn.Parameter(torch.tensor(1.5).double())
 
     @property
@@ -34,7 +43,13 @@ class StandIn(torch.nn.Module):
 
     def contextualize(self, batch, v_UD):
         last_TD = v_UD[batch.item_RL.flatten()[batch.target_position_T]]
-        return torch.nn.functional.normalize(last_TD @ self.weight, dim=-1)
+        h_TD = torch.nn.functional.normalize(last_TD @ self.weight, dim=-1)
+        if not self.pointer:
+            return Queries(h_TD, h_TD.new_zeros(len(h_TD), 1), None)
+        row_T = batch.target_position_T // batch.item_RL.shape[1]
+        score_TL = (v_UD[batch.item_RL[row_T]] @ last_TD[:, :, None]).squeeze(-1)
+        score_TL = score_TL.masked_fill(batch.segment_RL[row_T] < 0, -torch.inf)
+        return Queries(h_TD, (last_TD @ self.gate).log_softmax(-1), score_TL.softmax(-1))
 
 
 @pytest.fixture
@@ -79,10 +94,11 @@ def value_and_gradient(model, objective, batches):
     return np.mean(losses), torch.cat([part.flatten() for part in gradient])
 
 
+@pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize("which", range(5))
-def test_micro_batches_change_neither_value_nor_gradient(world, which):
+def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
     shards, groups = world
-    model = StandIn(shards.num_items)
+    model = StandIn(shards.num_items, pointer)
     objective = objectives(shards, model)[which]
     results = []
     for size in (4, 2, 1):
@@ -94,41 +110,87 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which):
         assert [count for part in counts for count in part] == results[0][2][0]
 
 
-def plain_loss(model, shards, group, candidate_ids, log_pi_V):
-    """One group's loss, row by row."""
+def plain_loss(model, group, candidate_ids, pi_V):
+    """One group's loss, row by row: probabilities of the mixture, the targets of the row's own window with pi = 1."""
     losses = []
-    table_ID = model.embed_items(torch.arange(shards.num_items))
+    table_ID = model.embed_items(torch.arange(len(model.table)))
     for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):
-        h_D = torch.nn.functional.normalize(table_ID[int(group.item_RL[row, column])] @ model.weight, dim=-1)
-        target = int(group.target_RL[row, column])
-        others = [item for item in candidate_ids if item != target]
-        positive = model.scale * h_D @ table_ID[target]
-        negative_K = model.scale * table_ID[others] @ h_D - log_pi_V[others]
-        losses.append(torch.logsumexp(torch.cat([positive[None], negative_K]), 0) - positive)
-    return torch.stack(losses).mean().item()
+        last_D, target = table_ID[int(group.item_RL[row, column])], int(group.target_RL[row, column])
+        score_I = model.scale * table_ID @ torch.nn.functional.normalize(last_D @ model.weight, dim=-1)
+        own = set(group.target_RL[row].tolist())
+        total = score_I[target].exp()
+        for item in candidate_ids:
+            if item != target:
+                total = total + score_I[item].exp() / (1.0 if item in own else float(pi_V[item]))
+        probability = score_I[target].exp() / total
+        if model.pointer:
+            seen = group.item_RL[row][group.item_RL[row] >= 0]
+            copied = (table_ID[seen] @ last_D).softmax(0)[torch.from_numpy(seen == target)].sum()
+            probability = torch.stack([probability, copied]) @ (last_D @ model.gate).softmax(0)
+        losses.append(-probability.log())
+    return torch.stack(losses).mean()
 
 
-def test_in_batch_negatives_are_the_groups_other_distinct_targets(world):
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+def test_in_batch_negatives_are_the_groups_other_distinct_targets(world, pointer):
     shards, groups = world
-    model = StandIn(shards.num_items)
+    model = StandIn(shards.num_items, pointer)
     log_pi_V = in_batch_log_pi(shards)
-    expected = [
-        plain_loss(model, shards, group, np.unique(group.target_RL[group.target_RL >= 0]), log_pi_V) for group in groups
-    ]
+    expected = torch.stack(
+        [plain_loss(model, group, np.unique(group.target_RL[group.target_RL >= 0]), log_pi_V.exp()) for group in groups]
+    ).mean()
     loss = LiveObjective(log_pi_V, np.ones(len(log_pi_V)), 0, 0.0, 0)(model, make_batch(groups))
     # The mean of the groups' means, not the mean over rows.
-    assert loss.item() == pytest.approx(np.mean(expected))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
 
 
-def test_every_item_drawn_is_the_full_softmax(world):
+def test_every_item_drawn_is_the_exact_mixture_over_the_catalogue(world):
     shards, groups = world
     model = StandIn(shards.num_items)
-    expected = plain_loss(model, shards, groups[0], range(shards.num_catalogue), torch.zeros(shards.num_catalogue))
-    for objective in (
-        drawn(shards, model, shards.num_catalogue),
-        LiveObjective(in_batch_log_pi(shards), shards.train_counts, shards.num_catalogue, 0.5, 0),
-    ):
-        assert objective(model, live_batch(groups, [0], objective)).item() == pytest.approx(expected, rel=1e-6)
+    expected = plain_loss(model, groups[0], range(shards.num_catalogue), np.ones(shards.num_catalogue))
+    live = LiveObjective(in_batch_log_pi(shards), shards.train_counts, shards.num_catalogue, 0.5, 0)
+    loss = live(model, live_batch(groups, [0], live))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
+    for in_batch in (False, True):
+        frozen = drawn(shards, model, shards.num_catalogue, in_batch=in_batch)
+        torch.testing.assert_close(frozen(model, live_batch(groups, [0], frozen)), expected, rtol=1e-12, atol=0.0)
+
+
+def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(tmp_path):
+    shards = make_shards(tmp_path / "small", users=12, max_events=25)
+    order = WindowOrder(shards, 16, 1, seed=0)
+    num_windows = order.windows_per_epoch
+    group = order.windows(np.arange(num_windows))
+    targets = np.unique(group.target_RL[group.target_RL >= 0])
+    model = StandIn(shards.num_items)
+    log_pi_V = torch.from_numpy(np.log(inclusion_elsewhere(shards, 16, num_windows)))
+    loss = LiveObjective(log_pi_V, shards.train_counts, 0, 0.0, 0)(model, make_batch([group]))
+    expected = plain_loss(model, group, targets, np.ones(shards.num_catalogue))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_of_a_real_model_in_half_precision_is_near_single(autocast):
+    model = perturb(make_model(share=0.2, fields=ALL_FIELDS))
+    groups = [make_windows(ALL_FIELDS, num_items=20, seed=seed) for seed in range(3)]
+    objective = LiveObjective(torch.linspace(-2, 0, 20), np.ones(20), 0, 0.0, 0)
+    batch = make_batch(groups)
+    expected = objective(model, batch)
+    whole_D = torch.cat([part.flatten() for part in gradients(model, expected)])
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(batch, objective)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    half_D = torch.cat([part.flatten() for part in gradients(model, loss)]).float()
+    assert torch.nn.functional.cosine_similarity(half_D, whole_D, dim=0) > 0.97
 
 
 @pytest.mark.parametrize("num_items", [0, 1])
@@ -150,10 +212,10 @@ def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     assert len(ids) == 9
     assert not np.array_equal(ids, objective.drawn(0))
     union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
-    log_pi_V = torch.from_numpy(np.log(1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)))
+    pi_V = 1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)
     batch = live_batch(groups, [1], objective)
     assert objective.candidates(batch) == [len(union)]
-    assert objective(model, batch).item() == pytest.approx(plain_loss(model, shards, groups[1], union, log_pi_V))
+    assert objective(model, batch).item() == pytest.approx(plain_loss(model, groups[1], union, pi_V).item())
 
 
 def test_a_mixture_joins_draws_and_targets_and_corrects_by_both(world):
@@ -162,10 +224,9 @@ def test_a_mixture_joins_draws_and_targets_and_corrects_by_both(world):
     alone, mixed = drawn(shards, model, 7), drawn(shards, model, 7, in_batch=True)
     targets = set(np.unique(groups[0].target_RL[groups[0].target_RL >= 0]).tolist())
     ids = set(alone._candidate_ids(make_batch(groups[:1]), 0).tolist())
-    pi_batch_V = np.linspace(1.0, 0.05, shards.num_catalogue)
-    log_pi_V = torch.from_numpy(np.log(1 - (1 - pi_batch_V) * (1 - alone.pi_V)))
-    expected = plain_loss(model, shards, groups[0], sorted(ids | targets), log_pi_V)
-    assert mixed(model, make_batch(groups[:1])).item() == pytest.approx(expected, rel=1e-6)
+    pi_V = 1 - (1 - np.exp(in_batch_log_pi(shards).numpy())) * (1 - alone.pi_V)
+    expected = plain_loss(model, groups[0], sorted(ids | targets), pi_V)
+    assert mixed(model, make_batch(groups[:1])).item() == pytest.approx(expected.item(), rel=1e-6)
     assert mixed.candidates(make_batch(groups[:1])) == [len(ids | targets)]
     assert alone.candidates(make_batch(groups[:2])) == [7, 7]
 
@@ -179,6 +240,17 @@ def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index
     assert model.table.grad is None
     assert objective(model, make_batch(groups[:1], group_indices=[0])).item() == first.item()
     assert objective(model, make_batch(groups[:1], group_indices=[1])).item() != first.item()
+
+
+@pytest.mark.parametrize("method", ["one_pass", "sharded"])
+def test_methods_of_a_single_pi_leave_candidates_from_the_batch_to_the_others(world, method):
+    shards, groups = world
+    model = StandIn(shards.num_items)
+    batch = make_batch(groups[:2])
+    expected = drawn(shards, model, 7, in_batch=True)
+    other = drawn(shards, model, 7, in_batch=True)
+    other.items = WholeItems(expected.items.vectors_ID, method)
+    assert other(model, batch).item() == expected(model, batch).item()
 
 
 def test_more_negatives_than_items_is_a_users_mistake(world):
