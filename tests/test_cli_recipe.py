@@ -33,7 +33,7 @@ class Sweep:
 
     @classmethod
     def over(cls, shards) -> Sweep:
-        parameters = {"params": {"values": [2500, 3200, 4000]}, "window": {"value": 8}, "group_windows": {"value": 1}}
+        parameters = {"params": {"values": [2500, 3200, 4000]}, "window": {"value": 4}, "group_windows": {"value": 2}}
         parameters |= {"d_item": {"value": 8}, "table_width": {"value": 4}, "embedder_share": {"value": 0.1}}
         parameters |= {"groups_per_step": {"value": 2}, "warmup_events": {"value": 500}}
         spec = from_dict(
