@@ -4,10 +4,9 @@
 
 FOLDER holds events.parquet (user_id, position, item_id) and items.parquet (item_id, attribute_ids). Trained on all but
 the last two events of every user; the validation item enters only the test query; ranked against the full catalogue,
-all users, seen items filtered (asked for by the schemas, as the published protocol does); means over SEEDS. Beside
-every model stands its interpolation with a memory of counted neighbours (bfm/ranking/memory.py), whose share is chosen
-on the validation part. --movielens adds the ratings of a MovieLens file, with the same settings, which were chosen on
-the validation part of the reviews (choices_one_at_a_time.md).
+all users, seen items filtered (asked for by the schemas, as the published protocol does); means over SEEDS. The model
+mixes in counted neighbours, trained with it (`counts: neighbours`). --movielens adds the ratings of a MovieLens file,
+with the same settings, which were chosen on the validation part of the reviews (choices_one_at_a_time.md).
 """
 
 from __future__ import annotations
@@ -30,12 +29,11 @@ from common import ROOT, machine, publish
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.ranking.baselines import baseline_metrics
-from bfm.ranking.memory import AUTO
 from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-CONFIG = {**REVIEWS, "params": 3e5, "dropout": 0.05, "table_weight_decay": 8.0}
+CONFIG = {**REVIEWS, "counts": "neighbours", "params": 3e5, "dropout": 0.05, "table_weight_decay": 8.0}
 FLOPS = 5.15e12
 SCHEMA = """\
 name: {name}
@@ -82,8 +80,7 @@ def measure(jobs: list[Job], processes: int) -> dict[str, list[Scores]]:
     scores: dict[str, list[Scores]] = {}
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         for shards, metrics in pool.imap_unordered(run, jobs):
-            names = [kind + metric for kind in ("", "memory.") for metric in METRICS]
-            shown = {part: [round(metrics[part][name], 4) for name in names] for part in PARTS}
+            shown = {part: [round(metrics[part][name], 4) for name in METRICS] for part in PARTS}
             print(Path(shards).name, shown, flush=True)
             scores.setdefault(shards, []).append(metrics)
     return scores
@@ -95,25 +92,16 @@ def run(job: Job) -> tuple[str, Scores]:
     config = TrainConfig.from_dict(CONFIG)
     storage = f"{folder}/{Path(shards).name}-{seed}"
     row = train_single(config, seed, shards, storage, flops=FLOPS, queries=None, scaling={"micro_groups": 1})
-    metrics: Scores = {}
-    for part in PARTS:
-        found = evaluate_checkpoint(f"{storage}/{row['model']}", shards, part, None, memory=AUTO)
-        remembered = {f"memory.{name}": value for name, value in found["memory"]["metrics"].items()}
-        metrics[part] = {**found["metrics"], **remembered, "share": found["memory"]["share"]}
+    checkpoint = f"{storage}/{row['model']}"
+    metrics = {part: evaluate_checkpoint(checkpoint, shards, part, None)["metrics"] for part in PARTS}
     return shards, metrics
 
 
-def with_memory(name: str, scores: list[Scores]) -> str:
-    """The line of the interpolated distribution."""
-    shares = sorted({f"{score['test']['share']:.0%}" for score in scores})
-    return line(f"{name} and memory, share {' or '.join(shares)}", scores, "memory.")
-
-
-def line(name: str, scores: list[Scores], kind: str = "") -> str:
+def line(name: str, scores: list[Scores]) -> str:
     """Means over the seeds, and their range on the test part."""
     cells = []
     for part in PARTS:
-        for metric in (kind + metric for metric in METRICS):
+        for metric in METRICS:
             values = [score[part][metric] for score in scores]
             spread = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 and part == "test" else ""
             cells.append(f"{mean(values):.4f}{spread}")
@@ -158,16 +146,13 @@ def main() -> None:
             "",
             *head,
             line("two-part model, item attributes", scores[full]),
-            with_memory("two-part model, item attributes", scores[full]),
             line("two-part model, ids only (one seed)", scores[ids]),
-            with_memory("two-part model, ids only (one seed)", scores[ids]),
             *floor_lines(full),
             *(f"| {title} | | | {recall:.4f} | {ndcg:.4f} |" for title, (recall, ndcg) in PUBLISHED.items()),
         ]
         if movies:
             lines += ["", "The same settings on ratings of films:", "", *head]
-            lines += [line("two-part model (one seed)", scores[movies])]
-            lines += [with_memory("two-part model (one seed)", scores[movies]), *floor_lines(movies)]
+            lines += [line("two-part model (one seed)", scores[movies]), *floor_lines(movies)]
     publish("reviews", "\n".join([*lines, "", machine("torch"), ""]))
 
 

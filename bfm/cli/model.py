@@ -12,7 +12,6 @@ import typer
 from bfm.cli.common import Json, ShardsOption, show
 
 app = typer.Typer()
-_SHARE = "its share, or auto (best ndcg@10 on validation)"
 
 
 @app.command()
@@ -114,18 +113,14 @@ def evaluate(
     sampled_negatives: Annotated[
         int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help=f"Also interpolated with a memory: {_SHARE}.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Full-catalogue metrics of a checkpoint, beside the floors: popularity, co-occurrence, the personal history.
-
-    A memory is a table of the items that stood near each other in the training histories.
-    """
+    """Full-catalogue metrics of a checkpoint, beside the floors: popularity, co-occurrence, the personal history."""
     from bfm.ranking.metrics import parse_ks
     from bfm.report.tables import evaluation_text
     from bfm.training.single import evaluate_checkpoint
 
-    found = evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives, memory, parse_ks(k))
+    found = evaluate_checkpoint(checkpoint, shards, part, queries, sampled_negatives, parse_ks(k))
     show(found, as_json, evaluation_text)
 
 
@@ -137,21 +132,18 @@ def export(
     catalogue_dtype: Annotated[
         str, typer.Option(help="float32: ranks as evaluation does; bfloat16: half the room.")
     ] = "float32",
-    memory: Annotated[str | None, typer.Option(help=f"Rank together with a memory: {_SHARE}.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained model as a folder that predicts on its own, without Ray, DeepSpeed or the shards."""
     from bfm.training.export import export_checkpoint
 
-    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype, memory)
+    made = export_checkpoint(checkpoint, shards, out, catalogue_dtype)
     show(
         made,
         as_json,
         lambda made: (
             f"{made['params']:,} weights, {made['items']:,} items ({made['catalogue']:,} in the catalogue, "
-            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB"
-            + (f", with a memory of {made['memory']['share']:.0%}" if made["memory"] else "")
-            + f"\n{made['export']}"
+            f"{made['dtype']}), {made['bytes'] / 1e6:,.1f} MB" + f"\n{made['export']}"
         ),
     )
 

@@ -6,17 +6,19 @@ function of (seed, epoch, place) that is computed place by place. Window i of th
 i // W, and group g is windows g*G .. (g+1)*G - 1. So the windows of a group are of unrelated users, and the cursor of a
 run is one integer, the index of the next group, whatever the number of workers.
 
-Shapes: R rows (windows), L positions, N events, Q queries.
+Shapes: R rows (windows), L positions, N events, Q queries, M last events (neighbours.py), J events around a target.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from bfm.events.mixing import permuted, stream_key
+from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
 from bfm.events.shards import Shards
 
@@ -41,6 +43,18 @@ class Windows:
     """Float32 seconds (or positions) since the user's previous event; 0 for a user's first event."""
     context: dict[str, np.ndarray]
     """Encoded context fields, leading dimensions R, L; missing where padded."""
+    counted: Counted | None = None
+    """Where neighbours were asked for."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The last M events at every position, the latest first, that have counted neighbours."""
+
+    item_RLM: np.ndarray
+    """Int64 item ids; -1 where the window holds no such event of the user, or it has no neighbours."""
+    share_RLM: np.ndarray
+    """Float32 p(target | item), counted without the target's own event; 0 where there is no target."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,10 @@ class _Places:
 class WindowOrder:
     """The endless order of training windows and groups of one (shard set, L, G, seed)."""
 
-    def __init__(self, shards: Shards, window: int, group_windows: int, seed: int) -> None:
-        """`window` (L) and `group_windows` (G) are at least 1.
+    def __init__(
+        self, shards: Shards, window: int, group_windows: int, seed: int, neighbours: Neighbours | None = None
+    ) -> None:
+        """`window` (L) and `group_windows` (G) are at least 1; with `neighbours`, windows come with what they say.
 
         Raises:
             ValueError: L or G below 1, or a shard set without training events.
@@ -83,6 +99,7 @@ class WindowOrder:
         if shards.manifest.train_events < 1:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
+        self.neighbours = neighbours
 
     @property
     def windows_per_epoch(self) -> int:
@@ -123,7 +140,11 @@ class WindowOrder:
             first_RL=np.where(filled_RL, first_RL, 0),
             stop_RL=np.where(filled_RL, stop_RL, 0),
         )
-        return _gather(shards, places, with_targets=True)
+        windows = _gather(shards, places, with_targets=True)
+        if self.neighbours is None:
+            return windows
+        counted_RL = user_RL < self.neighbours.users
+        return dataclasses.replace(windows, counted=_left_out(self.neighbours, shards, windows, places, counted_RL))
 
 
 def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
@@ -162,13 +183,42 @@ def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
     )
 
 
-def eval_windows(shards: Shards, queries: QueryTable, window: int) -> EvalWindows:
+def _last_items(windows: Windows) -> np.ndarray:
+    """Int64 item ids [R, L, M] of the user's last events inside the window, the latest first; -1 elsewhere."""
+    last_RLM = np.full((*windows.item_RL.shape, LAST_EVENTS), -1, np.int64)
+    for age in range(min(LAST_EVENTS, windows.item_RL.shape[1])):
+        until = windows.item_RL.shape[1] - age
+        same_RL = windows.segment_RL[:, age:] == windows.segment_RL[:, :until]
+        last_RLM[:, age:, age] = np.where(same_RL, windows.item_RL[:, :until], -1)
+    return last_RLM
+
+
+def _left_out(
+    neighbours: Neighbours, shards: Shards, windows: Windows, places: _Places, counted_RL: np.ndarray
+) -> Counted:
+    """What the table says at every position, the event of the position's own target left out."""
+    last_RLM, target = _last_items(windows), windows.target_RL >= 0
+    # The target is the event after its position.
+    away_J = np.arange(1, REACH + 1)
+    around_TJ = places.event_RL[target][:, None] + 1 + np.concatenate([-away_J, away_J])
+    inside_TJ = (around_TJ >= places.first_RL[target][:, None]) & (around_TJ < places.stop_RL[target][:, None])
+    items_TJ = np.full(around_TJ.shape, -1, np.int64)
+    items_TJ[inside_TJ] = shards.take_item(shards.locate(around_TJ[inside_TJ]))
+    share_RLM = np.zeros(last_RLM.shape, np.float32)
+    last_RLM[target], share_RLM[target] = neighbours.left_out(
+        windows.target_RL[target], last_RLM[target], items_TJ, counted_RL[target]
+    )
+    return Counted(last_RLM, share_RLM)
+
+
+def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: Neighbours | None = None) -> EvalWindows:
     """Pack the contexts of queries: each is the last `window` events up to its position, whole, as one segment.
 
     Args:
         shards: the shard set.
         queries: a slice of a protocol's table; memory grows with the slice.
         window: L, at least 1.
+        neighbours: the table that what is counted is looked up in, if any.
     """
     first, position = shards.user_starts[queries.user], queries.position
     length = np.minimum(position + 1, window)
@@ -191,6 +241,9 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int) -> EvalWindow
     windows = _gather(shards, places, with_targets=False)
     last = column + length - 1
     windows.later_RL[row, last] = ~queries.basket
+    if neighbours is not None:
+        item_RLM = neighbours.known(_last_items(windows))
+        windows = dataclasses.replace(windows, counted=Counted(item_RLM, np.zeros(item_RLM.shape, np.float32)))
     return EvalWindows(windows, row, last)
 
 

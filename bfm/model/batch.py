@@ -6,7 +6,8 @@ distinct item, and in which the live candidates of a group (its distinct targets
 of the same item list.
 
 Shape legend: G groups, R windows (rows), L positions, U distinct items of all groups one after the other,
-T target rows (positions with a target, row-major), C live candidates of all groups one after the other.
+T target rows (positions with a target, row-major), M last events of a row, C live candidates of all groups one after
+the other.
 Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
 """
 
@@ -67,6 +68,10 @@ class ModelBatch:
     """int64 index into items_U of each group's distinct targets and drawn candidates, ascending; empty for queries."""
     hit_T: Tensor
     """int64 index of a row's own target among its group's candidates; empty for queries."""
+    counted_TM: Tensor | None = None
+    """int64 ids of a row's last items that have counted neighbours, -1 elsewhere; None where nothing was counted."""
+    share_TM: Tensor | None = None
+    """float32 counted share of each row's target among the neighbours of those items; 0 for queries."""
 
     @property
     def num_groups(self) -> int:
@@ -137,6 +142,7 @@ def make_batch(
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),
         **_row_tensors(groups, device),
+        **_counted_tensors(groups, [part.position_T for part in parts], device),
     )
 
 
@@ -164,6 +170,7 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         candidates_C=none,
         hit_T=none,
         **_row_tensors([windows], device),
+        **_counted_tensors([windows], [positions_T], device),
     )
 
 
@@ -212,6 +219,21 @@ def _row_tensors(groups: Sequence[Windows], device: torch.device | str) -> dict:
         "time_RL": _tensor([group.time_RL.astype(np.int64) for group in groups], device),
         "later_RL": _tensor([group.later_RL for group in groups], device),
         "context": {name: _tensor([group.context[name] for group in groups], device) for name in names},
+    }
+
+
+def _counted_tensors(groups: Sequence[Windows], positions: Sequence[np.ndarray], device: torch.device | str) -> dict:
+    counted = [group.counted for group in groups if group.counted is not None]
+    if not counted:
+        return {}
+
+    def rows(values: list[np.ndarray]) -> Tensor:
+        flat = [value.reshape(-1, value.shape[-1])[chosen] for value, chosen in zip(values, positions, strict=True)]
+        return _tensor(flat, device)
+
+    return {
+        "counted_TM": rows([part.item_RLM for part in counted]),
+        "share_TM": rows([part.share_RLM for part in counted]),
     }
 
 

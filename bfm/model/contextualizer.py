@@ -2,8 +2,8 @@
 
 Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position of packed windows, and their segments.
 Leaves: `Queries` at the wanted positions. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an
-event see its own user's events up to itself; a final norm, the projection to d_item, and the pointer (mixture.py).
-Attention is dense over the row: L x L pairs, masked.
+event see its own user's events up to itself; a final norm, the projection to d_item, and the sparse components
+(mixture.py). Attention is dense over the row: L x L pairs, masked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm, unit
-from bfm.model.mixture import Pointer, Queries
+from bfm.model.mixture import NeighbourAttention, Pointer, Queries
 from bfm.model.sizing import Shape
 
 
@@ -30,6 +30,7 @@ class Contextualizer(nn.Module):
         )
         self.out = make_linear(shape.width, shape.d_item, generator)
         self.pointer = Pointer(shape.width, shape.pointer_width, generator) if shape.pointer_width else None
+        self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.counted_events else None
         self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(
@@ -39,9 +40,10 @@ class Contextualizer(nn.Module):
         segment_RL: Tensor,
         time_RL: Tensor,
         position_T: Tensor,
+        counted_TM: Tensor | None = None,
         drop: Drop | None = None,
     ) -> Queries:
-        """The queries at the flat positions r * L + l."""
+        """The queries at the flat positions r * L + l; counted_TM are their last items that have neighbours, or -1."""
         _, length, d_item = v_RLD.shape
         dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
@@ -54,10 +56,15 @@ class Contextualizer(nn.Module):
             x_RLW = block(x_RLW, mask, rotation, drop)
         x_RLW = rms_norm(x_RLW)
         h_TD = unit(self.out(x_RLW.flatten(0, 1).index_select(0, position_T)))
-        if self.pointer is None:
-            return Queries(h_TD, h_TD.new_zeros(len(h_TD), 1), None)
-        gate_T1, pointer_TL = self.pointer(x_RLW, segment_RL, time_RL, position_T)
-        return Queries(h_TD, F.log_softmax(F.pad(gate_T1, (1, 0)), -1), pointer_TL)
+        gates, pointer_TL, weight_TM = [h_TD.new_zeros(len(h_TD), 1)], None, None
+        if self.pointer is not None:
+            gate_T1, pointer_TL = self.pointer(x_RLW, segment_RL, time_RL, position_T)
+            gates.append(gate_T1)
+        if self.neighbours is not None:
+            assert counted_TM is not None, "windows without what their model was to count"
+            gate_T1, weight_TM = self.neighbours(x_RLW, position_T, counted_TM)
+            gates.append(gate_T1)
+        return Queries(h_TD, F.log_softmax(torch.cat(gates, 1), -1), pointer_TL, weight_TM)
 
     def _rotation(self, length: int, device: torch.device) -> Tensor:
         key = length, device

@@ -56,7 +56,7 @@ class ModelCost:
         flops += positions * (6 * self._context_tables + 4 * self._context_dense)
         flops += positions * shape.d_item * shape.width * ((6 if live else 4) + 6)
         flops += positions * 6 * self._block_params()
-        flops += 3 * self._attention(windows) + 3 * self._pointer(windows, target_rows)
+        flops += 3 * self._attention(windows) + 3 * self._sparse(windows, target_rows)
         flops += target_rows * 6 * shape.width * shape.d_item
         return flops + target_rows * candidates * shape.d_item * (6 if live else 4)
 
@@ -92,9 +92,9 @@ class ModelCost:
         """
         shape, positions = self.shape, rows * self.window
         weights = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width + self._block_params()
-        flops = 2 * positions * weights + self._attention(rows) + self._pointer(rows, queries)
+        flops = 2 * positions * weights + self._attention(rows) + self._sparse(rows, queries)
         # A mixture needs the sum over the catalogue before it can score an item: two passes.
-        passes = 2 if shape.pointer_width else 1
+        passes = 2 if shape.mixed else 1
         return flops + 2 * queries * shape.d_item * (shape.width + passes * catalogue)
 
     def _embed(self, items: int, backward: bool) -> int:
@@ -114,15 +114,16 @@ class ModelCost:
     def _block_params(self) -> int:
         return self.shape.contextualizer_params - self.shape.edge_params
 
-    def _pointer(self, windows: int, rows: int) -> int:
-        """Queries and keys at every position, scores of all pairs, gates of the wanted rows; forward."""
+    def _sparse(self, windows: int, rows: int) -> int:
+        """What gives the sparse components their gates (at the wanted rows) and probabilities; forward."""
         shape, positions = self.shape, windows * self.window
-        if shape.pointer_width == 0:
-            return 0
-        pairs = positions * self.window
-        return 2 * (
-            2 * positions * shape.width * shape.pointer_width + pairs * shape.pointer_width + rows * shape.width
-        )
+        products = 0
+        if shape.pointer_width:
+            # Queries and keys at every position, scores of all pairs.
+            products += (2 * shape.width + self.window) * positions * shape.pointer_width + rows * shape.width
+        if shape.counted_events:
+            products += (positions + rows) * shape.width
+        return 2 * products
 
     def _attention(self, windows: int) -> int:
         return 4 * windows * self.window**2 * self.shape.width * self.shape.depth

@@ -3,17 +3,22 @@
     p(v) = g_0 softmax(scale <h, v>) + sum_x g_x c_x(v),     g = softmax of the gates of a position
 
 One vector cannot put mass on several unrelated items of a user's past (arXiv 2310.14079); a sparse component can, at a
-cost that does not grow with the catalogue. The pointer is one: attention of the query over the user's own events in the
-window, whose weights are the probabilities of their items (Vinyals et al. 2015, See et al. 2017).
+cost that does not grow with the catalogue. There are two, both attention over the user's own events in the window:
+
+    pointer     an event stands for its item (Vinyals et al. 2015, See et al. 2017)
+    neighbours  each of the last M events stands for the counted neighbours of its item (bfm/events/neighbours.py):
+                rare transitions, which a factorised score forgets, as n-gram models interpolate them. Trained together,
+                the network learns what counts do not know; its targets' own events must be left out of the counts.
 
 Enters: what the contextualizer knows at every position. Leaves: gates and probabilities at the wanted positions.
 
-R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows,
+R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows, M last events,
 X sparse components.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +41,8 @@ class Queries:
     """log g, float32: the softmax first, then the sparse components (X = 0: all zero)."""
     pointer_TL: Tensor | None
     """Probabilities of the positions of the row's window, float32; None without a pointer."""
+    counted_TM: Tensor | None
+    """Probabilities of the row's last events that have neighbours, float32; None without neighbours."""
 
 
 def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tensor:
@@ -79,6 +86,33 @@ class Pointer(nn.Module):
         score_TL = score_TL.masked_fill(~(own_TL & (distance_TL >= 0)), -torch.inf)
         gate_T1 = self.gate(x_RLW.flatten(0, 1).index_select(0, position_T)).float() + self.gate_bias
         return gate_T1, F.softmax(score_TL, -1)
+
+
+class NeighbourAttention(nn.Module):
+    """Attention over the last M events that have counted neighbours, and its gate.
+
+    The score of an event is a linear map of what is known at it, and a learned value of its age.
+    """
+
+    def __init__(self, width: int, num_events: int) -> None:
+        super().__init__()
+        self.key = make_linear(width, 1, None)
+        self.gate = make_linear(width, 1, None)
+        self.gate_bias = nn.Parameter(torch.zeros(1))
+        # Weights fall by a fifth per event: between what the two ways of counting do well with.
+        self.age_bias = nn.Parameter(torch.arange(num_events) * math.log(0.8))
+
+    def forward(self, x_RLW: Tensor, position_T: Tensor, item_TM: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate logits [T, 1] and probabilities [T, M], float32. A row none of whose items is known has gate 0."""
+        known_TM = item_TM >= 0
+        age_M = torch.arange(item_TM.shape[1], device=item_TM.device)
+        # A known event lies inside the window; any place does for the others.
+        place_TM = (position_T[:, None] - age_M).clamp(min=0)
+        key_N = self.key(x_RLW).flatten().float()
+        score_TM = look_up(key_N[:, None], place_TM).squeeze(-1) + self.age_bias
+        weight_TM = F.softmax(score_TM.masked_fill(~known_TM, torch.finfo(torch.float32).min), -1)
+        gate_T1 = self.gate(x_RLW.flatten(0, 1).index_select(0, position_T)).float() + self.gate_bias
+        return gate_T1.masked_fill(~known_TM.any(1, keepdim=True), -torch.inf), weight_TM * known_TM
 
 
 def half_octave(numbers: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ exactly. Norms have no parameters and nothing has a bias, so N is the sum of the
 
     contextualizer  2 d_item w (item and context inputs) + depth (4 w^2 + 3 w hidden) + w d_item (output)
     pointer         w (2 key width + 1), of the contextualizer; the key width is half of d_item
+    neighbours      2 w (key and gate), of the contextualizer
     MLP embedder    2 d_item hidden, on the pooled vector, added to the path of s = 0
     transformer     2 d_item w + depth (4 w^2 + 3 w hidden), on the field tokens, pooled, added to the same path
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bfm.errors import InfeasibleError, UserError
+from bfm.events.neighbours import LAST_EVENTS
 
 LARGEST_SHARE = 0.5
 _HIDDEN_RATIO = 8 / 3
@@ -41,6 +43,8 @@ class Shape:
     """SwiGLU width of the contextualizer's blocks."""
     pointer_width: int = 0
     """Width of the pointer's queries and keys; 0: no pointer."""
+    counted_events: int = 0
+    """Last events whose counted neighbours are mixed in; 0: none."""
     embedder_kind: EmbedderKind = "none"
     embedder_width: int = 0
     embedder_depth: int = 0
@@ -60,13 +64,18 @@ class Shape:
 
     @property
     def contextualizer_params(self) -> int:
-        """Weights of the contextualizer, its input and output projections and its pointer included."""
+        """Weights of the contextualizer, its input and output projections and sparse components included."""
         return self.edge_params + _block_params(self.width, self.depth, self.hidden)
 
     @property
     def edge_params(self) -> int:
         """Weights of the contextualizer outside its blocks."""
-        return _edge(self.d_item, self.pointer_width) * self.width
+        return _edge(self) * self.width
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the output is more than a softmax."""
+        return self.pointer_width + self.counted_events > 0
 
     @property
     def params(self) -> int:
@@ -97,8 +106,9 @@ def size_model(
     depth: int | None = None,
     embedder_depth: int | None = None,
     pointer: bool = True,
+    neighbours: bool = False,
 ) -> Shape:
-    """The model of N = `params` with embedder share s = `embedder_share`.
+    """The model of N = `params` with embedder share s = `embedder_share`, and the sparse components asked for.
 
     N and the embedder's size are met within the larger of 3 % and one width unit (2 channels).
     `embedder_depth` None chooses: an MLP for small embedders, a transformer once its single layer would be at least
@@ -108,8 +118,10 @@ def size_model(
     """
     _check(params, embedder_share, d_item, aspect, depth, embedder_depth)
     embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
-    embedder = dataclasses.replace(embedder, pointer_width=d_item // 2 if pointer else 0)
-    edge = _edge(d_item, embedder.pointer_width)
+    embedder = dataclasses.replace(
+        embedder, pointer_width=d_item // 2 if pointer else 0, counted_events=LAST_EVENTS if neighbours else 0
+    )
+    edge = _edge(embedder)
     smallest = _smallest_stack(edge, depth or 1)
     if params * (1 - embedder_share) < smallest:
         least = math.ceil(smallest / (1 - embedder_share))
@@ -135,7 +147,7 @@ def width_unit_params(shape: Shape) -> tuple[int, int]:
     def wider(width: int, fixed: int, depth: int, hidden: int) -> int:
         return 2 * fixed + _block_params(width + 2, depth, hidden) - _block_params(width, depth, hidden)
 
-    contextualizer = wider(shape.width, _edge(shape.d_item, shape.pointer_width), shape.depth, shape.hidden)
+    contextualizer = wider(shape.width, _edge(shape), shape.depth, shape.hidden)
     if shape.embedder_kind == "none":
         return contextualizer, 0
     if shape.embedder_kind == "mlp":
@@ -243,9 +255,10 @@ def _choose_heads(width: int) -> int:
     return width // min((dim for dim in range(2, width + 1, 2) if width % dim == 0), key=cost)
 
 
-def _edge(d_item: int, pointer_width: int) -> int:
-    """Weights outside the blocks per channel: item and context inputs, output; queries, keys and gate of a pointer."""
-    return 3 * d_item + (2 * pointer_width + 1 if pointer_width else 0)
+def _edge(shape: Shape) -> int:
+    """Weights outside the blocks per channel: item and context inputs, output; what the sparse components have."""
+    pointer = 2 * shape.pointer_width + 1 if shape.pointer_width else 0
+    return 3 * shape.d_item + pointer + (2 if shape.counted_events else 0)
 
 
 def _block_params(width: int, depth: int, hidden: int) -> int:

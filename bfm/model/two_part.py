@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bfm.errors import UserError
 from bfm.events.fields import FittedField
+from bfm.events.neighbours import Neighbours
 from bfm.model.batch import ModelBatch
 from bfm.model.blocks import GroupDropout, look_up
 from bfm.model.contextualizer import Contextualizer
@@ -86,7 +87,10 @@ class ContextEncoder(nn.Module):
 
 
 class TwoPartModel(nn.Module):
-    """Embedder and contextualizer of a `Shape` over the fields of one shard set. Weights are a function of the seed."""
+    """Embedder and contextualizer of a `Shape` over the fields of one shard set. Weights are a function of the seed.
+
+    `neighbours` is the table that a shape with counted events mixes in: like the items' fields, no part of the weights.
+    """
 
     def __init__(
         self,
@@ -98,10 +102,12 @@ class TwoPartModel(nn.Module):
         seed: int,
         dropout: float = 0.0,
         initial_scale: float = 20.0,
+        neighbours: Neighbours | None = None,
     ) -> None:
         super().__init__()
+        assert (neighbours is not None) == (shape.counted_events > 0), "a table, exactly for a shape that reads one"
         self.shape, self.seed, self.dropout = shape, seed, dropout
-        self.item_store = item_store
+        self.item_store, self.neighbours = item_store, neighbours
         # One generator per part: the context side and the contextualizer start alike whatever the embedder draws.
         generators = [torch.Generator().manual_seed(_mix(seed, part)) for part in range(3)]
         self.embedder = ItemEmbedder(shape, item_store.layout, table_width, generators[0])
@@ -156,7 +162,9 @@ class TwoPartModel(nn.Module):
         drop = None
         if self.training and self.dropout > 0.0:
             drop = GroupDropout(self.dropout, self.seed, batch.group_indices, batch.windows, self.device)
-        return self.contextualizer(v_RLD, context_RLD, batch.segment_RL, batch.time_RL, batch.target_position_T, drop)
+        return self.contextualizer(
+            v_RLD, context_RLD, batch.segment_RL, batch.time_RL, batch.target_position_T, batch.counted_TM, drop
+        )
 
     def embedder_parameter_names(self) -> tuple[str, ...]:
         """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""

@@ -216,8 +216,12 @@ def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -
 
 def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
     """What the sparse components give each row's target, [T, X]."""
-    if queries.pointer_TL is None:
-        return queries.h_TD.new_zeros(len(queries.h_TD), 0)
-    item_TL = batch.item_RL.index_select(0, batch.target_position_T // batch.item_RL.shape[1])
-    # Pads carry the index of some item, and probability 0.
-    return (queries.pointer_TL * (item_TL == batch.target_index_T[:, None])).sum(1, keepdim=True)
+    masses = [queries.h_TD.new_zeros(len(queries.h_TD), 0)]
+    if queries.pointer_TL is not None:
+        item_TL = batch.item_RL.index_select(0, batch.target_position_T // batch.item_RL.shape[1])
+        # Pads carry the index of some item, and probability 0.
+        masses.append((queries.pointer_TL * (item_TL == batch.target_index_T[:, None])).sum(1, keepdim=True))
+    if queries.counted_TM is not None:
+        assert batch.share_TM is not None, "windows without what their model was to count"
+        masses.append((queries.counted_TM * batch.share_TM).sum(1, keepdim=True))
+    return torch.cat(masses, 1)

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bfm.events.counting import BROAD, COUNTINGS, count_neighbours
 from bfm.events.derived import load_derived, save_derived
+from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
 from bfm.events.shards import Shards
 from bfm.files import canonical_json
 from bfm.ranking.metrics import score_queries, summarise
-from bfm.ranking.neighbours import BROAD, COUNTINGS, Neighbours, NeighbourScores, count_neighbours
+from bfm.ranking.neighbours import NeighbourScores
 from bfm.ranking.personal import best_personal, log_popularity
 from bfm.ranking.ranks import Ranked, ScoreBlock, rank_targets
 
@@ -58,18 +60,18 @@ def baseline_metrics(
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best.
 
-    Which one that is is cached with the shard set.
+    Cached with the shard set.
     """
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
     if len(validation) == 0:
         return count_neighbours(shards, [BROAD])[0]
-    name = f"counting-v{VERSION}-{protocol.hash[:16]}"
+    name = f"neighbours-v{VERSION}-{protocol.hash[:16]}"
     cached = load_derived(shards, name)
     if cached is not None:
-        return count_neighbours(shards, [way for way in COUNTINGS if way.name == cached.decode()])[0]
+        return Neighbours.from_bytes(cached)
     counted = count_neighbours(shards, COUNTINGS)
     best = max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,)).get(_CHOOSING_METRIC, 0.0))
-    save_derived(shards, name, best.counting.name.encode())
+    save_derived(shards, name, best.to_bytes())
     return best
 
 
@@ -111,7 +113,7 @@ def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTab
     """Summed neighbour weights of each query's last events; equal sums are ordered by popularity."""
     scores = NeighbourScores(neighbours, shards, table)
     # Ids fall with popularity. Far below every neighbour weight, this orders the items that no event points to.
-    tie_break_V = (1e-6 * neighbours.smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).astype(np.float32)
+    tie_break_V = (1e-6 * scores.smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).astype(np.float32)
 
     def block(rows: slice, items: slice) -> Tensor:
         return torch.from_numpy(scores(rows, items) + tie_break_V[items])

@@ -63,12 +63,12 @@ def evaluate(
     `sampled_negatives` adds ranks among so many items drawn by `seed`, under names such as sampled100.recall@10.
     Raises UserError for an unknown part or a part without queries, DivergedError for scores that are not finite.
     """
-    encoded = encode(model, shards, protocol, part, window, queries, rank, world_size, device)
-    return evaluate_encoded(model, encoded, k, candidates, sampled_negatives, seed)
+    encoded = _encode(model, shards, protocol, part, window, queries, rank, world_size, device)
+    return _evaluate_encoded(model, encoded, k, candidates, sampled_negatives, seed)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class _Encoded:
     """Queries as a model sees them, ready to be ranked."""
 
     rows: NDArray[np.int64]
@@ -95,7 +95,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(
+def _encode(
     model: TwoPartModel,
     shards: Shards,
     protocol: Protocol,
@@ -105,7 +105,7 @@ def encode(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Encoded:
+) -> _Encoded:
     """This worker's queries and all items through the model; arguments and errors as in `evaluate`."""
     table = protocol.queries(part)[:queries]
     if len(table) == 0:
@@ -120,13 +120,13 @@ def encode(
     if table.filter_seen:
         seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
     catalogue_VD = item_vectors_ID[: shards.num_catalogue]
-    return Encoded(rows, table, answers, catalogue_VD, query_targets(shards, table), seen, flops)
+    return _Encoded(rows, table, answers, catalogue_VD, query_targets(shards, table), seen, flops)
 
 
 @torch.no_grad()
-def evaluate_encoded(
+def _evaluate_encoded(
     model: TwoPartModel,
-    encoded: Encoded,
+    encoded: _Encoded,
     k: Sequence[int] = (10,),
     candidates: Candidates | None = None,
     sampled_negatives: int | None = None,
@@ -153,7 +153,7 @@ def _table_width(model: TwoPartModel) -> int:
     return tables[0].shape[1] if tables else 1
 
 
-def _sampled_loss(model: TwoPartModel, encoded: Encoded, candidates: Candidates) -> tuple[NDArray[np.float64], int]:
+def _sampled_loss(model: TwoPartModel, encoded: _Encoded, candidates: Candidates) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
     targets, answers, catalogue_VD = encoded.targets, encoded.answers, encoded.catalogue_VD
     device = catalogue_VD.device

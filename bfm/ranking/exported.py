@@ -3,7 +3,7 @@
     export.json           shape, window, table width, schema, fitted fields, versions; sha256 of every other file
     weights.safetensors   all weights, float32
     catalogue.safetensors vectors of all items
-    memory.safetensors    neighbours of the catalogue's items, where the export has a memory
+    neighbours.npz        counted neighbours of the catalogue's items, where the model mixes them in
     items.parquet         row i = item i: its key, its encoded fields
     vocabulary/*.parquet  values behind the ids of fields
     README.md
@@ -19,9 +19,9 @@ from typing import Any
 from bfm.errors import CorruptError, UserError
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 
-VERSION = 2
+VERSION = 3
 EXPORT, README = "export.json", "README.md"
-WEIGHTS, CATALOGUE, MEMORY = "weights.safetensors", "catalogue.safetensors", "memory.safetensors"
+WEIGHTS, CATALOGUE, NEIGHBOURS = "weights.safetensors", "catalogue.safetensors", "neighbours.npz"
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

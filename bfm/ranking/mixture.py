@@ -1,11 +1,12 @@
 """Scores of a distribution that mixes a softmax with sparse distributions: log p of any block of queries and items.
 
-    p_v = g e^{s_v} / sum_u e^{s_u} + m_v          g the softmax's gate, m what all sparse components give together
+    p_v = g e^{s_v} / sum_u e^{s_u} + sum_x m_xv          g the softmax's gate, m what the sparse components give
 
-Enters: the softmax's scores, its gates, and the few items per query with a mass of their own. Leaves: a ScoreBlock
-(ranks.py) of log p. g and the masses of a query sum to one over the catalogue.
+Enters: the softmax's scores, its gates, and components that give few items per query a mass of their own. Leaves: a
+ScoreBlock (ranks.py) of log p. g and the masses of a query sum to one over the catalogue.
 
-Q = queries, R = query rows of a chunk, C = items of a block, P = pairs of a query and an item, N = pairs asked for.
+Q = queries, R = query rows of a chunk, C = items of a block, P = pairs of a query and an item, N = pairs asked for,
+M = last events of a query.
 """
 
 from __future__ import annotations
@@ -13,13 +14,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bfm.ranking.ranks import DotScores
+from bfm.events.neighbours import Neighbours
+from bfm.ranking.ranks import DotScores, kept_per_thread
 
 _ROWS, _COLUMNS = 256, 8192
+
+
+class Component(Protocol):
+    """A sparse distribution of every query, its gate included."""
+
+    def of_rows(self, rows: slice) -> SparseMass:
+        """The pairs of some queries, these counted from 0."""
+
+    def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
+        """Mass of any pairs, 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,12 @@ class SparseMass:
             torch.cat([none.float(), *(part.mass_P for part in parts)]),
         )
 
+    def of_rows(self, rows: slice) -> SparseMass:
+        """The pairs of some queries, these counted from 0."""
+        bounds = torch.tensor([rows.start, rows.stop]).to(self.query_P)
+        low, high = torch.searchsorted(self.query_P, bounds).tolist()
+        return SparseMass(self.query_P[low:high] - rows.start, self.item_P[low:high], self.mass_P[low:high])
+
     def totals(self, num_queries: int) -> Tensor:
         """Mass of every query [Q]."""
         return torch.zeros(num_queries, device=self.mass_P.device).index_add_(0, self.query_P, self.mass_P)
@@ -66,35 +86,61 @@ class SparseMass:
         return torch.where(key_P[place_N] == key_N, self.mass_P[place_N], 0.0)
 
 
+class NeighbourMass:
+    """The component of counted neighbours. Its pairs are many: they are made for the rows that are asked for."""
+
+    def __init__(self, neighbours: Neighbours, item_QM: Tensor, mass_QM: Tensor) -> None:
+        """item_QM: ids of last events, -1 where they have no neighbours; mass_QM: what each shares out, else 0."""
+        self._neighbours, self._item_QM, self._mass_QM = neighbours, item_QM.cpu().numpy(), mass_QM
+        self.of_rows = kept_per_thread(self._of_rows)
+
+    def _of_rows(self, rows: slice) -> SparseMass:
+        table, item_RM, device = self._neighbours, self._item_QM[rows], self._mass_QM.device
+        row_N, age_N = (item_RM >= 0).nonzero()
+        item_N = item_RM[row_N, age_N]
+        place_S, from_S = table.spread(item_N)
+        share_S = table.weight_P[place_S] / table.total_V[item_N][from_S].astype(np.float32)
+        row_S, age_S, neighbour_S, share_S = (
+            torch.from_numpy(values).to(device)
+            for values in (row_N[from_S], age_N[from_S], table.lists.ids[place_S].astype(np.int64), share_S)
+        )
+        mass_S = share_S * self._mass_QM[rows][row_S, age_S]
+        return SparseMass.of(row_S, neighbour_S, mass_S, len(table.lists))
+
+    def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
+        """Mass of any pairs, 0 where there is none."""
+        query, item = query_N.cpu().numpy(), item_N.cpu().numpy()
+        share_NM = torch.from_numpy(self._neighbours.shares(self._item_QM[query], item[..., None]))
+        return (share_NM.to(self._mass_QM) * self._mass_QM[query_N]).sum(-1)
+
+
 class MixtureScores:
     """A ScoreBlock of log p."""
 
-    def __init__(self, softmax: DotScores, log_gate_Q: Tensor, sparse: SparseMass) -> None:
-        self._softmax, self._sparse = softmax, sparse
+    def __init__(self, softmax: DotScores, log_gate_Q: Tensor, components: Sequence[Component]) -> None:
+        self._softmax, self._components = softmax, components
         self.finite = softmax.finite
         """No score can be NaN or infinite."""
         self.shift_Q = log_gate_Q - _log_totals(softmax, len(log_gate_Q))
         """What makes a score of the softmax its share of log p."""
-        self._log_mass_P = sparse.mass_P.log()
 
     def __call__(self, rows: slice, items: slice) -> Tensor:
         """log p [R, C]."""
         log_p_RC = self._softmax(rows, items) + self.shift_Q[rows, None]
-        sparse = self._sparse
-        low, high = torch.searchsorted(
-            sparse.query_P, torch.tensor([rows.start, rows.stop]).to(sparse.query_P)
-        ).tolist()
-        item_P = sparse.item_P[low:high]
-        here = low + ((item_P >= items.start) & (item_P < items.stop)).nonzero()[:, 0]
-        at = sparse.query_P[here] - rows.start, sparse.item_P[here] - items.start
-        log_p_RC[at] = torch.logaddexp(log_p_RC[at], self._log_mass_P[here])
+        for component in self._components:
+            sparse = component.of_rows(rows)
+            here = ((sparse.item_P >= items.start) & (sparse.item_P < items.stop)).nonzero()[:, 0]
+            at = sparse.query_P[here], sparse.item_P[here] - items.start
+            log_p_RC[at] = torch.logaddexp(log_p_RC[at], sparse.mass_P[here].log())
         return log_p_RC
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
         """log p of S items for each of T queries, [T, S]."""
         log_p_TS = self._softmax.pairs(query_T, item_TS) + self.shift_Q[query_T, None]
-        mass_TS = self._sparse.at(query_T[:, None].expand_as(item_TS), item_TS)
-        return torch.logaddexp(log_p_TS, mass_TS.log())
+        for component in self._components:
+            mass_TS = component.at(query_T[:, None].expand_as(item_TS), item_TS)
+            log_p_TS = torch.logaddexp(log_p_TS, mass_TS.log())
+        return log_p_TS
 
 
 def _log_totals(scores: DotScores, num_queries: int) -> Tensor:

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.events.encoding import Encoding, Part
+from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import QueryTable, Ragged, distinct_items
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective.catalogue import FrozenCatalogue, embedder_hash
-from bfm.ranking.exported import CATALOGUE, MEMORY, WEIGHTS, open_sealed
-from bfm.ranking.memory import Memory
+from bfm.ranking.exported import CATALOGUE, NEIGHBOURS, WEIGHTS, open_sealed
 from bfm.ranking.queries import answer
-from bfm.ranking.ranks import ScoreBlock, rank_targets
+from bfm.ranking.ranks import rank_targets
 
 _ROW_GROUP_USERS = 4096
 _EMBED_ITEMS = 8192
@@ -45,7 +45,7 @@ class Top:
     item_Qk: np.ndarray
     """Int64 ids by falling score; -1 where filtering leaves fewer than k items."""
     score_Qk: np.ndarray
-    """Float32 logits scale * <h, v>, with a memory log probabilities; -inf beside -1."""
+    """Float32 log probabilities, of a softmax alone logits scale * <h, v>; -inf beside -1."""
     h_QD: np.ndarray
     """Float32 unit vectors of the users."""
 
@@ -60,10 +60,9 @@ class Predictor:
         encoding: Encoding,
         window: int,
         filter_seen: bool,
-        memory: Memory | None = None,
     ) -> None:
         self.model, self.catalogue, self.encoding = model, catalogue, encoding
-        self.window, self.filter_seen, self.memory = window, filter_seen, memory
+        self.window, self.filter_seen = window, filter_seen
         self._new_ND = torch.zeros(0, model.shape.d_item, device=model.device)
 
     @classmethod
@@ -80,8 +79,18 @@ class Predictor:
         item_fields = [field for field in encoding.fields if field.side == "item"]
         store = ItemStore(item_fields, encoding.item_arrays)
         try:
-            shape = Shape(**facts["shape"])
-            model = TwoPartModel(shape, encoding.fields, store, encoding.has_clock, int(facts["table_width"]), seed=0)
+            shape, neighbours = Shape(**facts["shape"]), None
+            if shape.counted_events:
+                neighbours = Neighbours.from_bytes((folder / NEIGHBOURS).read_bytes())
+            model = TwoPartModel(
+                shape,
+                encoding.fields,
+                store,
+                encoding.has_clock,
+                int(facts["table_width"]),
+                seed=0,
+                neighbours=neighbours,
+            )
             model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
         except (RuntimeError, TypeError) as error:
             # The files are whole: this code builds another model than the one that wrote them.
@@ -92,10 +101,7 @@ class Predictor:
         key = embedder_hash(model, facts["fields_hash"])
         catalogue = FrozenCatalogue.load(Store(folder), CATALOGUE, key, (store.num_items, shape.d_item), device)
         catalogue.verify(model)
-        memory = None
-        if facts["memory"]:
-            memory = Memory.of(safetensors.torch.load_file(folder / MEMORY), facts["memory"])
-        return cls(model, catalogue, encoding, int(facts["window"]), bool(facts["filter_seen"]), memory)
+        return cls(model, catalogue, encoding, int(facts["window"]), bool(facts["filter_seen"]))
 
     def check_k(self, k: int) -> None:
         """Raise UserError where lists of k items cannot be made."""
@@ -130,10 +136,7 @@ class Predictor:
         if queries.filter_seen:
             seen = distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
-
-        scores: ScoreBlock = answers.scores(self.catalogue.vectors_ID[:num_catalogue].float())
-        if self.memory is not None:
-            scores = self.memory.beside(scores, shards, queries)
+        scores = answers.scores(self.catalogue.vectors_ID[:num_catalogue].float())
         ranked = rank_targets(scores, no_targets, num_catalogue, k, seen)
         return Top(ranked.top_Qk, ranked.top_score_Qk, answers.h_QD.cpu().numpy())
 

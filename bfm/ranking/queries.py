@@ -3,13 +3,14 @@
 Enters: a model, a way to item vectors, queries of a shard set. Leaves: `Answers`, what the output distribution of every
 query is made of, and the ScoreBlock (ranks.py) over a catalogue that follows from it.
 
-Q = queries, V = catalogue items, D = retrieval width, L = positions of a window, P = pairs of a query and an item.
+Q = queries, V = catalogue items, D = retrieval width, L = positions of a window, M = last events of a query,
+P = pairs of a query and an item.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,8 @@ from bfm.events.protocol import QueryTable
 from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import ModelBatch, make_query_batch
-from bfm.model.mixture import Queries
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.mixture import MixtureScores, SparseMass
+from bfm.ranking.mixture import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
@@ -37,25 +37,25 @@ class Answers:
     """Unit vectors, float32."""
     log_gate_Q: Tensor
     """log of the softmax's share of the distribution."""
-    sparse: SparseMass
-    """What the other components give to single items, their gates included."""
+    components: Sequence[Component]
+    """What else the distribution is made of."""
     scale: Tensor
     rows: int
     """Packed windows that were run."""
-    mixed: bool
-    """Whether there are other components at all."""
 
     def scores(self, catalogue_VD: Tensor) -> DotScores | MixtureScores:
         """log p of the catalogue; of a softmax alone the logits scale * <h, v>."""
         softmax = DotScores(self.h_QD * self.scale, catalogue_VD)
-        return MixtureScores(softmax, self.log_gate_Q, self.sparse) if self.mixed else softmax
+        return MixtureScores(softmax, self.log_gate_Q, self.components) if self.components else softmax
 
     def mixed_loss(self, loss_T: Tensor, query_T: Tensor, item_T: Tensor) -> Tensor:
         """-log p of pairs whose loss under the softmax alone is loss_T."""
-        if not self.mixed:
+        if not self.components:
             return loss_T
-        log_rest_T = self.log_gate_Q[query_T] - loss_T
-        return -torch.logaddexp(log_rest_T, self.sparse.at(query_T, item_T).log())
+        log_p_T = self.log_gate_Q[query_T] - loss_T
+        for component in self.components:
+            log_p_T = torch.logaddexp(log_p_T, component.at(query_T, item_T).log())
+        return -log_p_T
 
 
 @torch.no_grad()
@@ -68,27 +68,34 @@ def answer(
     num_catalogue: int,
 ) -> Answers:
     """Run the contexts of all queries; `vectors` gives float32 vectors of item ids (int64) on the model's device."""
-    h, gates, masses, lengths, rows = [], [], [], [], 0
+    none = torch.zeros(0, device=model.device)
+    h, gates, lengths, rows = [none.new_zeros(0, model.shape.d_item)], [none], [], 0
+    no_masses = none.new_zeros(0, model.shape.counted_events)
+    pointed, counted_items, counted_masses = [], [no_masses.long()], [no_masses]
     for chosen in query_batches(table, window):
-        batch = make_query_batch(eval_windows(shards, table[chosen], window), model.device)
+        batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
         queries = model.contextualize(batch, vectors(batch.items_U))
+        gate_X1T = iter(queries.log_gate_TX1.exp().T)
         h.append(queries.h_TD)
-        gates.append(queries.log_gate_TX1[:, 0])
-        masses.append(_sparse_mass(batch, queries, num_catalogue))
+        gates.append(next(gate_X1T))
+        if queries.pointer_TL is not None:
+            pointed.append(_pointer_mass(batch, queries.pointer_TL * next(gate_X1T)[:, None], num_catalogue))
+        if batch.counted_TM is not None and queries.counted_TM is not None:
+            counted_items.append(batch.counted_TM)
+            counted_masses.append(queries.counted_TM * next(gate_X1T)[:, None])
         lengths.append(len(queries.h_TD))
         rows += len(batch.item_RL)
-    none = torch.zeros(0, device=model.device)
-    log_gate_Q, sparse = torch.cat([none, *gates]), SparseMass.join(masses, lengths, model.device)
-    # What fell on items outside the catalogue is left out of the distribution.
-    log_total_Q = (log_gate_Q.exp() + sparse.totals(len(log_gate_Q))).log()
-    return Answers(
-        torch.cat([none.new_zeros(0, model.shape.d_item), *h]),
-        log_gate_Q - log_total_Q,
-        dataclasses.replace(sparse, mass_P=sparse.mass_P * (-log_total_Q[sparse.query_P]).exp()),
-        model.scale,
-        rows,
-        model.shape.pointer_width > 0,
-    )
+    gate_Q, pointer = torch.cat(gates), SparseMass.join(pointed, lengths, model.device)
+    total_Q = gate_Q + pointer.totals(len(gate_Q))
+    components: list[Component] = []
+    if model.neighbours is not None:
+        mass_QM = torch.cat(counted_masses)
+        # What fell on items outside the catalogue is left out of the distribution; neighbours lie inside.
+        total_Q = total_Q + mass_QM.sum(1)
+        components.append(NeighbourMass(model.neighbours, torch.cat(counted_items), mass_QM / total_Q[:, None]))
+    if model.shape.pointer_width:
+        components.append(dataclasses.replace(pointer, mass_P=pointer.mass_P / total_Q[pointer.query_P]))
+    return Answers(torch.cat(h), (gate_Q / total_Q).log(), components, model.scale, rows)
 
 
 def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
@@ -102,13 +109,9 @@ def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
         start = stop
 
 
-def _sparse_mass(batch: ModelBatch, queries: Queries, num_catalogue: int) -> SparseMass:
+def _pointer_mass(batch: ModelBatch, mass_TL: Tensor, num_catalogue: int) -> SparseMass:
     """What the pointer gives to the items of each query's context."""
-    if queries.pointer_TL is None:
-        none = torch.zeros(0, dtype=torch.int64, device=queries.h_TD.device)
-        return SparseMass(none, none, none.float())
     row_T = batch.target_position_T // batch.item_RL.shape[1]
     item_TL = batch.items_U[batch.item_RL.index_select(0, row_T)]
-    mass_TL = queries.pointer_TL * queries.log_gate_TX1[:, 1:].exp()
     query_TL = torch.arange(len(row_T), device=row_T.device)[:, None].expand_as(item_TL)
     return SparseMass.of(query_TL.flatten(), item_TL.flatten(), mass_TL.flatten(), num_catalogue)

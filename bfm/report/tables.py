@@ -122,14 +122,13 @@ def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """An evaluation, with its memory and the floors on the same queries: a line per metric, for a terminal.
+    """An evaluation, with the floors on the same queries: a line per metric, for a terminal.
 
     The strongest floor at each metric is named, and in a sentence where the model is below it.
     """
     row = {"metrics": evaluation["metrics"], "errors": evaluation["errors"]}
-    memory, baselines = evaluation.get("memory"), evaluation["baselines"]
-    beside = {f"with memory, {memory['share']:.0%}": memory["metrics"]} if memory else {}
-    beside.update({shown_name(name): values for name, values in baselines.items()})
+    baselines = evaluation["baselines"]
+    beside = {shown_name(name): values for name, values in baselines.items()}
     lines = [
         [
             metric,

@@ -36,6 +36,8 @@ class TrainConfig:
     """B: negative groups per optimizer step, over all workers."""
     copy: str = "pointer"
     """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone."""
+    counts: str = "none"
+    """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
     window: int = 256
     """L: events per training window."""
     group_windows: int = 4
@@ -139,6 +141,7 @@ class TrainConfig:
             self.depth,
             self.embedder_depth,
             self.copy == "pointer",
+            self.counts == "neighbours",
         )
 
 
@@ -151,6 +154,7 @@ def _shape(
     depth: int | None,
     embedder_depth: int | None,
     pointer: bool,
+    neighbours: bool,
 ) -> Shape:
     # Imported late: the border code that only checks configurations need not load the model room.
     from bfm.model.sizing import size_model
@@ -163,6 +167,7 @@ def _shape(
         depth=depth,
         embedder_depth=embedder_depth,
         pointer=pointer,
+        neighbours=neighbours,
     )
 
 
@@ -220,6 +225,7 @@ _CHECKS: dict[str, Check] = {
     "learning_rate": _number(0, 10),
     "groups_per_step": _count(1, 1 << 20),
     "copy": _choice("pointer", "none"),
+    "counts": _choice("neighbours", "none"),
     "window": _count(2, 1 << 16),
     "group_windows": _count(1, 1 << 20),
     "d_item": _count(2, 1 << 14),

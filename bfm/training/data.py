@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.events.statistics import inclusion_elsewhere
@@ -19,6 +20,7 @@ from bfm.events.windows import WindowOrder
 from bfm.files import canonical_json, sha256_bytes
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.ranking.baselines import best_neighbours
 from bfm.training.config import TrainConfig
 
 _KEPT: weakref.WeakKeyDictionary[Shards, TrainingData] = weakref.WeakKeyDictionary()
@@ -48,6 +50,14 @@ class TrainingData:
         """The shard set's evaluation protocol."""
         return Protocol.load(self.shards)
 
+    def neighbours(self, config: TrainConfig) -> Neighbours | None:
+        """The table of counted neighbours, where the configuration's model mixes one in."""
+        return self._counted if config.counts == "neighbours" else None
+
+    @cached_property
+    def _counted(self) -> Neighbours:
+        return best_neighbours(self.shards, self.protocol)
+
     @cached_property
     def fields_hash(self) -> str:
         """Identity of what the embedder reads beside its weights: fitted item fields and their encoded values."""
@@ -65,7 +75,7 @@ class TrainingData:
 
     def order(self, config: TrainConfig, seed: int) -> WindowOrder:
         """The endless order of groups of a run."""
-        return WindowOrder(self.shards, config.window, config.group_windows, seed)
+        return WindowOrder(self.shards, config.window, config.group_windows, seed, self.neighbours(config))
 
     def cost(self, config: TrainConfig) -> ModelCost:
         """FLOPs of the configuration's model."""
@@ -82,4 +92,5 @@ class TrainingData:
             seed,
             config.dropout,
             config.initial_scale,
+            self.neighbours(config),
         )

@@ -21,13 +21,11 @@ from bfm.events.staging import publish, staging
 from bfm.files import Store, parent_store, write_atomic
 from bfm.model.flops import FLOPS_VERSION
 from bfm.objective.catalogue import DTYPES, FrozenCatalogue
-from bfm.ranking.exported import CATALOGUE, MEMORY, README, WEIGHTS, seal
-from bfm.ranking.memory import parse_share
+from bfm.ranking.exported import CATALOGUE, NEIGHBOURS, README, WEIGHTS, seal
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.rung import load_model
-from bfm.training.single import memory_of
 
 _README = """\
 # {name}: an exported model
@@ -41,18 +39,16 @@ Top {few} items for every user of a log that has the columns of the training log
 | export.json | shape, window, schema, fitted fields, versions; sha256 of the other files |
 | weights.safetensors | all weights, float32 |
 | catalogue.safetensors | vectors of all {items:,} items, {dtype}; the first {catalogue:,} are the catalogue |
-{memory}| items.parquet | row i = item i: its key (key_*) and its encoded fields (encoded_*) |
+{neighbours}| items.parquet | row i = item i: its key (key_*) and its encoded fields (encoded_*) |
 | vocabulary/ | values behind the ids of fields |
 
 {params:,} weights beside the tables, trained over {events:,} events; bfm {version}.
 """
 
-_MEMORY_LINE = "| memory.safetensors | items that stood near each other in the training histories |\n"
+_NEIGHBOURS_LINE = "| neighbours.npz | items that stood near each other in the training histories |\n"
 
 
-def export_checkpoint(
-    checkpoint: str, shards: str, out: Path, catalogue_dtype: str = "float32", memory: str | None = None
-) -> dict[str, Any]:
+def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: str = "float32") -> dict[str, Any]:
     """Write an export.
 
     Args:
@@ -60,20 +56,16 @@ def export_checkpoint(
         shards: the shard set it was trained on.
         out: a new or empty folder.
         catalogue_dtype: float32 ranks exactly as evaluation does; bfloat16 takes half the room.
-        memory: a share (or auto) of a memory of the training events, which the export then ranks with; one
-            of share 0 is left out.
 
     Returns:
         Facts for a summary.
 
     Raises:
-        UserError: the checkpoint is absent or of other shards, `out` is taken, the type is unknown, or the
-            share is wrong.
+        UserError: the checkpoint is absent or of other shards, `out` is taken, or the type is unknown.
         CorruptError: checkpoint or shards are damaged.
     """
     if catalogue_dtype not in DTYPES:
         raise UserError(f"no type {catalogue_dtype!r}", key="--catalogue-dtype", fix=f"use {' or '.join(DTYPES)}")
-    share = parse_share(memory) if memory is not None else None
     out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError("exists already", file=str(out), fix="choose another folder")
@@ -83,17 +75,12 @@ def export_checkpoint(
     config, fields_hash = TrainConfig.from_dict(meta["config"]), TrainingData.of(opened).fields_hash
     encoding = Encoding.of(opened)
     catalogue = FrozenCatalogue.embed(model, fields_hash, DTYPES[catalogue_dtype])
-    protocol, remembered = Protocol.load(opened), None
-    if memory is not None:
-        chosen = memory_of(model, opened, protocol, config.window, share)
-        remembered = chosen if chosen.share else None
     facts = {
         "name": opened.manifest.name,
         "shape": dataclasses.asdict(config.shape()),
         "window": config.window,
         "table_width": config.table_width,
-        "filter_seen": protocol.filter_seen,
-        "memory": remembered.facts() if remembered else None,
+        "filter_seen": Protocol.load(opened).filter_seen,
         "fields_hash": fields_hash,
         "encoding": {},
         "code_version": bfm.__version__,
@@ -110,7 +97,7 @@ def export_checkpoint(
         "dtype": catalogue_dtype,
         "params": config.shape().params,
         "events": meta["counters"]["events"],
-        "memory": _MEMORY_LINE if remembered else "",
+        "neighbours": _NEIGHBOURS_LINE if model.neighbours else "",
         "version": bfm.__version__,
     }
     with staging(out) as scratch:
@@ -120,11 +107,10 @@ def export_checkpoint(
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, made / WEIGHTS)
         catalogue.save(Store(made), CATALOGUE)
-        if remembered:
-            safetensors.torch.save_file(remembered.tensors(), made / MEMORY)
+        if model.neighbours:
+            write_atomic(made / NEIGHBOURS, model.neighbours.to_bytes())
         write_atomic(made / README, _README.format(**words).encode())
         seal(made, facts)
         publish(made, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    facts_shown = {"export": str(out), "bytes": size, "memory": facts["memory"]}
-    return {**facts_shown, **{key: words[key] for key in ("params", "items", "catalogue", "dtype")}}
+    return {"export": str(out), "bytes": size, **{key: words[key] for key in ("params", "items", "catalogue", "dtype")}}

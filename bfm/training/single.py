@@ -14,11 +14,9 @@ from bfm.errors import UserError
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
-from bfm.model.two_part import TwoPartModel
 from bfm.objective.methods import check_method
-from bfm.ranking.baselines import baseline_metrics, best_neighbours
-from bfm.ranking.evaluate import encode, evaluate_encoded
-from bfm.ranking.memory import Memory, choose_share, parse_share
+from bfm.ranking.baselines import baseline_metrics
+from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import summarise
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
@@ -75,19 +73,16 @@ def evaluate_checkpoint(
     part: str,
     queries: int | None,
     sampled_negatives: int | None = None,
-    memory: str | None = None,
     k: Sequence[int] = (10,),
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on a part of the protocol, the floors on the same queries, and what was measured.
 
     `sampled_negatives` adds metrics against so many drawn items, named sampledN.*, which the floors do not have.
-    `memory` (a share, or auto) adds those of the model interpolated with a memory. `k`: lengths of lists.
-    Raises UserError for a part that the protocol does not have, a checkpoint of other shards, a wrong share, or lists
-    longer than the catalogue.
+    `k`: lengths of lists. Raises UserError for a part that the protocol does not have, a checkpoint of other shards, or
+    lists longer than the catalogue.
     """
     if part not in PARTS:
         raise UserError(f"no part {part!r}", key="--part", fix=f"one of {', '.join(PARTS)}")
-    share = parse_share(memory) if memory is not None else None
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
     if max(k) > opened.num_catalogue:
@@ -96,27 +91,11 @@ def evaluate_checkpoint(
     store, name = parent_store(checkpoint)
     model = load_model(store, name, opened)
     window = TrainConfig.from_dict(read_meta(store, name)["config"]).window
-    encoded = encode(model, opened, protocol, part, window, queries)
-    scores = evaluate_encoded(model, encoded, k, sampled_negatives=sampled_negatives, seed=opened.seed)
+    scores = evaluate(
+        model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=opened.seed
+    )
     evaluation = summarise(scores)
-    found = _beside_floors(opened, part, queries, k, evaluation.metrics, evaluation.errors)
-    if memory is not None:
-        remembered = memory_of(model, opened, protocol, window, share)
-        interpolated = summarise(encoded.ranked(remembered.beside(encoded.scorer, opened, encoded.table), k))
-        found["memory"] = {
-            **remembered.facts(),
-            "metrics": interpolated.metrics,
-            "errors": interpolated.errors,
-        }
-    return found
-
-
-def memory_of(model: TwoPartModel, shards: Shards, protocol: Protocol, window: int, share: float | None) -> Memory:
-    """A memory of the training events beside a model; without a share, the best on the validation part."""
-    neighbours = best_neighbours(shards, protocol)
-    if share is None:
-        share = choose_share(encode(model, shards, protocol, "validation", window), shards, neighbours)
-    return Memory(neighbours, share)
+    return _beside_floors(opened, part, queries, k, evaluation.metrics, evaluation.errors)
 
 
 def row_evaluation(row: Mapping[str, Any], shards: str, queries: int | None) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from bfm.events.counting import BROAD, COUNTINGS, count_neighbours
 from bfm.events.derived import derived_path
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
 from bfm.ranking.baselines import baseline_metrics, best_neighbours, popularity_scores
-from bfm.ranking.neighbours import BROAD, COUNTINGS, count_neighbours
 from tests.helpers import make_shards
 
 
@@ -57,8 +57,8 @@ def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_sh
     assert len({metrics["ndcg@10"] for metrics in worth.values()}) == len(COUNTINGS)
     for _ in range(2):  # chosen, and read from the cache
         assert best_neighbours(toy_shards, protocol).counting == best
-    assert list(derived_path(toy_shards, "x").parent.glob("counting-*"))
-    assert counted[1].weight.tolist() == count_neighbours(toy_shards, COUNTINGS[1:])[0].weight.tolist()
+    assert list(derived_path(toy_shards, "x").parent.glob("neighbours-*"))
+    assert counted[1].weight_P.tolist() == count_neighbours(toy_shards, COUNTINGS[1:])[0].weight_P.tolist()
     nobody = Protocol(protocol.info, {**protocol.tables, "validation": validation[:0]})
     assert best_neighbours(toy_shards, nobody).counting == BROAD
 

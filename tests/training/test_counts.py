@@ -1,0 +1,148 @@
+"""Counted neighbours as a component that is trained with the network: its loss, its resume, and that nothing leaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bfm.events.neighbours import Neighbours
+from bfm.events.shards import Shards
+from bfm.files import Store
+from bfm.model.batch import make_batch
+from bfm.objective.frozen import freeze_items
+from bfm.objective.objectives import DrawnObjective
+from bfm.ranking.evaluate import evaluate, summarise
+from bfm.training.checkpoint import load_checkpoint
+from bfm.training.config import TrainConfig
+from bfm.training.data import TrainingData
+from tests.events.serial import prepare_serially
+from tests.training.common import STAGE_1, STAGE_2, assert_equal_states, losses, train
+
+COUNTS = dataclasses.replace(STAGE_1, counts="neighbours")
+RANDOM = """\
+name: random
+user: user
+position: position
+item: item
+split: {by: leave_one_out}
+"""
+
+
+def noisy(model):
+    """With noise on all weights: some begin at zero, and what they multiply would go untested."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for values in model.parameters():
+            values += 0.2 * torch.randn(values.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("copy", ["pointer", "none"])
+def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
+    """All items are drawn, so that the softmax is that of the catalogue."""
+    config, data = dataclasses.replace(COUNTS, copy=copy), TrainingData.of(toy_shards)
+    model, num_items = noisy(data.build_model(config, 0)), toy_shards.num_catalogue
+    windows = data.order(config, 0).group(2)
+    batch = make_batch([windows])
+    v_ID, scale = model.embed_all(), model.scale.item()
+    with torch.no_grad():
+        queries = model.contextualize(batch, v_ID[batch.items_U])
+    expected = []
+    for row, place in enumerate(batch.target_position_T.tolist()):
+        r, column = divmod(place, config.window)
+        target, gates = int(windows.target_RL[r, column]), queries.log_gate_TX1[row].exp().tolist()
+        softmax = torch.softmax(scale * queries.h_TD[row] @ v_ID[:num_items].T, 0)
+        p = gates[0] * softmax[target].item()
+        own = [at for at in range(column + 1) if windows.segment_RL[r, at] == windows.segment_RL[r, column]]
+        if copy == "pointer":
+            p += gates[1] * sum(queries.pointer_TL[row, at].item() for at in own if windows.item_RL[r, at] == target)
+        share_M, item_M = windows.counted.share_RLM[r, column], windows.counted.item_RLM[r, column]
+        assert [windows.item_RL[r, column - age] for age in np.flatnonzero(item_M >= 0)] == list(item_M[item_M >= 0])
+        if not (item_M >= 0).any():
+            assert gates[-1] == 0.0
+        else:
+            assert queries.counted_TM[row].sum().item() == pytest.approx(1.0, rel=1e-5)
+            assert (queries.counted_TM[row].numpy()[item_M < 0] == 0).all()
+            p += gates[-1] * float((queries.counted_TM[row].numpy() * share_M).sum())
+        expected.append(-math.log(p))
+    ones = np.ones(num_items, np.int64)
+    items = freeze_items(model, torch.float32, "auto", 0, 1, False)
+    objective = DrawnObjective(items, ones, num_items, 0.0, False, torch.zeros(num_items), 0)
+    assert objective(model, batch).item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_every_weight_of_the_component_learns(toy_shards):
+    trainer, _ = train(COUNTS, toy_shards, 2e7)
+    fresh = TrainingData.of(toy_shards).build_model(COUNTS, 3).state_dict()
+    learned = [name for name in fresh if ".neighbours." in name]
+    assert len(learned) == 4
+    weights = trainer.engine.export_state().weight
+    for name in learned:
+        assert not torch.equal(weights[name], fresh[name]), name
+    shape, without = COUNTS.shape(), dataclasses.replace(COUNTS, counts="none").shape()
+    assert shape.edge_params / shape.width == without.edge_params / without.width + 2
+
+
+def test_micro_batches_change_nothing(toy_shards):
+    four, one = (train(COUNTS, toy_shards, 2e7, micro_groups=micro)[1] for micro in (4, 1))
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_run_goes_on_where_it_was_and_enters_stage_2(toy_shards, tmp_path):
+    config = dataclasses.replace(STAGE_2, counts="neighbours")
+    whole, _ = train(config, toy_shards, 5e7)
+    part, _ = train(config, toy_shards, 4e7)
+    part.save(Store(tmp_path), "half")
+    again, _ = train(config, toy_shards, 5e7, start=load_checkpoint(Store(tmp_path), "half"))
+    assert again.counters.stage == 2
+    assert_equal_states(whole.engine.export_state(), again.engine.export_state())
+
+
+# ---------------------------------------------------------------- leaks
+
+
+@pytest.fixture(scope="module")
+def random_shards(tmp_path_factory):
+    """Independent uniform draws: nothing in a history says anything of the next item, and most pairs are seen once."""
+    folder, rng = tmp_path_factory.mktemp("random"), np.random.default_rng(0)
+    user, position = np.divmod(np.arange(150 * 60), 60)
+    frame = pd.DataFrame({"user": user, "position": position, "item": rng.integers(0, 300, len(user))})
+    frame.to_parquet(folder / "log.parquet")
+    (folder / "random.yaml").write_text(RANDOM)
+    prepare_serially(folder / "random.yaml", [folder / "log.parquet"], folder / "shards")
+    return Shards.open(folder / "shards")
+
+
+def learned(shards, counts):
+    """Validation nll after some epochs, and the mean gate of the neighbours."""
+    config = TrainConfig(
+        params=2000, learning_rate=1e-2, window=30, group_windows=8, d_item=8, copy="none", counts=counts
+    )
+    trainer, _ = train(config, shards, 1.2e9)
+    model = trainer.plain_model(trainer.engine.export_state())
+    data = TrainingData.of(shards)
+    nll = summarise(evaluate(model, shards, data.protocol, "validation", config.window)).metrics["nll"]
+    batch = make_batch([data.order(config, 0).group(0)])
+    with torch.no_grad():
+        gates = model.contextualize(batch, model.embed_items(batch.items_U)).log_gate_TX1.exp()
+    return nll, gates[:, -1].mean().item()
+
+
+def test_counting_leaves_the_targets_own_event_out(random_shards, monkeypatch):
+    alone, _ = learned(random_shards, "none")
+    nll, gate = learned(random_shards, "neighbours")
+
+    def leaking(table, target_T, last_TM, around_TJ, counted_T):
+        return table.known(last_TM), table.shares(last_TM, target_T[:, None])
+
+    monkeypatch.setattr(Neighbours, "left_out", leaking)
+    leaking_nll, leaking_gate = learned(random_shards, "neighbours")
+    assert gate < 0.1
+    assert nll < alone + 0.02
+    assert leaking_gate > 0.5
+    assert leaking_nll > alone + 0.1
