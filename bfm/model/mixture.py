@@ -41,7 +41,7 @@ class Queries:
     """log g, float32: the softmax first, then the sparse components (X = 0: all zero)."""
     pointer_TL: Tensor | None
     """Probabilities of the positions of the row's window, float32; None without a pointer."""
-    counted_TM: Tensor | None
+    counted_TM: Tensor | None = None
     """Probabilities of the row's last events that have neighbours, float32; None without neighbours."""
 
 

@@ -43,14 +43,14 @@ class Shape:
     """SwiGLU width of the contextualizer's blocks."""
     pointer_width: int = 0
     """Width of the pointer's queries and keys; 0: no pointer."""
-    counted_events: int = 0
-    """Last events whose counted neighbours are mixed in; 0: none."""
     embedder_kind: EmbedderKind = "none"
     embedder_width: int = 0
     embedder_depth: int = 0
     embedder_heads: int = 0
     embedder_hidden: int = 0
     """Hidden width of the MLP, or SwiGLU width of the embedder's blocks."""
+    counted_events: int = 0
+    """Last events whose counted neighbours are mixed in; 0: none."""
 
     @property
     def embedder_params(self) -> int:
