@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bfm.events.neighbours import NEIGHBOURS, REACH, Counting, Neighbours
 from bfm.events.protocol import Ragged
-from bfm.events.shards import Shards
+from bfm.events.shards import Shards, training_events
 
 BROAD = Counting("broad", lag_decay=1.0, age_decay=0.9, damping=0.3, backward=0.5)
 """Baskets and long tastes: what stands somewhere near."""
@@ -98,7 +98,8 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     Each pair of events comes both ways round.
     """
     yield np.zeros(0, np.int64)
-    for user_E, item_E in _training_events(shards):
+    for user_E, _, located in training_events(shards, counted_users(shards), _CHUNK_EVENTS):
+        item_E = shards.take_item(located).astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]
             early, late = item_E[:-lag][together], item_E[lag:][together]
@@ -106,16 +107,3 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
                 wanted = (first >= low) & (first < high)
                 pair = first[wanted] * shards.num_catalogue + second[wanted]
                 yield (pair * 2 + backward) * REACH + lag - 1
-
-
-def _training_events(shards: Shards) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """User and item of training events, whole users at a time, about a million events per chunk."""
-    stops_U, low, users = shards.train_stops, 0, counted_users(shards)
-    while low < users:
-        before = stops_U[low - 1] if low else 0
-        high = min(users, max(low + 1, int(np.searchsorted(stops_U, before + _CHUNK_EVENTS, side="right"))))
-        length_U = shards.train_lengths[low:high]
-        user_E = np.repeat(np.arange(low, high), length_U)
-        inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-        yield user_E, shards.take_item(shards.locate(shards.user_starts[user_E] + inside_E)).astype(np.int64)
-        low = high

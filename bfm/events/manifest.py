@@ -60,6 +60,10 @@ class Manifest:
     """Relative name -> {"sha256", "bytes"}."""
     schema_version: int = SCHEMA_VERSION
 
+    def windows_per_epoch(self, window: int) -> int:
+        """W: windows of so many events that hold every training event once."""
+        return -(-self.train_events // window)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}

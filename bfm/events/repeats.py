@@ -8,14 +8,13 @@ U = users, E = training events, B = distinct (user, timestamp, item).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from bfm.events.shards import Shards, user_chunks
+from bfm.events.shards import Located, Shards, training_events
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
@@ -38,17 +37,13 @@ class Repeats:
 def training_repeats(shards: Shards) -> Repeats:
     """Count over all users, in chunks of about a million training events."""
     found = np.zeros(2, np.int64)
-    for low, high in itertools.pairwise(user_chunks(shards.train_lengths, _CHUNK_EVENTS)):
-        found += _count(shards, low, high)
+    for user_E, inside_E, located in training_events(shards, shards.num_users, _CHUNK_EVENTS):
+        found += _count(shards, user_E, inside_E, located)
     return Repeats(*found.tolist())
 
 
-def _count(shards: Shards, low: int, high: int) -> tuple[int, int]:
-    """Targets and seen targets of users low..high-1."""
-    length_U = shards.train_lengths[low:high]
-    user_E = np.repeat(np.arange(low, high), length_U)
-    inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-    located = shards.locate(shards.user_starts[user_E] + inside_E)
+def _count(shards: Shards, user_E: np.ndarray, inside_E: np.ndarray, located: Located) -> tuple[int, int]:
+    """Targets and seen targets of whole users."""
     item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
     moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (inside_E == 0))
     moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items

@@ -18,7 +18,8 @@ already (for the protocol and the checks), then `finish(path, manifest)` hashes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -303,6 +304,18 @@ class Shards:
     def take_context(self, name: str, located: Located) -> np.ndarray:
         """A context field [N] or [N, M] of the located events."""
         return _take(self._context[name], located)
+
+
+def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
+    """The first so many users' training events, whole users at a time, about `target` events per chunk.
+
+    Yields user [E], place in the user's history [E], and the events located.
+    """
+    for low, high in itertools.pairwise(user_chunks(shards.train_lengths[:users], target)):
+        length_U = shards.train_lengths[low:high]
+        user_E = np.repeat(np.arange(low, high), length_U)
+        inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
+        yield user_E, inside_E, shards.locate(shards.user_starts[user_E] + inside_E)
 
 
 def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:

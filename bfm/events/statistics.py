@@ -54,7 +54,7 @@ def inclusion_elsewhere(shards: Shards, window: int, group_windows: int) -> np.n
     For a row whose own window does not hold it; floored at what one window gives, so that it is positive. 0 at G = 1.
     """
     count_V = np.maximum(target_windows(shards, window), 1)
-    others = -(-shards.manifest.train_events // window) - 1
+    others = shards.manifest.windows_per_epoch(window) - 1
     distinct, place_V = np.unique(count_V, return_inverse=True)
     return -np.expm1(_log_absent(distinct, others, min(group_windows - 1, others)))[place_V]
 
@@ -65,7 +65,7 @@ def target_windows(shards: Shards, window: int) -> np.ndarray:
     cached = load_derived(shards, name)
     if cached is not None and len(cached) == 8 * shards.num_catalogue:
         return np.frombuffer(cached, "<i8").astype(np.int64)
-    num_windows = -(-shards.manifest.train_events // window)
+    num_windows = shards.manifest.windows_per_epoch(window)
     count_V = _windows_with(shards, window, np.arange(num_windows))["targets"][: shards.num_catalogue]
     save_derived(shards, name, count_V.astype("<i8").tobytes())
     return count_V
@@ -92,13 +92,13 @@ def fit_distinct_curve(shards: Shards) -> dict[str, Any]:
 def expected_distinct(manifest: Manifest, window: int, group_windows: int) -> DistinctStats:
     """Evaluate the manifest's grid at (L, G); groups beyond the largest knot hold what that one does."""
     items, targets = (_interpolate(manifest.distinct_curve, kind, window, group_windows) for kind in _KINDS)
-    rows = group_windows * manifest.train_targets / -(-manifest.train_events // window)
+    rows = group_windows * manifest.train_targets / manifest.windows_per_epoch(window)
     return DistinctStats(items, targets, rows, float(manifest.distinct_curve["max_relative_error"]))
 
 
 def _knots(shards: Shards, window: int) -> dict[str, list[float]]:
     """Knots of G (powers of two, and the whole sample) and the mean distinct counts there."""
-    num_windows = -(-shards.manifest.train_events // window)
+    num_windows = shards.manifest.windows_per_epoch(window)
     sampled = min(num_windows, max(1, _SAMPLE_POSITIONS // window))
     spaced = np.arange(sampled) * num_windows // sampled
     groups = sorted({*(2**power for power in range(sampled.bit_length())), sampled})

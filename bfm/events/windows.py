@@ -104,7 +104,7 @@ class WindowOrder:
     @property
     def windows_per_epoch(self) -> int:
         """W: windows that hold every training event once."""
-        return -(-self.shards.manifest.train_events // self.window)
+        return self.shards.manifest.windows_per_epoch(self.window)
 
     @property
     def targets_per_epoch(self) -> int:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,9 +28,8 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
 from bfm.objective.softmax import sampled_softmax
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
-from bfm.ranking.mixture import MixtureScores
 from bfm.ranking.queries import Answers, answer
-from bfm.ranking.ranks import DotScores, ScoreBlock, rank_targets
+from bfm.ranking.ranks import rank_targets
 from bfm.ranking.sampled import sampled_metrics
 
 __all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
@@ -51,99 +48,43 @@ def evaluate(
     queries: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    device: torch.device | str = "cpu",
     candidates: Candidates | None = None,
     sampled_negatives: int | None = None,
     seed: int = 0,
 ) -> QueryScores:
-    """Metrics of this worker's share of a part's queries; the model's mode is left alone.
+    """Metrics of this worker's share of a part's queries, on the model's device; its mode is left alone.
 
     `queries` takes the first so many of the protocol's table (headline queries stand first), None all. Worker `rank`
-    of `world_size` takes every world_size-th. `candidates` adds loss_sampled. `device` is where the model is.
+    of `world_size` takes every world_size-th. `candidates` adds loss_sampled.
     `sampled_negatives` adds ranks among so many items drawn by `seed`, under names such as sampled100.recall@10.
     Raises UserError for an unknown part or a part without queries, DivergedError for scores that are not finite.
     """
-    encoded = _encode(model, shards, protocol, part, window, queries, rank, world_size, device)
-    return _evaluate_encoded(model, encoded, k, candidates, sampled_negatives, seed)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Queries as a model sees them, ready to be ranked."""
-
-    rows: NDArray[np.int64]
-    """Place of each query in the part."""
-    table: QueryTable
-    answers: Answers
-    catalogue_VD: Tensor
-    targets: Ragged
-    seen: Ragged | None
-    eval_flops: int
-
-    @cached_property
-    def scorer(self) -> DotScores | MixtureScores:
-        """The model's scores of the catalogue."""
-        return self.answers.scores(self.catalogue_VD)
-
-    def ranked(self, scorer: ScoreBlock, k: Sequence[int] = (10,)) -> QueryScores:
-        """Every query's metrics by any scores of the catalogue."""
-        table, num_items = self.table, len(self.catalogue_VD)
-        ranked = rank_targets(scorer, self.targets, num_items, max(k), self.seen)
-        return score_queries(
-            ranked, self.targets, num_items, k, query_Q=self.rows, user_Q=table.user, basket_Q=table.basket
-        )
-
-
-@torch.no_grad()
-def _encode(
-    model: TwoPartModel,
-    shards: Shards,
-    protocol: Protocol,
-    part: str,
-    window: int,
-    queries: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
-) -> _Encoded:
-    """This worker's queries and all items through the model; arguments and errors as in `evaluate`."""
     table = protocol.queries(part)[:queries]
     if len(table) == 0:
         raise UserError(f"the {part} part has no query", file=str(shards.path), fix="use a later or longer log")
     rows = np.arange(rank, len(table), world_size)
-    table = table[rows]
-    item_vectors_ID = model.embed_all()
-    answers = answer(model, item_vectors_ID.__getitem__, shards, table, window, shards.num_catalogue)
-    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
-    flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), shards.num_catalogue)
-    seen = None
+    table, num_items = table[rows], shards.num_catalogue
+    targets, seen = query_targets(shards, table), None
     if table.filter_seen:
         seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
-    catalogue_VD = item_vectors_ID[: shards.num_catalogue]
-    return _Encoded(rows, table, answers, catalogue_VD, query_targets(shards, table), seen, flops)
-
-
-@torch.no_grad()
-def _evaluate_encoded(
-    model: TwoPartModel,
-    encoded: _Encoded,
-    k: Sequence[int] = (10,),
-    candidates: Candidates | None = None,
-    sampled_negatives: int | None = None,
-    seed: int = 0,
-) -> QueryScores:
-    """`evaluate` of queries that are encoded already."""
-    targets, num_items, width = encoded.targets, len(encoded.catalogue_VD), encoded.catalogue_VD.shape[1]
-    scores, flops = encoded.ranked(encoded.scorer, k), encoded.eval_flops
+    vectors_ID = model.embed_all()
+    answers = answer(model, vectors_ID.__getitem__, shards, table, window, num_items)
+    catalogue_VD = vectors_ID[:num_items]
+    scorer = answers.scores(catalogue_VD)
+    ranked = rank_targets(scorer, targets, num_items, max(k), seen)
+    scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
+    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
+    flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), num_items)
+    pair_flops = 2 * model.shape.d_item
     if candidates is not None:
-        scores.values["loss_sampled"], rows_T = _sampled_loss(model, encoded, candidates)
-        flops += 2 * rows_T * len(candidates.ids_K) * width
+        loss_Q, rows_T = _sampled_loss(answers, catalogue_VD, targets, table, candidates)
+        scores.values["loss_sampled"] = loss_Q
+        flops += pair_flops * rows_T * len(candidates.ids_K)
         scores = dataclasses.replace(scores, loss_sampled_negatives=len(candidates.ids_K))
     if sampled_negatives is not None:
-        pairs, seen = encoded.scorer.pairs, encoded.seen
-        metrics = sampled_metrics(pairs, num_items, targets, seen, encoded.rows, k, sampled_negatives, seed)
+        metrics = sampled_metrics(scorer.pairs, num_items, targets, seen, rows, k, sampled_negatives, seed)
         scores.values.update(metrics)
-        flops += 2 * int((targets.ids < num_items).sum()) * (1 + sampled_negatives) * width
+        flops += pair_flops * int((targets.ids < num_items).sum()) * (1 + sampled_negatives)
     return dataclasses.replace(scores, eval_flops=flops)
 
 
@@ -153,12 +94,13 @@ def _table_width(model: TwoPartModel) -> int:
     return tables[0].shape[1] if tables else 1
 
 
-def _sampled_loss(model: TwoPartModel, encoded: _Encoded, candidates: Candidates) -> tuple[NDArray[np.float64], int]:
+def _sampled_loss(
+    answers: Answers, catalogue_VD: Tensor, targets: Ragged, table: QueryTable, candidates: Candidates
+) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
-    targets, answers, catalogue_VD = encoded.targets, encoded.answers, encoded.catalogue_VD
     device = catalogue_VD.device
     query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
-    used_N = (targets.ids < len(catalogue_VD)) & ~encoded.table.basket[query_N]
+    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[query_N]
     place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
     hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
     ids_K = torch.from_numpy(candidates.ids_K).to(device)
@@ -172,6 +114,6 @@ def _sampled_loss(model: TwoPartModel, encoded: _Encoded, candidates: Candidates
             torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
         )
         h_TD = answers.h_QD[query_T]
-        loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, model.scale)
+        loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, answers.scale)
         loss_N[chosen_T] = answers.mixed_loss(loss_T, query_T, item_T).double().cpu().numpy()
     return query_mean(loss_N, targets, used_N), len(rows)

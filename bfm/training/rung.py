@@ -219,7 +219,6 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                device=self.factory.device,
                 candidates=self.trainer.objective.evaluation_candidates(self.data.shards.seed),
             )
         except DivergedError as error:
