@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
-from bfm.objective.methods import CONSTANT_ONLY, shares_catalogue
+from bfm.objective.methods import shares_catalogue
 from bfm.objective.sharded import ShardedCatalogue
 from bfm.objective.softmax import sampled_softmax
 from bfm.objective.tiled import softmax_state
@@ -33,14 +33,7 @@ class FrozenItems(Protocol):
         """Rows of the items, [N, D]."""
 
     def loss(
-        self,
-        h_TD: Tensor,
-        target_T: Tensor,
-        ids_K: Tensor,
-        log_pi_GK: Tensor,
-        hit_T: Tensor,
-        scale: Tensor,
-        window_T: Tensor | None = None,
+        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
     ) -> Tensor:
         """loss_T as of sampled_softmax, target_T and ids_K being item ids; differentiable in h and scale."""
 
@@ -63,21 +56,11 @@ class WholeItems:
         return self.vectors_ID[ids_N]
 
     def loss(
-        self,
-        h_TD: Tensor,
-        target_T: Tensor,
-        ids_K: Tensor,
-        log_pi_GK: Tensor,
-        hit_T: Tensor,
-        scale: Tensor,
-        window_T: Tensor | None = None,
+        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
     ) -> Tensor:
         """loss_T of the rows."""
         positive_TD = self.vectors_ID[target_T]
-        method = "auto" if window_T is not None and self.method in CONSTANT_ONLY else self.method
-        return sampled_softmax(
-            h_TD, positive_TD, self.vectors_ID, ids_K, log_pi_GK, hit_T, scale, window_T=window_T, method=method
-        )
+        return sampled_softmax(h_TD, positive_TD, self.vectors_ID, ids_K, log_pi_K, hit_T, scale, method=self.method)
 
 
 class DealtItems:
@@ -108,33 +91,20 @@ class DealtItems:
         return self.catalogue.vectors(self._places(ids_N))
 
     def loss(
-        self,
-        h_TD: Tensor,
-        target_T: Tensor,
-        ids_K: Tensor,
-        log_pi_GK: Tensor,
-        hit_T: Tensor,
-        scale: Tensor,
-        window_T: Tensor | None = None,
+        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
     ) -> Tensor:
-        """loss_T of this rank's rows among its own candidates; all rows have one pi."""
-        assert window_T is None, "a shared catalogue takes no candidates from the batch"
+        """loss_T of this rank's rows among its own candidates."""
         q_TD = scale.float() * h_TD.float()
-        return self.catalogue.loss(q_TD, self._places(target_T), self._places(ids_K), log_pi_GK, hit_T)
+        return self.catalogue.loss(q_TD, self._places(target_T), self._places(ids_K), log_pi_K, hit_T)
 
     def _places(self, ids_N: Tensor) -> Tensor:
         """Items as the sharded catalogue numbers them: rank by rank."""
         return self.first_W[ids_N % self.world] + ids_N // self.world
 
 
-def freeze_items(
-    model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int, in_batch: bool
-) -> FrozenItems:
-    """Embed the catalogue with a model outside any engine, on its device; collective where it is dealt out.
-
-    in_batch: the groups' targets are candidates too, whose pi differs by window; then nothing is dealt out.
-    """
+def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int) -> FrozenItems:
+    """Embed the catalogue with a model outside any engine, on its device; collective where it is dealt out."""
     num_items = model.item_store.num_items
-    if not in_batch and shares_catalogue(method, world, 4 * num_items * model.shape.d_item):
+    if shares_catalogue(method, world, 4 * num_items * model.shape.d_item):
         return DealtItems(model.embed_all(first=rank, step=world).to(dtype), num_items, rank, world)
     return WholeItems(model.embed_all().to(dtype), method)

@@ -9,7 +9,7 @@ items drawn for the group, all embedded with it.
 Stage 2 (`DrawnObjective`): item vectors are rows of the frozen catalogue, K negatives are drawn per group.
 
 U = distinct items of the batch's groups, T = target rows, V = catalogue items, I = all items, K = candidates of a
-group.
+group, G = windows of a group or one for all, P = target rows of one of these.
 """
 
 from __future__ import annotations
@@ -148,12 +148,15 @@ class DrawnObjective:
             target_T = batch.target_item_T[rows]
             place_T = torch.searchsorted(ids_K, target_T).clamp(max=len(ids_K) - 1)
             hit_T = torch.where(ids_K[place_T] == target_T, place_T, -1)
-            log_pi_GK, window_T = self.log_pi_V[ids_K], None
+            log_pi_GK, lengths = self.log_pi_V[ids_K][None], [len(target_T)]
             if self.in_batch:
-                window_T = batch.window_T(group)
-                log_pi_GK = own_window_certain(log_pi_GK, window_T, hit_T, batch.windows[group])
-            h_TD = queries.h_TD[rows]
-            losses.append(self.items.loss(h_TD, target_T, ids_K, log_pi_GK, hit_T, model.scale, window_T))
+                # pi differs by window, and every method takes rows of one pi: window by window.
+                window_T, num_windows = batch.window_T(group), batch.windows[group]
+                log_pi_GK = own_window_certain(log_pi_GK[0], window_T, hit_T, num_windows)
+                lengths = torch.bincount(window_T, minlength=num_windows).tolist()
+            parts = (values.split(lengths) for values in (queries.h_TD[rows], target_T, hit_T))
+            for log_pi_K, h_PD, target_P, hit_P in zip(log_pi_GK, *parts, strict=True):
+                losses.append(self.items.loss(h_PD, target_P, ids_K, log_pi_K, hit_P, model.scale))
         return _mean_of_groups(batch, queries, losses)
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:

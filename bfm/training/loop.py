@@ -260,7 +260,6 @@ class Trainer:
                     self.softmax,
                     factory.rank,
                     factory.world_size,
-                    self.config.negatives_in_batch,
                 ),
                 self.data.shards.train_counts,
                 self.config.negatives,

@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
             p += gates[-1] * float((queries.counted_TM[row].numpy() * share_M).sum())
         expected.append(-math.log(p))
     ones = np.ones(num_items, np.int64)
-    items = freeze_items(model, torch.float32, "auto", 0, 1, False)
+    items = freeze_items(model, torch.float32, "auto", 0, 1)
     objective = DrawnObjective(items, ones, num_items, 0.0, False, torch.zeros(num_items), 0)
     assert objective(model, batch).item() == pytest.approx(np.mean(expected), rel=1e-5)
 

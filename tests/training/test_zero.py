@@ -169,7 +169,7 @@ def _check_middle(directory: Path, shards_path: str) -> None:
         store.put("losses", " ".join(map(str, losses(records))).encode())
     # A non-finite loss of one worker ends all of them.
     if factory.rank == 1:
-        trainer.objective = _NotANumber(trainer.objective)
+        trainer._built = trainer.engine, _NotANumber(trainer.objective)
     with pytest.raises(DivergedError):
         trainer.run_trunk(3 * END)
     trainer.close()
