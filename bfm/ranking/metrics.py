@@ -156,7 +156,7 @@ def counted_values(scores: QueryScores, metric: str) -> NDArray[np.float64]:
     """A row's metric query by query, [Q]; NaN where a query does not count in its mean. All NaN: it is no such mean."""
     name = metric.removeprefix(_BASKET)
     value_Q = scores.values.get(name, np.full(len(scores.query_Q), np.nan))
-    return np.where(scores.basket_Q == (name != metric), value_Q, np.nan)
+    return np.where(scores.basket_Q == (name != metric), value_Q.astype(np.float64), np.nan)
 
 
 def clustered_error(value_Q: NDArray[np.float64], user_Q: NDArray[np.int64]) -> float | None:

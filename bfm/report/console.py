@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bfm.laws.frontier import Compare, Row, rung_bests, unpaired
-from bfm.report.tables import gap_text
+from bfm.report.digits import gap_text
 from bfm.training.loop import StepRecord
 from bfm.units import format_count, format_flops, format_seconds
 

@@ -104,7 +104,8 @@ def report_html(
     state = f"{summary['state']} sweep" if summary.get("state") else "sweep"
     head = (
         f'<header><p class="eyebrow">bfm report: {escape(state)}</p><h1>{escape(name)}</h1>'
-        f"{paragraph(sections.lede(rows, summary, baselines), 'lede')}{sections.cards(rows, summary, baselines)}"
+        f"{paragraph(sections.lede(rows, summary, baselines, compare), 'lede')}"
+        f"{sections.cards(rows, summary, baselines, compare)}"
         f"<nav>{_links(parts)}</nav></header>"
     )
     foot = (

@@ -23,17 +23,16 @@ from bfm.laws.frontier import (
     rung_rows,
     unpaired,
 )
+from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.figures import varied_fields
-from bfm.report.floors import Baselines, is_above, shown_name, strongest, sweep_verdict
+from bfm.report.floors import Baselines, against_strongest, shown_name, strongest, sweep_verdict
 from bfm.report.style import power_text
 from bfm.report.tables import (
-    UNPAIRED,
     behind_text,
     change_text,
     failed_rows,
     point_text,
     trials_in_order,
-    value_text,
 )
 from bfm.report.template import Cell, escape, facts, paragraph, table
 from bfm.units import format_count, format_seconds
@@ -78,9 +77,9 @@ _DEFINITIONS = (
 )
 
 
-def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
-    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines)}".strip()
+    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines, compare)}".strip()
 
 
 def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -101,7 +100,7 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
 
 
-def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric in metric_names(rows):
@@ -114,7 +113,7 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines)
             error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
             found.append(
                 f'<div class="card"><div class="name">{escape(metric)}</div><div class="value">{escape(value)}</div>'
-                f'<div class="note">{error}{notes}<br>{_against_baseline(best.value, metric, baselines)}</div></div>'
+                f'<div class="note">{error}{notes}<br>{_beside_floor(best.row, metric, baselines, compare)}</div></div>'
             )
     spent, cap = summary.get("spent_flops"), summary.get("cap_flops")
     if spent:
@@ -286,18 +285,13 @@ def definitions_part() -> str:
     return facts([(word, meaning) for word, meaning in _DEFINITIONS])
 
 
-def _against_baseline(value: float, metric: str, baselines: Baselines) -> str:
-    floor = strongest(baselines, metric)
-    if floor is None:
+def _beside_floor(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
+    found = against_strongest(row, metric, baselines, compare)
+    if found is None:
         return ""
-    name, reference = floor
-    if goal_of(metric) == "minimize" or reference <= 0:
-        amount = f"{value - reference:+.3g} to {reference:.3g}"
-    else:
-        amount = f"{value / reference:.2f}\u00d7 {reference:.3g}"
-    above = is_above(value, reference, metric)
-    side = f"{'above' if above else 'below'} the strongest floor, {escape(name)}"
-    return f'<span class="{"gain" if above else "loss"}">{side}: {amount}</span>'
+    kind = {"above": ' class="gain"', "below": ' class="loss"'}.get(found.side, "")
+    amount = f"{gap_text(found.gap)} to {found.reference:.3g}"
+    return f"<span{kind}>{found.side} the strongest floor, {escape(found.floor)}: {escape(amount)}</span>"
 
 
 def _numeric(value: object, text: Any) -> Cell:

@@ -14,7 +14,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.laws.frontier import FrontierPoint, Gap, frontier, metric_names
 from bfm.ranking.paired import Pairing
-from bfm.report.floors import Baselines, read_floors
+from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
@@ -46,8 +46,8 @@ class SweepView:
 
     @cached_property
     def compare(self) -> Pairing:
-        """Differences of the rows by their scores of the same queries."""
-        return Pairing(self.store)
+        """Differences of the rows, and from the floors, by their scores of the same queries."""
+        return Pairing(self.store, read_floor_scores(self.store))
 
     @cached_property
     def data(self) -> dict[str, Any]:

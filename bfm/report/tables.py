@@ -26,11 +26,11 @@ from bfm.laws.frontier import (
     rung_rows,
     unpaired,
 )
+from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
 _NESTED = ("config", "metrics", "errors", "shape")
-UNPAIRED = "~ unpaired, far too wide: a row holds no scores of its queries"
 _MARKS = (
     ("*", "* reached at a lower rung"),
     ("  change", "change: against the rung below, on the same queries"),
@@ -80,14 +80,14 @@ def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = 
         told = {"change": [change_text(point) for point in here], "within error": [_more_text(point) for point in here]}
         lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
     for name, values in baselines.items():
-        cells = [_plain_value(values.get(metric, math.nan)) for metric in metrics]
+        cells = [value_text(values.get(metric, math.nan)) for metric in metrics]
         lines.append([shown_name(name), "", "", *cells])
     if baselines:
         lines.append(["strongest", "", "", *[_strongest_name(baselines, metric) for metric in metrics]])
     text = ruled(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
     cells = [cell for line in lines for cell in line]
     notes = [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
-    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines)])])
+    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines, compare)])])
 
 
 def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 20) -> str:
@@ -154,7 +154,7 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
         [
             metric,
             value_text(metric_value(row, metric), metric_error(row, metric)),
-            *[_plain_value(values.get(metric, math.nan)) for values in beside.values()],
+            *[value_text(values.get(metric, math.nan)) for values in beside.values()],
             _strongest_name(baselines, metric),
         ]
         for metric in metric_names([row], headline=False)
@@ -162,7 +162,7 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     table = ruled(["metric", "model", *beside, "strongest floor"], lines)
     text = [
         table,
-        verdict("The model", row["metrics"], baselines, metric_names([row])),
+        verdict("The model", dict.fromkeys(metric_names([row]), row), baselines, _compare_of(evaluation)),
         f"{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} items; protocol "
         f"{evaluation['protocol_hash'][:12]}",
         f"seen items {evaluation['seen_rule']}",
@@ -170,6 +170,17 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     if any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"]):
         text.append("sampledN.*: the target against N drawn items, not the catalogue: other numbers by far")
     return "\n".join(text)
+
+
+def _compare_of(evaluation: Mapping[str, Any]) -> Compare:
+    """The differences of the model from the floors that an evaluation holds."""
+    told = {shown_name(floor): gaps for floor, gaps in evaluation["against_baselines"].items()}
+
+    def compare(row: Row, floor: Row, metric: str) -> Gap:
+        gap = told.get(floor["floor"], {}).get(metric)
+        return unpaired(row, floor, metric) if gap is None else Gap(**gap)
+
+    return compare
 
 
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
@@ -216,27 +227,10 @@ def behind_text(row: Row, best: Row | None, metric: str, compare: Compare) -> st
     return gap_text(gap) + (", within error" if gap.within_error else "")
 
 
-def gap_text(gap: Gap) -> str:
-    """A difference with its sign and error; `~` where it is unpaired."""
-    text = value_text(gap.value, gap.error)
-    sign = "+" if gap.value >= 0 else ""
-    return f"{sign}{text}" + ("" if gap.paired or math.isnan(gap.error) else "~")
-
-
 def _more_text(point: FrontierPoint | None) -> str:
     if point is None or not point.rivals:
         return ""
     return f"{len(point.rivals)} more" + ("" if all(gap.paired for _, gap in point.rivals) else "~")
-
-
-def value_text(value: float, error: float = math.nan) -> str:
-    """Value and error with the digits that the error supports; four significant ones without an error; '-' for NaN."""
-    if not math.isfinite(value):
-        return "-"
-    if not (math.isfinite(error) and error > 0):
-        return _plain_value(value)
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
-    return f"{value:.{digits}f} \u00b1 {error:.{digits}f}"
 
 
 def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -247,10 +241,6 @@ def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _tight(cell: str) -> str:
     return cell.replace(" \u00b1 ", "\u00b1")
-
-
-def _plain_value(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
 def _strongest_name(baselines: Baselines, metric: str) -> str:

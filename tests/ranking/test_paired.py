@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from bfm.errors import CorruptError
 from bfm.files import Store
 from bfm.laws.frontier import unpaired
 from bfm.ranking.metrics import QueryScores, summarise
-from bfm.ranking.paired import Pairing, paired_gap, read_scores, scores_object
+from bfm.ranking.paired import Pairing, from_npz, paired_gap, read_scores, scores_object, to_npz
 
 BASKET_Q = np.array([False] * 9 + [True] * 3)
 USER_Q = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 0, 1, 1])
@@ -85,6 +86,8 @@ def test_stored_scores_are_those_of_the_queries_in_float32(tmp_path):
         np.testing.assert_array_equal(found, kept)
     np.testing.assert_allclose(back.values["nll"], left.values["nll"], rtol=1e-7)
     assert store.names() == [name]
+    with_lists = dataclasses.replace(left, shown={5: np.array([True, False, True])})
+    assert from_npz(to_npz(with_lists)).shown[5].tolist() == [True, False, True]
 
 
 def test_what_cannot_be_paired_is_unpaired_and_says_so(tmp_path):

@@ -8,18 +8,17 @@ import math
 import pyarrow.parquet as pq
 
 from bfm.laws.frontier import Gap, frontier
+from bfm.report.digits import gap_text, value_text
 from bfm.report.tables import (
     evaluation_text,
     failures_text,
     frontier_text,
-    gap_text,
     ruled,
     runs_parquet,
     runs_table,
     spend_text,
     trials_in_order,
     trials_text,
-    value_text,
 )
 from tests.report.planted import compare
 
@@ -134,15 +133,18 @@ def test_an_evaluation_stands_beside_its_floors():
         "metrics": {"recall@10": 0.25, "nll": 7.1, "basket.nll": 6.0, "warm.recall@10": 0.26},
         "errors": {"recall@10": 0.002, "nll": 0.02},
         "baselines": {"popularity": {"nll": 8.9, "recall@10": 0.06}, "co_occurrence": {"recall@10": 0.12}},
+        "against_baselines": {"co_occurrence": {"recall@10": {"value": 0.13, "error": 0.0015, "paired": True}}},
     }  # fmt: skip
     lines = evaluation_text(evaluation).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["nll", "recall@10", "warm.recall@10", "basket.nll"]
     assert lines[3].split()[1:] == ["0.2500", "\u00b1", "0.0020", "0.06", "0.12", "co-occurrence"]
     assert (
-        lines[6] == "The model is above every floor in nll (7.1, popularity 8.9), recall@10 (0.25, co-occurrence 0.12)."
+        lines[6]
+        == "The model is above every floor in nll (7.1, popularity 8.9), recall@10 (0.25, co-occurrence 0.12: +0.1300 "
+        "\u00b1 0.0015)."
     )
     assert lines[7:] == ["test: 9,876 queries against 61,220 items; protocol 9f9f9f9f9f9f", "seen items stay"]
-    evaluation["metrics"]["recall@10"] = 0.11
+    evaluation["metrics"]["recall@10"], evaluation["against_baselines"] = 0.11, {}
     below = evaluation_text(evaluation).splitlines()[6]
     assert below.startswith(
         "The model is BELOW the strongest floor in recall@10 (0.11, co-occurrence 0.12) and above it"
