@@ -225,7 +225,7 @@ def sweep_verb(
 
 
 def _row_line(row: dict[str, Any], metric: str, state: SweepState, compare: Pairing) -> str:
-    others = [other for trial, other in state.rungs[row["rung"]].items() if trial != row["trial"]]
+    others = [other for trial, other in state.rungs.get(row["rung"], {}).items() if trial != row["trial"]]
     try:
         return row_words(row, metric, others, compare)
     except (CorruptError, OSError) as error:

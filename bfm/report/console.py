@@ -76,7 +76,7 @@ def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compar
     if row["status"] != "ok":
         return f"{where}  {row['status']}"
     value, error = row["metrics"][metric], row["errors"].get(metric)
-    spread = f" +- {error:.2g}" if error is not None else ""
+    spread = f" \u00b1 {error:.2g}" if error is not None else ""
     best = rung_bests(others, metric).get(row["rung_flops"])
     if best is not None:
         spread += f" ({gap_text(compare(row, best, metric))} to {best['trial']})"

@@ -8,6 +8,7 @@ import math
 import pyarrow.parquet as pq
 
 from bfm.laws.frontier import Gap, frontier
+from bfm.report.console import row_words
 from bfm.report.digits import gap_text, value_text
 from bfm.report.tables import (
     evaluation_text,
@@ -104,6 +105,16 @@ def test_a_trial_stands_beside_the_best_of_its_rung(sweep):
         assert line.endswith("within error") == (gap.value <= 2 * gap.error)
     assert trials_text(rows, limit=4).endswith("unpaired, far too wide: a row holds no scores of its queries")
     assert gap_text(Gap(0.0123, math.nan, paired=False)) == "+0.0123"
+
+
+def test_a_finished_row_stands_beside_the_best_of_the_others_at_its_rung(sweep):
+    rows = [row for row in sweep["rows"] if row["rung"] == 2]
+    best = min(rows, key=lambda row: row["metrics"]["nll"])
+    other = next(row for row in rows if row is not best)
+    gap = compare(other, best, "nll")
+    words = row_words(other, "nll", sweep["rows"], compare)
+    assert f"nll {other['metrics']['nll']:.4g} \u00b1 0.021 ({gap_text(gap)} to {best['trial']})" in words
+    assert " to " not in row_words(best, "nll", [])
 
 
 def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
