@@ -23,7 +23,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, row_words
-from bfm.report.floors import Baselines, publish_floors
+from bfm.report.floors import Baselines, publish_floors, read_floor_scores
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
@@ -172,7 +172,7 @@ def _curves(
 
     try:
         yield listen
-        writer.finish(sweep_rows(driver.state))
+        writer.finish(sweep_rows(driver.state), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()
 
