@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
-    from bfm.training.loop import Observer, StepRecord
+    from bfm.training.records import Observer, StepRecord
 
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]

@@ -38,8 +38,8 @@ def train(
     from bfm.report.console import Display, step_words
     from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
     from bfm.training.config import TrainConfig
-    from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
+    from bfm.training.records import StepRecord
     from bfm.training.single import TRIAL, train_single
     from bfm.units import parse_number
     from bfm.yaml import load_yaml

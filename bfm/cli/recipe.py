@@ -30,9 +30,9 @@ def recipe(
     from bfm.report.console import Display, step_words
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.check import check_recipe
-    from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
     from bfm.training.plain import PlainFactory
+    from bfm.training.records import StepRecord
     from bfm.units import parse_number
 
     limit_flops = parse_number(flops, key="--flops")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bfm.training.loop import StepRecord
+from bfm.training.records import StepRecord
 from bfm.units import format_count, format_flops, format_seconds
 
 LINE_EVERY_S = 10.0
@@ -61,11 +62,13 @@ class Display:
 
 
 def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) -> str:
-    """The live line of training: C, loss, events/s, share of the machine's measured matmul peak, time left."""
+    """The live line of training: C, losses, events/s, share of the machine's measured matmul peak, time left."""
     left_s = (limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
+    headline = f" (headline {record.loss_headline:.4f})" if math.isfinite(record.loss_headline) else ""
     return (
-        f"C {format_flops(record.path_flops)}  loss {record.loss:.4f}  {format_count(record.events_per_s)} events/s  "
-        f"{record.flops_per_s / peak_flops_per_s:.1%} of peak  {format_seconds(left_s)} left"
+        f"C {format_flops(record.path_flops)}  loss {record.loss:.4f}{headline}  "
+        f"{format_count(record.events_per_s)} events/s  {record.flops_per_s / peak_flops_per_s:.1%} of peak  "
+        f"{format_seconds(left_s)} left"
     )
 
 

@@ -32,7 +32,7 @@ from bfm.laws.frontier import (
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.floors import Baselines, shown_name
 from bfm.report.tables import frontier_text
-from bfm.training.loop import StepRecord
+from bfm.training.records import StepRecord
 from bfm.units import format_flops
 
 # A point is worth writing when C has grown by this factor, or after this long, and within this share of the run's time.
@@ -40,6 +40,8 @@ POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.005, 10.0, 0.01
 _TAGS = {
     "trunk": {
         "train/loss": "loss",
+        "train/loss_headline": "loss_headline",
+        "train/loss_basket": "loss_basket",
         "opt/lr": "learning_rate",
         "opt/grad_norm": "grad_norm",
         "perf/events_per_s": "events_per_s",
@@ -51,6 +53,8 @@ _TAGS = {
     },
     "cooldown": {
         "cooldown/loss": "loss",
+        "cooldown/loss_headline": "loss_headline",
+        "cooldown/loss_basket": "loss_basket",
         "cooldown/lr": "learning_rate",
         "cooldown/grad_norm": "grad_norm",
         "cooldown/events_per_s": "events_per_s",
@@ -130,6 +134,8 @@ class TrialWriter:
         began_s = self._clock()
         phase, place = record.phase, flops_step(record.path_flops)
         values = {tag: getattr(record, name) for tag, name in _TAGS[phase].items()}
+        kind = _MARKERS[phase].partition("/")[0]
+        values |= {f"{kind}/gate_{component}": gate for component, gate in record.gates.items()}
         self._file.scalars(record.step, values)
         if place > self._last_place[phase]:
             self._file.scalars(place, _by_flops(values))
@@ -267,6 +273,8 @@ def _trial_layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "Training": {
             "loss": ["Multiline", ["^train/loss$", "^cooldown/loss$"]],
             "loss against C": ["Multiline", ["^by_flops/train/loss$", "^by_flops/cooldown/loss$"]],
+            "loss of headline and of basket targets": ["Multiline", ["^train/loss_", "^cooldown/loss_"]],
+            "mean gates": ["Multiline", ["^train/gate_", "^cooldown/gate_"]],
         },
         "Validation, two standard errors": bands,
         "Throughput": {"events per second": ["Multiline", ["^perf/events_per_s$", "^cooldown/events_per_s$"]]},

@@ -79,8 +79,8 @@ class Engine(Protocol):
     def all_reduce_sum(self, values: list[int]) -> list[int]:
         """Exact sums over workers (each below 2**63)."""
 
-    def all_reduce_mean(self, value: float) -> float:
-        """Mean over workers, equal on all of them."""
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """Means over workers, equal on all of them."""
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all workers, by rank, on all workers."""

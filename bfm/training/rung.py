@@ -24,7 +24,8 @@ from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
-from bfm.training.loop import Observer, StepRecord, Trainer, resume
+from bfm.training.loop import Trainer, resume
+from bfm.training.records import Observer, StepRecord
 from bfm.training.row import Timing, build_row
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung, trunk_flops
 from bfm.units import format_flops

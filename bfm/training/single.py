@@ -21,8 +21,9 @@ from bfm.ranking.metrics import summarise
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
-from bfm.training.loop import Observer, Trainer
+from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
+from bfm.training.records import Observer
 from bfm.training.rung import RungTask, load_model, run_rung
 
 TRIAL = "run"

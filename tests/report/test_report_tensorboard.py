@@ -13,7 +13,7 @@ from bfm.files import Store
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.figures import overview_png
 from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
-from bfm.training.loop import StepRecord
+from bfm.training.records import StepRecord
 from tests.report.planted import planted_sweep
 
 CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
@@ -23,6 +23,7 @@ METRICS = ["nll", "recall@10"]
 def record(step: int, phase: str = "trunk", growth: float = 1.0, **more: object) -> StepRecord:
     values = dict(
         step=step, stage=1, phase=phase, path_flops=int(1e9 * step * growth), events=900 * step, loss=9.0 - 0.01 * step,
+        loss_headline=9.5, loss_basket=float("nan"), gates={"softmax": 0.75, "pointer": 0.25},
         learning_rate=1e-3, grad_norm=0.5, events_per_s=2e4, flops_per_s=3e10, elapsed_s=0.1 * step,
     )  # fmt: skip
     return StepRecord(**(values | more))
@@ -69,7 +70,17 @@ def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
     assert losses[9].value == pytest.approx(8.9)
     assert [event.step for event in board.Scalars("cooldown/loss")] == list(range(81, 101))
     assert board.Scalars("by_flops/train/loss")[0].step == flops_step(1e9) == 9000
-    for tag in ("opt/lr", "opt/grad_norm", "perf/events_per_s", "perf/flops_per_s", "progress/events"):
+    assert {event.value for event in board.Scalars("cooldown/gate_pointer")} == {0.25}
+    assert "train/loss_basket" not in board.Tags()["scalars"], "steps without basket targets"
+    for tag in (
+        "train/loss_headline",
+        "train/gate_softmax",
+        "opt/lr",
+        "opt/grad_norm",
+        "perf/events_per_s",
+        "perf/flops_per_s",
+        "progress/events",
+    ):
         assert len(board.Scalars(tag)) == 80
         assert board.Scalars(f"by_flops/{tag}")
     assert [(event.step, event.value) for event in board.Scalars("val/nll")] == [(100, 8.0)]

@@ -12,6 +12,7 @@ from bfm.files import Store
 from bfm.training import rung as rung_module
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
+from bfm.training.records import StepLoss
 from bfm.training.row import code_version
 from bfm.training.rung import RungTask, load_model, run_rung, split_rows
 from tests.training.common import CPU, STAGE_1, STAGE_2
@@ -116,7 +117,7 @@ def _fail_at(monkeypatch, step, action):
 
 
 def test_divergence_is_a_row_that_counts_what_it_spent(toy_shards, tmp_path, monkeypatch):
-    _fail_at(monkeypatch, 20, lambda: float("nan"))
+    _fail_at(monkeypatch, 20, lambda: StepLoss(math.nan, math.nan, math.nan, {}))
     row = run_rung(task(), toy_shards, CPU, Store(tmp_path))
     assert (row["status"], row["metrics"], row["checkpoint"], row["steps"]) == ("diverged", {}, None, 21)
     assert 0 < row["task_flops"] == row["path_flops"] < C0
