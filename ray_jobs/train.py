@@ -151,7 +151,8 @@ def _rank_main(config: dict[str, Any]) -> None:
     import torch
 
     from bfm.events.shards import Shards
-    from bfm.training.rung import RungTask, run_rung
+    from bfm.training.rung import run_rung
+    from bfm.training.task import RungTask
     from bfm.training.zero import ZeroFactory
 
     task, scaling = config["task"], config["task"]["scaling"]

@@ -148,7 +148,8 @@ class Workplace:
         import torch
 
         from bfm.files import Store
-        from bfm.training.rung import RungTask, run_rung
+        from bfm.training.rung import run_rung
+        from bfm.training.task import RungTask
 
         torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
         with closing(self.writer(task)) as writer:

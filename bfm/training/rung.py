@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
+from bfm.errors import DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.two_part import TwoPartModel
@@ -24,63 +22,15 @@ from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
+from bfm.training.journal import Journal
 from bfm.training.loop import Trainer, resume
 from bfm.training.records import Observer, StepRecord
 from bfm.training.row import Timing, build_row
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung, trunk_flops
+from bfm.training.task import PROBE_QUERIES, RungTask
 from bfm.units import format_flops
 
-PROBE_QUERIES = 1_000
-"""A probe scores the first so many queries of the validation part: a nested, user-stratified subset."""
-_JOURNAL_EVERY_S = 1.0
-
 Status = Literal["ok", "diverged", "oom"]
-
-
-@dataclass(frozen=True)
-class RungTask:
-    """What to train. `config` and `seed` say what the trunk is, `rung_flops` where the row is taken."""
-
-    task_id: str
-    trial: str
-    rung: int
-    rung_flops: float
-    config: TrainConfig
-    seed: int
-    resume_from: str | None = None
-    """Trunk checkpoint of a lower rung (a name in the store); None starts at `stage1`."""
-    stage1: str | None = None
-    """Stage-1 trunk of another run (a folder or URI) that stage 2 begins with; None starts at step 0."""
-    probes: tuple[float, ...] = ()
-    """C values at which the trunk's averaged weights are scored on the way."""
-    micro_groups: int = 1
-    """Groups per micro-batch, at most; the largest divisor of a worker's groups below it is used."""
-    softmax: str = "auto"
-    """How the loss is computed (bfm.objective.methods)."""
-    evaluation_queries: int | None = None
-    """The first so many validation queries are scored; None: all."""
-
-    @classmethod
-    def from_task(cls, task: Mapping[str, Any]) -> RungTask:
-        """From a sweep's task as a dict; what belongs to the sweep alone is left out."""
-        return cls(
-            task_id=str(task["task_id"]),
-            trial=str(task["trial"]),
-            rung=int(task["rung"]),
-            rung_flops=float(task["rung_flops"]),
-            config=TrainConfig.from_dict(task["config"]),
-            seed=int(task["seed"]),
-            resume_from=task.get("resume_from"),
-            stage1=task.get("stage1"),
-            probes=tuple(float(c) for c in task.get("probes", ())),
-            micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
-            softmax=str(task.get("scaling", {}).get("softmax", "auto")),
-            evaluation_queries=task.get("evaluation_queries"),
-        )
-
-    def name(self, what: str) -> str:
-        """Name of an object of this task in the store."""
-        return f"trials/{self.trial}/checkpoints/rung{self.rung}-{what}"
 
 
 def run_rung(
@@ -138,7 +88,7 @@ class _RungRun:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
         self.task, self.factory, self.store, self.observer = task, factory, store, observer
         self.data = TrainingData.of(shards)
-        self.journal = _Journal(task, store) if math.isfinite(save_every_s) else None
+        self.journal = Journal(task, store) if math.isfinite(save_every_s) else None
         start = self._start()
         self.spent_before_flops = 0
         if self.journal:
@@ -320,61 +270,6 @@ class _RungRun:
     def _ran_out_of_memory(self) -> bool:
         name = self.task.name("oom.json")
         return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
-
-
-class _Journal:
-    """In-rung checkpoints of a task in two alternating slots, and what it has spent, lost work included."""
-
-    def __init__(self, task: RungTask, store: Store) -> None:
-        self.task, self.store = task, store
-        self.slots = [task.name("progress-a"), task.name("progress-b")]
-        self.spent_name = task.name("progress-spent.json")
-        self._noted_s = -math.inf
-
-    def latest(self) -> str | None:
-        """The newest whole checkpoint; a slot that a crash left half-written is passed over."""
-        steps = {}
-        for slot in self.slots:
-            try:
-                meta = load_checkpoint(self.store, slot).meta
-            except (UserError, CorruptError):
-                continue
-            # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
-            if meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops:
-                steps[slot] = meta["counters"]["step"]
-        self.slots.sort(key=lambda slot: -steps.get(slot, -1))
-        return self.slots[0] if steps else None
-
-    def next_slot(self) -> str:
-        """The slot that does not hold the newest checkpoint."""
-        self.slots.reverse()
-        return self.slots[0]
-
-    def note(self, spent_flops: int) -> None:
-        """Keep what the task has spent, at most once a second: a kill loses no more than that from the account."""
-        now_s = time.monotonic()
-        if now_s - self._noted_s >= _JOURNAL_EVERY_S:
-            self._noted_s = now_s
-            self.store.put(self.spent_name, json.dumps(self.entry(spent_flops)).encode())
-
-    def read_spent(self) -> int:
-        """What earlier attempts at this task have spent."""
-        if not self.store.exists(self.spent_name):
-            return 0
-        return self.own_spent(json.loads(self.store.get(self.spent_name)))
-
-    def entry(self, spent_flops: int) -> dict[str, Any]:
-        """What is noted of a spend."""
-        return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
-
-    def own_spent(self, entry: dict[str, Any]) -> int:
-        """The noted spend, if this task noted it: that of a lost task is charged to that one."""
-        return int(entry["spent_flops"]) if entry.get("task_id") == self.task.task_id else 0
-
-    def clear(self) -> None:
-        """Drop the in-rung checkpoints; the row is in hand."""
-        for slot in self.slots:
-            self.store.delete_folder(slot)
 
 
 def load_model(store: Store, name: str, shards: Shards, *, averaged: bool = False) -> TwoPartModel:

@@ -24,7 +24,8 @@ from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
 from bfm.training.records import Observer
-from bfm.training.rung import RungTask, load_model, run_rung
+from bfm.training.rung import load_model, run_rung
+from bfm.training.task import RungTask
 
 TRIAL = "run"
 SAVE_EVERY_S = 60.0

@@ -9,12 +9,13 @@ import torch
 
 from bfm.errors import InfeasibleError, UserError
 from bfm.files import Store
-from bfm.training import rung as rung_module
+from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
 from bfm.training.row import code_version
-from bfm.training.rung import RungTask, load_model, run_rung, split_rows
+from bfm.training.rung import load_model, run_rung, split_rows
+from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
 C0, C1 = 2.5e8, 4e8
@@ -155,7 +156,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kill_at", [1, 40, 105])
 def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, monkeypatch, kill_at):
     """In-rung checkpoints at every step; the kill comes in the trunk or in the cooldown branch (step 105)."""
-    monkeypatch.setattr(rung_module, "_JOURNAL_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "EVERY_S", 0.0)
     curve, broken = [], []
     whole = run_rung(task("whole"), toy_shards, CPU, Store(tmp_path), curve.append)
 

@@ -20,7 +20,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
 from bfm.training.loop import Trainer, resume
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 from bfm.training.zero import ZeroFactory
 from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
 
