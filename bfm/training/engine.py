@@ -37,6 +37,11 @@ class EngineState:
     steps: int = 0
     """AdamW's step counter."""
 
+    @property
+    def averaged_weight(self) -> dict[str, Tensor]:
+        """The trunk's average of the weights, where one is kept, else the weights."""
+        return {**self.weight, **self.average}
+
     def without(self, names: set[str]) -> EngineState:
         """The state with the optimizer's part of some parameters dropped (the freeze); their weights stay."""
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
@@ -33,7 +34,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
-from bfm.training.records import Observer, Phase, RecentSteps, StepLoss, StepRecord
+from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
 from bfm.training.step_plan import StepPlan, StepPlanner
 from bfm.units import format_flops
@@ -68,7 +69,7 @@ class Trainer:
         data: TrainingData,
         factory: EngineFactory,
         *,
-        observer: Observer | None = None,
+        observer: Callable[[StepRecord], None] | None = None,
         micro_groups: int = 1,
         softmax: str = "auto",
         start: Checkpoint | None = None,
@@ -110,6 +111,11 @@ class Trainer:
     def objective(self) -> LiveObjective | DrawnObjective:
         """What is minimised; built with the engine."""
         return self._build()[1]
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean loss over the last RATE_STEPS steps; None before the first one of this object."""
+        return self._recent.loss
 
     def run_trunk(self, until_flops: float) -> None:
         """Train the trunk to the largest step whose path_flops is at most `until_flops`.
@@ -169,10 +175,10 @@ class Trainer:
         self.engine.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
         return state
 
-    def plain_model(self, state: EngineState, *, averaged: bool = False) -> TwoPartModel:
-        """A model outside any engine with the state's weights, or with the trunk's average of them."""
+    def plain_model(self, weight: dict[str, Tensor]) -> TwoPartModel:
+        """A model outside any engine with these weights."""
         model = self.data.build_model(self.config, self.seed)
-        model.load_state_dict({**state.weight, **state.average} if averaged else state.weight)
+        model.load_state_dict(weight)
         return model.to(self.factory.device).eval()
 
     def close(self) -> None:
@@ -266,8 +272,9 @@ class Trainer:
         if not math.isfinite(grad_norm):
             what = f"gradient norm {grad_norm}" if math.isfinite(losses.loss) else f"loss {losses.loss}"
             raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
+        self._recent.end(counters.events, counters.path_flops, losses.loss)
         if self.observer is not None and self.engine.rank == 0:
-            events_per_s, flops_per_s = self._recent.rates(counters.events, counters.path_flops)
+            events_per_s, flops_per_s = self._recent.rates()
             self.observer(
                 StepRecord(
                     step=counters.step,

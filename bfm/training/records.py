@@ -1,4 +1,4 @@
-"""What training tells those who watch it: a record after every optimizer step.
+"""What training tells those who watch it: a record after every optimizer step, and of every validation on the way.
 
 Enters: the counters and losses of a step. Leaves: records, and rates and losses over the last steps.
 """
@@ -62,26 +62,71 @@ class StepRecord:
     elapsed_s: float
 
 
-Observer = Callable[[StepRecord], None]
+@dataclass(frozen=True)
+class Validation:
+    """The model on the first validation queries: on the way along the trunk, or cooled at the end."""
+
+    step: int
+    phase: Phase
+    path_flops: int
+    epochs: float
+    """Targets trained on, as a share of those of the log."""
+    train_loss: float | None
+    """Mean over the last RATE_STEPS steps; None where none was taken since a restart."""
+    metrics: dict[str, float]
+    errors: dict[str, float]
+    floors: dict[str, dict[str, float]]
+    """Metrics of every floor on the same queries."""
+    best_flops: int
+    """Where nll was lowest so far, this validation included."""
+    best_epochs: float
+    best_nll: float
+    rise: float = 0.0
+    """How far nll is above its best; 0 where it is the best."""
+    rise_error: float | None = None
+    """Standard error of `rise`, paired by query and clustered by user; None below two users."""
+    loss_fall: float | None = None
+    """How far the training loss has fallen since the best; None where it is not known."""
+    memorises: bool = False
+    """nll rises beyond chance while the training loss falls."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether none before had a lower nll."""
+        return self.best_flops == self.path_flops and self.rise == 0.0
+
+
+Record = StepRecord | Validation
+Observer = Callable[[Record], None]
 
 
 class RecentSteps:
-    """Rates over the last RATE_STEPS steps, the making of batches and other pauses included."""
+    """Loss and rates over the last RATE_STEPS steps; the making of batches and other pauses count in the rates."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
+        self._losses: deque[float] = deque(maxlen=RATE_STEPS)
 
     def begin(self, begin_s: float, events: int, path_flops: int) -> None:
         """Where the first step begins; later calls change nothing."""
         if not self._marks:
             self._marks.append((begin_s, events, path_flops))
 
-    def rates(self, events: int, path_flops: int) -> tuple[float, float]:
-        """A step ends here: events/s and FLOP/s."""
+    def end(self, events: int, path_flops: int, loss: float) -> None:
+        """A step ends here."""
         self._marks.append((time.monotonic(), events, path_flops))
-        first_s, first_events, first_flops = self._marks[0]
-        elapsed_s = max(self._marks[-1][0] - first_s, 1e-9)
-        return (events - first_events) / elapsed_s, (path_flops - first_flops) / elapsed_s
+        self._losses.append(loss)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss; None before the first step."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
+    def rates(self) -> tuple[float, float]:
+        """Events/s and FLOP/s."""
+        (first_s, first_events, first_flops), (last_s, last_events, last_flops) = self._marks[0], self._marks[-1]
+        elapsed_s = max(last_s - first_s, 1e-9)
+        return (last_events - first_events) / elapsed_s, (last_flops - first_flops) / elapsed_s
 
 
 def _mean(total: float, number: float) -> float:

@@ -12,6 +12,7 @@ import time
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from bfm.errors import DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
@@ -26,8 +27,9 @@ from bfm.training.journal import Journal
 from bfm.training.loop import Trainer, resume
 from bfm.training.records import Observer, StepRecord
 from bfm.training.row import Timing, build_row
-from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung, trunk_flops
+from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, RungTask
+from bfm.training.watch import Watch
 from bfm.units import format_flops
 
 Status = Literal["ok", "diverged", "oom"]
@@ -50,12 +52,13 @@ def run_rung(
         shards: opened shard set.
         factory: engine and workers.
         store: the sweep's store; checkpoints go under trials/<trial>/checkpoints/.
-        observer: called on rank 0 after every step.
+        observer: called on rank 0 after every step and every validation.
         save_every_s: also save inside the rung, so that a killed worker group goes on from there.
         assigned_at_s: wall-clock time of the task's assignment (default: now), for `warm_start_s`.
 
     Returns:
-        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows.
+        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
+        validations it also has these, and `best`, the one with the lowest nll.
 
     Raises:
         InfeasibleError: the rung is not 100 steps, or cannot be met within 1 %.
@@ -98,6 +101,7 @@ class _RungRun:
         self.timing = Timing()
         self.assigned_at_s = assigned_at_s
         self.probe_rows: list[dict[str, Any]] = []
+        self.watch: Watch | None = None
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -117,6 +121,9 @@ class _RungRun:
             if self._ran_out_of_memory():
                 return self._row("rung", "oom", None)
             self._check_feasible()
+            if self.task.validations:
+                writes = self.factory.rank == 0
+                self.watch = Watch(self.task, self.store, self.data, writes=writes)
             self.timing.begin(self.assigned_at_s)
             return self._train_and_evaluate()
         except DivergedError:
@@ -134,30 +141,44 @@ class _RungRun:
 
     def _train_and_evaluate(self) -> dict[str, Any]:
         task, trainer = self.task, self.trainer
-        trunk_end = trunk_flops(task.rung_flops, task.config.cooldown_fraction)
         if trainer.counters.phase == "trunk":
-            for probe_flops in sorted(task.probes):
-                if trainer.counters.path_flops < probe_flops <= trunk_end:
-                    trainer.run_trunk(probe_flops)
-                    self._probe()
-            trainer.run_trunk(trunk_end)
+            stops = [(c, self._probe) for c in task.probes] + [(c, self._validate) for c in task.validation_flops]
+            for stop_flops, score in sorted(stops, key=lambda stop: stop[0]):
+                if trainer.counters.path_flops < stop_flops <= task.trunk_flops:
+                    trainer.run_trunk(stop_flops)
+                    score()
+            trainer.run_trunk(task.trunk_flops)
             trainer.save(self.store, task.name("trunk"))
         trainer.run_cooldown(task.rung_flops)
         self._check_met()
         state = trainer.engine.export_state()
         if self.factory.rank == 0:
             save_checkpoint(self.store, task.name("model"), EngineState(state.weight), trainer.meta())
-        row = self._row("rung", "ok", self._evaluate(trainer.plain_model(state), task.evaluation_queries))
+        scores = self._score(state.weight, task.evaluation_queries)
+        self._watch(scores, state.weight)
+        row = self._row("rung", "ok", summarise(scores))
         if self.journal and self.factory.rank == 0:
             self.journal.clear()
         return row
 
     def _probe(self) -> None:
-        model = self.trainer.plain_model(self.trainer.engine.export_state(), averaged=True)
-        self.probe_rows.append(self._row("probe", "ok", self._evaluate(model, PROBE_QUERIES)))
+        weight = self.trainer.engine.export_state().averaged_weight
+        self.probe_rows.append(self._row("probe", "ok", summarise(self._score(weight, PROBE_QUERIES))))
 
-    def _evaluate(self, model: TwoPartModel, queries: int | None) -> Evaluation:
-        """Validation metrics of a plain model; queries are split over ranks."""
+    def _validate(self) -> None:
+        weight = self.trainer.engine.export_state().averaged_weight
+        self._watch(self._score(weight, self.task.validation_queries), weight)
+
+    def _watch(self, scores: QueryScores, weight: dict[str, Tensor]) -> None:
+        """Tell the watch, if there is one, and the observer what was scored."""
+        if self.watch is not None:
+            validation = self.watch.see(self.trainer, scores, weight)
+            if self.observer is not None and self.factory.rank == 0:
+                self.observer(validation)
+
+    def _score(self, weight: dict[str, Tensor], queries: int | None) -> QueryScores:
+        """Scores of the first validation queries under these weights; queries are split over ranks."""
+        model = self.trainer.plain_model(weight)
         self.timing.pause()
         scores: QueryScores | DivergedError
         try:
@@ -180,9 +201,8 @@ class _RungRun:
             if isinstance(part, DivergedError):
                 raise part
             parts.append(part)
-        evaluation = summarise(merge(parts))
         self.timing.resume()
-        return evaluation
+        return merge(parts)
 
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
@@ -201,8 +221,7 @@ class _RungRun:
         begins_stage2 = self.task.stage1 is not None and trainer.counters.stage == 1
         if trainer.counters.step > 0 and not begins_stage2:
             # What was feasible at a lower rung is feasible at this one, as long as this one is not behind us.
-            trunk_end = trunk_flops(self.task.rung_flops, config.cooldown_fraction)
-            if trainer.counters.phase == "trunk" and trainer.counters.path_flops > trunk_end:
+            if trainer.counters.phase == "trunk" and trainer.counters.path_flops > self.task.trunk_flops:
                 raise UserError(
                     f"the checkpoint is at {format_flops(trainer.counters.path_flops)} FLOPs, past the end of the "
                     f"trunk of rung {format_flops(self.task.rung_flops)}",
@@ -247,6 +266,7 @@ class _RungRun:
             "checkpoint_bytes": self._kept_bytes("trunk") if succeeded else 0,
             "model_bytes": self._kept_bytes("model") if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
+            **(self.watch.as_dict() if kind == "rung" and self.watch is not None else {}),
         }
 
     def _kept_bytes(self, what: str) -> int:
@@ -272,7 +292,7 @@ class _RungRun:
         return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
 
 
-def load_model(store: Store, name: str, shards: Shards, *, averaged: bool = False) -> TwoPartModel:
+def load_model(store: Store, name: str, shards: Shards) -> TwoPartModel:
     """The model of a checkpoint, on the CPU, for evaluation, export or prediction.
 
     Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
@@ -281,8 +301,7 @@ def load_model(store: Store, name: str, shards: Shards, *, averaged: bool = Fals
     model = TrainingData.of(shards).build_model(
         TrainConfig.from_dict(checkpoint.meta["config"]), int(checkpoint.meta["seed"])
     )
-    state = checkpoint.state
-    model.load_state_dict({**state.weight, **state.average} if averaged else state.weight)
+    model.load_state_dict(checkpoint.state.weight)
     return model.eval()
 
 

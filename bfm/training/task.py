@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bfm.training.config import TrainConfig
+from bfm.training.schedule import trunk_flops
 
 PROBE_QUERIES = 1_000
 """A probe scores the first so many queries of the validation part: a nested, user-stratified subset."""
@@ -37,6 +38,8 @@ class RungTask:
     """How the loss is computed (bfm.objective.methods)."""
     evaluation_queries: int | None = None
     """The first so many validation queries are scored; None: all."""
+    validations: int = 0
+    """So many evenly spaced C of the trunk, and the cooled end, are validated, and the best weights kept."""
 
     @classmethod
     def from_task(cls, task: Mapping[str, Any]) -> RungTask:
@@ -54,7 +57,23 @@ class RungTask:
             micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
             softmax=str(task.get("scaling", {}).get("softmax", "auto")),
             evaluation_queries=task.get("evaluation_queries"),
+            validations=int(task.get("validations", 0)),
         )
+
+    @property
+    def trunk_flops(self) -> float:
+        """C at which the trunk ends and the cooldown begins."""
+        return trunk_flops(self.rung_flops, self.config.cooldown_fraction)
+
+    @property
+    def validation_flops(self) -> list[float]:
+        """C values at which the trunk is validated; the last is its end."""
+        return [self.trunk_flops * (place / self.validations) for place in range(1, self.validations + 1)]
+
+    @property
+    def validation_queries(self) -> int:
+        """Queries of every validation, the one of the cooled end included."""
+        return min(PROBE_QUERIES, self.evaluation_queries or PROBE_QUERIES)
 
     def name(self, what: str) -> str:
         """Name of an object of this task in the store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.figures import overview_png
 from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
 from bfm.training.records import StepRecord
-from tests.report.planted import planted_sweep
+from tests.report.planted import VALIDATION, planted_sweep
 
 CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
 METRICS = ["nll", "recall@10"]
@@ -126,6 +127,23 @@ def test_a_killed_and_resumed_trial_has_every_step_once(tmp_path):
     assert steps_of(tmp_path, "val/nll") == [40, 60]
     sessions = [v for e in stored_events(Store(tmp_path)) for v in e.summary.value if v.tag.endswith("start_info")]
     assert len(sessions) == 1
+
+
+def test_validations_stand_beside_floors_and_the_best_once_each(tmp_path):
+    cooled = replace(VALIDATION, step=120, phase="cooldown", metrics={"nll": 8.5})
+    for _ in range(2):
+        writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+        for told in (record(99), VALIDATION, cooled):
+            writer.take(told)
+        writer.close()
+    board = read(tmp_path)
+    expected = {"nll": 8.69, "nll_floor": 9.24, "nll_best": 8.69, "recall@10_floor": 0.05, "epochs": 3.14}
+    for name, value in expected.items():
+        (event,) = board.Scalars(f"validation/{name}")
+        assert (event.step, event.value) == (100, pytest.approx(value))
+    assert [event.step for event in board.Scalars("by_flops/validation/nll")] == [flops_step(1.2e12)]
+    assert [event.value for event in board.Scalars("validation_cooled/nll")] == [8.5]
+    assert [event.step for event in board.Scalars("train/loss")] == [99]
 
 
 def test_a_dropped_observer_leaves_its_last_step(tmp_path):

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from bfm.errors import DivergedError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
@@ -203,7 +204,7 @@ def _check_row(directory: Path, shards_path: str) -> None:
 
 
 def _task(trial: str) -> RungTask:
-    return RungTask(trial, trial, 0, RUNG, STAGE_1, 3, probes=(1e8,))
+    return RungTask(trial, trial, 0, RUNG, STAGE_1, 3, probes=(1e8,), validations=2)
 
 
 @pytest.mark.slow
@@ -216,6 +217,11 @@ def test_row_of_two_workers_is_the_row_of_one(toy_shards, tmp_path):
     for ours, theirs in ((row, plain), (row["probes"][0], plain["probes"][0])):
         assert ours["metrics"].keys() == theirs["metrics"].keys()
         assert ours["metrics"]["nll"] == pytest.approx(theirs["metrics"]["nll"], rel=1e-3)
+    assert [seen["step"] for seen in row["validations"]] == [seen["step"] for seen in plain["validations"]]
+    best = Store(tmp_path / "store")
+    found, expected = (read_meta(best, f"trials/{trial}/checkpoints/best") for trial in ("zero", "plain"))
+    assert found["validation"]["path_flops"] == expected["validation"]["path_flops"]
+    np.testing.assert_allclose(found["nll_Q"], expected["nll_Q"], rtol=0.05)
 
 
 def test_freeze_drops_only_the_embedders_optimizer_state():
