@@ -15,6 +15,8 @@ from typing import Literal
 Phase = Literal["trunk", "cooldown"]
 RATE_STEPS = 50
 """Steps over which rates and the recent loss are taken."""
+RISE_ERRORS = 2.0
+"""nll has risen where it is above its best by more than so many paired standard errors."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,14 @@ class Validation:
     loss_fall: float | None = None
     """How far the training loss has fallen since the best; None where it is not known."""
     memorises: bool = False
-    """nll rises beyond chance while the training loss falls."""
+    """`risen` twice running, or at the cooled end: along the trunk the rate is high, and one look may be a wobble."""
+
+    @property
+    def risen(self) -> bool:
+        """Whether nll rose beyond chance while the training loss fell, on targets that were seen before."""
+        if self.rise_error is None or self.loss_fall is None or self.epochs <= 1:
+            return False
+        return self.rise > RISE_ERRORS * self.rise_error and self.loss_fall > 0
 
     @property
     def is_best(self) -> bool:

@@ -30,8 +30,6 @@ from bfm.training.task import RungTask
 
 WATCHED = ("nll", "recall@10", "ndcg@10")
 """Metrics of a validation; the first decides which is the best."""
-MEMORISING_ERRORS = 2.0
-"""A model memorises where nll is above its best by more than so many paired standard errors while the loss fell."""
 
 
 class Watch:
@@ -95,19 +93,19 @@ class Watch:
         rise = float(rise_Q.mean())
         if rise < 0:
             return validation
-        error = clustered_error(rise_Q, user_Q[:both])
         before, now = self.best.train_loss, validation.train_loss
         fall = None if before is None or now is None else before - now
-        return dataclasses.replace(
+        risen = dataclasses.replace(
             validation,
             best_flops=self.best.path_flops,
             best_epochs=self.best.epochs,
             best_nll=self.best.metrics["nll"],
             rise=rise,
-            rise_error=error,
+            rise_error=clustered_error(rise_Q, user_Q[:both]),
             loss_fall=fall,
-            memorises=error is not None and fall is not None and fall > 0 and rise > MEMORISING_ERRORS * error,
         )
+        sure = validation.phase == "cooldown" or (bool(self.seen) and self.seen[-1].risen)
+        return dataclasses.replace(risen, memorises=risen.risen and sure)
 
 
 def _floors(data: TrainingData, queries: int) -> dict[str, dict[str, float]]:
