@@ -26,6 +26,7 @@ from bfm.training.plain import PlainFactory
 from bfm.training.records import Observer
 from bfm.training.rung import load_model, run_rung
 from bfm.training.task import RungTask
+from bfm.training.watch import measure_floors
 
 TRIAL = "run"
 SAVE_EVERY_S = 60.0
@@ -70,6 +71,9 @@ def train_single(
         softmax=softmax,
     )
     if run_group is not None:
+        if validations:
+            # Before workers are started: none of them has to count, and a log without queries is refused.
+            measure_floors(TrainingData.of(Shards.open(shards)), task.validation_queries)
         values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}
         return run_group(values, shards, storage)
     return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)

@@ -45,7 +45,7 @@ class Watch:
         self.seen: list[Validation] = []
         self.best: Validation | None = None
         self.best_nll_Q = np.zeros(0)
-        self.floors = _floors(data, self.queries)
+        self.floors = measure_floors(data, self.queries)
         if store.exists(f"{self.name}/meta.json"):
             meta = resume(store, self.name, task.config, task.seed, data, phase=None).meta
             self.best, self.best_nll_Q = Validation(**meta["validation"]), np.array(meta["nll_Q"])
@@ -108,8 +108,11 @@ class Watch:
         return dataclasses.replace(risen, memorises=risen.risen and sure)
 
 
-def _floors(data: TrainingData, queries: int) -> dict[str, dict[str, float]]:
-    """The watched metrics of every floor on the first queries of the validation part."""
+def measure_floors(data: TrainingData, queries: int) -> dict[str, dict[str, float]]:
+    """The watched metrics of every floor on the first queries of the validation part; cached with the shard set.
+
+    Raises UserError where no query of the part can have an nll.
+    """
     measured: dict[str, dict[str, float]] = {}
     if len(data.protocol.queries("validation")):
         measured = baseline_metrics(data.shards, data.protocol, "validation", queries=queries)

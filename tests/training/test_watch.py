@@ -161,5 +161,8 @@ def test_there_must_be_something_to_validate_on(toy_shards, tmp_path):
     options = {"queries": None, "scaling": {"micro_groups": 1}}
     with pytest.raises(UserError, match="no headline query"):
         train_single(PLAIN, 0, str(empty.path), str(tmp_path / "run"), flops=FLOPS, validations=2, **options)
+    group = {"run_group": lambda *_: pytest.fail("workers were started")}
+    with pytest.raises(UserError, match="no headline query"):
+        train_single(PLAIN, 0, str(empty.path), str(tmp_path), flops=FLOPS, validations=2, **options, **group)
     with pytest.raises(UserError, match="--validations: -1"):
         train_single(PLAIN, 0, str(toy_shards.path), str(tmp_path), flops=FLOPS, validations=-1, **options)
