@@ -34,7 +34,7 @@ def train(
     gpus: Annotated[float, typer.Option(help="GPUs per worker.")] = 0.0,
     validations: Annotated[
         int, typer.Option(help="Looks on the way, evenly spaced, at up to 1,000 validation queries; 0: none.")
-    ] = 10,
+    ] = 5,
     as_json: Json = False,
 ) -> None:
     """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was.
