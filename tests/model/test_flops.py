@@ -41,8 +41,8 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
     queries = model.contextualize(batch, v_UD)
     loss = anything_of(queries)
     for group in range(batch.num_groups):
-        candidates = v_UD[batch.candidates_C[slice(*batch.candidate_offset[group : group + 2])]]
-        rows = queries.h_TD[slice(*batch.row_offset[group : group + 2])]
+        candidates = v_UD[batch.candidates_of(group)]
+        rows = queries.h_TD[batch.rows_of(group)]
         loss = loss + head(model, rows, candidates if frozen_KD is None else frozen_KD)
     loss.backward()
 
