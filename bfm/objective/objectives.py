@@ -103,7 +103,7 @@ class LiveObjective(_Objective):
         return list(batch.candidates)
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> Tensor:
-        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        """The mean over the batch's groups of the group's weighted mean loss; one without targets counts as zero."""
         v_UD = model.embed_items(batch.items_U)
         queries = model.contextualize(batch, v_UD)
         losses = []
@@ -159,7 +159,7 @@ class DrawnObjective(_Objective):
         return [len(self._candidate_ids(batch, group)) for group in range(batch.num_groups)]
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> Tensor:
-        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        """The mean over the batch's groups of the group's weighted mean loss; one without targets counts as zero."""
         queries = model.contextualize(batch, self.items.vectors(batch.items_U))
         losses = []
         for group in range(batch.num_groups):
@@ -174,8 +174,8 @@ class DrawnObjective(_Objective):
                 log_pi_GK = own_window_certain(log_pi_K, window_T, hit_T, num_windows)
                 lengths = torch.bincount(window_T, minlength=num_windows).tolist()
             parts = (values.split(lengths) for values in (queries.h_TD[rows], target_T, hit_T))
-            for log_pi_k, h_PD, target_P, hit_P in zip(log_pi_GK, *parts, strict=True):
-                losses.append(self.items.loss(h_PD, target_P, ids_K, log_pi_k, hit_P, model.scale))
+            for own_log_pi_K, h_PD, target_P, hit_P in zip(log_pi_GK, *parts, strict=True):
+                losses.append(self.items.loss(h_PD, target_P, ids_K, own_log_pi_K, hit_P, model.scale))
         return _mean_of_groups(batch, queries, losses)
 
     def _candidate_ids(self, batch: ModelBatch, group: int) -> Tensor:
@@ -200,7 +200,9 @@ def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_wi
 
 
 def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
-    """Mean over groups of the mean over their rows; a group without targets counts as zero."""
+    """Mean over groups of the weighted mean over their rows; a group without targets counts as zero."""
     loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
-    # Not .mean(): the last group of a small log may hold no target, and its mean would be NaN.
-    return torch.stack([part_T.sum() / max(1, len(part_T)) for part_T in loss_T.split(batch.target_rows)]).mean()
+    # The last group of a small log may hold no target, and its mean would be NaN.
+    weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
+    groups = [batch.rows_of(group) for group in range(batch.num_groups)]
+    return torch.stack([weighted_T[rows].sum() / weight_T[rows].sum().clamp(min=1e-9) for rows in groups]).mean()

@@ -1,6 +1,6 @@
 """Floors that need no training, on the same protocol and through the same ranking code as the models.
 
-Enters: a shard set and its protocol. Leaves: metrics by the name of the floor.
+Enters: a shard set and its protocol. Leaves: scores of queries, and metrics, by the name of the floor.
 
     popularity:     score_v = log((n_v + 1) / (sum n + V)), n_v = training count: a distribution, so it has an nll
     co_occurrence:  the neighbours of the query's last events (neighbours.py), then popularity
@@ -11,7 +11,7 @@ V = catalogue items, Q = queries, R = query rows of a chunk, N = targets.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,9 +23,9 @@ from bfm.events.derived import load_derived, save_derived
 from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
 from bfm.events.shards import Shards
-from bfm.files import canonical_json
-from bfm.ranking.metrics import score_queries, summarise
+from bfm.ranking.metrics import QueryScores, score_queries, summarise
 from bfm.ranking.neighbours import NeighbourScores
+from bfm.ranking.paired import from_npz, to_npz
 from bfm.ranking.personal import best_personal, log_popularity
 from bfm.ranking.ranks import Ranked, ScoreBlock, rank_targets
 
@@ -37,24 +37,34 @@ _CHOOSING_METRIC = "ndcg@10"
 def baseline_metrics(
     shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every floor over a part (its first `queries`), under the names of `summarise`.
+    """Metrics of every floor over a part (its first `queries`), under the names of `summarise`."""
+    scores = baseline_scores(shards, protocol, part, k, queries)
+    return {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
+
+
+def baseline_scores(
+    shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
+) -> dict[str, QueryScores]:
+    """Every floor's scores of a part's queries (the first `queries`), in float32.
 
     Cached with the shard set. Co-occurrence is no distribution and has no nll.
     """
     table = protocol.queries(part)[:queries]
     chosen = "-".join(map(str, k))
     name = f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{chosen}"
-    cached = load_derived(shards, name)
-    if cached is not None:
-        return json.loads(cached)
-    neighbours, personal = best_neighbours(shards, protocol), best_personal(shards, protocol)
-    metrics = {
-        "popularity": _measure(popularity_scores(shards), shards, table, k, alike=True),
-        "co_occurrence": _neighbour_metrics(neighbours, shards, table, k),
-        "personal": _measure(personal.scores(shards, table), shards, table, k, alike=False),
+    measures = {
+        "popularity": lambda: _measure(popularity_scores(shards), shards, table, k, alike=True),
+        "co_occurrence": lambda: _neighbour_scores(best_neighbours(shards, protocol), shards, table, k),
+        "personal": lambda: _measure(best_personal(shards, protocol).scores(shards, table), shards, table, k, False),
     }
-    save_derived(shards, name, canonical_json(metrics))
-    return metrics
+    found: dict[str, QueryScores] = {}
+    for floor, measure in measures.items():
+        data = load_derived(shards, f"{name}-{floor}")
+        if data is None:
+            data = to_npz(measure())
+            save_derived(shards, f"{name}-{floor}", data)
+        found[floor] = from_npz(data)
+    return found
 
 
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
@@ -70,18 +80,22 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     if cached is not None:
         return Neighbours.from_bytes(cached)
     counted = count_neighbours(shards, COUNTINGS)
-    best = max(counted, key=lambda way: _neighbour_metrics(way, shards, validation, (10,)).get(_CHOOSING_METRIC, 0.0))
+
+    def worth(way: Neighbours) -> float:
+        return summarise(_neighbour_scores(way, shards, validation, (10,))).metrics.get(_CHOOSING_METRIC, 0.0)
+
+    best = max(counted, key=worth)
     save_derived(shards, name, best.to_bytes())
     return best
 
 
-def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:
-    metrics = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k, alike=False)
-    return {key: value for key, value in metrics.items() if "nll" not in key}
+def _neighbour_scores(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
+    scores = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k, alike=False)
+    return dataclasses.replace(scores, values={key: value_Q for key, value_Q in scores.values.items() if key != "nll"})
 
 
-def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int], alike: bool) -> dict[str, float]:
-    """Metrics of one scorer. `alike`: all queries have the same scores, so one row of them is enough."""
+def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int], alike: bool) -> QueryScores:
+    """Scores of one scorer's queries. `alike`: all queries have the same scores, so one row of them is enough."""
     num_items, targets = shards.num_catalogue, query_targets(shards, table)
     if table.filter_seen:
         seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
@@ -95,8 +109,7 @@ def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[
     else:
         ranked = rank_targets(scorer, targets, num_items, max(k))
     rows = np.arange(len(table))
-    scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
-    return summarise(scores).metrics
+    return score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
 
 
 def popularity_scores(shards: Shards) -> ScoreBlock:
