@@ -15,6 +15,8 @@ of a group or one for all, P = target rows of one of these.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,8 +39,29 @@ from bfm.objective.sampling import (
 from bfm.objective.softmax import sampled_softmax
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Loss and gates of a batch's target rows, without a gradient."""
+
+    loss_T: Tensor
+    log_gate_TX1: Tensor
+
+    def sums(self, batch: ModelBatch) -> Tensor:
+        """Summed loss, number and summed gates of basket rows and of headline rows, [2, 2 + X + 1].
+
+        Headline rows have a target of a later timestamp, as the headline queries of evaluation do.
+        """
+        headline_T = batch.later_RL.flatten().index_select(0, batch.target_position_T).to(self.loss_T.dtype)
+        kind_2T = torch.stack([1.0 - headline_T, headline_T])
+        one_T1 = torch.ones_like(headline_T)[:, None]
+        return kind_2T @ torch.cat([self.loss_T[:, None], one_T1, self.log_gate_TX1.exp()], 1)
+
+
 class _Objective:
-    """The candidates of a group: items drawn for it, with its own targets or without."""
+    """The candidates of a group, drawn for it, with its own targets or without; the mean of the groups' losses."""
+
+    rows: Rows
+    """Of the last batch."""
 
     def __init__(
         self,
@@ -67,6 +90,15 @@ class _Objective:
     def evaluation_candidates(self, seed: int) -> Candidates:
         """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
         return fixed_candidates(self.pi_V, seed)
+
+    def _mean_of_groups(self, batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
+        """Mean over groups of the weighted mean over their rows, which are kept; one without targets counts as zero."""
+        loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
+        self.rows = Rows(loss_T.detach(), queries.log_gate_TX1.detach())
+        # The last group of a small log may hold no target, and its mean would be NaN.
+        weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
+        groups = [batch.rows_of(group) for group in range(batch.num_groups)]
+        return torch.stack([weighted_T[rows].sum() / weight_T[rows].sum().clamp(min=1e-9) for rows in groups]).mean()
 
     def _draw(self, group_index: int) -> NDArray[np.int64]:
         """Ascending item ids: a pure function of the seed and the group's index."""
@@ -123,7 +155,7 @@ class LiveObjective(_Objective):
                     method=self.method,
                 )
             )
-        return _mean_of_groups(batch, queries, losses)
+        return self._mean_of_groups(batch, queries, losses)
 
 
 class DrawnObjective(_Objective):
@@ -176,7 +208,7 @@ class DrawnObjective(_Objective):
             parts = (values.split(lengths) for values in (queries.h_TD[rows], target_T, hit_T))
             for own_log_pi_K, h_PD, target_P, hit_P in zip(log_pi_GK, *parts, strict=True):
                 losses.append(self.items.loss(h_PD, target_P, ids_K, own_log_pi_K, hit_P, model.scale))
-        return _mean_of_groups(batch, queries, losses)
+        return self._mean_of_groups(batch, queries, losses)
 
     def _candidate_ids(self, batch: ModelBatch, group: int) -> Tensor:
         """Ascending item ids; a pure function of the seed, the group's global index and its targets."""
@@ -197,12 +229,3 @@ def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_wi
     log_pi_GK = log_pi_K.repeat(num_windows, 1)
     log_pi_GK[window_T, hit_T] = 0.0
     return log_pi_GK
-
-
-def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
-    """Mean over groups of the weighted mean over their rows; a group without targets counts as zero."""
-    loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
-    # The last group of a small log may hold no target, and its mean would be NaN.
-    weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
-    groups = [batch.rows_of(group) for group in range(batch.num_groups)]
-    return torch.stack([weighted_T[rows].sum() / weight_T[rows].sum().clamp(min=1e-9) for rows in groups]).mean()
