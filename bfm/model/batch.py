@@ -5,7 +5,7 @@ Leaves: one `ModelBatch`, in which every distinct item of a group stands once, s
 distinct item, and in which the live candidates of a group (its distinct targets, and what was drawn to them) are rows
 of the same item list.
 
-Shape legend: G groups, R windows (rows), L positions, U distinct items of all groups one after the other,
+Shape legend: R windows (rows), L positions, U distinct items of all groups one after the other,
 T target rows (positions with a target, row-major), M last events of a row, C live candidates of all groups one after
 the other.
 Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
@@ -62,8 +62,6 @@ class ModelBatch:
     """int64 flat index r * L + l of where each row's target is predicted from."""
     target_index_T: Tensor
     """int64 index into items_U of each row's target; empty for queries."""
-    target_item_T: Tensor
-    """int64 item id of each row's target; empty for queries."""
     candidates_C: Tensor
     """int64 index into items_U of each group's distinct targets and drawn candidates, ascending; empty for queries."""
     hit_T: Tensor
@@ -90,15 +88,23 @@ class ModelBatch:
         """Target rows of each group."""
         return _lengths(self.row_offset)
 
-    def window_T(self, group: int) -> Tensor:
-        """Window of each of a group's target rows, counted from the group's first; int64."""
-        position_T = self.target_position_T[self.row_offset[group] : self.row_offset[group + 1]]
-        return position_T // self.item_RL.shape[1] - sum(self.windows[:group])
-
     @property
     def candidates(self) -> tuple[int, ...]:
         """Live candidates (distinct targets and what was drawn) of each group."""
         return _lengths(self.candidate_offset)
+
+    def rows_of(self, group: int) -> slice:
+        """A group's target rows."""
+        return slice(*self.row_offset[group : group + 2])
+
+    def candidates_of(self, group: int) -> Tensor:
+        """A group's live candidates, as index into items_U."""
+        return self.candidates_C[slice(*self.candidate_offset[group : group + 2])]
+
+    def window_T(self, group: int) -> Tensor:
+        """Window of each of a group's target rows, counted from the group's first; int64."""
+        position_T = self.target_position_T[self.rows_of(group)]
+        return position_T // self.item_RL.shape[1] - sum(self.windows[:group])
 
 
 def make_batch(
@@ -140,7 +146,6 @@ def make_batch(
             [part.position_T + start for part, start in zip(parts, position_offset, strict=False)], device
         ),
         target_index_T=_tensor([part.target_T + start for part, start in zip(parts, starts, strict=True)], device),
-        target_item_T=_tensor([part.items_U[part.target_T] for part in parts], device),
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),
         weight_T=_tensor([group.weight_RL[group.target_RL >= 0] for group in groups], device),
@@ -169,7 +174,6 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         item_RL=_tensor([item_RL], device),
         target_position_T=_tensor([positions_T], device),
         target_index_T=none,
-        target_item_T=none,
         candidates_C=none,
         hit_T=none,
         weight_T=none.float(),

@@ -1,15 +1,13 @@
 """The transformer block of both parts: pre-RMSNorm, QK-norm, SwiGLU, no biases, no norm parameters.
 
 Enters and leaves: x_BLW (B sequences of L tokens of width W). The output projections of attention and SwiGLU start at
-zero, so a new block is the identity. H heads, P head dimension (even), C the three of q, k and v, X hidden width,
-N = B L tokens. On the CPU, where a step is bound by passes over memory, norms, rotation and SwiGLU have backwards
-written by hand; accelerators take torch's own.
+zero, so a new block is the identity. H heads, P head dimension (even), C the three of q, k and v, X hidden width.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,50 +17,35 @@ from bfm.events.mixing import stream_key
 
 _ROPE_BASE = 10_000.0
 _EPSILON = 1e-6
-_SMALLEST_NORM = 1e-12
 _DROPOUT_STREAM = 0x64_726F_70
 
 Drop = Callable[[Tensor], Tensor]
 """Dropout of a tensor whose rows are the windows of a batch."""
 
 
-class _RmsNorm(torch.autograd.Function):
-    """x / rms(x) with a backward of four operations; torch's own takes twice the time on the CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(_EPSILON).rsqrt_()
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        y, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradients[0], y).unsqueeze(-1).div_(-y.shape[-1])
-        return torch.addcmul(gradients[0], y, along).mul_(inverse)
-
-
 def rms_norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension, computed in float32, in the dtype of x."""
-    single = x.float()
-    # Accelerators have a fused kernel.
-    y = _RmsNorm.apply(single) if x.device.type == "cpu" else F.rms_norm(single, x.shape[-1:], eps=_EPSILON)
-    return y.to(x.dtype)
+    return F.rms_norm(x.float(), x.shape[-1:], eps=_EPSILON).to(x.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, float32."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def look_up(table_RD: Tensor, index: Tensor) -> Tensor:
     """Rows of a table, [*index.shape, D].
 
-    Both operations do the same; they differ in how they add up the table's gradient. On the CPU index_select's is
-    about five times faster, on accelerators only embedding's has a fixed order, which equal reruns need.
+    Both operations do the same; they differ in how they add up the table's gradient. On the CPU index_select's is about
+    five times faster (a step of a small model takes two thirds more with embedding), on accelerators only embedding's
+    has a fixed order, which equal reruns need.
     """
     if table_RD.device.type == "cpu":
-        return table_RD.index_select(0, index.flatten().long()).view(*index.shape, -1)
+        return table_RD.index_select(0, index.flatten().long()).view(*index.shape, table_RD.shape[1])
     return F.embedding(index, table_RD)
 
 
+@functools.cache
 def make_rotation(length: int, head_dim: int, device: torch.device) -> Tensor:
     """Rotary positions 0..length-1 as unit complex numbers, [L, 1, 1, P / 2]."""
     rate = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -75,115 +58,6 @@ def rotate(x_BLCHP: Tensor, rotation: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels by its position's angle; float32 inside, as complex numbers."""
     pairs = torch.view_as_complex(x_BLCHP.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x_BLCHP.dtype)
-
-
-class _QueriesKeys(torch.autograd.Function):
-    """q, k, v of attention from one product: q and k normalised, then rotated. Each pass writes where it reads.
-
-    The backward needs no unrotated q and k: a rotation changes neither the length of a vector nor what it leaves out.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv_BLCHP: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        qk_BLCHP = qkv_BLCHP[:, :, :2]
-        mean_square = torch.linalg.vector_norm(qk_BLCHP, dim=-1, keepdim=True).square_().div_(qk_BLCHP.shape[-1])
-        inverse = mean_square.add_(_EPSILON).rsqrt_()
-        y_BLCHP = qk_BLCHP * inverse
-        if rotation is not None:
-            torch.view_as_complex(y_BLCHP.unflatten(-1, (-1, 2))).mul_(rotation)
-        ctx.save_for_backward(y_BLCHP, inverse)
-        ctx.rotation = rotation
-        q_BHLP, k_BHLP = y_BLCHP.permute(2, 0, 3, 1, 4)
-        return q_BHLP, k_BHLP, qkv_BLCHP[:, :, 2].transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        y_BLCHP, inverse = ctx.saved_tensors
-        grad_BLCHP = torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2)
-        qk_BLCHP = grad_BLCHP[:, :, :2]
-        along = torch.linalg.vecdot(qk_BLCHP, y_BLCHP).unsqueeze(-1).div_(-y_BLCHP.shape[-1])
-        qk_BLCHP.addcmul_(y_BLCHP, along).mul_(inverse)
-        if ctx.rotation is not None:
-            torch.view_as_complex(qk_BLCHP.unflatten(-1, (-1, 2))).mul_(ctx.rotation.conj())
-        return grad_BLCHP, None
-
-
-class _GatedProduct(torch.autograd.Function):
-    """silu(x G^T) * (x U^T) for a weight that holds G above U, from two contiguous products.
-
-    The weight's gradient is x^T g: for many outputs twice as fast on the CPU as torch's own g^T x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BLW: Tensor, weight: Tensor) -> Tensor:
-        x_NW = x_BLW.flatten(0, -2)
-        gate_NX, up_NX = (x_NW @ part.T for part in weight.chunk(2))
-        active_NX = F.silu(gate_NX)
-        ctx.save_for_backward(x_BLW, weight, gate_NX, up_NX, active_NX)
-        return (active_NX * up_NX).unflatten(0, x_BLW.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x_BLW, weight, gate_NX, up_NX, active_NX = ctx.saved_tensors
-        grad_NX = gradients[0].flatten(0, -2)
-        grad_up_NX = grad_NX * active_NX
-        grad_gate_NX = grad_NX * up_NX
-        torch.ops.aten.silu_backward.grad_input(grad_gate_NX, gate_NX, grad_input=grad_gate_NX)
-        gate_weight, up_weight = weight.chunk(2)
-        grad_NW = torch.addmm(grad_gate_NX @ gate_weight, grad_up_NX, up_weight)
-        x_WN = x_BLW.flatten(0, -2).T
-        grad_weight = torch.cat([(x_WN @ grad_gate_NX).T, (x_WN @ grad_up_NX).T])
-        return grad_NW.view_as(x_BLW), grad_weight
-
-
-class GatedLinear(nn.Linear):
-    """silu(gate) * up, where gate and up are the halves of one linear map's outputs."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., W] to [..., hidden]."""
-        if _is_plain(input) and _is_plain(self.weight):
-            return _GatedProduct.apply(input, self.weight)
-        gate, up = super().forward(input).chunk(2, -1)
-        return F.silu(gate) * up
-
-
-class _Unit(torch.autograd.Function):
-    """x / |x| with a backward of three operations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(_SMALLEST_NORM)
-        y = x / norm
-        ctx.save_for_backward(y, norm)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        y, norm = ctx.saved_tensors
-        along = torch.linalg.vecdot(gradients[0], y).unsqueeze(-1).neg_()
-        return torch.addcmul(gradients[0], y, along).div_(norm)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, float32."""
-    single = x.float()
-    return _Unit.apply(single) if x.device.type == "cpu" else F.normalize(single, dim=-1)
-
-
-def queries_keys(qkv_BLCHP: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, each [B, H, L, P]; q and k of rms 1, rotated where there is a rotation."""
-    if _is_plain(qkv_BLCHP):
-        return _QueriesKeys.apply(qkv_BLCHP, rotation)
-    qk_BLCHP = rms_norm(qkv_BLCHP[:, :, :2])
-    if rotation is not None:
-        qk_BLCHP = rotate(qk_BLCHP, rotation)
-    q_BHLP, k_BHLP = qk_BLCHP.permute(2, 0, 3, 1, 4)
-    return q_BHLP, k_BHLP, qkv_BLCHP[:, :, 2].transpose(1, 2)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether x is computed with on the CPU as it is: float32, and no autocast."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 class GroupDropout:
@@ -219,7 +93,7 @@ class Block(nn.Module):
         self.logit_scale = max(8 / head_dim, head_dim**-0.5)
         self.qkv = make_linear(width, 3 * width, generator)
         self.attention_out = make_linear(width, width, None)
-        self.gate_up = make_linear(width, 2 * hidden, generator, GatedLinear)
+        self.gate_up = make_linear(width, 2 * hidden, generator)
         self.down = make_linear(hidden, width, None)
 
     def forward(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None, drop: Drop | None = None) -> Tensor:
@@ -229,22 +103,25 @@ class Block(nn.Module):
         """
         added_BLW = self._attend(rms_norm(x_BLW), mask, rotation)
         x_BLW = x_BLW + (added_BLW if drop is None else drop(added_BLW))
-        added_BLW = self.down(self.gate_up(rms_norm(x_BLW)))
+        gate_BLX, up_BLX = self.gate_up(rms_norm(x_BLW)).chunk(2, -1)
+        added_BLW = self.down(F.silu(gate_BLX) * up_BLX)
         return x_BLW + (added_BLW if drop is None else drop(added_BLW))
 
     def _attend(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
         batch, length, width = x_BLW.shape
         qkv_BLCHP = self.qkv(x_BLW).view(batch, length, 3, self.heads, -1)
-        q_BHLP, k_BHLP, v_BHLP = queries_keys(qkv_BLCHP, rotation)
+        qk_BLCHP = rms_norm(qkv_BLCHP[:, :, :2])
+        if rotation is not None:
+            qk_BLCHP = rotate(qk_BLCHP, rotation)
+        q_BHLP, k_BHLP = qk_BLCHP.permute(2, 0, 3, 1, 4)
+        v_BHLP = qkv_BLCHP[:, :, 2].transpose(1, 2)
         out_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHLP, v_BHLP, attn_mask=mask, scale=self.logit_scale)
         return self.attention_out(out_BHLP.transpose(1, 2).reshape(batch, length, width))
 
 
-def make_linear(
-    inputs: int, outputs: int, generator: torch.Generator | None, kind: type[nn.Linear] = nn.Linear
-) -> nn.Linear:
+def make_linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """A linear map without bias: normal of deviation inputs^-0.5, or zero where no generator is given."""
-    linear = kind(inputs, outputs, bias=False, device="meta").to_empty(device="cpu")
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         if generator is None:
             linear.weight.zero_()

@@ -31,7 +31,6 @@ class Contextualizer(nn.Module):
         self.out = make_linear(shape.width, shape.d_item, generator)
         self.pointer = Pointer(shape.width, shape.pointer_width, generator) if shape.pointer_width else None
         self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.counted_events else None
-        self._rotations: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(
         self,
@@ -51,7 +50,7 @@ class Contextualizer(nn.Module):
         if drop is not None:
             x_RLW = drop(x_RLW)
         mask = attention_mask(segment_RL, x_RLW.dtype)
-        rotation = self._rotation(length, x_RLW.device)
+        rotation = make_rotation(length, self.head_dim, x_RLW.device)
         for block in self.blocks:
             x_RLW = block(x_RLW, mask, rotation, drop)
         x_RLW = rms_norm(x_RLW)
@@ -65,12 +64,6 @@ class Contextualizer(nn.Module):
             gate_T1, weight_TM = self.neighbours(x_RLW, position_T, counted_TM)
             gates.append(gate_T1)
         return Queries(h_TD, F.log_softmax(torch.cat(gates, 1), -1), pointer_TL, weight_TM)
-
-    def _rotation(self, length: int, device: torch.device) -> Tensor:
-        key = length, device
-        if key not in self._rotations:
-            self._rotations[key] = make_rotation(length, self.head_dim, device)
-        return self._rotations[key]
 
 
 def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:

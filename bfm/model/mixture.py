@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bfm.model.batch import ModelBatch
 from bfm.model.blocks import look_up, make_linear, rms_norm
 
 _STEPS = 96
@@ -53,6 +54,19 @@ def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tenso
     nothing_TX = mass_TX <= 0
     log_mass_TX = torch.where(nothing_TX, 1.0, mass_TX).log().masked_fill(nothing_TX, -torch.inf)
     return -torch.logsumexp(log_gate_TX1 + torch.cat([-loss_T[:, None], log_mass_TX], 1), 1)
+
+
+def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
+    """What the sparse components give each row's target, [T, X]."""
+    masses = [queries.h_TD.new_zeros(len(queries.h_TD), 0)]
+    if queries.pointer_TL is not None:
+        item_TL = batch.item_RL.index_select(0, batch.target_position_T // batch.item_RL.shape[1])
+        # Pads carry the index of some item, and probability 0.
+        masses.append((queries.pointer_TL * (item_TL == batch.target_index_T[:, None])).sum(1, keepdim=True))
+    if queries.counted_TM is not None:
+        assert batch.share_TM is not None, "windows without what their model was to count"
+        masses.append((queries.counted_TM * batch.share_TM).sum(1, keepdim=True))
+    return torch.cat(masses, 1)
 
 
 class Pointer(nn.Module):

@@ -142,25 +142,6 @@ def size_model(
     return dataclasses.replace(embedder, width=width, depth=layers, heads=_choose_heads(width), hidden=hidden)
 
 
-def smallest_share(params: float, d_item: int, embedder_depth: int | None = None) -> float:
-    """s_min(N): the smallest share above 0 that can be built (its embedder has one width unit)."""
-    return _smallest_embedder(d_item, embedder_depth) / params
-
-
-def width_unit_params(shape: Shape) -> tuple[int, int]:
-    """Weights of one width unit (2 channels) of the contextualizer and of the embedder: the floor of the tolerance."""
-
-    def wider(width: int, fixed: int, depth: int, hidden: int) -> int:
-        return 2 * fixed + _block_params(width + 2, depth, hidden) - _block_params(width, depth, hidden)
-
-    contextualizer = wider(shape.width, _edge(shape), shape.depth, shape.hidden)
-    if shape.embedder_kind == "none":
-        return contextualizer, 0
-    if shape.embedder_kind == "mlp":
-        return contextualizer, 4 * shape.d_item
-    return contextualizer, wider(shape.embedder_width, 2 * shape.d_item, shape.embedder_depth, shape.embedder_hidden)
-
-
 def _check(
     params: float, share: float, d_item: int, aspect: float, depth: int | None, embedder_depth: int | None
 ) -> None:
@@ -185,7 +166,7 @@ def _size_embedder(params: float, share: float, d_item: int, aspect: float, embe
         return bare
     budget = params * share
     smallest = _smallest_embedder(d_item, embedder_depth)
-    # A share computed as smallest_share(...) must not be refused for a rounding error.
+    # A share computed from the bound must not be refused for a rounding error.
     if budget < smallest * (1 - 1e-9):
         raise InfeasibleError(
             f"{share:g} is below s_min = {smallest / params:.3g}, the smallest embedder of N = {params:g}"

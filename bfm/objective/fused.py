@@ -79,6 +79,12 @@ def why_not_fused(q_TD: Tensor, table_RD: Tensor) -> str | None:
     return None
 
 
+def prefers_fused(table_RD: Tensor) -> bool:
+    """Whether the kernel can run and is the fastest for a constant table: on CUDA, in half precision."""
+    half = table_RD.dtype in (torch.bfloat16, torch.float16)
+    return half and table_RD.is_cuda and table_RD.shape[1] <= MAX_WIDTH and fused_available() is None
+
+
 @torch.no_grad()
 def fused_softmax_state(
     q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, tile: Tile | None = None

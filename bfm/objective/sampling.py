@@ -147,11 +147,6 @@ class Proposal:
             yield order_C.view(np.int64)
 
 
-def draw_systematic(pi_V: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """One draw of `Proposal.of(pi_V)`."""
-    return Proposal.of(pi_V).draw(rng)
-
-
 def _prime_from(number: int) -> int:
     """The least prime >= number."""
     candidate = max(2, number)
@@ -163,5 +158,5 @@ def _prime_from(number: int) -> int:
 def fixed_candidates(pi_V: NDArray[np.float64], seed: int) -> Candidates:
     """One seeded draw for evaluation, the same for every model that is scored with (pi_V, seed)."""
     sequence = np.random.SeedSequence([_STREAM, _FIXED_SAMPLE, seed])
-    ids_K = draw_systematic(pi_V, np.random.Generator(np.random.Philox(sequence)))
+    ids_K = Proposal.of(pi_V).draw(np.random.Generator(np.random.Philox(sequence)))
     return Candidates(ids_K, np.log(pi_V[ids_K]))

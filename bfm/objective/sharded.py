@@ -1,34 +1,27 @@
-"""The frozen catalogue spread over the ranks of a process group, and the sampled softmax over it.
+"""Item vectors without gradient, dealt out over the ranks of the default process group, and the sampled softmax there.
 
-Enters: on every rank its contiguous rows of the catalogue, its own queries and its own candidates of the whole
-catalogue. Leaves: the loss of the rank's rows, differentiable in the queries, and vectors by item id. Each rank turns
-the candidates of every rank's negative group that lie in its shard into a partial state (see bfm.objective.tiled);
-a group's partial states are merged by a max- and a sum-reduction. Needs 1/W of the catalogue's memory per rank.
+Enters: on every rank its vectors, its own queries and its own candidates. Leaves: vectors by item id, and the loss of
+the rank's rows, differentiable in the queries. Each rank turns the candidates of every rank's negative group that it
+holds into a partial state (see bfm.objective.tiled); a group's partial states are merged by a max- and a sum-reduction.
+Needs 1/W of the catalogue's memory per rank.
 
 Data may differ between ranks in every way, down to no rows and no candidates: what decides about a collective is
 known to all ranks, so all issue the same ones in the same order. The gradient needs none.
 
-W = ranks, S = catalogue rows of a rank, T = target rows of a rank, K = candidates of a rank's group, N = ids sent,
+W = ranks, S = items of a rank, T = target rows of a rank, K = candidates of a rank's group, N = ids sent,
 M = ids received, D = retrieval width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bfm.objective.fused import fused_softmax_state, prefers_fused
 from bfm.objective.tiled import State, loss_from_state, softmax_state
-
-StateFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], State]
-
-
-def shard_range(num_items: int, num_shards: int, shard: int) -> tuple[int, int]:
-    """First item of a shard and one past its last: shards are contiguous and differ by at most one item."""
-    return num_items * shard // num_shards, num_items * (shard + 1) // num_shards
 
 
 @dataclass(frozen=True)
@@ -43,69 +36,51 @@ class _Route:
     rows: list[int]
 
 
-class ShardedCatalogue:
-    """This rank's shard of the frozen catalogue and the operations on all of it.
+class DealtItems:
+    """The vectors of items r, r + W, r + 2W, ... on rank r, and the operations on those of all ranks.
 
-    Every method is collective: all ranks of the group call the same methods in the same order.
+    Items are often numbered by popularity: contiguous shards would leave most of the work to the first rank.
+    Every method is collective: all ranks call the same methods in the same order.
     """
 
-    def __init__(
-        self,
-        rows_SD: Tensor,
-        first: int,
-        num_items: int,
-        group: dist.ProcessGroup | None = None,
-        state_of: StateFunction = softmax_state,
-    ) -> None:
-        """Hold items first .. first + S - 1 of num_items; the shards follow each other in the order of the ranks.
-
-        `group` is the default process group unless given; `state_of` computes the partial states. Raises ValueError,
-        on every rank, where the shards do not make up the catalogue.
-        """
-        self.rows_SD, self.first, self.num_items = rows_SD.detach(), first, num_items
-        self.group, self.state_of = group, state_of
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        shards = self._gather([first, len(rows_SD), num_items, rows_SD.shape[1]])
-        firsts, sizes = [shard[0] for shard in shards], [shard[1] for shard in shards]
-        ends = [start + size for start, size in zip(firsts, sizes, strict=True)]
-        alike = len({tuple(shard[2:]) for shard in shards}) == 1
-        if not alike or [*firsts, num_items] != [0, *ends]:
-            raise ValueError(
-                f"shards start at {firsts} and hold {sizes} rows: they must follow each other over all {num_items} "
-                "items and agree on this number and the width"
-            )
-        self._ends_W = torch.tensor(ends, device=rows_SD.device)
+    def __init__(self, rows_SD: Tensor, num_items: int) -> None:
+        """Hold this rank's vectors of the catalogue's `num_items`, in the order of their ids."""
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        assert len(rows_SD) == len(range(self.rank, num_items, self.world)), "not what is dealt to this rank"
+        self.rows_SD, self.num_items = rows_SD.detach(), num_items
+        self._state_of = fused_softmax_state if prefers_fused(rows_SD) else softmax_state
 
     def vectors(self, ids_N: Tensor) -> Tensor:
-        """The rows of the items ids_N (int64), [N, D], in the dtype of the shards; N may differ by rank.
+        """The vectors of the items ids_N (int64), [N, D], in the dtype in which they are held; N may differ by rank.
 
         A rank sends N ids and receives N x D values, and answers the others likewise. Raises ValueError, on every
         rank, where one asks for an unknown item.
         """
         route = self._route(ids_N, 0)
         asked_M = self._exchange(ids_N[route.order_N], route.sent, route.received)
-        answer_ND = self._exchange(self.rows_SD[asked_M - self.first], route.received, route.sent)
+        answer_ND = self._exchange(self.rows_SD[asked_M // self.world], route.received, route.sent)
         return torch.empty_like(answer_ND).index_copy_(0, route.order_N, answer_ND)
 
-    def loss(self, q_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> Tensor:
-        """The corrected sampled softmax loss of this rank's rows, loss_T; differentiable in q = scale * h.
+    def loss(
+        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
+    ) -> Tensor:
+        """loss_T of this rank's rows among its own candidates; differentiable in h and scale.
 
-        target_T and ids_K (int64, the latter distinct) are items of the whole catalogue, log_pi_K floats; hit_T is
-        the column of the row's target among ids_K or -1. T and K may differ by rank, dtypes must not.
+        target_T and ids_K (int64, the latter distinct) are item ids, log_pi_K floats; hit_T is the column of the row's
+        target among ids_K or -1. T and K may differ by rank, dtypes must not.
 
         Per rank, in units of one number: 2 K for its candidates (and about as many received), W x T x D for the
         queries of all groups, W x T x (D + 2) for their partial states, T x (W + D + 1) for hits and targets.
-        Computes W x T rows against the candidates in its shard: the work of one group where groups spread evenly
-        over shards, which items numbered by popularity do not.
+        Computes W x T rows against the candidates that it holds: about the work of one group.
         """
-        positive_TD = self.vectors(target_T)
-        return loss_from_state(q_TD, positive_TD, self.state(q_TD, ids_K, log_pi_K, hit_T))
+        q_TD = scale.float() * h_TD.float()
+        return loss_from_state(q_TD, self.vectors(target_T), self._state(q_TD, ids_K, log_pi_K, hit_T))
 
     @torch.no_grad()
-    def state(self, q_TD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
+    def _state(self, q_TD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
         """The state of this rank's rows over its own candidates, wherever they are held; arguments as of `loss`."""
         route = self._route(ids_K, len(q_TD))
-        ids_M = self._exchange(ids_K[route.order_N], route.sent, route.received) - self.first
+        ids_M = self._exchange(ids_K[route.order_N], route.sent, route.received) // self.world
         log_pi_M = self._exchange(log_pi_K[route.order_N], route.sent, route.received)
         hits_M = self._exchange(_hits_by_owner(route, hit_T), [len(q_TD)] * self.world, route.rows)
         parts = zip(ids_M.split(route.received), log_pi_M.split(route.received), hits_M.split(route.rows), strict=True)
@@ -113,8 +88,8 @@ class ShardedCatalogue:
         for source, (ids_m, log_pi_m, hit_t) in enumerate(parts):
             query_tD = q_TD.contiguous() if source == self.rank else q_TD.new_empty(route.rows[source], q_TD.shape[1])
             if len(query_tD):
-                dist.broadcast(query_tD, group_src=source, group=self.group)
-            state = self._merge(self.state_of(query_tD, self.rows_SD, ids_m, log_pi_m, hit_t), source)
+                dist.broadcast(query_tD, source)
+            state = self._merge(self._state_of(query_tD, self.rows_SD, ids_m, log_pi_m, hit_t), source)
             own = state if source == self.rank else own
         assert own is not None
         return own
@@ -125,18 +100,18 @@ class ShardedCatalogue:
         if not len(max_T):
             return state
         top_T = max_T.clone()
-        dist.all_reduce(top_T, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(top_T, dist.ReduceOp.MAX)
         # -inf - -inf is NaN: a row without a candidate on any rank is measured against 0. A NaN that the reduction
         # loses stays in its own rank's factor.
         factor_T = torch.exp(max_T - torch.where(top_T == -torch.inf, 0.0, top_T))
         both_TD1 = torch.cat([weighted_TD, sum_T[:, None]], dim=1) * factor_T[:, None]
-        dist.reduce(both_TD1, group_dst=receiver, group=self.group)
+        dist.reduce(both_TD1, receiver)
         return top_T, both_TD1[:, -1], both_TD1[:, :-1]
 
     def _route(self, ids_N: Tensor, num_rows: int) -> _Route:
         """Raises ValueError on every rank where any rank's ids are not all of the catalogue."""
         known = not len(ids_N) or bool((ids_N.min() >= 0) & (ids_N.max() < self.num_items))
-        owner_N = torch.bucketize(ids_N, self._ends_W, right=True).clamp(max=self.world - 1)
+        owner_N = ids_N % self.world
         sent = torch.bincount(owner_N, minlength=self.world).tolist()
         gathered = self._gather([int(known), num_rows, *sent])
         if unknown := [rank for rank, values in enumerate(gathered) if not values[0]]:
@@ -153,13 +128,13 @@ class ShardedCatalogue:
         """The values of every rank, in the order of the ranks."""
         own = torch.tensor(values, device=self.rows_SD.device)
         gathered = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(gathered, own, group=self.group)
+        dist.all_gather(gathered, own)
         return torch.stack(gathered).tolist()
 
     def _exchange(self, values_N: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Deal out consecutive runs of the first axis to the ranks; the runs from every rank, one after the other."""
         out_M = values_N.new_empty(sum(received), *values_N.shape[1:])
-        dist.all_to_all_single(out_M, values_N.contiguous(), received, sent, group=self.group)
+        dist.all_to_all_single(out_M, values_N.contiguous(), received, sent)
         return out_M
 
 

@@ -1,4 +1,4 @@
-"""The loss of a target among sampled candidates, and its exact value over the full catalogue.
+"""The loss of a target among sampled candidates.
 
     loss_t = -log( e^{s_p} / (e^{s_p} + sum_{j != hit} e^{s_j - log pi_j}) ),   s = scale * <h, v>
 
@@ -9,8 +9,8 @@ every item the loss is the full softmax.
 Enters: queries, positives, a table with the ids of the candidates, log inclusion probabilities. Leaves: loss_T. One
 contract, several implementations; `sampled_softmax` chooses.
 
-T = target rows, K = candidates shared by the rows, G = windows whose rows have one pi,
-R = rows of the table that candidates are taken from, V = catalogue items, D = retrieval width.
+T = target rows, K = candidates shared by the rows, G = windows whose rows have one pi, R = rows of the table that
+candidates are taken from, D = retrieval width.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
+from bfm.model.blocks import look_up
+from bfm.objective.fused import fused_softmax_state, prefers_fused
 from bfm.objective.methods import METHODS
 from bfm.objective.tiled import loss_from_log_sum, loss_from_state, softmax_state, two_pass_log_sum
 
-# All but `sharded`, which needs other ranks: bfm.objective.frozen.
+# All but `sharded`, which needs other ranks: bfm.objective.sharded.
 _METHODS = tuple(method for method in METHODS if method != "sharded")
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
 # e to this is 0 in every dtype.
 _NO_SCORE = -1e9
-# Scores of one block of a chunked pass: small enough to stay near the core, large enough for the matmul.
-_BLOCK_BYTES = 16 * 2**20
 
 
 def sampled_softmax(
@@ -55,20 +54,17 @@ def sampled_softmax(
     of NaN or infinity. Raises ValueError for an unknown method, and for a table that needs a gradient or windows that
     the method does not know; `triton` what fused_softmax_state raises where it cannot run.
     """
-    general = window_T is not None or (table_RD.requires_grad and torch.is_grad_enabled())
+    live = window_T is not None or (table_RD.requires_grad and torch.is_grad_enabled())
     if method == "auto":
-        method = choose_method(len(h_TD), len(ids_K), table_RD, general)
+        method = choose_method(len(h_TD), len(ids_K), table_RD, live)
     if method not in _METHODS:
         raise ValueError(f"no method {method!r}: one of {', '.join(_METHODS)}")
     dtype = torch.promote_types(torch.promote_types(h_TD.dtype, log_pi_GK.dtype), torch.float32)
     q_TD = scale.to(dtype) * h_TD.to(dtype)
-    if method == "reference":
-        log_sum_T = _reference_log_sum(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T)
-        return loss_from_log_sum(q_TD, positive_TD, log_sum_T)
-    if method == "two_pass":
-        log_sum_T = two_pass_log_sum(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T)
-        return loss_from_log_sum(q_TD, positive_TD, log_sum_T)
-    if general:
+    if method in ("reference", "two_pass"):
+        log_sum = _reference_log_sum if method == "reference" else two_pass_log_sum
+        return loss_from_log_sum(q_TD, positive_TD, log_sum(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T))
+    if live:
         raise ValueError(
             f"{method} gives the table no gradient and knows one window: use two_pass, or detach the table"
         )
@@ -82,10 +78,7 @@ def choose_method(num_rows: int, num_candidates: int, table_RD: Tensor, live: bo
         return "two_pass" if computes_scores_twice(num_rows, num_candidates) else "reference"
     if num_rows * num_candidates <= _DENSE_SCORES:
         return "reference"
-    half = table_RD.dtype in (torch.bfloat16, torch.float16)
-    if half and table_RD.is_cuda and table_RD.shape[1] <= MAX_WIDTH and fused_available() is None:
-        return "triton"
-    return "one_pass"
+    return "triton" if prefers_fused(table_RD) else "one_pass"
 
 
 def computes_scores_twice(num_rows: int, num_candidates: int, *, live: bool = True, method: str = "auto") -> bool:
@@ -100,31 +93,8 @@ def _reference_log_sum(
 ) -> Tensor:
     """The formula, with all T x K scores."""
     log_pi_XK = log_pi_GK if window_T is None else log_pi_GK.index_select(0, window_T)
-    logits_TK = (q_TD @ table_RD[ids_K].to(q_TD.dtype).T).to(q_TD.dtype) - log_pi_XK
+    logits_TK = (q_TD @ look_up(table_RD, ids_K).to(q_TD.dtype).T).to(q_TD.dtype) - log_pi_XK
     hit_rows = (hit_T >= 0).nonzero()[:, 0]
     # Not -inf: a row without any other candidate keeps a gradient.
     logits_TK[hit_rows, hit_T[hit_rows]] = _NO_SCORE
     return torch.logsumexp(logits_TK, dim=1)
-
-
-@torch.no_grad()
-def full_softmax_nll(
-    h_TD: Tensor, catalogue_VD: Tensor, target_T: Tensor, scale: Tensor | float, block_bytes: int = _BLOCK_BYTES
-) -> Tensor:
-    """-log softmax of every row's target (item id in target_T) over the full catalogue, nll_T, without gradient.
-
-    Goes over the catalogue in blocks of scores of at most block_bytes (one score at the least).
-    """
-    num_rows, num_items = len(h_TD), len(catalogue_VD)
-    block_scores = max(1, block_bytes // h_TD.element_size())
-    columns = min(num_items, max(1024, block_scores // 256))
-    rows = max(1, block_scores // columns)
-    parts = []
-    for row in range(0, num_rows, rows):
-        scaled_RD = h_TD[row : row + rows] * scale
-        total_R = torch.full_like(scaled_RD[:, 0], -torch.inf)
-        for column in range(0, num_items, columns):
-            block_RC = scaled_RD @ catalogue_VD[column : column + columns].T
-            total_R = torch.logaddexp(total_R, torch.logsumexp(block_RC, dim=1))
-        parts.append(total_R - (scaled_RD * catalogue_VD[target_T[row : row + rows]]).sum(-1))
-    return torch.cat(parts) if parts else h_TD.new_zeros(0)

@@ -31,7 +31,6 @@ _CPU_TILE = (256, 8192, 1 << 19)
 _GPU_TILE = (8192, 1 << 17, 1 << 25)
 # exp(40) times a sum over millions of candidates, each of which stands for millions, is within float32.
 _PLAIN_NORM, _PLAIN_LEAST_SUM = 40.0, 1e-20
-_RANGE_CHECK = 1 << 17
 
 
 def softmax_state(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
@@ -40,15 +39,16 @@ def softmax_state(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tenso
     The state has the dtype of q, float32 or float64. Matmuls take it too, except that a bfloat16 table on a GPU is
     multiplied as it is, with sums in float32.
     """
-    tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
     with torch.no_grad(), torch.autocast(q_TD.device.type, enabled=False):
         if len(ids_K) and len(q_TD) and float(torch.linalg.vector_norm(q_TD, dim=1).max()) <= _PLAIN_NORM:
-            state = _plain_state(tiles, q_TD, log_pi_K)
+            state = _plain_state(_tiles(q_TD, table_RD, ids_K, hit_T), q_TD, log_pi_K)
             # Nothing has bounded the table's rows: where the sums left the range, the careful way is taken.
             fits = (state[1] > _PLAIN_LEAST_SUM).all() & state[1].isfinite().all() & state[2].isfinite().all()
             if fits:
                 return state
-        return _online_state(tiles, q_TD, log_pi_K)
+        weighted_TD = torch.zeros_like(q_TD)
+        tiles = _tiles(q_TD, table_RD, ids_K, hit_T)
+        return *_online_sum(tiles, q_TD, log_pi_K, None, weighted_TD), weighted_TD
 
 
 def merge(first: State, second: State) -> State:
@@ -74,7 +74,7 @@ def loss_from_log_sum(q_TD: Tensor, positive_TD: Tensor, log_sum_T: Tensor) -> T
 
 
 def two_pass_log_sum(
-    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None = None
+    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None
 ) -> Tensor:
     """Log of the sum over the candidates except the hit, log_sum_T; differentiable in q and the table.
 
@@ -85,99 +85,54 @@ def two_pass_log_sum(
 
 @dataclass(frozen=True)
 class _Tile:
-    """Candidates `columns` (of K) against rows `rows` (of T); hit_rows and hit_columns count from the tile's corner."""
+    """Candidates `columns` (of K) against rows `rows` (of T)."""
 
     rows: slice
     columns: slice
+    q_PD: Tensor
     vectors_CD: Tensor
-    hit_rows: Tensor
-    hit_columns: Tensor
+    hit_P: Tensor
+    """Column of each row's hit, counted from the tile's first; any number outside the tile where it is not inside."""
+    room_PC: Tensor
+    """Where the scores are written: the same memory for every tile."""
+
+    def scores(self) -> Tensor:
+        """<q, c>, in the dtype of the room."""
+        q_PD = self.q_PD.to(self.vectors_CD.dtype)
+        if q_PD.dtype == self.room_PC.dtype:
+            return torch.mm(q_PD, self.vectors_CD.T, out=self.room_PC)
+        return torch.mm(q_PD, self.vectors_CD.T, out_dtype=self.room_PC.dtype, out=self.room_PC)
+
+    def logits(self, log_pi_GK: Tensor, window_T: Tensor | None) -> Tensor:
+        """Corrected scores, -inf for hits."""
+        logits_PC, log_pi_GC = self.scores(), log_pi_GK[..., self.columns].to(self.q_PD.dtype)
+        logits_PC -= log_pi_GC if window_T is None else log_pi_GC.index_select(0, window_T[self.rows])
+        return self.fill_hits(logits_PC, -torch.inf)
+
+    def fill_hits(self, x_PC: Tensor, value: float) -> Tensor:
+        """x with a value where a row meets its hit; without waiting for a device to say where that is."""
+        place_P1 = self.hit_P.clamp(0, x_PC.shape[1] - 1)[:, None]
+        filled_P1 = x_PC.gather(1, place_P1).masked_fill_(place_P1 == self.hit_P[:, None], value)
+        return x_PC.scatter_(1, place_P1, filled_P1)
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Walks over candidates, and for every block of them over rows, so that a candidate is gathered once."""
-
-    table_RD: Tensor
-    ids_K: Tensor
-    first_id: int | None
-    num_rows: int
-    rows: int
-    columns: int
-    operand: torch.dtype
-    hit_row_H: Tensor
-    hit_column_H: Tensor
-    hit_offset: list[int]
-
-    @classmethod
-    def of(cls, q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, hit_T: Tensor) -> _Tiles:
-        """Tile sizes by device; the H rows with a hit sorted by tile."""
-        num_rows, num_columns = len(q_TD), len(ids_K)
-        on_cpu = q_TD.device.type == "cpu"
-        most_rows, most_columns, scores = _CPU_TILE if on_cpu else _GPU_TILE
-        rows = max(1, min(num_rows, most_rows))
-        columns = max(1, min(num_columns, most_columns, scores // rows))
-        blocks = -(-num_rows // rows)
-        row_H = (hit_T >= 0).nonzero()[:, 0]
-        column_H = hit_T[row_H]
-        tile_H, order_H = torch.sort(column_H // columns * blocks + row_H // rows)
-        edges = torch.arange(-(-num_columns // columns) * blocks + 1, device=tile_H.device)
-        # float16 would overflow: the plain weights reach exp(40).
-        half = table_RD.dtype == torch.bfloat16 and not on_cpu
-        return cls(
-            table_RD,
-            ids_K,
-            _first_of_range(ids_K),
-            num_rows,
-            rows,
-            columns,
-            table_RD.dtype if half else q_TD.dtype,
-            row_H[order_H] % rows,
-            column_H[order_H] % columns,
-            torch.searchsorted(tile_H, edges).tolist(),
-        )
-
-    def __iter__(self) -> Iterator[_Tile]:
-        num_columns, cell = len(self.ids_K), 0
-        for column in range(0, num_columns, self.columns):
-            columns = slice(column, min(column + self.columns, num_columns))
-            vectors_CD = self._gather(columns)
-            for row in range(0, self.num_rows, self.rows):
-                hits = slice(self.hit_offset[cell], self.hit_offset[cell + 1])
-                rows = slice(row, min(row + self.rows, self.num_rows))
-                yield _Tile(rows, columns, vectors_CD, self.hit_row_H[hits], self.hit_column_H[hits])
-                cell += 1
-
-    def _gather(self, columns: slice) -> Tensor:
-        if self.first_id is None:
-            rows_CD = self.table_RD.index_select(0, self.ids_K[columns])
-        else:
-            rows_CD = self.table_RD[self.first_id + columns.start : self.first_id + columns.stop]
-        return rows_CD.to(self.operand)
-
-    def workspace(self, like: Tensor) -> Tensor:
-        """Room for the scores of one tile."""
-        return like.new_empty(self.rows * self.columns)
-
-
-def _first_of_range(ids_K: Tensor) -> int | None:
-    """The first id where the ids are consecutive, so that a view replaces the gather; None where they are not."""
-    num = len(ids_K)
-    if num == 0 or int(ids_K[-1] - ids_K[0]) != num - 1:
-        return None
-    for start in range(0, num, _RANGE_CHECK):
-        if not (ids_K[start : start + _RANGE_CHECK + 1].diff() == 1).all():
-            return None
-    return int(ids_K[0])
-
-
-def _scores(q_TD: Tensor, tile: _Tile, room: Tensor) -> Tensor:
-    """<q, c> of the tile, written into `room`."""
-    out_PC = room[: (tile.rows.stop - tile.rows.start) * len(tile.vectors_CD)].view(-1, len(tile.vectors_CD))
-    q_PD = q_TD[tile.rows].to(tile.vectors_CD.dtype)
-    if q_PD.dtype == out_PC.dtype:
-        return torch.mm(q_PD, tile.vectors_CD.T, out=out_PC)
-    return torch.mm(q_PD, tile.vectors_CD.T, out_dtype=out_PC.dtype, out=out_PC)
+def _tiles(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, hit_T: Tensor) -> Iterator[_Tile]:
+    """All tiles: block by block of candidates, so that one is gathered once, and for each over the rows."""
+    on_cpu = q_TD.device.type == "cpu"
+    most_rows, most_columns, scores = _CPU_TILE if on_cpu else _GPU_TILE
+    rows = max(1, min(len(q_TD), most_rows))
+    columns = max(1, min(len(ids_K), most_columns, scores // rows))
+    # float16 would overflow: the plain weights reach exp(40).
+    operand = table_RD.dtype if table_RD.dtype == torch.bfloat16 and not on_cpu else q_TD.dtype
+    room = q_TD.new_empty(rows * columns)
+    for column in range(0, len(ids_K), columns):
+        chosen = slice(column, column + columns)
+        vectors_CD = table_RD.index_select(0, ids_K[chosen]).to(operand)
+        for row in range(0, len(q_TD), rows):
+            part = slice(row, row + rows)
+            q_PD = q_TD[part]
+            room_PC = room[: len(q_PD) * len(vectors_CD)].view(len(q_PD), -1)
+            yield _Tile(part, chosen, q_PD, vectors_CD, hit_T[part] - column, room_PC)
 
 
 def _add_product(total_PD: Tensor, weight_PC: Tensor, vectors_CD: Tensor) -> None:
@@ -188,33 +143,33 @@ def _add_product(total_PD: Tensor, weight_PC: Tensor, vectors_CD: Tensor) -> Non
         total_PD += torch.mm(weight_PC.to(vectors_CD.dtype), vectors_CD, out_dtype=total_PD.dtype)
 
 
-def _plain_state(tiles: _Tiles, q_TD: Tensor, log_pi_K: Tensor) -> State:
+def _plain_state(tiles: Iterator[_Tile], q_TD: Tensor, log_pi_K: Tensor) -> State:
     """The state with max = 0: no pass over the scores but exp, since 1 / pi is a factor of the candidate instead."""
-    sum_T, weighted_TD, room = torch.zeros_like(q_TD[:, 0]), torch.zeros_like(q_TD), tiles.workspace(q_TD)
+    sum_T, weighted_TD = torch.zeros_like(q_TD[:, 0]), torch.zeros_like(q_TD)
     for tile in tiles:
         if tile.rows.start == 0:
             factor_C = log_pi_K[tile.columns].to(q_TD.dtype).neg().exp_()
             scaled_CD = tile.vectors_CD * factor_C[:, None].to(tile.vectors_CD.dtype)
-        weight_PC = _scores(q_TD, tile, room).exp_()
-        if len(tile.hit_rows):
-            weight_PC[tile.hit_rows, tile.hit_columns] = 0.0
+        weight_PC = tile.fill_hits(tile.scores().exp_(), 0.0)
         sum_T[tile.rows].addmv_(weight_PC, factor_C)
         _add_product(weighted_TD[tile.rows], weight_PC, scaled_CD)
     return torch.zeros_like(sum_T), sum_T, weighted_TD
 
 
-def _online_state(tiles: _Tiles, q_TD: Tensor, log_pi_K: Tensor) -> State:
-    """The state for any scores: the running maximum rescales what came before."""
+def _online_sum(
+    tiles: Iterator[_Tile], q_TD: Tensor, log_pi_GK: Tensor, window_T: Tensor | None, weighted_TD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(max_T, sum_T) for any scores: the running maximum rescales what came before, also what is added to weighted."""
     max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
-    weighted_TD, room = torch.zeros_like(q_TD), tiles.workspace(q_TD)
     for tile in tiles:
-        factor_P, weight_PC = _exponentials(_logits(q_TD, log_pi_K, None, tile, room), max_T[tile.rows])
+        factor_P, weight_PC = _exponentials(tile.logits(log_pi_GK, window_T), max_T[tile.rows])
         sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
-        weighted_TD[tile.rows] *= factor_P[:, None]
-        _add_product(weighted_TD[tile.rows], weight_PC, tile.vectors_CD)
+        if weighted_TD is not None:
+            weighted_TD[tile.rows] *= factor_P[:, None]
+            _add_product(weighted_TD[tile.rows], weight_PC, tile.vectors_CD)
         if tile.rows.start == 0:
             sum_T += _nan_unless_finite(tile.vectors_CD)
-    return max_T, sum_T, weighted_TD
+    return max_T, sum_T
 
 
 def _exponentials(logits_PC: Tensor, max_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,16 +188,6 @@ def _or_zero(max_T: Tensor) -> Tensor:
 def _nan_unless_finite(vectors_CD: Tensor) -> Tensor:
     """0, or NaN: a score of -inf adds nothing to a sum of exponentials, but it is no score."""
     return 0.0 * vectors_CD.sum()
-
-
-def _logits(q_TD: Tensor, log_pi_GK: Tensor, window_T: Tensor | None, tile: _Tile, room: Tensor) -> Tensor:
-    """Corrected scores of the tile, -inf for hits."""
-    logits_PC = _scores(q_TD, tile, room)
-    log_pi_GC = log_pi_GK[..., tile.columns].to(q_TD.dtype)
-    logits_PC -= log_pi_GC if window_T is None else log_pi_GC.index_select(0, window_T[tile.rows])
-    if len(tile.hit_rows):
-        logits_PC[tile.hit_rows, tile.hit_columns] = -torch.inf
-    return logits_PC
 
 
 class _StateLogSum(torch.autograd.Function):
@@ -274,16 +219,9 @@ class _TwoPassLogSum(torch.autograd.Function):
         hit_T: Tensor,
         window_T: Tensor | None,
     ) -> Tensor:
-        tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
-        max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
-        room = tiles.workspace(q_TD)
         with torch.autocast(q_TD.device.type, enabled=False):
-            for tile in tiles:
-                logits_PC = _logits(q_TD, log_pi_GK, window_T, tile, room)
-                factor_P, weight_PC = _exponentials(logits_PC, max_T[tile.rows])
-                sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
-                if tile.rows.start == 0:
-                    sum_T += _nan_unless_finite(tile.vectors_CD)
+            tiles = _tiles(q_TD, table_RD, ids_K, hit_T)
+            max_T, sum_T = _online_sum(tiles, q_TD, log_pi_GK, window_T, None)
         # Not log_sum: scores below -1000 with their rounding would come out of exp as wrong shares.
         ctx.save_for_backward(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T)
         return max_T + sum_T.log()
@@ -292,19 +230,17 @@ class _TwoPassLogSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T = ctx.saved_tensors
-        tiles = _Tiles.of(q_TD, table_RD, ids_K, hit_T)
         grad_q_TD = torch.zeros_like(q_TD)
         grad_table_RD = torch.zeros_like(table_RD, dtype=q_TD.dtype) if ctx.needs_input_grad[1] else None
         reference_T, factor_T = _or_zero(max_T), grads[0] / torch.where(sum_T == 0, 1.0, sum_T)
-        room = tiles.workspace(q_TD)
         with torch.autocast(q_TD.device.type, enabled=False):
-            for tile in tiles:
-                logits_PC = _logits(q_TD, log_pi_GK, window_T, tile, room)
+            for tile in _tiles(q_TD, table_RD, ids_K, hit_T):
+                logits_PC = tile.logits(log_pi_GK, window_T)
                 grad_PC = logits_PC.sub_(reference_T[tile.rows, None]).exp_().mul_(factor_T[tile.rows, None])
                 _add_product(grad_q_TD[tile.rows], grad_PC, tile.vectors_CD)
                 if grad_table_RD is not None:
                     grad_CD = torch.zeros_like(tile.vectors_CD, dtype=q_TD.dtype)
-                    _add_product(grad_CD, grad_PC.T, q_TD[tile.rows].to(tile.vectors_CD.dtype))
+                    _add_product(grad_CD, grad_PC.T, tile.q_PD.to(tile.vectors_CD.dtype))
                     grad_table_RD.index_add_(0, ids_K[tile.columns], grad_CD)
         grad_table_RD = None if grad_table_RD is None else grad_table_RD.to(table_RD.dtype)
         return grad_q_TD, grad_table_RD, None, None, None, None

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfm.objective.fused import fused_available
-from bfm.objective.sharded import ShardedCatalogue
+from bfm.objective.sharded import DealtItems
 from bfm.objective.softmax import choose_method, sampled_softmax
 from bfm.report.tables import ruled
 
@@ -151,9 +151,9 @@ def _gradient(problem: Problem, method: str) -> tuple[Tensor, Tensor]:
     h_TD = problem.h_TD.clone().requires_grad_()
     if method == "sharded":
         with _lone_group():
-            catalogue = ShardedCatalogue(problem.table_VD, 0, len(problem.table_VD))
-            q_TD = problem.scale * h_TD
-            loss_T = catalogue.loss(q_TD, problem.target_T, problem.ids_K, problem.log_pi_K, problem.hit_T)
+            items = DealtItems(problem.table_VD, len(problem.table_VD))
+            rest = (problem.ids_K, problem.log_pi_K, problem.hit_T, problem.scale)
+            loss_T = items.loss(h_TD, problem.target_T, *rest)
     else:
         loss_T = sampled_softmax(
             h_TD,

@@ -24,7 +24,6 @@ def test_indices_lead_back_to_the_windows(groups):
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], item_RL[valid_RL])
     assert (batch.item_RL.numpy()[~valid_RL] == 0).all()
     np.testing.assert_array_equal(batch.target_position_T.numpy(), np.flatnonzero(target_RL >= 0))
-    np.testing.assert_array_equal(batch.target_item_T.numpy(), target_RL[target_RL >= 0])
     np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
     for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
         np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
@@ -37,8 +36,8 @@ def test_each_group_has_its_own_items_and_candidates(groups):
     for number, group in enumerate(groups):
         inputs, targets = set(group.item_RL.ravel()) - {-1}, set(group.target_RL.ravel()) - {-1}
         items = batch.items_U[slice(*batch.items_offset[number : number + 2])].tolist()
-        candidates_K = batch.candidates_C[slice(*batch.candidate_offset[number : number + 2])]
-        rows = slice(*batch.row_offset[number : number + 2])
+        candidates_K = batch.candidates_of(number)
+        rows = batch.rows_of(number)
         assert items == sorted(inputs | targets)
         assert batch.items_U[candidates_K].tolist() == sorted(targets)
         assert batch.distinct_items[number] == len(inputs | targets)
@@ -78,7 +77,7 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     assert batch.target_position_T.tolist() == [37, 15, 3, 16]
     valid_RL = windows.item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])
-    assert len(batch.target_item_T) == len(batch.candidates_C) == len(batch.hit_T) == 0
+    assert len(batch.target_index_T) == len(batch.candidates_C) == len(batch.hit_T) == 0
     assert (batch.target_rows, batch.candidates, batch.windows) == ((4,), (0,), (3,))
 
 

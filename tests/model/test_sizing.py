@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import InfeasibleError, UserError
-from bfm.model.sizing import Shape, size_model, smallest_share, width_unit_params
+from bfm.model.sizing import Shape, size_model
 from tests.model.toys import make_model
 
 SIZES = st.floats(3.0, math.log10(3e8)).map(lambda exponent: 10**exponent)
@@ -19,6 +20,22 @@ DEPTHS = st.one_of(st.none(), st.integers(1, 12))
 def smallest_contextualizer(d_item: int, depth: int | None, pointer: bool = True) -> int:
     """Two channels: inputs, output, the pointer's queries and keys (half as wide) and gate; blocks of hidden 2."""
     return 6 * d_item + (2 * d_item + 2 if pointer else 0) + 28 * (depth or 1)
+
+
+def smallest_share(params: float, d_item: int, embedder_depth: int | None = None) -> float:
+    """Of an MLP of hidden 2, or of blocks of two channels and hidden 2 where a depth is asked for."""
+    return (4 * d_item + 28 * (embedder_depth or 0)) / params
+
+
+def width_unit_params(shape: Shape) -> tuple[int, int]:
+    """What two more channels would add to the contextualizer and to the embedder: no size can be met more closely."""
+    wider = dataclasses.replace(shape, width=shape.width + 2)
+    unit = {"mlp": "embedder_hidden", "transformer": "embedder_width"}.get(shape.embedder_kind)
+    larger = dataclasses.replace(shape, **{unit: getattr(shape, unit) + 2}) if unit else shape
+    return (
+        wider.contextualizer_params - shape.contextualizer_params,
+        larger.embedder_params - shape.embedder_params,
+    )
 
 
 @settings(max_examples=400, deadline=None)

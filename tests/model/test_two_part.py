@@ -10,10 +10,9 @@ import torch
 from bfm.errors import UserError
 from bfm.events.windows import Windows
 from bfm.model.batch import ModelBatch, make_batch
-from bfm.model.mixture import mixture_loss
+from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.sizing import Shape
 from bfm.model.two_part import LARGEST_SCALE, ItemStore, TwoPartModel
-from bfm.objective.objectives import target_mass
 from tests.model.toys import (
     ALL_FIELDS,
     CHANNEL,
@@ -132,7 +131,7 @@ def test_groups_of_a_batch_do_not_touch_each_other(model):
     together = make_batch([first, second])
     both = parts(contextualize(model, together))
     for number, group in enumerate((first, second)):
-        rows = slice(*together.row_offset[number : number + 2])
+        rows = together.rows_of(number)
         torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, make_batch([group]))))
 
 

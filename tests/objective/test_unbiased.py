@@ -77,7 +77,7 @@ def test_the_sum_over_the_candidates_and_its_gradients_are_expected_to_be_those_
         sampled = []
         for batch, log_pi_GK in world.groups(window):
             mine = batch.window_T(0) == 0
-            target_T = batch.target_item_T[mine]
+            target_T = batch.items_U[batch.target_index_T[mine]]
             h_TD = unit(len(target_T), 5, torch.Generator().manual_seed(window))
             ids_K = batch.items_U[batch.candidates_C]
             rows = batch.hit_T[mine], batch.window_T(0)[mine]

@@ -16,7 +16,7 @@ from bfm.events.windows import eval_windows
 from bfm.model.batch import make_query_batch
 from bfm.model.sizing import size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
-from bfm.objective.sampling import Candidates, draw_systematic, drawn_inclusion, group_rng
+from bfm.objective.sampling import Candidates, Proposal, drawn_inclusion, group_rng
 from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
 from bfm.ranking.evaluate import evaluate, merge, summarise
@@ -166,7 +166,7 @@ def test_loss_sampled_equals_a_plain_sum_over_its_fixed_sample(world, monkeypatc
     model, shards, protocol = world
     monkeypatch.setattr(evaluate_module, "_BLOCK_BYTES", 1000)
     pi_V = drawn_inclusion(shards.train_counts, 30, 0.5)
-    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
     sample = Candidates(ids_K, np.log(pi_V[ids_K]))
     scores = evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)
     assert summarise(scores).metrics["loss_sampled_negatives"] == 30
@@ -187,7 +187,7 @@ def test_evaluation_flops_are_those_executed(world, share):
     _, shards, protocol = world
     model = build_model(shards, share)
     pi_V = np.full(shards.num_catalogue, 0.5)
-    ids_K = draw_systematic(pi_V, group_rng(0, 0))
+    ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         scores = evaluate(
             model, shards, protocol, "validation", WINDOW, candidates=Candidates(ids_K, np.log(pi_V[ids_K]))

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bfm.objective.sampling import draw_systematic, drawn_inclusion
+from bfm.objective.sampling import Proposal, drawn_inclusion
 from bfm.sweep.costs import Costs, LogFacts, union_mean
 from bfm.sweep.settings import Tier
 from bfm.training.data import TrainingData
@@ -46,7 +46,7 @@ def test_mean_of_a_union_of_popular_items_and_draws():
     for _ in range(300):
         group = np.unique(rng.choice(300, 200, p=share_V))
         sizes.append(len(group))
-        unions.append(len(np.union1d(group, draw_systematic(pi_V, rng))))
+        unions.append(len(np.union1d(group, Proposal.of(pi_V).draw(rng))))
     assert union_mean(float(np.mean(sizes)), counts_V, pi_V) == pytest.approx(np.mean(unions), rel=0.01)
 
 

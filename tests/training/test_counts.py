@@ -53,15 +53,15 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
     with torch.no_grad():
         queries = model.contextualize(batch, v_ID[batch.items_U])
     expected = []
-    for row, place in enumerate(batch.target_position_T.tolist()):
-        r, column = divmod(place, config.window)
-        target, gates = int(windows.target_RL[r, column]), queries.log_gate_TX1[row].exp().tolist()
+    for row, (r, at) in enumerate(np.argwhere(windows.target_RL >= 0)):
+        column = windows.query_RL[r, at]
+        target, gates = int(windows.target_RL[r, at]), queries.log_gate_TX1[row].exp().tolist()
         softmax = torch.softmax(scale * queries.h_TD[row] @ v_ID[:num_items].T, 0)
         p = gates[0] * softmax[target].item()
-        own = [at for at in range(column + 1) if windows.segment_RL[r, at] == windows.segment_RL[r, column]]
+        own = [k for k in range(column + 1) if windows.segment_RL[r, k] == windows.segment_RL[r, column]]
         if copy == "pointer":
-            p += gates[1] * sum(queries.pointer_TL[row, at].item() for at in own if windows.item_RL[r, at] == target)
-        share_M, item_M = windows.counted.share_RLM[r, column], windows.counted.item_RLM[r, column]
+            p += gates[1] * sum(queries.pointer_TL[row, k].item() for k in own if windows.item_RL[r, k] == target)
+        share_M, item_M = windows.counted.share_RLM[r, at], windows.counted.item_RLM[r, at]
         assert [windows.item_RL[r, column - age] for age in np.flatnonzero(item_M >= 0)] == list(item_M[item_M >= 0])
         if not (item_M >= 0).any():
             assert gates[-1] == 0.0

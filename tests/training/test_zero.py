@@ -120,7 +120,7 @@ def _check_shared_catalogue(directory: Path, shards_path: str) -> None:
     for stage in (0, 1, 3):
         factory = ZeroFactory(stage, DEVICE)
         trainer, records = train(STAGE_2, shards, RUNG, factory=factory, micro_groups=2, softmax="sharded")
-        assert len(trainer.objective.items.catalogue.rows_SD) <= shards.num_items // 2 + 1
+        assert len(trainer.objective.items.rows_SD) <= shards.num_items // 2 + 1
         assert trainer.counters == plain.counters
         if factory.rank == 0:
             np.testing.assert_allclose(losses(records), losses(expected), rtol=1e-4)
