@@ -57,10 +57,14 @@ def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def readable_json(value: Any) -> bytes:
+    """JSON for people too: sorted, indented; NaN is refused (ValueError)."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Publish readable JSON (sorted, indented) atomically."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text.encode() + b"\n")
+    """Publish readable JSON atomically."""
+    write_atomic(path, readable_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -19,11 +19,11 @@ from ray.data.context import ShuffleStrategy
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
-from bfm.events.manifest import MANIFEST, Manifest
+from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest
 from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
-from bfm.events.staging import publish, staging
 from bfm.files import Store
+from bfm.sealed import check_free, publish, staging
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
@@ -61,7 +61,8 @@ def prepare_shards(
             schema, logs, Store(out), seed=seed, overwrite=overwrite, num_cpus=num_cpus, progress=progress
         )
     target = Path(out).absolute()
-    with staging(target, overwrite=overwrite) as folder, _plain_errors():
+    check_free(target, SHARD_SET if overwrite else None, fix="choose another folder, or pass --overwrite")
+    with staging(target) as folder, _plain_errors():
         job, pieces = plan_job(schema, logs, folder, seed)
         progress("start", 0.0)
         with local_ray(num_cpus):

@@ -32,7 +32,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bfm.events.mixing import stream_key
+from bfm.events.randomness import stream_key
 
 _WORLD_STREAM = 0x3017D
 # Aisles per event that an average basket has beyond its first: the law of sizes is cut where 2 % of it are left.

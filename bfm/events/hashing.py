@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bfm.events.mixing import mix64, stream_key
+from bfm.events.randomness import mix64, stream_key
 
 _NULL = 0x6E756C6C
 _STEP = np.uint64(0x9E3779B97F4A7C15)

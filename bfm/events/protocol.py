@@ -15,18 +15,20 @@ import hashlib
 import io
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from bfm.errors import CorruptError, UserError
-from bfm.events.mixing import keyed, mix64, stream_key
+from bfm.errors import UserError
+from bfm.events.manifest import SHARD_SET
+from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards, user_chunks
 from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
+from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"
-PROTOCOL_VERSION = 2
 PARTS = ("validation", "test")
 DEFAULT_QUERIES = 10_000
 BASKET_DIVISOR = 4
@@ -95,33 +97,17 @@ class Protocol:
 
     @classmethod
     def load(cls, shards: Shards) -> Protocol:
-        """Read the protocol.
+        """Read the protocol. Raises CorruptError that names a file that is missing or was altered."""
+        files = shards.manifest.files
+        check_files(shards.path, {name: files[name] for name in (PROTOCOL, *map(table_name, PARTS))})
+        info = read_json(shards.path / PROTOCOL)
+        columns = {part: np.load(shards.path / table_name(part), allow_pickle=False) for part in PARTS}
+        return cls(info, {part: _table(columns[part], info["filter_seen"]) for part in PARTS})
 
-        Raises CorruptError where a file is missing or does not fit its hash, UserError for one of another version.
-        """
-        path = shards.path / PROTOCOL
-        if not path.is_file():
-            raise CorruptError(f"{path}: is missing")
-        info = read_json(path)
-        if protocol_hash(info) != info.get("hash"):
-            raise CorruptError(f"{path}: was altered (its hash does not fit)")
-        if info["version"] != PROTOCOL_VERSION:
-            found = f"protocol of version {info['version']}, this code scores by {PROTOCOL_VERSION}"
-            raise UserError(found, file=str(path), fix="prepare the shard set again")
-        tables = {}
-        for part in PARTS:
-            raw_path = shards.path / table_name(part)
-            raw = raw_path.read_bytes() if raw_path.is_file() else b""
-            if sha256_bytes(raw) != info["parts"][part]["sha256"]:
-                raise CorruptError(f"{raw_path}: is missing or was altered (its sha256 does not fit {PROTOCOL})")
-            columns = np.load(io.BytesIO(raw), allow_pickle=False)
-            tables[part] = QueryTable(columns[0], columns[1], columns[2].astype(bool), bool(info["filter_seen"]))
-        return cls(info, tables)
-
-    @property
+    @cached_property
     def hash(self) -> str:
         """Identity of the protocol: rows of different protocols are never compared."""
-        return str(self.info["hash"])
+        return sha256_bytes(canonical_json(self.info))
 
     @property
     def filter_seen(self) -> bool:
@@ -150,9 +136,8 @@ def table_name(part: str) -> str:
     return f"protocol-{part}.npy"
 
 
-def protocol_hash(info: dict[str, Any]) -> str:
-    """Sha256 of the protocol's canonical JSON without its own hash."""
-    return sha256_bytes(canonical_json({key: value for key, value in info.items() if key != "hash"}))
+def _table(columns: np.ndarray, filter_seen: bool) -> QueryTable:
+    return QueryTable(columns[0], columns[1], columns[2].astype(bool), filter_seen)
 
 
 # ---------------------------------------------------------------- building
@@ -187,7 +172,7 @@ def build_protocol(
                 fix="give a larger validation share, an earlier split or a longer log",
             )
         columns = np.concatenate([headline, basket], axis=1)
-        table = QueryTable(columns[0], columns[1], columns[2].astype(bool), rule["filter_seen"])
+        table = _table(columns, rule["filter_seen"])
         buffer = io.BytesIO()
         np.save(buffer, columns, allow_pickle=False)
         write_atomic(shards.path / table_name(part), buffer.getvalue())
@@ -202,7 +187,7 @@ def build_protocol(
         }
         tables[part] = table
     info: dict[str, Any] = {
-        "version": PROTOCOL_VERSION,
+        "version": SHARD_SET.version,
         "seed": seed,
         "catalogue": shards.num_catalogue,
         "split": shards.manifest.split,
@@ -211,7 +196,6 @@ def build_protocol(
         "ties": "half",
         "target_rule": TARGET_RULE,
     }
-    info["hash"] = protocol_hash(info)
     write_json(shards.path / PROTOCOL, info)
     return Protocol(info, tables)
 
@@ -295,6 +279,13 @@ def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
         active = active[same]
         length[active] += 1
     return distinct_items(shards, first, length)
+
+
+def seen_items(shards: Shards, queries: QueryTable) -> Ragged | None:
+    """Items of each query's known history, where lists leave them out."""
+    if not queries.filter_seen:
+        return None
+    return distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
 
 
 def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at, runs
-from bfm.events.mixing import stream_key
 from bfm.events.protocol import QueryTable, query_targets
+from bfm.events.randomness import stream_key
 from bfm.events.shards import Shards
 from bfm.files import write_atomic, write_json
 

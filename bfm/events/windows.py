@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.mixing import permuted, stream_key
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
+from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
 
 _ORDER_STREAM = 0x0DE2

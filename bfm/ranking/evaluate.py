@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
+from bfm.events.protocol import Protocol, QueryTable, Ragged, query_targets, seen_items
 from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
@@ -64,16 +64,14 @@ def evaluate(
         raise UserError(f"the {part} part has no query", file=str(shards.path), fix="use a later or longer log")
     rows = np.arange(rank, len(table), world_size)
     table, num_items = table[rows], shards.num_catalogue
-    targets, seen = query_targets(shards, table), None
-    if table.filter_seen:
-        seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
+    targets, seen = query_targets(shards, table), seen_items(shards, table)
     vectors_ID = model.embed_all()
     answers = answer(model, vectors_ID.__getitem__, shards, table, window, num_items)
     catalogue_VD = vectors_ID[:num_items]
     scorer = answers.scores(catalogue_VD)
     ranked = rank_targets(scorer, targets, num_items, max(k), seen)
     scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
-    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
+    cost = ModelCost(model.shape, shards.fields, model.table_width, window, shards.has_clock)
     flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), num_items)
     pair_flops = 2 * model.shape.d_item
     if candidates is not None:
@@ -86,12 +84,6 @@ def evaluate(
         scores.values.update(metrics)
         flops += pair_flops * int((targets.ids < num_items).sum()) * (1 + sampled_negatives)
     return dataclasses.replace(scores, eval_flops=flops)
-
-
-def _table_width(model: TwoPartModel) -> int:
-    tables = [side.fields.table for side in (model.embedder, model.context) if side.fields.table is not None]
-    # Without any table no cost depends on the width.
-    return tables[0].shape[1] if tables else 1
 
 
 def _sampled_loss(

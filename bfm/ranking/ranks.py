@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bfm.errors import DivergedError
 from bfm.events.protocol import Ragged
-from bfm.ranking.first import GROUP, First, FirstItems
+from bfm.ranking.top_items import GROUP, TopItems, TopRows
 
 T = TypeVar("T")
 ScoreBlock = Callable[[slice, slice], Tensor]
@@ -173,7 +173,7 @@ class _Chunk(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    first: First
+    first: TopRows
     log_total_R: Tensor
     target_score_N: Tensor
 
@@ -214,7 +214,7 @@ def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int,
         least, most = map(float, torch.aminmax(largest_R))
         if not math.isfinite(least) or not math.isfinite(most):
             raise DivergedError(_NOT_FINITE)
-        first = first or FirstItems(len(block_RC), max_k, block_RC)
+        first = first or TopItems(len(block_RC), max_k, block_RC)
         first.add(block_RC, largest_RG, start)
         block_RC[hidden] = hidden_score_P
         log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))

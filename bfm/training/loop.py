@@ -24,8 +24,7 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel, embeds_twice
-from bfm.objective.catalogue import embedder_hash
-from bfm.objective.frozen import freeze_items
+from bfm.objective.frozen import embedder_hash, freeze_items
 from bfm.objective.fused import why_not_fused
 from bfm.objective.methods import check_method, method_of_stage
 from bfm.objective.objectives import DrawnObjective, LiveObjective
