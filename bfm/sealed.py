@@ -54,9 +54,10 @@ class Sealed:
             kind, version, stated = (facts.pop(key) for key in ("kind", "version", "hash"))
             found = self.hash(facts)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"there is no {self.kind} here", file=f"{store.uri}/{folder}", fix=self.fix) from None
+            place = f"{store.uri}/{folder}".rstrip("/")
+            raise UserError(f"there is no {self.kind} here", file=place, fix=self.fix) from None
         except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise CorruptError(f"{where}: is not that of a {self.kind} ({error!r})") from error
+            raise CorruptError(f"{where}: was altered, or is not that of a {self.kind}") from error
         if kind != self.kind:
             raise CorruptError(f"{where}: is that of a {kind}, not of a {self.kind}")
         if version != self.version:

@@ -91,7 +91,7 @@ def test_an_altered_manifest_is_found(copied):
     with pytest.raises(CorruptError, match="altered"):
         Shards.open(copied)
     (copied / MANIFEST).write_text(json.dumps([]))
-    with pytest.raises(CorruptError, match="not that of a shard set"):
+    with pytest.raises(CorruptError, match="is not that of a shard set"):
         Shards.open(copied)
     (copied / MANIFEST).write_text(json.dumps({**values, "kind": "checkpoint"}))
     with pytest.raises(CorruptError, match="that of a checkpoint, not of a shard set"):
