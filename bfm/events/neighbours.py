@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged, runs
 
 REACH = 10
 LAST_EVENTS = 20
@@ -119,9 +119,7 @@ class Neighbours:
         """Places of all neighbours of some items, and the index into `item_N` of each place."""
         start_N = self.lists.offsets[item_N]
         length_N = self.lists.offsets[item_N + 1] - start_N
-        from_S = np.repeat(np.arange(len(item_N)), length_N)
-        inside_S = np.arange(len(from_S)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-        return start_N[from_S] + inside_S, from_S
+        return runs(start_N, length_N), np.repeat(np.arange(len(item_N)), length_N)
 
     def left_out(
         self,

@@ -22,6 +22,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.events.manifest import SHARD_SET
+from bfm.events.ragged import Ragged, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards, user_chunks
@@ -35,31 +36,6 @@ BASKET_DIVISOR = 4
 TARGET_RULE = "distinct items of all events of the next timestamp, inside the part"
 _CHUNK_EVENTS = 1 << 20
 _CHUNK_QUERIES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of item ids, one per query (compressed rows)."""
-
-    ids: np.ndarray
-    """Int32 [sum of lengths], ascending inside each list."""
-    offsets: np.ndarray
-    """Int64 [Q+1]."""
-
-    def __getitem__(self, query: int) -> np.ndarray:
-        """The ids of one query."""
-        return self.ids[self.offsets[query] : self.offsets[query + 1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def within(self, other: Ragged) -> np.ndarray:
-        """Bool [sum of lengths]: which ids are also in the same query's list of `other`."""
-        width = 1 + max(self.ids.max(initial=0), other.ids.max(initial=0))
-        own, others = (
-            np.repeat(np.arange(len(lists)), np.diff(lists.offsets)) * width + lists.ids for lists in (self, other)
-        )
-        return np.isin(own, others)
 
 
 @dataclass(frozen=True)
@@ -118,11 +94,6 @@ class Protocol:
     def seen_rule(self) -> str:
         """The rule about seen items and its reason, for people."""
         return rule_words(self.info)
-
-    @property
-    def catalogue(self) -> int:
-        """Candidates: items known at the split."""
-        return int(self.info["catalogue"])
 
     def queries(self, part: str) -> QueryTable:
         """The queries of `validation` or `test`; headline first. Raises UserError for another part."""
@@ -233,7 +204,7 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
 def _candidates(shards: Shards, first: np.ndarray, count: np.ndarray, low: int, basket: bool) -> np.ndarray:
     """Int64 [2, n]: (user, position) of the wanted kind among users low..low+len(first)."""
     user = np.repeat(np.arange(low, low + len(first)), count)
-    position = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    position = runs(first, count)
     event = shards.user_starts[user] + position
     now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
     wanted = (now == following) if basket else (now < following)
@@ -245,9 +216,7 @@ def _ranked(found: np.ndarray, key: np.uint64) -> np.ndarray:
     user, position = found
     order = np.lexsort((keyed(key, mix64(user) + position.astype(np.uint64)), user))
     user, position = user[order], position[order]
-    starts = np.flatnonzero(np.diff(user, prepend=-1))
-    rank = np.arange(len(user)) - np.repeat(starts, np.diff(np.append(starts, len(user))))
-    return np.stack([user, position, rank])
+    return np.stack([user, position, place_in_run(user)])
 
 
 def _first(ranked: np.ndarray, key: np.uint64, limit: int) -> np.ndarray:
@@ -291,8 +260,7 @@ def seen_items(shards: Shards, queries: QueryTable) -> Ragged | None:
 def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
-    event = np.arange(len(query)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(first, length)
-    item = shards.take_item(shards.locate(event)).astype(np.int64)
+    item = shards.take_item(shards.locate(runs(first, length))).astype(np.int64)
     pair = np.unique(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
+from bfm.events.ragged import runs
 from bfm.files import Store
 from bfm.sealed import check_files, list_files
 
@@ -310,8 +311,7 @@ def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[n
     for low, high in itertools.pairwise(user_chunks(shards.train_lengths[:users], target)):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
-        inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-        yield user_E, inside_E, shards.locate(shards.user_starts[user_E] + inside_E)
+        yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
 
 
 def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:

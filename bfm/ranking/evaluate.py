@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol, QueryTable, Ragged, query_targets, seen_items
+from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
+from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
@@ -91,19 +92,19 @@ def _sampled_loss(
 ) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
     device = catalogue_VD.device
-    query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
-    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[query_N]
+    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[targets.rows]
     place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
     hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
     ids_K = torch.from_numpy(candidates.ids_K).to(device)
     log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
-    loss_N = np.full(len(query_N), np.nan)
+    loss_N = np.full(len(targets.ids), np.nan)
     rows = np.flatnonzero(used_N)
     step = max(1, _BLOCK_BYTES // (4 * max(1, len(candidates.ids_K))))
     for start in range(0, len(rows), step):
         chosen_T = rows[start : start + step]
         query_T, item_T, hit_T = (
-            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
+            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device)
+            for values in (targets.rows, targets.ids, hit_N)
         )
         h_TD = answers.h_QD[query_T]
         loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, answers.scale)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bfm.events.cache import kept
 from bfm.events.protocol import Protocol, QueryTable, query_targets
+from bfm.events.ragged import runs
 from bfm.events.shards import Shards, user_chunks
 from bfm.files import canonical_json
 from bfm.ranking.metrics import query_mean
@@ -42,8 +43,8 @@ _CHUNK_EVENTS = 1 << 20
 class Personal:
     """How a user's own history is counted, and its share m of the distribution."""
 
-    decay: float = 1.0
-    share: float = 0.5
+    decay: float
+    share: float
 
     def scores(self, shards: Shards, table: QueryTable) -> ScoreBlock:
         """log p of the queries' items; histories are read as their rows are asked for."""
@@ -100,9 +101,8 @@ class _Events(NamedTuple):
 def _events(shards: Shards, table: QueryTable) -> _Events:
     length_Q = table.position + 1
     row_E = np.repeat(np.arange(len(table)), length_Q)
-    back_E = np.repeat(np.cumsum(length_Q), length_Q) - 1 - np.arange(len(row_E))
-    last_E = (shards.user_starts[table.user] + table.position)[row_E]
-    item_E = shards.take_item(shards.locate(last_E - back_E)).astype(np.int64)
+    back_E = table.position[row_E] - runs(0, length_Q)
+    item_E = shards.take_item(shards.locate(runs(shards.user_starts[table.user], length_Q))).astype(np.int64)
     known_E = item_E < shards.num_catalogue
     row_E, item_E, back_E = row_E[known_E], item_E[known_E], back_E[known_E]
     # Counted from the latest, the weights of a row cannot all vanish.
@@ -123,14 +123,13 @@ def _losses(shards: Shards, table: QueryTable) -> dict[Personal, float]:
     """Summed nll of the queries by every way of counting; only the targets' own probabilities are needed for it."""
     targets, events = query_targets(shards, table), _events(shards, table)
     warm_N = targets.ids < shards.num_catalogue
-    query_N = np.repeat(np.arange(len(table)), np.diff(targets.offsets))
     popular_V, has_history_Q = np.exp(log_popularity(shards)), np.isin(np.arange(len(table)), events.row_E)
     popular_N = popular_V[np.where(warm_N, targets.ids, 0)]
     losses = {}
     for decay in DECAYS:
         shares = _shares(events, decay, shards.num_catalogue)
-        own_N = shares.at(torch.from_numpy(query_N), torch.from_numpy(targets.ids)).double().numpy()
+        own_N = shares.at(torch.from_numpy(targets.rows), torch.from_numpy(targets.ids)).double().numpy()
         for share in SHARES:
-            mixed_N = np.where(has_history_Q[query_N], (1 - share) * popular_N + share * own_N, popular_N)
+            mixed_N = np.where(has_history_Q[targets.rows], (1 - share) * popular_N + share * own_N, popular_N)
             losses[Personal(decay, share)] = float(np.nansum(query_mean(-np.log(mixed_N), targets, warm_N)))
     return losses

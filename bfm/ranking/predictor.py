@@ -30,7 +30,8 @@ import bfm
 from bfm.errors import CorruptError, UserError
 from bfm.events.encoding import Encoding
 from bfm.events.neighbours import Neighbours
-from bfm.events.protocol import QueryTable, Ragged, seen_items
+from bfm.events.protocol import QueryTable, seen_items
+from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.files import Store, write_atomic
 from bfm.model.sizing import Shape
@@ -123,9 +124,9 @@ class Predictor:
         return predictor
 
     @torch.no_grad()
-    def verify(self, seed: int = 0) -> None:
+    def verify(self) -> None:
         """Embed random items again and compare. Raises CorruptError where a vector is not the model's."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         ids_R = torch.randperm(self.encoding.num_items, generator=generator)[:_COMPARED_ROWS].to(self.model.device)
         difference = float((self.model.embed_items(ids_R) - self.vectors_ID[ids_R]).abs().max())
         tolerance = _TOLERANCE[self.vectors_ID.dtype]

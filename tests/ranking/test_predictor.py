@@ -17,7 +17,8 @@ from bfm.events.encoding import Encoding
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
 from bfm.files import Store
-from bfm.ranking.evaluate import evaluate, summarise
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import summarise
 from bfm.ranking.predictor import DTYPES, EXPORT, Predictor
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
@@ -144,7 +145,7 @@ def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     parts = [
-        (part.users.to_pylist(), part.shards.num_events - 1)
+        (part.users.to_pylist(), part.shards.num_events)
         for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
     ]
     users = [user for part, _ in parts for user in part]
