@@ -83,7 +83,7 @@ class Store:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        self.filesystem, self.prefix = _resolve(self.uri)
+        self.filesystem, self.prefix = open_filesystem(self.uri)
         self.is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     def child(self, name: str) -> Store:
@@ -148,17 +148,25 @@ def parent_store(uri: str) -> tuple[Store, str]:
     return Store(folder or slash or "."), name
 
 
-def _resolve(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and path of a local path or URI; schemes unknown to pyarrow are asked of fsspec."""
+def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and path of a local path or URI. Raises UserError where it is not known.
+
+    Schemes unknown to pyarrow are asked of fsspec.
+    """
     if "://" not in uri:
         return pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
     try:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except pyarrow.ArrowInvalid:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://..."
-            ) from error
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+        pass
+    except OSError as error:
+        raise _cannot_open(uri, error) from error
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise _cannot_open(uri, error) from error
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _cannot_open(uri: str, error: Exception) -> UserError:
+    return UserError(f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://...")

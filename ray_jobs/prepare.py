@@ -101,13 +101,13 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         ).materialize()
     del cleaned, assigned
     split = prepare.choose_split(job)
-    present = [summary["partition"] for summary in job.summaries("sorted")]
+    present = prepare.present_partitions(job)
     with _watched(job, "measure", len(present), progress, folder="measured"):
         _over(present, functools.partial(build.measure_partition, job, split))
     with _watched(job, "fit", 0, progress):
         checks = build.fit_all(job)
-    with _watched(job, "write", count, progress, folder="written"):
-        _over(list(range(count)), functools.partial(build.write_partition, job, split))
+    with _watched(job, "write", len(present), progress, folder="written"):
+        _over(list(range(len(present))), functools.partial(build.write_partition, job, split, present))
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job, split, checks)
 
@@ -143,7 +143,7 @@ def _watched(job: Job, stage: str, total: int, progress: Progress, folder: str |
 
     def watch() -> None:
         while not done.wait(_WATCH_S):
-            found = sum(1 for _ in reports.glob("*.json")) if total and reports.is_dir() else 0
+            found = sum(1 for _ in reports.glob("*.pickle")) if total and reports.is_dir() else 0
             progress(stage, found / max(total, 1))
 
     progress(stage, 0.0)

@@ -38,13 +38,13 @@ class Manifest:
     """Number of shard-* directories."""
     has_clock: bool
     """Times are milliseconds since the epoch; else they are positions."""
-    split: dict[str, Any]
-    """{"by": "time", "valid_from": ms, "test_from": ms} or {"by": "leave_one_out"}."""
     fields: tuple[FittedField, ...]
-    train_events: int
-    train_targets: int
+    split: dict[str, Any] = field(default_factory=dict)
+    """{"by": "time", "valid_from": ms, "test_from": ms} or {"by": "leave_one_out"}."""
+    train_events: int = 0
+    train_targets: int = 0
     """Targets per epoch: sum over users of max(train_end - 1, 0)."""
-    time_range: tuple[int, int]
+    time_range: tuple[int, int] = (0, 0)
     rows_read: int = 0
     rows_quarantined: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
-from bfm.events.encoding import Part
-from bfm.events.histories import PART_ROWS, Histories
+from bfm.events.histories import PART_ROWS, Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.predictor import Predictor, Top
 
@@ -109,7 +108,7 @@ def _schema(predictor: Predictor, vectors: bool) -> pa.Schema:
 
 def _tables(predictor: Predictor, part: Part, k: int, filter_seen: bool, schema: pa.Schema) -> Iterator[pa.Table]:
     """Rows of the users of a part."""
-    last = part.shards.user_lengths[: len(part.users)] - 1
+    last = part.shards.user_lengths - 1
     for start in range(0, len(last), _ROW_GROUP_USERS):
         position = last[start : start + _ROW_GROUP_USERS]
         user = np.arange(start, start + len(position))

@@ -36,11 +36,12 @@ def prepare_serially(
             if part.num_rows:
                 prepare.sort_partition(job, index, part)
         split = prepare.choose_split(job)
-        for summary in job.summaries("sorted"):
-            build.measure_partition(job, split, summary["partition"])
+        present = prepare.present_partitions(job)
+        for index in present:
+            build.measure_partition(job, split, index)
         checks = build.fit_all(job)
-        for index in range(count):
-            build.write_partition(job, split, index)
+        for shard in range(len(present)):
+            build.write_partition(job, split, present, shard)
         manifest = build.finish_set(job, split, checks)
         publish(job.shard_set, out)
     return manifest
