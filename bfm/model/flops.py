@@ -76,11 +76,6 @@ class ModelCost:
         flops = 3 * 4 * attended_pairs * self.shape.width * self.shape.depth
         return flops + (3 * self._field_attention(distinct_items) if stage == 1 else 0)
 
-    def attention_flops(self, stage: int, distinct_items: int, windows: int) -> int:
-        """The share of `group_flops` in attention, dense as counted there."""
-        _check_stage(stage)
-        return 3 * self._attention(windows) + (3 * self._field_attention(distinct_items) if stage == 1 else 0)
-
     def catalogue_flops(self, num_items: int) -> int:
         """Forward FLOPs of embedding `num_items` items once."""
         return self._embed(num_items, backward=False)

@@ -148,16 +148,14 @@ class TwoPartModel(nn.Module):
         return self.embedder(packed.ids_NS, store.layout.features(packed, None))
 
     @torch.no_grad()
-    def embed_all(
-        self, chunk: int = EMBED_CHUNK, *, first: int = 0, step: int = 1, store: ItemStore | None = None
-    ) -> Tensor:
+    def embed_all(self, *, first: int = 0, step: int = 1, store: ItemStore | None = None) -> Tensor:
         """The catalogue and the cold items, or every step-th of them from `first` on: [I, d_item], float32.
 
         `store`: other items with the same fields.
         """
         store = store or self.item_store
         ids = torch.arange(first, store.num_items, step, device=self.device)
-        return torch.cat([self._embed_chunk(part, store) for part in ids.split(chunk)])
+        return torch.cat([self._embed_chunk(part, store) for part in ids.split(EMBED_CHUNK)])
 
     def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Queries:
         """The queries of the batch's target rows, in row-major order.

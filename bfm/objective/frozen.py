@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bfm.files import sha256_bytes
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.fused import MAX_WIDTH, fused_available, fused_softmax_state
 from bfm.objective.methods import shares_catalogue
@@ -109,12 +108,3 @@ def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int
     if shares_catalogue(method, world, 4 * num_items * model.shape.d_item):
         return DealtItems(model.embed_all(first=rank, step=world).to(dtype), num_items, rank, world)
     return WholeItems(model.embed_all().to(dtype), method)
-
-
-def embedder_hash(model: TwoPartModel, fields_hash: str) -> str:
-    """Identity of the frozen vectors: weights of the embedder and what it reads."""
-    parameters = dict(model.named_parameters())
-    digests = [fields_hash]
-    for name in sorted(model.embedder_parameter_names()):
-        digests += [name, sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes())]
-    return sha256_bytes("\n".join(digests).encode())

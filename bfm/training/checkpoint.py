@@ -39,7 +39,7 @@ def save_checkpoint(store: Store, name: str, state: EngineState, meta: dict[str,
     Raises OSError where the disk is full; what stood before still stands then.
     """
     buffer = io.BytesIO()
-    torch.save(state.as_tensors(), buffer)
+    torch.save(vars(state), buffer)
     data = buffer.getvalue()
     digest = sha256_bytes(data)
     state_name = _state_name(name, digest)
@@ -93,7 +93,7 @@ def load_checkpoint(
         tensors = torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise CorruptError(f"{where}: not readable ({error})") from error
-    return Checkpoint(EngineState.from_tensors(tensors), meta)
+    return Checkpoint(EngineState(**tensors), meta)
 
 
 def _check_expected(
