@@ -10,12 +10,14 @@ written beside it. Selection is on the validation part only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -68,6 +70,15 @@ ONE_AT_A_TIME: dict[str, list[Any]] = {
 }
 # Grocery baskets, split by time.
 RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
+# The same, what the history is worth: long windows, few of them.
+HISTORY: dict[str, Any] = {
+    "params": 5e3,
+    "embedder_share": 0.05,
+    "window": 256,
+    "group_windows": 2,
+    "d_item": 16,
+}
+OWN = ("certain", "biased", "excluded")
 WIDTH_PARAMS = 5e4
 """N of one layer of the depth study."""
 WIDTHS_DEPTH = 2
@@ -117,7 +128,7 @@ def initial_weights() -> Iterator[Run]:
     config = {**RETAIL, "embedder_share": 0.0, "params": 4e4, "depth": WIDTHS_DEPTH}
     for name, variant in variants.items():
         for seed in range(3):
-            yield Run(f"{name}, seed {seed}", config, 7e10, seed, variant)
+            yield Run(name, config, 7e10, seed, variant)
 
 
 def width_rates() -> Iterator[Run]:
@@ -132,8 +143,22 @@ def width_rates() -> Iterator[Run]:
             for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3):
                 values, variant = {**config, "learning_rate": rate}, Variant(hidden_rate=hidden_rate)
                 for seed in range(3 if width > 20 and rate in (1e-3, 2e-3) else 1):
-                    label = f"width {width}, rate {rate:g}, of hidden matrices x {hidden_rate:g}, seed {seed}"
+                    label = f"width {width}, rate {rate:g}, of hidden matrices x {hidden_rate:g}"
                     yield Run(label, values, flops, seed, variant)
+
+
+def history() -> Iterator[Run]:
+    """Order of windows x candidates of the own window x copying, and what is predicted from where, at two budgets."""
+    config = {**HISTORY, "targets": "next_event"}
+    for flops in (3e10, 1e11):
+        for copy, order, own in itertools.product(("pointer", "none"), ("permuted", "neighbours"), OWN):
+            for seed in range(3):
+                label = f"C {flops:g}, copy {copy}, windows {order}, own window {own}"
+                yield Run(label, {**config, "copy": copy}, flops, seed, Variant(order=order, own=own))
+        for own in OWN:
+            for seed in range(3):
+                label = f"C {flops:g}, copy pointer, windows permuted, own window {own}, a basket a query"
+                yield Run(label, HISTORY, flops, seed, Variant(own=own))
 
 
 QUERIES = 5_000
@@ -143,8 +168,9 @@ STUDIES = {
     "learning_rate": learning_rate,
     "initial_weights": initial_weights,
     "width_rates": width_rates,
+    "history": history,
 }
-METRICS = ("nll", "recall@10", "ndcg@10")
+METRICS = ("nll", "recall@10", "ndcg@10", "coverage@10")
 
 
 def run(job: tuple[str, Run]) -> dict[str, Any]:
@@ -161,6 +187,12 @@ def run(job: tuple[str, Run]) -> dict[str, Any]:
     return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
 
 
+def spread(values: list[float]) -> str:
+    """Mean of the seeds, and their standard deviation where there are several."""
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{deviation}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
@@ -168,33 +200,34 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     kept = RESULTS / f"choices_{arguments.study}.jsonl"
-    rows = {row["label"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
+    rows = {(row["label"], row["seed"]): row for row in known}
     log = Shards.open(arguments.shards).manifest.name
     wanted = list(STUDIES[arguments.study]())
-    jobs = [(arguments.shards, point) for point in wanted if point.label not in rows]
+    jobs = [(arguments.shards, point) for point in wanted if (point.label, point.seed) not in rows]
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.processes, maxtasksperchild=1) as pool, kept.open("a") as file:
         for row in pool.imap_unordered(run, jobs):
-            rows[row["label"]] = row
+            rows[row["label"], row["seed"]] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(
-                row["label"], {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}, flush=True
-            )
-    num_seeds = len({point.seed for point in wanted})
-    seeds = "one seed" if num_seeds == 1 else f"up to {num_seeds} seeds"
+            shown = {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}
+            print(row["label"], row["seed"], shown, flush=True)
     lines = [
         f"# {arguments.study.replace('_', ' ').capitalize()}",
         "",
-        f"Written by `python benchmarks/choices.py {arguments.study}` over the log `{log}`, validation part, {seeds}.",
+        f"Written by `python benchmarks/choices.py {arguments.study}` over the log `{log}`, validation part. "
+        "Of several seeds the mean, and behind it their standard deviation.",
         "",
-        "| setting | C | N | steps | " + " | ".join(METRICS) + " |",
-        "|---|---|---|---|" + "---|" * len(METRICS),
+        "| setting | C | N | steps | seeds | " + " | ".join(METRICS) + " |",
+        "|---|---|---|---|---|" + "---|" * len(METRICS),
     ]
-    for point in wanted:
-        row = rows[point.label]
-        values = " | ".join(f"{row['metrics'].get(name, float('nan')):.4f}" for name in METRICS)
-        lines.append(f"| {point.label} | {row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {values} |")
+    for label, points in itertools.groupby(wanted, lambda point: point.label):
+        found = [rows[label, point.seed] for point in points]
+        row = found[0]
+        values = " | ".join(spread([one["metrics"].get(name, float("nan")) for one in found]) for name in METRICS)
+        what = f"{row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {len(found)}"
+        lines.append(f"| {label} | {what} | {values} |")
     publish(f"choices_{arguments.study}", "\n".join([*lines, "", machine("torch"), ""]))
 
 

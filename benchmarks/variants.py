@@ -1,13 +1,20 @@
-"""Changes to initial weights and rates that only benchmarks make; the product has no options for them."""
+"""Changes to weights, rates, the order of windows and negatives that only benchmarks make; the product has no options
+for them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from bfm.events.mixing import permuted, stream_key
+from torch import Tensor
 
+from bfm.events.windows import WindowOrder, Windows
 from bfm.model.two_part import TwoPartModel
+from bfm.objective import objectives
 from bfm.training import plain
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -19,7 +26,7 @@ OUTPUTS = ("attention_out", "down")
 
 @dataclass(frozen=True)
 class Variant:
-    """Of the contextualizer's matrices; the defaults are the product."""
+    """Of the contextualizer's matrices, of groups and of candidates; the defaults are the product."""
 
     inner_std: float = 1.0
     """Factor of the initial deviation of all but OUTPUTS."""
@@ -27,9 +34,15 @@ class Variant:
     """Initial deviation of OUTPUTS, in units of inputs^-0.5."""
     hidden_rate: float = 1.0
     """Factor of the rate of matrices whose inputs are as many as the width (the blocks' and the final projection)."""
+    order: str = "permuted"
+    """`permuted`: the windows of a group are of unrelated users; `neighbours`: they follow each other in the stream."""
+    own: str = "certain"
+    """Targets of a row's own window as its candidates. `certain`: pi = 1; `biased`: pi as if they had been drawn like
+    those of the other windows; `excluded`: left out."""
 
     def install(self) -> None:
         """Change the product inside this process, once."""
+        self._change_candidates()
         build_model, build_optimizer = TrainingData.build_model, plain.build_optimizer
 
         def build_changed_model(data: TrainingData, config: TrainConfig, seed: int) -> TwoPartModel:
@@ -44,6 +57,21 @@ class Variant:
 
         TrainingData.build_model = build_changed_model  # type: ignore[assignment, method-assign]
         plain.build_optimizer = build_changed_optimizer
+
+    def _change_candidates(self) -> None:
+        if self.order == "neighbours":
+            WindowOrder.group = neighbouring_windows  # type: ignore[method-assign]
+        if self.own == "excluded":
+            objectives.own_window_certain = own_window_excluded
+        elif self.own == "biased":
+            objectives.own_window_certain = own_window_like_others
+            log_pi = TrainingData.log_pi
+
+            def log_pi_of_all(data: TrainingData, config: TrainConfig) -> Tensor:
+                # The chance that one of G windows brings an item is that of the others in a group of G + 1.
+                return log_pi(data, replace(config, group_windows=config.group_windows + 1))
+
+            TrainingData.log_pi = log_pi_of_all  # type: ignore[method-assign]
 
     @torch.no_grad()
     def _change_weights(self, model: TwoPartModel, seed: int) -> None:
@@ -69,3 +97,23 @@ class Variant:
                 if members:
                     groups.append({**group, "params": members, "rate_ratio": factor * group["rate_ratio"]})
         optimizer.param_groups[:] = groups
+
+
+def neighbouring_windows(order: WindowOrder, index: int) -> Windows:
+    """Groups in a permuted order, the windows of one following each other in the stream."""
+    groups = order.windows_per_epoch // order.group_windows
+    epoch, place = divmod(index, groups)
+    first = permuted(stream_key(order.seed, epoch), np.array([place]), groups)[0] * order.group_windows
+    return order.windows(first + np.arange(order.group_windows))
+
+
+def own_window_excluded(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
+    """log pi so high that the own window's targets add nothing to a row's sum; its own target is added apart."""
+    log_pi_GK = log_pi_K.repeat(num_windows, 1)
+    log_pi_GK[window_T, hit_T] = 1e9
+    return log_pi_GK
+
+
+def own_window_like_others(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
+    """The same log pi for the rows of all windows."""
+    return log_pi_K.repeat(num_windows, 1)

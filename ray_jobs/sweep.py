@@ -21,8 +21,9 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, row_words
-from bfm.report.floors import Baselines, publish_floors
+from bfm.report.floors import Baselines, publish_floors, read_floor_scores
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
@@ -33,7 +34,7 @@ from bfm.sweep.ledger import Ledger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.stage1 import with_stage1
-from bfm.sweep.state import IMPORT
+from bfm.sweep.state import IMPORT, SweepState
 from bfm.units import format_flops
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
 from ray_jobs.search import SweepEvent
@@ -171,7 +172,7 @@ def _curves(
 
     try:
         yield listen
-        writer.finish(sweep_rows(driver.state))
+        writer.finish(sweep_rows(driver.state), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()
 
@@ -199,12 +200,13 @@ def sweep_verb(
 ) -> int:
     """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
     spec = resolve(space, [*overrides, *([f"name={name}"] if name else [])])
+    compare = Pairing(Store(storage).child(spec.name))
     with Display("sweep") as display:
 
         def show(event: SweepEvent, driver: SweepDriver) -> None:
             state = driver.state
             if event.row is not None:
-                display.say(row_words(event.row, spec.metric.name))
+                display.say(_row_line(event.row, spec.metric.name, state, compare))
             elif event.kind == "imported":
                 display.say(event.reason)
             elif event.kind == "lost" and event.task is not None:
@@ -220,6 +222,15 @@ def sweep_verb(
             return 128 + interrupt.number
         display.say(outcome.line())
     return 0 if outcome.succeeded else 1
+
+
+def _row_line(row: dict[str, Any], metric: str, state: SweepState, compare: Pairing) -> str:
+    others = [other for trial, other in state.rungs.get(row["rung"], {}).items() if trial != row["trial"]]
+    try:
+        return row_words(row, metric, others, compare)
+    except (CorruptError, OSError) as error:
+        # Scores that cannot be read end no sweep; `bfm status` raises.
+        return f"{row_words(row, metric)}  ({error})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

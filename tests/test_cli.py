@@ -48,6 +48,12 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     evaluated = json.loads(out)
     assert evaluated["metrics"]["nll"] == pytest.approx(direct["metrics"]["nll"], rel=1e-6)
     assert set(evaluated["baselines"]) == {"popularity", "co_occurrence", "personal"}
+    against = evaluated["against_baselines"]["personal"]["nll"]
+    assert against["paired"]
+    assert against["value"] == pytest.approx(
+        evaluated["metrics"]["nll"] - evaluated["baselines"]["personal"]["nll"], rel=1e-4
+    )
+    assert 0 < against["error"] < evaluated["errors"]["nll"]
     code, out, err = bfm("eval", tmp_path / "once" / CHECKPOINT, *shards, "--k", "20,5", "--json")
     assert code == 0, err
     longer = json.loads(out)
@@ -60,6 +66,7 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     assert code == 0, err
     assert "strongest floor" in out
     assert "The model is " in out
+    assert "\u00b1" in out[out.index("The model is ") :], "differences from the floors have errors"
     assert "seen items stay in lists" in out
     assert CHECKPOINT in out
 

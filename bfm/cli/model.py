@@ -76,7 +76,7 @@ def train(
         )
     writer.row(row)
     writer.close()
-    show(row, as_json, lambda row: _row_text(row, shards, queries))
+    show(row, as_json, lambda row: _row_text(row, shards, queries, out))
     if row["status"] != "ok":
         raise SystemExit(1)
 
@@ -94,13 +94,13 @@ def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, 
         )
 
 
-def _row_text(row: dict[str, Any], shards: str, queries: int | None) -> str:
+def _row_text(row: dict[str, Any], shards: str, queries: int | None, out: str) -> str:
     from bfm.report.tables import evaluation_text
     from bfm.training.single import row_evaluation
 
     if row["status"] != "ok":
         return f"{row['status']} at {row['path_flops']:.3g} FLOPs"
-    return f"{evaluation_text(row_evaluation(row, shards, queries))}\n{row['model']}"
+    return f"{evaluation_text(row_evaluation(row, out, shards, queries))}\n{row['model']}"
 
 
 @app.command(name="eval")

@@ -93,7 +93,8 @@ def status(
     from bfm.report.sweep_view import read_sweep, status_text
 
     view = read_sweep(sweep_dir)
-    show({**view.status, "floors": view.floors}, as_json, lambda _: status_text(view))
+    shown = {**view.status, "frontier": view.frontiers(), "floors": view.floors}
+    show(shown, as_json, lambda _: status_text(view))
 
 
 @app.command()

@@ -6,6 +6,10 @@ function of (seed, epoch, place) that is computed place by place. Window i of th
 i // W, and group g is windows g*G .. (g+1)*G - 1. So the windows of a group are of unrelated users, and the cursor of a
 run is one integer, the index of the next group, whatever the number of workers.
 
+Every event that follows one of its user's is a target. It is predicted either from the event before it (`next_event`)
+or, as headline queries are, from the last event at an earlier time (`next_basket`): all items of a basket from where
+the basket before it ended, each with its share of one query's loss.
+
 Shapes: R rows (windows), L positions, N events, Q queries, M last events (neighbours.py), J events around a target.
 """
 
@@ -14,6 +18,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +29,7 @@ from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
 
 _ORDER_STREAM = 0x0DE2
+Targets = Literal["next_basket", "next_event"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Windows:
     """Int32 item id of the user's next training event; -1 where there is none."""
     segment_RL: np.ndarray
     """Int32; equal number = same user inside the row, counted from 0; -1 where padded."""
+    query_RL: np.ndarray
+    """Int32 column from which the position's target is predicted."""
+    weight_RL: np.ndarray
+    """Float32 weight of the position's target in the loss; 0 where there is none."""
     later_RL: np.ndarray
     """Bool: the target has a later timestamp than the position (False where there is no target)."""
     time_RL: np.ndarray
@@ -50,7 +60,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Counted:
-    """The last M events at every position, the latest first, that have counted neighbours."""
+    """The last M events at the query of every position, the latest first, that have counted neighbours."""
 
     item_RLM: np.ndarray
     """Int64 item ids; -1 where the window holds no such event of the user, or it has no neighbours."""
@@ -88,7 +98,13 @@ class WindowOrder:
     """The endless order of training windows and groups of one (shard set, L, G, seed)."""
 
     def __init__(
-        self, shards: Shards, window: int, group_windows: int, seed: int, neighbours: Neighbours | None = None
+        self,
+        shards: Shards,
+        window: int,
+        group_windows: int,
+        seed: int,
+        neighbours: Neighbours | None = None,
+        targets: Targets = "next_event",
     ) -> None:
         """`window` (L) and `group_windows` (G) are at least 1; with `neighbours`, windows come with what they say.
 
@@ -100,7 +116,7 @@ class WindowOrder:
         if shards.manifest.train_events < 1:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
-        self.neighbours = neighbours
+        self.neighbours, self.targets = neighbours, targets
 
     @property
     def windows_per_epoch(self) -> int:
@@ -142,6 +158,8 @@ class WindowOrder:
             stop_RL=np.where(filled_RL, stop_RL, 0),
         )
         windows = _gather(shards, places, with_targets=True)
+        if self.targets == "next_basket":
+            windows = _from_the_basket_before(windows)
         if self.neighbours is None:
             return windows
         counted_RL = user_RL < self.neighbours.users
@@ -173,15 +191,37 @@ def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
         missing = np.nan if field.kind == "numeric" else 0
         context[field.name] = spread(values, missing, values.dtype.type)
     target_N = np.where(followed_N & with_targets, shards.take_item(following), -1)
+    columns = np.arange(filled_RL.shape[1], dtype=np.int32)
     return Windows(
         item_RL=spread(shards.take_item(located), -1, np.int32),
         target_RL=spread(target_N, -1, np.int32),
         segment_RL=places.segment_RL.astype(np.int32),
+        query_RL=np.broadcast_to(columns, filled_RL.shape),
+        weight_RL=spread(target_N >= 0, 0.0, np.float32),
         later_RL=spread(later_N, False, np.bool_),
         time_RL=spread(time_N, 0, np.int64),
         gap_RL=spread(gap_N, 0.0, np.float32),
         context=context,
     )
+
+
+def _from_the_basket_before(windows: Windows) -> Windows:
+    """Targets predicted from the user's last event at an earlier time, 1 the weight of a basket of targets.
+
+    A basket that began before the window, or with the user, has no such event there: its targets stay where they are.
+    """
+    segment_RL, columns = windows.segment_RL, windows.query_RL
+    ends_RL = np.maximum.accumulate(np.where(windows.later_RL, columns, -1), axis=1)
+    known_RL = (ends_RL >= 0) & (np.take_along_axis(segment_RL, np.maximum(ends_RL, 0), 1) == segment_RL)
+    query_RL = np.where(known_RL, ends_RL, columns)
+    # A basket has a number inside its row: its query, or L + the user, of whom only the first basket may stay.
+    rows, length = columns.shape
+    basket_RL = np.where(known_RL, ends_RL, length + segment_RL) + 2 * length * np.arange(rows)[:, None]
+    target_RL = windows.target_RL >= 0
+    _, basket_T, size_B = np.unique(basket_RL[target_RL], return_inverse=True, return_counts=True)
+    weight_RL = np.zeros(segment_RL.shape, np.float32)
+    weight_RL[target_RL] = 1.0 / size_B[basket_T]
+    return dataclasses.replace(windows, query_RL=query_RL, weight_RL=weight_RL)
 
 
 def _last_items(windows: Windows) -> np.ndarray:
@@ -197,8 +237,9 @@ def _last_items(windows: Windows) -> np.ndarray:
 def _left_out(
     neighbours: Neighbours, shards: Shards, windows: Windows, places: _Places, counted_RL: np.ndarray
 ) -> Counted:
-    """What the table says at every position, the event of the position's own target left out."""
-    last_RLM, target = _last_items(windows), windows.target_RL >= 0
+    """What the table says at the query of every position, the event of the position's own target left out."""
+    last_RLM = np.take_along_axis(_last_items(windows), windows.query_RL[:, :, None].astype(np.int64), axis=1)
+    target = windows.target_RL >= 0
     # The target is the event after its position.
     away_J = np.arange(1, REACH + 1)
     around_TJ = places.event_RL[target][:, None] + 1 + np.concatenate([-away_J, away_J])

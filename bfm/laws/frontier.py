@@ -5,12 +5,15 @@ probe is measured on a subset of the queries. C is the row's nominal `rung_flops
 same C within 1 %, and must be compared with each other and not sorted by that last percent. Metrics are those of the
 evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, also as `warm.`, `unseen.` and `basket.`) and
 `loss_sampled`.
+
+Two rows answered the same queries, so the error of their difference is far below that of either. Rows do not hold what
+it takes; who has the answers hands down a `Compare` (bfm.ranking.paired), and without one differences are `unpaired`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +24,26 @@ Goal = Literal["minimize", "maximize"]
 
 _KINDS = ("", "warm", "unseen", "basket")
 _ORDER = ("nll", "loss_sampled", "recall", "ndcg", "mrr", "coverage")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A row's value of a metric minus another's."""
+
+    value: float
+    error: float
+    """Standard error over queries, clustered by user; NaN where it is not known. No seed-to-seed spread is in it."""
+    paired: bool
+    """Whether the error is that of the differences query by query."""
+
+    @property
+    def within_error(self) -> bool:
+        """Whether 0 is within two standard errors; False where the error is not known."""
+        return abs(self.value) <= 2 * self.error
+
+
+Compare = Callable[[Row, Row, str], Gap]
+"""(row, other, metric) -> how much the row's value is above the other's."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +58,10 @@ class FrontierPoint:
     """The row that holds the value; its `rung_flops` is below `flops` where no trial of this rung did better."""
     rows: int
     """Rows measured at exactly this rung."""
-    rivals: int
-    """Other rows with at most C whose value is within two standard errors (unpaired) of the best."""
+    change: Gap | None
+    """`value` minus that of the rung below; None at the lowest rung and where the value is carried."""
+    rivals: tuple[tuple[Row, Gap], ...]
+    """Other rows of this rung, or of that of `row`, within error of it, with their difference from it."""
 
     @property
     def carried(self) -> bool:
@@ -58,6 +83,12 @@ def metric_value(row: Row, metric: str) -> float:
 def metric_error(row: Row, metric: str) -> float:
     """The row's standard error of a metric, NaN where it has none."""
     return _number((row.get("errors") or {}).get(metric))
+
+
+def unpaired(row: Row, other: Row, metric: str) -> Gap:
+    """The difference as if the rows had answered different queries: the most that their own errors can say."""
+    error = math.hypot(metric_error(row, metric), metric_error(other, metric))
+    return Gap(metric_value(row, metric) - metric_value(other, metric), error, paired=False)
 
 
 def rung_rows(rows: Iterable[Row]) -> list[Row]:
@@ -98,30 +129,47 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
     return found
 
 
-def frontier(rows: Iterable[Row], metric: str) -> list[FrontierPoint]:
+def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> list[FrontierPoint]:
     """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N."""
-    sign = 1.0 if goal_of(metric) == "minimize" else -1.0
     found = measured(rows, metric)
     points: list[FrontierPoint] = []
     for flops in sorted({float(row["rung_flops"]) for row in found}):
-        within = [row for row in found if row["rung_flops"] <= flops]
-        best = min(within, key=lambda row: (sign * metric_value(row, metric), _number(row.get("params"))))
+        best = best_row([row for row in found if row["rung_flops"] <= flops], metric)
+        here = [row for row in found if row["rung_flops"] in (flops, best["rung_flops"]) and row is not best]
+        gaps = [(row, compare(row, best, metric)) for row in here if _may_be_within_error(row, best, metric)]
+        below = points[-1].row if points else best
         points.append(
             FrontierPoint(
                 flops=flops,
                 value=metric_value(best, metric),
                 error=metric_error(best, metric),
                 row=best,
-                rows=sum(row["rung_flops"] == flops for row in within),
-                rivals=sum(row is not best and _within_error(row, best, metric) for row in within),
+                rows=sum(row["rung_flops"] == flops for row in found),
+                change=None if best is below else compare(best, below, metric),
+                rivals=tuple((row, gap) for row, gap in gaps if gap.within_error),
             )
         )
     return points
 
 
-def _within_error(row: Row, best: Row, metric: str) -> bool:
-    spread = math.hypot(metric_error(row, metric), metric_error(best, metric))
-    return abs(metric_value(row, metric) - metric_value(best, metric)) <= 2 * spread
+def best_row(rows: Iterable[Row], metric: str) -> Row:
+    """The best of rows that all have a value; of equal ones that of the smaller N."""
+    sign = 1.0 if goal_of(metric) == "minimize" else -1.0
+    return min(rows, key=lambda row: (sign * metric_value(row, metric), _number(row.get("params"))))
+
+
+def rung_bests(rows: Iterable[Row], metric: str) -> dict[float, Row]:
+    """The best row measured at each rung (C), whatever lower rungs have."""
+    groups: dict[float, list[Row]] = {}
+    for row in measured(rows, metric):
+        groups.setdefault(float(row["rung_flops"]), []).append(row)
+    return {flops: best_row(groups[flops], metric) for flops in sorted(groups)}
+
+
+def _may_be_within_error(row: Row, best: Row, metric: str) -> bool:
+    """Whether it takes a comparison to tell: no difference has a larger error than both values' errors together."""
+    most = metric_error(row, metric) + metric_error(best, metric)
+    return abs(metric_value(row, metric) - metric_value(best, metric)) <= 2 * most
 
 
 def _number(value: object) -> float:

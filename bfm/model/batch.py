@@ -59,7 +59,7 @@ class ModelBatch:
     context: dict[str, Tensor]
     """Encoded context fields, [R, L] or [R, L, columns]."""
     target_position_T: Tensor
-    """int64 flat index r * L + l of each target row."""
+    """int64 flat index r * L + l of where each row's target is predicted from."""
     target_index_T: Tensor
     """int64 index into items_U of each row's target; empty for queries."""
     target_item_T: Tensor
@@ -68,6 +68,8 @@ class ModelBatch:
     """int64 index into items_U of each group's distinct targets and drawn candidates, ascending; empty for queries."""
     hit_T: Tensor
     """int64 index of a row's own target among its group's candidates; empty for queries."""
+    weight_T: Tensor
+    """float32 weight of each row's target in the loss of its group; empty for queries."""
     counted_TM: Tensor | None = None
     """int64 ids of a row's last items that have counted neighbours, -1 elsewhere; None where nothing was counted."""
     share_TM: Tensor | None = None
@@ -141,8 +143,9 @@ def make_batch(
         target_item_T=_tensor([part.items_U[part.target_T] for part in parts], device),
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),
+        weight_T=_tensor([group.weight_RL[group.target_RL >= 0] for group in groups], device),
         **_row_tensors(groups, device),
-        **_counted_tensors(groups, [part.position_T for part in parts], device),
+        **_counted_tensors(groups, [np.flatnonzero(group.target_RL >= 0) for group in groups], device),
     )
 
 
@@ -169,6 +172,7 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         target_item_T=none,
         candidates_C=none,
         hit_T=none,
+        weight_T=none.float(),
         **_row_tensors([windows], device),
         **_counted_tensors([windows], [positions_T], device),
     )
@@ -195,8 +199,8 @@ class _GroupIndex:
 
 def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
     """Distinct items of a group and everything that points into them. Pads carry an arbitrary index."""
-    position_T = np.flatnonzero(group.target_RL.ravel() >= 0)
-    targets_T = group.target_RL.ravel()[position_T]
+    row_T, column_T = np.nonzero(group.target_RL >= 0)
+    targets_T = group.target_RL[row_T, column_T]
     items_U = np.unique(np.concatenate([group.item_RL.ravel(), targets_T, drawn]))
     if len(items_U) and items_U[0] < 0:
         items_U = items_U[1:]
@@ -204,7 +208,7 @@ def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
     return _GroupIndex(
         items_U=items_U.astype(np.int64),
         item_RL=np.searchsorted(items_U, group.item_RL),
-        position_T=position_T,
+        position_T=row_T * group.item_RL.shape[1] + group.query_RL[row_T, column_T],
         target_T=np.searchsorted(items_U, targets_T),
         candidates_C=np.searchsorted(items_U, candidates),
         hit_T=np.searchsorted(candidates, targets_T),

@@ -78,7 +78,7 @@ class LiveObjective:
         return NO_ITEMS if self.proposal is None else self.proposal.draw(group_rng(self.seed, group_index))
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
-        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        """The mean over the batch's groups of the group's weighted mean loss; one without targets counts as zero."""
         v_UD = model.embed_items(batch.items_U)
         queries = model.contextualize(batch, v_UD)
         losses = []
@@ -140,7 +140,7 @@ class DrawnObjective:
         self.log_pi_V = torch.from_numpy(np.log(self.pi_V)).float().to(items.device)
 
     def __call__(self, model: TwoParts, batch: ModelBatch) -> Tensor:
-        """The mean over the batch's groups of the group's mean loss; a group without targets counts as zero."""
+        """The mean over the batch's groups of the group's weighted mean loss; one without targets counts as zero."""
         queries = model.contextualize(batch, self.items.vectors(batch.items_U))
         losses = []
         for group, rows in _groups(batch):
@@ -211,10 +211,12 @@ def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_wi
 
 
 def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
-    """Mean over groups of the mean over their rows; a group without targets counts as zero."""
+    """Mean over groups of the weighted mean over their rows; a group without targets counts as zero."""
     loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
-    # Not .mean(): the last group of a small log may hold no target, and its mean would be NaN.
-    return torch.stack([loss_T[rows].sum() / max(1, rows.stop - rows.start) for _, rows in _groups(batch)]).mean()
+    weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
+    # The last group of a small log may hold no target, and its mean would be NaN.
+    means = [weighted_T[rows].sum() / weight_T[rows].sum().clamp(min=1e-9) for _, rows in _groups(batch)]
+    return torch.stack(means).mean()
 
 
 def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:

@@ -1,6 +1,6 @@
 """Floors that need no training, on the same protocol and through the same ranking code as the models.
 
-Enters: a shard set and its protocol. Leaves: metrics by the name of the floor.
+Enters: a shard set and its protocol. Leaves: scores of queries, and metrics, by the name of the floor.
 
     popularity:     score_v = log((n_v + 1) / (sum n + V)), n_v = training count: a distribution, so it has an nll
     co_occurrence:  score_v = sum over the query's last events u of age_decay^age w_uv / n_u^damping, then popularity;
@@ -13,8 +13,8 @@ P = pairs.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from bfm.events.counting import COUNTINGS, count_neighbours
 from bfm.events.neighbours import LAST_EVENTS, Neighbours
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
-from bfm.files import canonical_json
-from bfm.ranking.metrics import score_queries, summarise
+from bfm.ranking.metrics import QueryScores, score_queries, summarise
 from bfm.ranking.mixture import NeighbourMass, pairs_by_item
+from bfm.ranking.paired import from_npz, to_npz
 from bfm.ranking.personal import best_personal, log_popularity
 from bfm.ranking.ranks import ScoreBlock, rank_targets
 
@@ -40,22 +40,26 @@ _CHOOSING_METRIC = "ndcg@10"
 def baseline_metrics(
     shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every floor over a part (its first `queries`), under the names of `summarise`.
+    """Metrics of every floor over a part (its first `queries`), under the names of `summarise`."""
+    scores = baseline_scores(shards, protocol, part, k, queries)
+    return {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
+
+
+def baseline_scores(
+    shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
+) -> dict[str, QueryScores]:
+    """Every floor's scores of a part's queries (the first `queries`), in float32.
 
     Kept with the shard set. Co-occurrence is no distribution and has no nll.
     """
     table = protocol.queries(part)[:queries]
-
-    def make() -> bytes:
-        metrics = {
-            "popularity": _measure(popularity_scores(shards), shards, table, k),
-            "co_occurrence": _neighbour_metrics(best_neighbours(shards, protocol), shards, table, k),
-            "personal": _measure(best_personal(shards, protocol).scores(shards, table), shards, table, k),
-        }
-        return canonical_json(metrics)
-
-    chosen = "-".join(map(str, k))
-    return json.loads(kept(shards, f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{chosen}", make))
+    makers: dict[str, Callable[[], bytes]] = {
+        "popularity": lambda: to_npz(_measure(popularity_scores(shards), shards, table, k)),
+        "co_occurrence": lambda: to_npz(_neighbour_scores(best_neighbours(shards, protocol), shards, table, k)),
+        "personal": lambda: to_npz(_measure(best_personal(shards, protocol).scores(shards, table), shards, table, k)),
+    }
+    name = f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{'-'.join(map(str, k))}"
+    return {floor: from_npz(kept(shards, f"{name}-{floor}", make)) for floor, make in makers.items()}
 
 
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
@@ -63,7 +67,7 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
 
     def worth(way: Neighbours) -> float:
-        return _neighbour_metrics(way, shards, validation, (10,))[_CHOOSING_METRIC]
+        return summarise(_neighbour_scores(way, shards, validation, (10,))).metrics[_CHOOSING_METRIC]
 
     def make() -> bytes:
         return max(count_neighbours(shards, COUNTINGS), key=worth).to_bytes()
@@ -71,17 +75,16 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     return Neighbours.from_bytes(kept(shards, f"neighbours-v{VERSION}-{protocol.hash[:16]}", make))
 
 
-def _neighbour_metrics(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:
-    metrics = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k)
-    return {key: value for key, value in metrics.items() if "nll" not in key}
+def _neighbour_scores(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
+    scores = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k)
+    return dataclasses.replace(scores, values={key: value_Q for key, value_Q in scores.values.items() if key != "nll"})
 
 
-def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int]) -> dict[str, float]:
+def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
     num_items, targets = shards.num_catalogue, query_targets(shards, table)
     ranked = rank_targets(scorer, targets, num_items, max(k), seen_items(shards, table))
     rows = np.arange(len(table))
-    scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
-    return summarise(scores).metrics
+    return score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
 
 
 def popularity_scores(shards: Shards) -> ScoreBlock:

@@ -24,6 +24,8 @@ from bfm.errors import UserError
 from bfm.events.ragged import Ragged
 from bfm.ranking.ranks import Ranked
 
+_BASKET = "basket."
+
 
 def parse_ks(text: str) -> tuple[int, ...]:
     """List lengths from text such as 5,10,50, rising. Raises UserError for anything but whole numbers from 1 on."""
@@ -134,20 +136,27 @@ def summarise(scores: QueryScores) -> Evaluation:
     """Headline means under their plain names, basket queries under `basket.`; a metric without a query is left out."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
-    for prefix, chosen_Q in (("", ~scores.basket_Q), ("basket.", scores.basket_Q)):
-        for name, value_Q in scores.values.items():
-            used_Q = chosen_Q & ~np.isnan(value_Q)
-            if not used_Q.any() or (prefix and name.startswith(("warm.", "unseen."))):
-                continue
-            metrics[prefix + name] = float(value_Q[used_Q].mean())
-            error = clustered_error(value_Q[used_Q], scores.user_Q[used_Q])
-            if error is not None:
-                errors[prefix + name] = error
+    for name in [prefix + name for prefix in ("", _BASKET) for name in scores.values]:
+        value_Q = counted_values(scores, name)
+        used_Q = ~np.isnan(value_Q)
+        if not used_Q.any() or name.startswith((f"{_BASKET}warm.", f"{_BASKET}unseen.")):
+            continue
+        metrics[name] = float(value_Q[used_Q].mean())
+        error = clustered_error(value_Q[used_Q], scores.user_Q[used_Q])
+        if error is not None:
+            errors[name] = error
     for k, shown_V in scores.shown.items():
         metrics[f"coverage@{k}"] = float(shown_V.mean())
     if scores.loss_sampled_negatives is not None:
         metrics["loss_sampled_negatives"] = float(scores.loss_sampled_negatives)
     return Evaluation(metrics, errors, len(scores.query_Q), scores.eval_flops)
+
+
+def counted_values(scores: QueryScores, metric: str) -> NDArray[np.float64]:
+    """A row's metric query by query, [Q]; NaN where a query does not count in its mean. All NaN: it is no such mean."""
+    name = metric.removeprefix(_BASKET)
+    value_Q = scores.values.get(name, np.full(len(scores.query_Q), np.nan))
+    return np.where(scores.basket_Q == (name != metric), value_Q.astype(np.float64), np.nan)
 
 
 def clustered_error(value_Q: NDArray[np.float64], user_Q: NDArray[np.int64]) -> float | None:

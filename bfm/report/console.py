@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from bfm.laws.frontier import Compare, Row, rung_bests, unpaired
+from bfm.report.digits import gap_text
 from bfm.training.loop import StepRecord
 from bfm.units import format_count, format_flops, format_seconds
 
@@ -69,13 +70,16 @@ def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) 
     )
 
 
-def row_words(row: Mapping[str, Any], metric: str) -> str:
-    """One line for a finished rung row."""
+def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compare = unpaired) -> str:
+    """One line for a finished rung row: its numbers, and how far it is from the best of the others at its rung."""
     where = f"rung {row['rung']} ({format_flops(row['rung_flops'])})  {row['trial']}"
     if row["status"] != "ok":
         return f"{where}  {row['status']}"
     value, error = row["metrics"][metric], row["errors"].get(metric)
-    spread = f" +- {error:.2g}" if error is not None else ""
+    spread = f" \u00b1 {error:.2g}" if error is not None else ""
+    best = rung_bests(others, metric).get(row["rung_flops"])
+    if best is not None:
+        spread += f" ({gap_text(compare(row, best, metric))} to {best['trial']})"
     return (
         f"{where}  N {format_count(row['params'])}  s {row['embedder_share']:.1%}  D {format_count(row['events'])}  "
         f"{metric} {value:.4g}{spread}  {row['engine']} x{row['workers']}  {format_seconds(row['train_s'])}"

@@ -1,7 +1,8 @@
 """The floors beside models: which is the strongest at a metric, and what is below it, in words.
 
 A floor needs no training (bfm.ranking.baselines). A model is below it where counting does better: a higher nll, a lower
-recall. Enters: metrics by the name of the floor; leaves: names, sentences, and floors.json in the storage of a sweep.
+recall, by more than two standard errors of the difference where these are known. Enters: metrics by the name of the
+floor; leaves: names, sentences, and in the storage of a sweep floors.json and the floors' scores of its queries.
 """
 
 from __future__ import annotations
@@ -9,20 +10,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Row, frontier, goal_of, metric_names
-from bfm.ranking.baselines import baseline_metrics
+from bfm.laws.frontier import Compare, Gap, Row, frontier, goal_of, metric_names, metric_value, unpaired
+from bfm.ranking.baselines import baseline_scores
+from bfm.ranking.metrics import summarise
+from bfm.ranking.paired import scores_object
+from bfm.report.digits import gap_text
 
 Baselines = Mapping[str, Mapping[str, float]]
-_FILE = "floors.json"
+_FILE, _SCORES_FILE = "floors.json", "floors/scores.json"
 
 
 def publish_floors(store: Store, shards: Shards, queries: int | None) -> Baselines:
     """Measure the floors on the validation queries of a sweep and keep them in its storage."""
-    floors = baseline_metrics(shards, Protocol.load(shards), "validation", queries=queries)
+    scores = baseline_scores(shards, Protocol.load(shards), "validation", queries=queries)
+    objects = {floor: scores_object(f"floors/{floor}", of_floor) for floor, of_floor in scores.items()}
+    for name, data in objects.values():
+        store.put(name, data)
+    store.put(_SCORES_FILE, canonical_json({floor: name for floor, (name, _) in objects.items()}))
+    floors = {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
     store.put(_FILE, canonical_json(floors))
     return floors
 
@@ -30,6 +41,37 @@ def publish_floors(store: Store, shards: Shards, queries: int | None) -> Baselin
 def read_floors(store: Store) -> Baselines:
     """The floors in a sweep's storage; none where it has not run yet."""
     return json.loads(store.get(_FILE)) if store.exists(_FILE) else {}
+
+
+def read_floor_scores(store: Store) -> dict[str, str]:
+    """The names of the floors' scores in a sweep's storage, by the floors' shown names, for a Pairing."""
+    names = json.loads(store.get(_SCORES_FILE)) if store.exists(_SCORES_FILE) else {}
+    return {shown_name(floor): name for floor, name in names.items()}
+
+
+@dataclass(frozen=True)
+class AgainstFloor:
+    """A row's metric beside the strongest floor's."""
+
+    floor: str
+    """Its shown name."""
+    reference: float
+    gap: Gap
+    """Row minus floor; its error is known only where it is paired."""
+    side: Literal["below", "within error of", "above"]
+    """Equal values of unknown error are below."""
+
+
+def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Compare) -> AgainstFloor | None:
+    """A row beside the strongest floor at a metric; None where either has no value."""
+    floor, value = strongest(baselines, metric), metric_value(row, metric)
+    if floor is None or not math.isfinite(value):
+        return None
+    # A floor as a row on the same queries. It has no errors, so an unpaired difference has none either.
+    beside = {"floor": floor[0], "metrics": {metric: floor[1]}, "protocol_hash": row.get("protocol_hash")}
+    gap = compare(row, beside, metric)
+    side: Literal["above", "below"] = "above" if is_above(value, floor[1], metric) else "below"
+    return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
 
 def shown_name(floor: str) -> str:
@@ -52,22 +94,28 @@ def is_above(value: float, floor: float, metric: str) -> bool:
     return value < floor if goal_of(metric) == "minimize" else value > floor
 
 
-def verdict(model: str, values: Mapping[str, float], baselines: Baselines, metrics: Sequence[str]) -> str:
-    """Where a model is below the strongest floor and where above it, in one sentence; empty without floors."""
-    sides: dict[bool, list[str]] = {False: [], True: []}
-    for metric in metrics:
-        floor, value = strongest(baselines, metric), values.get(metric, math.nan)
-        if floor is not None and math.isfinite(value):
-            sides[is_above(value, floor[1], metric)].append(f"{metric} ({value:.4g}, {floor[0]} {floor[1]:.4g})")
-    below, above = (", ".join(sides[side]) for side in (False, True))
-    parts = ([f"BELOW the strongest floor in {below}"] if below else []) + (
-        [f"above {'it' if below else 'every floor'} in {above}"] if above else []
-    )
-    return f"{model} is {' and '.join(parts)}." if parts else ""
+def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+    """Where a model is below the strongest floor, within error of it and above it, in one sentence.
+
+    rows: metric -> the row that is held against the floors there. Empty without floors.
+    """
+    sides: dict[str, list[str]] = {"below": [], "within error of": [], "above": []}
+    for metric, row in rows.items():
+        found = against_strongest(row, metric, baselines, compare)
+        if found is not None:
+            gap = f": {gap_text(found.gap)}" if found.gap.paired else ""
+            words = f"{metric} ({metric_value(row, metric):.4g}, {found.floor} {found.reference:.4g}{gap})"
+            sides[found.side].append(words)
+    parts: list[str] = []
+    for side, found_there in sides.items():
+        if found_there:
+            floor = "it" if parts else "every floor" if side == "above" else "the strongest floor"
+            parts.append(f"{'BELOW' if side == 'below' else side} {floor} in {', '.join(found_there)}")
+    return f"{model} is {' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))}." if parts else ""
 
 
-def sweep_verdict(rows: Sequence[Row], baselines: Baselines) -> str:
+def sweep_verdict(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
     """The verdict on the best of a sweep, metric by metric."""
     points = {metric: frontier(rows, metric) for metric in metric_names(rows)}
-    values = {metric: found[-1].value for metric, found in points.items() if found}
-    return verdict("The best of the sweep", values, baselines, list(values))
+    best = {metric: found[-1].row for metric, found in points.items() if found}
+    return verdict("The best of the sweep", best, baselines, compare)

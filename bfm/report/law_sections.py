@@ -12,10 +12,10 @@ from typing import Any
 
 from bfm.laws.compare import differences
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
+from bfm.report.digits import value_text
 from bfm.report.law_curves import agreements, hardest_groups, ranked_metrics
 from bfm.report.law_fits import Fitted
 from bfm.report.style import power_text
-from bfm.report.tables import value_text
 from bfm.report.template import Cell, escape, paragraph, table
 from bfm.sweep.checks import calibration_text
 from bfm.units import format_count

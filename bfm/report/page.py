@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from bfm.files import write_atomic
-from bfm.laws.frontier import Row
+from bfm.laws.frontier import Compare, Row, unpaired
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
 from bfm.report.floors import Baselines
@@ -19,6 +19,8 @@ from bfm.report.law_sections import law_parts, recipe_part
 from bfm.report.style import inline_svg, svg_text
 from bfm.report.tables import runs_parquet
 from bfm.report.template import escape, page, paragraph, section
+
+_TRIALS_NOTE = "Click a head to sort. Under a value: its difference from the best of its rung, on the same queries."
 
 
 def write_report(
@@ -51,11 +53,12 @@ def render_report(
     extra: Mapping[str, Any],
     *,
     laws: Sequence[Fitted] = (),
+    compare: Compare = unpaired,
     overview: bool = False,
 ) -> dict[str, bytes]:
     """The files of the report by name, index.html last, for any store; arguments as in `write_report`.
 
-    laws: what `law_fits.sweep_laws` tells from the rows.
+    laws: what `law_fits.sweep_laws` tells from the rows; compare: what differences of rows are told by.
     """
     figures, of_laws = sweep_figures(rows, summary, baselines), law_figures(laws)
     drawn = {figure.name: svg_text(figure.figure) for figure in [*of_laws, *figures]}
@@ -66,7 +69,7 @@ def render_report(
         section(figure.name, figure.heading, shown_figure(figure, drawn[figure.name])) for figure in figures
     )
     files["runs.parquet"] = runs_parquet(rows)
-    files["index.html"] = report_html(rows, summary, baselines, spec, extra, shown).encode()
+    files["index.html"] = report_html(rows, summary, baselines, spec, extra, shown, compare).encode()
     return files
 
 
@@ -77,11 +80,12 @@ def report_html(
     spec: Mapping[str, Any],
     extra: Mapping[str, Any],
     figures: str,
+    compare: Compare = unpaired,
 ) -> str:
     """The page as text; `figures` is the part of it that shows them."""
     name = str(summary.get("name") or "sweep")
-    best = section("best", "Best so far", sections.best_table(rows))
-    every = sections.trial_table(rows, every_row=True)
+    best = section("best", "Best so far", sections.best_table(rows, compare))
+    every = sections.trial_table(rows, compare, every_row=True)
     all_rows = f"<details><summary>Every result at every rung</summary>{every}</details>" if every else ""
     settings = yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True) if spec else ""
     shown_spec = (
@@ -90,7 +94,7 @@ def report_html(
     parts = [
         best,
         figures,
-        section("trials", "Trials", _with_note(sections.trial_table(rows), "Click a head to sort.") + all_rows),
+        section("trials", "Trials", _with_note(sections.trial_table(rows, compare), _TRIALS_NOTE) + all_rows),
         section("baselines", "Baselines", _with_note(sections.baseline_table(rows, baselines), "On the same queries.")),
         section("data", "Data and protocol", sections.data_part(extra)),
         section("failures", "Failures", sections.failures_part(rows, summary)),
@@ -100,7 +104,8 @@ def report_html(
     state = f"{summary['state']} sweep" if summary.get("state") else "sweep"
     head = (
         f'<header><p class="eyebrow">bfm report: {escape(state)}</p><h1>{escape(name)}</h1>'
-        f"{paragraph(sections.lede(rows, summary, baselines), 'lede')}{sections.cards(rows, summary, baselines)}"
+        f"{paragraph(sections.lede(rows, summary, baselines, compare), 'lede')}"
+        f"{sections.cards(rows, summary, baselines, compare)}"
         f"<nav>{_links(parts)}</nav></header>"
     )
     foot = (

@@ -10,22 +10,35 @@ from typing import Any
 
 from bfm.events.repeats import rule_words
 from bfm.laws.frontier import (
+    Compare,
+    FrontierPoint,
     Row,
     frontier,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
+    rung_bests,
     rung_ladder,
     rung_rows,
+    unpaired,
 )
+from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.figures import varied_fields
-from bfm.report.floors import Baselines, is_above, shown_name, strongest, sweep_verdict
+from bfm.report.floors import Baselines, against_strongest, shown_name, strongest, sweep_verdict
 from bfm.report.style import power_text
-from bfm.report.tables import failed_rows, point_text, trials_in_order, value_text
+from bfm.report.tables import (
+    behind_text,
+    change_text,
+    failed_rows,
+    point_text,
+    trials_in_order,
+)
 from bfm.report.template import Cell, escape, facts, paragraph, table
 from bfm.units import format_count, format_seconds
 
+_NAMED = 3
+"""So many rows within error are named."""
 _DEFINITIONS = (
     (
         "C",
@@ -55,13 +68,18 @@ _DEFINITIONS = (
         "where counting does better",
     ),
     ("coverage@k", "share of the catalogue that appears in any query's top k"),
-    ("\u00b1", "one standard error over queries, clustered by user; it holds no seed-to-seed spread"),
+    (
+        "\u00b1",
+        "one standard error over queries, clustered by user; it holds no seed-to-seed spread. That of a difference is "
+        "of the differences query by query, as all rows answer the same ones",
+    ),
+    ("within error", "less than two standard errors of the difference from the best"),
 )
 
 
-def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
-    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines)}".strip()
+    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines, compare)}".strip()
 
 
 def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -82,7 +100,7 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
 
 
-def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> str:
+def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric in metric_names(rows):
@@ -95,7 +113,7 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines)
             error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
             found.append(
                 f'<div class="card"><div class="name">{escape(metric)}</div><div class="value">{escape(value)}</div>'
-                f'<div class="note">{error}{notes}<br>{_against_baseline(best.value, metric, baselines)}</div></div>'
+                f'<div class="note">{error}{notes}<br>{_beside_floor(best.row, metric, baselines, compare)}</div></div>'
             )
     spent, cap = summary.get("spent_flops"), summary.get("cap_flops")
     if spent:
@@ -108,33 +126,41 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines)
     return f'<div class="cards">{"".join(found)}</div>' if found else ""
 
 
-def best_table(rows: Sequence[Row]) -> str:
-    """Best so far per rung and metric, who holds it, and how many others are within error of it."""
+def best_table(rows: Sequence[Row], compare: Compare = unpaired) -> str:
+    """Best so far per rung and metric, what it brings against the rung below, who holds it and who is within error."""
     metrics = metric_names(rows)
-    points = {metric: {point.flops: point for point in frontier(rows, metric)} for metric in metrics}
+    points = {metric: {point.flops: point for point in frontier(rows, metric, compare)} for metric in metrics}
     lines: list[list[Cell | str]] = []
     for flops in rung_ladder(rows):
         here = [row for row in rung_rows(rows) if row["rung_flops"] == flops]
         line: list[Cell | str] = [Cell(power_text(flops)), Cell(str(len(here)))]
         for metric in metrics:
             point = points[metric].get(flops)
-            remark = ""
-            if point is not None:
-                size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
-                rivals = f"{point.rivals} more within error" if point.rivals else ""
-                remark = ", ".join(part for part in (str(point.row["trial"]), size, rivals) if part)
-            line.append(Cell(point_text(point), remark))
+            line.append(Cell(point_text(point), "" if point is None else _point_remark(point)))
         lines.append(line)
     heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in metrics]]
-    note = "A star: reached at a lower rung already. Within error: two standard errors of the difference, unpaired."
+    note = (
+        "A star: reached at a lower rung already. Within error: within two standard errors of the difference. "
+        f"Differences are on the same queries, query by query ({UNPAIRED})."
+    )
     return table(heads, lines) + paragraph(note, "muted") if lines and metrics else ""
 
 
-def trial_table(rows: Sequence[Row], *, every_row: bool = False) -> str:
-    """Trials at their highest rung, or every rung row; heads sort."""
+def _point_remark(point: FrontierPoint) -> str:
+    size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
+    change = f"{change_text(point)} against the rung below" if point.change is not None else ""
+    names = [str(row["trial"]) + ("" if gap.paired else "~") for row, gap in point.rivals]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    rivals = f"within error: {', '.join(names[:_NAMED])}{more}" if names else ""
+    return "; ".join(part for part in (str(point.row["trial"]), size, change, rivals) if part)
+
+
+def trial_table(rows: Sequence[Row], compare: Compare = unpaired, *, every_row: bool = False) -> str:
+    """Trials at their highest rung, or every rung row, each against the best of its rung; heads sort."""
     metrics, fields = metric_names(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
     shown = rung_rows(rows) if every_row else trials_in_order(rows)
     best = {metric: frontier(rows, metric)[-1].row for metric in metrics if frontier(rows, metric)}
+    bests = {metric: rung_bests(rows, metric) for metric in metrics}
     lines: list[list[Cell | str]] = []
     for row in shown:
         status = str(row.get("status", "ok"))
@@ -148,7 +174,8 @@ def trial_table(rows: Sequence[Row], *, every_row: bool = False) -> str:
         for metric in metrics:
             value = metric_value(row, metric)
             kind = "best" if best.get(metric) is row else ""
-            line.append(Cell(value_text(value, metric_error(row, metric)), value=value, kind=kind))
+            behind = behind_text(row, bests[metric].get(row["rung_flops"]), metric, compare)
+            line.append(Cell(value_text(value, metric_error(row, metric)), behind, value=value, kind=kind))
         config = row.get("config") or {}
         line += [_numeric(config.get(field), lambda value: f"{value:.4g}") for field in fields]
         line += [
@@ -258,18 +285,13 @@ def definitions_part() -> str:
     return facts([(word, meaning) for word, meaning in _DEFINITIONS])
 
 
-def _against_baseline(value: float, metric: str, baselines: Baselines) -> str:
-    floor = strongest(baselines, metric)
-    if floor is None:
+def _beside_floor(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
+    found = against_strongest(row, metric, baselines, compare)
+    if found is None:
         return ""
-    name, reference = floor
-    if goal_of(metric) == "minimize" or reference <= 0:
-        amount = f"{value - reference:+.3g} to {reference:.3g}"
-    else:
-        amount = f"{value / reference:.2f}\u00d7 {reference:.3g}"
-    above = is_above(value, reference, metric)
-    side = f"{'above' if above else 'below'} the strongest floor, {escape(name)}"
-    return f'<span class="{"gain" if above else "loss"}">{side}: {amount}</span>'
+    kind = {"above": ' class="gain"', "below": ' class="loss"'}.get(found.side, "")
+    amount = f"{gap_text(found.gap)} to {found.reference:.3g}"
+    return f"<span{kind}>{found.side} the strongest floor, {escape(found.floor)}: {escape(amount)}</span>"
 
 
 def _numeric(value: object, text: Any) -> Cell:

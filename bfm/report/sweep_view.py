@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +12,9 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.laws.frontier import frontier, metric_names
-from bfm.report.floors import Baselines, read_floors
+from bfm.laws.frontier import FrontierPoint, Gap, frontier, metric_names
+from bfm.ranking.paired import Pairing
+from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
@@ -36,14 +38,16 @@ class SweepView:
     spec: dict[str, Any]
 
     def frontiers(self) -> dict[str, list[dict[str, Any]]]:
-        """Per metric, the best value reachable at each rung and the trial that reached it."""
+        """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
         return {
-            metric: [
-                {"flops": point.flops, "value": point.value, "trial": point.row["trial"], "params": point.row["params"]}
-                for point in frontier(self.rows, metric)
-            ]
+            metric: [_point_dict(point) for point in frontier(self.rows, metric, self.compare)]
             for metric in metric_names(self.rows)
         }
+
+    @cached_property
+    def compare(self) -> Pairing:
+        """Differences of the rows, and from the floors, by their scores of the same queries."""
+        return Pairing(self.store, read_floor_scores(self.store))
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -83,15 +87,24 @@ def read_recipe(store: Store) -> dict[str, Any] | None:
 
 def status_text(view: SweepView) -> str:
     """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.rows, view.floors), spend_text(view.rows, view.summary), trials_text(view.rows)]
-    parts += [failures_text(view.rows, view.summary), life_text(view.status)]
+    parts = [frontier_text(view.rows, view.floors, view.compare), spend_text(view.rows, view.summary)]
+    parts += [trials_text(view.rows, view.compare), failures_text(view.rows, view.summary), life_text(view.status)]
     return "\n\n".join(part for part in parts if part)
 
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
     shown = {**view.data, "recipe": read_recipe(view.store), "checks": view.status["checks"]}
-    files = render_report(view.rows, view.summary, view.floors, view.spec, shown, laws=view.laws, overview=overview)
+    files = render_report(
+        view.rows,
+        view.summary,
+        view.floors,
+        view.spec,
+        shown,
+        laws=view.laws,
+        compare=view.compare,
+        overview=overview,
+    )
     folder = view.store.child("report")
     # index.html is last in `files`: it stands only where all that it names stands.
     for name, data in files.items():
@@ -101,7 +114,28 @@ def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
 
 def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
-    shown = [frontier_text(view.rows, view.floors), failures_text(view.rows, view.summary)]
+    shown = [frontier_text(view.rows, view.floors, view.compare), failures_text(view.rows, view.summary)]
     shown.append("\n".join(checks_lines(view.status["checks"])))
     paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
     return "\n\n".join(part for part in [*shown, paths] if part)
+
+
+def _point_dict(point: FrontierPoint) -> dict[str, Any]:
+    return {
+        "flops": point.flops,
+        "value": point.value,
+        "error": _known(point.error),
+        "trial": point.row["trial"],
+        "params": point.row["params"],
+        "change": None if point.change is None else _gap_dict(point.change),
+        "within_error": {str(row["trial"]): _gap_dict(gap) for row, gap in point.rivals},
+    }
+
+
+def _gap_dict(gap: Gap) -> dict[str, Any]:
+    return {"value": gap.value, "error": _known(gap.error), "paired": gap.paired}
+
+
+def _known(value: float) -> float | None:
+    """JSON has no word for NaN."""
+    return value if math.isfinite(value) else None

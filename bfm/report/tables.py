@@ -12,20 +12,32 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from bfm.laws.frontier import (
+    Compare,
     FrontierPoint,
+    Gap,
     Row,
     frontier,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
+    rung_bests,
     rung_ladder,
     rung_rows,
+    unpaired,
 )
+from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
 _NESTED = ("config", "metrics", "errors", "shape")
+_MARKS = (
+    ("*", "* reached at a lower rung"),
+    ("  change", "change: against the rung below, on the same queries"),
+    ("  within error", "within error: trials less than two standard errors of the difference from the best"),
+    ("~", UNPAIRED),
+)
+"""Ends of cells, and what they mean."""
 _LEADING = ("trial", "rung", "rung_flops", "kind", "status", "seed", "params", "embedder_share", "path_flops")
 
 
@@ -47,15 +59,16 @@ def runs_parquet(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def frontier_text(rows: Sequence[Row], baselines: Baselines) -> str:
+def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
     """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's.
 
-    Below stand the floors, the name of the strongest at each metric, and whether the sweep's best is below it.
+    Under it, what it brings against the rung below, and how many more are within error of it. Below stand the floors,
+    the name of the strongest at each metric, and whether the sweep's best is below it.
     """
     metrics = metric_names(rows)
     if not metrics:
         return "no results yet"
-    points = {metric: {point.flops: point for point in frontier(rows, metric)} for metric in metrics}
+    points = {metric: {point.flops: point for point in frontier(rows, metric, compare)} for metric in metrics}
     lines: list[list[str]] = []
     for flops in rung_ladder(rows):
         count = sum(row["rung_flops"] == flops and row.get("status", "ok") == "ok" for row in rung_rows(rows))
@@ -63,21 +76,25 @@ def frontier_text(rows: Sequence[Row], baselines: Baselines) -> str:
         holder = points[metrics[0]].get(flops)
         size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
         lines.append([f"C {format_flops(flops)}", str(count), size, *cells])
+        here = [points[metric].get(flops) for metric in metrics]
+        told = {"change": [change_text(point) for point in here], "within error": [_more_text(point) for point in here]}
+        lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
     for name, values in baselines.items():
-        cells = [_plain_value(values.get(metric, math.nan)) for metric in metrics]
+        cells = [value_text(values.get(metric, math.nan)) for metric in metrics]
         lines.append([shown_name(name), "", "", *cells])
     if baselines:
         lines.append(["strongest", "", "", *[_strongest_name(baselines, metric) for metric in metrics]])
     text = ruled(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
-    starred = any(cell.endswith("*") for line in lines for cell in line)
-    notes = ["* reached at a lower rung"] if starred else []
-    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines)])])
+    cells = [cell for line in lines for cell in line]
+    notes = [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
+    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines, compare)])])
 
 
-def trials_text(rows: Sequence[Row], limit: int = 20) -> str:
-    """The trials by their best loss at their highest rung, for a terminal."""
+def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 20) -> str:
+    """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal."""
     metrics = metric_names(rows)[:3]
     ordered = trials_in_order(rows)
+    bests = rung_bests(rows, metrics[0]) if metrics else {}
     lines = [
         [
             str(row["trial"]),
@@ -86,11 +103,15 @@ def trials_text(rows: Sequence[Row], limit: int = 20) -> str:
             format_count(row["params"]) if row.get("params") else "-",
             f"{row.get('embedder_share') or 0.0:.1%}",
             *[value_text(metric_value(row, metric), metric_error(row, metric)) for metric in metrics],
+            *[behind_text(row, bests.get(row["rung_flops"]), metric, compare) for metric in metrics[:1]],
         ]
         for row in ordered[:limit]
     ]
-    text = ruled(["trial", "reached", "status", "N", "s", *metrics], lines)
-    return f"{text}\n... and {len(ordered) - limit} more" if len(ordered) > limit else text
+    against = [f"{metric} to the best there" for metric in metrics[:1]]
+    text = ruled(["trial", "reached", "status", "N", "s", *metrics, *against], lines)
+    notes = [f"... and {len(ordered) - limit} more"] if len(ordered) > limit else []
+    notes += [UNPAIRED] if any("~" in line[-1] for line in lines) else []
+    return "\n".join([text, *notes])
 
 
 def spend_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -133,7 +154,7 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
         [
             metric,
             value_text(metric_value(row, metric), metric_error(row, metric)),
-            *[_plain_value(values.get(metric, math.nan)) for values in beside.values()],
+            *[value_text(values.get(metric, math.nan)) for values in beside.values()],
             _strongest_name(baselines, metric),
         ]
         for metric in metric_names([row], headline=False)
@@ -141,7 +162,7 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     table = ruled(["metric", "model", *beside, "strongest floor"], lines)
     text = [
         table,
-        verdict("The model", row["metrics"], baselines, metric_names([row])),
+        verdict("The model", dict.fromkeys(metric_names([row]), row), baselines, _compare_of(evaluation)),
         f"{evaluation['part']}: {evaluation['queries']:,} queries against {evaluation['catalogue']:,} items; protocol "
         f"{evaluation['protocol_hash'][:12]}",
         f"seen items {evaluation['seen_rule']}",
@@ -149,6 +170,17 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     if any("sampled" in metric and not metric.startswith("loss_") for metric in row["metrics"]):
         text.append("sampledN.*: the target against N drawn items, not the catalogue: other numbers by far")
     return "\n".join(text)
+
+
+def _compare_of(evaluation: Mapping[str, Any]) -> Compare:
+    """The differences of the model from the floors that an evaluation holds."""
+    told = {shown_name(floor): gaps for floor, gaps in evaluation["against_baselines"].items()}
+
+    def compare(row: Row, floor: Row, metric: str) -> Gap:
+        gap = told.get(floor["floor"], {}).get(metric)
+        return unpaired(row, floor, metric) if gap is None else Gap(**gap)
+
+    return compare
 
 
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
@@ -180,14 +212,25 @@ def point_text(point: FrontierPoint | None) -> str:
     return value_text(point.value, point.error) + ("*" if point.carried else "")
 
 
-def value_text(value: float, error: float = math.nan) -> str:
-    """Value and error with the digits that the error supports; four significant ones without an error; '-' for NaN."""
-    if not math.isfinite(value):
-        return "-"
-    if not (math.isfinite(error) and error > 0):
-        return _plain_value(value)
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
-    return f"{value:.{digits}f} \u00b1 {error:.{digits}f}"
+def change_text(point: FrontierPoint | None) -> str:
+    """What a frontier value brings against the rung below; empty where there is none or it is the same row."""
+    return "" if point is None or point.change is None else gap_text(point.change)
+
+
+def behind_text(row: Row, best: Row | None, metric: str, compare: Compare) -> str:
+    """A row against the best of its rung, and whether it is within error of it; empty where there is no value."""
+    if best is None or not math.isfinite(metric_value(row, metric)):
+        return ""
+    if row is best:
+        return "best"
+    gap = compare(row, best, metric)
+    return gap_text(gap) + (", within error" if gap.within_error else "")
+
+
+def _more_text(point: FrontierPoint | None) -> str:
+    if point is None or not point.rivals:
+        return ""
+    return f"{len(point.rivals)} more" + ("" if all(gap.paired for _, gap in point.rivals) else "~")
 
 
 def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -198,10 +241,6 @@ def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _tight(cell: str) -> str:
     return cell.replace(" \u00b1 ", "\u00b1")
-
-
-def _plain_value(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
 def _strongest_name(baselines: Baselines, metric: str) -> str:

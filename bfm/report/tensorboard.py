@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from bfm.laws.frontier import (
+    Compare,
     Row,
     frontier,
     metric_error,
@@ -28,6 +29,7 @@ from bfm.laws.frontier import (
     metric_value,
     rung_ladder,
     rung_rows,
+    unpaired,
 )
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.floors import Baselines, shown_name
@@ -201,10 +203,10 @@ class SweepWriter:
         self._file.scalars(flops_step(spent), _by_flops(best))
         self._file.flush()
 
-    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None) -> None:
+    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None, compare: Compare = unpaired) -> None:
         """The frontier as a text table and, where given, the overview figure; closes the file."""
         self._file.summary(
-            text("frontier", f"<pre>\n{frontier_text(rows, self._baselines)}\n</pre>"), len(rung_rows(rows))
+            text("frontier", f"<pre>\n{frontier_text(rows, self._baselines, compare)}\n</pre>"), len(rung_rows(rows))
         )
         if overview_png is not None:
             self._file.summary(_image("overview", overview_png), len(rung_rows(rows)))

@@ -37,6 +37,9 @@ class TrainConfig:
     """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone."""
     counts: str = "none"
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
+    targets: str = "next_basket"
+    """`next_basket`: items are predicted from the last event at an earlier time, every basket a query of weight 1, as
+    headline queries are scored; `next_event`: from the event before, every event of weight 1."""
     window: int = 256
     """L: events per training window."""
     group_windows: int = 4
@@ -202,6 +205,7 @@ _CHECKS: dict[str, Check] = {
     "groups_per_step": _count(1, 1 << 20),
     "copy": _choice("pointer", "none"),
     "counts": _choice("neighbours", "none"),
+    "targets": _choice("next_basket", "next_event"),
     "window": _count(2, 1 << 16),
     "group_windows": _count(1, 1 << 20),
     "d_item": _count(2, 1 << 14),

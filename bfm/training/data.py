@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.events.statistics import inclusion_elsewhere
-from bfm.events.windows import WindowOrder
+from bfm.events.windows import Targets, WindowOrder
 from bfm.files import canonical_json, sha256_bytes
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import ItemStore, TwoPartModel
@@ -75,7 +76,8 @@ class TrainingData:
 
     def order(self, config: TrainConfig, seed: int) -> WindowOrder:
         """The endless order of groups of a run."""
-        return WindowOrder(self.shards, config.window, config.group_windows, seed, self.neighbours(config))
+        neighbours, targets = self.neighbours(config), cast(Targets, config.targets)
+        return WindowOrder(self.shards, config.window, config.group_windows, seed, neighbours, targets)
 
     def cost(self, config: TrainConfig) -> ModelCost:
         """FLOPs of the configuration's model."""

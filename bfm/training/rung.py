@@ -19,7 +19,8 @@ from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.evaluate import Evaluation, QueryScores, evaluate, merge, summarise
+from bfm.ranking.evaluate import QueryScores, evaluate, merge, summarise
+from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -205,8 +206,8 @@ class _RungRun:
         model = self.trainer.plain_model(self.trainer.engine.export_state(), averaged=True)
         self.probe_rows.append(self._row("probe", "ok", self._evaluate(model, PROBE_QUERIES)))
 
-    def _evaluate(self, model: TwoPartModel, queries: int | None) -> Evaluation:
-        """Validation metrics of a plain model; queries are split over ranks."""
+    def _evaluate(self, model: TwoPartModel, queries: int | None) -> QueryScores:
+        """Validation scores of a plain model, the same on all ranks; queries are split over them."""
         self.timing.pause()
         scores: QueryScores | DivergedError
         try:
@@ -229,9 +230,8 @@ class _RungRun:
             if isinstance(part, DivergedError):
                 raise part
             parts.append(part)
-        evaluation = summarise(merge(parts))
         self.timing.resume()
-        return evaluation
+        return merge(parts)
 
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
@@ -279,8 +279,9 @@ class _RungRun:
                 fix="use a smaller batch or model, or a higher rung",
             )
 
-    def _row(self, kind: str, status: Status, evaluation: Evaluation | None) -> dict[str, Any]:
+    def _row(self, kind: str, status: Status, scores: QueryScores | None) -> dict[str, Any]:
         task, succeeded = self.task, status == "ok" and kind == "rung"
+        evaluation = None if scores is None else summarise(scores)
         return {
             "trial": task.trial,
             "rung": task.rung,
@@ -293,10 +294,18 @@ class _RungRun:
             "task_flops": self._spent_flops(),
             "checkpoint": task.name("trunk") if succeeded else None,
             "model": task.name("model") if succeeded else None,
+            "scores": self._publish_scores(scores) if succeeded and scores is not None else None,
             "checkpoint_bytes": self._kept_bytes("trunk") if succeeded else 0,
             "model_bytes": self._kept_bytes("model") if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
         }
+
+    def _publish_scores(self, scores: QueryScores) -> str:
+        """What pairs this row with others of the sweep; it stays when trunks are evicted."""
+        name, data = scores_object(self.task.name("scores"), scores)
+        if self.factory.rank == 0:
+            self.store.put(name, data)
+        return name
 
     def _kept_bytes(self, what: str) -> int:
         """Size of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""

@@ -15,9 +15,10 @@ from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.objective.methods import check_method
-from bfm.ranking.baselines import baseline_metrics
+from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import summarise
+from bfm.ranking.metrics import QueryScores, summarise
+from bfm.ranking.paired import paired_gap, read_scores
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -94,35 +95,40 @@ def evaluate_checkpoint(
     scores = evaluate(
         model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=opened.seed
     )
-    evaluation = summarise(scores)
-    return _beside_floors(opened, part, queries, k, evaluation.metrics, evaluation.errors)
+    return _beside_floors(opened, part, queries, k, scores)
 
 
-def row_evaluation(row: Mapping[str, Any], shards: str, queries: int | None) -> dict[str, Any]:
-    """The validation metrics of a row that `train_single` brought, in the form of `evaluate_checkpoint`."""
-    return _beside_floors(Shards.open(shards), "validation", queries, (10,), row["metrics"], row["errors"])
+def row_evaluation(row: Mapping[str, Any], storage: str, shards: str, queries: int | None) -> dict[str, Any]:
+    """The validation metrics of a row that `train_single` left in a storage, in the form of `evaluate_checkpoint`."""
+    scores = read_scores(Store(storage), row["scores"])
+    found = _beside_floors(Shards.open(shards), "validation", queries, (10,), scores)
+    return {**found, "metrics": dict(row["metrics"]), "errors": dict(row["errors"])}
 
 
 def _beside_floors(
-    shards: Shards,
-    part: str,
-    queries: int | None,
-    k: Sequence[int],
-    metrics: Mapping[str, float],
-    errors: Mapping[str, float],
+    shards: Shards, part: str, queries: int | None, k: Sequence[int], scores: QueryScores
 ) -> dict[str, Any]:
-    """Metrics with the floors on the same queries, and what was measured."""
-    protocol = Protocol.load(shards)
+    """Metrics with the floors on the same queries, the differences from them, and what was measured."""
+    protocol, evaluation = Protocol.load(shards), summarise(scores)
+    floors = baseline_scores(shards, protocol, part, k, queries)
+    gaps = {
+        floor: {metric: paired_gap(scores, of_floor, metric) for metric in evaluation.metrics}
+        for floor, of_floor in floors.items()
+    }
     return {
         "part": part,
-        "metrics": dict(metrics),
-        "errors": dict(errors),
+        "metrics": evaluation.metrics,
+        "errors": evaluation.errors,
         "queries": len(protocol.queries(part)[:queries]),
         "catalogue": shards.num_catalogue,
         "filter_seen": protocol.filter_seen,
         "seen_rule": protocol.seen_rule,
         "protocol_hash": protocol.hash,
-        "baselines": baseline_metrics(shards, protocol, part, k, queries),
+        "baselines": {floor: summarise(of_floor).metrics for floor, of_floor in floors.items()},
+        "against_baselines": {
+            floor: {metric: dataclasses.asdict(gap) for metric, gap in of_floor.items() if gap is not None}
+            for floor, of_floor in gaps.items()
+        },
     }
 
 

@@ -49,8 +49,8 @@ def plain_shares(pairs, n_V, counting, user, position):
 
 
 @pytest.mark.parametrize("counting", [BROAD, SHARP])
-@pytest.mark.parametrize("all_users", [True, False])
-def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypatch, counting, all_users):
+@pytest.mark.parametrize(("all_users", "targets"), [(True, "next_event"), (False, "next_event"), (True, "next_basket")])
+def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypatch, counting, all_users, targets):
     monkeypatch.setattr(counting_module, "NEIGHBOURS", 1000)
     monkeypatch.setattr(table_module, "NEIGHBOURS", 1000)
     if not all_users:
@@ -58,7 +58,7 @@ def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypat
     histories = [shards.history(user).item[: int(shards.train_lengths[user])].tolist() for user in range(12)]
     neighbours = count_neighbours(shards, [counting])[0]
     assert neighbours.users == (12 if all_users else 8)
-    order = WindowOrder(shards, WINDOW, 2, 0, neighbours)
+    order = WindowOrder(shards, WINDOW, 2, 0, neighbours, targets)
     pairs = plain_pairs(histories, counting, neighbours.users)
     windows = order.windows(np.arange(order.windows_per_epoch))
     events = [(user, position) for user, items in enumerate(histories) for position in range(len(items))]
@@ -72,13 +72,15 @@ def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypat
         n_V[target] -= user < neighbours.users
         # An item that only this event has keeps no pair, whatever its count.
         shares = plain_shares(pairs, np.maximum(n_V, 1), counting, user, position + 1)
+        query = windows.query_RL[row, column]
         for age in range(LAST_EVENTS):
             found = windows.counted.item_RLM[row, column, age]
             share = windows.counted.share_RLM[row, column, age]
-            if age > min(position, column) or histories[user][position - age] not in shares:
+            last = position - (column - query) - age
+            if last < max(0, position - column) or histories[user][last] not in shares:
                 assert (found, share) == (-1, 0)
                 continue
-            item = histories[user][position - age]
+            item = histories[user][last]
             assert found == item
             assert share == pytest.approx(shares[item].get(target, 0.0), rel=1e-4, abs=1e-7)
             seen["repeat"] += item == target

@@ -1,4 +1,4 @@
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, eval_windows
 from tests.helpers import make_shards
 
+TARGETS = ("next_event", "next_basket")
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**40))
 
 
@@ -102,6 +103,40 @@ def test_positions_hold_what_the_history_holds(split_in_three, window):
             place += 1
     assert (rows.item_RL.ravel()[place:] == -1).all()
     assert rows.item_RL.size - place < window
+
+
+@pytest.mark.parametrize("window", [5, 13, 200])
+def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three, window):
+    """Brute force: the query is the last event of the user, inside the window, that is earlier than the target."""
+    shards = split_in_three
+    order = WindowOrder(shards, window, 4, seed=5, targets="next_basket")
+    rows = order.windows(np.arange(order.windows_per_epoch))
+    moved, place = Counter(), 0
+    weights = defaultdict(list)
+    for user in range(shards.num_users):
+        history = shards.history(user)
+        for position in range(history.train_end):
+            row, column = divmod(place, window)
+            place += 1
+            if position + 1 == history.train_end:
+                assert rows.weight_RL[row, column] == 0
+                continue
+            target_time, begin = history.time[position + 1], max(0, position - column)
+            earlier = [p for p in range(begin, position + 1) if history.time[p] < target_time]
+            expected = column - (position - earlier[-1]) if earlier else column
+            assert rows.query_RL[row, column] == expected
+            moved[bool(earlier), expected != column] += 1
+            weights[row, user, target_time].append(rows.weight_RL[row, column])
+    assert min(moved[True, True], moved[True, False], moved[False, False]) > 10
+    # Every basket is one query of weight 1, whatever part of it the window holds.
+    assert all(weight == pytest.approx([1 / len(weight)] * len(weight)) for weight in weights.values())
+
+
+def test_logs_without_baskets_have_the_same_targets_either_way(leave_one_out):
+    first, second = (WindowOrder(leave_one_out, 16, 4, 0, None, targets).group(1) for targets in TARGETS)
+    assert same(first, second)
+    assert np.array_equal(first.query_RL, second.query_RL)
+    assert np.array_equal(first.weight_RL, second.weight_RL)
 
 
 @settings(max_examples=50, deadline=None)

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from bfm.errors import UserError
 from bfm.laws.frontier import (
+    Gap,
     frontier,
     goal_of,
     measured,
     metric_names,
+    rung_bests,
     rung_ladder,
 )
 
@@ -45,8 +47,34 @@ def test_point_names_its_holder_error_and_rivals():
     first, second = frontier(rows, "nll")
     assert (first.row["trial"], first.error, first.rows, first.carried) == ("a", 0.1, 3, False)
     # 2 * hypot(0.1, 0.1) = 0.283: b is within error of a, c is not.
-    assert first.rivals == 1
+    assert [(row["trial"], gap.paired) for row, gap in first.rivals] == [("b", False)]
     assert (second.row["trial"], second.value, second.carried) == ("a", 5.0, True)
+    assert (first.change, second.change) == (None, None)
+
+
+def test_differences_are_told_by_what_is_handed_down_and_only_where_they_may_matter():
+    rows = [row("a", 1e9, 5.0), row("b", 1e9, 5.02), row("c", 1e9, 5.06), row("far", 1e9, 6.0), row("d", 4e9, 4.9)]
+    asked = []
+
+    def compare(one, other, metric):
+        asked.append((one["trial"], other["trial"]))
+        return Gap(one["metrics"][metric] - other["metrics"][metric], 0.02, paired=True)
+
+    first, second = frontier(rows, "nll", compare)
+    # Unpaired (0.14) all of them would be within error.
+    assert [row["trial"] for row, _ in first.rivals] == ["b"]
+    assert second.change == Gap(pytest.approx(-0.1), 0.02, paired=True)
+    # A difference of 1.0 is beyond two errors of both values together, 0.4, whatever the queries have in common.
+    assert asked == [("b", "a"), ("c", "a"), ("d", "a")]
+
+
+def test_a_row_without_errors_is_within_error_of_nothing():
+    rows = [row("a", 1e9, 5.0), row("b", 1e9, 5.0, errors={}), row("c", 4e9, 4.0, errors={})]
+    first, second = frontier(rows, "nll")
+    assert first.rivals == second.rivals == ()
+    assert second.change.value == -1.0
+    assert math.isnan(second.change.error)
+    assert {flops: best["trial"] for flops, best in rung_bests(rows, "nll").items()} == {1e9: "a", 4e9: "c"}
 
 
 def test_equal_values_go_to_the_smaller_model():

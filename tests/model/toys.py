@@ -75,6 +75,8 @@ def make_windows(
         item_RL=item_RL,
         target_RL=target_RL,
         segment_RL=segment_RL,
+        query_RL=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        weight_RL=(target_RL >= 0).astype(np.float32),
         later_RL=rng.random(shape) < 0.5,
         time_RL=rng.integers(1_600_000_000_000, 1_700_000_000_000, shape),
         gap_RL=rng.exponential(1e5, shape).astype(np.float32),

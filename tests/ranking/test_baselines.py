@@ -12,6 +12,7 @@ from bfm.events.counting import COUNTINGS, count_neighbours
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
 from bfm.ranking.baselines import baseline_metrics, best_neighbours, popularity_scores
+from bfm.ranking.metrics import summarise
 from tests.helpers import make_shards
 
 
@@ -55,7 +56,8 @@ def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_sh
     protocol = Protocol.load(toy_shards)
     validation = protocol.queries("validation")
     counted = count_neighbours(toy_shards, COUNTINGS)
-    worth = {way.counting: baselines._neighbour_metrics(way, toy_shards, validation, (10,)) for way in counted}
+    scored = {way.counting: baselines._neighbour_scores(way, toy_shards, validation, (10,)) for way in counted}
+    worth = {counting: summarise(scores).metrics for counting, scores in scored.items()}
     best = max(COUNTINGS, key=lambda counting: worth[counting]["ndcg@10"])
     assert len({metrics["ndcg@10"] for metrics in worth.values()}) == len(COUNTINGS)
     for _ in range(2):  # chosen, and read from the cache

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
+from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import read_ledger
@@ -89,6 +91,17 @@ def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
         run_sweep(spec, str(tmp_path / "elsewhere"), extend=True)
     with pytest.raises(UserError, match="auto, never, must"):
         run_sweep(spec, str(tmp_path), resume="perhaps")
+
+
+def test_scores_that_cannot_be_read_end_no_sweep(tmp_path) -> None:
+    store = Store(tmp_path)
+    store.put("a-0.npz", b"altered")
+    task = {"from_rung": None, "rung": 0, "rung_flops": 1e8, "seed": 0, "config": {"params": 2e3}}
+    planted = planted_executor()({**task, "trial": ""}, 0.0) | {"engine": "plain", "workers": 1, "train_s": 1.0}
+    other, row = ({**planted, "trial": trial, "scores": "a-0.npz"} for trial in ("t0", "t1"))
+    words = sweep._row_line(row, "nll", SimpleNamespace(rungs={0: {"t0": other, "t1": row}}), Pairing(store))
+    assert "nll 3 " in words
+    assert "a-0.npz: truncated or altered" in words
 
 
 def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_ray) -> None:

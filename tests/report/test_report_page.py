@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import UserError
+from bfm.laws.frontier import frontier
 from bfm.report import figures, style
 from bfm.report.page import render_report, write_report
-from tests.report.planted import diverged, planted_sweep
+from bfm.report.tables import behind_text, trials_in_order
+from bfm.units import format_count
+from tests.report.planted import compare, diverged, planted_sweep
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -88,6 +91,22 @@ def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
     assert "personal 0.9) and above it in ndcg@10 (" in lede
     assert "below the strongest floor, personal: " in html
     assert "above the strongest floor, co-occurrence: " in html
+
+
+def test_the_page_tells_differences_on_the_same_queries(sweep):
+    html = render_report(sweep["rows"], sweep["summary"], sweep["baselines"], {}, {}, compare=compare)[
+        "index.html"
+    ].decode()
+    point = frontier(sweep["rows"], "nll", compare)[2]
+    change, error = point.change.value, point.change.error
+    remark = (
+        f"{point.row['trial']}; N {format_count(point.row['params'])}; {change:+.4f} \u00b1 {error:.4f} against the"
+    )
+    assert f"<small>{remark} rung below; within error: {point.rivals[0][0]['trial']}" in html
+    second = trials_in_order(sweep["rows"])[1]
+    assert f"<small>{behind_text(second, point.row, 'nll', compare)}</small>" in html
+    assert "~</small>" not in html
+    assert "~</small>" in rendered(sweep)
 
 
 def test_the_page_is_a_function_of_its_input():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from bfm.events.protocol import Protocol
 from bfm.files import Store
+from bfm.laws.frontier import unpaired
+from bfm.report.sweep_view import publish_report, read_sweep, status_text
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease
@@ -66,3 +69,23 @@ def test_a_sweep_of_real_models(toy_shards, tmp_path):
     for trial in state.rungs[1]:
         assert state.rungs[1][trial]["path_flops"] > state.rungs[0][trial]["path_flops"]
         assert state.rungs[1][trial]["task_flops"] < state.rungs[1][trial]["path_flops"]
+    _tells_paired_differences(tmp_path / "toy", state)
+
+
+def _tells_paired_differences(folder, state):
+    view = read_sweep(str(folder))
+    low, high = view.frontiers()["nll"]
+    rows = [state.rungs[rung][point["trial"]] for rung, point in enumerate((low, high))]
+    change = high["change"]
+    assert change["paired"]
+    assert change["value"] == pytest.approx(rows[1]["metrics"]["nll"] - rows[0]["metrics"]["nll"], rel=1e-4)
+    assert 0 < change["error"] < unpaired(rows[1], rows[0], "nll").error
+    text = status_text(view)
+    assert f"{change['value']:+.4f}"[:6] in text
+    assert "~" not in text
+    page = Path(publish_report(view)[0]).read_text()
+    assert "against the rung below" in page
+    assert "~</small>" not in page
+    for path in folder.glob("trials/*/checkpoints/*-scores-*.npz"):
+        path.unlink()
+    assert "~ unpaired" in status_text(read_sweep(str(folder)))

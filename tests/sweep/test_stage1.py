@@ -87,7 +87,7 @@ def test_a_row_equals_that_of_a_run_that_trains_stage_1_itself(swept, toy_shards
         config = spec.config({"negatives": 24})
         task = RungTask("own", "own", rung, spec.budget.ladder_flops[rung], config, SEED, micro_groups=4)
         own = run_rung(replace(task, evaluation_queries=50), toy_shards, CPU, Store(tmp_path / str(rung)))
-        asked = {"trial", "checkpoint", "model", "task_flops", "train_s", "eval_s", "warm_start_s", "probes"}
+        asked = {"trial", "checkpoint", "model", "scores", "task_flops", "train_s", "eval_s", "warm_start_s", "probes"}
         assert {key: shared[key] for key in shared if key not in asked} == {
             key: own[key] for key in own if key not in asked
         }

@@ -25,7 +25,7 @@ def test_number_types_do_not_change_identity():
 def test_identity_depends_on_every_field(field):
     base = TrainConfig(params=1e5, freeze_at_flops=1e9, negatives=8, depth=1, embedder_depth=1, warmup_events=10)
     value = getattr(base, field)
-    other = {"copy": "none", "counts": "neighbours"}.get(field)
+    other = {"copy": "none", "counts": "neighbours", "targets": "next_event"}.get(field)
     if other is not None:
         assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
         return

@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
     ones = np.ones(num_items, np.int64)
     items = freeze_items(model, torch.float32, "auto", 0, 1)
     objective = DrawnObjective(items, ones, num_items, 0.0, False, torch.zeros(num_items), 0)
-    assert objective(model, batch).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert objective(model, batch).item() == pytest.approx(np.average(expected, weights=batch.weight_T), rel=1e-5)
 
 
 def test_every_weight_of_the_component_learns(toy_shards):

@@ -9,6 +9,9 @@ import torch
 
 from bfm.errors import InfeasibleError, UserError
 from bfm.files import Store
+from bfm.laws.frontier import unpaired
+from bfm.ranking.metrics import summarise
+from bfm.ranking.paired import Pairing, read_scores
 from bfm.training import rung as rung_module
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
@@ -18,7 +21,7 @@ from tests.training.common import CPU, STAGE_1, STAGE_2
 
 C0, C1 = 2.5e8, 4e8
 ROW_KEYS = {
-    *("trial", "rung", "rung_flops", "seed", "config", "kind", "status", "checkpoint", "model"),
+    *("trial", "rung", "rung_flops", "seed", "config", "kind", "status", "checkpoint", "model", "scores"),
     *("checkpoint_bytes", "model_bytes"),
     *("params", "embedder_share", "embedder_params", "contextualizer_params", "stem_params", "table_params", "shape"),
     *("path_flops", "task_flops", "eval_flops", "hardware_flops", "useful_attention_flops", "undeduplicated_flops"),
@@ -27,7 +30,7 @@ ROW_KEYS = {
     *("engine", "workers", "zero_stage", "device", "dtype", "micro_groups", "softmax", "threads"),
     *("train_s", "eval_s", "warm_start_s"),
 }
-ASKED = {"trial", "checkpoint", "model", "task_flops", "train_s", "eval_s", "warm_start_s"}
+ASKED = {"trial", "checkpoint", "model", "scores", "task_flops", "train_s", "eval_s", "warm_start_s"}
 
 
 def task(trial="a", rung=0, flops=C0, config=STAGE_1, **changes):
@@ -49,6 +52,8 @@ def test_direct_row_equals_promoted_row(promoted, toy_shards):
     assert {k: v for k, v in direct.items() if k not in {*ASKED, "probes"}} == {
         k: v for k, v in high.items() if k not in {*ASKED, "probes"}
     }
+    seals = [row["scores"].rsplit("-", 1)[-1] for row in (direct, high)]
+    assert seals[0] == seals[1], "equal scores of queries have equal names"
     assert direct["probes"][0]["metrics"] == high["probes"][0]["metrics"]
     weights = [load_checkpoint(store, row["model"]).state.weight for row in (direct, high)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -79,6 +84,21 @@ def test_model_can_be_loaded_and_has_learned(promoted, toy_shards):
     model = load_model(store, high["model"], toy_shards)
     assert not model.training
     assert low["metrics"]["nll"] < math.log(toy_shards.num_catalogue)
+
+
+def test_rows_leave_the_scores_that_pair_them(promoted):
+    _, store, low, high = promoted
+    scores = read_scores(store, high["scores"])
+    evaluation = summarise(scores)
+    assert evaluation.queries == len(scores.query_Q) > 50
+    for name, error in evaluation.errors.items():
+        assert evaluation.metrics[name] == pytest.approx(high["metrics"][name], rel=1e-5)
+        assert error == pytest.approx(high["errors"][name], rel=1e-5)
+    gap = Pairing(store)(high, low, "nll")
+    assert gap.paired
+    assert gap.value == pytest.approx(high["metrics"]["nll"] - low["metrics"]["nll"], rel=1e-4)
+    assert gap.error < 0.5 * unpaired(high, low, "nll").error
+    assert high["probes"][0]["scores"] is None
 
 
 def test_rung_behind_the_checkpoint_is_refused(promoted, toy_shards):
