@@ -29,7 +29,8 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 
 
 class Run(NamedTuple):

@@ -28,7 +28,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 
 BUDGETS = {5e10: 1e4, 2e11: 2e4, 8e11: 4e4}
 """C to N: about its compute-optimal size on a laptop's log."""

@@ -24,7 +24,8 @@ from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.spec import from_dict
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 
 POLICIES = ("frontier", "asha-promote", "isoflop-window")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bfm.events.mixing import permuted, stream_key
+from bfm.events.randomness import permuted, stream_key
 from torch import Tensor
 
 from bfm.events.windows import WindowOrder, Windows

@@ -25,7 +25,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
-from bfm.training.loop import Observer
+from bfm.training.records import Observer
 
 MakeObserver = Callable[[dict[str, Any]], Observer]
 """task -> what rank 0 calls after every step. Must pickle."""
@@ -151,7 +151,8 @@ def _rank_main(config: dict[str, Any]) -> None:
     import torch
 
     from bfm.events.shards import Shards
-    from bfm.training.rung import RungTask, run_rung
+    from bfm.training.rung import run_rung
+    from bfm.training.task import RungTask
     from bfm.training.zero import ZeroFactory
 
     task, scaling = config["task"], config["task"]["scaling"]

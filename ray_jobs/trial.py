@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
-    from bfm.training.loop import Observer, StepRecord
+    from bfm.training.records import Observer, Record
 
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
@@ -125,13 +125,16 @@ class Workplace:
         return row
 
     def observer(self, task: dict[str, Any]) -> Observer:
-        """What rank 0 of a worker group calls after every step."""
-        writer, before_flops = self.writer(task), 0.0
+        """What rank 0 of a worker group calls after every step and validation."""
+        from bfm.training.records import StepRecord
 
-        def observe(record: StepRecord) -> None:
-            nonlocal before_flops
-            writer.step(record)
-            step_flops, before_flops = record.path_flops - before_flops, record.path_flops
+        writer, before_flops, step_flops = self.writer(task), 0.0, 0.0
+
+        def observe(record: Record) -> None:
+            nonlocal before_flops, step_flops
+            writer.take(record)
+            if isinstance(record, StepRecord):
+                step_flops, before_flops = record.path_flops - before_flops, record.path_flops
             # The group's process is killed when it is done, so the file is closed after each of the last steps.
             if record.phase == "cooldown" and record.path_flops + 2 * step_flops > task["rung_flops"]:
                 writer.close()
@@ -148,7 +151,8 @@ class Workplace:
         import torch
 
         from bfm.files import Store
-        from bfm.training.rung import RungTask, run_rung
+        from bfm.training.rung import run_rung
+        from bfm.training.task import RungTask
 
         torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
         with closing(self.writer(task)) as writer:
@@ -157,7 +161,7 @@ class Workplace:
                 _open_shards(self.shards),
                 _factory(task["scaling"]),
                 Store(self.storage),
-                writer.step,
+                writer.take,
                 save_every_s=SAVE_EVERY_S,
                 assigned_at_s=assigned_at_s,
             )

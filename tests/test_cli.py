@@ -69,6 +69,27 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     assert "\u00b1" in out[out.index("The model is ") :], "differences from the floors have errors"
     assert "seen items stay in lists" in out
     assert CHECKPOINT in out
+    assert f"best weights: {tmp_path}/once/trials/run/checkpoints/best, nll " in out
+
+
+def test_train_shows_validations_and_keeps_the_best(bfm, config, toy_shards, tmp_path):
+    arguments = ("train", config, "--shards", toy_shards.path, "--flops", "1e8", "--queries", "60", "--json")
+    code, out, err = bfm(*arguments, "--out", tmp_path / "run", "--validations", "2")
+    assert code == 0, err
+    row = json.loads(out)
+    lines = [line for line in err.splitlines() if line.startswith("validation at C ")]
+    assert len(lines) == len(row["validations"]) == 3
+    assert "epochs: nll" in lines[0]
+    assert "cooled" in lines[-1]
+    assert "recall@10" in lines[0]
+    assert all("BELOW" in line or "above" in line for line in lines)
+    code, out, err = bfm("eval", tmp_path / "run" / row["best_model"], *arguments[2:4], "--queries", "60", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["nll"] == pytest.approx(row["best"]["best_nll"], rel=1e-6)
+    code, out, err = bfm(*arguments, "--out", tmp_path / "none", "--validations", "0")
+    assert code == 0, err
+    assert "validations" not in json.loads(out)
+    assert "validation at" not in err
 
 
 def test_plan_names_what_is_infeasible(bfm, toy_shards, tmp_path):
@@ -109,6 +130,10 @@ def test_describe_reads_what_stands(bfm, toy_shards):
         ),
         (("train", "CONFIG", "--shards", "SHARDS", "--flops", "a lot", "--out", "TMP/run"), "--flops: 'a lot'"),
         (("train", "CONFIG", "--shards", "SHARDS", "--flops", "1e4", "--out", "TMP/run"), "needs at least 100"),
+        (
+            ("train", "CONFIG", "--shards", "SHARDS", "--flops", "1e8", "--out", "TMP/run", "--validations", "-1"),
+            "--validations: -1",
+        ),
         (("eval", "TMP/none", "--shards", "SHARDS"), "none"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--part", "tset"), "one of validation, test"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--k", "5,ten"), "--k: '5,ten' is no list of lengths"),

@@ -18,7 +18,8 @@ from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 from tests.helpers import make_shards
 from tests.sweep.planted_sizes import row
 

@@ -32,14 +32,20 @@ def train(
         typer.Option(help="How the loss is computed: auto, reference, two_pass; in stage 2 one_pass, triton, sharded."),
     ] = "auto",
     gpus: Annotated[float, typer.Option(help="GPUs per worker.")] = 0.0,
+    validations: Annotated[
+        int, typer.Option(help="Looks on the way, evenly spaced, at up to 1,000 validation queries; 0: none.")
+    ] = 10,
     as_json: Json = False,
 ) -> None:
-    """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was."""
-    from bfm.report.console import Display, step_words
+    """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was.
+
+    The weights of the validation with the lowest nll stay in trials/run/checkpoints/best of the folder.
+    """
+    from bfm.report.console import Display, step_words, validation_text
     from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
     from bfm.training.config import TrainConfig
-    from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
+    from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
     from bfm.units import parse_number
     from bfm.yaml import load_yaml
@@ -50,9 +56,12 @@ def train(
     peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:
 
-        def observe(record: StepRecord) -> None:
-            writer.step(record)
-            display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
+        def observe(record: Record) -> None:
+            writer.take(record)
+            if isinstance(record, Validation):
+                display.say(validation_text(record))
+            else:
+                display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
 
         scaling = {
             "workers": workers,
@@ -71,9 +80,14 @@ def train(
             flops=limit_flops,
             queries=queries,
             scaling=scaling,
+            validations=validations,
             observer=observe,
             run_group=group,
         )
+        if group is not None:
+            # Its workers have written them to TensorBoard.
+            for validation in row.get("validations", ()):
+                display.say(validation_text(Validation(**validation)))
     writer.row(row)
     writer.close()
     show(row, as_json, lambda row: _row_text(row, shards, queries, out))
@@ -95,12 +109,20 @@ def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, 
 
 
 def _row_text(row: dict[str, Any], shards: str, queries: int | None, out: str) -> str:
+    from bfm.report.console import best_words, memorising_words
     from bfm.report.tables import evaluation_text
+    from bfm.training.records import Validation
     from bfm.training.single import row_evaluation
 
-    if row["status"] != "ok":
-        return f"{row['status']} at {row['path_flops']:.3g} FLOPs"
-    return f"{evaluation_text(row_evaluation(row, out, shards, queries))}\n{row['model']}"
+    if row["status"] == "ok":
+        text = [evaluation_text(row_evaluation(row, out, shards, queries)), f"cooled weights: {out}/{row['model']}"]
+    else:
+        text = [f"{row['status']} at {row['path_flops']:.3g} FLOPs"]
+    if row.get("best"):
+        text.append(f"best weights: {out}/{row['best_model']}, nll {best_words(Validation(**row['best']))}")
+    if row.get("validations"):
+        text.append(memorising_words(Validation(**row["validations"][-1])))
+    return "\n".join(filter(None, text))
 
 
 @app.command(name="eval")

@@ -30,9 +30,9 @@ def recipe(
     from bfm.report.console import Display, step_words
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.check import check_recipe
-    from bfm.training.loop import StepRecord
     from bfm.training.peak import matmul_peak
     from bfm.training.plain import PlainFactory
+    from bfm.training.records import Record, StepRecord
     from bfm.units import parse_number
 
     limit_flops = parse_number(flops, key="--flops")
@@ -43,8 +43,9 @@ def recipe(
         peak = matmul_peak(PlainFactory().device.type)
         with Display("check") as display:
 
-            def observe(step: StepRecord) -> None:
-                display.show(step_words(step, limit_flops, peak), step.path_flops / limit_flops)
+            def observe(record: Record) -> None:
+                if isinstance(record, StepRecord):
+                    display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
 
             record = check_recipe(made, sizes, place, seed=seed, observer=observe)
         publish_recipe(folder, made, record)

@@ -74,6 +74,12 @@ class Shape:
         return _edge(self) * self.width
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Names of what the output distribution mixes, in the order of its gates."""
+        sparse = (("pointer", self.pointer_width), ("neighbours", self.counted_events))
+        return ("softmax", *(name for name, size in sparse if size))
+
+    @property
     def mixed(self) -> bool:
         """Whether the output is more than a softmax."""
         return self.pointer_width + self.counted_events > 0

@@ -15,6 +15,7 @@ group, G = windows of a group or one for all, P = target rows of one of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,24 @@ from bfm.objective.sampling import (
 from bfm.objective.softmax import sampled_softmax
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Loss and gates of a batch's target rows, without a gradient."""
+
+    loss_T: Tensor
+    log_gate_TX1: Tensor
+
+    def sums(self, batch: ModelBatch) -> Tensor:
+        """Summed loss, number and summed gates of basket rows and of headline rows, [2, 2 + X + 1].
+
+        Headline rows have a target of a later timestamp, as the headline queries of evaluation do.
+        """
+        headline_T = batch.later_RL.flatten().index_select(0, batch.target_position_T).to(self.loss_T.dtype)
+        kind_2T = torch.stack([1.0 - headline_T, headline_T])
+        one_T1 = torch.ones_like(headline_T)[:, None]
+        return kind_2T @ torch.cat([self.loss_T[:, None], one_T1, self.log_gate_TX1.exp()], 1)
+
+
 class TwoParts(Protocol):
     """What an objective needs of the model."""
 
@@ -47,6 +66,9 @@ class TwoParts(Protocol):
 
 class LiveObjective:
     """Stage 1: a row's negatives are the other candidates of its group, corrected by their chance to be there."""
+
+    rows: Rows
+    """Of the last batch."""
 
     def __init__(
         self,
@@ -98,7 +120,8 @@ class LiveObjective:
                     method=self.method,
                 )
             )
-        return _mean_of_groups(batch, queries, losses)
+        loss, self.rows = _mean_of_groups(batch, queries, losses)
+        return loss
 
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group: its distinct targets and what was drawn."""
@@ -111,6 +134,9 @@ class LiveObjective:
 
 class DrawnObjective:
     """Stage 2: K negatives drawn from the frozen catalogue per group, on request together with the group's targets."""
+
+    rows: Rows
+    """Of the last batch."""
 
     def __init__(
         self,
@@ -157,7 +183,8 @@ class DrawnObjective:
             parts = (values.split(lengths) for values in (queries.h_TD[rows], target_T, hit_T))
             for log_pi_K, h_PD, target_P, hit_P in zip(log_pi_GK, *parts, strict=True):
                 losses.append(self.items.loss(h_PD, target_P, ids_K, log_pi_K, hit_P, model.scale))
-        return _mean_of_groups(batch, queries, losses)
+        loss, self.rows = _mean_of_groups(batch, queries, losses)
+        return loss
 
     def drawn(self, group_index: int) -> NDArray[np.int64]:
         """Nothing: the candidates of stage 2 are not embedded with the group."""
@@ -210,13 +237,13 @@ def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_wi
     return log_pi_GK
 
 
-def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> Tensor:
-    """Mean over groups of the weighted mean over their rows; a group without targets counts as zero."""
+def _mean_of_groups(batch: ModelBatch, queries: Queries, losses: list[Tensor]) -> tuple[Tensor, Rows]:
+    """Mean over groups of the weighted mean over their rows, and these; a group without targets counts as zero."""
     loss_T = mixture_loss(torch.cat(losses), queries.log_gate_TX1, target_mass(batch, queries))
     weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
     # The last group of a small log may hold no target, and its mean would be NaN.
     means = [weighted_T[rows].sum() / weight_T[rows].sum().clamp(min=1e-9) for _, rows in _groups(batch)]
-    return torch.stack(means).mean()
+    return torch.stack(means).mean(), Rows(loss_T.detach(), queries.log_gate_TX1.detach())
 
 
 def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:

@@ -79,6 +79,13 @@ class QueryScores:
     eval_flops: int = 0
     loss_sampled_negatives: int | None = None
 
+    def first(self, queries: int) -> QueryScores:
+        """The scores of the first rows of the part's table; coverage, which is of all of them, is left out."""
+        chosen_Q = self.query_Q < queries
+        values = {name: value_Q[chosen_Q] for name, value_Q in self.values.items()}
+        own = self.query_Q[chosen_Q], self.user_Q[chosen_Q], self.basket_Q[chosen_Q]
+        return QueryScores(*own, values, {}, self.eval_flops, self.loss_sampled_negatives)
+
 
 def merge(parts: Sequence[QueryScores]) -> QueryScores:
     """Scores of disjoint sets of queries as one, in the table's order."""

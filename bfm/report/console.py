@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bfm.laws.frontier import Compare, Row, rung_bests, unpaired
-from bfm.report.digits import gap_text
-from bfm.training.loop import StepRecord
+from bfm.report.digits import gap_text, value_text
+from bfm.report.floors import is_above, strongest
+from bfm.training.records import StepRecord, Validation
 from bfm.units import format_count, format_flops, format_seconds
 
 LINE_EVERY_S = 10.0
@@ -62,12 +64,47 @@ class Display:
 
 
 def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) -> str:
-    """The live line of training: C, loss, events/s, share of the machine's measured matmul peak, time left."""
+    """The live line of training: C, losses, events/s, share of the machine's measured matmul peak, time left."""
     left_s = (limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
+    headline = f" (headline {record.loss_headline:.4f})" if math.isfinite(record.loss_headline) else ""
     return (
-        f"C {format_flops(record.path_flops)}  loss {record.loss:.4f}  {format_count(record.events_per_s)} events/s  "
-        f"{record.flops_per_s / peak_flops_per_s:.1%} of peak  {format_seconds(left_s)} left"
+        f"C {format_flops(record.path_flops)}  loss {record.loss:.4f}{headline}  "
+        f"{format_count(record.events_per_s)} events/s  {record.flops_per_s / peak_flops_per_s:.1%} of peak  "
+        f"{format_seconds(left_s)} left"
     )
+
+
+def validation_text(validation: Validation) -> str:
+    """A validation on the way: each metric beside the strongest floor, the best nll so far, and a warning if due."""
+    parts = []
+    for metric, value in validation.metrics.items():
+        floor = strongest(validation.floors, metric)
+        beside = ""
+        if floor is not None:
+            beside = f" ({'above' if is_above(value, floor[1], metric) else 'BELOW'} {floor[0]} {floor[1]:.4g})"
+        parts.append(f"{metric} {value_text(value, validation.errors.get(metric, math.nan))}{beside}")
+    best = "the best so far" if validation.is_best else f"best nll {best_words(validation)}"
+    cooled = " cooled," if validation.phase == "cooldown" else ""
+    where = f"C {format_flops(validation.path_flops)},{cooled} {validation.epochs:.2g} epochs"
+    line = f"validation at {where}: {', '.join(parts)}; {best}"
+    return "\n".join(filter(None, (line, memorising_words(validation))))
+
+
+def memorising_words(validation: Validation) -> str:
+    """What is wrong with a model that memorises, and what to do; empty for one that does not."""
+    if not validation.memorises:
+        return ""
+    return (
+        f"WARNING: the model memorises: nll is {value_text(validation.rise, validation.rise_error or math.nan)} above "
+        f"its best ({best_words(validation)}), while the training loss fell by {validation.loss_fall:.3g}. Train for "
+        "fewer epochs, set `dropout` or `table_weight_decay`, or bring more data."
+    )
+
+
+def best_words(validation: Validation) -> str:
+    """The lowest nll so far, and where it was."""
+    where = f"C {format_flops(validation.best_flops)}, {validation.best_epochs:.2g} epochs"
+    return f"{validation.best_nll:.4g} at {where}"
 
 
 def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compare = unpaired) -> str:

@@ -61,7 +61,7 @@ def sweep_figures(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Ba
             "Compute frontier",
             "Best value reachable with at most C in one trial (step), with every result at its rung, fanned out by "
             "N. Colour is model size N, labels name the N of the best, bars are two standard errors over queries "
-            "(clustered by user) of the values; differences on the same queries have far smaller ones, in the table above. "
+            "(clustered by user); those of differences on the same queries are far smaller, in the table above. "
             "Dashed lines are baselines without a model.",
             frontier_figure(rows, baselines),
         ),

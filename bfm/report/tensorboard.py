@@ -2,7 +2,8 @@
 
 Every curve is written twice: against steps, and under `by_flops/` against C at x = round(1000 log10 C), because the x
 of TensorBoard is a whole number (12000 is 1e12 FLOPs). Cooldown branches have tags of their own: the trunk goes on from
-where they began. Writers may be opened again in another process: they go on where the folder's files end.
+where they began. `val/` is a row over all its queries, `validation/` a look on the way at the first of them. Writers
+may be opened again in another process: they go on where the folder's files end.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from bfm.laws.frontier import (
     unpaired,
 )
 from bfm.report.events_file import EventFile, flops_step, stored_events
-from bfm.report.floors import Baselines, shown_name
+from bfm.report.floors import Baselines, shown_name, strongest
 from bfm.report.tables import frontier_text
-from bfm.training.loop import StepRecord
+from bfm.training.records import Record, StepRecord, Validation
+from bfm.training.watch import WATCHED
 from bfm.units import format_flops
 
 # A point is worth writing when C has grown by this factor, or after this long, and within this share of the run's time.
@@ -42,6 +44,8 @@ POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.005, 10.0, 0.01
 _TAGS = {
     "trunk": {
         "train/loss": "loss",
+        "train/loss_headline": "loss_headline",
+        "train/loss_basket": "loss_basket",
         "opt/lr": "learning_rate",
         "opt/grad_norm": "grad_norm",
         "perf/events_per_s": "events_per_s",
@@ -53,6 +57,8 @@ _TAGS = {
     },
     "cooldown": {
         "cooldown/loss": "loss",
+        "cooldown/loss_headline": "loss_headline",
+        "cooldown/loss_basket": "loss_basket",
         "cooldown/lr": "learning_rate",
         "cooldown/grad_norm": "grad_norm",
         "cooldown/events_per_s": "events_per_s",
@@ -61,6 +67,7 @@ _TAGS = {
 HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 """Metrics that the HParams tab shows."""
 _MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
+_VALIDATION_TAGS = {"trunk": "validation", "cooldown": "validation_cooled"}
 
 
 class TrialWriter:
@@ -82,6 +89,7 @@ class TrialWriter:
         self._last_step = dict.fromkeys(_TAGS, -1)
         self._last_place = dict.fromkeys(_TAGS, -1)
         self._rung_steps: set[int] = set()
+        self._validated: dict[str, set[int]] = {tag: set() for tag in _VALIDATION_TAGS.values()}
         self._waiting: StepRecord | None = None
         if not self._read_back():
             self._begin(config, metrics)
@@ -99,6 +107,27 @@ class TrialWriter:
         cheap = self._writing_s <= WRITING_SHARE * (now_s - self._opened_s)
         if first or (cheap and (grown or now_s - self._written_s >= POINT_INTERVAL_S)):
             self._write_waiting()
+
+    def take(self, record: Record) -> None:
+        """Take whatever training tells."""
+        if isinstance(record, Validation):
+            self.validation(record)
+        else:
+            self.step(record)
+
+    def validation(self, validation: Validation) -> None:
+        """A validation on the way beside the best so far and the strongest floors; one that stands is left alone."""
+        tag = _VALIDATION_TAGS[validation.phase]
+        if validation.step in self._validated[tag]:
+            return
+        self._validated[tag].add(validation.step)
+        values = {f"{tag}/{metric}": value for metric, value in validation.metrics.items()}
+        floors = {metric: strongest(validation.floors, metric) for metric in validation.metrics}
+        values |= {f"{tag}/{metric}_floor": floor[1] for metric, floor in floors.items() if floor is not None}
+        values |= {f"{tag}/nll_best": validation.best_nll, f"{tag}/epochs": validation.epochs}
+        self._file.scalars(validation.step, values)
+        self._file.scalars(flops_step(validation.path_flops), _by_flops(values))
+        self._file.flush()
 
     def row(self, row: Row) -> None:
         """Validation metrics of a rung row with two-standard-error bands; a row that failed marks the session so."""
@@ -132,6 +161,8 @@ class TrialWriter:
         began_s = self._clock()
         phase, place = record.phase, flops_step(record.path_flops)
         values = {tag: getattr(record, name) for tag, name in _TAGS[phase].items()}
+        kind = _MARKERS[phase].partition("/")[0]
+        values |= {f"{kind}/gate_{component}": gate for component, gate in record.gates.items()}
         self._file.scalars(record.step, values)
         if place > self._last_place[phase]:
             self._file.scalars(place, _by_flops(values))
@@ -148,6 +179,9 @@ class TrialWriter:
                 started = started or value.metadata.plugin_data.plugin_name == PLUGIN_NAME
                 if value.tag.startswith("val/"):
                     self._rung_steps.add(event.step)
+                for tag, steps in self._validated.items():
+                    if value.tag == f"{tag}/nll":
+                        steps.add(event.step)
                 for phase, marker in _MARKERS.items():
                     if value.tag == marker:
                         self._last_step[phase] = max(self._last_step[phase], event.step)
@@ -218,7 +252,7 @@ class SweepWriter:
 
 
 def trial_writer(log_dir: str | Path, config: Mapping[str, Any], metrics: Sequence[str]) -> TrialWriter:
-    """The writer of a trial, new or taken up again; hands `.step` to the training loop as its observer.
+    """The writer of a trial, new or taken up again; hands `.take` to training as its observer.
 
     config: the configuration (HParams); metrics: names of the protocol's metrics, such as nll and recall@10.
     """
@@ -269,6 +303,11 @@ def _trial_layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "Training": {
             "loss": ["Multiline", ["^train/loss$", "^cooldown/loss$"]],
             "loss against C": ["Multiline", ["^by_flops/train/loss$", "^by_flops/cooldown/loss$"]],
+            "loss of headline and of basket targets": ["Multiline", ["^train/loss_", "^cooldown/loss_"]],
+            "mean gates": ["Multiline", ["^train/gate_", "^cooldown/gate_"]],
+        },
+        "Validation on the way": {
+            metric: ["Multiline", [f"^validation/{metric}(_best|_floor)?$"]] for metric in WATCHED
         },
         "Validation, two standard errors": bands,
         "Throughput": {"events per second": ["Multiline", ["^perf/events_per_s$", "^cooldown/events_per_s$"]]},

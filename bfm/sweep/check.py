@@ -22,7 +22,7 @@ from bfm.sweep.ledger import Ledger
 from bfm.sweep.recipe import Recipe
 from bfm.sweep.state import Record, SweepState
 from bfm.training.config import TrainConfig
-from bfm.training.loop import Observer
+from bfm.training.records import Observer
 from bfm.training.single import train_single
 
 FOLDER = "checks"

@@ -27,8 +27,8 @@ from bfm.objective.sampling import drawn_inclusion
 from bfm.objective.softmax import computes_scores_twice
 from bfm.sweep.settings import Tier
 from bfm.training.config import TrainConfig
-from bfm.training.rung import PROBE_QUERIES
 from bfm.training.schedule import check_rung
+from bfm.training.task import PROBE_QUERIES
 
 FLOAT_BYTES = 4
 GIB = 1 << 30

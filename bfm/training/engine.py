@@ -37,6 +37,11 @@ class EngineState:
     steps: int = 0
     """AdamW's step counter."""
 
+    @property
+    def averaged_weight(self) -> dict[str, Tensor]:
+        """The trunk's average of the weights, where one is kept, else the weights."""
+        return {**self.weight, **self.average}
+
     def without(self, names: set[str]) -> EngineState:
         """The state with the optimizer's part of some parameters dropped (the freeze); their weights stay."""
 
@@ -70,8 +75,8 @@ class Engine(Protocol):
     def all_reduce_sum(self, values: list[int]) -> list[int]:
         """Exact sums over workers (each below 2**63)."""
 
-    def all_reduce_mean(self, value: float) -> float:
-        """Mean over workers, equal on all of them."""
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """Means over workers, equal on all of them."""
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all workers, by rank, on all workers."""

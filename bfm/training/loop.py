@@ -9,57 +9,34 @@ known, as an exact integer summed over workers, before the step runs; so a limit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import ModelBatch
 from bfm.model.flops import FLOPS_VERSION
-from bfm.model.two_part import TwoPartModel, embeds_twice
+from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
 from bfm.objective.methods import check_method, method_of_stage
 from bfm.objective.objectives import DrawnObjective, LiveObjective
-from bfm.objective.softmax import computes_scores_twice
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData, embedder_hash
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
+from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
+from bfm.training.step_plan import StepPlan, StepPlanner
 from bfm.units import format_flops
-
-Phase = Literal["trunk", "cooldown"]
-RATE_STEPS = 50
-"""Steps over which the observer's events/s and FLOP/s are taken."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What an observer sees after every optimizer step."""
-
-    step: int
-    stage: int
-    phase: Phase
-    path_flops: int
-    events: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    events_per_s: float
-    flops_per_s: float
-    elapsed_s: float
-
-
-Observer = Callable[[StepRecord], None]
 
 
 @dataclass
@@ -81,19 +58,6 @@ class Counters:
     """path_flops where the cooldown branch left the trunk."""
 
 
-@dataclass(frozen=True)
-class _StepPlan:
-    """The next step: this worker's micro-batches, and what the step costs over all workers."""
-
-    batches: list[ModelBatch]
-    path_flops: int
-    hardware_flops: int
-    useful_attention_flops: int
-    undeduplicated_flops: int
-    events: int
-    save_due: bool
-
-
 class Trainer:
     """Trains one (configuration, seed); every method is collective over the factory's workers."""
 
@@ -104,7 +68,7 @@ class Trainer:
         data: TrainingData,
         factory: EngineFactory,
         *,
-        observer: Observer | None = None,
+        observer: Callable[[StepRecord], None] | None = None,
         micro_groups: int = 1,
         softmax: str = "auto",
         start: Checkpoint | None = None,
@@ -123,6 +87,7 @@ class Trainer:
         self.order = data.order(config, seed)
         self.cost = data.cost(config)
         self.catalogue_flops = self.cost.catalogue_flops(data.shards.num_items)
+        self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax)
         self.warmup_events = config.shape().params if config.warmup_events is None else config.warmup_events
         self.counters = Counters() if start is None else Counters(**start.meta["counters"])
         self.spent_flops = 0
@@ -130,8 +95,8 @@ class Trainer:
         self.on_save_due: Callable[[], None] | None = None
         self.save_every_s = math.inf
         self._started_s = self._saved_s = time.monotonic()
-        self._plan: _StepPlan | None = None
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
+        self._plan: StepPlan | None = None
+        self._recent = RecentSteps()
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self._start = EngineState({}) if start is None else start.state
         self._built: tuple[Engine, LiveObjective | DrawnObjective] | None = None
@@ -145,6 +110,11 @@ class Trainer:
     def objective(self) -> LiveObjective | DrawnObjective:
         """What is minimised; built with the engine."""
         return self._build()[1]
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean loss over the last RATE_STEPS steps; None before the first one of this object."""
+        return self._recent.loss
 
     def run_trunk(self, until_flops: float) -> None:
         """Train the trunk to the largest step whose path_flops is at most `until_flops`.
@@ -183,18 +153,7 @@ class Trainer:
         """Exact cost of the next step; with `stage` 2 from stage 1, an estimate from the same groups."""
         if stage is None or stage == self.counters.stage:
             return self._next_plan().path_flops
-        flops = 0
-        for batch in self._next_plan().batches:
-            for group, (items, rows, windows) in enumerate(
-                zip(batch.distinct_items, batch.target_rows, batch.windows, strict=True)
-            ):
-                # What stage 1 drew is no candidate of stage 2.
-                targets_T = batch.target_index_T[batch.row_offset[group] : batch.row_offset[group + 1]]
-                candidates = self.config.negatives
-                if self.config.negatives_in_batch:
-                    candidates += len(torch.unique(targets_T))
-                flops += self.cost.group_flops(stage, items, rows, candidates, windows)
-        return self.engine.all_reduce_sum([flops])[0]
+        return self.planner.stage2_flops(self._next_plan(), self.engine)
 
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""
@@ -215,10 +174,10 @@ class Trainer:
         self.engine.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
         return state
 
-    def plain_model(self, state: EngineState, *, averaged: bool = False) -> TwoPartModel:
-        """A model outside any engine with the state's weights, or with the trunk's average of them."""
+    def plain_model(self, weight: dict[str, Tensor]) -> TwoPartModel:
+        """A model outside any engine with these weights."""
         model = self.data.build_model(self.config, self.seed)
-        model.load_state_dict({**state.weight, **state.average} if averaged else state.weight)
+        model.load_state_dict(weight)
         return model.to(self.factory.device).eval()
 
     def close(self) -> None:
@@ -283,59 +242,23 @@ class Trainer:
         self.spent_flops += self.catalogue_flops
         self._plan = self._built = None
 
-    def _next_plan(self) -> _StepPlan:
-        if self._plan is not None:
-            return self._plan
-        rank, workers = self.engine.rank, self.engine.world_size
-        own = list(range(self.counters.cursor + rank, self.counters.cursor + self.config.groups_per_step, workers))
-        batches, path_flops, hardware_flops, attention_flops, repeated_flops, events = [], 0, 0, 0, 0, 0
-        for begin in range(0, len(own), self.micro_groups):
-            indices = own[begin : begin + self.micro_groups]
-            batch = make_batch(
-                [self.order.group(index) for index in indices],
-                self.engine.device,
-                indices,
-                [self.objective.drawn(index) for index in indices],
-            )
-            batches.append(batch)
-            for items, rows, candidates, windows, pairs in zip(
-                batch.distinct_items,
-                batch.target_rows,
-                self.objective.candidates(batch),
-                batch.windows,
-                batch.attended_pairs,
-                strict=True,
-            ):
-                stage = self.counters.stage
-                group_flops = self.cost.group_flops(stage, items, rows, candidates, windows)
-                path_flops += group_flops
-                hardware_flops += group_flops + self._recomputed_flops(batch, items, rows, candidates)
-                attention_flops += self.cost.useful_attention_flops(stage, items, pairs)
-                embedded = windows * self.config.window + self.config.live_negatives
-                repeated_flops += self.cost.group_flops(stage, embedded, rows, candidates, windows)
-                events += rows
-        # Only rank 0's clock decides when to save, so that all workers save at the same step.
-        save_due = int(rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s)
-        own_sums = [path_flops, hardware_flops, attention_flops, repeated_flops, events, save_due]
-        sums = self.engine.all_reduce_sum(own_sums)
-        self._plan = _StepPlan(batches, sums[0], sums[1], sums[2], sums[3], sums[4], save_due=bool(sums[5]))
+    def _next_plan(self) -> StepPlan:
+        if self._plan is None:
+            # Only rank 0's clock decides when to save, so that all workers save at the same step.
+            save_due = self.engine.rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s
+            counters = self.counters
+            self._plan = self.planner.plan(counters.stage, counters.cursor, self.engine, self.objective, save_due)
         return self._plan
 
-    def _recomputed_flops(self, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
-        live, method = self.counters.stage == 1, method_of_stage(self.softmax, self.counters.stage)
-        embedded_twice = items if live and embeds_twice(len(batch.items_U)) else 0
-        scored_twice = rows if computes_scores_twice(rows, candidates, live=live, method=method) else 0
-        return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)
-
-    def _step(self, plan: _StepPlan, lr_factor: float, weight_in_average: float) -> None:
+    def _step(self, plan: StepPlan, lr_factor: float, weight_in_average: float) -> None:
         if plan.save_due and self.on_save_due is not None:
             self.on_save_due()
             self._saved_s = time.monotonic()
-        begin_s = time.monotonic()
+        self._recent.begin(time.monotonic(), self.counters.events, self.counters.path_flops)
         self.spent_flops += plan.path_flops
-        loss = self._forward_backward(plan.batches)
+        losses = self._forward_backward(plan.batches)
         learning_rate = lr_factor * self.config.learning_rate
-        grad_norm = self.engine.step(learning_rate, weight_in_average) if math.isfinite(loss) else math.nan
+        grad_norm = self.engine.step(learning_rate, weight_in_average) if math.isfinite(losses.loss) else math.nan
         counters = self.counters
         counters.step += 1
         counters.cursor += self.config.groups_per_step
@@ -346,45 +269,41 @@ class Trainer:
         counters.events += plan.events
         self._plan = None
         if not math.isfinite(grad_norm):
-            what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {grad_norm}"
+            what = f"gradient norm {grad_norm}" if math.isfinite(losses.loss) else f"loss {losses.loss}"
             raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
+        self._recent.end(counters.events, counters.path_flops, losses.loss)
         if self.observer is not None and self.engine.rank == 0:
-            events_per_s, flops_per_s = self._rates(begin_s, plan)
+            events_per_s, flops_per_s = self._recent.rates()
             self.observer(
                 StepRecord(
-                    counters.step,
-                    counters.stage,
-                    counters.phase,
-                    counters.path_flops,
-                    counters.events,
-                    loss,
-                    learning_rate,
-                    grad_norm,
-                    events_per_s,
-                    flops_per_s,
-                    time.monotonic() - self._started_s,
+                    step=counters.step,
+                    stage=counters.stage,
+                    phase=counters.phase,
+                    path_flops=counters.path_flops,
+                    events=counters.events,
+                    loss=losses.loss,
+                    loss_headline=losses.loss_headline,
+                    loss_basket=losses.loss_basket,
+                    gates=losses.gates,
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm,
+                    events_per_s=events_per_s,
+                    flops_per_s=flops_per_s,
+                    elapsed_s=time.monotonic() - self._started_s,
                 )
             )
 
-    def _rates(self, begin_s: float, plan: _StepPlan) -> tuple[float, float]:
-        """Events/s and FLOP/s over the last steps, the making of batches and other pauses included."""
-        if not self._marks:
-            self._marks.append(
-                (begin_s, self.counters.events - plan.events, self.counters.path_flops - plan.path_flops)
-            )
-        self._marks.append((time.monotonic(), self.counters.events, self.counters.path_flops))
-        first_s, first_events, first_flops = self._marks[0]
-        elapsed_s = max(self._marks[-1][0] - first_s, 1e-9)
-        return (self.counters.events - first_events) / elapsed_s, (self.counters.path_flops - first_flops) / elapsed_s
-
-    def _forward_backward(self, batches: list[ModelBatch]) -> float:
-        """Accumulate the step's gradient; returns the loss over all workers."""
-        total: Tensor | float = 0.0
+    def _forward_backward(self, batches: list[ModelBatch]) -> StepLoss:
+        """Accumulate the step's gradient; the losses over all workers."""
+        parts = []
         for batch in batches:
             loss = self.engine.forward(batch, self.objective)
             self.engine.backward(loss, len(batches))
-            total = total + loss.detach()
-        return self.engine.all_reduce_mean(float(total) / len(batches))
+            parts.append(torch.cat([loss.detach().reshape(1), self.objective.rows.sums(batch).flatten()]))
+        # One wait for the device, one message between workers.
+        own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
+        loss_mean, *sums = self.engine.all_reduce_mean([own_loss / len(batches), *own_sums])
+        return StepLoss.of(loss_mean, sums, self.config.shape().components)
 
 
 def _check_softmax(method: str, config: TrainConfig, factory: EngineFactory) -> None:

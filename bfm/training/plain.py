@@ -66,9 +66,9 @@ class PlainEngine:
         """One worker: the values."""
         return values
 
-    def all_reduce_mean(self, value: float) -> float:
-        """One worker: the value."""
-        return value
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """One worker: the values."""
+        return values
 
     def gather(self, value: Any) -> list[Any]:
         """One worker: the value."""

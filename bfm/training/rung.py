@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
+from bfm.errors import DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.two_part import TwoPartModel
@@ -25,62 +24,16 @@ from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
-from bfm.training.loop import Observer, StepRecord, Trainer, resume
+from bfm.training.journal import Journal
+from bfm.training.loop import Trainer, resume
+from bfm.training.records import Observer, StepRecord
 from bfm.training.row import Timing, build_row
-from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung, trunk_flops
+from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
+from bfm.training.task import PROBE_QUERIES, RungTask
+from bfm.training.watch import Watch
 from bfm.units import format_flops
 
-PROBE_QUERIES = 1_000
-"""A probe scores the first so many queries of the validation part: a nested, user-stratified subset."""
-_JOURNAL_EVERY_S = 1.0
-
 Status = Literal["ok", "diverged", "oom"]
-
-
-@dataclass(frozen=True)
-class RungTask:
-    """What to train. `config` and `seed` say what the trunk is, `rung_flops` where the row is taken."""
-
-    task_id: str
-    trial: str
-    rung: int
-    rung_flops: float
-    config: TrainConfig
-    seed: int
-    resume_from: str | None = None
-    """Trunk checkpoint of a lower rung (a name in the store); None starts at `stage1`."""
-    stage1: str | None = None
-    """Stage-1 trunk of another run (a folder or URI) that stage 2 begins with; None starts at step 0."""
-    probes: tuple[float, ...] = ()
-    """C values at which the trunk's averaged weights are scored on the way."""
-    micro_groups: int = 1
-    """Groups per micro-batch, at most; the largest divisor of a worker's groups below it is used."""
-    softmax: str = "auto"
-    """How the loss is computed (bfm.objective.methods)."""
-    evaluation_queries: int | None = None
-    """The first so many validation queries are scored; None: all."""
-
-    @classmethod
-    def from_task(cls, task: Mapping[str, Any]) -> RungTask:
-        """From a sweep's task as a dict; what belongs to the sweep alone is left out."""
-        return cls(
-            task_id=str(task["task_id"]),
-            trial=str(task["trial"]),
-            rung=int(task["rung"]),
-            rung_flops=float(task["rung_flops"]),
-            config=TrainConfig.from_dict(task["config"]),
-            seed=int(task["seed"]),
-            resume_from=task.get("resume_from"),
-            stage1=task.get("stage1"),
-            probes=tuple(float(c) for c in task.get("probes", ())),
-            micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
-            softmax=str(task.get("scaling", {}).get("softmax", "auto")),
-            evaluation_queries=task.get("evaluation_queries"),
-        )
-
-    def name(self, what: str) -> str:
-        """Name of an object of this task in the store."""
-        return f"trials/{self.trial}/checkpoints/rung{self.rung}-{what}"
 
 
 def run_rung(
@@ -100,12 +53,13 @@ def run_rung(
         shards: opened shard set.
         factory: engine and workers.
         store: the sweep's store; checkpoints go under trials/<trial>/checkpoints/.
-        observer: called on rank 0 after every step.
+        observer: called on rank 0 after every step and every validation.
         save_every_s: also save inside the rung, so that a killed worker group goes on from there.
         assigned_at_s: wall-clock time of the task's assignment (default: now), for `warm_start_s`.
 
     Returns:
-        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows.
+        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
+        validations it also has these, and `best`, the one with the lowest nll.
 
     Raises:
         InfeasibleError: the rung is not 100 steps, or cannot be met within 1 %.
@@ -138,7 +92,7 @@ class _RungRun:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
         self.task, self.factory, self.store, self.observer = task, factory, store, observer
         self.data = TrainingData.of(shards)
-        self.journal = _Journal(task, store) if math.isfinite(save_every_s) else None
+        self.journal = Journal(task, store) if math.isfinite(save_every_s) else None
         start = self._start()
         self.spent_before_flops = 0
         if self.journal:
@@ -148,6 +102,7 @@ class _RungRun:
         self.timing = Timing()
         self.assigned_at_s = assigned_at_s
         self.probe_rows: list[dict[str, Any]] = []
+        self.watch: Watch | None = None
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -167,6 +122,9 @@ class _RungRun:
             if self._ran_out_of_memory():
                 return self._row("rung", "oom", None)
             self._check_feasible()
+            if self.task.validations:
+                writes = self.factory.rank == 0
+                self.watch = Watch(self.task, self.store, self.data, writes=writes)
             self.timing.begin(self.assigned_at_s)
             return self._train_and_evaluate()
         except DivergedError:
@@ -184,30 +142,44 @@ class _RungRun:
 
     def _train_and_evaluate(self) -> dict[str, Any]:
         task, trainer = self.task, self.trainer
-        trunk_end = trunk_flops(task.rung_flops, task.config.cooldown_fraction)
         if trainer.counters.phase == "trunk":
-            for probe_flops in sorted(task.probes):
-                if trainer.counters.path_flops < probe_flops <= trunk_end:
-                    trainer.run_trunk(probe_flops)
-                    self._probe()
-            trainer.run_trunk(trunk_end)
+            stops = [(c, self._probe) for c in task.probes] + [(c, self._validate) for c in task.validation_flops]
+            for stop_flops, score in sorted(stops, key=lambda stop: stop[0]):
+                if trainer.counters.path_flops < stop_flops <= task.trunk_flops:
+                    trainer.run_trunk(stop_flops)
+                    score()
+            trainer.run_trunk(task.trunk_flops)
             trainer.save(self.store, task.name("trunk"))
         trainer.run_cooldown(task.rung_flops)
         self._check_met()
         state = trainer.engine.export_state()
         if self.factory.rank == 0:
             save_checkpoint(self.store, task.name("model"), EngineState(state.weight), trainer.meta())
-        row = self._row("rung", "ok", self._evaluate(trainer.plain_model(state), task.evaluation_queries))
+        scores = self._score(state.weight, task.evaluation_queries)
+        self._watch(scores, state.weight)
+        row = self._row("rung", "ok", scores)
         if self.journal and self.factory.rank == 0:
             self.journal.clear()
         return row
 
     def _probe(self) -> None:
-        model = self.trainer.plain_model(self.trainer.engine.export_state(), averaged=True)
-        self.probe_rows.append(self._row("probe", "ok", self._evaluate(model, PROBE_QUERIES)))
+        weight = self.trainer.engine.export_state().averaged_weight
+        self.probe_rows.append(self._row("probe", "ok", self._score(weight, PROBE_QUERIES)))
 
-    def _evaluate(self, model: TwoPartModel, queries: int | None) -> QueryScores:
-        """Validation scores of a plain model, the same on all ranks; queries are split over them."""
+    def _validate(self) -> None:
+        weight = self.trainer.engine.export_state().averaged_weight
+        self._watch(self._score(weight, self.task.validation_queries), weight)
+
+    def _watch(self, scores: QueryScores, weight: dict[str, Tensor]) -> None:
+        """Tell the watch, if there is one, and the observer what was scored."""
+        if self.watch is not None:
+            validation = self.watch.see(self.trainer, scores, weight)
+            if self.observer is not None and self.factory.rank == 0:
+                self.observer(validation)
+
+    def _score(self, weight: dict[str, Tensor], queries: int | None) -> QueryScores:
+        """Scores of the first validation queries under these weights; queries are split over ranks."""
+        model = self.trainer.plain_model(weight)
         self.timing.pause()
         scores: QueryScores | DivergedError
         try:
@@ -250,8 +222,7 @@ class _RungRun:
         begins_stage2 = self.task.stage1 is not None and trainer.counters.stage == 1
         if trainer.counters.step > 0 and not begins_stage2:
             # What was feasible at a lower rung is feasible at this one, as long as this one is not behind us.
-            trunk_end = trunk_flops(self.task.rung_flops, config.cooldown_fraction)
-            if trainer.counters.phase == "trunk" and trainer.counters.path_flops > trunk_end:
+            if trainer.counters.phase == "trunk" and trainer.counters.path_flops > self.task.trunk_flops:
                 raise UserError(
                     f"the checkpoint is at {format_flops(trainer.counters.path_flops)} FLOPs, past the end of the "
                     f"trunk of rung {format_flops(self.task.rung_flops)}",
@@ -298,6 +269,7 @@ class _RungRun:
             "checkpoint_bytes": self._kept_bytes("trunk") if succeeded else 0,
             "model_bytes": self._kept_bytes("model") if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
+            **(self.watch.as_dict() if kind == "rung" and self.watch is not None else {}),
         }
 
     def _publish_scores(self, scores: QueryScores) -> str:
@@ -330,62 +302,7 @@ class _RungRun:
         return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
 
 
-class _Journal:
-    """In-rung checkpoints of a task in two alternating slots, and what it has spent, lost work included."""
-
-    def __init__(self, task: RungTask, store: Store) -> None:
-        self.task, self.store = task, store
-        self.slots = [task.name("progress-a"), task.name("progress-b")]
-        self.spent_name = task.name("progress-spent.json")
-        self._noted_s = -math.inf
-
-    def latest(self) -> str | None:
-        """The newest whole checkpoint; a slot that a crash left half-written is passed over."""
-        steps = {}
-        for slot in self.slots:
-            try:
-                meta = load_checkpoint(self.store, slot).meta
-            except (UserError, CorruptError):
-                continue
-            # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
-            if meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops:
-                steps[slot] = meta["counters"]["step"]
-        self.slots.sort(key=lambda slot: -steps.get(slot, -1))
-        return self.slots[0] if steps else None
-
-    def next_slot(self) -> str:
-        """The slot that does not hold the newest checkpoint."""
-        self.slots.reverse()
-        return self.slots[0]
-
-    def note(self, spent_flops: int) -> None:
-        """Keep what the task has spent, at most once a second: a kill loses no more than that from the account."""
-        now_s = time.monotonic()
-        if now_s - self._noted_s >= _JOURNAL_EVERY_S:
-            self._noted_s = now_s
-            self.store.put(self.spent_name, json.dumps(self.entry(spent_flops)).encode())
-
-    def read_spent(self) -> int:
-        """What earlier attempts at this task have spent."""
-        if not self.store.exists(self.spent_name):
-            return 0
-        return self.own_spent(json.loads(self.store.get(self.spent_name)))
-
-    def entry(self, spent_flops: int) -> dict[str, Any]:
-        """What is noted of a spend."""
-        return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
-
-    def own_spent(self, entry: dict[str, Any]) -> int:
-        """The noted spend, if this task noted it: that of a lost task is charged to that one."""
-        return int(entry["spent_flops"]) if entry.get("task_id") == self.task.task_id else 0
-
-    def clear(self) -> None:
-        """Drop the in-rung checkpoints; the row is in hand."""
-        for slot in self.slots:
-            self.store.delete_folder(slot)
-
-
-def load_model(store: Store, name: str, shards: Shards, *, averaged: bool = False) -> TwoPartModel:
+def load_model(store: Store, name: str, shards: Shards) -> TwoPartModel:
     """The model of a checkpoint, on the CPU, for evaluation, export or prediction.
 
     Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
@@ -394,8 +311,7 @@ def load_model(store: Store, name: str, shards: Shards, *, averaged: bool = Fals
     model = TrainingData.of(shards).build_model(
         TrainConfig.from_dict(checkpoint.meta["config"]), int(checkpoint.meta["seed"])
     )
-    state = checkpoint.state
-    model.load_state_dict({**state.weight, **state.average} if averaged else state.weight)
+    model.load_state_dict(checkpoint.state.weight)
     return model.eval()
 
 

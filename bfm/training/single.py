@@ -22,9 +22,12 @@ from bfm.ranking.paired import paired_gap, read_scores
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
-from bfm.training.loop import Observer, Trainer
+from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, load_model, run_rung
+from bfm.training.records import Observer
+from bfm.training.rung import load_model, run_rung
+from bfm.training.task import RungTask
+from bfm.training.watch import measure_floors
 
 TRIAL = "run"
 SAVE_EVERY_S = 60.0
@@ -41,20 +44,26 @@ def train_single(
     flops: float,
     queries: int | None,
     scaling: Mapping[str, Any],
+    validations: int = 0,
     observer: Observer | None = None,
     run_group: RunGroup | None = None,
 ) -> dict[str, Any]:
     """Train one configuration to `flops` (C), evaluate it, and return its row.
 
     A trunk that an earlier call left in `storage` is gone on from; so is a run that was killed in the middle.
-    Raises UserError where the storage holds another configuration or is already past `flops`, or where
-    `scaling["softmax"]` is impossible.
+    `validations` are evenly spaced along the trunk, with one more at the end; the best weights are kept.
+    Raises UserError where the storage holds another configuration or is already past `flops`, where
+    `scaling["softmax"]` is impossible, or where there is nothing to validate on.
     """
+    if validations < 0:
+        raise UserError(f"{validations} is no number of validations", key="--validations", fix="write 0 or more")
     store, softmax = Store(storage), str(scaling.get("softmax", "auto"))
     # A worker's device is its own matter; the rest is told before workers are started.
     freezes = config.freeze_at_flops is not None
     check_method(softmax, freezes=freezes, workers=int(scaling.get("workers", 1)), cuda=True, key="--softmax")
-    task = RungTask(f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, evaluation_queries=queries)
+    task = RungTask(
+        f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, evaluation_queries=queries, validations=validations
+    )
     trunk = task.name("trunk")
     task = dataclasses.replace(
         task,
@@ -63,6 +72,9 @@ def train_single(
         softmax=softmax,
     )
     if run_group is not None:
+        if validations:
+            # Before workers are started: none of them has to count, and a log without queries is refused.
+            measure_floors(TrainingData.of(Shards.open(shards)), task.validation_queries)
         values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}
         return run_group(values, shards, storage)
     return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)

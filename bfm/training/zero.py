@@ -105,11 +105,11 @@ class ZeroEngine:
         dist.all_reduce(total)
         return total.tolist()
 
-    def all_reduce_mean(self, value: float) -> float:
-        """Mean over workers."""
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """Means over workers."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return float(total) / self.world_size
+        return (total / self.world_size).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all workers, by rank, on all workers."""

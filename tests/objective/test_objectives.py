@@ -110,6 +110,21 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
         assert [count for part in counts for count in part] == results[0][2][0]
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_rows_are_summed_by_whether_the_target_is_later(world, which):
+    shards, groups = world
+    model = StandIn(shards.num_items)
+    objective = objectives(shards, model)[which]
+    batch = live_batch(groups, range(4), objective)
+    objective(model, batch)
+    loss_T, gate_TX1 = objective.rows.loss_T.tolist(), objective.rows.log_gate_TX1.exp().tolist()
+    expected = np.zeros((2, 4))
+    for place, loss, gates in zip(batch.target_position_T.tolist(), loss_T, gate_TX1, strict=True):
+        expected[int(batch.later_RL.flatten()[place])] += [loss, 1.0, *gates]
+    assert expected[:, 1].min() > 10, "rows of both kinds"
+    np.testing.assert_allclose(objective.rows.sums(batch).numpy(), expected)
+
+
 def plain_loss(model, group, candidate_ids, pi_V):
     """One group's loss, row by row: probabilities of the mixture, the targets of the row's own window with pi = 1."""
     losses = []

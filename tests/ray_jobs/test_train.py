@@ -11,7 +11,8 @@ import pytest
 
 from bfm.errors import InfeasibleError
 from bfm.files import Store
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1
 
 ray = pytest.importorskip("ray")

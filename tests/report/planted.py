@@ -7,8 +7,23 @@ from typing import Any
 import numpy as np
 
 from bfm.laws.frontier import Gap, unpaired
+from bfm.training.records import Validation
 
 RUNGS = (1e11, 4e11, 1.6e12)
+VALIDATION = Validation(
+    step=100,
+    phase="trunk",
+    path_flops=1_200_000_000_000,
+    epochs=3.14,
+    train_loss=7.0,
+    metrics={"nll": 8.69, "recall@10": 0.0312},
+    errors={"nll": 0.04},
+    floors={"popularity": {"nll": 9.24, "recall@10": 0.02}, "co_occurrence": {"recall@10": 0.05}},
+    best_flops=1_200_000_000_000,
+    best_epochs=3.14,
+    best_nll=8.69,
+)
+"""A look on the way at a model above one floor and below another."""
 
 
 def planted_nll(params: float, flops: float, learning_rate: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from bfm.files import Store
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.figures import overview_png
 from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
-from bfm.training.loop import StepRecord
-from tests.report.planted import planted_sweep
+from bfm.training.records import StepRecord
+from tests.report.planted import VALIDATION, planted_sweep
 
 CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
 METRICS = ["nll", "recall@10"]
@@ -23,6 +24,7 @@ METRICS = ["nll", "recall@10"]
 def record(step: int, phase: str = "trunk", growth: float = 1.0, **more: object) -> StepRecord:
     values = dict(
         step=step, stage=1, phase=phase, path_flops=int(1e9 * step * growth), events=900 * step, loss=9.0 - 0.01 * step,
+        loss_headline=9.5, loss_basket=float("nan"), gates={"softmax": 0.75, "pointer": 0.25},
         learning_rate=1e-3, grad_norm=0.5, events_per_s=2e4, flops_per_s=3e10, elapsed_s=0.1 * step,
     )  # fmt: skip
     return StepRecord(**(values | more))
@@ -69,7 +71,17 @@ def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
     assert losses[9].value == pytest.approx(8.9)
     assert [event.step for event in board.Scalars("cooldown/loss")] == list(range(81, 101))
     assert board.Scalars("by_flops/train/loss")[0].step == flops_step(1e9) == 9000
-    for tag in ("opt/lr", "opt/grad_norm", "perf/events_per_s", "perf/flops_per_s", "progress/events"):
+    assert {event.value for event in board.Scalars("cooldown/gate_pointer")} == {0.25}
+    assert "train/loss_basket" not in board.Tags()["scalars"], "steps without basket targets"
+    for tag in (
+        "train/loss_headline",
+        "train/gate_softmax",
+        "opt/lr",
+        "opt/grad_norm",
+        "perf/events_per_s",
+        "perf/flops_per_s",
+        "progress/events",
+    ):
         assert len(board.Scalars(tag)) == 80
         assert board.Scalars(f"by_flops/{tag}")
     assert [(event.step, event.value) for event in board.Scalars("val/nll")] == [(100, 8.0)]
@@ -115,6 +127,23 @@ def test_a_killed_and_resumed_trial_has_every_step_once(tmp_path):
     assert steps_of(tmp_path, "val/nll") == [40, 60]
     sessions = [v for e in stored_events(Store(tmp_path)) for v in e.summary.value if v.tag.endswith("start_info")]
     assert len(sessions) == 1
+
+
+def test_validations_stand_beside_floors_and_the_best_once_each(tmp_path):
+    cooled = replace(VALIDATION, step=120, phase="cooldown", metrics={"nll": 8.5})
+    for _ in range(2):
+        writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
+        for told in (record(99), VALIDATION, cooled):
+            writer.take(told)
+        writer.close()
+    board = read(tmp_path)
+    expected = {"nll": 8.69, "nll_floor": 9.24, "nll_best": 8.69, "recall@10_floor": 0.05, "epochs": 3.14}
+    for name, value in expected.items():
+        (event,) = board.Scalars(f"validation/{name}")
+        assert (event.step, event.value) == (100, pytest.approx(value))
+    assert [event.step for event in board.Scalars("by_flops/validation/nll")] == [flops_step(1.2e12)]
+    assert [event.value for event in board.Scalars("validation_cooled/nll")] == [8.5]
+    assert [event.step for event in board.Scalars("train/loss")] == [99]
 
 
 def test_a_dropped_observer_leaves_its_last_step(tmp_path):

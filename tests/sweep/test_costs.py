@@ -13,7 +13,7 @@ from bfm.sweep.settings import Tier
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import PROBE_QUERIES
+from bfm.training.task import PROBE_QUERIES
 from tests.training.common import STAGE_1
 
 

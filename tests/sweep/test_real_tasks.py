@@ -17,7 +17,8 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.spec import from_dict
 from bfm.training.plain import PlainFactory
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 
 SPACE = {
     "name": "toy",

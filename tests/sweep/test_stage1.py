@@ -22,7 +22,8 @@ from bfm.sweep.spec import from_dict
 from bfm.sweep.stage1 import _stands_at, with_stage1
 from bfm.sweep.task import Task
 from bfm.training.checkpoint import load_checkpoint, read_meta
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1
 
 SEED = 3

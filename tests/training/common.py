@@ -9,8 +9,9 @@ import torch
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
-from bfm.training.loop import StepRecord, Trainer
+from bfm.training.loop import Trainer
 from bfm.training.plain import PlainFactory
+from bfm.training.records import StepRecord
 
 STAGE_1 = TrainConfig(
     params=2000,

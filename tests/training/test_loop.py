@@ -165,6 +165,7 @@ def test_non_finite_values_end_the_run(toy_shards, bad):
 
     def broken(model, batch):
         loss = objective(model, batch)
+        broken.rows = objective.rows
         if bad == "loss":
             return loss * float("nan")
         # Finite forward, infinite backward: the square root's slope at 0.
@@ -175,6 +176,20 @@ def test_non_finite_values_end_the_run(toy_shards, bad):
     with pytest.raises(DivergedError, match=bad):
         trainer.run_trunk(8e7)
     assert trainer.spent_flops == trainer.counters.path_flops
+
+
+def test_a_record_tells_headline_from_basket_targets_and_the_gates(unbroken, toy_shards):
+    config, _, records = unbroken
+    for record in records:
+        low, high = sorted((record.loss_headline, record.loss_basket))
+        # The loss is a mean over groups, these are means over rows.
+        assert low - 0.2 < record.loss < high + 0.2
+        assert sum(record.gates.values()) == pytest.approx(1.0, abs=1e-5)
+    assert list(records[0].gates) == ["softmax", "pointer"]
+    _, cut = train(config, toy_shards, records[9].path_flops, micro_groups=1)
+    for record, other in zip(records, cut, strict=False):
+        assert other.loss_headline == pytest.approx(record.loss_headline, rel=1e-4)
+        assert other.gates["pointer"] == pytest.approx(record.gates["pointer"], rel=1e-4)
 
 
 def test_seed_decides_weights_and_order(toy_shards):

@@ -12,11 +12,13 @@ from bfm.files import Store
 from bfm.laws.frontier import unpaired
 from bfm.ranking.metrics import summarise
 from bfm.ranking.paired import Pairing, read_scores
-from bfm.training import rung as rung_module
+from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
+from bfm.training.records import StepLoss
 from bfm.training.row import code_version
-from bfm.training.rung import RungTask, load_model, run_rung, split_rows
+from bfm.training.rung import load_model, run_rung, split_rows
+from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
 C0, C1 = 2.5e8, 4e8
@@ -136,7 +138,7 @@ def _fail_at(monkeypatch, step, action):
 
 
 def test_divergence_is_a_row_that_counts_what_it_spent(toy_shards, tmp_path, monkeypatch):
-    _fail_at(monkeypatch, 20, lambda: float("nan"))
+    _fail_at(monkeypatch, 20, lambda: StepLoss(math.nan, math.nan, math.nan, {}))
     row = run_rung(task(), toy_shards, CPU, Store(tmp_path))
     assert (row["status"], row["metrics"], row["checkpoint"], row["steps"]) == ("diverged", {}, None, 21)
     assert 0 < row["task_flops"] == row["path_flops"] < C0
@@ -174,7 +176,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kill_at", [1, 40, 105])
 def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, monkeypatch, kill_at):
     """In-rung checkpoints at every step; the kill comes in the trunk or in the cooldown branch (step 105)."""
-    monkeypatch.setattr(rung_module, "_JOURNAL_EVERY_S", 0.0)
+    monkeypatch.setattr(journal, "EVERY_S", 0.0)
     curve, broken = [], []
     whole = run_rung(task("whole"), toy_shards, CPU, Store(tmp_path), curve.append)
 

@@ -16,11 +16,13 @@ import torch.multiprocessing as mp
 from bfm.errors import DivergedError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
 from bfm.training.loop import Trainer, resume
-from bfm.training.rung import RungTask, run_rung
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
 from bfm.training.zero import ZeroFactory
 from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
 
@@ -98,6 +100,8 @@ def _check_same_curve(directory: Path, shards_path: str) -> None:
             assert trainer.counters == plain.counters
             if factory.rank == 0:
                 np.testing.assert_allclose(losses(records), losses(expected), rtol=1e-4)
+                gates = [[record.gates["pointer"] for record in found] for found in (records, expected)]
+                np.testing.assert_allclose(*gates, rtol=1e-3)
             for name, gradient in _gradients(config, shards, factory).items():
                 scale = np.abs(gradients[name]).max()
                 np.testing.assert_allclose(gradient, gradients[name], atol=1e-5 * scale + 1e-9, err_msg=name)
@@ -158,6 +162,10 @@ class _NotANumber:
     def __call__(self, model, batch):
         return self.objective(model, batch) * float("nan")
 
+    @property
+    def rows(self):
+        return self.objective.rows
+
 
 def _check_middle(directory: Path, shards_path: str) -> None:
     shards, store = Shards.open(shards_path), Store(directory / "store")
@@ -196,7 +204,7 @@ def _check_row(directory: Path, shards_path: str) -> None:
 
 
 def _task(trial: str) -> RungTask:
-    return RungTask(trial, trial, 0, RUNG, STAGE_1, 3, probes=(1e8,))
+    return RungTask(trial, trial, 0, RUNG, STAGE_1, 3, probes=(1e8,), validations=2)
 
 
 @pytest.mark.slow
@@ -209,6 +217,11 @@ def test_row_of_two_workers_is_the_row_of_one(toy_shards, tmp_path):
     for ours, theirs in ((row, plain), (row["probes"][0], plain["probes"][0])):
         assert ours["metrics"].keys() == theirs["metrics"].keys()
         assert ours["metrics"]["nll"] == pytest.approx(theirs["metrics"]["nll"], rel=1e-3)
+    assert [seen["step"] for seen in row["validations"]] == [seen["step"] for seen in plain["validations"]]
+    best = Store(tmp_path / "store")
+    found, expected = (read_meta(best, f"trials/{trial}/checkpoints/best") for trial in ("zero", "plain"))
+    assert found["validation"]["path_flops"] == expected["validation"]["path_flops"]
+    np.testing.assert_allclose(found["nll_Q"], expected["nll_Q"], rtol=0.05)
 
 
 def test_freeze_drops_only_the_embedders_optimizer_state():

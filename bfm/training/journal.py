@@ -1,0 +1,73 @@
+"""In-rung checkpoints of a task, and what it has spent, so that a killed one goes on and is charged rightly.
+
+In: a task and its store. Out: the newest whole checkpoint, and the spend of earlier attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+from bfm.errors import CorruptError, UserError
+from bfm.files import Store
+from bfm.training.checkpoint import load_checkpoint
+from bfm.training.task import RungTask
+
+EVERY_S = 1.0
+
+
+class Journal:
+    """In-rung checkpoints of a task in two alternating slots, and what it has spent, lost work included."""
+
+    def __init__(self, task: RungTask, store: Store) -> None:
+        self.task, self.store = task, store
+        self.slots = [task.name("progress-a"), task.name("progress-b")]
+        self.spent_name = task.name("progress-spent.json")
+        self._noted_s = -math.inf
+
+    def latest(self) -> str | None:
+        """The newest whole checkpoint; a slot that a crash left half-written is passed over."""
+        steps = {}
+        for slot in self.slots:
+            try:
+                meta = load_checkpoint(self.store, slot).meta
+            except (UserError, CorruptError):
+                continue
+            # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
+            if meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops:
+                steps[slot] = meta["counters"]["step"]
+        self.slots.sort(key=lambda slot: -steps.get(slot, -1))
+        return self.slots[0] if steps else None
+
+    def next_slot(self) -> str:
+        """The slot that does not hold the newest checkpoint."""
+        self.slots.reverse()
+        return self.slots[0]
+
+    def note(self, spent_flops: int) -> None:
+        """Keep what the task has spent, at most once a second: a kill loses no more than that from the account."""
+        now_s = time.monotonic()
+        if now_s - self._noted_s >= EVERY_S:
+            self._noted_s = now_s
+            self.store.put(self.spent_name, json.dumps(self.entry(spent_flops)).encode())
+
+    def read_spent(self) -> int:
+        """What earlier attempts at this task have spent."""
+        if not self.store.exists(self.spent_name):
+            return 0
+        return self.own_spent(json.loads(self.store.get(self.spent_name)))
+
+    def entry(self, spent_flops: int) -> dict[str, Any]:
+        """What is noted of a spend."""
+        return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
+
+    def own_spent(self, entry: dict[str, Any]) -> int:
+        """The noted spend, if this task noted it: that of a lost task is charged to that one."""
+        return int(entry["spent_flops"]) if entry.get("task_id") == self.task.task_id else 0
+
+    def clear(self) -> None:
+        """Drop the in-rung checkpoints; the row is in hand."""
+        for slot in self.slots:
+            self.store.delete_folder(slot)

@@ -1,0 +1,99 @@
+"""The next step before it runs: the micro-batches of a worker, and what the step costs over all workers.
+
+Enters: stage and cursor of a run. Leaves: batches and exact whole numbers, so that a limit is never passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bfm.events.windows import WindowOrder
+from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.flops import ModelCost
+from bfm.model.two_part import embeds_twice
+from bfm.objective.methods import method_of_stage
+from bfm.objective.objectives import DrawnObjective, LiveObjective
+from bfm.objective.softmax import computes_scores_twice
+from bfm.training.config import TrainConfig
+from bfm.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """This worker's micro-batches, and the counts of the step over all workers."""
+
+    batches: list[ModelBatch]
+    path_flops: int
+    hardware_flops: int
+    useful_attention_flops: int
+    undeduplicated_flops: int
+    events: int
+    save_due: bool
+
+
+@dataclass(frozen=True)
+class StepPlanner:
+    """Plans the steps of one run; collective over the engine's workers."""
+
+    config: TrainConfig
+    order: WindowOrder
+    cost: ModelCost
+    micro_groups: int
+    softmax: str
+
+    def plan(
+        self, stage: int, cursor: int, engine: Engine, objective: LiveObjective | DrawnObjective, save_due: bool
+    ) -> StepPlan:
+        """The step that takes the groups from `cursor` on; `save_due` on one worker is so on all."""
+        own = list(range(cursor + engine.rank, cursor + self.config.groups_per_step, engine.world_size))
+        batches, path_flops, hardware_flops, attention_flops, repeated_flops, events = [], 0, 0, 0, 0, 0
+        for begin in range(0, len(own), self.micro_groups):
+            indices = own[begin : begin + self.micro_groups]
+            batch = make_batch(
+                [self.order.group(index) for index in indices],
+                engine.device,
+                indices,
+                [objective.drawn(index) for index in indices],
+            )
+            batches.append(batch)
+            for items, rows, candidates, windows, pairs in zip(
+                batch.distinct_items,
+                batch.target_rows,
+                objective.candidates(batch),
+                batch.windows,
+                batch.attended_pairs,
+                strict=True,
+            ):
+                group_flops = self.cost.group_flops(stage, items, rows, candidates, windows)
+                path_flops += group_flops
+                hardware_flops += group_flops + self._recomputed_flops(stage, batch, items, rows, candidates)
+                attention_flops += self.cost.useful_attention_flops(stage, items, pairs)
+                embedded = windows * self.config.window + self.config.live_negatives
+                repeated_flops += self.cost.group_flops(stage, embedded, rows, candidates, windows)
+                events += rows
+        own_sums = [path_flops, hardware_flops, attention_flops, repeated_flops, events, int(save_due)]
+        sums = engine.all_reduce_sum(own_sums)
+        return StepPlan(batches, sums[0], sums[1], sums[2], sums[3], sums[4], save_due=bool(sums[5]))
+
+    def stage2_flops(self, plan: StepPlan, engine: Engine) -> int:
+        """What the groups of a step of stage 1 would cost in stage 2, estimated."""
+        flops = 0
+        for batch in plan.batches:
+            for group, (items, rows, windows) in enumerate(
+                zip(batch.distinct_items, batch.target_rows, batch.windows, strict=True)
+            ):
+                # What stage 1 drew is no candidate of stage 2.
+                targets_T = batch.target_index_T[batch.row_offset[group] : batch.row_offset[group + 1]]
+                candidates = self.config.negatives
+                if self.config.negatives_in_batch:
+                    candidates += len(torch.unique(targets_T))
+                flops += self.cost.group_flops(2, items, rows, candidates, windows)
+        return engine.all_reduce_sum([flops])[0]
+
+    def _recomputed_flops(self, stage: int, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
+        live, method = stage == 1, method_of_stage(self.softmax, stage)
+        embedded_twice = items if live and embeds_twice(len(batch.items_U)) else 0
+        scored_twice = rows if computes_scores_twice(rows, candidates, live=live, method=method) else 0
+        return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)

@@ -1,0 +1,80 @@
+"""What one task of a sweep, or a run without a sweep, is asked to train, score and keep.
+
+In: a sweep's task as a dict, or fields. Out: a `RungTask`, and the names of its objects in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bfm.training.config import TrainConfig
+from bfm.training.schedule import trunk_flops
+
+PROBE_QUERIES = 1_000
+"""A probe scores the first so many queries of the validation part: a nested, user-stratified subset."""
+
+
+@dataclass(frozen=True)
+class RungTask:
+    """What to train. `config` and `seed` say what the trunk is, `rung_flops` where the row is taken."""
+
+    task_id: str
+    trial: str
+    rung: int
+    rung_flops: float
+    config: TrainConfig
+    seed: int
+    resume_from: str | None = None
+    """Trunk checkpoint of a lower rung (a name in the store); None starts at `stage1`."""
+    stage1: str | None = None
+    """Stage-1 trunk of another run (a folder or URI) that stage 2 begins with; None starts at step 0."""
+    probes: tuple[float, ...] = ()
+    """C values at which the trunk's averaged weights are scored on the way."""
+    micro_groups: int = 1
+    """Groups per micro-batch, at most; the largest divisor of a worker's groups below it is used."""
+    softmax: str = "auto"
+    """How the loss is computed (bfm.objective.methods)."""
+    evaluation_queries: int | None = None
+    """The first so many validation queries are scored; None: all."""
+    validations: int = 0
+    """So many evenly spaced C of the trunk, and the cooled end, are validated, and the best weights kept."""
+
+    @classmethod
+    def from_task(cls, task: Mapping[str, Any]) -> RungTask:
+        """From a sweep's task as a dict; what belongs to the sweep alone is left out."""
+        return cls(
+            task_id=str(task["task_id"]),
+            trial=str(task["trial"]),
+            rung=int(task["rung"]),
+            rung_flops=float(task["rung_flops"]),
+            config=TrainConfig.from_dict(task["config"]),
+            seed=int(task["seed"]),
+            resume_from=task.get("resume_from"),
+            stage1=task.get("stage1"),
+            probes=tuple(float(c) for c in task.get("probes", ())),
+            micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
+            softmax=str(task.get("scaling", {}).get("softmax", "auto")),
+            evaluation_queries=task.get("evaluation_queries"),
+            validations=int(task.get("validations", 0)),
+        )
+
+    @property
+    def trunk_flops(self) -> float:
+        """C at which the trunk ends and the cooldown begins."""
+        return trunk_flops(self.rung_flops, self.config.cooldown_fraction)
+
+    @property
+    def validation_flops(self) -> list[float]:
+        """C values at which the trunk is validated; the last is its end."""
+        return [self.trunk_flops * (place / self.validations) for place in range(1, self.validations + 1)]
+
+    @property
+    def validation_queries(self) -> int:
+        """Queries of every validation, the one of the cooled end included."""
+        return min(PROBE_QUERIES, self.evaluation_queries or PROBE_QUERIES)
+
+    def name(self, what: str) -> str:
+        """Name of an object of this task in the store."""
+        return f"trials/{self.trial}/checkpoints/rung{self.rung}-{what}"

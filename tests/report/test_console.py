@@ -1,0 +1,36 @@
+"""What a person reads of a validation on the way."""
+
+from dataclasses import replace
+
+from bfm.report.console import memorising_words, validation_text
+from tests.report.planted import VALIDATION
+
+BAD = replace(
+    VALIDATION,
+    path_flops=10**13,
+    phase="cooldown",
+    epochs=26.2,
+    metrics={"nll": 12.24, "recall@10": 0.06},
+    rise=3.55,
+    rise_error=0.08,
+    loss_fall=2.5,
+    memorises=True,
+)
+
+
+def test_a_validation_names_the_strongest_floor_and_the_side():
+    assert validation_text(VALIDATION) == (
+        "validation at C 1.2e12, 3.1 epochs: nll 8.690 \u00b1 0.040 (above popularity 9.24), "
+        "recall@10 0.0312 (BELOW co-occurrence 0.05); the best so far"
+    )
+    assert memorising_words(VALIDATION) == ""
+
+
+def test_a_model_that_memorises_is_told_so_and_what_to_do():
+    line, warning = validation_text(BAD).splitlines()
+    assert "C 1e13, cooled, 26 epochs: nll 12.240" in line
+    assert "(BELOW popularity 9.24)" in line
+    assert line.endswith("best nll 8.69 at C 1.2e12, 3.1 epochs")
+    assert "memorises: nll is 3.550 \u00b1 0.080 above its best" in warning
+    assert "training loss fell by 2.5" in warning
+    assert all(word in warning for word in ("fewer epochs", "`dropout`", "`table_weight_decay`", "more data"))
