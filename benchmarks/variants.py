@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bfm.events.randomness import permuted, stream_key
 from torch import Tensor
 
+from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, Windows
 from bfm.model.two_part import TwoPartModel
 from bfm.objective import objectives
