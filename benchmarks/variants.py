@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bfm.events.mixing import permuted, stream_key
+from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, Windows
 from bfm.model.two_part import TwoPartModel
 from bfm.objective import objectives

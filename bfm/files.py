@@ -57,10 +57,14 @@ def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def readable_json(value: Any) -> bytes:
+    """JSON for people too: sorted, indented; NaN is refused (ValueError)."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Publish readable JSON (sorted, indented) atomically."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text.encode() + b"\n")
+    """Publish readable JSON atomically."""
+    write_atomic(path, readable_json(value))
 
 
 def read_json(path: Path) -> Any:
@@ -79,7 +83,7 @@ class Store:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        self.filesystem, self.prefix = _resolve(self.uri)
+        self.filesystem, self.prefix = open_filesystem(self.uri)
         self.is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
 
     def child(self, name: str) -> Store:
@@ -144,17 +148,25 @@ def parent_store(uri: str) -> tuple[Store, str]:
     return Store(folder or slash or "."), name
 
 
-def _resolve(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and path of a local path or URI; schemes unknown to pyarrow are asked of fsspec."""
+def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system and path of a local path or URI. Raises UserError where it is not known.
+
+    Schemes unknown to pyarrow are asked of fsspec.
+    """
     if "://" not in uri:
         return pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
     try:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except pyarrow.ArrowInvalid:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://..."
-            ) from error
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+        pass
+    except OSError as error:
+        raise _cannot_open(uri, error) from error
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise _cannot_open(uri, error) from error
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+
+def _cannot_open(uri: str, error: Exception) -> UserError:
+    return UserError(f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://...")

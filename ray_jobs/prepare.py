@@ -19,11 +19,11 @@ from ray.data.context import ShuffleStrategy
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
-from bfm.events.manifest import MANIFEST, Manifest
+from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest
 from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
-from bfm.events.staging import publish, staging
 from bfm.files import Store
+from bfm.sealed import check_free, publish, staging
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
@@ -61,7 +61,8 @@ def prepare_shards(
             schema, logs, Store(out), seed=seed, overwrite=overwrite, num_cpus=num_cpus, progress=progress
         )
     target = Path(out).absolute()
-    with staging(target, overwrite=overwrite) as folder, _plain_errors():
+    check_free(target, SHARD_SET if overwrite else None, fix="choose another folder, or pass --overwrite")
+    with staging(target) as folder, _plain_errors():
         job, pieces = plan_job(schema, logs, folder, seed)
         progress("start", 0.0)
         with local_ray(num_cpus):
@@ -100,13 +101,13 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         ).materialize()
     del cleaned, assigned
     split = prepare.choose_split(job)
-    present = [summary["partition"] for summary in job.summaries("sorted")]
+    present = prepare.present_partitions(job)
     with _watched(job, "measure", len(present), progress, folder="measured"):
         _over(present, functools.partial(build.measure_partition, job, split))
     with _watched(job, "fit", 0, progress):
         checks = build.fit_all(job)
-    with _watched(job, "write", count, progress, folder="written"):
-        _over(list(range(count)), functools.partial(build.write_partition, job, split))
+    with _watched(job, "write", len(present), progress, folder="written"):
+        _over(list(range(len(present))), functools.partial(build.write_partition, job, split, present))
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job, split, checks)
 
@@ -142,7 +143,7 @@ def _watched(job: Job, stage: str, total: int, progress: Progress, folder: str |
 
     def watch() -> None:
         while not done.wait(_WATCH_S):
-            found = sum(1 for _ in reports.glob("*.json")) if total and reports.is_dir() else 0
+            found = sum(1 for _ in reports.glob("*.pickle")) if total and reports.is_dir() else 0
             progress(stage, found / max(total, 1))
 
     progress(stage, 0.0)

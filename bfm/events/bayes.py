@@ -32,7 +32,8 @@ from functools import cached_property
 
 import numpy as np
 
-from bfm.events.mixing import stream_key
+from bfm.events.ragged import runs
+from bfm.events.randomness import stream_key
 
 _WORLD_STREAM = 0x3017D
 # Aisles per event that an average basket has beyond its first: the law of sizes is cut where 2 % of it are left.
@@ -312,11 +313,6 @@ def remember(recent_NAW: np.ndarray, user_E: np.ndarray, aisle_E: np.ndarray, it
     """Put items in front of the recent purchases of their aisles, in place; a user's aisles are different ones."""
     recent_NAW[user_E, aisle_E, 1:] = recent_NAW[user_E, aisle_E, :-1]
     recent_NAW[user_E, aisle_E, 0] = item_E
-
-
-def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Int64: start, start + 1, ... of every run, one run after the other."""
-    return np.arange(int(length.sum())) + np.repeat(start - (np.cumsum(length) - length), length)
 
 
 def _partition(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:

@@ -9,7 +9,6 @@ finish_set        once: evaluation protocol, distinct curve, manifest
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
+from bfm.events.encoding import write_vocabulary
 from bfm.events.fields import FittedField
 from bfm.events.fitting import Cut, Encoded, Fitted
 from bfm.events.items import Items, choose_values, count_items, count_values, join_item_table, key_columns, merge_items
 from bfm.events.manifest import Manifest
-from bfm.events.prepare import ROW_HASH, Job, num_partitions, read_arrow, rows_read, write_arrow
+from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
 from bfm.events.schema import MAX_LENGTH, EventSchema
 from bfm.events.shards import Shards, finish, write_items, write_shard
@@ -58,9 +57,8 @@ def measure_partition(job: Job, split: Split, index: int) -> None:
     for name, spec in job.schema.context_fields.items():
         values = _column(table, clean.context_column(name))
         statistics = fitting.measure(values, spec.kind, train.astype(np.int64))
-        write_arrow(job.file(f"context-{name}", index, "arrow"), statistics.to_table())
-    summary = {"train_events": int(train_end.sum()), "train_targets": int(np.maximum(train_end - 1, 0).sum())}
-    job.file("measured", index, "json").write_text(json.dumps(summary))
+        job.save(f"context-{name}", index, statistics)
+    job.save("measured", index, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -87,10 +85,9 @@ def fit_all(job: Job) -> dict[str, Any]:
         UserError: a single item, nothing to train on, or a vector field without values.
     """
     items = merge_items(_partials(job, "items"))
-    measured = job.summaries("measured")
     if len(items.keys) == 1:
         raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
-    if sum(summary["train_targets"] for summary in measured) == 0:
+    if sum(targets for _, targets in job.load("measured")) == 0:
         fix = "check the split and the user column"
         raise UserError("no user has two events in the training range", key="split", fix=fix)
     texts, checks = _item_texts(job, items)
@@ -108,7 +105,7 @@ def fit_all(job: Job) -> dict[str, Any]:
         if statistics.known == 0:
             checks["no_value_in_training"].append(name)
     if job.schema.id_field:
-        rows = job.schema.hash_rows or fitting.hash_rows(items.catalogue)
+        rows = job.schema.hash_rows or fitting.id_table_rows(items.catalogue)
         fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
         encoded[_ITEM_ID] = fitting.encode(items.keys, fields[-1]).array
     if job.schema.popularity_field:
@@ -117,15 +114,18 @@ def fit_all(job: Job) -> dict[str, Any]:
         fields.append(fitting.fit(_POPULARITY, "item", "numeric", fitting.measure(popularity, "numeric", known)))
         encoded[_POPULARITY] = fitting.encode(popularity, fields[-1]).array
     for name, spec in job.schema.context_fields.items():
-        parts = [fitting.Statistics.from_table(table) for table in _partials(job, f"context-{name}")]
-        statistics = fitting.merge(spec.kind, parts)
+        statistics = fitting.merge(spec.kind, list(job.load(f"context-{name}")))
         fields.append(fitting.fit(name, "context", spec.kind, statistics, spec.max_length))
         if statistics.known == 0:
             checks["no_value_in_training"].append(name)
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
     write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), encoded)
     write_arrow(job.file("fitted", "items", "arrow"), pa.table({"key": items.keys, **counts}))
-    _write_fields(job, fields)
+    # Vocabularies stay in the shard set, for whoever encodes other events.
+    for fitted in fields:
+        if fitted.vocabulary is not None:
+            write_vocabulary(job.shard_set, fitted.field.name, fitted.vocabulary)
+    job.save("fields", 0, fields)
     return {name: check for name, check in checks.items() if check}
 
 
@@ -135,13 +135,12 @@ def _partials(job: Job, stage: str) -> list[pa.Table]:
 
 def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """Field values as text [I], and what the checks say about reading and joining."""
-    reports = job.summaries("read")
     train_events = int(items.train_count.sum())
     repairs: Counter[tuple[str, str]] = Counter()
     ties = TieCounts()
-    for report in reports:
-        repairs.update({(name, fault): count for name, fault, count in report["repairs"]})
-        ties += TieCounts(*report["ties"])
+    for piece in job.load("read"):
+        repairs.update(piece.repairs)
+        ties += piece.ties
     checks: dict[str, Any] = {
         "ties_raw": ties.as_dict(),
         "no_value_in_training": [],
@@ -184,27 +183,8 @@ def _cuts(schema: EventSchema, field: FittedField, cut: Cut) -> dict[str, dict[s
     return {field.name: {**figures, **dataclasses.asdict(cut)}}
 
 
-def _write_fields(job: Job, fields: list[Fitted]) -> None:
-    """Vocabularies stay in the shard set, for whoever encodes other events; the list of fields goes to the manifest."""
-    for fitted in fields:
-        if fitted.vocabulary is not None:
-            path = _vocabulary_file(job.shard_set, fitted.field.name)
-            path.parent.mkdir(exist_ok=True)
-            pq.write_table(pa.table({"value": fitted.vocabulary}), path)
-    job.file("fitted", "fields", "json").write_text(json.dumps([fitted.field.as_dict() for fitted in fields]))
-
-
-def _read_fields(job: Job) -> list[Fitted]:
-    fields = []
-    for values in json.loads(job.file("fitted", "fields", "json").read_bytes()):
-        path = _vocabulary_file(job.shard_set, values["name"])
-        vocabulary = pq.read_table(path)["value"].combine_chunks() if path.is_file() else None
-        fields.append(Fitted(FittedField.from_dict(values), vocabulary))
-    return fields
-
-
-def _vocabulary_file(shard_set: Path, name: str) -> Path:
-    return shard_set / "vocabulary" / f"{name}.parquet"
+def _fields(job: Job) -> list[Fitted]:
+    return next(job.load("fields"))
 
 
 # ---------------------------------------------------------------- write
@@ -218,76 +198,62 @@ def _items(job_folder: Path) -> Items:
     return Items(keys, counts.to_numpy(), first.to_numpy())
 
 
-def write_partition(job: Job, split: Split, index: int) -> None:
-    """Encode a sorted partition and write it as a shard (an empty one where no user fell into it)."""
-    path = job.file("sorted", index, "arrow")
+def write_partition(job: Job, split: Split, present: list[int], shard: int) -> None:
+    """Encode a sorted partition, the one at `shard` among those that are present, and write it as a shard."""
+    table = read_arrow(job.file("sorted", present[shard], "arrow"))
+    offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     context: dict[str, np.ndarray] = {}
     repairs: dict[str, int] = {}
-    cuts: dict[str, tuple[int, ...]] = {}
-    fields = [fitted for fitted in _read_fields(job) if fitted.field.side == "context"]
-    if path.is_file():
-        table = read_arrow(path)
-        offsets = user_offsets(table)
-        users = _column(table, clean.USER).dictionary
-        item = _items(job.folder).ids(_column(table, clean.ITEM))
-        time = table[clean.TIME].to_numpy()
-        values = {fitted.field.name: _column(table, clean.context_column(fitted.field.name)) for fitted in fields}
-    else:
-        offsets, users = np.zeros(1, np.int64), pa.array([], pa.large_string())
-        item, time = np.zeros(0, np.int32), np.zeros(0, np.int64)
-        target = clean.cleaned_schema(job.schema, job.event_item_fields)
-        values = {f.field.name: pa.array([], target.field(clean.context_column(f.field.name)).type) for f in fields}
-    for fitted in fields:
-        found = fitting.encode(values[fitted.field.name], fitted)
+    cuts: dict[str, Cut] = {}
+    for fitted in _fields(job):
+        if fitted.field.side == "item":
+            continue
+        found = fitting.encode(_column(table, clean.context_column(fitted.field.name)), fitted)
         context[fitted.field.name] = found.array
         repairs.update(_repairs(fitted.field, found))
-        cuts[fitted.field.name] = dataclasses.astuple(found.cut)
+        cuts[fitted.field.name] = found.cut
     train_end, valid_end = split.ends(time, offsets)
     write_shard(
         job.shard_set,
-        index,
-        item=item,
+        shard,
+        item=_items(job.folder).ids(_column(table, clean.ITEM)),
         time=time,
         context=context,
         user_offsets=offsets,
         train_end=train_end,
         valid_end=valid_end,
-        users=users,
+        users=_column(table, clean.USER).dictionary,
     )
-    job.file("written", index, "json").write_text(json.dumps({"repairs": repairs, "cuts": cuts}))
+    job.save("written", shard, (repairs, cuts))
 
 
 def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
     """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
-    partitions = job.summaries("sorted")
-    fields = tuple(fitted.field for fitted in _read_fields(job))
+    partitions: list[PartitionFacts] = list(job.load("sorted"))
+    fields = tuple(fitted.field for fitted in _fields(job))
     checks = _with_context_losses(job, fields, checks)
-    users = sum(partition["users"] for partition in partitions)
+    users = sum(partition.users for partition in partitions)
     if users == 1:
         checks = {**checks, "users": {"warning": "there is a single user: standard errors over users do not exist"}}
-    reasons: Counter[str] = Counter()
-    for partition in partitions:
-        reasons.update(partition["reasons"])
-    measured = job.summaries("measured")
-    times = [partition["times"] for partition in partitions if partition["times"]]
+    measured = list(job.load("measured"))
+    times = [partition.time_range for partition in partitions if partition.events]
     items = _items(job.folder)
-    rows = rows_read(job)
     draft = Manifest(
         name=job.schema.name,
         seed=job.seed,
         users=users,
-        events=sum(partition["events"] for partition in partitions),
+        events=sum(partition.events for partition in partitions),
         items=len(items.keys),
         catalogue=items.catalogue,
-        shards=num_partitions(rows),
+        shards=len(partitions),
         has_clock=job.schema.has_clock,
         split=split.as_dict(),
         fields=fields,
-        train_events=sum(summary["train_events"] for summary in measured),
-        train_targets=sum(summary["train_targets"] for summary in measured),
+        train_events=sum(events for events, _ in measured),
+        train_targets=sum(targets for _, targets in measured),
         time_range=(min(first for first, _ in times), max(last for _, last in times)),
-        rows_read=rows,
-        rows_quarantined=dict(sorted(reasons.items())),
+        rows_read=rows_read(job),
+        rows_quarantined=quarantined(partitions),
         schema=job.schema.model_dump(mode="json", exclude_none=True),
         checks=checks,
     )
@@ -297,13 +263,12 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
 def _with_context_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:
     """The checks of `fit_all` and what the encoding of events made missing or cut."""
     repairs, cuts = Counter(checks.get("repairs", {})), dict(checks.get("cuts", {}))
-    reports = job.summaries("written")
-    for report in reports:
-        repairs.update(report["repairs"])
+    written = list(job.load("written"))
+    for found, _ in written:
+        repairs.update(found)
     for field in fields:
         if field.side == "context":
-            cut = sum((Cut(*report["cuts"][field.name]) for report in reports), Cut())
-            cuts.update(_cuts(job.schema, field, cut))
+            cuts.update(_cuts(job.schema, field, sum((found[field.name] for _, found in written), Cut())))
     losses = {"repairs": dict(sorted(repairs.items())), "cuts": cuts}
     return {**checks, **{name: figures for name, figures in losses.items() if figures}}
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from bfm.events import parse
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
+from bfm.events.source import Piece, RawChunk, read_piece
 
 USER, TIME, ITEM, FAULT, RAW = "user", "time", "item", "fault", "raw"
 _TEXT = pa.large_string()
@@ -37,13 +38,17 @@ _CONTEXT_TYPE = {
 _RAW_SLICE_ROWS = 4096
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cleaned:
-    """One cleaned table and what was repaired in it."""
+    """One cleaned table, and what was repaired in it."""
 
     table: pa.Table
-    repairs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    repairs: Counter[tuple[str, str]]
     """(field, fault) -> values made missing."""
+    raw: pa.Table
+    """The rows as read; none where they could not be read."""
+    columns: Sequence[str] = ()
+    """Columns that some of the rows have, read or not."""
 
 
 def item_column(name: str) -> str:
@@ -73,13 +78,25 @@ def log_columns(schema: EventSchema, event_item_fields: list[str]) -> list[str]:
     return list(dict.fromkeys(column for column in columns if column is not None))
 
 
-def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]) -> Cleaned:
+def read_cleaned(
+    piece: Piece, columns: list[str], schema: EventSchema, event_item_fields: list[str]
+) -> Iterator[Cleaned]:
+    """The rows of a piece of the log in tables of bounded size. Raises UserError where the file cannot be read."""
+    for chunk in read_piece(piece, columns):
+        if chunk.unreadable:
+            yield _unreadable(chunk, schema, event_item_fields)
+        if chunk.table.num_rows:
+            yield clean_table(chunk.table, schema, event_item_fields, chunk.names)
+
+
+def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str], names: Sequence[str] = ()) -> Cleaned:
     """Clean one table that has the `log_columns` (a column that the file lacks may be left out: all missing).
 
     Args:
         raw: rows as read, any column types.
+        names: all columns that the rows have, where those read are not all.
     """
-    faults = _Faults(raw.num_rows)
+    faults = Faults(raw.num_rows)
     user = _key(_column(raw, schema.user), "user", faults)
     item = item_key(raw, schema.item, faults)
     time = _order(raw, schema, faults)
@@ -93,14 +110,15 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]
     columns[FAULT] = faults.column()
     columns[RAW] = _raw_text(raw, faults.found())
     target = cleaned_schema(schema, event_item_fields)
-    return Cleaned(pa.table([columns[name] for name in target.names], schema=target), repairs)
+    table = pa.table([columns[name] for name in target.names], schema=target)
+    return Cleaned(table, repairs, raw, names or raw.column_names)
 
 
-def unreadable_rows(reason: str, lines: list[str], schema: EventSchema, event_item_fields: list[str]) -> pa.Table:
-    """Cleaned table of rows that could not even be read."""
-    target = cleaned_schema(schema, event_item_fields)
-    content = {FAULT: pa.array([reason] * len(lines), _TEXT), RAW: pa.array(lines, _TEXT)}
-    return pa.table([content.get(f.name, pa.nulls(len(lines), f.type)) for f in target], schema=target)
+def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: list[str]) -> Cleaned:
+    target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
+    content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
+    table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
+    return Cleaned(table, Counter(), chunk.table.slice(0, 0))
 
 
 def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
@@ -109,7 +127,7 @@ def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
     return pa.table({FAULT: pa.array([reason] * cleaned.num_rows, _TEXT), RAW: texts})
 
 
-def item_key(raw: pa.Table, parts: list[ItemPart], faults: _Faults) -> pa.Array:
+def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
     """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
     texts = []
     for part in parts:
@@ -185,7 +203,7 @@ def from_text(texts: pa.Array, kind: str) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-class _Faults:
+class Faults:
     """The first fault of each row."""
 
     def __init__(self, num_rows: int) -> None:
@@ -193,30 +211,28 @@ class _Faults:
         self._first = np.full(num_rows, -1, np.int32)
 
     def add(self, reason: str, mask: np.ndarray) -> None:
+        """Rows of the mask have this fault, where they have none yet."""
         fresh = mask & (self._first < 0)
         if fresh.any():
             self._first[fresh] = len(self._reasons)
             self._reasons.append(reason)
 
     def found(self) -> np.ndarray:
+        """Bool [n]: rows with a fault."""
         return self._first >= 0
 
     def column(self) -> pa.Array:
+        """Large strings [n], null where there is none."""
         if not self._reasons:
             return pa.nulls(len(self._first), _TEXT)
         return pa.array(self._reasons, _TEXT).take(pa.array(self._first, mask=self._first < 0))
-
-
-def no_faults(num_rows: int) -> _Faults:
-    """A fresh collector, for `item_key` on an item table."""
-    return _Faults(num_rows)
 
 
 def _column(raw: pa.Table, name: str) -> pa.Array:
     return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
-def _key(column: pa.Array, role: str, faults: _Faults) -> pa.Array:
+def _key(column: pa.Array, role: str, faults: Faults) -> pa.Array:
     if not parse.is_plain(column.type):
         faults.add(f"wrong type of {role}", parse.to_mask(column.is_valid()))
         faults.add(f"missing {role}", parse.to_mask(column.is_null()))
@@ -227,7 +243,7 @@ def _key(column: pa.Array, role: str, faults: _Faults) -> pa.Array:
     return values
 
 
-def _order(raw: pa.Table, schema: EventSchema, faults: _Faults) -> pa.Array:
+def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
     if schema.time is not None:
         role, values, wrong = "time", *parse.times(_column(raw, schema.time.column), schema.time)
     else:

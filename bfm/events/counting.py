@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.events.neighbours import NEIGHBOURS, REACH, Counting, Neighbours
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged, place_in_run
 from bfm.events.shards import Shards, training_events
 
 BROAD = Counting("broad", lag_decay=1.0, age_decay=0.9, damping=0.3, backward=0.5)
@@ -74,10 +74,9 @@ def _strongest(
     """The first NEIGHBOURS of each row by weight; row_P rises."""
     # One key instead of two: pairs stand by their row already, a weight below 1 orders inside it.
     order = np.argsort(row_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
-    starts = np.searchsorted(row_P, np.arange(num_rows + 1))
-    rank_P = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
-    kept = np.sort(order[rank_P < NEIGHBOURS])
-    return second_P[kept].astype(np.int32), count_P[kept].astype(np.float32), np.minimum(np.diff(starts), NEIGHBOURS)
+    kept = np.sort(order[place_in_run(row_P) < NEIGHBOURS])
+    lengths = np.bincount(row_P[kept], minlength=num_rows)
+    return second_P[kept].astype(np.int32), count_P[kept].astype(np.float32), lengths
 
 
 def _joined(runs: Sequence[_Run], shards: Shards, counting: Counting) -> Neighbours:

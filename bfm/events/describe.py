@@ -14,7 +14,7 @@ import numpy as np
 
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards, user_chunks
-from bfm.events.ties import tie_monotonicity
+from bfm.events.ties import TieCounts, tie_monotonicity
 from bfm.units import format_count
 
 _CHUNK_EVENTS = 1 << 20
@@ -68,7 +68,7 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
-    first_times, ties = 0, tie_monotonicity(np.zeros(0), np.zeros(0), {"item": np.zeros(0, np.int32)})
+    first_times, ties = 0, TieCounts()
     for low, high in itertools.pairwise(user_chunks(shards.user_lengths, _CHUNK_EVENTS)):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))

@@ -56,8 +56,6 @@ class Encoding:
         # The check of conflicting values is made for exactly the fields that stand in the log.
         in_log = manifest.checks.get("item_conflicts", {})
         event_fields = tuple(name for name in schema.get("item_fields", {}) if name in in_log)
-        paths = {field.name: shards.path / _vocabulary(field.name) for field in shards.fields}
-        vocabularies = {name: _read_values(path) for name, path in paths.items() if path.is_file()}
         return cls(
             schema,
             manifest.seed,
@@ -66,7 +64,7 @@ class Encoding:
             shards.num_catalogue,
             keys.rename_columns([name.removeprefix(_KEY) for name in names]),
             shards.item_arrays,
-            vocabularies,
+            read_vocabularies(shards.path, shards.fields),
         )
 
     @property
@@ -85,9 +83,7 @@ class Encoding:
         columns |= {f"{_ENCODED}{name}": _to_column(values) for name, values in self.item_arrays.items()}
         pq.write_table(pa.table(columns), folder / ITEMS)
         for name, values in self.vocabularies.items():
-            path = folder / _vocabulary(name)
-            path.parent.mkdir(exist_ok=True)
-            pq.write_table(pa.table({"value": values}), path)
+            write_vocabulary(folder, name, values)
         return {
             "schema": self.schema,
             "seed": self.seed,
@@ -102,7 +98,6 @@ class Encoding:
         table = pq.read_table(folder / ITEMS)
         fields = tuple(FittedField.from_dict(values) for values in facts["fields"])
         names = [name for name in table.column_names if name.startswith(_KEY)]
-        paths = {field.name: folder / _vocabulary(field.name) for field in fields}
         return cls(
             _in_order(facts["schema"], fields),
             int(facts["seed"]),
@@ -111,20 +106,8 @@ class Encoding:
             int(facts["catalogue"]),
             table.select(names).rename_columns([name.removeprefix(_KEY) for name in names]),
             {f.name: _to_array(table[f"{_ENCODED}{f.name}"]) for f in fields if f.side == "item"},
-            {name: _read_values(path) for name, path in paths.items() if path.is_file()},
+            read_vocabularies(folder, fields),
         )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some users of a log: whole histories, encoded as the shard set's own."""
-
-    shards: Shards
-    """One shard. A placeholder user stands last: a query reads the event behind it, and the last user has none."""
-    users: pa.Array
-    """Large strings [U]: keys of the shard's users, the placeholder left out."""
-    without_event: pa.Array
-    """Keys of users of whom no row is usable."""
 
 
 def _in_order(schema: Mapping[str, Any], fields: Sequence[FittedField]) -> dict[str, Any]:
@@ -140,12 +123,25 @@ def _in_order(schema: Mapping[str, Any], fields: Sequence[FittedField]) -> dict[
     return {**schema, **sides}
 
 
-def _vocabulary(name: str) -> str:
-    return f"vocabulary/{name}.parquet"
+def write_vocabulary(folder: Path, name: str, values: pa.Array) -> None:
+    """The values behind the ids of a field."""
+    path = _vocabulary(folder, name)
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"value": values}), path)
 
 
-def _read_values(path: Path) -> pa.Array:
-    return pq.read_table(path)["value"].cast(pa.large_string()).combine_chunks()
+def read_vocabularies(folder: Path, fields: Sequence[FittedField]) -> dict[str, pa.Array]:
+    """Field -> what `write_vocabulary` wrote, of the fields that have any."""
+    paths = {field.name: _vocabulary(folder, field.name) for field in fields}
+    return {
+        name: pq.read_table(path)["value"].cast(pa.large_string()).combine_chunks()
+        for name, path in paths.items()
+        if path.is_file()
+    }
+
+
+def _vocabulary(folder: Path, name: str) -> Path:
+    return folder / "vocabulary" / f"{name}.parquet"
 
 
 def _to_column(values: np.ndarray) -> pa.Array:

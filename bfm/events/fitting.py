@@ -12,7 +12,7 @@ hashed instead: two hashes into one table of 65,536 rows.
 
 from __future__ import annotations
 
-import json
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_strings
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
 from bfm.events.parse import plain, to_mask
+from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH
 
 MAX_VALUES = 1 << 16
@@ -33,7 +34,7 @@ _KEPT_TOKENS = 1 << 18
 _LEAST_HASH_ROWS = 1 << 10
 _TEXT = pa.large_string()
 _COUNTS = pa.schema([("value", _TEXT), ("count", pa.int64())])
-_BINS = pa.schema([("value", pa.int64()), ("count", pa.int64())])
+_LENGTHS = pa.schema([("value", pa.int64()), ("count", pa.int64())])
 LOST = {"vector": "another length", "time": "missing, written as the epoch"}
 """Why `encode` makes values missing, by kind."""
 _HASH_SEEDS = (0x68617368_31, 0x68617368_32)
@@ -44,21 +45,13 @@ class Statistics:
     """Mergeable statistics of one column."""
 
     counts: pa.Table
-    """value (text, or an int64 bin or length), count."""
+    """value (text, or an int64 length), count."""
     known: int = 0
     """Weight of the values that are not missing."""
+    histogram: Histogram | None = None
+    """numeric: of the ordered bits of x'."""
     extra: dict[str, float] = field(default_factory=dict)
-    """numeric: shift, sum and sum of squares of x'; text, list: longest bag; categorical: overflow."""
-
-    def to_table(self) -> pa.Table:
-        """One Arrow table, for a file."""
-        return self.counts.replace_schema_metadata({"statistics": json.dumps({"known": self.known, **self.extra})})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Statistics:
-        """Inverse of `to_table`."""
-        extra = json.loads(table.schema.metadata[b"statistics"])
-        return cls(table.replace_schema_metadata(), int(extra.pop("known")), extra)
+    """numeric: sum and sum of squares of x'; text, list: longest bag; categorical: overflow."""
 
 
 @dataclass(frozen=True)
@@ -106,42 +99,39 @@ def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
     used = (weights > 0) & to_mask(values.is_valid())
     known = int(weights[used].sum())
     if kind == "time":
-        return Statistics(_BINS.empty_table(), known)
+        return Statistics(_LENGTHS.empty_table(), known)
     kept, kept_weights = values.filter(pa.array(used)), weights[used]
     if kind == "numeric":
         return _measure_numbers(kept.to_numpy(zero_copy_only=False), kept_weights, known)
     if kind == "categorical":
         counts = _count_texts(kept, kept_weights)
         if counts.num_rows > MAX_VALUES:
-            return Statistics(_COUNTS.empty_table(), known, {"overflow": 1})
+            return Statistics(_COUNTS.empty_table(), known, extra={"overflow": 1})
         return Statistics(counts, known)
     if kind == "vector":
         lengths = pc.list_value_length(kept).to_numpy(zero_copy_only=False)
-        return Statistics(_count_bins(lengths, kept_weights), known)
+        return Statistics(_count_lengths(lengths, kept_weights), known)
     bags = _words(kept) if kind == "text" else kept
     parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
     counts = _most_frequent(_count_texts(plain(pc.list_flatten(bags)), kept_weights[parents]), _KEPT_TOKENS)
     longest = int(np.bincount(parents).max()) if len(parents) else 0
-    return Statistics(counts, known, {"longest": longest})
+    return Statistics(counts, known, extra={"longest": longest})
 
 
 def merge(kind: str, parts: list[Statistics]) -> Statistics:
     """Statistics of the whole column."""
     known = sum(part.known for part in parts)
     if kind == "numeric":
-        merged = _histogram(parts[0])
-        for part in parts[1:]:
-            merged = merged.merged(_histogram(part))
+        histogram = functools.reduce(Histogram.merged, (part.histogram for part in parts if part.histogram))
         moments = {name: float(sum(part.extra[name] for part in parts)) for name in ("sum", "squares")}
-        table = pa.table({"value": merged.bins, "count": merged.counts}, schema=_BINS)
-        return Statistics(table, known, {"shift": merged.shift, **moments})
+        return Statistics(_LENGTHS.empty_table(), known, histogram, moments)
     together = pa.concat_tables([part.counts for part in parts]).group_by("value").aggregate([("count", "sum")])
     table = together.rename_columns(["value", "count"])
     if kind == "categorical":
         if table.num_rows > MAX_VALUES or any(part.extra.get("overflow") for part in parts):
-            return Statistics(_COUNTS.empty_table(), known, {"overflow": 1})
+            return Statistics(_COUNTS.empty_table(), known, extra={"overflow": 1})
         return Statistics(table, known)
-    return Statistics(table, known, {"longest": max(part.extra.get("longest", 0) for part in parts)})
+    return Statistics(table, known, extra={"longest": max(part.extra.get("longest", 0) for part in parts)})
 
 
 def fit(name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None) -> Fitted:
@@ -179,7 +169,7 @@ def hashed_field(name: str, side: Side, rows: int) -> FittedField:
     return FittedField(name, side, "hashed", rows=rows, columns=2)
 
 
-def hash_rows(num_values: int) -> int:
+def id_table_rows(num_values: int) -> int:
     """Rows R of the table of V hashed ids: the least power of two that is at least V, and at least 1,024.
 
     Two hashes of V values on R >= V rows: a row has two values or fewer on average, and about (V / R)^2 <= 1 pairs of
@@ -225,11 +215,11 @@ def _count_texts(values: pa.Array, weights: np.ndarray) -> pa.Table:
     return pa.table([encoded.dictionary.take(pa.array(used)), pa.array(counts[used])], schema=_COUNTS)
 
 
-def _count_bins(values: np.ndarray, weights: np.ndarray) -> pa.Table:
+def _count_lengths(values: np.ndarray, weights: np.ndarray) -> pa.Table:
     bins, inverse = np.unique(values, return_inverse=True)
     counts = np.zeros(len(bins), np.int64)
     np.add.at(counts, inverse, weights)
-    return pa.table({"value": bins, "count": counts}).cast(_BINS)
+    return pa.table({"value": bins, "count": counts}).cast(_LENGTHS)
 
 
 def _most_frequent(counts: pa.Table, limit: int) -> pa.Table:
@@ -256,19 +246,13 @@ def _measure_numbers(values: np.ndarray, weights: np.ndarray, known: int) -> Sta
     squashed = _squash(values.astype(np.float64))
     histogram = Histogram.of(ordered_bits(squashed), weights)
     sums = {"sum": float((weights * squashed).sum()), "squares": float((weights * squashed**2).sum())}
-    table = pa.table({"value": histogram.bins, "count": histogram.counts}, schema=_BINS)
-    return Statistics(table, known, {"shift": histogram.shift, **sums})
-
-
-def _histogram(statistics: Statistics) -> Histogram:
-    counts = statistics.counts
-    return Histogram(int(statistics.extra["shift"]), counts["value"].to_numpy(), counts["count"].to_numpy())
+    return Statistics(_LENGTHS.empty_table(), known, histogram, sums)
 
 
 def _fit_numbers(name: str, side: Side, statistics: Statistics) -> FittedField:
-    if statistics.known == 0:
+    if statistics.known == 0 or statistics.histogram is None:
         return FittedField(name, side, "numeric")
-    quantiles = _histogram(statistics).quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
+    quantiles = statistics.histogram.quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
     edges = np.unique(from_ordered_bits(quantiles))
     mean = statistics.extra["sum"] / statistics.known
     variance = max(statistics.extra["squares"] / statistics.known - mean**2, 0.0)
@@ -298,7 +282,7 @@ def _encode_bags(bags: pa.Array, vocabulary: pa.Array, columns: int) -> Encoded:
     ids = _ids(plain(pc.list_flatten(bags)), vocabulary)
     parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
     lengths = np.bincount(parents, minlength=len(bags))
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    place = runs(0, lengths)
     inside = place < columns
     table = np.zeros((len(bags), columns), np.int32)
     table[parents[inside], place[inside]] = ids[inside]

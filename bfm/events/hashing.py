@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bfm.events.mixing import mix64, stream_key
+from bfm.events.randomness import mix64, stream_key
 
 _NULL = 0x6E756C6C
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -78,3 +78,15 @@ def hash_rows(columns: list[pa.Array], seed: int) -> np.ndarray:
     for column in columns:
         hashed = mix64(hashed ^ hash_column(column, seed)) + _STEP
     return hashed
+
+
+def order_events(user: np.ndarray, time: np.ndarray, row_hash: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The final order of events, and which places [n] of it repeat the row before.
+
+    By user, time and the hash of the row: equal rows are interchangeable, and that different rows of one user and time
+    share 64 bits is not to be expected in any log.
+    """
+    order = np.lexsort((row_hash, time, user))
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = np.logical_and.reduce([np.diff(key[order]) == 0 for key in (user, time, row_hash)])
+    return order, repeated

@@ -14,6 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,12 +25,12 @@ import pyarrow.compute as pc
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
-from bfm.events.encoding import Encoding, Part
+from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField
 from bfm.events.fitting import Fitted
-from bfm.events.hashing import hash_rows, hash_strings
+from bfm.events.hashing import hash_rows, hash_strings, order_events
 from bfm.events.manifest import Manifest
-from bfm.events.parse import SEPARATOR, plain, to_mask
+from bfm.events.parse import SEPARATOR, encoded, plain, to_mask
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards, write_shard
 from bfm.yaml import validate
@@ -37,8 +38,20 @@ from bfm.yaml import validate
 PART_ROWS = 1 << 19
 _SPILL_BITS = 5
 _SPILL_LEVELS = 6
-_HASH, _SECOND_HASH, _USER_HASH = "hash", "second_hash", "user_hash"
+_HASH, _USER_HASH = "hash", "user_hash"
 _TEXT = pa.large_string()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some users of a log: whole histories, encoded as the shard set's own."""
+
+    shards: Shards
+    """One shard, without training events."""
+    users: pa.Array
+    """Large strings [U]: keys of the shard's users."""
+    without_event: pa.Array
+    """Keys of users of whom no row is usable."""
 
 
 class Histories:
@@ -68,11 +81,14 @@ class Histories:
         """Field -> values that are longer than the training log's."""
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
-        self._scratch, self._part_rows = scratch, part_rows
+        self._scratch = scratch
         self._new = _NewItems(encoding, self.schema)
         columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
-        self._held, self._spilled = _gather(self._read(pieces, columns, progress), scratch, "", 0, part_rows)
+        tables = _whole_users(self._read(pieces, columns, progress), scratch, "", 0, part_rows)
+        # The whole log is read before the first one comes.
+        first = next(tables, None)
+        self._tables = itertools.chain([] if first is None else [first], tables)
         if self.rows == 0:
             raise UserError("the log has no rows", key="LOG", fix="check the files")
         if sum(self.unusable.values()) == self.rows:
@@ -96,9 +112,7 @@ class Histories:
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
-        small = _small_tables(self._held, self._spilled, self._scratch, 0, self._part_rows)
-        self._held = []
-        for table in small:
+        for table in self._tables:
             with TemporaryDirectory(dir=self._scratch) as folder:
                 yield self._part(table, Path(folder))
 
@@ -108,15 +122,11 @@ class Histories:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
         for done, piece in enumerate(pieces):
-            for chunk in source.read_piece(piece, columns):
-                self.rows += len(chunk.unreadable) + chunk.table.num_rows
-                if chunk.unreadable:
-                    self.unusable[chunk.reason] += len(chunk.unreadable)
-                if chunk.table.num_rows:
-                    present.update(chunk.names or chunk.table.column_names)
-                    cleaned = clean.clean_table(chunk.table, self.schema, list(self.encoding.event_item_fields))
-                    self.repairs += cleaned.repairs
-                    yield self._number(cleaned.table)
+            for cleaned in clean.read_cleaned(piece, columns, self.schema, list(self.encoding.event_item_fields)):
+                self.rows += cleaned.table.num_rows
+                present.update(cleaned.columns)
+                self.repairs += cleaned.repairs
+                yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
         if present:
             source.require_columns(columns, sorted(present), "LOG")
@@ -128,49 +138,45 @@ class Histories:
             self.unusable[entry["values"]] += entry["counts"]
         good = cleaned.filter(pa.array(~faulty))
         names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW)]
-        columns = [_encoded(plain(good[name])) for name in names]
-        hashes = [hash_rows(columns, self.encoding.seed + extra) for extra in (0, 1)]
-        item = self._new.number(good, columns[names.index(clean.ITEM)], hashes[0])
+        columns = [encoded(plain(good[name])) for name in names]
+        row_hash = hash_rows(columns, self.encoding.seed)
+        item = self._new.number(good, columns[names.index(clean.ITEM)], row_hash)
         kept = [clean.USER, clean.TIME, *(name for name in names if name.startswith(clean.context_column("")))]
-        events = good.select(kept).append_column(clean.ITEM, pa.array(item))
-        events = events.append_column(_HASH, pa.array(hashes[0])).append_column(_SECOND_HASH, pa.array(hashes[1]))
+        events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
         idle = plain(cleaned[clean.USER]).filter(pa.array(faulty)).drop_null().unique()
         nulls = {f.name: pa.nulls(len(idle), f.type) for f in events.schema}
         table = pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
-        return table.append_column(_USER_HASH, pa.array(hash_strings(_encoded(plain(table[clean.USER])))))
+        return table.append_column(_USER_HASH, pa.array(hash_strings(encoded(plain(table[clean.USER])))))
 
     def _part(self, table: pa.Table, folder: Path) -> Part:
         events = table.filter(table[clean.ITEM].is_valid())
         user = plain(events[clean.USER]).dictionary_encode()
         codes, time = user.indices.to_numpy(), events[clean.TIME].to_numpy()
-        hashes = [events[name].to_numpy() for name in (_SECOND_HASH, _HASH)]
-        order = np.lexsort((*hashes, time, codes))
+        order, repeated = order_events(codes, time, events[_HASH].to_numpy())
         if self.schema.clean.drop_duplicates:
-            fresh = np.ones(len(order), bool)
-            fresh[1:] = np.logical_or.reduce([np.diff(key[order]) != 0 for key in (*hashes, time, codes)])
-            self.duplicates += int(len(order) - fresh.sum())
-            order = order[fresh]
+            self.duplicates += int(repeated.sum())
+            order = order[~repeated]
         offsets = np.searchsorted(codes[order], np.arange(len(user.dictionary) + 1))
         context = {}
         for field in self.encoding.fields:
             if field.side == "context":
                 values = plain(events[clean.context_column(field.name)]).take(pa.array(order))
-                context[field.name] = _with_placeholder(self._encode(field, values))
-        nobody = np.zeros(len(user.dictionary) + 1, np.int64)
+                context[field.name] = self._encode(field, values)
+        none = np.zeros(len(user.dictionary), np.int64)
         write_shard(
             folder,
             0,
-            item=_with_placeholder(events[clean.ITEM].to_numpy()[order]),
-            time=_with_placeholder(time[order]),
+            item=events[clean.ITEM].to_numpy()[order],
+            time=time[order],
             context=context,
-            user_offsets=np.append(offsets, len(order) + 1),
-            train_end=nobody,
-            valid_end=nobody,
-            users=pa.concat_arrays([user.dictionary, pa.array([""], _TEXT)]),
+            user_offsets=offsets,
+            train_end=none,
+            valid_end=none,
+            users=user.dictionary,
         )
         users = plain(table[clean.USER]).unique()
         without = users.filter(pc.invert(pc.is_in(users, value_set=user.dictionary)))
-        return Part(Shards(folder, self._manifest(len(nobody), len(order) + 1)), user.dictionary, without)
+        return Part(Shards(folder, self._manifest(len(none), len(order))), user.dictionary, without)
 
     def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
         found = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
@@ -191,11 +197,7 @@ class Histories:
             catalogue=encoding.catalogue,
             shards=1,
             has_clock=self.schema.has_clock,
-            split={},
             fields=encoding.fields,
-            train_events=0,
-            train_targets=0,
-            time_range=(0, 0),
         )
 
 
@@ -248,7 +250,7 @@ class _NewItems:
     @staticmethod
     def _note(first: dict[str, tuple[int, int, str]], rows: pa.Table, row_hash: np.ndarray, column: str) -> None:
         known = np.flatnonzero(to_mask(rows[column].is_valid()))
-        items = _encoded(plain(rows[clean.ITEM]).take(pa.array(known)))
+        items = encoded(plain(rows[clean.ITEM]).take(pa.array(known)))
         codes, places = np.unique(items.indices.to_numpy(), return_index=True)
         for code, row in zip(codes, known[places], strict=True):
             seen = rows[clean.TIME][row].as_py(), int(row_hash[row]), rows[column][row].as_py()
@@ -256,39 +258,27 @@ class _NewItems:
             first[key] = min(first.get(key, seen), seen)
 
 
-def _encoded(values: pa.Array) -> pa.Array:
-    return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
-
-
-def _with_placeholder(values: np.ndarray) -> np.ndarray:
-    return np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
-
-
 # ---------------------------------------------------------------- spilling
 
 
-def _gather(
+def _whole_users(
     tables: Iterator[pa.Table], folder: Path, prefix: str, level: int, part_rows: int
-) -> tuple[list[pa.Table], list[Path]]:
-    """All tables where they fit into a part, else files that hold whole users."""
+) -> Iterator[pa.Table]:
+    """Tables of whole users: a single one where it fits into a part, else through files. Reads all rows first."""
     held, rows = [], 0
     for table in tables:
         held.append(table)
         rows += table.num_rows
         if rows > part_rows and level < _SPILL_LEVELS:
-            return [], _spill(itertools.chain(held, tables), folder, prefix, level)
-    return held, []
-
-
-def _small_tables(
-    held: list[pa.Table], spilled: list[Path], folder: Path, level: int, part_rows: int
-) -> Iterator[pa.Table]:
-    if held:
-        yield pa.concat_tables(held)
-    for path in spilled:
-        below = _gather(_read_spilled(path), folder, f"{path.stem}-", level + 1, part_rows)
-        path.unlink()
-        yield from _small_tables(*below, folder, level + 1, part_rows)
+            break
+    else:
+        if held:
+            yield pa.concat_tables(held)
+        return
+    paths = _spill(itertools.chain(held, tables), folder, prefix, level)
+    held.clear()
+    for path in paths:
+        yield from _whole_users(_read_spilled(path), folder, f"{path.stem}-", level + 1, part_rows)
 
 
 def _spill(tables: Iterable[pa.Table], folder: Path, prefix: str, level: int) -> list[Path]:
@@ -314,3 +304,4 @@ def _read_spilled(path: Path) -> Iterator[pa.Table]:
     with pa.OSFile(str(path)) as opened, pa.ipc.open_stream(opened) as batches:
         for batch in batches:
             yield pa.Table.from_batches([batch])
+    path.unlink()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged, runs
 
 REACH = 10
 LAST_EVENTS = 20
@@ -70,7 +70,7 @@ class Neighbours:
     @cached_property
     def weight_P(self) -> NDArray[np.float32]:
         """w_uv."""
-        return (self.count_P / self._damp(self.train_counts[self.lists.ids])).astype(np.float32)
+        return (self.count_P / self.damp(self.train_counts[self.lists.ids])).astype(np.float32)
 
     @cached_property
     def total_V(self) -> NDArray[np.float64]:
@@ -119,9 +119,7 @@ class Neighbours:
         """Places of all neighbours of some items, and the index into `item_N` of each place."""
         start_N = self.lists.offsets[item_N]
         length_N = self.lists.offsets[item_N + 1] - start_N
-        from_S = np.repeat(np.arange(len(item_N)), length_N)
-        inside_S = np.arange(len(from_S)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-        return start_N[from_S] + inside_S, from_S
+        return runs(start_N, length_N), np.repeat(np.arange(len(item_N)), length_N)
 
     def left_out(
         self,
@@ -148,7 +146,7 @@ class Neighbours:
         count_TM = np.where(place_TM >= 0, self._at(self.count_P, place_TM), 0.0) - lost_TM
         # Every pair counts at least into_J.min(): less is rounding, or no neighbour.
         count_TM[count_TM < into_J.min() / 2] = 0.0
-        weight_TM = count_TM / self._damp(np.maximum(self.train_counts[target_T1] - counted_T[:, None], 1))
+        weight_TM = count_TM / self.damp(np.maximum(self.train_counts[target_T1] - counted_T[:, None], 1))
         weight_TM[(lost_TM > 0) & (weight_TM <= self.edge_V[last_TM])] = 0.0
 
         whole_TM = np.where(last_TM >= 0, self.total_V[last_TM], 0.0)
@@ -169,10 +167,11 @@ class Neighbours:
         given_T = np.zeros(len(target_T))
         target_X1, around_XJ = target_T[wanted_T, None], around_TJ[wanted_T]
         listed_XJ = (around_XJ >= 0) & (around_XJ != target_X1) & (self.find(target_X1, around_XJ) >= 0)
-        given_T[wanted_T] = (listed_XJ / self._damp(self.train_counts[around_XJ])) @ out_J
+        given_T[wanted_T] = (listed_XJ / self.damp(self.train_counts[around_XJ])) @ out_J
         return given_T
 
-    def _damp(self, counts: NDArray[np.integer]) -> NDArray[np.float64]:
+    def damp(self, counts: NDArray[np.integer]) -> NDArray[np.float64]:
+        """n^damping."""
         return counts.astype(np.float64) ** self.counting.damping
 
     @staticmethod

@@ -41,6 +41,11 @@ def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return column
 
 
+def encoded(values: pa.Array) -> pa.Array:
+    """Text as a dictionary, so that each distinct one is looked at once; other types as they are."""
+    return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
+
+
 def is_plain(kind: pa.DataType) -> bool:
     """Text, numbers, booleans, dates and times: what has a text form (after `plain`)."""
     numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)

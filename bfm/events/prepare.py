@@ -13,7 +13,8 @@ blocks and workers leaves no trace but in the check of the raw order inside ties
 
 from __future__ import annotations
 
-import json
+import functools
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_rows, hash_strings
+from bfm.events.hashing import hash_rows, hash_strings, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import numbers, plain, to_mask
+from bfm.events.parse import encoded, numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
@@ -73,9 +74,39 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def summaries(self, stage: str) -> list[dict[str, Any]]:
-        """What the tasks of a stage reported, in the order of their indices."""
-        return [json.loads(path.read_bytes()) for path in sorted((self.folder / "work" / stage).glob("*.json"))]
+    def save(self, stage: str, index: int, value: Any) -> None:
+        """Keep what a task of a stage found."""
+        self.file(stage, index, "pickle").write_bytes(pickle.dumps(value))
+
+    def load(self, stage: str) -> Iterator[Any]:
+        """What the tasks of a stage found, in the order of their indices."""
+        for path in sorted((self.folder / "work" / stage).glob("*.pickle")):
+            yield pickle.loads(path.read_bytes())
+
+
+@dataclass(frozen=True)
+class PieceFacts:
+    """What was read of a piece of the log."""
+
+    rows: int
+    columns: set[str]
+    repairs: Counter[tuple[str, str]]
+    """(field, fault) -> values made missing."""
+    ties: TieCounts
+    """In the raw order."""
+
+
+@dataclass(frozen=True)
+class PartitionFacts:
+    """What a sorted partition holds."""
+
+    index: int
+    users: int
+    events: int
+    time_range: tuple[int, int]
+    """Meaningless where there are no events."""
+    reasons: dict[str, int]
+    """Of what was put into quarantine -> rows."""
 
 
 def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tuple[Job, list[Piece]]:
@@ -116,24 +147,13 @@ def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
     rows, seen = 0, set[str]()
     repairs: Counter[tuple[str, str]] = Counter()
     ties = TieCounts()
-    for chunk in source.read_piece(piece, job.columns):
-        if chunk.unreadable:
-            rows += len(chunk.unreadable)
-            yield clean.unreadable_rows(chunk.reason, list(chunk.unreadable), job.schema, job.event_item_fields)
-        if chunk.table.num_rows:
-            cleaned = clean.clean_table(chunk.table, job.schema, job.event_item_fields)
-            rows += chunk.table.num_rows
-            seen.update(chunk.names or chunk.table.column_names)
-            repairs += cleaned.repairs
-            ties += _raw_ties(job.schema, chunk.table, cleaned.table)
-            yield cleaned.table
-    report = {
-        "rows": rows,
-        "columns": sorted(seen),
-        "repairs": [[name, fault, count] for (name, fault), count in sorted(repairs.items())],
-        "ties": [ties.pairs, ties.neighbours, ties.ascending, ties.descending],
-    }
-    job.file("read", piece.index, "json").write_text(json.dumps(report))
+    for cleaned in clean.read_cleaned(piece, job.columns, job.schema, job.event_item_fields):
+        rows += cleaned.table.num_rows
+        seen.update(cleaned.columns)
+        repairs += cleaned.repairs
+        ties += _raw_ties(job.schema, cleaned.raw, cleaned.table)
+        yield cleaned.table
+    job.save("read", piece.index, PieceFacts(rows, seen, repairs, ties))
 
 
 def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCounts:
@@ -159,11 +179,11 @@ def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCount
 
 def rows_read(job: Job) -> int:
     """Rows of the whole log, once all pieces are read. Raises UserError for an empty log or an absent column."""
-    reports = job.summaries("read")
-    total = sum(report["rows"] for report in reports)
+    pieces: list[PieceFacts] = list(job.load("read"))
+    total = sum(piece.rows for piece in pieces)
     if total == 0:
         raise UserError("the log has no rows", key="LOG", fix="check the files")
-    present = {column for report in reports for column in report["columns"]}
+    present = set[str]().union(*(piece.columns for piece in pieces))
     if present:
         source.require_columns(job.columns, sorted(present), "LOG")
     return total
@@ -193,10 +213,11 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
     good = table.filter(table[clean.FAULT].is_null())
     names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW, PARTITION)]
-    columns = {name: _encoded(plain(good[name])) for name in names}
+    columns = {name: encoded(plain(good[name])) for name in names}
     time = columns[clean.TIME].to_numpy()
     users, user = _ranked_users(columns[clean.USER], job.seed)
-    order, row_hash, repeated = _order(list(columns.values()), user, time, job.seed)
+    row_hash = hash_rows(list(columns.values()), job.seed)
+    order, repeated = order_events(user, time, row_hash)
     if job.schema.clean.drop_duplicates and repeated.any():
         doubles = good.take(pa.array(np.sort(order[repeated]))).select(names)
         unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
@@ -208,22 +229,9 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     columns[ROW_HASH] = pa.array(row_hash[order])
     write_arrow(job.file("sorted", index, "arrow"), pa.table(columns))
     time = time[order]
-    histogram = Histogram.of(time)
-    bins = {"value": histogram.bins, "count": histogram.counts}
-    write_arrow(job.file("times", index, "arrow"), pa.table(bins))
-    summary = {
-        "partition": index,
-        "events": len(order),
-        "users": len(users),
-        "shift": histogram.shift,
-        "reasons": reasons,
-        "times": [int(time.min()), int(time.max())] if len(time) else None,
-    }
-    job.file("sorted", index, "json").write_text(json.dumps(summary))
-
-
-def _encoded(values: pa.Array) -> pa.Array:
-    return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
+    job.save("times", index, Histogram.of(time))
+    time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
+    job.save("sorted", index, PartitionFacts(index, len(users), len(order), time_range, reasons))
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
@@ -233,30 +241,6 @@ def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.nda
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
     return user.dictionary.take(pa.array(order)), place[user.indices.to_numpy()]
-
-
-def _order(
-    columns: list[pa.Array], user: np.ndarray, time: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Order by (user, time, hash of the row, second hash), the hash [n], and which places repeat the one before."""
-    row_hash = hash_rows(columns, seed)
-    order = np.lexsort((row_hash, time, user))
-    same = _repeats(order, user, time, row_hash)
-    if not same.any():
-        return order, row_hash, same
-    # Equal rows are interchangeable; different rows of equal hash are told apart by an independent one.
-    second = np.zeros(len(order), np.uint64)
-    tied = np.flatnonzero(same | np.append(same[1:], False))
-    second[order[tied]] = hash_rows([column.take(pa.array(order[tied])) for column in columns], seed + 1)
-    order = np.lexsort((second, row_hash, time, user))
-    return order, row_hash, _repeats(order, user, time, row_hash, second)
-
-
-def _repeats(order: np.ndarray, *keys: np.ndarray) -> np.ndarray:
-    same = np.zeros(len(order), bool)
-    if len(order):
-        same[1:] = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
-    return same
 
 
 def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
@@ -275,24 +259,29 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
 
 def choose_split(job: Job) -> Split:
     """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
-    summaries = job.summaries("sorted")
-    if not any(summary["events"] for summary in summaries):
-        raise _nothing_usable(job, summaries)
+    partitions: list[PartitionFacts] = list(job.load("sorted"))
+    if not any(partition.events for partition in partitions):
+        raise _nothing_usable(job, partitions)
     if job.schema.split_by == "leave_one_out":
         return Split()
-    histogram = Histogram.of(np.zeros(0, np.int64))
-    for summary in summaries:
-        bins = read_arrow(job.file("times", summary["partition"], "arrow"))
-        part = Histogram(summary["shift"], bins["value"].to_numpy(), bins["count"].to_numpy())
-        histogram = histogram.merged(part)
-    return time_split(job.schema.split, histogram)
+    return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
 
 
-def _nothing_usable(job: Job, summaries: list[dict[str, Any]]) -> UserError:
+def present_partitions(job: Job) -> list[int]:
+    """Indices of the partitions that some row fell into."""
+    return [partition.index for partition in job.load("sorted")]
+
+
+def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
+    """Reason -> rows of all partitions."""
     reasons: Counter[str] = Counter()
-    for summary in summaries:
-        reasons.update(summary["reasons"])
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    for partition in partitions:
+        reasons.update(partition.reasons)
+    return dict(sorted(reasons.items()))
+
+
+def _nothing_usable(job: Job, partitions: list[PartitionFacts]) -> UserError:
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in quarantined(partitions).items())
     file = next(iter(sorted((job.shard_set / "quarantine").glob("*.parquet"))))
     example = pq.read_table(file)["row"][0].as_py()
     return UserError(

@@ -15,49 +15,27 @@ import hashlib
 import io
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from bfm.errors import CorruptError, UserError
-from bfm.events.mixing import keyed, mix64, stream_key
+from bfm.errors import UserError
+from bfm.events.manifest import SHARD_SET
+from bfm.events.ragged import Ragged, place_in_run, runs
+from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards, user_chunks
 from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
+from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"
-PROTOCOL_VERSION = 2
 PARTS = ("validation", "test")
 DEFAULT_QUERIES = 10_000
 BASKET_DIVISOR = 4
 TARGET_RULE = "distinct items of all events of the next timestamp, inside the part"
 _CHUNK_EVENTS = 1 << 20
 _CHUNK_QUERIES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of item ids, one per query (compressed rows)."""
-
-    ids: np.ndarray
-    """Int32 [sum of lengths], ascending inside each list."""
-    offsets: np.ndarray
-    """Int64 [Q+1]."""
-
-    def __getitem__(self, query: int) -> np.ndarray:
-        """The ids of one query."""
-        return self.ids[self.offsets[query] : self.offsets[query + 1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def within(self, other: Ragged) -> np.ndarray:
-        """Bool [sum of lengths]: which ids are also in the same query's list of `other`."""
-        width = 1 + max(self.ids.max(initial=0), other.ids.max(initial=0))
-        own, others = (
-            np.repeat(np.arange(len(lists)), np.diff(lists.offsets)) * width + lists.ids for lists in (self, other)
-        )
-        return np.isin(own, others)
 
 
 @dataclass(frozen=True)
@@ -95,33 +73,17 @@ class Protocol:
 
     @classmethod
     def load(cls, shards: Shards) -> Protocol:
-        """Read the protocol.
+        """Read the protocol. Raises CorruptError that names a file that is missing or was altered."""
+        files = shards.manifest.files
+        check_files(shards.path, {name: files[name] for name in (PROTOCOL, *map(table_name, PARTS))})
+        info = read_json(shards.path / PROTOCOL)
+        columns = {part: np.load(shards.path / table_name(part), allow_pickle=False) for part in PARTS}
+        return cls(info, {part: _table(columns[part], info["filter_seen"]) for part in PARTS})
 
-        Raises CorruptError where a file is missing or does not fit its hash, UserError for one of another version.
-        """
-        path = shards.path / PROTOCOL
-        if not path.is_file():
-            raise CorruptError(f"{path}: is missing")
-        info = read_json(path)
-        if protocol_hash(info) != info.get("hash"):
-            raise CorruptError(f"{path}: was altered (its hash does not fit)")
-        if info["version"] != PROTOCOL_VERSION:
-            found = f"protocol of version {info['version']}, this code scores by {PROTOCOL_VERSION}"
-            raise UserError(found, file=str(path), fix="prepare the shard set again")
-        tables = {}
-        for part in PARTS:
-            raw_path = shards.path / table_name(part)
-            raw = raw_path.read_bytes() if raw_path.is_file() else b""
-            if sha256_bytes(raw) != info["parts"][part]["sha256"]:
-                raise CorruptError(f"{raw_path}: is missing or was altered (its sha256 does not fit {PROTOCOL})")
-            columns = np.load(io.BytesIO(raw), allow_pickle=False)
-            tables[part] = QueryTable(columns[0], columns[1], columns[2].astype(bool), bool(info["filter_seen"]))
-        return cls(info, tables)
-
-    @property
+    @cached_property
     def hash(self) -> str:
         """Identity of the protocol: rows of different protocols are never compared."""
-        return str(self.info["hash"])
+        return sha256_bytes(canonical_json(self.info))
 
     @property
     def filter_seen(self) -> bool:
@@ -132,11 +94,6 @@ class Protocol:
     def seen_rule(self) -> str:
         """The rule about seen items and its reason, for people."""
         return rule_words(self.info)
-
-    @property
-    def catalogue(self) -> int:
-        """Candidates: items known at the split."""
-        return int(self.info["catalogue"])
 
     def queries(self, part: str) -> QueryTable:
         """The queries of `validation` or `test`; headline first. Raises UserError for another part."""
@@ -150,9 +107,8 @@ def table_name(part: str) -> str:
     return f"protocol-{part}.npy"
 
 
-def protocol_hash(info: dict[str, Any]) -> str:
-    """Sha256 of the protocol's canonical JSON without its own hash."""
-    return sha256_bytes(canonical_json({key: value for key, value in info.items() if key != "hash"}))
+def _table(columns: np.ndarray, filter_seen: bool) -> QueryTable:
+    return QueryTable(columns[0], columns[1], columns[2].astype(bool), filter_seen)
 
 
 # ---------------------------------------------------------------- building
@@ -187,7 +143,7 @@ def build_protocol(
                 fix="give a larger validation share, an earlier split or a longer log",
             )
         columns = np.concatenate([headline, basket], axis=1)
-        table = QueryTable(columns[0], columns[1], columns[2].astype(bool), rule["filter_seen"])
+        table = _table(columns, rule["filter_seen"])
         buffer = io.BytesIO()
         np.save(buffer, columns, allow_pickle=False)
         write_atomic(shards.path / table_name(part), buffer.getvalue())
@@ -202,7 +158,7 @@ def build_protocol(
         }
         tables[part] = table
     info: dict[str, Any] = {
-        "version": PROTOCOL_VERSION,
+        "version": SHARD_SET.version,
         "seed": seed,
         "catalogue": shards.num_catalogue,
         "split": shards.manifest.split,
@@ -211,7 +167,6 @@ def build_protocol(
         "ties": "half",
         "target_rule": TARGET_RULE,
     }
-    info["hash"] = protocol_hash(info)
     write_json(shards.path / PROTOCOL, info)
     return Protocol(info, tables)
 
@@ -249,7 +204,7 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
 def _candidates(shards: Shards, first: np.ndarray, count: np.ndarray, low: int, basket: bool) -> np.ndarray:
     """Int64 [2, n]: (user, position) of the wanted kind among users low..low+len(first)."""
     user = np.repeat(np.arange(low, low + len(first)), count)
-    position = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+    position = runs(first, count)
     event = shards.user_starts[user] + position
     now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
     wanted = (now == following) if basket else (now < following)
@@ -261,9 +216,7 @@ def _ranked(found: np.ndarray, key: np.uint64) -> np.ndarray:
     user, position = found
     order = np.lexsort((keyed(key, mix64(user) + position.astype(np.uint64)), user))
     user, position = user[order], position[order]
-    starts = np.flatnonzero(np.diff(user, prepend=-1))
-    rank = np.arange(len(user)) - np.repeat(starts, np.diff(np.append(starts, len(user))))
-    return np.stack([user, position, rank])
+    return np.stack([user, position, place_in_run(user)])
 
 
 def _first(ranked: np.ndarray, key: np.uint64, limit: int) -> np.ndarray:
@@ -297,11 +250,17 @@ def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
     return distinct_items(shards, first, length)
 
 
+def seen_items(shards: Shards, queries: QueryTable) -> Ragged | None:
+    """Items of each query's known history, where lists leave them out."""
+    if not queries.filter_seen:
+        return None
+    return distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
+
+
 def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
-    event = np.arange(len(query)) - np.repeat(np.cumsum(length) - length, length) + np.repeat(first, length)
-    item = shards.take_item(shards.locate(event)).astype(np.int64)
+    item = shards.take_item(shards.locate(runs(first, length))).astype(np.int64)
     pair = np.unique(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))

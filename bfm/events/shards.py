@@ -9,7 +9,7 @@ Layout of a shard set (one directory):
     shard-00000/         item.npy time.npy context/<field>.npy user_offsets.npy train_end.npy valid_end.npy
                          users.parquet
     quarantine/*.parquet
-    derived/             caches; not in the manifest, may be deleted at any time
+    .cache/              see cache.py; not in the manifest, may be deleted at any time
 
 How to write one: `write_shard` per partition, `write_items`, then `Shards(path, draft_manifest)` reads what stands
 already (for the protocol and the checks), then `finish(path, manifest)` hashes every file and publishes manifest.json.
@@ -31,8 +31,10 @@ import pyarrow.parquet as pq
 
 from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
-from bfm.events.manifest import MANIFEST, Manifest, check_files, fetch, read_manifest
-from bfm.files import sha256_file, write_json
+from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
+from bfm.events.ragged import runs
+from bfm.files import Store
+from bfm.sealed import check_files, list_files
 
 # ---------------------------------------------------------------- writers
 
@@ -109,15 +111,10 @@ def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarr
 
 
 def finish(directory: Path, manifest: Manifest) -> Manifest:
-    """Hash every file below the directory (derived/ apart) and publish manifest.json; returns the final manifest."""
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    files = {
-        name: {"sha256": sha256_file(directory / name), "bytes": (directory / name).stat().st_size}
-        for name in names
-        if name != MANIFEST and not name.startswith(("derived/", "."))
-    }
-    manifest = dataclasses.replace(manifest, files=files)
-    write_json(directory / MANIFEST, {**manifest.as_dict(), "hash": manifest.hash})
+    """Hash every file below the directory and publish manifest.json; returns the final manifest."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    manifest = dataclasses.replace(manifest, files=list_files(directory))
+    SHARD_SET.write(Store(directory), manifest.as_dict())
     return manifest
 
 
@@ -190,8 +187,8 @@ class Shards:
             CorruptError: a file is missing, truncated or altered (the message names it).
         """
         local = fetch(str(path)) if "://" in str(path) else Path(path)
-        manifest = read_manifest(local)
-        check_files(local, manifest, verify)
+        manifest = Manifest.from_dict(SHARD_SET.read(Store(local)))
+        check_files(local, manifest.files, whole=verify)
         return cls(local, manifest)
 
     @property
@@ -314,8 +311,7 @@ def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[n
     for low, high in itertools.pairwise(user_chunks(shards.train_lengths[:users], target)):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
-        inside_E = np.arange(len(user_E)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
-        yield user_E, inside_E, shards.locate(shards.user_starts[user_E] + inside_E)
+        yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
 
 
 def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events.schema import EventSchema
+from bfm.files import open_filesystem
 from bfm.yaml import did_you_mean
 
 CHUNK_ROWS = 1 << 18
@@ -94,7 +95,7 @@ def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> 
     for log in logs:
         if "://" in log:
             remote = f"{log.rsplit('/', 1)[0]}/{name}"
-            filesystem, inner = _open_filesystem(remote)
+            filesystem, inner = open_filesystem(remote)
             if filesystem.get_file_info(inner).is_file:
                 return remote
         else:
@@ -148,10 +149,9 @@ def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
         raise _unreadable(piece.path, error) from error
 
 
-def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: str, columns: list[str]) -> pa.Table:
     """A whole file as one table (item tables)."""
-    names = columns if columns is not None else table_columns(path)
-    chunks = [chunk.table for piece in make_pieces([path], names) for chunk in read_piece(piece, names)]
+    chunks = [chunk.table for piece in make_pieces([path], columns) for chunk in read_piece(piece, columns)]
     if not chunks:
         raise UserError("has no rows", file=path, fix="give an item table with rows")
     return pa.concat_tables(chunks, promote_options="permissive")
@@ -171,15 +171,20 @@ def table_columns(path: str) -> list[str]:
 
 def file_format(path: str) -> str:
     """Format by the file's ending. Raises UserError for others."""
-    name = path.lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
-    suffix = Path(name).suffix
+    suffix = _suffix(path)
     if suffix not in _FORMATS:
         raise UserError(
             f"format {suffix or 'without an ending'} is not known", file=path, fix=f"use {', '.join(_FORMATS)}"
         )
     return _FORMATS[suffix]
+
+
+def _suffix(path: str) -> str:
+    """The ending of a file without that of its compression."""
+    name = path.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return Path(name).suffix
 
 
 # ---------------------------------------------------------------- finding
@@ -204,7 +209,7 @@ def _expand(log: str) -> list[str]:
 def _expand_uri(log: str) -> list[str]:
     base, mark, pattern = log.partition("*")
     folder = base if not mark else base.rsplit("/", 1)[0]
-    filesystem, inner = _open_filesystem(folder)
+    filesystem, inner = open_filesystem(folder)
     root = folder[: len(folder) - len(inner)] if folder.endswith(inner) else folder.split("://")[0] + "://"
     info = filesystem.get_file_info(inner)
     if info.is_file:
@@ -220,28 +225,16 @@ def _expand_uri(log: str) -> list[str]:
 
 
 def _is_log(name: str) -> bool:
-    stem = name.lower()
-    for ending in _COMPRESSED:
-        stem = stem.removesuffix(ending)
-    return not name.startswith((".", "_")) and Path(stem).suffix in _FORMATS
-
-
-def _open_filesystem(path: str) -> tuple[Any, str]:
-    if "://" not in path:
-        return pyarrow.fs.LocalFileSystem(), path
-    try:
-        return pyarrow.fs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(_short(error), file=path, fix="check the URI") from error
+    return not name.startswith((".", "_")) and _suffix(name) in _FORMATS
 
 
 def _open_stream(path: str) -> Any:
-    filesystem, inner = _open_filesystem(path)
+    filesystem, inner = open_filesystem(path)
     return filesystem.open_input_stream(inner, compression="detect")
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
-    filesystem, inner = _open_filesystem(path)
+    filesystem, inner = open_filesystem(path)
     try:
         return pq.ParquetFile(filesystem.open_input_file(inner))
     except (pa.ArrowInvalid, OSError) as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.events.derived import load_derived, save_derived
+from bfm.events.cache import kept
 from bfm.events.manifest import Manifest
 from bfm.events.shards import Shards
 from bfm.events.windows import WindowOrder
@@ -61,14 +61,12 @@ def inclusion_elsewhere(shards: Shards, window: int, group_windows: int) -> np.n
 
 def target_windows(shards: Shards, window: int) -> np.ndarray:
     """Int64 [V]: windows of the stream among whose targets each catalogue item is. Cached."""
-    name = f"target-windows-L{window}"
-    cached = load_derived(shards, name)
-    if cached is not None and len(cached) == 8 * shards.num_catalogue:
-        return np.frombuffer(cached, "<i8").astype(np.int64)
-    num_windows = shards.manifest.windows_per_epoch(window)
-    count_V = _windows_with(shards, window, np.arange(num_windows))["targets"][: shards.num_catalogue]
-    save_derived(shards, name, count_V.astype("<i8").tobytes())
-    return count_V
+    every = np.arange(shards.manifest.windows_per_epoch(window))
+
+    def make() -> bytes:
+        return _windows_with(shards, window, every)["targets"][: shards.num_catalogue].astype("<i8").tobytes()
+
+    return np.frombuffer(kept(shards, f"target-windows-L{window}", make), "<i8").astype(np.int64)
 
 
 def fit_distinct_curve(shards: Shards) -> dict[str, Any]:

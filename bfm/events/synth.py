@@ -7,8 +7,8 @@ The truth answers the platform's prediction question, given the full history, wh
 for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
 recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
 protocol with about one query per user weighs them) over users' means. `optimum` gives the values at the very queries of
-a prepared log's protocol, `predictive` the distribution itself, to be scored like a model. Context fields carry
-nothing, item fields nothing beyond what the item itself says, so the bound holds for models that use them.
+a prepared log's protocol. Context fields carry nothing, item fields nothing beyond what the item itself says, so the
+bound holds for models that use them.
 
 Shapes: U users, E events, B baskets, Q queries, R query rows, K items or list length.
 """
@@ -27,9 +27,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
-from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at, runs
-from bfm.events.mixing import stream_key
+from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
 from bfm.events.protocol import QueryTable, query_targets
+from bfm.events.ragged import runs
+from bfm.events.randomness import stream_key
 from bfm.events.shards import Shards
 from bfm.files import write_atomic, write_json
 
@@ -129,21 +130,6 @@ def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int =
         truth: what truth.json holds.
     """
     return _expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
-
-
-def predictive(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> Callable[[slice, slice], np.ndarray]:
-    """The optimal distribution of the next timestamp's items: (query rows, items of the shard set) -> float64 [R, K].
-
-    Arguments as in `optimum`. Over the catalogue it sums to less than 1 where items of the world are not in it; scaled
-    to 1 there, it is still best for the NLL of warm targets if they are one by one (`basket` 1), else nearly so.
-    """
-    predictor, raw_V = _predictor(shards, queries, truth), _raw_items(shards)
-
-    def block(rows: slice, items: slice) -> np.ndarray:
-        view = predictor.subset(rows)
-        return view.probability(np.tile(raw_V[items], (len(view.belief_NM), 1)))
-
-    return block
 
 
 def _predictor(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> BayesFilter:

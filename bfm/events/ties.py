@@ -6,6 +6,7 @@ measures this on the raw order, before it orders ties by a seeded hash, and `dat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,9 @@ class TieCounts:
     """Tied neighbouring pairs (of all neighbouring pairs of the same user: `neighbours`)."""
     neighbours: int = 0
     """Neighbouring pairs of the same user."""
-    ascending: dict[str, int] = field(default_factory=dict)
+    ascending: Counter[str] = field(default_factory=Counter)
     """Column -> tied pairs whose value rises."""
-    descending: dict[str, int] = field(default_factory=dict)
+    descending: Counter[str] = field(default_factory=Counter)
     """Column -> tied pairs whose value falls."""
 
     def __add__(self, other: TieCounts) -> TieCounts:
@@ -36,19 +37,17 @@ class TieCounts:
         return TieCounts(
             self.pairs + other.pairs,
             self.neighbours + other.neighbours,
-            _merged(self.ascending, other.ascending),
-            _merged(self.descending, other.descending),
+            self.ascending + other.ascending,
+            self.descending + other.descending,
         )
 
     def ascending_share(self) -> dict[str, float]:
         """Column -> rising share of the tied pairs that differ in it (0.5 = no order); absent where none differs."""
-        total = _merged(self.ascending, self.descending)
-        return {name: self.ascending[name] / count for name, count in total.items() if count}
+        return {name: self.ascending[name] / count for name, count in sorted(self._different().items())}
 
     def warning(self) -> str | None:
         """One sentence that names the monotone columns; None where there are none (or hardly any ties)."""
-        total = _merged(self.ascending, self.descending)
-        found = []
+        total, found = self._different(), []
         for name, share in self.ascending_share().items():
             if total[name] >= _FEWEST_PAIRS and max(share, 1 - share) >= _MONOTONE_SHARE:
                 found.append(f"{name} {'rises' if share > 0.5 else 'falls'} in {max(share, 1 - share):.1%}")
@@ -68,6 +67,10 @@ class TieCounts:
             "warning": self.warning(),
         }
 
+    def _different(self) -> Counter[str]:
+        """Column -> tied pairs that differ in it."""
+        return self.ascending + self.descending
+
 
 def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, Any]) -> TieCounts:
     """Count rising and falling values among tied neighbours.
@@ -79,7 +82,7 @@ def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, A
     same_user = user[1:] == user[:-1]
     tied = np.flatnonzero(same_user & (time[1:] == time[:-1]))
     before, after = pa.array(tied), pa.array(tied + 1)
-    ascending, descending = {}, {}
+    ascending, descending = Counter[str](), Counter[str]()
     for name, values in columns.items():
         array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
         left, right = array.take(before), array.take(after)
@@ -90,7 +93,3 @@ def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, A
 
 def _count(flags: pa.Array | pa.ChunkedArray) -> int:
     return int(pc.sum(flags).as_py() or 0)
-
-
-def _merged(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}

@@ -22,9 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from bfm.events.mixing import permuted, stream_key
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
+from bfm.events.ragged import place_in_run, runs
+from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
 
 _ORDER_STREAM = 0x0DE2
@@ -264,8 +265,7 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: N
     first, position = shards.user_starts[queries.user], queries.position
     length = np.minimum(position + 1, window)
     row, column, num_rows = _pack(length, window)
-    step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-    place = np.repeat(row * window + column, length) + step
+    place = runs(row * window + column, length)
 
     def spread(values: np.ndarray, pad: int) -> np.ndarray:
         out = np.full(num_rows * window, pad)
@@ -274,7 +274,7 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: N
 
     # Inside a context the following event is known up to the query's own position.
     places = _Places(
-        event_RL=spread(np.repeat(first + position + 1 - length, length) + step, -1),
+        event_RL=spread(runs(first + position + 1 - length, length), -1),
         segment_RL=spread(np.repeat(_number_inside_rows(row, column), length), -1),
         first_RL=spread(np.repeat(first, length), 0),
         stop_RL=spread(np.repeat(first + position + 1, length), 0),
@@ -310,7 +310,6 @@ def _pack(length: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]
 def _number_inside_rows(row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Rank of each context inside its row, by column."""
     order = np.lexsort((column, row))
-    starts = np.flatnonzero(np.diff(row[order], prepend=-1))
     rank = np.empty(len(row), np.int64)
-    rank[order] = np.arange(len(row)) - np.repeat(starts, np.diff(np.append(starts, len(row))))
+    rank[order] = place_in_run(row[order])
     return rank

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.events.mixing import stream_key
+from bfm.events.randomness import stream_key
 
 _ROPE_BASE = 10_000.0
 _EPSILON = 1e-6

@@ -16,6 +16,7 @@ Widths are even and lie on a grid that grows with them; `hidden` (about 8/3 w) t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,12 +98,8 @@ class Shape:
         """JSON-able form."""
         return dataclasses.asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Shape:
-        """Inverse of `as_dict`."""
-        return cls(**values)
 
-
+@functools.lru_cache(maxsize=1024)
 def size_model(
     params: float,
     embedder_share: float,

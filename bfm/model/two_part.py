@@ -106,7 +106,7 @@ class TwoPartModel(nn.Module):
     ) -> None:
         super().__init__()
         assert (neighbours is not None) == (shape.counted_events > 0), "a table, exactly for a shape that reads one"
-        self.shape, self.seed, self.dropout = shape, seed, dropout
+        self.shape, self.table_width, self.seed, self.dropout = shape, table_width, seed, dropout
         self.item_store, self.neighbours = item_store, neighbours
         # One generator per part: the context side and the contextualizer start alike whatever the embedder draws.
         generators = [torch.Generator().manual_seed(_mix(seed, part)) for part in range(3)]
@@ -142,15 +142,20 @@ class TwoPartModel(nn.Module):
             [checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)]
         )
 
-    def _embed_chunk(self, ids_U: Tensor) -> Tensor:
-        packed = self.item_store.packed(ids_U.device).take(ids_U)
-        return self.embedder(packed.ids_NS, self.item_store.layout.features(packed, None))
+    def _embed_chunk(self, ids_U: Tensor, store: ItemStore | None = None) -> Tensor:
+        store = store or self.item_store
+        packed = store.packed(ids_U.device).take(ids_U)
+        return self.embedder(packed.ids_NS, store.layout.features(packed, None))
 
     @torch.no_grad()
-    def embed_all(self, chunk: int = EMBED_CHUNK, *, first: int = 0, step: int = 1) -> Tensor:
-        """The catalogue and the cold items, or every step-th of them from `first` on: [I, d_item], float32."""
-        ids = torch.arange(first, self.item_store.num_items, step, device=self.device)
-        return torch.cat([self._embed_chunk(part) for part in ids.split(chunk)])
+    def embed_all(self, *, first: int = 0, step: int = 1, store: ItemStore | None = None) -> Tensor:
+        """The catalogue and the cold items, or every step-th of them from `first` on: [I, d_item], float32.
+
+        `store`: other items with the same fields.
+        """
+        store = store or self.item_store
+        ids = torch.arange(first, store.num_items, step, device=self.device)
+        return torch.cat([self._embed_chunk(part, store) for part in ids.split(EMBED_CHUNK)])
 
     def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Queries:
         """The queries of the batch's target rows, in row-major order.

@@ -3,31 +3,34 @@
 Enters: a shard set and its protocol. Leaves: scores of queries, and metrics, by the name of the floor.
 
     popularity:     score_v = log((n_v + 1) / (sum n + V)), n_v = training count: a distribution, so it has an nll
-    co_occurrence:  the neighbours of the query's last events (neighbours.py), then popularity
+    co_occurrence:  score_v = sum over the query's last events u of age_decay^age w_uv / n_u^damping, then popularity;
+                    w_uv of counted neighbours (bfm/events/neighbours.py)
     personal:       the user's own history, decayed, mixed with popularity (personal.py): a distribution too
 
-V = catalogue items, Q = queries, R = query rows of a chunk, N = targets.
+V = catalogue items, Q = queries, R = query rows of a chunk, C = items of a block, M = last events of a query,
+P = pairs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bfm.events.counting import BROAD, COUNTINGS, count_neighbours
-from bfm.events.derived import load_derived, save_derived
-from bfm.events.neighbours import Neighbours
-from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
+from bfm.events.cache import kept
+from bfm.events.counting import COUNTINGS, count_neighbours
+from bfm.events.neighbours import LAST_EVENTS, Neighbours
+from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
 from bfm.ranking.metrics import QueryScores, score_queries, summarise
-from bfm.ranking.neighbours import NeighbourScores
+from bfm.ranking.mixture import NeighbourMass, pairs_by_item
 from bfm.ranking.paired import from_npz, to_npz
 from bfm.ranking.personal import best_personal, log_popularity
-from bfm.ranking.ranks import Ranked, ScoreBlock, rank_targets
+from bfm.ranking.ranks import ScoreBlock, rank_targets
 
 VERSION = 3
 _CHOOSING_QUERIES = 2_000
@@ -47,67 +50,39 @@ def baseline_scores(
 ) -> dict[str, QueryScores]:
     """Every floor's scores of a part's queries (the first `queries`), in float32.
 
-    Cached with the shard set. Co-occurrence is no distribution and has no nll.
+    Kept with the shard set. Co-occurrence is no distribution and has no nll.
     """
     table = protocol.queries(part)[:queries]
-    chosen = "-".join(map(str, k))
-    name = f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{chosen}"
-    measures = {
-        "popularity": lambda: _measure(popularity_scores(shards), shards, table, k, alike=True),
-        "co_occurrence": lambda: _neighbour_scores(best_neighbours(shards, protocol), shards, table, k),
-        "personal": lambda: _measure(best_personal(shards, protocol).scores(shards, table), shards, table, k, False),
+    makers: dict[str, Callable[[], bytes]] = {
+        "popularity": lambda: to_npz(_measure(popularity_scores(shards), shards, table, k)),
+        "co_occurrence": lambda: to_npz(_neighbour_scores(best_neighbours(shards, protocol), shards, table, k)),
+        "personal": lambda: to_npz(_measure(best_personal(shards, protocol).scores(shards, table), shards, table, k)),
     }
-    found: dict[str, QueryScores] = {}
-    for floor, measure in measures.items():
-        data = load_derived(shards, f"{name}-{floor}")
-        if data is None:
-            data = to_npz(measure())
-            save_derived(shards, f"{name}-{floor}", data)
-        found[floor] = from_npz(data)
-    return found
+    name = f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{'-'.join(map(str, k))}"
+    return {floor: from_npz(kept(shards, f"{name}-{floor}", make)) for floor, make in makers.items()}
 
 
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
-    """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best.
-
-    Cached with the shard set.
-    """
+    """Pairs counted in the way, of COUNTINGS, that ranks the first queries of the validation part best; kept."""
     validation = protocol.queries("validation")[:_CHOOSING_QUERIES]
-    if len(validation) == 0:
-        return count_neighbours(shards, [BROAD])[0]
-    name = f"neighbours-v{VERSION}-{protocol.hash[:16]}"
-    cached = load_derived(shards, name)
-    if cached is not None:
-        return Neighbours.from_bytes(cached)
-    counted = count_neighbours(shards, COUNTINGS)
 
     def worth(way: Neighbours) -> float:
-        return summarise(_neighbour_scores(way, shards, validation, (10,))).metrics.get(_CHOOSING_METRIC, 0.0)
+        return summarise(_neighbour_scores(way, shards, validation, (10,))).metrics[_CHOOSING_METRIC]
 
-    best = max(counted, key=worth)
-    save_derived(shards, name, best.to_bytes())
-    return best
+    def make() -> bytes:
+        return max(count_neighbours(shards, COUNTINGS), key=worth).to_bytes()
+
+    return Neighbours.from_bytes(kept(shards, f"neighbours-v{VERSION}-{protocol.hash[:16]}", make))
 
 
 def _neighbour_scores(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
-    scores = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k, alike=False)
+    scores = _measure(co_occurrence_scores(neighbours, shards, table), shards, table, k)
     return dataclasses.replace(scores, values={key: value_Q for key, value_Q in scores.values.items() if key != "nll"})
 
 
-def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int], alike: bool) -> QueryScores:
-    """Scores of one scorer's queries. `alike`: all queries have the same scores, so one row of them is enough."""
+def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
     num_items, targets = shards.num_catalogue, query_targets(shards, table)
-    if table.filter_seen:
-        seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
-        ranked = rank_targets(scorer, targets, num_items, max(k), seen)
-    elif alike:
-        ids, place_N = np.unique(targets.ids, return_inverse=True)
-        row = rank_targets(scorer, Ragged(ids, np.array([0, len(ids)])), num_items, max(k))
-        top_Qk = np.repeat(row.top_Qk, len(table), axis=0)
-        top_score_Qk = np.repeat(row.top_score_Qk, len(table), axis=0)
-        ranked = Ranked(row.rank_N[place_N], row.nll_N[place_N], top_Qk, top_score_Qk)
-    else:
-        ranked = rank_targets(scorer, targets, num_items, max(k))
+    ranked = rank_targets(scorer, targets, num_items, max(k), seen_items(shards, table))
     rows = np.arange(len(table))
     return score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
 
@@ -124,11 +99,30 @@ def popularity_scores(shards: Shards) -> ScoreBlock:
 
 def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTable) -> ScoreBlock:
     """Summed neighbour weights of each query's last events; equal sums are ordered by popularity."""
-    scores = NeighbourScores(neighbours, shards, table)
+    damping_V, lists = neighbours.damp(neighbours.train_counts), neighbours.lists
+    item_QM = neighbours.known(_last_items(shards, table))
+    decay_M = neighbours.counting.age_decay ** np.arange(LAST_EVENTS)
+    mass_QM = np.where(item_QM >= 0, decay_M * (neighbours.total_V / damping_V)[item_QM], 0.0)
+    votes = NeighbourMass(neighbours, torch.from_numpy(item_QM), torch.from_numpy(mass_QM).float())
+    votes_of_rows = pairs_by_item(votes)
     # Ids fall with popularity. Far below every neighbour weight, this orders the items that no event points to.
-    tie_break_V = (1e-6 * scores.smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).astype(np.float32)
+    smallest = (neighbours.weight_P / np.repeat(damping_V, np.diff(lists.offsets))).min(initial=1.0)
+    tie_break_V = torch.from_numpy(1e-6 * smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).float()
 
     def block(rows: slice, items: slice) -> Tensor:
-        return torch.from_numpy(scores(rows, items) + tie_break_V[items])
+        scores_RC = tie_break_V[items].repeat(rows.stop - rows.start, 1)
+        at, mass_P = votes_of_rows(rows).block(items)
+        scores_RC[at] += mass_P
+        return scores_RC
 
     return block
+
+
+def _last_items(shards: Shards, table: QueryTable) -> NDArray[np.int64]:
+    """Item ids [Q, M] of the last known events, the latest first; -1 where the history is shorter."""
+    first_Q1 = shards.user_starts[table.user][:, None]
+    event_QM = first_Q1 + table.position[:, None] - np.arange(LAST_EVENTS)
+    known_QM = event_QM >= first_Q1
+    items_QM = np.full(event_QM.shape, -1, np.int64)
+    items_QM[known_QM] = shards.take_item(shards.locate(event_QM[known_QM]))
+    return items_QM

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol, QueryTable, Ragged, distinct_items, query_targets
+from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
+from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
@@ -64,16 +65,14 @@ def evaluate(
         raise UserError(f"the {part} part has no query", file=str(shards.path), fix="use a later or longer log")
     rows = np.arange(rank, len(table), world_size)
     table, num_items = table[rows], shards.num_catalogue
-    targets, seen = query_targets(shards, table), None
-    if table.filter_seen:
-        seen = distinct_items(shards, shards.user_starts[table.user], table.position + 1)
+    targets, seen = query_targets(shards, table), seen_items(shards, table)
     vectors_ID = model.embed_all()
     answers = answer(model, vectors_ID.__getitem__, shards, table, window, num_items)
     catalogue_VD = vectors_ID[:num_items]
     scorer = answers.scores(catalogue_VD)
     ranked = rank_targets(scorer, targets, num_items, max(k), seen)
     scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
-    cost = ModelCost(model.shape, shards.fields, _table_width(model), window, shards.has_clock)
+    cost = ModelCost(model.shape, shards.fields, model.table_width, window, shards.has_clock)
     flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), num_items)
     pair_flops = 2 * model.shape.d_item
     if candidates is not None:
@@ -88,30 +87,24 @@ def evaluate(
     return dataclasses.replace(scores, eval_flops=flops)
 
 
-def _table_width(model: TwoPartModel) -> int:
-    tables = [side.fields.table for side in (model.embedder, model.context) if side.fields.table is not None]
-    # Without any table no cost depends on the width.
-    return tables[0].shape[1] if tables else 1
-
-
 def _sampled_loss(
     answers: Answers, catalogue_VD: Tensor, targets: Ragged, table: QueryTable, candidates: Candidates
 ) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
     device = catalogue_VD.device
-    query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
-    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[query_N]
+    used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[targets.rows]
     place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
     hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
     ids_K = torch.from_numpy(candidates.ids_K).to(device)
     log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
-    loss_N = np.full(len(query_N), np.nan)
+    loss_N = np.full(len(targets.ids), np.nan)
     rows = np.flatnonzero(used_N)
     step = max(1, _BLOCK_BYTES // (4 * max(1, len(candidates.ids_K))))
     for start in range(0, len(rows), step):
         chosen_T = rows[start : start + step]
         query_T, item_T, hit_T = (
-            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (query_N, targets.ids, hit_N)
+            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device)
+            for values in (targets.rows, targets.ids, hit_N)
         )
         h_TD = answers.h_QD[query_T]
         loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, answers.scale)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged
 from bfm.ranking.ranks import Ranked
 
 _BASKET = "basket."

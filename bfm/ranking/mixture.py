@@ -12,7 +12,7 @@ M = last events of a query.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,9 +68,18 @@ class SparseMass:
 
     def of_rows(self, rows: slice) -> SparseMass:
         """The pairs of some queries, these counted from 0."""
-        bounds = torch.tensor([rows.start, rows.stop]).to(self.query_P)
-        low, high = torch.searchsorted(self.query_P, bounds).tolist()
-        return SparseMass(self.query_P[low:high] - rows.start, self.item_P[low:high], self.mass_P[low:high])
+        here = _between(self.query_P, rows)
+        return SparseMass(self.query_P[here] - rows.start, self.item_P[here], self.mass_P[here])
+
+    def by_item(self) -> SparseMass:
+        """The same pairs by rising item, for `block`."""
+        order = self.item_P.argsort(stable=True)
+        return SparseMass(self.query_P[order], self.item_P[order], self.mass_P[order])
+
+    def block(self, items: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Of pairs by rising item: where those of some items lie in a block [Q, C], and their mass."""
+        here = _between(self.item_P, items)
+        return (self.query_P[here], self.item_P[here] - items.start), self.mass_P[here]
 
     def totals(self, num_queries: int) -> Tensor:
         """Mass of every query [Q]."""
@@ -87,14 +96,14 @@ class SparseMass:
 
 
 class NeighbourMass:
-    """The component of counted neighbours. Its pairs are many: they are made for the rows that are asked for."""
+    """Last events of queries share out a mass among counted neighbours; pairs are made as their rows are asked for."""
 
     def __init__(self, neighbours: Neighbours, item_QM: Tensor, mass_QM: Tensor) -> None:
         """item_QM: ids of last events, -1 where they have no neighbours; mass_QM: what each shares out, else 0."""
         self._neighbours, self._item_QM, self._mass_QM = neighbours, item_QM.cpu().numpy(), mass_QM
-        self.of_rows = kept_per_thread(self._of_rows)
 
-    def _of_rows(self, rows: slice) -> SparseMass:
+    def of_rows(self, rows: slice) -> SparseMass:
+        """The pairs of some queries, these counted from 0."""
         table, item_RM, device = self._neighbours, self._item_QM[rows], self._mass_QM.device
         row_N, age_N = (item_RM >= 0).nonzero()
         item_N = item_RM[row_N, age_N]
@@ -114,11 +123,17 @@ class NeighbourMass:
         return (share_NM.to(self._mass_QM) * self._mass_QM[query_N]).sum(-1)
 
 
+def pairs_by_item(component: Component) -> Callable[[slice], SparseMass]:
+    """The pairs of rows by rising item; those of the last rows are kept, as blocks of theirs follow each other."""
+    return kept_per_thread(lambda rows: component.of_rows(rows).by_item())
+
+
 class MixtureScores:
     """A ScoreBlock of log p."""
 
     def __init__(self, softmax: DotScores, log_gate_Q: Tensor, components: Sequence[Component]) -> None:
         self._softmax, self._components = softmax, components
+        self._sparse = [pairs_by_item(component) for component in components]
         self.finite = softmax.finite
         """No score can be NaN or infinite."""
         self.shift_Q = log_gate_Q - _log_totals(softmax, len(log_gate_Q))
@@ -127,11 +142,9 @@ class MixtureScores:
     def __call__(self, rows: slice, items: slice) -> Tensor:
         """log p [R, C]."""
         log_p_RC = self._softmax(rows, items) + self.shift_Q[rows, None]
-        for component in self._components:
-            sparse = component.of_rows(rows)
-            here = ((sparse.item_P >= items.start) & (sparse.item_P < items.stop)).nonzero()[:, 0]
-            at = sparse.query_P[here], sparse.item_P[here] - items.start
-            log_p_RC[at] = torch.logaddexp(log_p_RC[at], sparse.mass_P[here].log())
+        for of_rows in self._sparse:
+            at, mass_P = of_rows(rows).block(items)
+            log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
         return log_p_RC
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
@@ -141,6 +154,11 @@ class MixtureScores:
             mass_TS = component.at(query_T[:, None].expand_as(item_TS), item_TS)
             log_p_TS = torch.logaddexp(log_p_TS, mass_TS.log())
         return log_p_TS
+
+
+def _between(rising_P: Tensor, bounds: slice) -> slice:
+    """The run of rising numbers from bounds.start to before bounds.stop."""
+    return slice(*torch.searchsorted(rising_P, torch.tensor([bounds.start, bounds.stop]).to(rising_P)).tolist())
 
 
 def _log_totals(scores: DotScores, num_queries: int) -> Tensor:

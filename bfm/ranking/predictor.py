@@ -1,41 +1,52 @@
-"""An exported model at work: the first k items for every user, and the users' vectors.
+"""A model that predicts on its own: kept in a folder, opened again, asked for the first k items of users.
 
-Enters: the folder of an export; parts of encoded histories (bfm.events.histories), or queries of a shard set. Leaves:
-lists of item ids with scores, or a Parquet file with one row per user, written as the parts come. The query is always
-"what comes at a later timestamp". Needs neither the training code nor the engines.
+    export.json           shape, window, table width, schema, fitted fields, versions; sha256 of every other file
+    weights.safetensors   all weights, float32
+    catalogue.safetensors vectors of all items, float32 or bfloat16
+    neighbours.npz        counted neighbours of the catalogue's items, where the model mixes them in
+    items.parquet         row i = item i: its key, its encoded fields
+    vocabulary/*.parquet  values behind the ids of fields
 
-Q = queries, I = all items, V = catalogue items, N = items new to the export, D = retrieval width, k = list length.
+Enters: queries of a shard set, or of a log encoded like it (bfm/events/histories.py). Leaves: lists of item ids with
+scores. The query is always "what comes at a later timestamp". Needs neither the training code nor the engines.
+
+Q = queries, I = all items, V = catalogue items, R = compared rows, D = retrieval width, k = list length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from bfm.errors import UserError
-from bfm.events.encoding import Encoding, Part
+import bfm
+from bfm.errors import CorruptError, UserError
+from bfm.events.encoding import Encoding
 from bfm.events.neighbours import Neighbours
-from bfm.events.protocol import QueryTable, Ragged, distinct_items
+from bfm.events.protocol import QueryTable, seen_items
+from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
-from bfm.files import Store
+from bfm.files import Store, write_atomic
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
-from bfm.objective.catalogue import FrozenCatalogue, embedder_hash
-from bfm.ranking.exported import CATALOGUE, NEIGHBOURS, WEIGHTS, open_sealed
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
+from bfm.sealed import Sealed, check_files, list_files
 
-_ROW_GROUP_USERS = 4096
-_EMBED_ITEMS = 8192
+EXPORT = Sealed("exported model", "export.json", version=4, fix="write one with `bfm export`")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHTS, _CATALOGUE, _NEIGHBOURS = "weights.safetensors", "catalogue.safetensors", "neighbours.npz"
+_VECTORS = "vectors"
+_COMPARED_ROWS = 1000
+# Largest difference of a component of a unit vector: rounding of the storage, and of matmuls on another device.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -51,19 +62,31 @@ class Top:
 
 
 class Predictor:
-    """A loaded export."""
+    """A model, the vectors of its items, and what encodes a log for it."""
 
     def __init__(
-        self,
-        model: TwoPartModel,
-        catalogue: FrozenCatalogue,
-        encoding: Encoding,
-        window: int,
-        filter_seen: bool,
+        self, model: TwoPartModel, vectors_ID: Tensor, encoding: Encoding, window: int, filter_seen: bool
     ) -> None:
-        self.model, self.catalogue, self.encoding = model, catalogue, encoding
+        self.model, self.vectors_ID, self.encoding = model, vectors_ID, encoding
         self.window, self.filter_seen = window, filter_seen
-        self._new_ND = torch.zeros(0, model.shape.d_item, device=model.device)
+
+    def save(self, folder: Path, origin: Mapping[str, Any]) -> None:
+        """Write the files into a folder and seal it with whatever lies there; `origin` is kept in export.json."""
+        facts = {
+            **origin,
+            "code_version": bfm.__version__,
+            "shape": dataclasses.asdict(self.model.shape),
+            "window": self.window,
+            "table_width": self.model.table_width,
+            "filter_seen": self.filter_seen,
+            "encoding": self.encoding.write(folder),
+        }
+        weights = {name: values.cpu().contiguous() for name, values in self.model.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / _WEIGHTS)
+        safetensors.torch.save_file({_VECTORS: self.vectors_ID.cpu().contiguous()}, folder / _CATALOGUE)
+        if self.model.neighbours is not None:
+            write_atomic(folder / _NEIGHBOURS, self.model.neighbours.to_bytes())
+        EXPORT.write(Store(folder), {**facts, "files": list_files(folder)})
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Predictor:
@@ -74,34 +97,45 @@ class Predictor:
             CorruptError: a file is missing or damaged, or its catalogue is not what the model computes.
         """
         folder = Path(folder)
-        facts = open_sealed(folder)
+        facts = EXPORT.read(Store(folder))
+        check_files(folder, facts["files"])
         encoding = Encoding.read(folder, facts["encoding"])
-        item_fields = [field for field in encoding.fields if field.side == "item"]
-        store = ItemStore(item_fields, encoding.item_arrays)
         try:
-            shape, neighbours = Shape(**facts["shape"]), None
-            if shape.counted_events:
-                neighbours = Neighbours.from_bytes((folder / NEIGHBOURS).read_bytes())
+            shape = Shape(**facts["shape"])
+            counted = Neighbours.from_bytes((folder / _NEIGHBOURS).read_bytes()) if shape.counted_events else None
             model = TwoPartModel(
                 shape,
                 encoding.fields,
-                store,
+                ItemStore(encoding.fields, encoding.item_arrays),
                 encoding.has_clock,
-                int(facts["table_width"]),
+                facts["table_width"],
                 seed=0,
-                neighbours=neighbours,
+                neighbours=counted,
             )
-            model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+            model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
         except (RuntimeError, TypeError) as error:
             # The files are whole: this code builds another model than the one that wrote them.
             reason = str(error).splitlines()[-1].strip()
             what = f"weights of code {facts['code_version']} do not fit this code's model ({reason})"
             raise UserError(what, file=str(folder), fix="export the checkpoint again") from error
-        model = model.to(device).eval()
-        key = embedder_hash(model, facts["fields_hash"])
-        catalogue = FrozenCatalogue.load(Store(folder), CATALOGUE, key, (store.num_items, shape.d_item), device)
-        catalogue.verify(model)
-        return cls(model, catalogue, encoding, int(facts["window"]), bool(facts["filter_seen"]))
+        vectors_ID = safetensors.torch.load_file(folder / _CATALOGUE, device=str(device))[_VECTORS]
+        predictor = cls(model.to(device).eval(), vectors_ID, encoding, facts["window"], facts["filter_seen"])
+        predictor.verify()
+        return predictor
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Embed random items again and compare. Raises CorruptError where a vector is not the model's."""
+        generator = torch.Generator().manual_seed(0)
+        ids_R = torch.randperm(self.encoding.num_items, generator=generator)[:_COMPARED_ROWS].to(self.model.device)
+        difference = float((self.model.embed_items(ids_R) - self.vectors_ID[ids_R]).abs().max())
+        tolerance = _TOLERANCE[self.vectors_ID.dtype]
+        # Written so that NaN fails.
+        if not difference <= tolerance:
+            raise CorruptError(
+                f"the catalogue is not what the model computes: of {len(ids_R)} items, a component differs by "
+                f"{difference:.2g} (allowed: {tolerance:g})"
+            )
 
     def check_k(self, k: int) -> None:
         """Raise UserError where lists of k items cannot be made."""
@@ -109,18 +143,10 @@ class Predictor:
             fix = f"use 1 to {self.encoding.catalogue}, the number of items in the catalogue"
             raise UserError(f"lists of {k} items cannot be made", key="--k", fix=fix)
 
-    @torch.no_grad()
     def add_items(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Embed items that histories may hold beside the export's: their ids follow it. They are never recommended."""
-        fields = [field for field in self.encoding.fields if field.side == "item"]
-        if len(arrays[fields[0].name]) == 0:
-            return
-        store = ItemStore(fields, arrays)
-        packed, parts = store.packed(self.model.device), [self._new_ND[:0]]
-        for ids in torch.arange(store.num_items, device=self.model.device).split(_EMBED_ITEMS):
-            chosen = packed.take(ids)
-            parts.append(self.model.embedder(chosen.ids_NS, store.layout.features(chosen, None)))
-        self._new_ND = torch.cat(parts)
+        new_ND = self.model.embed_all(store=ItemStore(self.encoding.fields, arrays))
+        self.vectors_ID = torch.cat([self.vectors_ID[: self.encoding.num_items], new_ND.to(self.vectors_ID.dtype)])
 
     @torch.no_grad()
     def top(self, shards: Shards, queries: QueryTable, k: int) -> Top:
@@ -131,113 +157,10 @@ class Predictor:
         """
         self.check_k(k)
         num_catalogue = self.encoding.catalogue
-        answers = answer(self.model, self._item_vectors, shards, queries, self.window, num_catalogue)
-        seen = None
-        if queries.filter_seen:
-            seen = distinct_items(shards, shards.user_starts[queries.user], queries.position + 1)
+        answers = answer(
+            self.model, lambda ids_U: self.vectors_ID[ids_U].float(), shards, queries, self.window, num_catalogue
+        )
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
-        scores = answers.scores(self.catalogue.vectors_ID[:num_catalogue].float())
-        ranked = rank_targets(scores, no_targets, num_catalogue, k, seen)
+        scores = answers.scores(self.vectors_ID[:num_catalogue].float())
+        ranked = rank_targets(scores, no_targets, num_catalogue, k, seen_items(shards, queries))
         return Top(ranked.top_Qk, ranked.top_score_Qk, answers.h_QD.cpu().numpy())
-
-    def write(
-        self,
-        parts: Iterable[Part],
-        path: Path,
-        *,
-        k: int = 10,
-        vectors: bool = False,
-        filter_seen: bool | None = None,
-        progress: Callable[[int, int], None] = lambda users, events: None,
-    ) -> dict[str, int]:
-        """Write one row per user to a Parquet file, a row group per 4,096 users.
-
-        Columns: user; items (keys as text; structs where an item has several columns); scores; events, how many the
-        user has; vector, where `vectors`. A user without a usable event has empty lists and no vector.
-
-        Args:
-            parts: histories.
-            path: the file; it must not be looked at before this returns.
-            k: list length.
-            vectors: also write user vectors.
-            filter_seen: leave out items of the user's history; None: as in the protocol of the export's shard set.
-            progress: called with the numbers of users and events that are done.
-
-        Returns:
-            users, users_without_event, short_lists.
-        """
-        self.check_k(k)
-        filter_seen = self.filter_seen if filter_seen is None else filter_seen
-        counts = {"users": 0, "users_without_event": 0, "short_lists": 0}
-        events = 0
-        with pq.ParquetWriter(path, self._schema(vectors)) as writer:
-            for part in parts:
-                for table, short in self._part_rows(part, k, filter_seen, writer.schema):
-                    writer.write_table(table)
-                    counts["users"] += table.num_rows
-                    counts["short_lists"] += short
-                    events += pc.sum(table["events"]).as_py()
-                    progress(counts["users"], events)
-                counts["users_without_event"] += len(part.without_event)
-        return counts
-
-    def _part_rows(self, part: Part, k: int, filter_seen: bool, schema: pa.Schema) -> Iterator[tuple[pa.Table, int]]:
-        """Rows of the output, and how many of their lists are shorter than k though the user has events."""
-        last = part.shards.user_lengths[: len(part.users)] - 1
-        for start in range(0, len(last), _ROW_GROUP_USERS):
-            position = last[start : start + _ROW_GROUP_USERS]
-            user = np.arange(start, start + len(position))
-            top = self.top(part.shards, QueryTable(user, position, np.zeros(len(user), bool), filter_seen), k)
-            columns = self._columns(top, part.users.slice(start, len(user)), position + 1, schema)
-            yield pa.table(columns, schema=schema), int((top.item_Qk[:, -1] < 0).sum())
-        if len(part.without_event):
-            yield pa.table(self._no_lists(part.without_event, schema), schema=schema), 0
-
-    def _item_vectors(self, ids_U: Tensor) -> Tensor:
-        """Float32 vectors [U, D] of known and new items."""
-        known_U = ids_U < self.encoding.num_items
-        if known_U.all():
-            return self.catalogue.vectors_ID[ids_U].float()
-        v_UD = self._new_ND.new_empty(len(ids_U), self._new_ND.shape[1])
-        v_UD[known_U] = self.catalogue.vectors_ID[ids_U[known_U]].float()
-        v_UD[~known_U] = self._new_ND[ids_U[~known_U] - self.encoding.num_items]
-        return v_UD
-
-    # ---------------------------------------------------------------- output
-
-    def _schema(self, vectors: bool) -> pa.Schema:
-        keys = self.encoding.item_keys
-        text = pa.large_string()
-        item = text if keys.num_columns == 1 else pa.struct([(name, text) for name in keys.column_names])
-        columns = [
-            ("user", text),
-            ("items", pa.list_(item)),
-            ("scores", pa.list_(pa.float32())),
-            ("events", pa.int64()),
-        ]
-        if vectors:
-            columns.append(("vector", pa.list_(pa.float32(), self.model.shape.d_item)))
-        return pa.schema(columns)
-
-    def _columns(self, top: Top, users: pa.Array, events: np.ndarray, schema: pa.Schema) -> dict[str, pa.Array]:
-        listed_Qk = top.item_Qk >= 0
-        offsets = pa.array(np.concatenate([[0], np.cumsum(listed_Qk.sum(1))]), pa.int32())
-        keys = self.encoding.item_keys.take(pa.array(top.item_Qk[listed_Qk]))
-        parts = [column.combine_chunks() for column in keys.columns]
-        items = parts[0] if len(parts) == 1 else pa.StructArray.from_arrays(parts, keys.column_names)
-        columns = {
-            "user": users,
-            "items": pa.ListArray.from_arrays(offsets, items),
-            "scores": pa.ListArray.from_arrays(offsets, pa.array(top.score_Qk[listed_Qk])),
-            "events": pa.array(events),
-        }
-        if "vector" in schema.names:
-            flat = pa.array(np.ascontiguousarray(top.h_QD).reshape(-1))
-            columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, top.h_QD.shape[1])
-        return columns
-
-    @staticmethod
-    def _no_lists(users: pa.Array, schema: pa.Schema) -> dict[str, pa.Array]:
-        empty = {name: pa.array([[]] * len(users), schema.field(name).type) for name in ("items", "scores")}
-        columns = {"user": users, **empty, "events": pa.array(np.zeros(len(users), np.int64))}
-        return {name: columns.get(name, pa.nulls(len(users), schema.field(name).type)) for name in schema.names}

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import DivergedError
-from bfm.events.protocol import Ragged
-from bfm.ranking.first import GROUP, First, FirstItems
+from bfm.events.ragged import Ragged
+from bfm.ranking.top_items import GROUP, TopItems, TopRows
 
 T = TypeVar("T")
 ScoreBlock = Callable[[slice, slice], Tensor]
@@ -42,6 +42,7 @@ ScoreBlock = Callable[[slice, slice], Tensor]
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
 BLOCK_BYTES = 2 * 2**20
 _ROWS = 256
+_SCORE_BYTES = 4
 # e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.
 _PLAIN_EXP = 60.0
 _NOT_FINITE = "a score is NaN or infinite: nothing can be ranked by it"
@@ -105,7 +106,6 @@ def rank_targets(
     seen: Ragged | None = None,
     *,
     block_bytes: int = BLOCK_BYTES,
-    element_bytes: int = 4,
 ) -> Ranked:
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
@@ -114,10 +114,10 @@ def rank_targets(
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries = len(targets)
-    columns = max(1, min(num_items, block_bytes // (element_bytes * min(_ROWS, max(1, num_queries)))))
+    columns = max(1, min(num_items, block_bytes // (_SCORE_BYTES * min(_ROWS, max(1, num_queries)))))
     # Whole groups need no padding.
     columns = columns // GROUP * GROUP or columns
-    rows = max(1, min(_ROWS, block_bytes // (element_bytes * columns)))
+    rows = max(1, min(_ROWS, block_bytes // (_SCORE_BYTES * columns)))
     rank_N = np.full(len(targets.ids), np.inf)
     nll_N = np.full(len(targets.ids), np.nan)
     top_Qk = np.full((num_queries, max_k), -1, dtype=np.int64)
@@ -173,7 +173,7 @@ class _Chunk(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    first: First
+    first: TopRows
     log_total_R: Tensor
     target_score_N: Tensor
 
@@ -189,7 +189,7 @@ def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[N
     """Place in the lists, row and item of the catalogue items of rows start..stop-1, by rising item."""
     low, high = lists.offsets[start], lists.offsets[stop]
     place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
-    row_N = np.repeat(np.arange(stop - start), np.diff(lists.offsets[start : stop + 1]))[place_N - low]
+    row_N = lists.rows[place_N] - start
     order = np.argsort(lists.ids[place_N], kind="stable")
     return place_N[order], row_N[order], lists.ids[place_N[order]].astype(np.int64)
 
@@ -214,7 +214,7 @@ def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int,
         least, most = map(float, torch.aminmax(largest_R))
         if not math.isfinite(least) or not math.isfinite(most):
             raise DivergedError(_NOT_FINITE)
-        first = first or FirstItems(len(block_RC), max_k, block_RC)
+        first = first or TopItems(len(block_RC), max_k, block_RC)
         first.add(block_RC, largest_RG, start)
         block_RC[hidden] = hidden_score_P
         log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))

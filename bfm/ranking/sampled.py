@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged
 from bfm.ranking.metrics import query_metrics
 
 # Scores made at a time.
@@ -81,13 +81,12 @@ def _ranks(
     pair_scores: PairScores, num_items: int, targets: Ragged, negatives_QS: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """1 + #greater + 1/2 #equal among the query's negatives; inf for cold targets."""
-    query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))
-    rank_N = np.full(len(query_N), np.inf)
+    rank_N = np.full(len(targets.ids), np.inf)
     warm = np.flatnonzero(targets.ids < num_items)
     step = max(1, _BLOCK_PAIRS // (1 + negatives_QS.shape[1]))
     for start in range(0, len(warm), step):
         chosen_T = warm[start : start + step]
-        query_T = query_N[chosen_T]
+        query_T = targets.rows[chosen_T]
         items_TS = np.concatenate([targets.ids[chosen_T, None], negatives_QS[query_T]], axis=1)
         score_TS = pair_scores(torch.from_numpy(query_T), torch.from_numpy(items_TS))
         target_T1, negative_TS = score_TS[:, :1], score_TS[:, 1:]

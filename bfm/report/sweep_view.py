@@ -54,7 +54,8 @@ class SweepView:
         """Manifest and protocol of the sweep's shards; a reason where they are out of reach."""
         try:
             shards = Shards.open(from_dict(self.spec).shards)
-            return {"manifest": shards.manifest.as_dict(), "protocol": Protocol.load(shards).info}
+            protocol = Protocol.load(shards)
+            return {"manifest": shards.manifest.as_dict(), "protocol": {**protocol.info, "hash": protocol.hash}}
         except (UserError, CorruptError) as error:
             return {"provenance": {"shards": str(error)}}
 

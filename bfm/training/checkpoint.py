@@ -7,7 +7,6 @@ says what is wrong with it. A crash or a full disk leaves the checkpoint that st
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 
 from bfm.errors import CorruptError, UserError
-from bfm.files import Store, canonical_json, sha256_bytes
+from bfm.files import Store, sha256_bytes
+from bfm.sealed import Sealed
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineState
 
-VERSION = 1
+CHECKPOINT = Sealed("checkpoint", "meta.json", version=2, fix="name a folder with a meta.json of this version")
 STAGE2_KEYS = frozenset({"freeze_at_flops", "negatives", "negatives_exponent", "negatives_in_batch"})
 """What a stage-1 trunk is not a function of, as long as it has not passed `freeze_at_flops`."""
 
@@ -39,16 +39,14 @@ def save_checkpoint(store: Store, name: str, state: EngineState, meta: dict[str,
     Raises OSError where the disk is full; what stood before still stands then.
     """
     buffer = io.BytesIO()
-    torch.save(state.as_tensors(), buffer)
+    torch.save(vars(state), buffer)
     data = buffer.getvalue()
     digest = sha256_bytes(data)
-    whole = {**meta, "version": VERSION, "state_sha256": digest, "state_bytes": len(data)}
-    sealed = {**whole, "meta_sha256": sha256_bytes(canonical_json(whole))}
     state_name = _state_name(name, digest)
     store.put(state_name, data)
-    store.put(f"{name}/meta.json", json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False).encode())
+    CHECKPOINT.write(store, {**meta, "state_sha256": digest, "state_bytes": len(data)}, name)
     for old in store.names(name):
-        if old not in (state_name, f"{name}/meta.json"):
+        if old not in (state_name, f"{name}/{CHECKPOINT.file}"):
             store.filesystem.delete_file(f"{store.prefix}/{old}")
 
 
@@ -58,21 +56,7 @@ def _state_name(name: str, digest: str) -> str:
 
 def read_meta(store: Store, name: str) -> dict[str, Any]:
     """The meta of a checkpoint. Raises UserError where there is none, CorruptError where it was altered."""
-    where = f"{store.uri}/{name}"
-    try:
-        text = store.get(f"{name}/meta.json")
-    except FileNotFoundError:
-        raise UserError("there is no checkpoint here", file=where, fix="name a folder with a meta.json") from None
-    try:
-        sealed = json.loads(text)
-        seal = sealed.pop("meta_sha256")
-    except (ValueError, AttributeError, KeyError) as error:
-        raise CorruptError(f"{where}/meta.json: not a checkpoint's meta ({error!r})") from error
-    if sha256_bytes(canonical_json(sealed)) != seal:
-        raise CorruptError(f"{where}/meta.json: altered (its checksum does not match)")
-    if sealed["version"] != VERSION:
-        raise UserError(f"checkpoint version {sealed['version']}, this code reads {VERSION}", file=where)
-    return sealed
+    return CHECKPOINT.read(store, name)
 
 
 def load_checkpoint(
@@ -103,15 +87,13 @@ def load_checkpoint(
         data = store.get(state_name)
     except FileNotFoundError:
         raise CorruptError(f"{where}: missing, though meta.json stands") from None
-    if len(data) != meta["state_bytes"]:
-        raise CorruptError(f"{where}: {len(data)} bytes, {meta['state_bytes']} were written")
     if sha256_bytes(data) != meta["state_sha256"]:
-        raise CorruptError(f"{where}: altered (its sha256 does not match)")
+        raise CorruptError(f"{where}: is truncated or altered (its sha256 does not fit)")
     try:
         tensors = torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise CorruptError(f"{where}: not readable ({error})") from error
-    return Checkpoint(EngineState.from_tensors(tensors), meta)
+    return Checkpoint(EngineState(**tensors), meta)
 
 
 def _check_expected(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,42 +135,19 @@ class TrainConfig:
 
     def shape(self) -> Shape:
         """Widths and depths; raises InfeasibleError where (N, s) cannot be built."""
-        return _shape(
+        # Imported late: the border code that only checks configurations need not load the model room.
+        from bfm.model.sizing import size_model
+
+        return size_model(
             self.params,
             self.embedder_share,
-            self.d_item,
-            self.aspect,
-            self.depth,
-            self.embedder_depth,
-            self.copy == "pointer",
-            self.counts == "neighbours",
+            d_item=self.d_item,
+            aspect=self.aspect,
+            depth=self.depth,
+            embedder_depth=self.embedder_depth,
+            pointer=self.copy == "pointer",
+            neighbours=self.counts == "neighbours",
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _shape(
-    params: float,
-    embedder_share: float,
-    d_item: int,
-    aspect: float,
-    depth: int | None,
-    embedder_depth: int | None,
-    pointer: bool,
-    neighbours: bool,
-) -> Shape:
-    # Imported late: the border code that only checks configurations need not load the model room.
-    from bfm.model.sizing import size_model
-
-    return size_model(
-        params,
-        embedder_share,
-        d_item=d_item,
-        aspect=aspect,
-        depth=depth,
-        embedder_depth=embedder_depth,
-        pointer=pointer,
-        neighbours=neighbours,
-    )
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))

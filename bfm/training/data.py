@@ -96,3 +96,12 @@ class TrainingData:
             config.initial_scale,
             self.neighbours(config),
         )
+
+
+def embedder_hash(model: TwoPartModel, fields_hash: str) -> str:
+    """Identity of the frozen catalogue: weights of the embedder and what it reads."""
+    parameters = dict(model.named_parameters())
+    digests = [fields_hash]
+    for name in sorted(model.embedder_parameter_names()):
+        digests += [name, sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes())]
+    return sha256_bytes("\n".join(digests).encode())

@@ -50,15 +50,6 @@ class EngineState:
 
         return EngineState(self.weight, keep(self.moment1), keep(self.moment2), keep(self.average), self.steps)
 
-    def as_tensors(self) -> dict[str, Any]:
-        """Nested plain dict for a checkpoint."""
-        return {name: getattr(self, name) for name in ("weight", "moment1", "moment2", "average", "steps")}
-
-    @classmethod
-    def from_tensors(cls, values: dict[str, Any]) -> EngineState:
-        """Inverse of `as_tensors`."""
-        return cls(**values)
-
 
 class Engine(Protocol):
     """Makes optimizer steps with averaged gradients over all workers."""

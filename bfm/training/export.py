@@ -1,30 +1,24 @@
-"""A checkpoint to a folder that predicts on its own: weights, what encodes a log, and the frozen catalogue.
+"""A checkpoint to a folder that predicts on its own (bfm/ranking/predictor.py), whole or not at all.
 
-Enters: a checkpoint and the shard set it was trained on. Leaves: the folder that bfm.ranking.exported describes, whole
-or not at all.
+Enters: a checkpoint and the shard set it was trained on. Leaves: the folder, and a few facts about it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
-
-import safetensors.torch
 
 import bfm
 from bfm.errors import UserError
 from bfm.events.encoding import Encoding
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.events.staging import publish, staging
-from bfm.files import Store, parent_store, write_atomic
+from bfm.files import parent_store, write_atomic
 from bfm.model.flops import FLOPS_VERSION
-from bfm.objective.catalogue import DTYPES, FrozenCatalogue
-from bfm.ranking.exported import CATALOGUE, NEIGHBOURS, README, WEIGHTS, seal
+from bfm.ranking.predictor import DTYPES, Predictor
+from bfm.sealed import check_free, publish, staging
 from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
-from bfm.training.data import TrainingData
 from bfm.training.rung import load_model
 
 _README = """\
@@ -67,50 +61,37 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
     if catalogue_dtype not in DTYPES:
         raise UserError(f"no type {catalogue_dtype!r}", key="--catalogue-dtype", fix=f"use {' or '.join(DTYPES)}")
     out = out.absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError("exists already", file=str(out), fix="choose another folder")
+    check_free(out)
     opened = Shards.open(shards)
     store, name = parent_store(checkpoint)
     model, meta = load_model(store, name, opened), read_meta(store, name)
-    config, fields_hash = TrainConfig.from_dict(meta["config"]), TrainingData.of(opened).fields_hash
-    encoding = Encoding.of(opened)
-    catalogue = FrozenCatalogue.embed(model, fields_hash, DTYPES[catalogue_dtype])
-    facts = {
+    config, encoding, protocol = TrainConfig.from_dict(meta["config"]), Encoding.of(opened), Protocol.load(opened)
+    vectors_ID = model.embed_all().to(DTYPES[catalogue_dtype])
+    origin = {
         "name": opened.manifest.name,
-        "shape": dataclasses.asdict(config.shape()),
-        "window": config.window,
-        "table_width": config.table_width,
-        "filter_seen": Protocol.load(opened).filter_seen,
-        "fields_hash": fields_hash,
-        "encoding": {},
-        "code_version": bfm.__version__,
-        "flops_version": FLOPS_VERSION,
         "shards_hash": opened.hash,
-        "training": {"config": config.as_dict(), "seed": meta["seed"], "counters": meta["counters"]},
+        "flops_version": FLOPS_VERSION,
+        "training": {key: meta[key] for key in ("config", "seed", "counters")},
     }
-    words = {
-        "name": opened.manifest.name,
-        "folder": out.name,
-        "few": min(10, encoding.catalogue),
+    facts = {
+        "params": model.shape.params,
         "items": encoding.num_items,
         "catalogue": encoding.catalogue,
         "dtype": catalogue_dtype,
-        "params": config.shape().params,
-        "events": meta["counters"]["events"],
-        "neighbours": _NEIGHBOURS_LINE if model.neighbours else "",
-        "version": bfm.__version__,
     }
+    words = _README.format(
+        **facts,
+        name=opened.manifest.name,
+        folder=out.name,
+        few=min(10, encoding.catalogue),
+        events=meta["counters"]["events"],
+        neighbours=_NEIGHBOURS_LINE if model.neighbours else "",
+        version=bfm.__version__,
+    )
     with staging(out) as scratch:
         made = scratch / "export"
-        made.mkdir()
-        facts["encoding"] = encoding.write(made)
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(weights, made / WEIGHTS)
-        catalogue.save(Store(made), CATALOGUE)
-        if model.neighbours:
-            write_atomic(made / NEIGHBOURS, model.neighbours.to_bytes())
-        write_atomic(made / README, _README.format(**words).encode())
-        seal(made, facts)
+        write_atomic(made / "README.md", words.encode())
+        Predictor(model, vectors_ID, encoding, config.window, protocol.filter_seen).save(made, origin)
         publish(made, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return {"export": str(out), "bytes": size, **{key: words[key] for key in ("params", "items", "catalogue", "dtype")}}
+    return {"export": str(out), "bytes": size, **facts}

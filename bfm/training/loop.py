@@ -24,14 +24,13 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.catalogue import embedder_hash
 from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
 from bfm.objective.methods import check_method, method_of_stage
 from bfm.objective.objectives import DrawnObjective, LiveObjective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
-from bfm.training.data import TrainingData
+from bfm.training.data import TrainingData, embedder_hash
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord

@@ -1,6 +1,6 @@
 """The measured matmul peak of this machine: what "share of peak" is a share of.
 
-In: a device. Out: FLOP/s of the fastest square matmul, for the dtypes that training may run in.
+In: a device. Out: FLOP/s of the fastest square matmul in float32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ _SECONDS_PER_SIZE = 0.25
 
 
 @functools.cache
-def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+def matmul_peak(device: str = "cpu") -> float:
     """FLOP/s of the best of a few sizes; measured once per process, in under a second (plus CUDA's own start)."""
-    kind = torch.device(device).type
-    return max(_measure(size, torch.device(device), dtype) for size in _SIZES[kind])
+    return max(_measure(size, torch.device(device)) for size in _SIZES[torch.device(device).type])
 
 
-def _measure(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.full((size, size), 0.5, device=device, dtype=dtype)
+def _measure(size: int, device: torch.device) -> float:
+    a = torch.full((size, size), 0.5, device=device)
     out = torch.empty_like(a)
     best_flops_per_s = 0.0
     deadline_s = time.perf_counter() + _SECONDS_PER_SIZE

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.events import build, prepare
-from bfm.events.manifest import Manifest
-from bfm.events.staging import publish, staging
+from bfm.events.manifest import SHARD_SET, Manifest
+from bfm.sealed import check_free, publish, staging
 
 PROJECT = Path(__file__).parents[2]
 
@@ -25,7 +25,8 @@ def prepare_serially(
     reorder: Callable[[pa.Table], pa.Table] = lambda table: table,
 ) -> Manifest:
     """Prepare a shard set; `reorder` shuffles the cleaned rows before they are partitioned."""
-    with staging(out, overwrite=overwrite) as folder:
+    check_free(out, SHARD_SET if overwrite else None)
+    with staging(out) as folder:
         job, pieces = prepare.plan_job(str(schema), [str(log) for log in logs], folder, seed)
         tables = [table for piece in pieces for table in prepare.clean_piece(job, piece)]
         count = prepare.num_partitions(prepare.rows_read(job))
@@ -35,11 +36,12 @@ def prepare_serially(
             if part.num_rows:
                 prepare.sort_partition(job, index, part)
         split = prepare.choose_split(job)
-        for summary in job.summaries("sorted"):
-            build.measure_partition(job, split, summary["partition"])
+        present = prepare.present_partitions(job)
+        for index in present:
+            build.measure_partition(job, split, index)
         checks = build.fit_all(job)
-        for index in range(count):
-            build.write_partition(job, split, index)
+        for shard in range(len(present)):
+            build.write_partition(job, split, present, shard)
         manifest = build.finish_set(job, split, checks)
         publish(job.shard_set, out)
     return manifest
@@ -56,4 +58,4 @@ def shared_data(name: str) -> Path | None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a shard set but the caches."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if "derived" not in p.parts}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if ".cache" not in p.parts}

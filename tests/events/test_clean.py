@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.events import clean, parse
 from bfm.events.schema import EventSchema, TimeSpec
+from bfm.events.source import RawChunk
 from bfm.yaml import parse_yaml, validate
 
 TIME = TimeSpec(column="t")
@@ -158,6 +159,7 @@ _ANY = st.one_of(
 
 
 @given(st.lists(_ANY, min_size=1, max_size=8))
+@settings(deadline=None)
 def test_every_value_is_judged_by_itself(values):
     """The outcome of a value depends on no other value, and is either usable, missing or wrong."""
     values = [None if v is None else v.encode("utf-8", "replace").decode() for v in values]
@@ -283,7 +285,7 @@ def test_text_of_item_values_comes_back():
 def test_rows_that_are_all_wrong_stay_rows():
     cleaned = clean.clean_table(rows(u=[None] * 3), SHOP, FIELDS).table
     assert cleaned["fault"].to_pylist() == ["missing user"] * 3
-    unreadable = clean.unreadable_rows("not JSON", ["{", "["], SHOP, FIELDS)
+    unreadable = clean._unreadable(RawChunk(pa.table({}), ("{", "["), "not JSON"), SHOP, FIELDS).table
     assert unreadable.schema == cleaned.schema
     assert unreadable["raw"].to_pylist() == ["{", "["]
     assert np.all(parse.to_mask(unreadable["fault"].is_valid()))

@@ -23,8 +23,7 @@ def ones(values):
 def fitted(values, kind, weights=None, max_length=None):
     weights = ones(values) if weights is None else np.asarray(weights)
     statistics = fitting.measure(values, kind, weights)
-    read_back = fitting.Statistics.from_table(statistics.to_table())
-    return fitting.fit("f", "context", kind, fitting.merge(kind, [read_back]), max_length)
+    return fitting.fit("f", "context", kind, fitting.merge(kind, [statistics]), max_length)
 
 
 # ---------------------------------------------------------------- hashes
@@ -91,12 +90,12 @@ def test_many_categories_are_hashed():
     ("values", "rows"), [(0, 1024), (1, 1024), (1024, 1024), (1025, 2048), (10**6, 1 << 20), (10**7, 1 << 24)]
 )
 def test_rows_of_a_hashed_table(values, rows):
-    assert fitting.hash_rows(values) == rows
+    assert fitting.id_table_rows(values) == rows
 
 
 @pytest.mark.parametrize("values", [1000, 65_537, 300_000])
 def test_two_hashes_tell_the_items_of_any_catalogue_apart(values):
-    rows = fitting.hash_rows(values)
+    rows = fitting.id_table_rows(values)
     keys = text([f"item {n}" for n in range(values)])
     ids = fitting.encode(keys, fitting.Fitted(fitting.hashed_field("item_id", "item", rows))).array
     # At most one pair of items is expected to share both rows; seven or more happen once in 10,000 tables.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bfm.errors import CorruptError, UserError
-from bfm.events.derived import derived_path, load_derived, save_derived
+from bfm.events.cache import kept, kept_path
 from bfm.events.manifest import MANIFEST, Manifest
 from bfm.events.shards import Shards, write_shard
 from tests.helpers import make_shards
@@ -88,20 +88,24 @@ def test_an_altered_manifest_is_found(copied):
     with pytest.raises(CorruptError, match="altered"):
         Shards.open(copied)
     (copied / MANIFEST).write_text(json.dumps({**values, "surprise": 1}))
-    with pytest.raises(CorruptError, match="not the manifest"):
+    with pytest.raises(CorruptError, match="altered"):
         Shards.open(copied)
-    (copied / MANIFEST).write_text(json.dumps({**values, "schema_version": 77}))
-    with pytest.raises(UserError, match="prepare it again"):
+    (copied / MANIFEST).write_text(json.dumps([]))
+    with pytest.raises(CorruptError, match="is not that of a shard set"):
+        Shards.open(copied)
+    (copied / MANIFEST).write_text(json.dumps({**values, "kind": "checkpoint"}))
+    with pytest.raises(CorruptError, match="that of a checkpoint, not of a shard set"):
+        Shards.open(copied)
+    (copied / MANIFEST).write_text(json.dumps({**values, "version": 77}))
+    with pytest.raises(UserError, match="shard set of version 77"):
         Shards.open(copied)
 
 
 def test_no_shard_set_is_the_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        Shards.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="not finished"):
-        Shards.open(tmp_path)
-    with pytest.raises(UserError, match="no shard set"):
-        Shards.open(f"file://{tmp_path}")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "nowhere", tmp_path, tmp_path / "file", f"file://{tmp_path}"):
+        with pytest.raises(UserError, match="no shard set here"):
+            Shards.open(place)
 
 
 def test_a_uri_is_cached_and_checked(toy_shards, copied, tmp_path, monkeypatch):
@@ -142,13 +146,18 @@ def test_an_empty_partition_is_harmless(tmp_path):
     assert sum(len(shards.history(user).item) for user in range(3)) == shards.num_events
 
 
-def test_derived_caches_are_checked_and_never_needed(copied):
-    shards = Shards.open(copied)
-    assert load_derived(shards, "x") is None
-    assert save_derived(shards, "x", b"value")
-    assert load_derived(shards, "x") == b"value"
-    derived_path(shards, "x").write_bytes(derived_path(shards, "x").read_bytes()[:-1])
-    assert load_derived(shards, "x") is None
+def test_what_is_kept_is_checked_and_never_needed(copied):
+    shards, made = Shards.open(copied), []
+
+    def make():
+        made.append(1)
+        return b"value"
+
+    assert [kept(shards, "x", make) for _ in range(2)] == [b"value"] * 2
+    assert len(made) == 1
+    kept_path(shards, "x").write_bytes(kept_path(shards, "x").read_bytes()[:-1])
+    assert kept(shards, "x", make) == b"value"
+    assert len(made) == 2
     assert Shards.open(copied, verify=True).hash == shards.hash
 
 
@@ -156,6 +165,6 @@ def test_a_directory_that_cannot_be_written_only_costs_the_cache(toy_shards, mon
     def refuse(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("bfm.events.derived.write_atomic", refuse)
-    assert not save_derived(toy_shards, "never", b"value")
-    assert load_derived(toy_shards, "never") is None
+    monkeypatch.setattr("bfm.events.cache.write_atomic", refuse)
+    assert kept(toy_shards, "never", lambda: b"value") == b"value"
+    assert not kept_path(toy_shards, "never").exists()

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bfm.events.derived import derived_path
+from bfm.events.cache import kept_path
 from bfm.events.shards import Shards
 from bfm.events.statistics import expected_distinct, fit_distinct_curve, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
@@ -29,7 +29,7 @@ def test_target_windows_equal_brute_force(toy_shards, window):
     for item in range(toy_shards.num_catalogue):
         assert count_V[item] == (targets_RL == item).any(1).sum()
     # Cached or computed: the same numbers.
-    assert derived_path(toy_shards, f"target-windows-L{window}").exists()
+    assert kept_path(toy_shards, f"target-windows-L{window}").exists()
     assert np.array_equal(target_windows(toy_shards, window), count_V)
 
 
@@ -98,9 +98,9 @@ def test_curve_is_a_function_of_the_shards(many):
 
 
 def test_a_damaged_cache_is_computed_again(toy_shards, tmp_path):
-    shutil.copytree(toy_shards.path, tmp_path / "copy", ignore=shutil.ignore_patterns("derived"))
+    shutil.copytree(toy_shards.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
     shards = Shards.open(tmp_path / "copy")
     first = target_windows(shards, 16)
-    path = derived_path(shards, "target-windows-L16")
+    path = kept_path(shards, "target-windows-L16")
     path.write_bytes(path.read_bytes()[:-5])
     assert np.array_equal(target_windows(shards, 16), first)

@@ -14,7 +14,7 @@ from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
 from bfm.events.protocol import Protocol, query_targets
 from bfm.events.schema import load_schema
 from bfm.events.shards import Shards
-from bfm.events.synth import optimum, predictive, write_synthetic
+from bfm.events.synth import _predictor, _raw_items, optimum, write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
 from tests.events.serial import prepare_serially
@@ -53,6 +53,21 @@ def brute_force_joint(world, baskets):
             probability *= drawn * aisles * math.prod(emission(world, i, interest, baskets[:step]) for i in basket)
         total += probability
     return total
+
+
+def predictive(shards, queries, truth):
+    """The optimal distribution of the next timestamp's items: (query rows, items of the shard set) -> [R, K].
+
+    Over the catalogue it sums to less than 1 where items of the world are not in it; scaled to 1 there, it is still
+    best for the NLL of warm targets if they are one by one (`basket` 1), else nearly so.
+    """
+    predictor, raw_V = _predictor(shards, queries, truth), _raw_items(shards)
+
+    def block(rows, items):
+        view = predictor.subset(rows)
+        return view.probability(np.tile(raw_V[items], (len(view.belief_NM), 1)))
+
+    return block
 
 
 def every_basket(world):

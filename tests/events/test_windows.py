@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.events.mixing import permuted, stream_key
 from bfm.events.protocol import Protocol
+from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, eval_windows
 from tests.helpers import make_shards
 

@@ -161,4 +161,4 @@ def test_params_are_the_matmul_weights_of_both_parts(share, pointer):
 
 def test_shapes_survive_json():
     shape = size_model(1e5, 0.3, d_item=32)
-    assert Shape.from_dict(shape.as_dict()) == shape
+    assert Shape(**shape.as_dict()) == shape

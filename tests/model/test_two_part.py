@@ -9,6 +9,7 @@ import torch
 
 from bfm.errors import UserError
 from bfm.events.windows import Windows
+from bfm.model import two_part
 from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.sizing import Shape
@@ -118,8 +119,9 @@ def test_what_stands_at_pads_changes_nothing(model):
     assert before_RLX.isfinite().all()
 
 
-def test_item_vectors_do_not_depend_on_their_company(model):
-    everything_ID = model.embed_all(chunk=50)
+def test_item_vectors_do_not_depend_on_their_company(model, monkeypatch):
+    monkeypatch.setattr(two_part, "EMBED_CHUNK", 50)
+    everything_ID = model.embed_all()
     assert everything_ID.shape == (NUM_ITEMS, 16)
     torch.testing.assert_close(everything_ID.norm(dim=-1), torch.ones(NUM_ITEMS))
     for ids in ([5], [5, 5, 117], [119, 3, 5, 64, 1]):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import DivergedError
-from bfm.events.protocol import Ragged
+from bfm.events.ragged import Ragged
 from bfm.ranking.metrics import clustered_error, merge, score_queries, summarise
 from bfm.ranking.ranks import DotScores, rank_targets
 

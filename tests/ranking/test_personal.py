@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from bfm.events.derived import derived_path
+from bfm.events.cache import kept_path
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines, personal
 from bfm.ranking.metrics import summarise
@@ -58,7 +58,8 @@ def test_a_history_of_nothing_that_the_catalogue_knows_is_popularity(tmp_path):
 
 def test_old_events_of_a_long_history_cannot_make_a_row_vanish(toy_shards):
     events = personal._Events(np.zeros(2, np.int64), np.array([1, 2]), np.array([0, 90_000]))
-    assert personal._counts(events, 0.9).weight_P.tolist() == [1.0, 0.0]
+    shares = personal._shares(events, 0.9, 3)
+    assert (shares.item_P.tolist(), shares.mass_P.tolist()) == ([1], [1.0])
 
 
 def test_decay_and_share_are_those_of_the_best_nll(tmp_path, monkeypatch):
@@ -80,10 +81,8 @@ def test_decay_and_share_are_those_of_the_best_nll(tmp_path, monkeypatch):
     monkeypatch.setattr(personal, "_CHUNK_EVENTS", 200)
     best = best_personal(shards, protocol)
     assert best == min(losses, key=losses.__getitem__)
-    measured = baselines._measure(best.scores(shards, table), shards, table, (10,), alike=False)
+    measured = baselines._measure(best.scores(shards, table), shards, table, (10,))
     assert summarise(measured).metrics["nll"] == pytest.approx(losses[best], rel=1e-5)
-    assert list(derived_path(shards, "x").parent.glob("personal-*"))
+    assert list(kept_path(shards, "x").parent.glob("personal-*"))
     monkeypatch.setattr(personal, "_losses", lambda *_: pytest.fail("the cache was not read"))
     assert best_personal(shards, protocol) == best
-    nobody = Protocol(protocol.info, {**protocol.tables, "validation": table[:0]})
-    assert best_personal(shards, nobody) == Personal()

@@ -16,9 +16,10 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.encoding import Encoding
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
-from bfm.ranking.evaluate import evaluate, summarise
-from bfm.ranking.exported import EXPORT, seal
-from bfm.ranking.predictor import Predictor
+from bfm.files import Store
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import summarise
+from bfm.ranking.predictor import DTYPES, EXPORT, Predictor
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.report.predictions import predict_log, summary_text
@@ -144,7 +145,7 @@ def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     parts = [
-        (part.users.to_pylist(), part.shards.num_events - 1)
+        (part.users.to_pylist(), part.shards.num_events)
         for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
     ]
     users = [user for part, _ in parts for user in part]
@@ -237,9 +238,24 @@ def test_a_bfloat16_catalogue_is_close(shop, predictor, tmp_path):
     half = Predictor.load(tmp_path / "half")
     queries = headline_of_each_user(shop.shards)
     exact, close = (p.top(shop.shards, queries, 10) for p in (predictor, half))
-    assert half.catalogue.vectors_ID.dtype == torch.bfloat16
+    assert half.vectors_ID.dtype == torch.bfloat16
     np.testing.assert_allclose(exact.score_Qk, close.score_Qk, atol=0.3)
     assert np.abs(exact.score_Qk - close.score_Qk).max() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_that_are_not_the_models_are_found(shop, tmp_path, dtype):
+    export_checkpoint(shop.checkpoint, str(shop.shards.path), tmp_path / "export", dtype)
+    loaded = Predictor.load(tmp_path / "export")
+    assert torch.equal(loaded.vectors_ID, shop.model().embed_all().to(DTYPES[dtype]))
+    for number, wrong in enumerate((0.05, float("nan"))):
+        vectors = loaded.vectors_ID.clone()
+        vectors[3, 2] += wrong
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        Predictor(loaded.model, vectors, loaded.encoding, loaded.window, loaded.filter_seen).save(folder, {})
+        with pytest.raises(CorruptError, match="not what the model computes"):
+            Predictor.load(folder)
 
 
 def make_export(folder, schema, repeats=True):
@@ -352,18 +368,17 @@ def test_a_damaged_or_foreign_export_is_refused(shop, export, tmp_path):
         with pytest.raises(CorruptError, match=str(name)):
             Predictor.load(folder)
         (folder / name).unlink()
-        with pytest.raises(CorruptError if str(name) != EXPORT else UserError):
+        with pytest.raises(CorruptError if str(name) != EXPORT.file else UserError):
             Predictor.load(folder)
         shutil.rmtree(folder)
     shutil.copytree(export, tmp_path / "old")
-    facts = json.loads((export / EXPORT).read_text())
-    (tmp_path / "old" / EXPORT).write_text(json.dumps({**facts, "version": 0}))
+    sealed = json.loads((export / EXPORT.file).read_text())
+    (tmp_path / "old" / EXPORT.file).write_text(json.dumps({**sealed, "version": 0}))
     with pytest.raises(UserError, match="version 0"):
         Predictor.load(tmp_path / "old")
-    bare = {key: value for key, value in facts.items() if key not in ("hash", "files")}
+    facts = EXPORT.read(Store(export))
     for other in ({"hidden": facts["shape"]["hidden"] + 8}, {"another_key": 1}):
-        (tmp_path / "old" / EXPORT).unlink()
-        seal(tmp_path / "old", bare | {"shape": {**facts["shape"], **other}})
+        EXPORT.write(Store(tmp_path / "old"), {**facts, "shape": {**facts["shape"], **other}})
         with pytest.raises(UserError, match="do not fit this code's model"):
             Predictor.load(tmp_path / "old")
 

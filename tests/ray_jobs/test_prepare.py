@@ -8,7 +8,7 @@ import ray
 from bfm.errors import UserError
 from bfm.events import prepare
 from bfm.events.shards import Shards
-from bfm.events.staging import staging
+from bfm.sealed import staging
 from ray_jobs import prepare as ray_prepare
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards

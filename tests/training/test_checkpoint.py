@@ -85,7 +85,7 @@ def test_another_version_is_refused(saved):
     meta = json.loads(saved.get("a/trunk/meta.json"))
     meta["version"] = 99
     saved.put("a/trunk/meta.json", json.dumps(meta).encode())
-    with pytest.raises(CorruptError, match="altered"):
+    with pytest.raises(UserError, match="checkpoint of version 99"):
         load_checkpoint(saved, "a/trunk")
 
 

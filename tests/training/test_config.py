@@ -29,7 +29,7 @@ def test_identity_depends_on_every_field(field):
     if other is not None:
         assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
         return
-    other = (not value) if isinstance(value, bool) else (value or 0.2) * 0.5 if isinstance(value, float) else value + 1
+    other = (not value) if isinstance(value, bool) else (value or 0.2) * 0.5 if isinstance(value, float) else value + 2
     assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
 
 
@@ -50,6 +50,9 @@ def test_identity_depends_on_every_field(field):
         ({"params": 1e4, "groups_per_step": 1.5}, "groups_per_step", "whole number"),
         ({"params": 1e4, "copy": "paste"}, "copy", "write pointer or none"),
         ({"params": 1e4, "window": 1}, "window", "from 2"),
+        ({"params": 1e4, "aspect": 0}, "aspect", "> 0"),
+        ({"params": 1e4, "depth": 0}, "depth", "from 1"),
+        ({"params": 1e4, "embedder_depth": -1}, "embedder_depth", "from 0"),
         ({"params": 1e4, "cooldown_fraction": 1.0}, "cooldown_fraction", "< 1"),
         ({"params": 1e4, "beta2": 1.0}, "beta2", "< 1"),
         ({"params": 1e4, "freeze_at_flops": 0, "negatives": 1}, "freeze_at_flops", "> 0"),

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.ranking.first import GROUP, FirstItems
+from bfm.ranking.top_items import GROUP, TopItems
 
 
 def collect(table_RV, k, width):
     """First items of a table that arrives in blocks of one width, padded to whole groups."""
-    collector, start = FirstItems(len(table_RV), k, table_RV), 0
+    collector, start = TopItems(len(table_RV), k, table_RV), 0
     while start < table_RV.shape[1]:
         block = table_RV[:, start : start + width]
         padded = torch.nn.functional.pad(block, (0, -block.shape[1] % GROUP), value=-torch.inf)
@@ -56,7 +56,7 @@ def test_ties_and_rising_scores_do_not_pile_up(trend):
     table_RV = (torch.arange(20_000) // 128 * trend).float().repeat(8, 1)
     check(table_RV, 10, collect(table_RV, 10, 256))
     held = 0
-    collector = FirstItems(8, 10, table_RV)
+    collector = TopItems(8, 10, table_RV)
     for start in range(0, 20_000 - 256, 256):
         block = table_RV[:, start : start + 256]
         collector.add(block, block.unflatten(1, (-1, GROUP)).amax(-1), start)

@@ -21,7 +21,7 @@ from torch import Tensor
 GROUP = 64
 
 
-class First(NamedTuple):
+class TopRows(NamedTuple):
     """The first k items of each row."""
 
     value_Rk: Tensor
@@ -40,7 +40,7 @@ class _Kept(NamedTuple):
     value_E: Tensor
 
 
-class FirstItems:
+class TopItems:
     """Collects the first k items of rows over blocks with rising item ids; -inf stands for no item."""
 
     def __init__(self, num_rows: int, k: int, like: Tensor) -> None:
@@ -76,7 +76,7 @@ class FirstItems:
         if self._num_kept > 2 * block_RC.numel():
             self._drop_below_bound()
 
-    def finish(self) -> First:
+    def finish(self) -> TopRows:
         """Sort what was kept."""
         num_rows, k = self._best_Rk.shape
         kept = self._drop_below_bound()
@@ -92,7 +92,7 @@ class FirstItems:
         id_Rk = id_E.new_full((num_rows, k), -1).index_put_(at, id_E[listed_E])
         last_R = value_Rk[:, -1]
         equal_R = torch.bincount(row_E[value_E == last_R[row_E]], minlength=num_rows)
-        return First(value_Rk, id_Rk, equal_R + torch.where(last_R == self._best_Rk[:, -1], self._tied_R, 0))
+        return TopRows(value_Rk, id_Rk, equal_R + torch.where(last_R == self._best_Rk[:, -1], self._tied_R, 0))
 
     def _drop_below_bound(self) -> _Kept:
         row_E, id_E, value_E = (torch.cat(parts) for parts in zip(*self._kept, strict=True))

@@ -1,0 +1,47 @@
+"""Lists of different lengths that lie one after the other in flat arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of item ids, one per query (compressed rows)."""
+
+    ids: np.ndarray
+    """Int32 [sum of lengths], ascending inside each list."""
+    offsets: np.ndarray
+    """Int64 [Q+1]."""
+
+    def __getitem__(self, query: int) -> np.ndarray:
+        """The ids of one query."""
+        return self.ids[self.offsets[query] : self.offsets[query + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Int64 [sum of lengths]: the query of each id."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def within(self, other: Ragged) -> np.ndarray:
+        """Bool [sum of lengths]: which ids are also in the same query's list of `other`."""
+        width = 1 + max(self.ids.max(initial=0), other.ids.max(initial=0))
+        own, others = (lists.rows * width + lists.ids for lists in (self, other))
+        return np.isin(own, others)
+
+
+def runs(start: np.ndarray | int, length: np.ndarray) -> np.ndarray:
+    """Int64: start, start + 1, ... of every run, one run after the other."""
+    return np.arange(int(length.sum())) + np.repeat(start - (np.cumsum(length) - length), length)
+
+
+def place_in_run(values: np.ndarray) -> np.ndarray:
+    """Int64 [n]: how many equal numbers, all at least 0, stand directly before each."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    return runs(0, np.diff(np.append(starts, len(values))))
