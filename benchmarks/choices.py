@@ -2,9 +2,9 @@
 
     python benchmarks/choices.py STUDY --shards SHARDS [--processes 2]
 
-STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, the first QUERIES validation
-queries). Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on; the table is
-written beside it. Selection is on the validation part only.
+STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, the first so many
+validation queries). Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on (rows
+of another version of the objective are made again); the table is written beside it. Selection is on the validation part.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from variants import Variant
 
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.model.flops import FLOPS_VERSION
 from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
 from bfm.training.rung import run_rung
@@ -42,6 +43,8 @@ class Run(NamedTuple):
     """C."""
     seed: int = 0
     variant: Variant = Variant()
+    queries: int = 5_000
+    """The first so many of the validation part."""
 
 
 # Reviews of cosmetics, leave-one-out: about five epochs.
@@ -151,18 +154,24 @@ def width_rates() -> Iterator[Run]:
 def history() -> Iterator[Run]:
     """Order of windows x candidates of the own window x copying, and what is predicted from where, at two budgets."""
     config = {**HISTORY, "targets": "next_event"}
-    for flops in (3e10, 1e11):
+    for flops in (2e10, 6e10):
         for copy, order, own in itertools.product(("pointer", "none"), ("permuted", "neighbours"), OWN):
             for seed in range(3):
                 label = f"C {flops:g}, copy {copy}, windows {order}, own window {own}"
-                yield Run(label, {**config, "copy": copy}, flops, seed, Variant(order=order, own=own))
+                yield Run(label, {**config, "copy": copy}, flops, seed, Variant(order=order, own=own), 2_000)
         for own in OWN:
             for seed in range(3):
                 label = f"C {flops:g}, copy pointer, windows permuted, own window {own}, a basket a query"
-                yield Run(label, HISTORY, flops, seed, Variant(own=own))
+                yield Run(label, HISTORY, flops, seed, Variant(own=own), 2_000)
 
 
-QUERIES = 5_000
+def targets() -> Iterator[Run]:
+    """Every event predicted from the one before it, or every basket from where the one before it ended."""
+    for name in ("next_event", "next_basket"):
+        for seed in range(3):
+            yield Run(name, {**HISTORY, "window": 512, "targets": name}, 1.8e11, seed, queries=2_000)
+
+
 STUDIES = {
     "one_at_a_time": one_at_a_time,
     "depth": depth,
@@ -170,20 +179,21 @@ STUDIES = {
     "initial_weights": initial_weights,
     "width_rates": width_rates,
     "history": history,
+    "targets": targets,
 }
-METRICS = ("nll", "recall@10", "ndcg@10", "coverage@10")
+METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 
 
 def run(job: tuple[str, Run]) -> dict[str, Any]:
     """One row, in a process of its own."""
-    shards, (label, values, flops, seed, variant) = job
+    shards, (label, values, flops, seed, variant, queries) = job
     if variant != Variant():
         variant.install()
     config = TrainConfig.from_dict(values)
     with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
-        task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=QUERIES)
+        task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=queries)
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
-    keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
+    keys = ("status", "flops_version", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
     what = {"label": label, "config": values, "seed": seed, "variant": asdict(variant)}
     return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
 
@@ -202,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = RESULTS / f"choices_{arguments.study}.jsonl"
     known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
-    rows = {(row["label"], row["seed"]): row for row in known}
+    rows = {(row["label"], row["seed"]): row for row in known if row.get("flops_version") == FLOPS_VERSION}
     log = Shards.open(arguments.shards).manifest.name
     wanted = list(STUDIES[arguments.study]())
     jobs = [(arguments.shards, point) for point in wanted if (point.label, point.seed) not in rows]
