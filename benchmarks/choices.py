@@ -2,9 +2,9 @@
 
     python benchmarks/choices.py STUDY --shards SHARDS [--processes 2]
 
-STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, the first so many
-validation queries). Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on (rows
-of another version of the objective are made again); the table is written beside it. Selection is on the validation part.
+STUDY is one of STUDIES below. Every run is the product's own `run_rung` (trunk, cooldown, the first so many queries of
+the validation part). Rows are kept in benchmarks/results/choices_<study>.jsonl, so a study that was cut off goes on
+(rows of another version of the objective are made again); the table is written beside it.
 """
 
 from __future__ import annotations
