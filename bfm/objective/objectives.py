@@ -47,12 +47,12 @@ class Rows:
     log_gate_TX1: Tensor
 
     def sums(self, batch: ModelBatch) -> Tensor:
-        """Summed loss, number and summed gates of basket rows and of headline rows, [2, 2 + X + 1].
+        """Weighted sums of loss, one and gates over basket rows and over headline rows, [2, 2 + X + 1].
 
         Headline rows have a target of a later timestamp, as the headline queries of evaluation do.
         """
         headline_T = batch.later_RL.flatten().index_select(0, batch.target_position_T).to(self.loss_T.dtype)
-        kind_2T = torch.stack([1.0 - headline_T, headline_T])
+        kind_2T = torch.stack([1.0 - headline_T, headline_T]) * batch.weight_T
         one_T1 = torch.ones_like(headline_T)[:, None]
         return kind_2T @ torch.cat([self.loss_T[:, None], one_T1, self.log_gate_TX1.exp()], 1)
 

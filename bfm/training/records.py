@@ -24,11 +24,11 @@ class StepLoss:
     """Losses of a step over all workers, and the mean gates of its target rows."""
 
     loss: float
-    """What is minimised: the mean over groups of the mean over a group's rows."""
+    """What is minimised: the mean over groups of the weighted mean over a group's rows."""
     loss_headline: float
-    """Mean over the rows whose target has a later timestamp; NaN in a step without any."""
+    """Weighted mean over the rows whose target has a later timestamp; NaN in a step without any."""
     loss_basket: float
-    """Mean over the rows whose target shares their timestamp; NaN in a step without any."""
+    """Weighted mean over the rows whose target shares their timestamp; NaN in a step without any."""
     gates: dict[str, float]
     """Mean gate of each component of the output distribution; empty for the softmax alone."""
 
@@ -36,11 +36,11 @@ class StepLoss:
     def of(cls, loss: float, sums: Sequence[float], components: Sequence[str]) -> StepLoss:
         """From the objective's `row_sums`, flat: all may be divided by the same number."""
         half = len(sums) // 2
-        (basket, num_basket, *basket_gates), (headline, num_headline, *headline_gates) = sums[:half], sums[half:]
-        rows = num_basket + num_headline
-        gates = [_mean(a + b, rows) for a, b in zip(basket_gates, headline_gates, strict=True)]
+        (basket, of_basket, *basket_gates), (headline, of_headline, *headline_gates) = sums[:half], sums[half:]
+        weight = of_basket + of_headline
+        gates = [_mean(a + b, weight) for a, b in zip(basket_gates, headline_gates, strict=True)]
         named = dict(zip(components, gates, strict=True)) if len(components) > 1 else {}
-        return cls(loss, _mean(headline, num_headline), _mean(basket, num_basket), named)
+        return cls(loss, _mean(headline, of_headline), _mean(basket, of_basket), named)
 
 
 @dataclass(frozen=True)

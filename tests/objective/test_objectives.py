@@ -119,8 +119,9 @@ def test_rows_are_summed_by_whether_the_target_is_later(world, which):
     objective(model, batch)
     loss_T, gate_TX1 = objective.rows.loss_T.tolist(), objective.rows.log_gate_TX1.exp().tolist()
     expected = np.zeros((2, 4))
-    for place, loss, gates in zip(batch.target_position_T.tolist(), loss_T, gate_TX1, strict=True):
-        expected[int(batch.later_RL.flatten()[place])] += [loss, 1.0, *gates]
+    rows = zip(batch.target_position_T.tolist(), batch.weight_T.tolist(), loss_T, gate_TX1, strict=True)
+    for place, weight, loss, gates in rows:
+        expected[int(batch.later_RL.flatten()[place])] += weight * np.array([loss, 1.0, *gates])
     assert expected[:, 1].min() > 10, "rows of both kinds"
     np.testing.assert_allclose(objective.rows.sums(batch).numpy(), expected)
 

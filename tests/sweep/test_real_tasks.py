@@ -9,7 +9,8 @@ import pytest
 
 from bfm.events.protocol import Protocol
 from bfm.files import Store
-from bfm.laws.frontier import unpaired
+from bfm.laws.frontier import Gap, unpaired
+from bfm.report.digits import gap_text
 from bfm.report.sweep_view import publish_report, read_sweep, status_text
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver, run_serial
@@ -82,7 +83,7 @@ def _tells_paired_differences(folder, state):
     assert change["value"] == pytest.approx(rows[1]["metrics"]["nll"] - rows[0]["metrics"]["nll"], rel=1e-4)
     assert 0 < change["error"] < unpaired(rows[1], rows[0], "nll").error
     text = status_text(view)
-    assert f"{change['value']:+.4f}"[:6] in text
+    assert gap_text(Gap(change["value"], change["error"], paired=True)) in text
     assert "~" not in text
     page = Path(publish_report(view)[0]).read_text()
     assert "against the rung below" in page

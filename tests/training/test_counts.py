@@ -124,7 +124,7 @@ def learned(shards, counts):
         params=2000, learning_rate=1e-2, window=30, group_windows=8, d_item=8, copy="none", counts=counts
     )
     trainer, _ = train(config, shards, 1.2e9)
-    model = trainer.plain_model(trainer.engine.export_state())
+    model = trainer.plain_model(trainer.engine.export_state().weight)
     data = TrainingData.of(shards)
     nll = summarise(evaluate(model, shards, data.protocol, "validation", config.window)).metrics["nll"]
     batch = make_batch([data.order(config, 0).group(0)])
