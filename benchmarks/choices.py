@@ -17,12 +17,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import RESULTS, machine, publish
+from common import RESULTS, machine, publish, spread
 from variants import Variant
 
 from bfm.events.shards import Shards
@@ -196,12 +195,6 @@ def run(job: tuple[str, Run]) -> dict[str, Any]:
     keys = ("status", "flops_version", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
     what = {"label": label, "config": values, "seed": seed, "variant": asdict(variant)}
     return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
-
-
-def spread(values: list[float]) -> str:
-    """Mean of the seeds, and their standard deviation where there are several."""
-    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{mean(values):.4f}{deviation}"
 
 
 def main() -> None:

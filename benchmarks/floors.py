@@ -11,12 +11,11 @@ import argparse
 import multiprocessing
 import os
 import tempfile
-from statistics import mean, stdev
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import machine, publish
+from common import machine, publish, spread
 
 from bfm.report.floors import strongest
 from bfm.training.config import TrainConfig
@@ -70,7 +69,7 @@ def main() -> None:
             values = [evaluation["metrics"][metric] for evaluation in evaluations]
             floor = strongest(evaluations[0]["baselines"], metric)
             beside = f" ({floor[0]} {floor[1]:.4f})" if floor else ""
-            cells.append(f"{mean(values):.4f} ± {stdev(values):.4f}{beside}")
+            cells.append(f"{spread(values)}{beside}")
         lines.append(f"| {name} | {evaluations[0]['queries']:,} | {' | '.join(cells)} |")
     publish("floors", "\n".join([*lines, "", machine("torch"), ""]))
 

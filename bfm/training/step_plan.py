@@ -85,7 +85,7 @@ class StepPlanner:
                 zip(batch.distinct_items, batch.target_rows, batch.windows, strict=True)
             ):
                 # What stage 1 drew is no candidate of stage 2.
-                targets_T = batch.target_index_T[batch.row_offset[group] : batch.row_offset[group + 1]]
+                targets_T = batch.target_index_T[batch.rows_of(group)]
                 candidates = self.config.negatives
                 if self.config.negatives_in_batch:
                     candidates += len(torch.unique(targets_T))

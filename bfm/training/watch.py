@@ -20,7 +20,7 @@ from torch import Tensor
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.ranking.baselines import baseline_metrics
-from bfm.ranking.metrics import QueryScores, clustered_error, summarise
+from bfm.ranking.metrics import QueryScores, clustered_error, counted_values, summarise
 from bfm.training.checkpoint import save_checkpoint
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
@@ -53,8 +53,9 @@ class Watch:
     def see(self, trainer: Trainer, scores: QueryScores, weight: dict[str, Tensor]) -> Validation:
         """A validation of `weight` where the trainer stands; the weights are kept if it is the best."""
         scores = scores.first(self.queries)
-        used_Q = ~scores.basket_Q & ~np.isnan(scores.values["nll"])
-        nll_Q, counters, found = scores.values["nll"][used_Q], trainer.counters, summarise(scores)
+        counted_Q, counters, found = counted_values(scores, "nll"), trainer.counters, summarise(scores)
+        used_Q = ~np.isnan(counted_Q)
+        nll_Q = counted_Q[used_Q]
         epochs = counters.events / trainer.order.targets_per_epoch
         validation = Validation(
             step=counters.step,
