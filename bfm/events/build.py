@@ -29,7 +29,7 @@ from bfm.events.protocol import build_protocol
 from bfm.events.schema import MAX_LENGTH, EventSchema
 from bfm.events.shards import Shards, finish, write_items, write_shard
 from bfm.events.split import Split
-from bfm.events.statistics import fit_distinct_curve
+from bfm.events.statistics import fit_group_curve
 from bfm.events.ties import TieCounts
 
 _ITEM_ID = "item_id"
@@ -277,6 +277,6 @@ def _complete(job: Job, draft: Manifest) -> Manifest:
     shards = Shards(job.shard_set, draft)
     asked = job.schema.evaluation
     protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    curve = fit_distinct_curve(shards)
+    curve = fit_group_curve(shards)
     checks = {**draft.checks, "seen_items": protocol.seen_rule}
-    return finish(job.shard_set, dataclasses.replace(draft, distinct_curve=curve, checks=checks))
+    return finish(job.shard_set, dataclasses.replace(draft, group_curve=curve, checks=checks))

@@ -45,3 +45,10 @@ def place_in_run(values: np.ndarray) -> np.ndarray:
     """Int64 [n]: how many equal numbers, all at least 0, stand directly before each."""
     starts = np.flatnonzero(np.diff(values, prepend=-1))
     return runs(0, np.diff(np.append(starts, len(values))))
+
+
+def place_among_equal(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Int64 [n]: how many equal numbers, all at least 0, stand before each in an `order` that sorts them."""
+    place = np.empty(len(values), np.int64)
+    place[order] = place_in_run(values[order])
+    return place

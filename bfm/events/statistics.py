@@ -1,4 +1,4 @@
-"""Figures of negative groups: in how many windows an item is a target, and how many distinct items a group holds.
+"""Figures of negative groups: in how many windows an item is a target, how many distinct items and queries there are.
 
 A group is G of the W windows of the stream, drawn without replacement (windows.py), so everything follows from n_v, the
 number of windows that hold item v:
@@ -8,7 +8,7 @@ number of windows that hold item v:
 and the mean number of distinct items is the sum over items of one minus that. The manifest keeps those sums on a grid
 of L and G, from a sample of windows where the log is large (rarefaction: the formula with the sample in the place of
 the stream has the mean of a group of the stream, Hurlbert 1971); between its knots they are interpolated linearly in
-logarithms.
+logarithms. A query belongs to one window, so queries are a share of the targets that depends on L alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from bfm.events.cache import kept
 from bfm.events.manifest import Manifest
 from bfm.events.shards import Shards
-from bfm.events.windows import WindowOrder
+from bfm.events.windows import Targets, WindowOrder
 
 _LARGEST_WINDOW = 1 << 16
 _SAMPLE_POSITIONS = 1 << 18
@@ -35,15 +35,17 @@ _SMALLEST = 1e-9
 
 
 @dataclass(frozen=True)
-class DistinctStats:
+class GroupMeans:
     """Means over groups."""
 
     distinct_items_mean: float
     """Distinct items among a group's inputs and targets: what the embedder embeds."""
     distinct_targets_mean: float
     """Distinct target items: the in-batch candidates."""
-    target_rows_mean: float
+    targets_mean: float
     """Positions with a target."""
+    queries_mean: float
+    """Positions from which targets are predicted."""
     relative_error: float
     """Largest relative error of the interpolation, as measured between the knots."""
 
@@ -64,12 +66,12 @@ def target_windows(shards: Shards, window: int) -> np.ndarray:
     every = np.arange(shards.manifest.windows_per_epoch(window))
 
     def make() -> bytes:
-        return _windows_with(shards, window, every)["targets"][: shards.num_catalogue].astype("<i8").tobytes()
+        return _count_windows(shards, window, every)[0]["targets"][: shards.num_catalogue].astype("<i8").tobytes()
 
     return np.frombuffer(kept(shards, f"target-windows-L{window}", make), "<i8").astype(np.int64)
 
 
-def fit_distinct_curve(shards: Shards) -> dict[str, Any]:
+def fit_group_curve(shards: Shards) -> dict[str, Any]:
     """The grid for the manifest: per window length the knots of G with the mean distinct items and targets."""
     lengths = [2]
     while lengths[-1] < min(shards.manifest.train_events, _LARGEST_WINDOW):
@@ -80,36 +82,43 @@ def fit_distinct_curve(shards: Shards) -> dict[str, Any]:
         middle = round(math.sqrt(low * high))
         if low < middle < high:
             measured, largest = _knots(shards, middle), curve["windows"][str(high)]["groups"][-1]
-            for kind, groups in itertools.product(_KINDS, range(len(measured["groups"]))):
+            for kind, groups in itertools.product((*_KINDS, "baskets"), range(len(measured["groups"]))):
                 drawn, value = measured["groups"][groups], measured[kind][groups]
                 if drawn <= largest and value > 0:
                     worst = max(worst, abs(_interpolate(curve, kind, middle, drawn) / value - 1))
     return {**curve, "max_relative_error": round(worst, 6)}
 
 
-def expected_distinct(manifest: Manifest, window: int, group_windows: int) -> DistinctStats:
+def group_means(manifest: Manifest, window: int, group_windows: int, targets: Targets = "next_event") -> GroupMeans:
     """Evaluate the manifest's grid at (L, G); groups beyond the largest knot hold what that one does."""
-    items, targets = (_interpolate(manifest.distinct_curve, kind, window, group_windows) for kind in _KINDS)
-    rows = group_windows * manifest.train_targets / manifest.windows_per_epoch(window)
-    return DistinctStats(items, targets, rows, float(manifest.distinct_curve["max_relative_error"]))
+    curve = manifest.group_curve
+    distinct_items, distinct_targets = (_interpolate(curve, kind, window, group_windows) for kind in _KINDS)
+    targets_mean = group_windows * manifest.train_targets / manifest.windows_per_epoch(window)
+    share = _interpolate(curve, "baskets", window, 1) if targets == "next_basket" else 1.0
+    error = float(curve["max_relative_error"])
+    return GroupMeans(distinct_items, distinct_targets, targets_mean, share * targets_mean, error)
 
 
 def _knots(shards: Shards, window: int) -> dict[str, list[float]]:
-    """Knots of G (powers of two, and the whole sample) and the mean distinct counts there."""
+    """Knots of G (powers of two, and the whole sample), the mean distinct counts there, and baskets per target."""
     num_windows = shards.manifest.windows_per_epoch(window)
     sampled = min(num_windows, max(1, _SAMPLE_POSITIONS // window))
     spaced = np.arange(sampled) * num_windows // sampled
     groups = sorted({*(2**power for power in range(sampled.bit_length())), sampled})
     found: dict[str, list[float]] = {"groups": [float(g) for g in groups]}
-    for kind, count in _windows_with(shards, window, spaced).items():
+    counts, baskets_per_target = _count_windows(shards, window, spaced)
+    for kind, count in counts.items():
         distinct, times = np.unique(count, return_counts=True)
         found[kind] = [float(-np.expm1(_log_absent(distinct, sampled, g)) @ times) for g in groups]
-    return found
+    return {**found, "baskets": [baskets_per_target] * len(groups)}
 
 
-def _windows_with(shards: Shards, window: int, window_R: np.ndarray) -> dict[str, np.ndarray]:
-    """How many of these windows hold each item [I], as input or target (`items`) and as target (`targets`)."""
-    order = WindowOrder(shards, window, 1, shards.seed)
+def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """How many of these windows hold each item [I], as input or target (`items`) and as target (`targets`).
+
+    And the queries per target where baskets are predicted whole, 1 in a window without a target.
+    """
+    order, num_targets, num_queries = WindowOrder(shards, window, 1, shards.seed, targets="next_basket"), 0, 0
     counts = {kind: np.zeros(shards.num_items, np.int64) for kind in _KINDS}
     step = max(1, _PIECE_POSITIONS // window)
     for start in range(0, len(window_R), step):
@@ -120,7 +129,10 @@ def _windows_with(shards: Shards, window: int, window_R: np.ndarray) -> dict[str
             known = ids_RX >= 0
             pairs = np.unique(rows_RX[known] * shards.num_items + ids_RX[known])
             counts[kind] += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
-    return counts
+        target_RL = read.target_RL >= 0
+        num_targets += int(target_RL.sum())
+        num_queries += len(np.unique((row_RL * window + read.query_RL)[target_RL]))
+    return counts, num_queries / num_targets if num_targets else 1.0
 
 
 def _log_absent(count_X: np.ndarray, num_windows: int, drawn: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
-from bfm.events.ragged import place_in_run, runs
+from bfm.events.ragged import place_among_equal, runs
 from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
 
@@ -275,7 +275,7 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: N
     # Inside a context the following event is known up to the query's own position.
     places = _Places(
         event_RL=spread(runs(first + position + 1 - length, length), -1),
-        segment_RL=spread(np.repeat(_number_inside_rows(row, column), length), -1),
+        segment_RL=spread(np.repeat(place_among_equal(row, np.lexsort((column, row))), length), -1),
         first_RL=spread(np.repeat(first, length), 0),
         stop_RL=spread(np.repeat(first + position + 1, length), 0),
     )
@@ -305,11 +305,3 @@ def _pack(length: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, int]
         if room > needed:
             bisect.insort(open_rows, (room - needed, chosen))
     return row, column, num_rows
-
-
-def _number_inside_rows(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """Rank of each context inside its row, by column."""
-    order = np.lexsort((column, row))
-    rank = np.empty(len(row), np.int64)
-    rank[order] = place_in_run(row[order])
-    return rank

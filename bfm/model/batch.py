@@ -5,9 +5,9 @@ Leaves: one `ModelBatch`, in which every distinct item of a group stands once, s
 distinct item, and in which the live candidates of a group (its distinct targets, and what was drawn to them) are rows
 of the same item list.
 
-Shape legend: R windows (rows), L positions, U distinct items of all groups one after the other,
-T target rows (positions with a target, row-major), M last events of a row, C live candidates of all groups one after
-the other.
+Shape legend: R windows (rows), L positions, U distinct items of all groups one after the other, T targets (row-major),
+Q queries (distinct positions from which targets are predicted: a basket of targets has one), M last events of a
+target's query, N events that are of a target's item, C live candidates of all groups one after the other.
 Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
 """
 
@@ -22,10 +22,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bfm.events.ragged import place_among_equal, runs
+
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
 
 NO_ITEMS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class QueryPlaces:
+    """Where queries lie among the positions of their windows, and a slot for each among S of its window."""
+
+    position_Q: Tensor
+    """int64 flat index r * L + l; ascending in training."""
+    slot_Q: Tensor
+    """int64 index r * S + s."""
+    slots: int
+    """S: most queries of a window."""
+
+    def take(self, x_RLX: Tensor) -> Tensor:
+        """What stands at the queries' positions, [Q, ...]."""
+        return x_RLX.flatten(0, 1).index_select(0, self.position_Q)
+
+    def spread(self, x_QX: Tensor, windows: int) -> Tensor:
+        """Queries in their slots, [R, S, ...]; 0 where a slot is free."""
+        room = x_QX.new_zeros(windows * self.slots, *x_QX.shape[1:])
+        return room.index_copy(0, self.slot_Q, x_QX).unflatten(0, (windows, self.slots))
+
+    def gather(self, x_RSX: Tensor) -> Tensor:
+        """Inverse of `spread`."""
+        return x_RSX.flatten(0, 1).index_select(0, self.slot_Q)
 
 
 @dataclass(frozen=True)
@@ -38,12 +65,16 @@ class ModelBatch:
     """Rows of each group."""
     items_offset: tuple[int, ...]
     """Group g owns items_U[items_offset[g] : items_offset[g + 1]]."""
-    row_offset: tuple[int, ...]
-    """Group g owns target rows row_offset[g] : row_offset[g + 1]."""
+    query_offset: tuple[int, ...]
+    """Group g owns queries query_offset[g] : query_offset[g + 1]."""
+    target_offset: tuple[int, ...]
+    """Group g owns targets target_offset[g] : target_offset[g + 1]."""
     candidate_offset: tuple[int, ...]
     """Group g owns candidates_C[candidate_offset[g] : candidate_offset[g + 1]]."""
     attended_pairs: tuple[int, ...]
-    """Per group: (query, key) pairs inside a user's segment, causal, the diagonal included."""
+    """Per group: pairs of a position and a user's event up to it, itself included."""
+    query_pairs: tuple[int, ...]
+    """Per group: the same pairs of the queries alone."""
     items_U: Tensor
     """int64 item ids, distinct and ascending inside each group: its inputs and its targets."""
     item_RL: Tensor
@@ -58,20 +89,26 @@ class ModelBatch:
     """bool: the event to be predicted has a later timestamp."""
     context: dict[str, Tensor]
     """Encoded context fields, [R, L] or [R, L, columns]."""
-    target_position_T: Tensor
-    """int64 flat index r * L + l of where each row's target is predicted from."""
+    places: QueryPlaces
+    """Of the queries."""
+    query_T: Tensor
+    """int64 index of the query of each target; for queries without targets each is its own."""
     target_index_T: Tensor
-    """int64 index into items_U of each row's target; empty for queries."""
+    """int64 index into items_U of each target; empty in evaluation, like what follows."""
     candidates_C: Tensor
-    """int64 index into items_U of each group's distinct targets and drawn candidates, ascending; empty for queries."""
+    """int64 index into items_U of each group's distinct targets and drawn candidates, ascending."""
     hit_T: Tensor
-    """int64 index of a row's own target among its group's candidates; empty for queries."""
+    """int64 index of a target among its group's candidates."""
     weight_T: Tensor
-    """float32 weight of each row's target in the loss of its group; empty for queries."""
+    """float32 weight of each target in the loss of its group."""
+    copies_T: Tensor
+    """int64: how many of the user's events up to a target's query have its item; 0 in evaluation."""
+    copy_N: Tensor
+    """int64 flat index q * L + l of those events, target after target: of query q, at position l of its window."""
     counted_TM: Tensor | None = None
-    """int64 ids of a row's last items that have counted neighbours, -1 elsewhere; None where nothing was counted."""
+    """int64 ids of the last items at a target's query that have counted neighbours, -1 elsewhere; None: not counted."""
     share_TM: Tensor | None = None
-    """float32 counted share of each row's target among the neighbours of those items; 0 for queries."""
+    """float32 counted share of each target among the neighbours of those items; 0 in evaluation."""
 
     @property
     def num_groups(self) -> int:
@@ -84,27 +121,42 @@ class ModelBatch:
         return _lengths(self.items_offset)
 
     @property
-    def target_rows(self) -> tuple[int, ...]:
-        """Target rows of each group."""
-        return _lengths(self.row_offset)
+    def queries(self) -> tuple[int, ...]:
+        """Queries of each group."""
+        return _lengths(self.query_offset)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Targets of each group."""
+        return _lengths(self.target_offset)
 
     @property
     def candidates(self) -> tuple[int, ...]:
         """Live candidates (distinct targets and what was drawn) of each group."""
         return _lengths(self.candidate_offset)
 
-    def rows_of(self, group: int) -> slice:
-        """A group's target rows."""
-        return slice(*self.row_offset[group : group + 2])
+    def queries_of(self, group: int) -> slice:
+        """A group's queries."""
+        return slice(*self.query_offset[group : group + 2])
+
+    def targets_of(self, group: int) -> slice:
+        """A group's targets."""
+        return slice(*self.target_offset[group : group + 2])
 
     def candidates_of(self, group: int) -> Tensor:
         """A group's live candidates, as index into items_U."""
         return self.candidates_C[slice(*self.candidate_offset[group : group + 2])]
 
-    def window_T(self, group: int) -> Tensor:
-        """Window of each of a group's target rows, counted from the group's first; int64."""
-        position_T = self.target_position_T[self.rows_of(group)]
-        return position_T // self.item_RL.shape[1] - sum(self.windows[:group])
+    def window_Q(self, group: int) -> Tensor:
+        """Window of each of a group's queries, counted from the group's first; int64."""
+        position_Q = self.places.position_Q[self.queries_of(group)]
+        return position_Q // self.item_RL.shape[1] - sum(self.windows[:group])
+
+    def attended_QL(self) -> Tensor:
+        """bool: whether a position of the query's window is an event of its user up to the query."""
+        length, position_Q = self.item_RL.shape[1], self.places.position_Q
+        own_QL = self.segment_RL.index_select(0, position_Q // length) == self.places.take(self.segment_RL)[:, None]
+        return own_QL & (torch.arange(length, device=position_Q.device) <= (position_Q % length)[:, None])
 
 
 def make_batch(
@@ -123,17 +175,23 @@ def make_batch(
     if len(indices) != len(groups):
         raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
     parts = [_index_group(*part) for part in zip(groups, drawn or [NO_ITEMS] * len(groups), strict=True)]
+    attended, length = [attended_events(group.segment_RL) for group in groups], groups[0].item_RL.shape[1]
     items_offset = _offsets([len(part.items_U) for part in parts])
-    row_offset = _offsets([len(part.hit_T) for part in parts])
+    query_offset = _offsets([len(part.position_Q) for part in parts])
     position_offset = _offsets([group.item_RL.size for group in groups])
     starts = items_offset[:-1]
+    position_Q = np.concatenate([part.position_Q + start for part, start in zip(parts, position_offset, strict=False)])
     return ModelBatch(
         group_indices=indices,
         windows=tuple(len(group.item_RL) for group in groups),
         items_offset=items_offset,
-        row_offset=row_offset,
+        query_offset=query_offset,
+        target_offset=_offsets([len(part.hit_T) for part in parts]),
         candidate_offset=_offsets([len(part.candidates_C) for part in parts]),
-        attended_pairs=tuple(count_attended_pairs(group.segment_RL) for group in groups),
+        attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
+        query_pairs=tuple(
+            int(attended_RL.flat[part.position_Q].sum()) for attended_RL, part in zip(attended, parts, strict=True)
+        ),
         items_U=_tensor([part.items_U for part in parts], device),
         item_RL=_tensor(
             [
@@ -142,63 +200,74 @@ def make_batch(
             ],
             device,
         ),
-        target_position_T=_tensor(
-            [part.position_T + start for part, start in zip(parts, position_offset, strict=False)], device
-        ),
+        query_T=_tensor([part.query_T + start for part, start in zip(parts, query_offset, strict=False)], device),
         target_index_T=_tensor([part.target_T + start for part, start in zip(parts, starts, strict=True)], device),
         candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
         hit_T=_tensor([part.hit_T for part in parts], device),
         weight_T=_tensor([group.weight_RL[group.target_RL >= 0] for group in groups], device),
+        copies_T=_tensor([part.copies_T for part in parts], device),
+        copy_N=_tensor(
+            [part.copy_N + start * length for part, start in zip(parts, query_offset, strict=False)], device
+        ),
         **_row_tensors(groups, device),
+        places=_query_places(position_Q, length, device),
         **_counted_tensors(groups, [np.flatnonzero(group.target_RL >= 0) for group in groups], device),
     )
 
 
 def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cpu") -> ModelBatch:
-    """Query contexts as one group whose target rows are the queries, in their order; no targets, no candidates."""
+    """Query contexts as one group with the queries in their order; no targets, no candidates."""
     windows = eval_windows.windows
     valid_RL = windows.item_RL >= 0
     items_U, inverse = np.unique(windows.item_RL[valid_RL], return_inverse=True)
     item_RL = np.zeros(windows.item_RL.shape, np.int64)
     item_RL[valid_RL] = inverse
-    positions_T = np.asarray(eval_windows.row, np.int64) * windows.item_RL.shape[1] + eval_windows.column
+    position_Q = np.asarray(eval_windows.row, np.int64) * windows.item_RL.shape[1] + eval_windows.column
+    attended_RL = attended_events(windows.segment_RL)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     return ModelBatch(
         group_indices=(0,),
         windows=(len(windows.item_RL),),
         items_offset=(0, len(items_U)),
-        row_offset=(0, len(positions_T)),
+        query_offset=(0, len(position_Q)),
+        target_offset=(0, 0),
         candidate_offset=(0, 0),
-        attended_pairs=(count_attended_pairs(windows.segment_RL),),
+        attended_pairs=(int(attended_RL.sum()),),
+        query_pairs=(int(attended_RL.flat[position_Q].sum()),),
         items_U=_tensor([items_U.astype(np.int64)], device),
         item_RL=_tensor([item_RL], device),
-        target_position_T=_tensor([positions_T], device),
+        query_T=torch.arange(len(position_Q), device=device),
         target_index_T=none,
         candidates_C=none,
         hit_T=none,
         weight_T=none.float(),
+        copies_T=torch.zeros(len(position_Q), dtype=torch.int64, device=device),
+        copy_N=none,
         **_row_tensors([windows], device),
-        **_counted_tensors([windows], [positions_T], device),
+        places=_query_places(position_Q, windows.item_RL.shape[1], device),
+        **_counted_tensors([windows], [position_Q], device),
     )
 
 
-def count_attended_pairs(segment_RL: np.ndarray) -> int:
-    """Sum over the users of every row of n (n + 1) / 2, n the user's events in that row; pads count nothing."""
-    stride = int(segment_RL.max(initial=0)) + 1
-    row_R1 = np.arange(len(segment_RL), dtype=np.int64)[:, None]
-    keys = (row_R1 * stride + segment_RL)[segment_RL >= 0]
-    lengths = np.unique(keys, return_counts=True)[1].astype(np.int64)
-    return int((lengths * (lengths + 1) // 2).sum())
+def attended_events(segment_RL: np.ndarray) -> np.ndarray:
+    """Int64 [R, L]: how many events of its user a position attends to, those up to itself; 0 at pads."""
+    columns = np.arange(segment_RL.shape[1])
+    begins_RL = np.diff(segment_RL, axis=1, prepend=-2) != 0
+    first_RL = np.maximum.accumulate(np.where(begins_RL, columns, 0), axis=1)
+    return np.where(segment_RL >= 0, columns - first_RL + 1, 0)
 
 
 @dataclass(frozen=True)
 class _GroupIndex:
     items_U: np.ndarray
     item_RL: np.ndarray
-    position_T: np.ndarray
+    position_Q: np.ndarray
+    query_T: np.ndarray
     target_T: np.ndarray
     candidates_C: np.ndarray
     hit_T: np.ndarray
+    copies_T: np.ndarray
+    copy_N: np.ndarray
 
 
 def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
@@ -209,14 +278,38 @@ def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
     if len(items_U) and items_U[0] < 0:
         items_U = items_U[1:]
     candidates = np.unique(np.concatenate([targets_T, drawn]))
+    position_T = row_T * group.item_RL.shape[1] + group.query_RL[row_T, column_T]
+    position_Q, query_T = np.unique(position_T, return_inverse=True)
+    item_RL = np.searchsorted(items_U, group.item_RL)
+    target_T = np.searchsorted(items_U, targets_T)
+    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, position_T, target_T, query_T)
     return _GroupIndex(
         items_U=items_U.astype(np.int64),
-        item_RL=np.searchsorted(items_U, group.item_RL),
-        position_T=row_T * group.item_RL.shape[1] + group.query_RL[row_T, column_T],
-        target_T=np.searchsorted(items_U, targets_T),
+        item_RL=item_RL,
+        position_Q=position_Q,
+        query_T=query_T,
+        target_T=target_T,
         candidates_C=np.searchsorted(items_U, candidates),
         hit_T=np.searchsorted(candidates, targets_T),
+        copies_T=copies_T,
+        copy_N=copy_N,
     )
+
+
+def _find_copies(
+    segment_RL: np.ndarray, item_RL: np.ndarray, position_T: np.ndarray, target_T: np.ndarray, query_T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """copies_T and copy_N of a group; position_T is where each target is predicted from."""
+    rows, length = segment_RL.shape
+    positions, num_items = rows * length, 1 + int(max(item_RL.max(initial=0), target_T.max(initial=0)))
+    # A user of a window has a number of his own; pads, all -1, get one that no position of a target has.
+    user_P = (segment_RL + (length + 1) * np.arange(rows)[:, None]).ravel()
+    key_P = (user_P * num_items + item_RL.ravel()) * positions + np.arange(positions)
+    key_P.sort()
+    first_T = (user_P[position_T] * num_items + target_T) * positions
+    low_T = np.searchsorted(key_P, first_T)
+    copies_T = np.searchsorted(key_P, first_T + position_T, side="right") - low_T
+    return copies_T, np.repeat(query_T * length, copies_T) + key_P[runs(low_T, copies_T)] % length
 
 
 def _row_tensors(groups: Sequence[Windows], device: torch.device | str) -> dict:
@@ -228,6 +321,13 @@ def _row_tensors(groups: Sequence[Windows], device: torch.device | str) -> dict:
         "later_RL": _tensor([group.later_RL for group in groups], device),
         "context": {name: _tensor([group.context[name] for group in groups], device) for name in names},
     }
+
+
+def _query_places(position_Q: np.ndarray, length: int, device: torch.device | str) -> QueryPlaces:
+    row_Q = position_Q // length
+    slot_Q = place_among_equal(row_Q, np.argsort(row_Q, kind="stable"))
+    slots = int(slot_Q.max(initial=0)) + 1
+    return QueryPlaces(_tensor([position_Q], device), _tensor([row_Q * slots + slot_Q], device), slots)
 
 
 def _counted_tensors(groups: Sequence[Windows], positions: Sequence[np.ndarray], device: torch.device | str) -> dict:

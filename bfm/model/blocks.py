@@ -1,7 +1,9 @@
 """The transformer block of both parts: pre-RMSNorm, QK-norm, SwiGLU, no biases, no norm parameters.
 
-Enters and leaves: x_BLW (B sequences of L tokens of width W). The output projections of attention and SwiGLU start at
-zero, so a new block is the identity. H heads, P head dimension (even), C the three of q, k and v, X hidden width.
+Enters and leaves: x_BLW (B sequences of L tokens of width W), or, where only some tokens are asked for, these. The
+output projections of attention and SwiGLU start at zero, so a new block is the identity.
+H heads, P head dimension (even), X hidden width, Q queries (tokens asked for), S slots of a sequence's queries, N all
+tokens or the queries.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bfm.events.randomness import stream_key
+from bfm.model.batch import QueryPlaces
 
 _ROPE_BASE = 10_000.0
 _EPSILON = 1e-6
 _DROPOUT_STREAM = 0x64_726F_70
 
 Drop = Callable[[Tensor], Tensor]
-"""Dropout of a tensor whose rows are the windows of a batch."""
+"""Dropout of a tensor whose rows are the windows of a batch, or its queries."""
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -47,17 +50,17 @@ def look_up(table_RD: Tensor, index: Tensor) -> Tensor:
 
 @functools.cache
 def make_rotation(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """Rotary positions 0..length-1 as unit complex numbers, [L, 1, 1, P / 2]."""
+    """Rotary positions 0..length-1 as unit complex numbers, [L, 1, P / 2]."""
     rate = _ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * rate
     rotation = torch.polar(torch.ones_like(angle), angle)
-    return rotation.view(length, 1, 1, head_dim // 2).to(device, torch.complex64)
+    return rotation.view(length, 1, head_dim // 2).to(device, torch.complex64)
 
 
-def rotate(x_BLCHP: Tensor, rotation: Tensor) -> Tensor:
+def rotate(x_LHP: Tensor, rotation: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels by its position's angle; float32 inside, as complex numbers."""
-    pairs = torch.view_as_complex(x_BLCHP.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_BLCHP.dtype)
+    pairs = torch.view_as_complex(x_LHP.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_LHP.dtype)
 
 
 class GroupDropout:
@@ -66,7 +69,7 @@ class GroupDropout:
     def __init__(
         self, rate: float, seed: int, group_indices: Sequence[int], windows: Sequence[int], device: torch.device
     ) -> None:
-        """`windows` are the rows of each group."""
+        """`windows` are those of each group."""
         self.rate, self.windows = rate, tuple(windows)
         self.generators = [
             torch.Generator(device).manual_seed(int(stream_key(_DROPOUT_STREAM, seed, group)) >> 1)
@@ -75,10 +78,17 @@ class GroupDropout:
 
     def __call__(self, x_RLW: Tensor) -> Tensor:
         """Channels of x are zeroed with probability `rate`, the rest scaled by 1 / (1 - rate)."""
-        keep_RLW = torch.empty_like(x_RLW, memory_format=torch.contiguous_format)
-        for part, generator in zip(keep_RLW.split(self.windows), self.generators, strict=True):
+        return self._drop(x_RLW, self.windows)
+
+    def of_queries(self, queries: Sequence[int]) -> Drop:
+        """The same for tensors whose rows are queries, so many of each group."""
+        return functools.partial(self._drop, rows=tuple(queries))
+
+    def _drop(self, x_NW: Tensor, rows: tuple[int, ...]) -> Tensor:
+        keep_NW = torch.empty_like(x_NW, memory_format=torch.contiguous_format)
+        for part, generator in zip(keep_NW.split(rows), self.generators, strict=True):
             part.bernoulli_(1.0 - self.rate, generator=generator)
-        return x_RLW * keep_RLW.div_(1.0 - self.rate)
+        return x_NW * keep_NW.div_(1.0 - self.rate)
 
 
 class Block(nn.Module):
@@ -91,32 +101,52 @@ class Block(nn.Module):
         # Normalised q and k bound a logit by scale * head_dim; narrow heads need more room than 1 / sqrt(head_dim)
         # gives to single out one of many events.
         self.logit_scale = max(8 / head_dim, head_dim**-0.5)
-        self.qkv = make_linear(width, 3 * width, generator)
+        self.query = make_linear(width, width, generator)
+        self.key_value = make_linear(width, 2 * width, generator)
         self.attention_out = make_linear(width, width, None)
         self.gate_up = make_linear(width, 2 * hidden, generator)
         self.down = make_linear(hidden, width, None)
 
-    def forward(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None, drop: Drop | None = None) -> Tensor:
-        """`mask` is added to the logits and broadcasts to [B, H, L, L]; rotation None: tokens have no positions.
+    def forward(
+        self,
+        x_BLW: Tensor,
+        mask: Tensor | None,
+        rotation: Tensor | None,
+        drop: Drop | None = None,
+        queries: QueryPlaces | None = None,
+    ) -> Tensor:
+        """What comes of every token, [B, L, W], or of the queries alone, [Q, W].
 
-        `drop` is applied to what is added to the residual stream.
+        `mask` is added to the logits and broadcasts to [B, H, L, L], or [B, H, S, L] for queries; rotation None: tokens
+        have no positions. `drop` is applied to what is added to the residual stream.
         """
-        added_BLW = self._attend(rms_norm(x_BLW), mask, rotation)
-        x_BLW = x_BLW + (added_BLW if drop is None else drop(added_BLW))
-        gate_BLX, up_BLX = self.gate_up(rms_norm(x_BLW)).chunk(2, -1)
-        added_BLW = self.down(F.silu(gate_BLX) * up_BLX)
-        return x_BLW + (added_BLW if drop is None else drop(added_BLW))
+        normed_BLW = rms_norm(x_BLW)
+        x_NW, normed_NW = (x_BLW, normed_BLW) if queries is None else map(queries.take, (x_BLW, normed_BLW))
+        added_NW = self.attention_out(self._attend(normed_NW, normed_BLW, mask, rotation, queries))
+        x_NW = x_NW + (added_NW if drop is None else drop(added_NW))
+        gate_NX, up_NX = self.gate_up(rms_norm(x_NW)).chunk(2, -1)
+        added_NW = self.down(F.silu(gate_NX) * up_NX)
+        return x_NW + (added_NW if drop is None else drop(added_NW))
 
-    def _attend(self, x_BLW: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:
-        batch, length, width = x_BLW.shape
-        qkv_BLCHP = self.qkv(x_BLW).view(batch, length, 3, self.heads, -1)
-        qk_BLCHP = rms_norm(qkv_BLCHP[:, :, :2])
+    def _attend(
+        self,
+        x_NW: Tensor,
+        x_BLW: Tensor,
+        mask: Tensor | None,
+        rotation: Tensor | None,
+        queries: QueryPlaces | None,
+    ) -> Tensor:
+        q_NHP = rms_norm(self.query(x_NW).unflatten(-1, (self.heads, -1)))
+        k_BLHP, v_BLHP = self.key_value(x_BLW).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        k_BLHP = rms_norm(k_BLHP)
         if rotation is not None:
-            qk_BLCHP = rotate(qk_BLCHP, rotation)
-        q_BHLP, k_BHLP = qk_BLCHP.permute(2, 0, 3, 1, 4)
-        v_BHLP = qkv_BLCHP[:, :, 2].transpose(1, 2)
-        out_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHLP, v_BHLP, attn_mask=mask, scale=self.logit_scale)
-        return self.attention_out(out_BHLP.transpose(1, 2).reshape(batch, length, width))
+            at_queries = rotation if queries is None else rotation[queries.position_Q % x_BLW.shape[1]]
+            q_NHP, k_BLHP = rotate(q_NHP, at_queries), rotate(k_BLHP, rotation)
+        q_BSHP = q_NHP if queries is None else queries.spread(q_NHP, len(x_BLW))
+        q_BHSP, k_BHLP, v_BHLP = (part.transpose(1, 2) for part in (q_BSHP, k_BLHP, v_BLHP))
+        out_BHSP = F.scaled_dot_product_attention(q_BHSP, k_BHLP, v_BHLP, attn_mask=mask, scale=self.logit_scale)
+        out_BSW = out_BHSP.transpose(1, 2).flatten(2)
+        return out_BSW if queries is None else queries.gather(out_BSW)
 
 
 def make_linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:

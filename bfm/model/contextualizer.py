@@ -1,9 +1,10 @@
-"""A user's events to one vector per position: the history's query for the next item.
+"""A user's events to one vector per query: what is asked of the catalogue after a history.
 
 Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position of packed windows, and their segments.
-Leaves: `Queries` at the wanted positions. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an
-event see its own user's events up to itself; a final norm, the projection to d_item, and the sparse components
-(mixture.py). Attention is dense over the row: L x L pairs, masked.
+Leaves: `Queries`. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an event see its own user's
+events up to itself; a final norm, the projection to d_item, and the sparse components (mixture.py). Nothing after the
+last block looks at other positions than the queries, so it runs at these alone, over keys and values of all events;
+the sparse components take their keys from what enters it. Attention is dense over the row, masked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.blocks import Block, Drop, make_linear, make_rotation, rms_norm, unit
+from bfm.model.batch import ModelBatch
+from bfm.model.blocks import Block, GroupDropout, look_up, make_linear, make_rotation, rms_norm, unit
 from bfm.model.mixture import NeighbourAttention, Pointer, Queries
 from bfm.model.sizing import Shape
 
@@ -33,37 +35,37 @@ class Contextualizer(nn.Module):
         self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.counted_events else None
 
     def forward(
-        self,
-        v_RLD: Tensor,
-        context_RLD: Tensor,
-        segment_RL: Tensor,
-        time_RL: Tensor,
-        position_T: Tensor,
-        counted_TM: Tensor | None = None,
-        drop: Drop | None = None,
+        self, v_RLD: Tensor, context_RLD: Tensor, batch: ModelBatch, drop: GroupDropout | None = None
     ) -> Queries:
-        """The queries at the flat positions r * L + l; counted_TM are their last items that have neighbours, or -1."""
+        """What is said at the queries of the batch, in their order."""
         _, length, d_item = v_RLD.shape
         dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
         x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
         if drop is not None:
             x_RLW = drop(x_RLW)
-        mask = attention_mask(segment_RL, x_RLW.dtype)
         rotation = make_rotation(length, self.head_dim, x_RLW.device)
-        for block in self.blocks:
-            x_RLW = block(x_RLW, mask, rotation, drop)
+        *lower, last = self.blocks
+        if lower:
+            mask = attention_mask(batch.segment_RL, x_RLW.dtype)
+            for block in lower:
+                x_RLW = block(x_RLW, mask, rotation, drop)
+        attended_QL = batch.attended_QL()
+        blocked_QL = torch.zeros_like(attended_QL, dtype=x_RLW.dtype).masked_fill_(~attended_QL, -torch.inf)
+        # A free slot attends to everything, and nobody reads what comes of it.
+        mask = batch.places.spread(blocked_QL, len(x_RLW)).unsqueeze(1)
+        drop_queries = None if drop is None else drop.of_queries(batch.queries)
+        x_QW = rms_norm(last(x_RLW, mask, rotation, drop_queries, batch.places))
         x_RLW = rms_norm(x_RLW)
-        h_TD = unit(self.out(x_RLW.flatten(0, 1).index_select(0, position_T)))
-        gates, pointer_TL, weight_TM = [h_TD.new_zeros(len(h_TD), 1)], None, None
+        h_QD = unit(self.out(x_QW))
+        gates, pointer_QL, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
         if self.pointer is not None:
-            gate_T1, pointer_TL = self.pointer(x_RLW, segment_RL, time_RL, position_T)
-            gates.append(gate_T1)
+            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, attended_QL, batch)
+            gates.append(look_up(gate_Q1, batch.query_T))
         if self.neighbours is not None:
-            assert counted_TM is not None, "windows without what their model was to count"
-            gate_T1, weight_TM = self.neighbours(x_RLW, position_T, counted_TM)
+            gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
             gates.append(gate_T1)
-        return Queries(h_TD, F.log_softmax(torch.cat(gates, 1), -1), pointer_TL, weight_TM)
+        return Queries(h_QD, F.log_softmax(torch.cat(gates, 1), -1), pointer_QL, weight_TM)
 
 
 def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,17 @@
 """Exact training FLOPs of a negative group, from realised counts.
 
-Enters: a shape, the fields, the window; then per group the distinct items, target rows, candidates and windows.
+Enters: a shape, the fields, the window; then per group the distinct items, queries, candidates and windows.
 Leaves: integers. Counted are the matmuls of the reference implementation that autograd needs: a product of n rows with
 a weight of p entries costs 2 n p forward, 2 n p for the weight's gradient and 2 n p for its input's gradient, the last
 only where the input needs one (numeric, vector and time features, the gap and the clock do not; table rows do; item
-vectors do in stage 1 and not in stage 2). Attention is dense, 4 pairs w forward and twice that backward, pairs = F^2
-per item over its F field tokens and L^2 per window; the pointer's scores are 2 pairs of its own width forward. The head
-costs 6 rows K d with live and 4 rows K d with frozen candidates. Lookups, norms and elementwise work (the positives'
-scores and the mixture too) cost nothing.
+vectors do in stage 1 and not in stage 2). The inputs, all blocks but the last, and the keys and values of the last
+block and the sparse components have a row per position; the rest of the contextualizer has one per query. Attention
+is dense, 4 pairs w forward and twice that backward: pairs = F^2 per item over its F field tokens, L^2 per window, and L
+per query in the last block; the pointer's scores are 2 pairs of its own width, pairs = L per query. The head costs 6 Q K d
+with live and 4 Q K d with frozen candidates: the targets of a query share its sum over the candidates. Lookups, norms
+and elementwise work (the targets' scores and the mixture too) cost nothing.
+
+Q = queries, K = candidates, L = positions of a window, d = retrieval width, w = width of the contextualizer.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from bfm.model.fields import FieldLayout
 from bfm.model.sizing import Shape
 from bfm.model.two_part import automatic_features
 
-FLOPS_VERSION = 2
+FLOPS_VERSION = 3
 """Of what counts as C and of what is trained with it: rows of two versions are never compared."""
 
 
@@ -44,7 +48,7 @@ class ModelCost:
         self.table_params = (item.table_rows + context.table_rows) * table_width + 2 * d_item
         """Entries of lookup tables, the two rows of the bit `later` included."""
 
-    def group_flops(self, stage: int, distinct_items: int, target_rows: int, candidates: int, windows: int) -> int:
+    def group_flops(self, stage: int, distinct_items: int, queries: int, candidates: int, windows: int) -> int:
         """Model FLOPs, forward and backward, of one negative group.
 
         Stage 1 embeds `distinct_items` and trains both parts; stage 2 reads item vectors from the frozen catalogue.
@@ -55,26 +59,24 @@ class ModelCost:
         flops = self._embed(distinct_items, backward=True) if live else 0
         flops += positions * (6 * self._context_tables + 4 * self._context_dense)
         flops += positions * shape.d_item * shape.width * ((6 if live else 4) + 6)
-        flops += positions * 6 * self._block_params()
-        flops += 3 * self._attention(windows) + 3 * self._sparse(windows, target_rows)
-        flops += target_rows * 6 * shape.width * shape.d_item
-        return flops + target_rows * candidates * shape.d_item * (6 if live else 4)
+        flops += 3 * self._contextualize(windows, queries)
+        return flops + queries * candidates * shape.d_item * (6 if live else 4)
 
-    def recomputed_flops(self, distinct_items: int, target_rows: int, candidates: int) -> int:
-        """What the backward pass computes again of a group: the embedding of its items, the scores of its rows.
+    def recomputed_flops(self, distinct_items: int, scores: int) -> int:
+        """What the backward pass computes again of a group: the embedding of its items, scores of queries.
 
         Hardware FLOPs are `group_flops` and this, each count 0 where nothing of it is computed twice.
         """
-        return self._embed(distinct_items, backward=False) + 2 * target_rows * candidates * self.shape.d_item
+        return self._embed(distinct_items, backward=False) + 2 * scores * self.shape.d_item
 
-    def useful_attention_flops(self, stage: int, distinct_items: int, attended_pairs: int) -> int:
+    def useful_attention_flops(self, stage: int, distinct_items: int, attended_pairs: int, query_pairs: int) -> int:
         """The share of `group_flops` in attention that no mask discards, forward and backward.
 
-        `attended_pairs`: (query, key) pairs inside a user's segment, causal, the diagonal included.
+        `attended_pairs`: pairs of a position and an event of its user up to it; `query_pairs`: those of the queries.
         """
         _check_stage(stage)
-        flops = 3 * 4 * attended_pairs * self.shape.width * self.shape.depth
-        return flops + (3 * self._field_attention(distinct_items) if stage == 1 else 0)
+        pairs = (self.shape.depth - 1) * attended_pairs + query_pairs
+        return 12 * pairs * self.shape.width + (3 * self._field_attention(distinct_items) if stage == 1 else 0)
 
     def catalogue_flops(self, num_items: int) -> int:
         """Forward FLOPs of embedding `num_items` items once."""
@@ -86,11 +88,11 @@ class ModelCost:
         Embedding the catalogue is apart (`catalogue_flops`).
         """
         shape, positions = self.shape, rows * self.window
-        weights = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width + self._block_params()
-        flops = 2 * positions * weights + self._attention(rows) + self._sparse(rows, queries)
+        inputs = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width
         # A mixture needs the sum over the catalogue before it can score an item: two passes.
         passes = 2 if shape.mixed else 1
-        return flops + 2 * queries * shape.d_item * (shape.width + passes * catalogue)
+        scores = 2 * passes * queries * catalogue * shape.d_item
+        return 2 * positions * inputs + self._contextualize(rows, queries) + scores
 
     def _embed(self, items: int, backward: bool) -> int:
         """Item stem and embedder; forward only, or with backward."""
@@ -106,22 +108,20 @@ class ModelCost:
             return 2 * (forward + dense) + self._field_attention(items)
         return 6 * forward + 4 * dense + 3 * self._field_attention(items)
 
-    def _block_params(self) -> int:
-        return self.shape.contextualizer_params - self.shape.edge_params
-
-    def _sparse(self, windows: int, rows: int) -> int:
-        """What gives the sparse components their gates (at the wanted rows) and probabilities; forward."""
-        shape, positions = self.shape, windows * self.window
-        products = 0
+    def _contextualize(self, windows: int, queries: int) -> int:
+        """What comes after the inputs of the contextualizer; forward."""
+        shape, positions, width = self.shape, windows * self.window, self.shape.width
+        block = 4 * width**2 + 3 * width * shape.hidden
+        keys_values = 2 * width**2
+        at_positions = (shape.depth - 1) * block + keys_values + width * shape.pointer_width
+        at_queries = block - keys_values + width * (shape.d_item + shape.pointer_width)
         if shape.pointer_width:
-            # Queries and keys at every position, scores of all pairs.
-            products += (2 * shape.width + self.window) * positions * shape.pointer_width + rows * shape.width
+            at_queries += width
         if shape.counted_events:
-            products += (positions + rows) * shape.width
-        return 2 * products
-
-    def _attention(self, windows: int) -> int:
-        return 4 * windows * self.window**2 * self.shape.width * self.shape.depth
+            at_positions, at_queries = at_positions + width, at_queries + width
+        products = positions * at_positions + queries * at_queries + queries * self.window * shape.pointer_width
+        attended = (shape.depth - 1) * windows * self.window**2 + queries * self.window
+        return 2 * products + 4 * attended * width
 
     def _field_attention(self, items: int) -> int:
         return 4 * items * self._field_tokens**2 * self.shape.embedder_width * self.shape.embedder_depth

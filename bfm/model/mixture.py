@@ -10,10 +10,11 @@ cost that does not grow with the catalogue. There are two, both attention over t
                 rare transitions, which a factorised score forgets, as n-gram models interpolate them. Trained together,
                 the network learns what counts do not know; its targets' own events must be left out of the counts.
 
-Enters: what the contextualizer knows at every position. Leaves: gates and probabilities at the wanted positions.
+Enters: what the contextualizer knows at every position. Leaves: gates and probabilities. All but the neighbours of a
+target, whose own event their counts leave out, is the same for the targets of one query.
 
-R windows, L positions, W width of the contextualizer, P width of the pointer's keys, T wanted rows, M last events,
-X sparse components.
+R windows, L positions, W width of the contextualizer, P width of the pointer's keys, Q queries, T targets, S slots of
+a window's queries, M last events, X sparse components.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ _STEPS = 96
 
 @dataclass(frozen=True)
 class Queries:
-    """What the model says at T rows."""
+    """What the model says at the queries of a batch and, where the counts leave its event out, for each target."""
 
-    h_TD: Tensor
+    h_QD: Tensor
     """Unit vectors, float32: the softmax over the catalogue."""
     log_gate_TX1: Tensor
     """log g, float32: the softmax first, then the sparse components (X = 0: all zero)."""
-    pointer_TL: Tensor | None
-    """Probabilities of the positions of the row's window, float32; None without a pointer."""
+    pointer_QL: Tensor | None
+    """Probabilities of the positions of the query's window, float32; None without a pointer."""
     counted_TM: Tensor | None = None
-    """Probabilities of the row's last events that have neighbours, float32; None without neighbours."""
+    """Probabilities of the last events that have neighbours, float32; None without neighbours."""
 
 
 def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tensor:
@@ -57,12 +58,11 @@ def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tenso
 
 
 def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
-    """What the sparse components give each row's target, [T, X]."""
-    masses = [queries.h_TD.new_zeros(len(queries.h_TD), 0)]
-    if queries.pointer_TL is not None:
-        item_TL = batch.item_RL.index_select(0, batch.target_position_T // batch.item_RL.shape[1])
-        # Pads carry the index of some item, and probability 0.
-        masses.append((queries.pointer_TL * (item_TL == batch.target_index_T[:, None])).sum(1, keepdim=True))
+    """What the sparse components give each target, [T, X]."""
+    masses = [queries.h_QD.new_zeros(len(batch.query_T), 0)]
+    if queries.pointer_QL is not None:
+        copied_N = look_up(queries.pointer_QL.flatten()[:, None], batch.copy_N).squeeze(-1)
+        masses.append(torch.segment_reduce(copied_N, "sum", lengths=batch.copies_T, unsafe=True)[:, None])
     if queries.counted_TM is not None:
         assert batch.share_TM is not None, "windows without what their model was to count"
         masses.append((queries.counted_TM * batch.share_TM).sum(1, keepdim=True))
@@ -85,21 +85,18 @@ class Pointer(nn.Module):
         self.distance_bias = nn.Parameter(torch.zeros(_STEPS))
         self.elapsed_bias = nn.Parameter(torch.zeros(_STEPS))
 
-    def forward(self, x_RLW: Tensor, segment_RL: Tensor, time_RL: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate logits [T, 1] and probabilities [T, L], float32; x is normalised, position_T as r * L + l."""
-        length = x_RLW.shape[1]
-        q_RLP, k_RLP = rms_norm(self.query(x_RLW)), self.key(x_RLW)
-        score_RLL = (q_RLP @ k_RLP.mT) * k_RLP.shape[-1] ** -0.5
-        score_TL = score_RLL.flatten(0, 1).index_select(0, position_T).float()
-        row_T, place_T1 = position_T // length, (position_T % length)[:, None]
-        distance_TL = place_T1 - torch.arange(length, device=x_RLW.device)
-        elapsed_TL = time_RL.flatten()[position_T, None] - time_RL.index_select(0, row_T)
-        for bias, past_TL in ((self.distance_bias, distance_TL), (self.elapsed_bias, elapsed_TL)):
-            score_TL = score_TL + look_up(bias[:, None], half_octave(past_TL)).squeeze(-1)
-        own_TL = segment_RL.index_select(0, row_T) == segment_RL.flatten()[position_T, None]
-        score_TL = score_TL.masked_fill(~(own_TL & (distance_TL >= 0)), -torch.inf)
-        gate_T1 = self.gate(x_RLW.flatten(0, 1).index_select(0, position_T)).float() + self.gate_bias
-        return gate_T1, F.softmax(score_TL, -1)
+    def forward(self, x_RLW: Tensor, x_QW: Tensor, attended_QL: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        """Gate logits [Q, 1] and probabilities [Q, L], float32; both x are normalised."""
+        places, length = batch.places, x_RLW.shape[1]
+        k_RLP, q_RSP = self.key(x_RLW), places.spread(rms_norm(self.query(x_QW)), len(x_RLW))
+        score_QL = places.gather(q_RSP @ k_RLP.mT).float() * k_RLP.shape[2] ** -0.5
+        distance_QL = (places.position_Q % length)[:, None] - torch.arange(length, device=x_RLW.device)
+        time_QL = batch.time_RL.index_select(0, places.position_Q // length)
+        elapsed_QL = places.take(batch.time_RL)[:, None] - time_QL
+        for bias, past_QL in ((self.distance_bias, distance_QL), (self.elapsed_bias, elapsed_QL)):
+            score_QL = score_QL + look_up(bias[:, None], half_octave(past_QL)).squeeze(-1)
+        score_QL = score_QL.masked_fill(~attended_QL, -torch.inf)
+        return self.gate(x_QW).float() + self.gate_bias, F.softmax(score_QL, -1)
 
 
 class NeighbourAttention(nn.Module):
@@ -116,16 +113,17 @@ class NeighbourAttention(nn.Module):
         # Weights fall by a fifth per event: between what the two ways of counting do well with.
         self.age_bias = nn.Parameter(torch.arange(num_events) * math.log(0.8))
 
-    def forward(self, x_RLW: Tensor, position_T: Tensor, item_TM: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate logits [T, 1] and probabilities [T, M], float32. A row none of whose items is known has gate 0."""
-        known_TM = item_TM >= 0
-        age_M = torch.arange(item_TM.shape[1], device=item_TM.device)
+    def forward(self, x_RLW: Tensor, x_QW: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        """Gate logits [T, 1] and probabilities [T, M], float32. A target none of whose items is known has gate 0."""
+        assert batch.counted_TM is not None, "windows without what their model was to count"
+        known_TM, position_T = batch.counted_TM >= 0, batch.places.position_Q.index_select(0, batch.query_T)
+        age_M = torch.arange(known_TM.shape[1], device=x_RLW.device)
         # A known event lies inside the window; any place does for the others.
         place_TM = (position_T[:, None] - age_M).clamp(min=0)
         key_N = self.key(x_RLW).flatten().float()
         score_TM = look_up(key_N[:, None], place_TM).squeeze(-1) + self.age_bias
         weight_TM = F.softmax(score_TM.masked_fill(~known_TM, torch.finfo(torch.float32).min), -1)
-        gate_T1 = self.gate(x_RLW.flatten(0, 1).index_select(0, position_T)).float() + self.gate_bias
+        gate_T1 = look_up(self.gate(x_QW).float() + self.gate_bias, batch.query_T)
         return gate_T1.masked_fill(~known_TM.any(1, keepdim=True), -torch.inf), weight_TM * known_TM
 
 

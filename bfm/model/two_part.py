@@ -1,6 +1,6 @@
 """The two-part model: an embedder (item fields to unit vectors) and a contextualizer (a user's events to unit queries).
 
-Enters: a `ModelBatch`. Leaves: item vectors v_UD per distinct item, queries h_TD per target row, and a learned scale;
+Enters: a `ModelBatch`. Leaves: item vectors v_UD per distinct item, queries h_QD, and a learned scale;
 the score of an item is scale * <h, v>. Stage 1 trains both parts; in stage 2 the embedder is frozen and item vectors
 are rows of a constant catalogue matrix, with the same `contextualize`.
 """
@@ -158,7 +158,7 @@ class TwoPartModel(nn.Module):
         return torch.cat([self._embed_chunk(part, store) for part in ids.split(EMBED_CHUNK)])
 
     def contextualize(self, batch: ModelBatch, v_UD: Tensor) -> Queries:
-        """The queries of the batch's target rows, in row-major order.
+        """What is said at the queries of the batch.
 
         v_UD: vectors of batch.items_U, from `embed_items` (stage 1) or rows of the frozen catalogue (stage 2).
         """
@@ -167,9 +167,7 @@ class TwoPartModel(nn.Module):
         drop = None
         if self.training and self.dropout > 0.0:
             drop = GroupDropout(self.dropout, self.seed, batch.group_indices, batch.windows, self.device)
-        return self.contextualizer(
-            v_RLD, context_RLD, batch.segment_RL, batch.time_RL, batch.target_position_T, batch.counted_TM, drop
-        )
+        return self.contextualizer(v_RLD, context_RLD, batch, drop)
 
     def embedder_parameter_names(self) -> tuple[str, ...]:
         """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""

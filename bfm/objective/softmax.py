@@ -98,3 +98,12 @@ def _reference_log_sum(
     # Not -inf: a row without any other candidate keeps a gradient.
     logits_TK[hit_rows, hit_T[hit_rows]] = _NO_SCORE
     return torch.logsumexp(logits_TK, dim=1)
+
+
+def log_sum(q_QD, table_RD, ids_K, log_pi_GK, *, window_Q=None, method="auto"):
+    hit_Q = torch.full((len(q_QD),), -1)
+    live = True
+    if method == "auto":
+        method = choose_method(len(q_QD), len(ids_K), table_RD, live)
+    f = _reference_log_sum if method == "reference" else two_pass_log_sum
+    return f(q_QD.float(), table_RD, ids_K, log_pi_GK, hit_Q, window_Q)

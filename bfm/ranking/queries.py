@@ -75,15 +75,15 @@ def answer(
     for chosen in query_batches(table, window):
         batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
         queries = model.contextualize(batch, vectors(batch.items_U))
-        gate_X1T = iter(queries.log_gate_TX1.exp().T)
-        h.append(queries.h_TD)
-        gates.append(next(gate_X1T))
-        if queries.pointer_TL is not None:
-            pointed.append(_pointer_mass(batch, queries.pointer_TL * next(gate_X1T)[:, None], num_catalogue))
+        gate_X1Q = iter(queries.log_gate_TX1.exp().T)
+        h.append(queries.h_QD)
+        gates.append(next(gate_X1Q))
+        if queries.pointer_QL is not None:
+            pointed.append(_pointer_mass(batch, queries.pointer_QL * next(gate_X1Q)[:, None], num_catalogue))
         if batch.counted_TM is not None and queries.counted_TM is not None:
             counted_items.append(batch.counted_TM)
-            counted_masses.append(queries.counted_TM * next(gate_X1T)[:, None])
-        lengths.append(len(queries.h_TD))
+            counted_masses.append(queries.counted_TM * next(gate_X1Q)[:, None])
+        lengths.append(len(queries.h_QD))
         rows += len(batch.item_RL)
     gate_Q, pointer = torch.cat(gates), SparseMass.join(pointed, lengths, model.device)
     total_Q = gate_Q + pointer.totals(len(gate_Q))
@@ -109,9 +109,9 @@ def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
         start = stop
 
 
-def _pointer_mass(batch: ModelBatch, mass_TL: Tensor, num_catalogue: int) -> SparseMass:
+def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, num_catalogue: int) -> SparseMass:
     """What the pointer gives to the items of each query's context."""
-    row_T = batch.target_position_T // batch.item_RL.shape[1]
-    item_TL = batch.items_U[batch.item_RL.index_select(0, row_T)]
-    query_TL = torch.arange(len(row_T), device=row_T.device)[:, None].expand_as(item_TL)
-    return SparseMass.of(query_TL.flatten(), item_TL.flatten(), mass_TL.flatten(), num_catalogue)
+    row_Q = batch.places.position_Q // batch.item_RL.shape[1]
+    item_QL = batch.items_U[batch.item_RL.index_select(0, row_Q)]
+    query_QL = torch.arange(len(row_Q), device=row_Q.device)[:, None].expand_as(item_QL)
+    return SparseMass.of(query_QL.flatten(), item_QL.flatten(), mass_QL.flatten(), num_catalogue)

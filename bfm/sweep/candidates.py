@@ -22,8 +22,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
 from bfm.units import format_flops
 
-_STAGE_2 = ("freeze_at_flops", "negatives", "negatives_exponent", "negatives_in_batch")
-_ONE_STAGE = {"freeze_at_flops": None, "negatives": 0, "negatives_in_batch": False}
+_STAGE_2 = ("freeze_at_flops", "negatives", "negatives_exponent")
+_ONE_STAGE = {"freeze_at_flops": None, "negatives": 0}
 
 
 @dataclass(frozen=True)

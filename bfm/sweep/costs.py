@@ -8,17 +8,19 @@ trainer from the groups it really saw; policies and plans see only the nominal c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from bfm.events.fields import FittedField
 from bfm.events.protocol import Protocol as EvaluationProtocol
 from bfm.events.shards import Shards
-from bfm.events.statistics import DistinctStats, expected_distinct
+from bfm.events.statistics import GroupMeans, group_means
+from bfm.events.windows import Targets
 from bfm.model.fields import TABLE_KINDS
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
@@ -57,8 +59,8 @@ class LogFacts:
     """Events known to each query of the validation part."""
     evaluation_queries: int | None
     """The first so many are evaluated; None: all."""
-    groups: Callable[[int, int], DistinctStats]
-    """(window, group_windows) -> means per negative group."""
+    groups: Callable[[int, int, Targets], GroupMeans]
+    """(window, group_windows, targets) -> means per negative group."""
 
     @classmethod
     def from_shards(cls, shards: Shards, protocol: EvaluationProtocol, evaluation_queries: int | None) -> LogFacts:
@@ -73,7 +75,7 @@ class LogFacts:
             train_counts=shards.train_counts,
             context_lengths=protocol.queries("validation").position + 1,
             evaluation_queries=evaluation_queries,
-            groups=lambda window, group_windows: expected_distinct(manifest, window, group_windows),
+            groups=functools.partial(group_means, manifest),
         )
 
 
@@ -102,7 +104,7 @@ class ConfigCost:
     group_bytes: int
     """Activations of one negative group, the scores of its loss left out."""
     group_scores: float
-    """Target rows times candidates of one group, in the stage with more of them."""
+    """Queries times candidates of one group, in the stage with more of them."""
     catalogue_bytes: int
     """Vectors of all items."""
     stage2_step_flops: float | None = None
@@ -168,18 +170,18 @@ class Costs:
     def __init__(self, facts: LogFacts) -> None:
         self.facts = facts
         self.num_catalogue = facts.num_catalogue
-        self._groups: dict[tuple[int, int], DistinctStats] = {}
-        self._joined: dict[tuple[int, int, int, float], DistinctStats] = {}
+        self._groups: dict[tuple[int, int, str], GroupMeans] = {}
+        self._joined: dict[tuple[int, int, str, int, float], GroupMeans] = {}
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
         shape = config.shape()
         groups = self._joined_statistics(config)
-        targets = self._statistics(config.window, config.group_windows).distinct_targets_mean
+        targets = self._statistics(config).distinct_targets_mean
         cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
         first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
         freezes = config.freeze_at_flops is not None
-        candidates = config.negatives + (targets if config.negatives_in_batch else 0)
+        candidates = config.negatives + targets
         second_flops = self._group_flops(cost, config, groups, 2, candidates) if freezes else None
         return ConfigCost(
             params=shape.params,
@@ -187,12 +189,12 @@ class Costs:
             state_params=shape.params + cost.stem_params + cost.table_params,
             table_params=cost.table_params,
             step_flops=first_flops * config.groups_per_step,
-            step_events=groups.target_rows_mean * config.groups_per_step,
+            step_events=groups.targets_mean * config.groups_per_step,
             epoch_events=self.facts.train_targets,
             evaluation_flops=self._evaluation_flops(cost, config.window, self.facts.evaluation_queries),
             probe_flops=self._evaluation_flops(cost, config.window, PROBE_QUERIES),
             group_bytes=group_bytes(shape, config, self.facts.fields, groups),
-            group_scores=groups.target_rows_mean * max(groups.distinct_targets_mean, candidates),
+            group_scores=groups.queries_mean * max(groups.distinct_targets_mean, candidates),
             catalogue_bytes=FLOAT_BYTES * self.facts.num_items * config.d_item,
             stage2_step_flops=None if second_flops is None else second_flops * config.groups_per_step,
             freeze_at_flops=config.freeze_at_flops,
@@ -200,17 +202,17 @@ class Costs:
             relative_error=groups.relative_error,
         )
 
-    def _statistics(self, window: int, group_windows: int) -> DistinctStats:
-        key = window, group_windows
+    def _statistics(self, config: TrainConfig) -> GroupMeans:
+        key = config.window, config.group_windows, config.targets
         if key not in self._groups:
-            self._groups[key] = self.facts.groups(*key)
+            self._groups[key] = self.facts.groups(config.window, config.group_windows, cast(Targets, config.targets))
         return self._groups[key]
 
-    def _joined_statistics(self, config: TrainConfig) -> DistinctStats:
+    def _joined_statistics(self, config: TrainConfig) -> GroupMeans:
         """Means per group, the drawn candidates of stage 1 among its items and targets."""
-        key = config.window, config.group_windows, config.live_negatives, config.live_exponent
+        key = config.window, config.group_windows, config.targets, config.live_negatives, config.live_exponent
         if key not in self._joined:
-            groups = self._statistics(config.window, config.group_windows)
+            groups = self._statistics(config)
             if config.live_negatives:
                 pi_V = drawn_inclusion(self.facts.train_counts, config.live_negatives, config.live_exponent)
                 groups = dataclasses.replace(
@@ -222,12 +224,12 @@ class Costs:
         return self._joined[key]
 
     def _group_flops(
-        self, cost: ModelCost, config: TrainConfig, groups: DistinctStats, stage: int, candidates: float
+        self, cost: ModelCost, config: TrainConfig, groups: GroupMeans, stage: int, candidates: float
     ) -> int:
         return cost.group_flops(
             stage,
             distinct_items=round(groups.distinct_items_mean),
-            target_rows=round(groups.target_rows_mean),
+            queries=round(groups.queries_mean),
             candidates=round(candidates),
             windows=config.group_windows,
         )
@@ -264,7 +266,7 @@ def _kept_scores(scores: float, method: str) -> float:
     return _TILE_SCORES if computes_scores_twice(round(scores), 1) else scores
 
 
-def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: DistinctStats) -> int:
+def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: GroupMeans) -> int:
     """Activations kept for the backward of one group, fp32: blocks, attention scores, looked-up rows, field tokens.
 
     Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head; per id

@@ -20,7 +20,7 @@ from bfm.yaml import did_you_mean
 _TYPES = typing.get_type_hints(TrainConfig)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 # Companions that make any single value of the fields of stage 2 a whole configuration.
-_STAGE_2 = {"freeze_at_flops": 1.0, "negatives": 1, "negatives_in_batch": True}
+_STAGE_2 = {"freeze_at_flops": 1.0, "negatives": 1}
 
 
 def read_parameters(raw: Mapping[str, Mapping[str, Any]], *, finite: bool) -> tuple[Parameter, ...]:

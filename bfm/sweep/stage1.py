@@ -44,7 +44,7 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
                 fix=f"give it one value; only {', '.join(sorted(STAGE2_KEYS))} may vary",
             )
     expect = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
-    stage2 = {"freeze_at_flops": _stands_at(meta), "negatives_in_batch": True}
+    stage2 = {"freeze_at_flops": _stands_at(meta)}
     config = replace(spec, parameters=tuple(parameters)).config(stage2)
     load_checkpoint(store, name, expect_config=config, expect=expect)
     frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))

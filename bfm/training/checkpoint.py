@@ -21,7 +21,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineState
 
 CHECKPOINT = Sealed("checkpoint", "meta.json", version=2, fix="name a folder with a meta.json of this version")
-STAGE2_KEYS = frozenset({"freeze_at_flops", "negatives", "negatives_exponent", "negatives_in_batch"})
+STAGE2_KEYS = frozenset({"freeze_at_flops", "negatives", "negatives_exponent"})
 """What a stage-1 trunk is not a function of, as long as it has not passed `freeze_at_flops`."""
 
 

@@ -79,11 +79,9 @@ class TrainConfig:
     freeze_at_flops: float | None = None
     """path_flops at which stage 2 begins; None: stage 1 only."""
     negatives: int = 0
-    """K: sampled negatives per group in stage 2."""
+    """K: negatives drawn per group in stage 2, beside the group's own targets."""
     negatives_exponent: float = 0.5
     """Draws are proportional to popularity to this power."""
-    negatives_in_batch: bool = False
-    """Stage 2 also uses the group's own targets as negatives."""
     averaging: bool = False
     """Keep a running average of the trunk's weights (probes need it)."""
 
@@ -94,19 +92,20 @@ class TrainConfig:
         if self.learning_rate == 0.0:
             positions = self.groups_per_step * self.group_windows * self.window
             object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
-        if self.group_windows == 1 and self.live_negatives == 0:
-            raise UserError(
-                "a group of one window has no other window to take negatives from",
-                key="group_windows",
-                fix="use 2 or more, or set `live_negatives`",
-            )
-        if self.freeze_at_flops is not None and self.negatives == 0 and not self.negatives_in_batch:
-            raise UserError("stage 2 has no negatives", key="negatives", fix="set `negatives` or `negatives_in_batch`")
-        if self.freeze_at_flops is None and (self.negatives or self.negatives_in_batch):
+        freezes = self.freeze_at_flops is not None
+        if self.group_windows == 1:
+            for drawn in ("live_negatives", *(["negatives"] if freezes else [])):
+                if getattr(self, drawn) == 0:
+                    raise UserError(
+                        "a group of one window has no other window to take negatives from",
+                        key="group_windows",
+                        fix=f"use 2 or more, or set `{drawn}`",
+                    )
+        if self.negatives and not freezes:
             raise UserError(
                 "sampled negatives are of stage 2, which this configuration never enters",
                 key="negatives",
-                fix="set `freeze_at_flops`, or leave `negatives` and `negatives_in_batch` out",
+                fix="set `freeze_at_flops`, or leave `negatives` out",
             )
 
     @classmethod
@@ -228,6 +227,5 @@ _CHECKS: dict[str, Check] = {
     "freeze_at_flops": _or_none(_number(0, _INFINITE, low_open=True)),
     "negatives": _count(0, 1 << 31),
     "negatives_exponent": _number(0, 2),
-    "negatives_in_batch": _flag,
     "averaging": _flag,
 }

@@ -24,10 +24,10 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.frozen import freeze_items
+from bfm.objective.frozen import FrozenItems, freeze_items
 from bfm.objective.fused import why_not_fused
 from bfm.objective.methods import check_method, method_of_stage
-from bfm.objective.objectives import DrawnObjective, LiveObjective
+from bfm.objective.objective import Objective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData, embedder_hash
@@ -99,7 +99,7 @@ class Trainer:
         self._recent = RecentSteps()
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self._start = EngineState({}) if start is None else start.state
-        self._built: tuple[Engine, LiveObjective | DrawnObjective] | None = None
+        self._built: tuple[Engine, Objective] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -107,7 +107,7 @@ class Trainer:
         return self._build()[0]
 
     @property
-    def objective(self) -> LiveObjective | DrawnObjective:
+    def objective(self) -> Objective:
         """What is minimised; built with the engine."""
         return self._build()[1]
 
@@ -185,7 +185,7 @@ class Trainer:
         if self._built is not None:
             self._built[0].close()
 
-    def _build(self) -> tuple[Engine, LiveObjective | DrawnObjective]:
+    def _build(self) -> tuple[Engine, Objective]:
         """A model with the state's weights, its objective, and an engine around it."""
         if self._built is not None:
             return self._built
@@ -194,41 +194,25 @@ class Trainer:
         if state.weight:
             model.load_state_dict(state.weight)
         model = model.to(self.factory.device)
-        log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
         if self.counters.stage == 1:
-            objective: LiveObjective | DrawnObjective = LiveObjective(
-                log_pi_V,
-                self.data.shards.train_counts,
-                self.config.live_negatives,
-                self.config.live_exponent,
-                self.seed,
-                method_of_stage(self.softmax, stage=1),
-            )
+            objective = self._objective(self.config.live_negatives, self.config.live_exponent)
         else:
             model.freeze_embedder()
             key = embedder_hash(model, self.data.fields_hash)
             if self._embedder_hash not in (None, key):
                 raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
             self._embedder_hash = key
-            factory = self.factory
-            objective = DrawnObjective(
-                freeze_items(
-                    model,
-                    compute_dtype(factory.device),
-                    self.softmax,
-                    factory.rank,
-                    factory.world_size,
-                ),
-                self.data.shards.train_counts,
-                self.config.negatives,
-                self.config.negatives_exponent,
-                self.config.negatives_in_batch,
-                log_pi_V,
-                self.seed,
-            )
+            factory, dtype = self.factory, compute_dtype(self.factory.device)
+            items = freeze_items(model, dtype, self.softmax, factory.rank, factory.world_size)
+            objective = self._objective(self.config.negatives, self.config.negatives_exponent, items)
         self._built = self.factory.build(model, self.config, state, self.micro_batches), objective
         self._start = EngineState({})
         return self._built
+
+    def _objective(self, negatives: int, exponent: float, items: FrozenItems | None = None) -> Objective:
+        log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
+        method, counts_V = method_of_stage(self.softmax, stage=1), self.data.shards.train_counts
+        return Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=method)
 
     def _freeze(self) -> None:
         """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
@@ -299,7 +283,7 @@ class Trainer:
         for batch in batches:
             loss = self.engine.forward(batch, self.objective)
             self.engine.backward(loss, len(batches))
-            parts.append(torch.cat([loss.detach().reshape(1), self.objective.rows.sums(batch).flatten()]))
+            parts.append(torch.cat([loss.detach().reshape(1), self.objective.last.sums(batch).flatten()]))
         # One wait for the device, one message between workers.
         own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
         loss_mean, *sums = self.engine.all_reduce_mean([own_loss / len(batches), *own_sums])

@@ -14,7 +14,7 @@ from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import embeds_twice
 from bfm.objective.methods import method_of_stage
-from bfm.objective.objectives import DrawnObjective, LiveObjective
+from bfm.objective.objective import Objective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.config import TrainConfig
 from bfm.training.engine import Engine
@@ -43,9 +43,7 @@ class StepPlanner:
     micro_groups: int
     softmax: str
 
-    def plan(
-        self, stage: int, cursor: int, engine: Engine, objective: LiveObjective | DrawnObjective, save_due: bool
-    ) -> StepPlan:
+    def plan(self, stage: int, cursor: int, engine: Engine, objective: Objective, save_due: bool) -> StepPlan:
         """The step that takes the groups from `cursor` on; `save_due` on one worker is so on all."""
         own = list(range(cursor + engine.rank, cursor + self.config.groups_per_step, engine.world_size))
         batches, path_flops, hardware_flops, attention_flops, repeated_flops, events = [], 0, 0, 0, 0, 0
@@ -55,24 +53,20 @@ class StepPlanner:
                 [self.order.group(index) for index in indices],
                 engine.device,
                 indices,
-                [objective.drawn(index) for index in indices],
+                [objective.embedded(index) for index in indices],
             )
             batches.append(batch)
-            for items, rows, candidates, windows, pairs in zip(
-                batch.distinct_items,
-                batch.target_rows,
-                objective.candidates(batch),
-                batch.windows,
-                batch.attended_pairs,
-                strict=True,
-            ):
-                group_flops = self.cost.group_flops(stage, items, rows, candidates, windows)
+            for group, candidates in enumerate(objective.candidates(batch)):
+                items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
+                group_flops = self.cost.group_flops(stage, items, queries, candidates, windows)
                 path_flops += group_flops
-                hardware_flops += group_flops + self._recomputed_flops(stage, batch, items, rows, candidates)
-                attention_flops += self.cost.useful_attention_flops(stage, items, pairs)
+                hardware_flops += group_flops + self._recomputed_flops(stage, batch, group, candidates)
+                attention_flops += self.cost.useful_attention_flops(
+                    stage, items, batch.attended_pairs[group], batch.query_pairs[group]
+                )
                 embedded = windows * self.config.window + self.config.live_negatives
-                repeated_flops += self.cost.group_flops(stage, embedded, rows, candidates, windows)
-                events += rows
+                repeated_flops += self.cost.group_flops(stage, embedded, queries, candidates, windows)
+                events += batch.targets[group]
         own_sums = [path_flops, hardware_flops, attention_flops, repeated_flops, events, int(save_due)]
         sums = engine.all_reduce_sum(own_sums)
         return StepPlan(batches, sums[0], sums[1], sums[2], sums[3], sums[4], save_due=bool(sums[5]))
@@ -81,19 +75,20 @@ class StepPlanner:
         """What the groups of a step of stage 1 would cost in stage 2, estimated."""
         flops = 0
         for batch in plan.batches:
-            for group, (items, rows, windows) in enumerate(
-                zip(batch.distinct_items, batch.target_rows, batch.windows, strict=True)
-            ):
+            for group in range(batch.num_groups):
                 # What stage 1 drew is no candidate of stage 2.
-                targets_T = batch.target_index_T[batch.rows_of(group)]
-                candidates = self.config.negatives
-                if self.config.negatives_in_batch:
-                    candidates += len(torch.unique(targets_T))
-                flops += self.cost.group_flops(2, items, rows, candidates, windows)
+                targets = len(torch.unique(batch.target_index_T[batch.targets_of(group)]))
+                candidates = targets + self.config.negatives
+                items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
+                flops += self.cost.group_flops(2, items, queries, candidates, windows)
         return engine.all_reduce_sum([flops])[0]
 
-    def _recomputed_flops(self, stage: int, batch: ModelBatch, items: int, rows: int, candidates: int) -> int:
-        live, method = stage == 1, method_of_stage(self.softmax, stage)
-        embedded_twice = items if live and embeds_twice(len(batch.items_U)) else 0
-        scored_twice = rows if computes_scores_twice(rows, candidates, live=live, method=method) else 0
-        return self.cost.recomputed_flops(embedded_twice, scored_twice, candidates)
+    def _recomputed_flops(self, stage: int, batch: ModelBatch, group: int, candidates: int) -> int:
+        """What the backward pass computes again: items that were embedded in chunks, scores that were not kept."""
+        items = batch.distinct_items[group] if stage == 1 and embeds_twice(len(batch.items_U)) else 0
+        queries, own, scores = batch.queries[group], batch.candidates[group], 0
+        for part, live in ((own, True), (candidates - own, False)):
+            method = method_of_stage(self.softmax, stage=1) if live else self.softmax
+            if computes_scores_twice(queries, part, live=live, method=method):
+                scores += queries * part
+        return self.cost.recomputed_flops(items, scores)

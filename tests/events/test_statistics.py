@@ -6,7 +6,7 @@ import pytest
 
 from bfm.events.cache import kept_path
 from bfm.events.shards import Shards
-from bfm.events.statistics import expected_distinct, fit_distinct_curve, inclusion_elsewhere, target_windows
+from bfm.events.statistics import group_means, fit_group_curve, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
 from tests.helpers import make_shards
 
@@ -68,14 +68,14 @@ def test_larger_groups_than_an_epoch_hold_everything(toy_shards):
 
 
 @pytest.mark.parametrize(("window", "group_windows"), [(8, 2), (32, 4), (64, 16), (50, 13), (24, 100)])
-def test_expected_distinct_counts_equal_those_of_groups(many, window, group_windows):
+def test_group_means_counts_equal_those_of_groups(many, window, group_windows):
     order = WindowOrder(many, window, group_windows, seed=3)
     groups = [order.group(index) for index in range(200)]
     embedded = [np.union1d(group.item_RL, group.target_RL) for group in groups]
     items = [len(ids[ids >= 0]) for ids in embedded]
     targets = [len(np.unique(group.target_RL[group.target_RL >= 0])) for group in groups]
     rows = [(group.target_RL >= 0).sum() for group in groups]
-    expected = expected_distinct(many.manifest, window, group_windows)
+    expected = group_means(many.manifest, window, group_windows)
     allowed = expected.relative_error + 0.01
     assert 0 < expected.relative_error < 0.08
     assert expected.distinct_items_mean == pytest.approx(np.mean(items), rel=allowed)
@@ -85,16 +85,16 @@ def test_expected_distinct_counts_equal_those_of_groups(many, window, group_wind
 
 def test_the_curve_is_exact_for_an_epoch_and_beyond(many):
     num_windows = WindowOrder(many, 32, 1, 0).windows_per_epoch
-    whole = expected_distinct(many.manifest, 32, num_windows)
+    whole = group_means(many.manifest, 32, num_windows)
     assert whole.distinct_items_mean == pytest.approx(many.num_catalogue)
     assert whole.target_rows_mean == pytest.approx(many.manifest.train_targets)
-    twice = expected_distinct(many.manifest, 32, 2 * num_windows)
+    twice = group_means(many.manifest, 32, 2 * num_windows)
     assert twice.distinct_items_mean == pytest.approx(many.num_catalogue)
     assert twice.target_rows_mean == pytest.approx(2 * many.manifest.train_targets)
 
 
 def test_curve_is_a_function_of_the_shards(many):
-    assert fit_distinct_curve(many) == many.manifest.distinct_curve
+    assert fit_group_curve(many) == many.manifest.group_curve
 
 
 def test_a_damaged_cache_is_computed_again(toy_shards, tmp_path):

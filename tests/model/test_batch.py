@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from bfm.events.windows import EvalWindows, Windows
-from bfm.model.batch import count_attended_pairs, make_batch, make_query_batch
+from bfm.model.batch import attended_events, make_batch, make_query_batch
 from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, make_windows
 
 
 @pytest.fixture(scope="module")
 def groups() -> list[Windows]:
-    return [make_windows(ALL_FIELDS, rows=rows, length=16, seed=rows) for rows in (2, 4, 3)]
+    return [make_windows(ALL_FIELDS, rows, 16, seed=rows, baskets=True) for rows in (2, 4, 3)]
 
 
 def test_indices_lead_back_to_the_windows(groups):
@@ -23,7 +23,9 @@ def test_indices_lead_back_to_the_windows(groups):
     valid_RL = item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], item_RL[valid_RL])
     assert (batch.item_RL.numpy()[~valid_RL] == 0).all()
-    np.testing.assert_array_equal(batch.target_position_T.numpy(), np.flatnonzero(target_RL >= 0))
+    query_RL = np.concatenate([group.query_RL for group in groups]) + 16 * np.arange(len(target_RL))[:, None]
+    np.testing.assert_array_equal(batch.places.position_Q[batch.query_T], query_RL[target_RL >= 0])
+    assert len(np.unique(query_RL[target_RL >= 0])) == len(batch.places.position_Q) < len(batch.query_T)
     np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
     for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
         np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
@@ -37,14 +39,39 @@ def test_each_group_has_its_own_items_and_candidates(groups):
         inputs, targets = set(group.item_RL.ravel()) - {-1}, set(group.target_RL.ravel()) - {-1}
         items = batch.items_U[slice(*batch.items_offset[number : number + 2])].tolist()
         candidates_K = batch.candidates_of(number)
-        rows = batch.rows_of(number)
+        rows = batch.targets_of(number)
         assert items == sorted(inputs | targets)
         assert batch.items_U[candidates_K].tolist() == sorted(targets)
         assert batch.distinct_items[number] == len(inputs | targets)
         assert batch.candidates[number] == len(targets)
-        assert batch.target_rows[number] == (group.target_RL >= 0).sum()
+        assert batch.targets[number] == (group.target_RL >= 0).sum()
         assert torch.equal(candidates_K[batch.hit_T[rows]], batch.target_index_T[rows])
-        assert batch.window_T(number).tolist() == np.nonzero(group.target_RL >= 0)[0].tolist()
+        window_T = batch.window_Q(number)[batch.query_T[rows] - batch.query_offset[number]]
+        assert window_T.tolist() == np.nonzero(group.target_RL >= 0)[0].tolist()
+
+
+def test_slots_hold_the_queries_of_their_window_once(groups):
+    places = make_batch(groups).places
+    windows, x_QX = sum(len(group.item_RL) for group in groups), torch.rand(len(places.position_Q), 2)
+    spread_RSX = places.spread(x_QX, windows)
+    assert torch.equal(places.gather(spread_RSX), x_QX)
+    assert torch.equal(places.slot_Q // places.slots, places.position_Q // 16)
+    assert len(torch.unique(places.slot_Q)) == len(x_QX)
+    assert places.slots == torch.bincount(places.position_Q // 16).max()
+
+
+def test_copies_are_the_users_events_of_the_target_up_to_its_query():
+    groups = [make_windows(ALL_FIELDS, rows, 16, num_items=5, seed=rows, baskets=True) for rows in (2, 3)]
+    batch = make_batch(groups)
+    copies = iter(batch.copy_N.split(batch.copies_T.tolist()))
+    for number, group in enumerate(groups):
+        for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):
+            at, found = group.query_RL[row, column], next(copies)
+            past = [p for p in range(at + 1) if group.segment_RL[row, p] == group.segment_RL[row, at]]
+            assert (found % 16).tolist() == [p for p in past if group.item_RL[row, p] == group.target_RL[row, column]]
+            position_N = batch.places.position_Q[found // 16]
+            assert (position_N == 16 * (row + sum(batch.windows[:number])) + at).all()
+    assert batch.copies_T.max() > 1
 
 
 def test_a_group_without_targets_or_events_is_empty_not_an_error():
@@ -52,7 +79,7 @@ def test_a_group_without_targets_or_events_is_empty_not_an_error():
     empty = np.full_like(windows.item_RL, -1)
     nothing = dataclasses.replace(windows, item_RL=empty, target_RL=empty, segment_RL=empty)
     batch = make_batch([nothing])
-    assert batch.distinct_items == batch.target_rows == batch.candidates == batch.attended_pairs == (0,)
+    assert batch.distinct_items == batch.targets == batch.queries == batch.candidates == batch.attended_pairs == (0,)
     assert make_batch([windows, nothing]).candidates == (make_batch([windows]).candidates[0], 0)
 
 
@@ -74,13 +101,13 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
     row, column = np.array([2, 0, 0, 1]), np.array([5, 15, 3, 0])
     batch = make_query_batch(EvalWindows(windows, row, column))
-    assert batch.target_position_T.tolist() == [37, 15, 3, 16]
+    assert batch.places.position_Q.tolist() == [37, 15, 3, 16]
     valid_RL = windows.item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])
     assert len(batch.target_index_T) == len(batch.candidates_C) == len(batch.hit_T) == 0
-    assert (batch.target_rows, batch.candidates, batch.windows) == ((4,), (0,), (3,))
+    assert (batch.queries, batch.targets, batch.candidates, batch.windows) == ((4,), (0,), (0,), (3,))
 
 
-def test_attended_pairs_of_a_known_row():
+def test_attended_events_of_known_rows():
     segment_RL = np.array([[0, 0, 0, 1, 1, -1], [5, 5, 5, 5, 5, 5]], np.int32)
-    assert count_attended_pairs(segment_RL) == 6 + 3 + 21
+    assert attended_events(segment_RL).tolist() == [[1, 2, 3, 1, 2, 0], [1, 2, 3, 4, 5, 6]]

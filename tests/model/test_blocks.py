@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bfm.model.batch import QueryPlaces
 from bfm.model.blocks import Block, look_up, make_linear, make_rotation, rms_norm, rotate, unit
 from bfm.model.contextualizer import attention_mask
 
@@ -26,7 +27,7 @@ def test_rotated_products_depend_on_distance_only():
     rotation = make_rotation(50, 6, torch.device("cpu"))
 
     def logit(query_position: int, key_position: int) -> float:
-        both = torch.stack([query, key])[None, :, None, None, :]
+        both = torch.stack([query, key])[None, :, None, :]
         places = rotation[[query_position, key_position]]
         turned = rotate(both, places).reshape(2, 6)
         return float(turned[0] @ turned[1])
@@ -40,6 +41,20 @@ def test_a_fresh_block_is_the_identity():
     block = Block(16, 2, 40, torch.Generator().manual_seed(0))
     x_BLW = torch.randn(3, 5, 16)
     assert torch.equal(block(x_BLW, None, make_rotation(5, 8, x_BLW.device)), x_BLW)
+
+
+def test_queries_alone_are_what_the_block_says_at_their_positions():
+    generator = torch.Generator().manual_seed(0)
+    block = Block(16, 2, 40, generator)
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    x_BLW = torch.randn(3, 7, 16, generator=generator)
+    rotation, mask_LL = make_rotation(7, 8, x_BLW.device), torch.full((7, 7), -torch.inf).triu(1)
+    places = QueryPlaces(torch.tensor([6, 0, 18, 15]), torch.tensor([1, 0, 4, 5]), slots=2)
+    mask_BSL = places.spread(mask_LL[places.position_Q % 7], 3)
+    alone_QW = block(x_BLW, mask_BSL[:, None], rotation, queries=places)
+    torch.testing.assert_close(alone_QW, places.take(block(x_BLW, mask_LL, rotation)))
 
 
 def test_look_up_is_indexing_with_a_summed_gradient():

@@ -28,8 +28,14 @@ def counted(call) -> int:
     return counter.get_total_flops()
 
 
-def head(model: TwoPartModel, h_TD: torch.Tensor, candidates_KD: torch.Tensor) -> torch.Tensor:
-    return (model.scale * (h_TD @ candidates_KD.T)).logsumexp(-1).mean()
+def head(model: TwoPartModel, h_QD: torch.Tensor, candidates_KD: torch.Tensor) -> torch.Tensor:
+    return (model.scale * (h_QD @ candidates_KD.T)).logsumexp(-1).mean()
+
+
+def padding_flops(shape: Shape, batch: ModelBatch) -> int:
+    """Forward products of free slots, which are no model FLOPs: attention of the last block and the pointer's scores."""
+    free = batch.item_RL.shape[0] * batch.places.slots - len(batch.places.position_Q)
+    return free * batch.item_RL.shape[1] * (4 * shape.width + 2 * shape.pointer_width)
 
 
 def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor | None) -> None:
@@ -42,11 +48,12 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
     loss = anything_of(queries)
     for group in range(batch.num_groups):
         candidates = v_UD[batch.candidates_of(group)]
-        rows = queries.h_TD[batch.rows_of(group)]
-        loss = loss + head(model, rows, candidates if frozen_KD is None else frozen_KD)
+        h_QD = queries.h_QD[batch.queries_of(group)]
+        loss = loss + head(model, h_QD, candidates if frozen_KD is None else frozen_KD)
     loss.backward()
 
 
+@pytest.mark.parametrize("baskets", [True, False])
 @pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize(
     ("shape", "fields", "length", "stage", "negatives", "has_clock"),
@@ -62,33 +69,35 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
         pytest.param(size_model(3e3, 0.0, d_item=16), ALL_FIELDS[:1], 16, 1, 0, True, id="ids-only"),
     ],
 )
-def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock, pointer):
+def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock, pointer, baskets):
     shape = replace(shape, pointer_width=shape.d_item // 2 if pointer else 0)
     model = make_model(fields=fields, shape=shape, has_clock=has_clock)
-    batch = make_batch([make_windows(fields, rows=rows, length=length, seed=rows) for rows in (2, 3)])
+    batch = make_batch([make_windows(fields, rows, length, seed=rows, baskets=baskets) for rows in (2, 3)])
     if stage == 2:
         model.freeze_embedder()
     frozen_KD = torch.randn(negatives, shape.d_item) if stage == 2 else None
     cost = ModelCost(shape, fields, TABLE_WIDTH, length, has_clock)
     formula = sum(
-        cost.group_flops(stage, distinct, rows, negatives or in_batch, windows)
-        for distinct, rows, in_batch, windows in zip(
-            batch.distinct_items, batch.target_rows, batch.candidates, batch.windows, strict=True
+        cost.group_flops(stage, distinct, queries, negatives or in_batch, windows)
+        for distinct, queries, in_batch, windows in zip(
+            batch.distinct_items, batch.queries, batch.candidates, batch.windows, strict=True
         )
     )
-    assert formula == counted(lambda: train_step(model, batch, frozen_KD))
+    assert batch.queries < batch.targets or not baskets
+    assert formula + 3 * padding_flops(shape, batch) == counted(lambda: train_step(model, batch, frozen_KD))
 
 
 def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
     model = make_model(2e4, 0.3, ALL_FIELDS)
     batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
-    formula = cost.group_flops(1, *batch.distinct_items, *batch.target_rows, *batch.candidates, *batch.windows)
+    formula = cost.group_flops(1, *batch.distinct_items, *batch.queries, *batch.candidates, *batch.windows)
+    formula += 3 * padding_flops(model.shape, batch)
     expected = {name: torch.empty(0) for name, _ in model.named_parameters()}
     for chunk in (1 << 14, 7):
         monkeypatch.setattr(two_part, "EMBED_CHUNK", chunk)
         model.zero_grad()
-        again = cost.recomputed_flops(*batch.distinct_items, 0, 0) if chunk == 7 else 0
+        again = cost.recomputed_flops(*batch.distinct_items, 0) if chunk == 7 else 0
         assert counted(lambda: train_step(model, batch, None)) == formula + again
         for name, parameter in model.named_parameters():
             if chunk == 7 and parameter.grad is not None:
@@ -112,14 +121,14 @@ def test_eval_flops_equal_the_counter(pointer):
 
     @torch.no_grad()
     def evaluate() -> None:
-        h_TD = model.contextualize(batch, catalogue_ID[batch.items_U]).h_TD
+        h_QD = model.contextualize(batch, catalogue_ID[batch.items_U]).h_QD
         # A mixture's second pass over the catalogue knows the sum of the first.
         for _ in range(2 if pointer else 1):
-            head(model, h_TD, catalogue_ID)
+            head(model, h_QD, catalogue_ID)
 
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
-    formula = cost.eval_flops(4, len(batch.target_position_T), len(catalogue_ID))
-    assert formula == counted(evaluate)
+    formula = cost.eval_flops(4, len(batch.places.position_Q), len(catalogue_ID))
+    assert formula + padding_flops(model.shape, batch) == counted(evaluate)
 
 
 def test_stem_and_table_params_are_what_the_model_has():
@@ -135,17 +144,17 @@ def test_stem_and_table_params_are_what_the_model_has():
 
 
 def test_useful_attention_counts_causal_pairs_inside_users():
-    windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
+    windows = make_windows(PLAIN_FIELDS, rows=3, length=16, baskets=True)
     batch = make_batch([windows])
-    pairs = sum(
-        windows.segment_RL[row, query] == windows.segment_RL[row, key] >= 0
+    attended = [
+        sum(windows.segment_RL[row, query] == windows.segment_RL[row, key] >= 0 for key in range(query + 1))
         for row in range(3)
         for query in range(16)
-        for key in range(query + 1)
-    )
-    assert batch.attended_pairs == (pairs,)
+    ]
+    assert batch.attended_pairs == (sum(attended),)
+    assert batch.query_pairs == (sum(attended[position] for position in batch.places.position_Q),)
     cost = ModelCost(ATTENTION_HEAVY, PLAIN_FIELDS, TABLE_WIDTH, 16, True)
-    assert cost.useful_attention_flops(1, 40, pairs) == 12 * pairs * 8 * 3
+    assert cost.useful_attention_flops(1, 40, 100, 7) == 12 * (2 * 100 + 7) * 8
 
 
 def test_contextualize_alone_spends_nothing_on_frozen_items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bfm.events.windows import EvalWindows
+from bfm.model.batch import ModelBatch, make_query_batch
 from bfm.model.mixture import Pointer, half_octave, mixture_loss
 from tests.model.toys import PLAIN_FIELDS, make_windows
 
@@ -37,13 +40,21 @@ def test_every_half_octave_begins_at_its_edge():
     assert half_octave(edges[2:].long() - 1)[:40].tolist() == [plain_half_octave(edge - 1) for edge in EDGES[2:42]]
 
 
-def history(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_RLW, segment_RL (the last row ends with pads) and ascending time_RL with ties."""
+def history(seed: int = 0, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, ModelBatch]:
+    """x_RLW and windows (the last ends with pads) with ascending times, ties among them, queries at some positions."""
     windows = make_windows(PLAIN_FIELDS, ROWS, LENGTH, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     x_RLW = torch.randn(ROWS, LENGTH, WIDTH, generator=generator)
     gaps_RL = (10 ** (9 * torch.rand(ROWS, LENGTH, generator=generator))).long() // 10
-    return x_RLW, torch.from_numpy(windows.segment_RL), 1_600_000_000_000 + gaps_RL.cumsum(1)
+    time_RL = 1_600_000_000_000 + gaps_RL.cumsum(1).numpy()
+    if positions is None:
+        positions = torch.arange(ROWS * LENGTH)
+    queries = EvalWindows(dataclasses.replace(windows, time_RL=time_RL), *np.divmod(positions.numpy(), LENGTH))
+    return x_RLW, make_query_batch(queries)
+
+
+def point(pointer: Pointer, x_RLW: torch.Tensor, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return pointer(x_RLW, batch.places.take(x_RLW), batch.attended_QL(), batch)
 
 
 @pytest.fixture
@@ -58,11 +69,12 @@ def pointer() -> Pointer:
 
 @torch.no_grad()
 def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(pointer):
-    x_RLW, segment_RL, time_RL = history()
-    position_T = torch.randperm(ROWS * LENGTH, generator=torch.Generator().manual_seed(2))[:40]
-    gate_T1, pointer_TL = pointer(x_RLW, segment_RL, time_RL, position_T)
-    torch.testing.assert_close(pointer_TL.sum(1), torch.ones(40))
-    for number, (row, place) in enumerate(zip(*np.divmod(position_T.numpy(), LENGTH), strict=True)):
+    position_Q = torch.randperm(ROWS * LENGTH, generator=torch.Generator().manual_seed(2))[:40]
+    x_RLW, batch = history(positions=position_Q)
+    segment_RL, time_RL = batch.segment_RL, batch.time_RL
+    gate_Q1, pointer_QL = point(pointer, x_RLW, batch)
+    torch.testing.assert_close(pointer_QL.sum(1), torch.ones(40))
+    for number, (row, place) in enumerate(zip(*np.divmod(position_Q.numpy(), LENGTH), strict=True)):
         x_W = x_RLW[row, place].double()
         q_P = pointer.query.weight.double() @ x_W
         q_P = q_P / q_P.square().mean().sqrt()
@@ -78,34 +90,36 @@ def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(
                 )
         total = sum(map(math.exp, scores.values()))
         expected_L = [math.exp(scores[past]) / total if past in scores else 0.0 for past in range(LENGTH)]
-        np.testing.assert_allclose(pointer_TL[number], expected_L, rtol=2e-4, atol=1e-7)
-        assert not pointer_TL[number][[past not in scores for past in range(LENGTH)]].any()
+        np.testing.assert_allclose(pointer_QL[number], expected_L, rtol=2e-4, atol=1e-7)
+        assert not pointer_QL[number][[past not in scores for past in range(LENGTH)]].any()
         gate = float(pointer.gate.weight.double() @ x_W + pointer.gate_bias)
-        assert gate_T1[number].item() == pytest.approx(gate, rel=1e-4, abs=1e-5)
+        assert gate_Q1[number].item() == pytest.approx(gate, rel=1e-4, abs=1e-5)
 
 
 @torch.no_grad()
 def test_other_users_pads_and_later_events_change_nothing(pointer):
-    x_RLW, segment_RL, time_RL = history()
+    x_RLW, every = history()
+    segment_RL, time_RL = every.segment_RL, every.time_RL
     for position in (0, 7, 23, 30, 2 * LENGTH + 19):
         row, place = divmod(position, LENGTH)
         other_RL = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         other_RL[row] = (segment_RL[row] != segment_RL[row, place]) | (torch.arange(LENGTH) > place)
         noisy_RLW = torch.where(other_RL[..., None], x_RLW.flip(0, 1) + 1, x_RLW)
         noisy_RL = torch.where(other_RL, time_RL.flip(0) - 5_000, time_RL)
-        position_1 = torch.tensor([position])
-        expected = pointer(x_RLW, segment_RL, time_RL, position_1)
-        torch.testing.assert_close(pointer(noisy_RLW, segment_RL, noisy_RL, position_1), expected)
+        _, alone = history(positions=torch.tensor([position]))
+        noisy = dataclasses.replace(alone, time_RL=noisy_RL)
+        torch.testing.assert_close(point(pointer, noisy_RLW, noisy), point(pointer, x_RLW, alone))
 
 
 @torch.no_grad()
 def test_a_new_pointer_gives_the_events_so_far_equal_weights_and_an_open_gate():
-    x_RLW, segment_RL, time_RL = history()
+    x_RLW, batch = history()
+    segment_RL = batch.segment_RL
     made = Pointer(WIDTH, KEY_WIDTH, torch.Generator().manual_seed(0))
-    gate_T1, pointer_TL = made(x_RLW, segment_RL, time_RL, torch.arange(ROWS * LENGTH))
-    assert not gate_T1.any()
+    gate_Q1, pointer_QL = point(made, x_RLW, batch)
+    assert not gate_Q1.any()
     own_RLL = ((segment_RL[:, :, None] == segment_RL[:, None, :]) & torch.ones(LENGTH, LENGTH).tril().bool()).float()
-    torch.testing.assert_close(pointer_TL, (own_RLL / own_RLL.sum(-1, keepdim=True)).flatten(0, 1))
+    torch.testing.assert_close(pointer_QL, (own_RLL / own_RLL.sum(-1, keepdim=True)).flatten(0, 1))
 
 
 def mixture_case(components: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from tests.model.toys import (
     PLAIN_FIELDS,
     anything_of,
     contextualize,
+    every_position,
     make_model,
     make_windows,
     parts,
@@ -39,11 +40,6 @@ SHAPES = [
 @pytest.fixture(params=SHAPES)
 def model(request) -> TwoPartModel:
     return perturb(make_model(fields=ALL_FIELDS, shape=request.param))
-
-
-def every_position(batch: ModelBatch) -> ModelBatch:
-    """The batch with all positions, pads included, as target rows."""
-    return dataclasses.replace(batch, target_position_T=torch.arange(batch.item_RL.numel()))
 
 
 def answers(model: TwoPartModel, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +129,7 @@ def test_groups_of_a_batch_do_not_touch_each_other(model):
     together = make_batch([first, second])
     both = parts(contextualize(model, together))
     for number, group in enumerate((first, second)):
-        rows = together.rows_of(number)
+        rows = together.queries_of(number)
         torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, make_batch([group]))))
 
 
@@ -157,7 +153,7 @@ def test_every_weight_gets_a_gradient(model):
     def objective(model: TwoPartModel, batch: ModelBatch) -> torch.Tensor:
         v_UD = model.embed_items(batch.items_U)
         queries = model.contextualize(batch, v_UD)
-        loss_T = -model.scale * (queries.h_TD * v_UD[batch.target_index_T]).sum(-1)
+        loss_T = -model.scale * (queries.h_QD[batch.query_T] * v_UD[batch.target_index_T]).sum(-1)
         return mixture_loss(loss_T, queries.log_gate_TX1, target_mass(batch, queries)).mean()
 
     model(batch, objective).backward()
@@ -206,7 +202,7 @@ def test_half_precision_is_near_single(model, autocast):
         half = model.contextualize(batch, half_UD)
     assert {part.dtype for part in (half_UD, *parts(half), model.scale)} == {torch.float32}
     assert (half_UD * v_UD).sum(-1).min() > 0.99
-    assert (half.h_TD * single.h_TD).sum(-1).min() > 0.99
+    assert (half.h_QD * single.h_QD).sum(-1).min() > 0.99
     torch.testing.assert_close(parts(half)[1:], parts(single)[1:], atol=0.03, rtol=0.05)
     (anything_of(half) * model.scale).backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
 from bfm.events.fields import FittedField
 from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch
+from bfm.model.batch import ModelBatch, QueryPlaces
 from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
@@ -61,9 +63,17 @@ def make_store(fields: tuple[FittedField, ...], num_items: int = NUM_ITEMS, seed
 
 
 def make_windows(
-    fields: tuple[FittedField, ...], rows: int = 3, length: int = 16, num_items: int = NUM_ITEMS, seed: int = 0
+    fields: tuple[FittedField, ...],
+    rows: int = 3,
+    length: int = 16,
+    num_items: int = NUM_ITEMS,
+    seed: int = 0,
+    baskets: bool = False,
 ) -> Windows:
-    """Random packed rows of up to three users each; the last row ends with pads."""
+    """Random packed rows of up to three users each; the last row ends with pads.
+
+    With baskets, targets are predicted from the last third position of their user, where there is one.
+    """
     rng = np.random.default_rng(seed)
     shape = rows, length
     segment_RL = np.sort(rng.integers(0, 3, shape, dtype=np.int32), 1)
@@ -71,11 +81,14 @@ def make_windows(
     target_RL = rng.integers(0, num_items, shape, dtype=np.int32)
     target_RL[:, -1] = -1
     segment_RL[-1, -4:] = item_RL[-1, -4:] = target_RL[-1, -5:] = -1
+    columns = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    third_RL = columns // 3 * 3
+    own_RL = np.take_along_axis(segment_RL, third_RL, 1) == segment_RL
     return Windows(
         item_RL=item_RL,
         target_RL=target_RL,
         segment_RL=segment_RL,
-        query_RL=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+        query_RL=np.where(own_RL & baskets, third_RL, columns),
         weight_RL=(target_RL >= 0).astype(np.float32),
         later_RL=rng.random(shape) < 0.5,
         time_RL=rng.integers(1_600_000_000_000, 1_700_000_000_000, shape),
@@ -113,9 +126,16 @@ def contextualize(model: TwoPartModel, batch: ModelBatch) -> Queries:
     return model.contextualize(batch, model.embed_items(batch.items_U))
 
 
+def every_position(batch: ModelBatch) -> ModelBatch:
+    """The batch with a query at every position, pads included."""
+    positions = torch.arange(batch.item_RL.numel())
+    places = QueryPlaces(positions, positions, batch.item_RL.shape[1])
+    return dataclasses.replace(batch, places=places, query_T=positions, query_offset=(0, len(positions)))
+
+
 def parts(queries: Queries) -> list[torch.Tensor]:
     """The tensors of queries: h, log gates and, where there is one, the pointer."""
-    return [part for part in (queries.h_TD, queries.log_gate_TX1, queries.pointer_TL) if part is not None]
+    return [part for part in (queries.h_QD, queries.log_gate_TX1, queries.pointer_QL) if part is not None]
 
 
 def anything_of(queries: Queries) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from bfm.errors import InfeasibleError
 from bfm.events.protocol import Protocol
-from bfm.events.statistics import expected_distinct
+from bfm.events.statistics import group_means
 from bfm.model.flops import ModelCost
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.settings import Tier
@@ -109,7 +109,7 @@ def test_what_only_sizing_refuses_is_a_rejection(toy_costs):
 def test_nominal_costs_are_the_models_at_the_expected_group(toy_shards, toy_costs):
     config = TrainConfig(params=3e4, window=16, group_windows=4, groups_per_step=3, d_item=16)
     cost = toy_costs.of(config)
-    stats = expected_distinct(toy_shards.manifest, 16, 4)
+    stats = group_means(toy_shards.manifest, 16, 4)
     model = ModelCost(config.shape(), toy_shards.manifest.fields, 16, 16, toy_shards.manifest.has_clock)
     group = model.group_flops(
         1, round(stats.distinct_items_mean), round(stats.target_rows_mean), round(stats.distinct_targets_mean), 4
