@@ -1,4 +1,4 @@
-"""The objectives of both stages on real groups, with a small stand-in for the model."""
+"""The objective of both stages on real groups, with a small stand-in for the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
 from bfm.model.mixture import Queries
 from bfm.objective.frozen import WholeItems
-from bfm.objective.objectives import DrawnObjective, LiveObjective
+from bfm.objective.objective import Objective
+from bfm.objective.sampling import drawn_inclusion, group_rng
 from tests.helpers import make_shards
 from tests.model.toys import ALL_FIELDS, make_model, make_windows, perturb
 
@@ -22,7 +23,7 @@ DIM = 6
 class StandIn(torch.nn.Module):
     """Item vectors from a table; query and gates are linear maps of the last item.
 
-    The pointer, where there is one, weighs the row's positions by their vectors, whoever's they are.
+    The pointer, where there is one, weighs the user's events by their vectors.
     """
 
     def __init__(self, num_items, pointer=True):
@@ -42,19 +43,20 @@ class StandIn(torch.nn.Module):
         return torch.nn.functional.normalize(self.table[ids_U], dim=-1)
 
     def contextualize(self, batch, v_UD):
-        last_TD = v_UD[batch.item_RL.flatten()[batch.target_position_T]]
-        h_TD = torch.nn.functional.normalize(last_TD @ self.weight, dim=-1)
+        last_QD = v_UD[batch.places.take(batch.item_RL)]
+        h_QD = torch.nn.functional.normalize(last_QD @ self.weight, dim=-1)
         if not self.pointer:
-            return Queries(h_TD, h_TD.new_zeros(len(h_TD), 1), None)
-        row_T = batch.target_position_T // batch.item_RL.shape[1]
-        score_TL = (v_UD[batch.item_RL[row_T]] @ last_TD[:, :, None]).squeeze(-1)
-        score_TL = score_TL.masked_fill(batch.segment_RL[row_T] < 0, -torch.inf)
-        return Queries(h_TD, (last_TD @ self.gate).log_softmax(-1), score_TL.softmax(-1))
+            return Queries(h_QD, h_QD.new_zeros(len(batch.query_T), 1), None)
+        row_Q = batch.places.position_Q // batch.item_RL.shape[1]
+        score_QL = (v_UD[batch.item_RL[row_Q]] @ last_QD[:, :, None]).squeeze(-1)
+        score_QL = score_QL.masked_fill(~batch.attended_QL(), -torch.inf)
+        log_gate_TX1 = (last_QD @ self.gate).log_softmax(-1)[batch.query_T]
+        return Queries(h_QD, log_gate_TX1, score_QL.softmax(-1))
 
 
-@pytest.fixture
-def world(toy_shards):
-    order = WindowOrder(toy_shards, 16, 2, seed=0)
+@pytest.fixture(params=["next_basket", "next_event"])
+def world(toy_shards, request):
+    order = WindowOrder(toy_shards, 16, 2, seed=0, targets=request.param)
     return toy_shards, [order.group(index) for index in range(4)]
 
 
@@ -62,25 +64,22 @@ def in_batch_log_pi(shards):
     return torch.from_numpy(np.log(np.linspace(1.0, 0.05, shards.num_catalogue)))
 
 
-def drawn(shards, model, negatives, *, in_batch=False, exponent=0.5):
-    catalogue_ID = model.embed_items(torch.arange(shards.num_items)).detach()
-    items = WholeItems(catalogue_ID)
-    return DrawnObjective(items, shards.train_counts, negatives, exponent, in_batch, in_batch_log_pi(shards), seed=5)
+def live(shards, negatives=0, exponent=0.5, seed=0):
+    return Objective(in_batch_log_pi(shards), shards.train_counts, negatives, exponent, seed)
+
+
+def frozen(shards, model, negatives, *, exponent=0.5, method="auto"):
+    items = WholeItems(model.embed_items(torch.arange(shards.num_items)).detach(), method)
+    return Objective(in_batch_log_pi(shards), shards.train_counts, negatives, exponent, 5, items=items)
 
 
 def objectives(shards, model):
-    return [
-        LiveObjective(in_batch_log_pi(shards), shards.train_counts, 0, 0.0, 0),
-        LiveObjective(in_batch_log_pi(shards), shards.train_counts, 9, 0.5, 0),
-        drawn(shards, model, 7),
-        drawn(shards, model, 7, in_batch=True),
-        drawn(shards, model, 0, in_batch=True),
-    ]
+    return [live(shards), live(shards, 9), frozen(shards, model, 7), frozen(shards, model, 0)]
 
 
 def live_batch(groups, indices, objective):
     chosen = [groups[index] for index in indices]
-    return make_batch(chosen, group_indices=indices, drawn=[objective.drawn(index) for index in indices])
+    return make_batch(chosen, group_indices=indices, drawn=[objective.embedded(index) for index in indices])
 
 
 def value_and_gradient(model, objective, batches):
@@ -95,7 +94,7 @@ def value_and_gradient(model, objective, batches):
 
 
 @pytest.mark.parametrize("pointer", [True, False])
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(4))
 def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
     shards, groups = world
     model = StandIn(shards.num_items, pointer)
@@ -110,41 +109,40 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
         assert [count for part in counts for count in part] == results[0][2][0]
 
 
-@pytest.mark.parametrize("which", range(5))
-def test_rows_are_summed_by_whether_the_target_is_later(world, which):
+@pytest.mark.parametrize("which", range(4))
+def test_losses_are_summed_by_whether_the_target_is_later(world, which):
     shards, groups = world
     model = StandIn(shards.num_items)
     objective = objectives(shards, model)[which]
     batch = live_batch(groups, range(4), objective)
     objective(model, batch)
-    loss_T, gate_TX1 = objective.rows.loss_T.tolist(), objective.rows.log_gate_TX1.exp().tolist()
+    loss_T, gate_TX1 = objective.last.loss_T.tolist(), objective.last.log_gate_TX1.exp().tolist()
     expected = np.zeros((2, 4))
-    rows = zip(batch.target_position_T.tolist(), batch.weight_T.tolist(), loss_T, gate_TX1, strict=True)
-    for place, weight, loss, gates in rows:
+    place_T = batch.places.position_Q[batch.query_T].tolist()
+    for place, weight, loss, gates in zip(place_T, batch.weight_T.tolist(), loss_T, gate_TX1, strict=True):
         expected[int(batch.later_RL.flatten()[place])] += weight * np.array([loss, 1.0, *gates])
-    assert expected[:, 1].min() > 10, "rows of both kinds"
-    np.testing.assert_allclose(objective.rows.sums(batch).numpy(), expected)
+    assert expected[:, 1].min() > 1, "targets of both kinds"
+    np.testing.assert_allclose(objective.last.sums(batch).numpy(), expected)
 
 
 def plain_loss(model, group, candidate_ids, pi_V):
-    """One group's loss, row by row: probabilities of the mixture, the targets of the row's own window with pi = 1."""
-    losses = []
+    """One group's loss, target by target: probabilities of the mixture, the targets of its own window with pi = 1."""
+    losses, weights = [], []
     table_ID = model.embed_items(torch.arange(len(model.table)))
     for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):
-        last_D, target = table_ID[int(group.item_RL[row, column])], int(group.target_RL[row, column])
+        at, target = group.query_RL[row, column], int(group.target_RL[row, column])
+        last_D = table_ID[int(group.item_RL[row, at])]
         score_I = model.scale * table_ID @ torch.nn.functional.normalize(last_D @ model.weight, dim=-1)
         own = set(group.target_RL[row].tolist())
-        total = score_I[target].exp()
-        for item in candidate_ids:
-            if item != target:
-                total = total + score_I[item].exp() / (1.0 if item in own else float(pi_V[item]))
+        total = sum(score_I[item].exp() / (1.0 if item in own else float(pi_V[item])) for item in candidate_ids)
         probability = score_I[target].exp() / total
         if model.pointer:
-            seen = group.item_RL[row][group.item_RL[row] >= 0]
+            seen = group.item_RL[row, : at + 1][group.segment_RL[row, : at + 1] == group.segment_RL[row, at]]
             copied = (table_ID[seen] @ last_D).softmax(0)[torch.from_numpy(seen == target)].sum()
             probability = torch.stack([probability, copied]) @ (last_D @ model.gate).softmax(0)
         losses.append(-probability.log())
-    return torch.stack(losses).mean()
+        weights.append(float(group.weight_RL[row, column]))
+    return torch.stack(losses) @ torch.tensor(weights).double() / sum(weights)
 
 
 def gradients(model, loss):
@@ -159,8 +157,8 @@ def test_in_batch_negatives_are_the_groups_other_distinct_targets(world, pointer
     expected = torch.stack(
         [plain_loss(model, group, np.unique(group.target_RL[group.target_RL >= 0]), log_pi_V.exp()) for group in groups]
     ).mean()
-    loss = LiveObjective(log_pi_V, np.ones(len(log_pi_V)), 0, 0.0, 0)(model, make_batch(groups))
-    # The mean of the groups' means, not the mean over rows.
+    loss = live(shards)(model, make_batch(groups))
+    # The mean of the groups' means, not the mean over targets.
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
 
@@ -169,13 +167,12 @@ def test_every_item_drawn_is_the_exact_mixture_over_the_catalogue(world):
     shards, groups = world
     model = StandIn(shards.num_items)
     expected = plain_loss(model, groups[0], range(shards.num_catalogue), np.ones(shards.num_catalogue))
-    live = LiveObjective(in_batch_log_pi(shards), shards.train_counts, shards.num_catalogue, 0.5, 0)
-    loss = live(model, live_batch(groups, [0], live))
+    whole = live(shards, shards.num_catalogue)
+    loss = whole(model, live_batch(groups, [0], whole))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
-    for in_batch in (False, True):
-        frozen = drawn(shards, model, shards.num_catalogue, in_batch=in_batch)
-        torch.testing.assert_close(frozen(model, live_batch(groups, [0], frozen)), expected, rtol=1e-12, atol=0.0)
+    constant = frozen(shards, model, shards.num_catalogue)
+    torch.testing.assert_close(constant(model, make_batch(groups[:1])), expected, rtol=1e-12, atol=0.0)
 
 
 def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(tmp_path):
@@ -186,7 +183,7 @@ def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(
     targets = np.unique(group.target_RL[group.target_RL >= 0])
     model = StandIn(shards.num_items)
     log_pi_V = torch.from_numpy(np.log(inclusion_elsewhere(shards, 16, num_windows)))
-    loss = LiveObjective(log_pi_V, shards.train_counts, 0, 0.0, 0)(model, make_batch([group]))
+    loss = Objective(log_pi_V, shards.train_counts, 0, 0.0, 0)(model, make_batch([group]))
     expected = plain_loss(model, group, targets, np.ones(shards.num_catalogue))
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0.0)
 
@@ -195,7 +192,7 @@ def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(
 def test_the_loss_of_a_real_model_in_half_precision_is_near_single(autocast):
     model = perturb(make_model(share=0.2, fields=ALL_FIELDS))
     groups = [make_windows(ALL_FIELDS, num_items=20, seed=seed) for seed in range(3)]
-    objective = LiveObjective(torch.linspace(-2, 0, 20), np.ones(20), 0, 0.0, 0)
+    objective = Objective(torch.linspace(-2, 0, 20), np.ones(20), 0, 0.0, 0)
     batch = make_batch(groups)
     expected = objective(model, batch)
     whole_D = torch.cat([part.flatten() for part in gradients(model, expected)])
@@ -212,21 +209,17 @@ def test_the_loss_of_a_real_model_in_half_precision_is_near_single(autocast):
 @pytest.mark.parametrize("num_items", [0, 1])
 def test_a_catalogue_without_negatives_is_refused(num_items):
     with pytest.raises(UserError, match="no negative"):
-        LiveObjective(torch.zeros(num_items), np.ones(num_items), 0, 0.0, 0)
-    with pytest.raises(UserError, match="no negative"):
-        DrawnObjective(
-            WholeItems(torch.zeros(num_items, 2)), np.ones(num_items), 1, 0.5, False, torch.zeros(num_items), 0
-        )
+        Objective(torch.zeros(num_items), np.ones(num_items), 0, 0.0, 0)
 
 
 def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     shards, groups = world
     model = StandIn(shards.num_items)
     pi_batch_V = np.exp(in_batch_log_pi(shards).numpy())
-    objective = LiveObjective(in_batch_log_pi(shards), shards.train_counts, 9, 0.0, 4)
-    ids = objective.drawn(1)
+    objective = live(shards, 9, exponent=0.0, seed=4)
+    ids = objective.embedded(1)
     assert len(ids) == 9
-    assert not np.array_equal(ids, objective.drawn(0))
+    assert not np.array_equal(ids, objective.embedded(0))
     union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
     pi_V = 1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)
     batch = live_batch(groups, [1], objective)
@@ -234,23 +227,26 @@ def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     assert objective(model, batch).item() == pytest.approx(plain_loss(model, groups[1], union, pi_V).item())
 
 
-def test_a_mixture_joins_draws_and_targets_and_corrects_by_both(world):
+def test_frozen_draws_join_the_targets_and_are_corrected_by_both(world):
     shards, groups = world
     model = StandIn(shards.num_items)
-    alone, mixed = drawn(shards, model, 7), drawn(shards, model, 7, in_batch=True)
+    objective, batch = frozen(shards, model, 7), make_batch(groups[:1])
     targets = set(np.unique(groups[0].target_RL[groups[0].target_RL >= 0]).tolist())
-    ids = set(alone._candidate_ids(make_batch(groups[:1]), 0).tolist())
-    pi_V = 1 - (1 - np.exp(in_batch_log_pi(shards).numpy())) * (1 - alone.pi_V)
+    ids = set(objective.proposal.draw(group_rng(5, 0)).tolist())
+    assert len(ids) == 7
+    assert 0 < len(ids - targets) < 7
+    drawn_pi_V = drawn_inclusion(shards.train_counts, 7, 0.5)
+    pi_V = 1 - (1 - np.exp(in_batch_log_pi(shards).numpy())) * (1 - drawn_pi_V)
     expected = plain_loss(model, groups[0], sorted(ids | targets), pi_V)
-    assert mixed(model, make_batch(groups[:1])).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert mixed.candidates(make_batch(groups[:1])) == [len(ids | targets)]
-    assert alone.candidates(make_batch(groups[:2])) == [7, 7]
+    assert objective(model, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert objective.candidates(batch) == [len(ids | targets)]
+    assert frozen(shards, model, 0).candidates(batch) == [len(targets)]
 
 
 def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index(world):
     shards, groups = world
     model = StandIn(shards.num_items)
-    objective = drawn(shards, model, 7)
+    objective = frozen(shards, model, 7)
     first = objective(model, make_batch(groups[:1], group_indices=[0]))
     first.backward()
     assert model.table.grad is None
@@ -259,28 +255,24 @@ def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index
 
 
 @pytest.mark.parametrize("method", ["reference", "one_pass", "two_pass"])
-def test_every_method_takes_candidates_from_the_batch(world, method):
+def test_the_loss_does_not_depend_on_the_method(world, method):
     shards, groups = world
     model = StandIn(shards.num_items)
     batch = make_batch(groups[:2])
-    expected = drawn(shards, model, 7, in_batch=True)
-    other = drawn(shards, model, 7, in_batch=True)
-    other.items = WholeItems(expected.items.vectors_ID, method)
+    expected, other = frozen(shards, model, 7), frozen(shards, model, 7, method=method)
     assert other(model, batch).item() == pytest.approx(expected(model, batch).item(), rel=1e-6)
 
 
 def test_more_negatives_than_items_is_a_users_mistake(world):
     shards, _ = world
     with pytest.raises(UserError, match="negatives"):
-        drawn(shards, StandIn(shards.num_items), shards.num_catalogue + 1)
+        frozen(shards, StandIn(shards.num_items), shards.num_catalogue + 1)
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(4))
 def test_evaluation_candidates_are_a_fixed_sample_of_the_proposal(world, which):
     shards, _ = world
     objective = objectives(shards, StandIn(shards.num_items))[which]
     fixed = objective.evaluation_candidates(seed=2)
     np.testing.assert_array_equal(fixed.ids_K, objective.evaluation_candidates(seed=2).ids_K)
     np.testing.assert_allclose(fixed.log_pi_K, objective.log_pi_V[fixed.ids_K], rtol=1e-5, atol=1e-6)
-    if which == 2:
-        assert len(fixed.ids_K) == 7

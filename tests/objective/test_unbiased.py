@@ -11,8 +11,8 @@ import torch
 from bfm.events.statistics import inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
-from bfm.objective.objectives import own_window_certain
-from bfm.objective.softmax import sampled_softmax
+from bfm.objective.objective import own_window_certain
+from bfm.objective.softmax import log_sum
 from tests.helpers import make_shards
 from tests.objective.cases import unit
 
@@ -33,7 +33,8 @@ class World:
         for chosen in itertools.combinations(others, self.group_windows - 1):
             batch = make_batch([self.order.windows(np.array([window, *chosen]))])
             log_pi_K = self.log_pi_V[batch.items_U[batch.candidates_C]]
-            yield batch, own_window_certain(log_pi_K, batch.window_T(0), batch.hit_T, self.group_windows)
+            window_T = batch.window_Q(0)[batch.query_T]
+            yield batch, own_window_certain(log_pi_K, window_T, batch.hit_T, self.group_windows)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -49,7 +50,7 @@ def test_the_toy_has_items_of_one_window_and_of_most(world):
 
 
 def test_every_target_of_the_stream_is_expected_once(world):
-    """E[1{in} / pi] = 1, whether the row's own window holds the item or not."""
+    """E[1{in} / pi] = 1, whether the query's own window holds the item or not."""
     for window in range(world.num_windows):
         seen_NV = []
         for batch, log_pi_GK in world.groups(window):
@@ -60,14 +61,11 @@ def test_every_target_of_the_stream_is_expected_once(world):
         torch.testing.assert_close(torch.stack(seen_NV).mean(0), expected_V, rtol=0, atol=1e-12)
 
 
-def sum_and_gradients(h_TD, table_VD, target_T, ids_K, log_pi_GK, hit_T, window_T):
-    """sum_T of exp(score) / pi over the candidates but the target; the gradients of its total in h and the table."""
-    leaves = [h_TD.clone().requires_grad_(), table_VD.clone().requires_grad_()]
-    h_TD, table_VD = leaves
-    positive_TD = table_VD[target_T].detach()
-    loss_T = sampled_softmax(h_TD, positive_TD, table_VD, ids_K, log_pi_GK, hit_T, SCALE, window_T=window_T)
-    sum_T = loss_T.expm1() * torch.exp(SCALE * (h_TD * positive_TD).sum(1))
-    return sum_T.detach(), *torch.autograd.grad(sum_T.sum(), leaves)
+def sum_and_gradients(q_QD, table_VD, ids_K, log_pi_GK, window_Q):
+    """sum_Q of exp(score) / pi over the candidates; the gradients of its total in q and the table."""
+    leaves = [q_QD.clone().requires_grad_(), table_VD.clone().requires_grad_()]
+    sum_Q = log_sum(*leaves, ids_K, log_pi_GK, window_Q=window_Q).exp()
+    return sum_Q.detach(), *torch.autograd.grad(sum_Q.sum(), leaves)
 
 
 def test_the_sum_over_the_candidates_and_its_gradients_are_expected_to_be_those_over_all_targets(world):
@@ -76,14 +74,11 @@ def test_the_sum_over_the_candidates_and_its_gradients_are_expected_to_be_those_
     for window in range(world.num_windows):
         sampled = []
         for batch, log_pi_GK in world.groups(window):
-            mine = batch.window_T(0) == 0
-            target_T = batch.items_U[batch.target_index_T[mine]]
-            h_TD = unit(len(target_T), 5, torch.Generator().manual_seed(window))
+            window_Q = batch.window_Q(0)[batch.window_Q(0) == 0]
+            q_QD = SCALE * unit(len(window_Q), 5, torch.Generator().manual_seed(window))
             ids_K = batch.items_U[batch.candidates_C]
-            rows = batch.hit_T[mine], batch.window_T(0)[mine]
-            sampled.append(sum_and_gradients(h_TD, table_VD, target_T, ids_K, log_pi_GK, *rows))
-        hit_T = torch.searchsorted(every_K, target_T)
-        full = sum_and_gradients(h_TD, table_VD, target_T, every_K, torch.zeros(len(every_K)), hit_T, None)
+            sampled.append(sum_and_gradients(q_QD, table_VD, ids_K, log_pi_GK, window_Q))
+        full = sum_and_gradients(q_QD, table_VD, every_K, torch.zeros(len(every_K)), None)
         means = tuple(torch.stack(part).mean(0) for part in zip(*sampled, strict=True))
         torch.testing.assert_close(means, full, rtol=1e-11, atol=1e-11)
 
