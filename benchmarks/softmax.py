@@ -5,8 +5,8 @@
 Every mode has a process of its own; the modes take turns, and the least of the rounds counts. Memory is the most that
 a process held in any round beyond what it held before its first (resident pages, sampled every 2 ms from outside),
 less the drawn ids and their log probabilities, which all modes hold. All modes compute the same function of the same
-draws: the targets are certain to be drawn (pi = 1), so the column that is a row's positive is uncorrected in theirs
-too. Candidates are constant, the gradient is that of the queries. Writes benchmarks/results/softmax.md and .json.
+draws: every target is certain to be drawn (pi = 1), so a query's own column is uncorrected. Candidates are constant,
+the gradient is that of the queries. Writes benchmarks/results/softmax.md and .json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Setting:
     """A problem and the modes that solve it."""
 
     key: str
-    rows: int
+    queries: int
     candidates: int
     items: int
     modes: tuple[str, ...]
@@ -58,14 +58,14 @@ PEERS = {
 }
 
 
-def solver(mode: str, rows: int, candidates: int, items: int, folder: Path) -> Callable[[int], list[float]]:
+def solver(mode: str, queries: int, candidates: int, items: int, folder: Path) -> Callable[[int], list[float]]:
     """A function of the round that draws, gathers and computes; gives the loss and a few numbers of the gradient."""
     import numpy as np
     import torch
     import torch.nn.functional as F
 
     from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng
-    from bfm.objective.softmax import sampled_softmax
+    from bfm.objective.softmax import log_sum
 
     table_VD = torch.from_numpy(np.load(folder / "table.npy", mmap_mode="r")[:items].copy())
     popularity_V = (1e9 / np.arange(1, items + 1) ** 0.8).astype(np.int64) + 1
@@ -74,30 +74,28 @@ def solver(mode: str, rows: int, candidates: int, items: int, folder: Path) -> C
     assert (pi_V[:CERTAIN] == 1.0).all()
     proposal, log_pi_V = Proposal.of(pi_V), torch.from_numpy(np.log(pi_V)).float()
     generator = torch.Generator().manual_seed(1)
-    h_TD = F.normalize(torch.randn(rows, WIDTH, generator=generator), dim=-1)
-    target_T = torch.randint(0, CERTAIN, (rows,), generator=generator)
-    scale = torch.tensor(SCALE)
+    h_QD = F.normalize(torch.randn(queries, WIDTH, generator=generator), dim=-1)
+    target_Q = torch.randint(0, CERTAIN, (queries,), generator=generator)
 
-    def ours(h_TD: torch.Tensor, ids_K: torch.Tensor, log_pi_K: torch.Tensor) -> torch.Tensor:
-        method = "two_pass" if mode == TWO_PASS else "one_pass"
-        hit_T = torch.searchsorted(ids_K, target_T)
-        return sampled_softmax(h_TD, table_VD[target_T], table_VD, ids_K, log_pi_K, hit_T, scale, method=method).mean()
+    def ours(q_QD: torch.Tensor, ids_K: torch.Tensor, log_pi_K: torch.Tensor) -> torch.Tensor:
+        log_sum_Q = log_sum(q_QD, table_VD, ids_K, log_pi_K, method="two_pass" if mode == TWO_PASS else "one_pass")
+        return (log_sum_Q - (q_QD * table_VD[target_Q]).sum(1)).mean()
 
-    def theirs(h_TD: torch.Tensor, ids_K: torch.Tensor, log_pi_K: torch.Tensor) -> torch.Tensor:
-        vectors_KD, column_T = table_VD[ids_K], torch.searchsorted(ids_K, target_T)
+    def theirs(q_QD: torch.Tensor, ids_K: torch.Tensor, log_pi_K: torch.Tensor) -> torch.Tensor:
+        vectors_KD, column_Q = table_VD[ids_K], torch.searchsorted(ids_K, target_Q)
         if mode == DENSE:
-            return F.cross_entropy(F.linear(scale * h_TD, vectors_KD, -log_pi_K), column_T)
+            return F.cross_entropy(F.linear(q_QD, vectors_KD, -log_pi_K), column_Q)
         options = torch.nn.LinearCrossEntropyOptions()
         if mode != AUTO:
             options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=int(mode.split()[1]))
-        return F.linear_cross_entropy(scale * h_TD, vectors_KD, column_T, linear_bias=-log_pi_K, options=options)
+        return F.linear_cross_entropy(q_QD, vectors_KD, column_Q, linear_bias=-log_pi_K, options=options)
 
     def solve(index: int) -> list[float]:
         ids_K = torch.from_numpy(proposal.draw(group_rng(0, index)))
-        leaf_TD = h_TD.clone().requires_grad_()
-        loss = (ours if mode in (OURS, TWO_PASS) else theirs)(leaf_TD, ids_K, log_pi_V[ids_K])
+        leaf_QD = h_QD.clone().requires_grad_()
+        loss = (ours if mode in (OURS, TWO_PASS) else theirs)(SCALE * leaf_QD, ids_K, log_pi_V[ids_K])
         loss.backward()
-        return [float(loss.detach()), *leaf_TD.grad[0, :4].tolist(), float(leaf_TD.grad.norm())]
+        return [float(loss.detach()), *leaf_QD.grad[0, :4].tolist(), float(leaf_QD.grad.norm())]
 
     # What the libraries set up once, at a size that does not show in the memory.
     small = torch.randn(64, WIDTH)
@@ -108,12 +106,12 @@ def solver(mode: str, rows: int, candidates: int, items: int, folder: Path) -> C
     return solve
 
 
-def serve(mode: str, rows: int, candidates: int, items: int, folder: Path, threads: int) -> None:
+def serve(mode: str, queries: int, candidates: int, items: int, folder: Path, threads: int) -> None:
     """Solves a round for every line of input."""
     import torch
 
     torch.set_num_threads(threads)
-    solve = solver(mode, rows, candidates, items, folder)
+    solve = solver(mode, queries, candidates, items, folder)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -126,7 +124,7 @@ class Mode:
 
     def __init__(self, name: str, setting: Setting, folder: Path, threads: int) -> None:
         self.name, self.seconds, self.cpu_seconds, self.answers, self.peak_bytes = name, [], [], [], 0
-        sizes = map(str, (setting.rows, setting.candidates, setting.items))
+        sizes = map(str, (setting.queries, setting.candidates, setting.items))
         command = [sys.executable, __file__, "--serve", name, *sizes, str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -199,13 +197,13 @@ def peers() -> list[str]:
     """What the published kernels say to a small problem on this machine."""
     import torch
 
-    h_TD, vectors_KD = torch.randn(16, WIDTH, requires_grad=True), torch.randn(1000, WIDTH)
-    column_T, bias_K = torch.randint(0, 1000, (16,)), torch.randn(1000)
+    h_QD, vectors_KD = torch.randn(16, WIDTH, requires_grad=True), torch.randn(1000, WIDTH)
+    column_Q, bias_K = torch.randint(0, 1000, (16,)), torch.randn(1000)
     lines = []
     for package, (module, function) in PEERS.items():
         try:
             loss = getattr(importlib.import_module(module), function)
-            loss(h_TD, vectors_KD, column_T, bias=bias_K).backward()
+            loss(h_QD, vectors_KD, column_Q, bias=bias_K).backward()
             lines.append(f"{package} {importlib.metadata.version(package)}: runs here, but is not measured.")
         except Exception as error:
             lines.append(f"{package}: does not run here ({type(error).__name__}: {str(error).splitlines()[0]}).")
@@ -216,13 +214,13 @@ def table(setting: Setting, rows: list[dict]) -> list[str]:
     """A setting's rows in markdown."""
     first = rows[0]["seconds"]
     lines = [
-        f"## {setting.rows:,} rows, K = {setting.candidates:,} of {setting.items:,} items",
+        f"## {setting.queries:,} queries, K = {setting.candidates:,} of {setting.items:,} items",
         "",
         "| mode | rounds | seconds | time / one-pass | CPU seconds | useful GFLOP/s | extra MB | difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        rate = 4 * setting.rows * setting.candidates * WIDTH / row["seconds"] / 1e9
+        rate = 4 * setting.queries * setting.candidates * WIDTH / row["seconds"] / 1e9
         lines.append(
             f"| {row['mode']} | {row['rounds']} | {row['seconds']:.3f} | {row['seconds'] / first:.2f} "
             f"| {row['cpu_seconds']:.3f} | {rate:.0f} "
@@ -248,7 +246,7 @@ def summary(measured: dict[str, list[dict]]) -> list[str]:
     if "wide" in by:
         ours, dense = by["wide"][OURS], by["wide"][DENSE]
         lines.append(
-            f"1,024 rows, K = 65,536: {dense['seconds'] / ours['seconds']:.2f} x faster than "
+            f"1,024 queries, K = 65,536: {dense['seconds'] / ours['seconds']:.2f} x faster than "
             f"F.cross_entropy(F.linear(...)) with {ours['extra_mb'] / dense['extra_mb']:.3f} of its extra memory."
         )
     return lines
@@ -260,11 +258,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shrink", type=int, default=1, help="divide catalogue and candidates, for a trial run")
     parser.add_argument("--only", choices=[setting.key for setting in SETTINGS])
-    parser.add_argument("--serve", nargs=6, metavar=("MODE", "ROWS", "CANDIDATES", "ITEMS", "FOLDER", "THREADS"))
+    parser.add_argument("--serve", nargs=6, metavar=("MODE", "QUERIES", "CANDIDATES", "ITEMS", "FOLDER", "THREADS"))
     arguments = parser.parse_args()
     if arguments.serve:
-        mode, rows, candidates, items, folder, threads = arguments.serve
-        serve(mode, int(rows), int(candidates), int(items), Path(folder), int(threads))
+        mode, queries, candidates, items, folder, threads = arguments.serve
+        serve(mode, int(queries), int(candidates), int(items), Path(folder), int(threads))
         return
     import numpy as np
 

@@ -1,13 +1,13 @@
 """The sampled softmax on one CUDA device: useful TFLOP/s against the matmul peak, peak memory, error against float64.
 
-    python benchmarks/softmax_gpu.py [--rows 8192] [--candidates 2097152] [--width 256]
+    python benchmarks/softmax_gpu.py [--queries 8192] [--candidates 2097152] [--width 256]
     TRITON_INTERPRET=1 python benchmarks/softmax_gpu.py --tiny    (checks the script on the CPU, measures nothing)
 
 bfloat16 vectors, forward and backward of the mean loss in h, the gathering of candidates included; useful work is
-4 x rows x K x d. Every mode runs in a fresh process that also measures the card's matmul peak; minimum of 5 runs after
-a warm-up (fewer where they take longer than 20 s together). The public losses have no frozen, corrected negatives:
-they get the gathered candidates as a linear layer with the target's column among them and -log pi as its bias; SDPA
-has no room for a bias at all and gets pi = 1. Each is compared with its own loss in float64.
+4 x queries x K x d. Every mode runs in a fresh process that also measures the card's matmul peak; minimum of 5 runs
+after a warm-up (fewer where they take longer than 20 s together). The targets are candidates with pi = 1. The public
+losses get the gathered candidates as a linear layer and -log pi as its bias, which is bfloat16 there; SDPA has no room
+for a bias at all and gets pi = 1 throughout. Each is compared with its own loss in float64.
 Writes benchmarks/results/softmax_gpu.md and .json.
 """
 
@@ -34,8 +34,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bfm.objective.fused import Tile, fused_softmax_state, num_splits, why_not_fused  # noqa: E402
-from bfm.objective.softmax import sampled_softmax  # noqa: E402
-from bfm.objective.tiled import State, loss_from_state, merge  # noqa: E402
+from bfm.objective.softmax import log_sum  # noqa: E402
+from bfm.objective.tiled import State, log_sum_of_state, merge  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "softmax_gpu.md"
 SCALE = 20.0
@@ -49,33 +49,34 @@ COMPILED: dict[str, Callable[..., Any]] = {}
 
 @dataclass(frozen=True)
 class Problem:
-    """T rows, every target among the K candidates; R table rows of width D."""
+    """Q queries, the target of each among the K candidates and certain to be there; R table rows of width D."""
 
-    h_TD: Tensor
+    h_QD: Tensor
     table_RD: Tensor
     ids_K: Tensor
     log_pi_K: Tensor
-    hit_T: Tensor
+    column_Q: Tensor
+    """Of the target among the candidates."""
 
     @property
-    def positive_TD(self) -> Tensor:
-        return self.table_RD[self.ids_K[self.hit_T]]
+    def target_QD(self) -> Tensor:
+        return self.table_RD[self.ids_K[self.column_Q]]
 
     @property
     def useful_flops(self) -> float:
-        return 4.0 * len(self.h_TD) * len(self.ids_K) * self.h_TD.shape[1]
+        return 4.0 * len(self.h_QD) * len(self.ids_K) * self.h_QD.shape[1]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss per row where the mode gives it, gradient of the mean loss in h, what was chosen."""
+    """Loss per query where the mode gives it, gradient of the mean loss in h, what was chosen."""
 
-    loss_T: Tensor | None
-    grad_TD: Tensor
+    loss_Q: Tensor | None
+    grad_QD: Tensor
     note: str = ""
 
 
-def make_problem(rows: int, candidates: int, width: int, device: str) -> Problem:
+def make_problem(queries: int, candidates: int, width: int, device: str) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
 
     def unit(num: int) -> Tensor:
@@ -85,47 +86,46 @@ def make_problem(rows: int, candidates: int, width: int, device: str) -> Problem
     table_RD = unit(candidates + candidates // 4)
     ids_K = torch.randperm(len(table_RD), generator=generator, device=device)[:candidates].sort().values
     log_pi_K = -3 * torch.rand(candidates, generator=generator, device=device)
-    hit_T = torch.randint(0, candidates, (rows,), generator=generator, device=device)
-    return Problem(unit(rows), table_RD, ids_K, log_pi_K, hit_T)
+    column_Q = torch.randint(0, candidates, (queries,), generator=generator, device=device)
+    log_pi_K[column_Q] = 0.0
+    return Problem(unit(queries), table_RD, ids_K, log_pi_K, column_Q)
 
 
-def through_state(problem: Problem, state_of: Callable[[Tensor], State], note: str = "") -> Outcome:
-    """Loss and gradient where the state is computed from q without gradient."""
-    leaf_TD = problem.h_TD.float().requires_grad_()
-    q_TD = SCALE * leaf_TD
-    loss_T = loss_from_state(q_TD, problem.positive_TD, state_of(q_TD.detach()))
-    loss_T.mean().backward()
-    return Outcome(loss_T.detach(), leaf_TD.grad, note)
+def differentiated(problem: Problem, log_sum_of: Callable[[Tensor], Tensor], note: str = "") -> Outcome:
+    """Loss and gradient by a log sum that is differentiable in q."""
+    leaf_QD = problem.h_QD.float().requires_grad_()
+    q_QD = SCALE * leaf_QD
+    loss_Q = log_sum_of(q_QD) - (q_QD * problem.target_QD.float()).sum(-1)
+    loss_Q.mean().backward()
+    return Outcome(loss_Q.detach(), leaf_QD.grad, note)
 
 
 def fused(problem: Problem, tile: Tile | None = None) -> Outcome:
-    arguments = (problem.table_RD, problem.ids_K, problem.log_pi_K, problem.hit_T)
-    return through_state(problem, lambda q_TD: fused_softmax_state(q_TD, *arguments, tile), str(tile or ""))
+    arguments = (problem.table_RD, problem.ids_K, problem.log_pi_K, tile)
+    return differentiated(
+        problem, lambda q_QD: log_sum_of_state(q_QD, fused_softmax_state(q_QD, *arguments)), str(tile or "")
+    )
 
 
 def one_pass(problem: Problem) -> Outcome:
-    leaf_TD = problem.h_TD.float().requires_grad_()
-    arguments = (problem.table_RD, problem.ids_K, problem.log_pi_K, problem.hit_T)
-    scale = torch.tensor(SCALE, device=leaf_TD.device)
-    loss_T = sampled_softmax(leaf_TD, problem.positive_TD, *arguments, scale, method="one_pass")
-    loss_T.mean().backward()
-    return Outcome(loss_T.detach(), leaf_TD.grad)
+    arguments = (problem.table_RD, problem.ids_K, problem.log_pi_K)
+    return differentiated(problem, lambda q_QD: log_sum(q_QD, *arguments, method="one_pass"))
 
 
 def attention_splits(problem: Problem) -> int:
-    """Candidates are dealt to this many heads, since one head of few row tiles would not fill the device."""
-    if problem.h_TD.device.type == "cpu":
+    """Candidates are dealt to this many heads, since one head of few query tiles would not fill the device."""
+    if problem.h_QD.device.type == "cpu":
         return 2
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    splits = num_splits(-(-len(problem.h_TD) // 128), 64, processors)
+    splits = num_splits(-(-len(problem.h_QD) // 128), 64, processors)
     return next(heads for heads in range(splits, 0, -1) if len(problem.ids_K) % heads == 0)
 
 
-def merge_heads(lse_HT: Tensor, mean_HTD: Tensor) -> State:
-    """The state of each row over all heads: a head's output is its mean candidate, its sum is 1 at max = lse."""
+def merge_heads(lse_HQ: Tensor, mean_HQD: Tensor) -> State:
+    """The state of each query over all heads: a head's output is its mean candidate, its sum is 1 at max = lse."""
     states = [
-        (lse_T.float(), torch.ones_like(lse_T).float(), mean_TD.float())
-        for lse_T, mean_TD in zip(lse_HT, mean_HTD, strict=True)
+        (lse_Q.float(), torch.ones_like(lse_Q).float(), mean_QD.float())
+        for lse_Q, mean_QD in zip(lse_HQ, mean_HQD, strict=True)
     ]
     state = states[0]
     for other in states[1:]:
@@ -134,59 +134,58 @@ def merge_heads(lse_HT: Tensor, mean_HTD: Tensor) -> State:
 
 
 def flex(problem: Problem) -> Outcome:
-    """Candidates as keys and values of flex_attention; log pi and the hit are a score modification."""
+    """Candidates as keys and values of flex_attention; log pi is a score modification."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    heads, width = attention_splits(problem), problem.h_TD.shape[1]
+    heads, width = attention_splits(problem), problem.h_QD.shape[1]
     log_pi_HK = problem.log_pi_K.view(heads, -1)
-    hit_T, per_head = problem.hit_T, log_pi_HK.shape[1]
 
-    def correct(score: Tensor, b: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return torch.where(hit_T[row] == head * per_head + column, -torch.inf, score - log_pi_HK[head, column])
+    def correct(score: Tensor, b: Tensor, head: Tensor, query: Tensor, column: Tensor) -> Tensor:
+        return score - log_pi_HK[head, column]
 
-    def state_of(q_TD: Tensor) -> State:
-        c_1HKD = problem.table_RD[problem.ids_K].view(1, heads, per_head, width)
-        q_1HTD = q_TD.bfloat16().expand(1, heads, -1, -1)
-        out_1HTD, extra = COMPILED["flex"](
-            q_1HTD, c_1HKD, c_1HKD, score_mod=correct, scale=1.0, return_aux=AuxRequest(lse=True)
+    def log_sum_of(q_QD: Tensor) -> Tensor:
+        c_1HKD = problem.table_RD[problem.ids_K].view(1, heads, -1, width)
+        q_1HQD = q_QD.detach().bfloat16().expand(1, heads, -1, -1)
+        out_1HQD, extra = COMPILED["flex"](
+            q_1HQD, c_1HKD, c_1HKD, score_mod=correct, scale=1.0, return_aux=AuxRequest(lse=True)
         )
-        return merge_heads(extra.lse[0], out_1HTD[0])
+        return log_sum_of_state(q_QD, merge_heads(extra.lse[0], out_1HQD[0]))
 
     if "flex" not in COMPILED:
-        COMPILED["flex"] = torch.compile(flex_attention) if problem.h_TD.device.type == "cuda" else flex_attention
-    return through_state(problem, state_of, f"{heads} heads")
+        COMPILED["flex"] = torch.compile(flex_attention) if problem.h_QD.device.type == "cuda" else flex_attention
+    return differentiated(problem, log_sum_of, f"{heads} heads")
 
 
 def attention(problem: Problem, backend: str) -> Outcome:
     """Candidates as keys and values of SDPA, pi = 1: out - c_target is the gradient in q, lse - s_target the loss."""
-    heads, width = attention_splits(problem), problem.h_TD.shape[1]
+    heads, width = attention_splits(problem), problem.h_QD.shape[1]
     c_1HKD = problem.table_RD[problem.ids_K].view(1, heads, -1, width)
-    q_1HTD = (SCALE * problem.h_TD.float()).bfloat16().expand(1, heads, -1, -1).contiguous()
+    q_1HQD = (SCALE * problem.h_QD.float()).bfloat16().expand(1, heads, -1, -1).contiguous()
     if backend == "flash":
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_1HTD, c_1HKD, c_1HKD, scale=1.0)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_1HQD, c_1HKD, c_1HKD, scale=1.0)
     else:
-        arguments = (q_1HTD, c_1HKD, c_1HKD, None, True)
+        arguments = (q_1HQD, c_1HKD, c_1HKD, None, True)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*arguments, scale=1.0)
-    max_T, sum_T, weighted_TD = merge_heads(lse.reshape(heads, -1), out[0])
-    positive_TD = problem.positive_TD.float()
-    loss_T = max_T + sum_T.log() - (SCALE * problem.h_TD.float() * positive_TD).sum(-1)
-    grad_TD = SCALE / len(loss_T) * (weighted_TD / sum_T[:, None] - positive_TD)
-    return Outcome(loss_T, grad_TD, f"{heads} heads")
+    max_Q, sum_Q, weighted_QD = merge_heads(lse.reshape(heads, -1), out[0])
+    target_QD = problem.target_QD.float()
+    loss_Q = max_Q + sum_Q.log() - (SCALE * problem.h_QD.float() * target_QD).sum(-1)
+    grad_QD = SCALE / len(loss_Q) * (weighted_QD / sum_Q[:, None] - target_QD)
+    return Outcome(loss_Q, grad_QD, f"{heads} heads")
 
 
 def linear_layer(problem: Problem, loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], note: str = "") -> Outcome:
     """The mean loss of a public fused linear cross entropy (queries, weight, target column, bias)."""
-    leaf_TD = problem.h_TD.float().requires_grad_()
+    leaf_QD = problem.h_QD.float().requires_grad_()
     weight_KD = problem.table_RD[problem.ids_K]
-    loss((SCALE * leaf_TD).bfloat16(), weight_KD, problem.hit_T, -problem.log_pi_K.bfloat16()).backward()
-    return Outcome(None, leaf_TD.grad, note)
+    loss((SCALE * leaf_QD).bfloat16(), weight_KD, problem.column_Q, -problem.log_pi_K.bfloat16()).backward()
+    return Outcome(None, leaf_QD.grad, note)
 
 
 def torch_chunked(problem: Problem, rows: int | None) -> Outcome:
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
-    def loss(q_TD: Tensor, weight_KD: Tensor, target_T: Tensor, bias_K: Tensor) -> Tensor:
-        return F.linear_cross_entropy(q_TD, weight_KD, target_T, linear_bias=bias_K, options=options)
+    def loss(q_QD: Tensor, weight_KD: Tensor, target_Q: Tensor, bias_K: Tensor) -> Tensor:
+        return F.linear_cross_entropy(q_QD, weight_KD, target_Q, linear_bias=bias_K, options=options)
 
     return linear_layer(problem, loss, f"{rows} rows" if rows else "")
 
@@ -222,27 +221,21 @@ MODES: dict[str, tuple[list[Callable[[Problem], Outcome]], str]] = {
 
 
 def exact(problem: Problem, kind: str) -> tuple[Tensor, Tensor]:
-    """Loss and gradient (of the sum) in h of the first SUBSET rows in float64, candidate block by block."""
-    h_TD, hit_T = problem.h_TD[:SUBSET].double(), problem.hit_T[:SUBSET]
+    """Loss and gradient (of the sum) in h of the first SUBSET queries in float64, candidate block by block."""
+    q_QD, target_QD = SCALE * problem.h_QD[:SUBSET].double(), problem.target_QD[:SUBSET].double()
     log_pi_K = torch.zeros_like(problem.log_pi_K) if kind == "uniform" else problem.log_pi_K
     if kind == "linear":
         # The bias is handed over in bfloat16.
         log_pi_K = log_pi_K.bfloat16()
-    positive_TD = problem.table_RD[problem.ids_K[hit_T]].double()
-    positive_T = SCALE * (h_TD * positive_TD).sum(-1)
-    if kind == "linear":
-        positive_T = positive_T - log_pi_K[hit_T].double()
-    state: State = (positive_T, torch.ones_like(positive_T), positive_TD)
-    for start in range(0, len(log_pi_K), 65536):
-        c_CD = problem.table_RD[problem.ids_K[start : start + 65536]].double()
-        logits_TC = SCALE * h_TD @ c_CD.T - log_pi_K[start : start + 65536].double()
-        columns = torch.arange(start, start + len(c_CD), device=hit_T.device)
-        logits_TC[columns == hit_T[:, None]] = -torch.inf
-        max_T = logits_TC.amax(1)
-        weight_TC = torch.exp(logits_TC - max_T[:, None])
-        state = merge(state, (max_T, weight_TC.sum(1), weight_TC @ c_CD))
-    max_T, sum_T, weighted_TD = state
-    return max_T + sum_T.log() - positive_T, SCALE * (weighted_TD / sum_T[:, None] - positive_TD)
+    state: State = (torch.full_like(q_QD[:, 0], -torch.inf), torch.zeros_like(q_QD[:, 0]), torch.zeros_like(q_QD))
+    for ids_C, log_pi_C in zip(problem.ids_K.split(65536), log_pi_K.split(65536), strict=True):
+        c_CD = problem.table_RD[ids_C].double()
+        logits_QC = q_QD @ c_CD.T - log_pi_C.double()
+        max_Q = logits_QC.amax(1)
+        weight_QC = torch.exp(logits_QC - max_Q[:, None])
+        state = merge(state, (max_Q, weight_QC.sum(1), weight_QC @ c_CD))
+    max_Q, sum_Q, weighted_QD = state
+    return max_Q + sum_Q.log() - (q_QD * target_QD).sum(-1), SCALE * (weighted_QD / sum_Q[:, None] - target_QD)
 
 
 def relative_error(got: Tensor, right: Tensor) -> float:
@@ -296,25 +289,25 @@ def fastest(problem: Problem, variants: list[Callable[[Problem], Outcome]], devi
 
 def measure(mode: str, problem: Problem, device: str) -> dict[str, Any]:
     variants, kind = MODES[mode]
-    if mode.startswith("triton") and (reason := why_not_fused(problem.h_TD, problem.table_RD)):
+    if mode.startswith("triton") and (reason := why_not_fused(problem.h_QD, problem.table_RD)):
         raise RuntimeError(reason)
     elapsed_s, peak_bytes, outcome = fastest(problem, variants, device)
-    loss_T, grad_TD = exact(problem, kind)
-    got_TD = outcome.grad_TD[:SUBSET].double() * len(problem.h_TD)
+    loss_Q, grad_QD = exact(problem, kind)
+    got_QD = outcome.grad_QD[:SUBSET].double() * len(problem.h_QD)
     return {
         "mode": mode,
         "seconds": elapsed_s,
         "useful_flops_per_s": problem.useful_flops / elapsed_s,
         "matmul_flops_per_s": matmul_peak(device),
         "extra_peak_bytes": peak_bytes,
-        "loss_error": None if outcome.loss_T is None else relative_error(outcome.loss_T[:SUBSET], loss_T),
-        "gradient_error": relative_error(got_TD, grad_TD),
+        "loss_error": None if outcome.loss_Q is None else relative_error(outcome.loss_Q[:SUBSET], loss_Q),
+        "gradient_error": relative_error(got_QD, grad_QD),
         "note": outcome.note,
     }
 
 
 def in_fresh_process(mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    sizes = ["--rows", options.rows, "--candidates", options.candidates, "--width", options.width]
+    sizes = ["--queries", options.queries, "--candidates", options.candidates, "--width", options.width]
     command = [sys.executable, __file__, "--mode", mode, *map(str, sizes), *(["--tiny"] if options.tiny else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=MODE_S)
@@ -329,8 +322,8 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace, place: str) -
     lines = [
         "# The sampled softmax on a GPU",
         "",
-        f"Written by `python benchmarks/softmax_gpu.py`: {options.rows:,} rows, K = {options.candidates:,}, "
-        f"d = {options.width}, bfloat16, forward and backward; errors against float64 on {SUBSET} rows.",
+        f"Written by `python benchmarks/softmax_gpu.py`: {options.queries:,} queries, K = {options.candidates:,}, "
+        f"d = {options.width}, bfloat16, forward and backward; errors against float64 on {SUBSET} queries.",
         "",
         "| mode | ms | useful TFLOP/s | of the matmul peak | extra peak memory, MB | loss error | gradient error | |",
         "|---|---|---|---|---|---|---|---|",
@@ -353,7 +346,7 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace, place: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--queries", type=int, default=8192)
     parser.add_argument("--candidates", type=int, default=2**21)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU: checks the script")
@@ -361,11 +354,11 @@ def main() -> None:
     options = parser.parse_args()
     device = "cpu" if options.tiny else "cuda"
     if options.tiny:
-        options.rows, options.candidates, options.width = 64, 512, 32
+        options.queries, options.candidates, options.width = 64, 512, 32
     elif not torch.cuda.is_available():
         sys.exit("softmax_gpu: this benchmark needs a CUDA device; --tiny checks the script without one")
     if options.mode:
-        problem = make_problem(options.rows, options.candidates, options.width, device)
+        problem = make_problem(options.queries, options.candidates, options.width, device)
         print(json.dumps(measure(options.mode, problem, device)))
         return
     rows = [in_fresh_process(mode, options) for mode in MODES]

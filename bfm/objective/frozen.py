@@ -1,9 +1,9 @@
 """Item vectors without gradient as stage 2 reads them: all of them on every rank, or dealt out over the ranks.
 
-Enters: a model whose embedder is frozen. Leaves: vectors by item id, and the sampled softmax over chosen items. Loss,
+Enters: a model whose embedder is frozen. Leaves: vectors by item id, and the log sum over chosen items. Value,
 gradient and C are the same either way.
 
-I = all items, N = ids asked for, T = target rows, K = candidates, D = retrieval width.
+I = all items, N = ids asked for, Q = queries, K = candidates, D = retrieval width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.methods import shares_catalogue
 from bfm.objective.sharded import DealtItems
-from bfm.objective.softmax import sampled_softmax
+from bfm.objective.softmax import log_sum
 
 
 class FrozenItems(Protocol):
@@ -26,10 +26,8 @@ class FrozenItems(Protocol):
     def vectors(self, ids_N: Tensor) -> Tensor:
         """Rows of the items, [N, D]."""
 
-    def loss(
-        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
-    ) -> Tensor:
-        """loss_T as of sampled_softmax, target_T and ids_K being item ids; differentiable in h and scale."""
+    def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
+        """log_sum_Q as of softmax.log_sum, ids_K being item ids; differentiable in q."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +36,15 @@ class WholeItems:
 
     vectors_ID: Tensor
     method: str = "auto"
-    """Of sampled_softmax."""
+    """Of softmax.log_sum."""
 
     def vectors(self, ids_N: Tensor) -> Tensor:
         """Rows of the items, [N, D]."""
         return self.vectors_ID[ids_N]
 
-    def loss(
-        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
-    ) -> Tensor:
-        """loss_T of the rows."""
-        positive_TD = self.vectors_ID[target_T]
-        return sampled_softmax(h_TD, positive_TD, self.vectors_ID, ids_K, log_pi_K, hit_T, scale, method=self.method)
+    def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
+        """log_sum_Q of the queries."""
+        return log_sum(q_QD, self.vectors_ID, ids_K, log_pi_K, method=self.method)
 
 
 def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int) -> FrozenItems:

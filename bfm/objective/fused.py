@@ -1,13 +1,13 @@
 """The state of a sampled softmax over constant candidates, computed by one fused CUDA kernel (Triton).
 
-Enters: queries, a table, candidate ids, log inclusion probabilities, hits. Leaves: the state (max, sum, weighted) of
-bfm.objective.tiled. Gather, both products, the online softmax and the removal of the hit happen tile by tile on the
-chip; beside the state itself nothing is stored. Products are taken in the table's dtype and accumulated in float32.
+Enters: queries, a table, candidate ids, log inclusion probabilities. Leaves: the state (max, sum, weighted) of
+bfm.objective.tiled. Gather, both products and the online softmax happen tile by tile on the chip; beside the state
+itself nothing is stored. Products are taken in the table's dtype and accumulated in float32.
 
-Few rows would leave most of the device idle, so the candidates are split over programs too (as in flash decoding) and
-the partial states are merged.
+Few queries would leave most of the device idle, so the candidates are split over programs too (as in flash decoding)
+and the partial states are merged.
 
-T = target rows, K = candidates, R = rows of the table, D = retrieval width, S = candidate splits.
+Q = queries, K = candidates, R = rows of the table, D = retrieval width, S = candidate splits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _INTERPRETED_PROCESSORS = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program works: rows and candidates of a tile (powers of two, at least 16), warps, pipeline stages."""
+    """How one program works: queries (rows) and candidates (columns) of a tile, warps, pipeline stages.
+
+    Rows and columns are powers of two, at least 16.
+    """
 
     rows: int
     columns: int
@@ -64,12 +67,12 @@ def fused_available() -> str | None:
     return None
 
 
-def why_not_fused(q_TD: Tensor, table_RD: Tensor) -> str | None:
+def why_not_fused(q_QD: Tensor, table_RD: Tensor) -> str | None:
     """Why the kernel cannot take this table and these queries here, None where it can."""
     if reason := fused_available():
         return reason
-    if q_TD.device.type != "cuda" and not _interpreted():
-        return f"the tensors are on {q_TD.device}"
+    if q_QD.device.type != "cuda" and not _interpreted():
+        return f"the tensors are on {q_QD.device}"
     if table_RD.dtype not in _TABLE_DTYPES:
         return f"the table is {table_RD.dtype}, not bfloat16, float16 or float32"
     if table_RD.stride(1) != 1:
@@ -87,50 +90,50 @@ def prefers_fused(table_RD: Tensor) -> bool:
 
 @torch.no_grad()
 def fused_softmax_state(
-    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, tile: Tile | None = None
+    q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, tile: Tile | None = None
 ) -> State:
-    """The state (max_T, sum_T, weighted_TD), float32, of every row over the candidates except its hit.
+    """The state (max_Q, sum_Q, weighted_QD), float32, of every query over the candidates.
 
-    q_TD is rounded to the dtype of the table (bfloat16, float16 or float32, rows contiguous); ids_K and hit_T are
-    int64, log_pi_K any float. `tile` overrides the choice by width, dtype and device. No gradient: the table is
-    constant, and weighted / sum is the gradient in q.
+    q_QD is rounded to the dtype of the table (bfloat16, float16 or float32, rows contiguous); ids_K is int64, log_pi_K
+    any float, +inf for an absent candidate. `tile` overrides the choice by width, dtype and device. No gradient: the
+    table is constant, and weighted / sum is the gradient in q.
 
     Raises ValueError where the kernel cannot run (see why_not_fused).
     """
-    if reason := why_not_fused(q_TD, table_RD):
+    if reason := why_not_fused(q_QD, table_RD):
         raise ValueError(f"the fused softmax kernel cannot run: {reason}")
-    num_rows, width = q_TD.shape
-    if num_rows == 0 or len(ids_K) == 0:
-        max_T = q_TD.new_full((num_rows,), -torch.inf, dtype=torch.float32)
-        return max_T, torch.zeros_like(max_T), q_TD.new_zeros((num_rows, width), dtype=torch.float32)
+    num_queries, width = q_QD.shape
+    if num_queries == 0 or len(ids_K) == 0:
+        max_Q = q_QD.new_full((num_queries,), -torch.inf, dtype=torch.float32)
+        return max_Q, torch.zeros_like(max_Q), q_QD.new_zeros((num_queries, width), dtype=torch.float32)
     padded = max(_MIN_DOT, _power_of_two(width))
-    tile = tile or choose_tile(num_rows, padded, table_RD.element_size(), _shared_memory(q_TD.device))
-    row_tiles = -(-num_rows // tile.rows)
+    tile = tile or choose_tile(num_queries, padded, table_RD.element_size(), _shared_memory(q_QD.device))
+    row_tiles = -(-num_queries // tile.rows)
     column_tiles = -(-len(ids_K) // tile.columns)
-    per_split = -(-column_tiles // num_splits(row_tiles, column_tiles, _processors(q_TD.device)))
+    per_split = -(-column_tiles // num_splits(row_tiles, column_tiles, _processors(q_QD.device)))
     splits = -(-column_tiles // per_split)
-    max_ST = q_TD.new_empty((splits, num_rows), dtype=torch.float32)
-    sum_ST = torch.empty_like(max_ST)
-    weighted_STD = q_TD.new_empty((splits, num_rows, width), dtype=torch.float32)
+    max_SQ = q_QD.new_empty((splits, num_queries), dtype=torch.float32)
+    sum_SQ = torch.empty_like(max_SQ)
+    weighted_SQD = q_QD.new_empty((splits, num_queries, width), dtype=torch.float32)
     _launch(
         (row_tiles, splits),
         tile,
         padded,
         per_split * tile.columns,
-        (q_TD, table_RD, ids_K, log_pi_K, hit_T),
-        (max_ST, sum_ST, weighted_STD),
+        (q_QD, table_RD, ids_K, log_pi_K),
+        (max_SQ, sum_SQ, weighted_SQD),
     )
-    return _merge_splits(max_ST, sum_ST, weighted_STD)
+    return _merge_splits(max_SQ, sum_SQ, weighted_SQD)
 
 
-def choose_tile(num_rows: int, padded: int, item_bytes: int, shared_bytes: int) -> Tile:
-    """The largest tile that fits the shared memory of a program, with no more rows than there are."""
+def choose_tile(num_queries: int, padded: int, item_bytes: int, shared_bytes: int) -> Tile:
+    """The largest tile that fits the shared memory of a program, with no more rows than there are queries."""
     tiles = _FLOAT_TILES if item_bytes == 4 else _HALF_TILES
     room = shared_bytes - _RESERVED_BYTES
     tile = next((tile for tile in tiles if tile.shared_bytes(padded, item_bytes) <= room), tiles[-1])
-    if num_rows > tile.rows // 2:
+    if num_queries > tile.rows // 2:
         return tile
-    return replace(tile, rows=max(_MIN_DOT, _power_of_two(num_rows)), warps=4)
+    return replace(tile, rows=max(_MIN_DOT, _power_of_two(num_queries)), warps=4)
 
 
 def num_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
@@ -152,22 +155,21 @@ def _launch(
     tile: Tile,
     padded: int,
     candidates_per_split: int,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     from bfm.objective.fused_kernel import state_kernel
 
-    q_TD, table_RD, ids_K, log_pi_K, hit_T = inputs
-    num_rows, width = q_TD.shape
-    with torch.cuda.device_of(q_TD):
+    q_QD, table_RD, ids_K, log_pi_K = inputs
+    num_queries, width = q_QD.shape
+    with torch.cuda.device_of(q_QD):
         state_kernel[grid](
-            q_TD.to(table_RD.dtype).contiguous(),
+            q_QD.to(table_RD.dtype).contiguous(),
             table_RD,
             ids_K.contiguous(),
             log_pi_K.float().contiguous(),
-            hit_T.contiguous(),
             *outputs,
-            num_rows,
+            num_queries,
             len(ids_K),
             candidates_per_split,
             table_RD.stride(0),
@@ -183,12 +185,12 @@ def _launch(
         )
 
 
-def _merge_splits(max_ST: Tensor, sum_ST: Tensor, weighted_STD: Tensor) -> State:
-    """The merge of all splits: halves are merged row by row until one is left."""
-    num_rows = max_ST.shape[1]
-    max_N, sum_N, weighted_ND = max_ST.flatten(), sum_ST.flatten(), weighted_STD.flatten(0, 1)
-    while (splits := len(max_N) // num_rows) > 1:
-        half, both = splits // 2 * num_rows, splits // 2 * 2 * num_rows
+def _merge_splits(max_SQ: Tensor, sum_SQ: Tensor, weighted_SQD: Tensor) -> State:
+    """The merge of all splits: halves are merged query by query until one is left."""
+    num_queries = max_SQ.shape[1]
+    max_N, sum_N, weighted_ND = max_SQ.flatten(), sum_SQ.flatten(), weighted_SQD.flatten(0, 1)
+    while (splits := len(max_N) // num_queries) > 1:
+        half, both = splits // 2 * num_queries, splits // 2 * 2 * num_queries
         merged = merge(
             (max_N[:half], sum_N[:half], weighted_ND[:half]),
             (max_N[half:both], sum_N[half:both], weighted_ND[half:both]),

@@ -1,10 +1,10 @@
 """The Triton kernel behind bfm.objective.fused; imported only where it runs, since CPU builds of torch lack triton.
 
-One program takes one tile of rows over one split of the candidates and leaves their state. It is the inner loop of
+One program takes one tile of queries over one split of the candidates and leaves their state. It is the inner loop of
 FlashAttention (arXiv 2205.14135) with the candidates as both keys and values: a tile of candidates is gathered once
 and used in both products, and scores live in registers only.
 
-R = rows of a tile, C = candidates of a tile, D = retrieval width padded to a power of two.
+P = queries of a tile, C = candidates of a tile, D = retrieval width padded to a power of two.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import triton.language as tl
 
 
 # Not specialised on sizes that change with every batch: each new value could compile again.
-@triton.jit(do_not_specialize=["num_rows", "num_candidates", "candidates_per_split"])
+@triton.jit(do_not_specialize=["num_queries", "num_candidates", "candidates_per_split"])
 def state_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     table_ptr,
     ids_ptr,
     log_pi_ptr,
-    hit_ptr,
     max_ptr,
     sum_ptr,
     weighted_ptr,
-    num_rows,
+    num_queries,
     num_candidates,
     candidates_per_split,
     table_stride,
@@ -35,20 +34,19 @@ def state_kernel(  # type: ignore[no-untyped-def]
     WHOLE_WIDTH: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Write max, sum and weighted of one row tile over one split, float32; q is contiguous, rows of splits follow."""
-    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Write max, sum and weighted of one tile of queries over one split, float32; q is contiguous, splits follow."""
+    row_P = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d_D = tl.arange(0, PADDED)
-    row_inside_R = row_R < num_rows
-    row_R = row_R.to(tl.int64)
-    inside_RD = row_inside_R[:, None] & (d_D < width)[None, :]
-    q_RD = tl.load(q_ptr + row_R[:, None] * width + d_D[None, :], mask=inside_RD, other=0.0)
-    hit_R = tl.load(hit_ptr + row_R, mask=row_inside_R, other=-1).to(tl.int32)
+    row_inside_P = row_P < num_queries
+    row_P = row_P.to(tl.int64)
+    inside_PD = row_inside_P[:, None] & (d_D < width)[None, :]
+    q_PD = tl.load(q_ptr + row_P[:, None] * width + d_D[None, :], mask=inside_PD, other=0.0)
 
     first = tl.program_id(1) * candidates_per_split
     end = tl.minimum(first + candidates_per_split, num_candidates)
-    max_R = tl.full([ROWS], -float("inf"), tl.float32)
-    sum_R = tl.zeros([ROWS], tl.float32)
-    weighted_RD = tl.zeros([ROWS, PADDED], tl.float32)
+    max_P = tl.full([ROWS], -float("inf"), tl.float32)
+    sum_P = tl.zeros([ROWS], tl.float32)
+    weighted_PD = tl.zeros([ROWS, PADDED], tl.float32)
     for start in range(first, end, COLUMNS):
         column_C = start + tl.arange(0, COLUMNS)
         # Past the end the last candidate is read again and taken out by log pi = inf: the gather needs no mask.
@@ -58,18 +56,17 @@ def state_kernel(  # type: ignore[no-untyped-def]
         c_CD = tl.load(pointer_CD) if WHOLE_WIDTH else tl.load(pointer_CD, mask=(d_D < width)[None, :], other=0.0)
         if WIDEN:
             c_CD = c_CD.to(tl.float32)
-        logit_RC = tl.dot(q_RD.to(c_CD.dtype), tl.trans(c_CD), input_precision="ieee") - log_pi_C[None, :]
-        logit_RC = tl.where(column_C[None, :] == hit_R[:, None], -float("inf"), logit_RC)
-        new_max_R = tl.maximum(max_R, tl.max(logit_RC, 1))
-        # -inf - -inf is NaN: while a row has no candidate it is measured against 0.
-        reference_R = tl.where(new_max_R == -float("inf"), 0.0, new_max_R)
-        weight_RC = tl.exp(logit_RC - reference_R[:, None])
-        fade_R = tl.exp(max_R - reference_R)
-        sum_R = sum_R * fade_R + tl.sum(weight_RC, 1)
-        weighted_RD = tl.dot(weight_RC.to(c_CD.dtype), c_CD, weighted_RD * fade_R[:, None], input_precision="ieee")
-        max_R = new_max_R
+        logit_PC = tl.dot(q_PD.to(c_CD.dtype), tl.trans(c_CD), input_precision="ieee") - log_pi_C[None, :]
+        new_max_P = tl.maximum(max_P, tl.max(logit_PC, 1))
+        # -inf - -inf is NaN: while a query has no candidate it is measured against 0.
+        reference_P = tl.where(new_max_P == -float("inf"), 0.0, new_max_P)
+        weight_PC = tl.exp(logit_PC - reference_P[:, None])
+        fade_P = tl.exp(max_P - reference_P)
+        sum_P = sum_P * fade_P + tl.sum(weight_PC, 1)
+        weighted_PD = tl.dot(weight_PC.to(c_CD.dtype), c_CD, weighted_PD * fade_P[:, None], input_precision="ieee")
+        max_P = new_max_P
 
-    out_R = tl.program_id(1).to(tl.int64) * num_rows + row_R
-    tl.store(max_ptr + out_R, max_R, mask=row_inside_R)
-    tl.store(sum_ptr + out_R, sum_R, mask=row_inside_R)
-    tl.store(weighted_ptr + out_R[:, None] * width + d_D[None, :], weighted_RD, mask=inside_RD)
+    out_P = tl.program_id(1).to(tl.int64) * num_queries + row_P
+    tl.store(max_ptr + out_P, max_P, mask=row_inside_P)
+    tl.store(sum_ptr + out_P, sum_P, mask=row_inside_P)
+    tl.store(weighted_ptr + out_P[:, None] * width + d_D[None, :], weighted_PD, mask=inside_PD)

@@ -49,5 +49,5 @@ def shares_catalogue(method: str, workers: int, catalogue_bytes: int) -> bool:
 
 
 def method_of_stage(method: str, stage: int) -> str:
-    """The method as sampled_softmax takes it in a stage: `auto` in stage 1 for those that need frozen candidates."""
+    """The method as softmax.log_sum takes it in a stage: `auto` in stage 1 for those that need frozen candidates."""
     return "auto" if stage == 1 and method in CONSTANT_ONLY else method

@@ -1,15 +1,15 @@
-"""Item vectors without gradient, dealt out over the ranks of the default process group, and the sampled softmax there.
+"""Item vectors without gradient, dealt out over the ranks of the default process group, and the sum over them there.
 
-Enters: on every rank its vectors, its own queries and its own candidates. Leaves: vectors by item id, and the loss of
-the rank's rows, differentiable in the queries. Each rank turns the candidates of every rank's negative group that it
+Enters: on every rank its vectors, its own queries and its own candidates. Leaves: vectors by item id, and the log sum
+of the rank's queries, differentiable in them. Each rank turns the candidates of every rank's negative group that it
 holds into a partial state (see bfm.objective.tiled); a group's partial states are merged by a max- and a sum-reduction.
 Needs 1/W of the catalogue's memory per rank.
 
-Data may differ between ranks in every way, down to no rows and no candidates: what decides about a collective is
+Data may differ between ranks in every way, down to no queries and no candidates: what decides about a collective is
 known to all ranks, so all issue the same ones in the same order. The gradient needs none.
 
-W = ranks, S = items of a rank, T = target rows of a rank, K = candidates of a rank's group, N = ids sent,
-M = ids received, D = retrieval width.
+W = ranks, S = items of a rank, Q = queries of a rank, K = candidates of a rank's group, N = ids sent,
+M = ids received, D = retrieval width; q, m = queries and candidates of the rank whose turn it is.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfm.objective.fused import fused_softmax_state, prefers_fused
-from bfm.objective.tiled import State, loss_from_state, softmax_state
+from bfm.objective.tiled import State, log_sum_of_state, softmax_state
 
 
 @dataclass(frozen=True)
 class _Route:
     """How ids reach the ranks that hold them: order_N sorts them by rank; sent and received count them per rank."""
 
-    owner_N: Tensor
     order_N: Tensor
     sent: list[int]
     received: list[int]
-    # Target rows of every rank.
-    rows: list[int]
+    # Of every rank.
+    queries: list[int]
 
 
 class DealtItems:
@@ -61,68 +60,58 @@ class DealtItems:
         answer_ND = self._exchange(self.rows_SD[asked_M // self.world], route.received, route.sent)
         return torch.empty_like(answer_ND).index_copy_(0, route.order_N, answer_ND)
 
-    def loss(
-        self, h_TD: Tensor, target_T: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor, scale: Tensor
-    ) -> Tensor:
-        """loss_T of this rank's rows among its own candidates; differentiable in h and scale.
+    def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
+        """log_sum_Q of this rank's queries over its own candidates, as of softmax.log_sum; differentiable in q.
 
-        target_T and ids_K (int64, the latter distinct) are item ids, log_pi_K floats; hit_T is the column of the row's
-        target among ids_K or -1. T and K may differ by rank, dtypes must not.
+        ids_K (int64, distinct) are item ids, log_pi_K floats. Q and K may differ by rank, dtypes must not.
 
-        Per rank, in units of one number: 2 K for its candidates (and about as many received), W x T x D for the
-        queries of all groups, W x T x (D + 2) for their partial states, T x (W + D + 1) for hits and targets.
-        Computes W x T rows against the candidates that it holds: about the work of one group.
+        Per rank, in units of one number: 2 K for its candidates (and about as many received), W x Q x D for the
+        queries of all groups, W x Q x (D + 2) for their partial states.
+        Computes W x Q queries against the candidates that it holds: about the work of one group.
         """
-        q_TD = scale.float() * h_TD.float()
-        return loss_from_state(q_TD, self.vectors(target_T), self._state(q_TD, ids_K, log_pi_K, hit_T))
+        return log_sum_of_state(q_QD, self._state(q_QD, ids_K, log_pi_K))
 
     @torch.no_grad()
-    def _state(self, q_TD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
-        """The state of this rank's rows over its own candidates, wherever they are held; arguments as of `loss`."""
-        route = self._route(ids_K, len(q_TD))
+    def _state(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> State:
+        """The state of this rank's queries over its own candidates, wherever they are held."""
+        route = self._route(ids_K, len(q_QD))
         ids_M = self._exchange(ids_K[route.order_N], route.sent, route.received) // self.world
         log_pi_M = self._exchange(log_pi_K[route.order_N], route.sent, route.received)
-        hits_M = self._exchange(_hits_by_owner(route, hit_T), [len(q_TD)] * self.world, route.rows)
-        parts = zip(ids_M.split(route.received), log_pi_M.split(route.received), hits_M.split(route.rows), strict=True)
         own = None
-        for source, (ids_m, log_pi_m, hit_t) in enumerate(parts):
-            query_tD = q_TD.contiguous() if source == self.rank else q_TD.new_empty(route.rows[source], q_TD.shape[1])
-            if len(query_tD):
-                dist.broadcast(query_tD, source)
-            state = self._merge(self._state_of(query_tD, self.rows_SD, ids_m, log_pi_m, hit_t), source)
+        parts = zip(route.queries, ids_M.split(route.received), log_pi_M.split(route.received), strict=True)
+        for source, (num_queries, ids_m, log_pi_m) in enumerate(parts):
+            query_qD = q_QD.contiguous() if source == self.rank else q_QD.new_empty(num_queries, q_QD.shape[1])
+            if num_queries:
+                dist.broadcast(query_qD, source)
+            state = self._merge(self._state_of(query_qD, self.rows_SD, ids_m, log_pi_m), source)
             own = state if source == self.rank else own
         assert own is not None
         return own
 
     def _merge(self, state: State, receiver: int) -> State:
-        """On the receiver the merge of all ranks' states of its rows, elsewhere nothing meaningful."""
-        max_T, sum_T, weighted_TD = state
-        if not len(max_T):
+        """On the receiver the merge of all ranks' states of its queries, elsewhere nothing meaningful."""
+        max_Q, sum_Q, weighted_QD = state
+        if not len(max_Q):
             return state
-        top_T = max_T.clone()
-        dist.all_reduce(top_T, dist.ReduceOp.MAX)
-        # -inf - -inf is NaN: a row without a candidate on any rank is measured against 0. A NaN that the reduction
+        top_Q = max_Q.clone()
+        dist.all_reduce(top_Q, dist.ReduceOp.MAX)
+        # -inf - -inf is NaN: a query without a candidate on any rank is measured against 0. A NaN that the reduction
         # loses stays in its own rank's factor.
-        factor_T = torch.exp(max_T - torch.where(top_T == -torch.inf, 0.0, top_T))
-        both_TD1 = torch.cat([weighted_TD, sum_T[:, None]], dim=1) * factor_T[:, None]
-        dist.reduce(both_TD1, receiver)
-        return top_T, both_TD1[:, -1], both_TD1[:, :-1]
+        factor_Q = torch.exp(max_Q - torch.where(top_Q == -torch.inf, 0.0, top_Q))
+        both_QD1 = torch.cat([weighted_QD, sum_Q[:, None]], dim=1) * factor_Q[:, None]
+        dist.reduce(both_QD1, receiver)
+        return top_Q, both_QD1[:, -1], both_QD1[:, :-1]
 
-    def _route(self, ids_N: Tensor, num_rows: int) -> _Route:
+    def _route(self, ids_N: Tensor, num_queries: int) -> _Route:
         """Raises ValueError on every rank where any rank's ids are not all of the catalogue."""
         known = not len(ids_N) or bool((ids_N.min() >= 0) & (ids_N.max() < self.num_items))
         owner_N = ids_N % self.world
         sent = torch.bincount(owner_N, minlength=self.world).tolist()
-        gathered = self._gather([int(known), num_rows, *sent])
+        gathered = self._gather([int(known), num_queries, *sent])
         if unknown := [rank for rank, values in enumerate(gathered) if not values[0]]:
             raise ValueError(f"ranks {unknown} ask for items outside 0 to {self.num_items - 1}")
-        return _Route(
-            owner_N,
-            owner_N.argsort(stable=True),
-            sent,
-            received=[values[2 + self.rank] for values in gathered],
-            rows=[values[1] for values in gathered],
-        )
+        received = [values[2 + self.rank] for values in gathered]
+        return _Route(owner_N.argsort(stable=True), sent, received, [values[1] for values in gathered])
 
     def _gather(self, values: list[int]) -> list[list[int]]:
         """The values of every rank, in the order of the ranks."""
@@ -136,17 +125,3 @@ class DealtItems:
         out_M = values_N.new_empty(sum(received), *values_N.shape[1:])
         dist.all_to_all_single(out_M, values_N.contiguous(), received, sent)
         return out_M
-
-
-def _hits_by_owner(route: _Route, hit_T: Tensor) -> Tensor:
-    """For every rank in turn, the hit of every row as a place among the candidates sent there, -1 elsewhere; [W T]."""
-    rows = (hit_T >= 0).nonzero()[:, 0]
-    column = hit_T[rows]
-    place_N = torch.empty_like(route.order_N)
-    place_N[route.order_N] = torch.arange(len(place_N), device=place_N.device)
-    sent_W = torch.tensor(route.sent, device=place_N.device)
-    start_W = sent_W.cumsum(0) - sent_W
-    hit_WT = hit_T.new_full((len(route.sent), len(hit_T)), -1)
-    owner = route.owner_N[column]
-    hit_WT[owner, rows] = place_N[column] - start_W[owner]
-    return hit_WT.flatten()

@@ -1,17 +1,17 @@
-"""The sum over the candidates of a sampled softmax in flat memory: one tile of rows and candidates at a time.
+"""The sum over the candidates of a sampled softmax in flat memory: one tile of queries and candidates at a time.
 
-Enters: queries q = scale * h, a table whose rows are the candidates, the log of their inclusion probabilities and the
-column each row leaves out. Leaves: the log of the corrected sum of exponentials of every row, differentiable in q.
+Enters: queries q = scale * h, a table whose rows are the candidates, the log of their inclusion probabilities. Leaves:
+the log of the corrected sum of exponentials of every query, differentiable in q.
 `softmax_state` serves a constant table: the gradient is accumulated with the sum, so a score is computed once (as
 FlashAttention does, arXiv 2205.14135, with the candidates as keys and values). `two_pass_log_sum` serves a table that
 is trained: it computes the scores again for the gradients of q and of the table.
 
-A state (max_T, sum_T, weighted_TD) stands for the candidates seen so far, with logit_k = <q, c_k> - log pi_k:
+A state (max_Q, sum_Q, weighted_QD) stands for the candidates seen so far, with logit_k = <q, c_k> - log pi_k:
 sum = sum_k exp(logit_k - max), weighted = sum_k exp(logit_k - max) c_k. Any `max` serves for which neither overflows
-and the sum does not vanish; no candidate at all is max -inf, sum 0.
+and the sum does not vanish. A log pi of +inf says that the candidate is absent; no candidate at all is max -inf, sum 0.
 
-T = target rows, K = candidates, G = windows with a pi of their own (two passes only), R = rows of the table,
-D = retrieval width; P, C = rows and candidates of a tile.
+Q = queries, K = candidates, G = windows with a pi of their own (two passes only), R = rows of the table,
+D = retrieval width; P, C = queries and candidates of a tile.
 """
 
 from __future__ import annotations
@@ -33,66 +33,60 @@ _GPU_TILE = (8192, 1 << 17, 1 << 25)
 _PLAIN_NORM, _PLAIN_LEAST_SUM = 40.0, 1e-20
 
 
-def softmax_state(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor, hit_T: Tensor) -> State:
-    """The state of every row over the candidates ids_K except its hit; no gradient.
+def softmax_state(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> State:
+    """The state of every query over the candidates ids_K; no gradient.
 
     The state has the dtype of q, float32 or float64. Matmuls take it too, except that a bfloat16 table on a GPU is
     multiplied as it is, with sums in float32.
     """
-    with torch.no_grad(), torch.autocast(q_TD.device.type, enabled=False):
-        if len(ids_K) and len(q_TD) and float(torch.linalg.vector_norm(q_TD, dim=1).max()) <= _PLAIN_NORM:
-            state = _plain_state(_tiles(q_TD, table_RD, ids_K, hit_T), q_TD, log_pi_K)
+    with torch.no_grad(), torch.autocast(q_QD.device.type, enabled=False):
+        if len(ids_K) and len(q_QD) and float(torch.linalg.vector_norm(q_QD, dim=1).max()) <= _PLAIN_NORM:
+            state = _plain_state(_tiles(q_QD, table_RD, ids_K), q_QD, log_pi_K)
             # Nothing has bounded the table's rows: where the sums left the range, the careful way is taken.
             fits = (state[1] > _PLAIN_LEAST_SUM).all() & state[1].isfinite().all() & state[2].isfinite().all()
             if fits:
                 return state
-        weighted_TD = torch.zeros_like(q_TD)
-        tiles = _tiles(q_TD, table_RD, ids_K, hit_T)
-        return *_online_sum(tiles, q_TD, log_pi_K, None, weighted_TD), weighted_TD
+        tiles, weighted_QD = _tiles(q_QD, table_RD, ids_K), torch.zeros_like(q_QD)
+        return *_online_sum(tiles, q_QD, log_pi_K, None, weighted_QD), weighted_QD
 
 
 def merge(first: State, second: State) -> State:
     """The state of two disjoint candidate sets together."""
-    max_T = torch.maximum(first[0], second[0])
-    reference_T = _or_zero(max_T)
-    factors = [torch.exp(state[0] - reference_T) for state in (first, second)]
-    sum_T = first[1] * factors[0] + second[1] * factors[1]
-    return max_T, sum_T, first[2] * factors[0][:, None] + second[2] * factors[1][:, None]
+    max_Q = torch.maximum(first[0], second[0])
+    reference_Q = _or_zero(max_Q)
+    factors = [torch.exp(state[0] - reference_Q) for state in (first, second)]
+    sum_Q = first[1] * factors[0] + second[1] * factors[1]
+    return max_Q, sum_Q, first[2] * factors[0][:, None] + second[2] * factors[1][:, None]
 
 
-def loss_from_state(q_TD: Tensor, positive_TD: Tensor, state: State) -> Tensor:
-    """loss_T of the positive against a state computed without gradient; differentiable in q and the positive."""
-    return loss_from_log_sum(q_TD, positive_TD, _StateLogSum.apply(q_TD, *state))
-
-
-def loss_from_log_sum(q_TD: Tensor, positive_TD: Tensor, log_sum_T: Tensor) -> Tensor:
-    """-log(e^p / (e^p + e^log_sum)) with p = <q, positive>; NaN where p is not finite."""
-    positive_T = (q_TD * positive_TD.to(q_TD.dtype)).sum(-1)
-    loss_T = -torch.nn.functional.logsigmoid(positive_T - log_sum_T)
-    # An infinite score of the positive would otherwise be a perfect loss.
-    return torch.where(positive_T.isfinite(), loss_T, torch.nan)
+def log_sum_of_state(q_QD: Tensor, state: State) -> Tensor:
+    """log_sum_Q of a state that was computed from q without gradient; differentiable in q."""
+    return _StateLogSum.apply(q_QD, *state)
 
 
 def two_pass_log_sum(
-    q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, hit_T: Tensor, window_T: Tensor | None
+    q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None
 ) -> Tensor:
-    """Log of the sum over the candidates except the hit, log_sum_T; differentiable in q and the table.
+    """Log of the sum over the candidates, log_sum_Q; differentiable in q and the table.
 
-    log_pi_GK is [K] where no window_T picks its lines.
+    log_pi_GK is [K] where no window_Q picks its lines.
     """
-    return _TwoPassLogSum.apply(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T)
+    return _TwoPassLogSum.apply(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
+
+
+def nan_unless_finite(vectors_CD: Tensor) -> Tensor:
+    """0, or NaN: a score of -inf adds nothing to a sum of exponentials, but it is no score."""
+    return 0.0 * vectors_CD.sum()
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Candidates `columns` (of K) against rows `rows` (of T)."""
+    """Queries `rows` (of Q) against candidates `columns` (of K)."""
 
     rows: slice
     columns: slice
     q_PD: Tensor
     vectors_CD: Tensor
-    hit_P: Tensor
-    """Column of each row's hit, counted from the tile's first; any number outside the tile where it is not inside."""
     room_PC: Tensor
     """Where the scores are written: the same memory for every tile."""
 
@@ -103,36 +97,29 @@ class _Tile:
             return torch.mm(q_PD, self.vectors_CD.T, out=self.room_PC)
         return torch.mm(q_PD, self.vectors_CD.T, out_dtype=self.room_PC.dtype, out=self.room_PC)
 
-    def logits(self, log_pi_GK: Tensor, window_T: Tensor | None) -> Tensor:
-        """Corrected scores, -inf for hits."""
+    def logits(self, log_pi_GK: Tensor, window_Q: Tensor | None) -> Tensor:
+        """Corrected scores, -inf for absent candidates."""
         logits_PC, log_pi_GC = self.scores(), log_pi_GK[..., self.columns].to(self.q_PD.dtype)
-        logits_PC -= log_pi_GC if window_T is None else log_pi_GC.index_select(0, window_T[self.rows])
-        return self.fill_hits(logits_PC, -torch.inf)
-
-    def fill_hits(self, x_PC: Tensor, value: float) -> Tensor:
-        """x with a value where a row meets its hit; without waiting for a device to say where that is."""
-        place_P1 = self.hit_P.clamp(0, x_PC.shape[1] - 1)[:, None]
-        filled_P1 = x_PC.gather(1, place_P1).masked_fill_(place_P1 == self.hit_P[:, None], value)
-        return x_PC.scatter_(1, place_P1, filled_P1)
+        return logits_PC.sub_(log_pi_GC if window_Q is None else log_pi_GC.index_select(0, window_Q[self.rows]))
 
 
-def _tiles(q_TD: Tensor, table_RD: Tensor, ids_K: Tensor, hit_T: Tensor) -> Iterator[_Tile]:
-    """All tiles: block by block of candidates, so that one is gathered once, and for each over the rows."""
-    on_cpu = q_TD.device.type == "cpu"
+def _tiles(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor) -> Iterator[_Tile]:
+    """All tiles: block by block of candidates, so that one is gathered once, and for each over the queries."""
+    on_cpu = q_QD.device.type == "cpu"
     most_rows, most_columns, scores = _CPU_TILE if on_cpu else _GPU_TILE
-    rows = max(1, min(len(q_TD), most_rows))
+    rows = max(1, min(len(q_QD), most_rows))
     columns = max(1, min(len(ids_K), most_columns, scores // rows))
     # float16 would overflow: the plain weights reach exp(40).
-    operand = table_RD.dtype if table_RD.dtype == torch.bfloat16 and not on_cpu else q_TD.dtype
-    room = q_TD.new_empty(rows * columns)
+    operand = table_RD.dtype if table_RD.dtype == torch.bfloat16 and not on_cpu else q_QD.dtype
+    room = q_QD.new_empty(rows * columns)
     for column in range(0, len(ids_K), columns):
         chosen = slice(column, column + columns)
         vectors_CD = table_RD.index_select(0, ids_K[chosen]).to(operand)
-        for row in range(0, len(q_TD), rows):
+        for row in range(0, len(q_QD), rows):
             part = slice(row, row + rows)
-            q_PD = q_TD[part]
+            q_PD = q_QD[part]
             room_PC = room[: len(q_PD) * len(vectors_CD)].view(len(q_PD), -1)
-            yield _Tile(part, chosen, q_PD, vectors_CD, hit_T[part] - column, room_PC)
+            yield _Tile(part, chosen, q_PD, vectors_CD, room_PC)
 
 
 def _add_product(total_PD: Tensor, weight_PC: Tensor, vectors_CD: Tensor) -> None:
@@ -143,33 +130,33 @@ def _add_product(total_PD: Tensor, weight_PC: Tensor, vectors_CD: Tensor) -> Non
         total_PD += torch.mm(weight_PC.to(vectors_CD.dtype), vectors_CD, out_dtype=total_PD.dtype)
 
 
-def _plain_state(tiles: Iterator[_Tile], q_TD: Tensor, log_pi_K: Tensor) -> State:
+def _plain_state(tiles: Iterator[_Tile], q_QD: Tensor, log_pi_K: Tensor) -> State:
     """The state with max = 0: no pass over the scores but exp, since 1 / pi is a factor of the candidate instead."""
-    sum_T, weighted_TD = torch.zeros_like(q_TD[:, 0]), torch.zeros_like(q_TD)
+    sum_Q, weighted_QD = torch.zeros_like(q_QD[:, 0]), torch.zeros_like(q_QD)
     for tile in tiles:
         if tile.rows.start == 0:
-            factor_C = log_pi_K[tile.columns].to(q_TD.dtype).neg().exp_()
+            factor_C = log_pi_K[tile.columns].to(q_QD.dtype).neg().exp_()
             scaled_CD = tile.vectors_CD * factor_C[:, None].to(tile.vectors_CD.dtype)
-        weight_PC = tile.fill_hits(tile.scores().exp_(), 0.0)
-        sum_T[tile.rows].addmv_(weight_PC, factor_C)
-        _add_product(weighted_TD[tile.rows], weight_PC, scaled_CD)
-    return torch.zeros_like(sum_T), sum_T, weighted_TD
+        weight_PC = tile.scores().exp_()
+        sum_Q[tile.rows].addmv_(weight_PC, factor_C)
+        _add_product(weighted_QD[tile.rows], weight_PC, scaled_CD)
+    return torch.zeros_like(sum_Q), sum_Q, weighted_QD
 
 
 def _online_sum(
-    tiles: Iterator[_Tile], q_TD: Tensor, log_pi_GK: Tensor, window_T: Tensor | None, weighted_TD: Tensor | None
+    tiles: Iterator[_Tile], q_QD: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None, weighted_QD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(max_T, sum_T) for any scores: the running maximum rescales what came before, also what is added to weighted."""
-    max_T, sum_T = torch.full_like(q_TD[:, 0], -torch.inf), torch.zeros_like(q_TD[:, 0])
+    """(max_Q, sum_Q) for any scores: the running maximum rescales what came before, also what is added to weighted."""
+    max_Q, sum_Q = torch.full_like(q_QD[:, 0], -torch.inf), torch.zeros_like(q_QD[:, 0])
     for tile in tiles:
-        factor_P, weight_PC = _exponentials(tile.logits(log_pi_GK, window_T), max_T[tile.rows])
-        sum_T[tile.rows] = sum_T[tile.rows] * factor_P + weight_PC.sum(1)
-        if weighted_TD is not None:
-            weighted_TD[tile.rows] *= factor_P[:, None]
-            _add_product(weighted_TD[tile.rows], weight_PC, tile.vectors_CD)
+        factor_P, weight_PC = _exponentials(tile.logits(log_pi_GK, window_Q), max_Q[tile.rows])
+        sum_Q[tile.rows] = sum_Q[tile.rows] * factor_P + weight_PC.sum(1)
+        if weighted_QD is not None:
+            weighted_QD[tile.rows] *= factor_P[:, None]
+            _add_product(weighted_QD[tile.rows], weight_PC, tile.vectors_CD)
         if tile.rows.start == 0:
-            sum_T += _nan_unless_finite(tile.vectors_CD)
-    return max_T, sum_T
+            sum_Q += nan_unless_finite(tile.vectors_CD)
+    return max_Q, sum_Q
 
 
 def _exponentials(logits_PC: Tensor, max_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,67 +167,55 @@ def _exponentials(logits_PC: Tensor, max_P: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(before_P - reference_P), logits_PC.sub_(reference_P[:, None]).exp_()
 
 
-def _or_zero(max_T: Tensor) -> Tensor:
-    """The maximum, 0 for rows that have met no candidate but their hit: -inf - -inf would be NaN."""
-    return torch.where(max_T == -torch.inf, 0.0, max_T)
-
-
-def _nan_unless_finite(vectors_CD: Tensor) -> Tensor:
-    """0, or NaN: a score of -inf adds nothing to a sum of exponentials, but it is no score."""
-    return 0.0 * vectors_CD.sum()
+def _or_zero(max_Q: Tensor) -> Tensor:
+    """The maximum, 0 for queries that have met no candidate yet: -inf - -inf would be NaN."""
+    return torch.where(max_Q == -torch.inf, 0.0, max_Q)
 
 
 class _StateLogSum(torch.autograd.Function):
-    """log_sum_T of a state, whose gradient in q is weighted / sum."""
+    """log_sum_Q of a state, whose gradient in q is weighted / sum."""
 
     @staticmethod
-    def forward(ctx: Any, q_TD: Tensor, max_T: Tensor, sum_T: Tensor, weighted_TD: Tensor) -> Tensor:
+    def forward(ctx: Any, q_QD: Tensor, max_Q: Tensor, sum_Q: Tensor, weighted_QD: Tensor) -> Tensor:
         # Without a candidate the sum is 0 and so is what it would divide.
-        ctx.save_for_backward(weighted_TD / torch.where(sum_T == 0, 1.0, sum_T)[:, None])
-        return max_T + sum_T.log()
+        ctx.save_for_backward(weighted_QD / torch.where(sum_Q == 0, 1.0, sum_Q)[:, None])
+        return max_Q + sum_Q.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (mean_TD,) = ctx.saved_tensors
-        return grads[0][:, None] * mean_TD, None, None, None
+        (mean_QD,) = ctx.saved_tensors
+        return grads[0][:, None] * mean_QD, None, None, None
 
 
 class _TwoPassLogSum(torch.autograd.Function):
-    """log_sum_T; the backward pass computes every tile's scores again."""
+    """log_sum_Q; the backward pass computes every tile's scores again."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q_TD: Tensor,
-        table_RD: Tensor,
-        ids_K: Tensor,
-        log_pi_GK: Tensor,
-        hit_T: Tensor,
-        window_T: Tensor | None,
+        ctx: Any, q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None
     ) -> Tensor:
-        with torch.autocast(q_TD.device.type, enabled=False):
-            tiles = _tiles(q_TD, table_RD, ids_K, hit_T)
-            max_T, sum_T = _online_sum(tiles, q_TD, log_pi_GK, window_T, None)
+        with torch.autocast(q_QD.device.type, enabled=False):
+            max_Q, sum_Q = _online_sum(_tiles(q_QD, table_RD, ids_K), q_QD, log_pi_GK, window_Q, None)
         # Not log_sum: scores below -1000 with their rounding would come out of exp as wrong shares.
-        ctx.save_for_backward(q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T)
-        return max_T + sum_T.log()
+        ctx.save_for_backward(q_QD, table_RD, ids_K, log_pi_GK, window_Q, max_Q, sum_Q)
+        return max_Q + sum_Q.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_TD, table_RD, ids_K, log_pi_GK, hit_T, window_T, max_T, sum_T = ctx.saved_tensors
-        grad_q_TD = torch.zeros_like(q_TD)
-        grad_table_RD = torch.zeros_like(table_RD, dtype=q_TD.dtype) if ctx.needs_input_grad[1] else None
-        reference_T, factor_T = _or_zero(max_T), grads[0] / torch.where(sum_T == 0, 1.0, sum_T)
-        with torch.autocast(q_TD.device.type, enabled=False):
-            for tile in _tiles(q_TD, table_RD, ids_K, hit_T):
-                logits_PC = tile.logits(log_pi_GK, window_T)
-                grad_PC = logits_PC.sub_(reference_T[tile.rows, None]).exp_().mul_(factor_T[tile.rows, None])
-                _add_product(grad_q_TD[tile.rows], grad_PC, tile.vectors_CD)
+        q_QD, table_RD, ids_K, log_pi_GK, window_Q, max_Q, sum_Q = ctx.saved_tensors
+        grad_q_QD = torch.zeros_like(q_QD)
+        grad_table_RD = torch.zeros_like(table_RD, dtype=q_QD.dtype) if ctx.needs_input_grad[1] else None
+        reference_Q, factor_Q = _or_zero(max_Q), grads[0] / torch.where(sum_Q == 0, 1.0, sum_Q)
+        with torch.autocast(q_QD.device.type, enabled=False):
+            for tile in _tiles(q_QD, table_RD, ids_K):
+                logits_PC = tile.logits(log_pi_GK, window_Q)
+                grad_PC = logits_PC.sub_(reference_Q[tile.rows, None]).exp_().mul_(factor_Q[tile.rows, None])
+                _add_product(grad_q_QD[tile.rows], grad_PC, tile.vectors_CD)
                 if grad_table_RD is not None:
-                    grad_CD = torch.zeros_like(tile.vectors_CD, dtype=q_TD.dtype)
+                    grad_CD = torch.zeros_like(tile.vectors_CD, dtype=q_QD.dtype)
                     _add_product(grad_CD, grad_PC.T, tile.q_PD.to(tile.vectors_CD.dtype))
                     grad_table_RD.index_add_(0, ids_K[tile.columns], grad_CD)
         grad_table_RD = None if grad_table_RD is None else grad_table_RD.to(table_RD.dtype)
-        return grad_q_TD, grad_table_RD, None, None, None, None
+        return grad_q_QD, grad_table_RD, None, None, None

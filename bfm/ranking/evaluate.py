@@ -27,7 +27,7 @@ from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
-from bfm.objective.softmax import sampled_softmax
+from bfm.objective.softmax import fixed_sample_loss
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
 from bfm.ranking.queries import Answers, answer
 from bfm.ranking.ranks import rank_targets
@@ -35,7 +35,7 @@ from bfm.ranking.sampled import sampled_metrics
 
 __all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
 
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_ROWS = 4096
 
 
 @torch.no_grad()
@@ -93,20 +93,15 @@ def _sampled_loss(
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
     device = catalogue_VD.device
     used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[targets.rows]
-    place_N = np.minimum(np.searchsorted(candidates.ids_K, targets.ids), len(candidates.ids_K) - 1)
-    hit_N = np.where(candidates.ids_K[place_N] == targets.ids, place_N, -1)
     ids_K = torch.from_numpy(candidates.ids_K).to(device)
     log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
     loss_N = np.full(len(targets.ids), np.nan)
     rows = np.flatnonzero(used_N)
-    step = max(1, _BLOCK_BYTES // (4 * max(1, len(candidates.ids_K))))
-    for start in range(0, len(rows), step):
-        chosen_T = rows[start : start + step]
-        query_T, item_T, hit_T = (
-            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device)
-            for values in (targets.rows, targets.ids, hit_N)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        chosen_T = rows[start : start + _BLOCK_ROWS]
+        query_T, item_T = (
+            torch.from_numpy(values[chosen_T].astype(np.int64)).to(device) for values in (targets.rows, targets.ids)
         )
-        h_TD = answers.h_QD[query_T]
-        loss_T = sampled_softmax(h_TD, catalogue_VD[item_T], catalogue_VD, ids_K, log_pi_K, hit_T, answers.scale)
+        loss_T = fixed_sample_loss(answers.scale * answers.h_QD[query_T], item_T, catalogue_VD, ids_K, log_pi_K)
         loss_N[chosen_T] = answers.mixed_loss(loss_T, query_T, item_T).double().cpu().numpy()
     return query_mean(loss_N, targets, used_N), len(rows)

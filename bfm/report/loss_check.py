@@ -3,7 +3,7 @@
 Enters: sizes and a device. Leaves: a row per implementation with its time, its memory and its distance from float64,
 or why it cannot run here.
 
-T = target rows, K = candidates, V = catalogue items, D = retrieval width.
+Q = queries, K = candidates, V = catalogue items, D = retrieval width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bfm.objective.fused import fused_available
 from bfm.objective.sharded import DealtItems
-from bfm.objective.softmax import choose_method, sampled_softmax
+from bfm.objective.softmax import choose_method, log_sum
 from bfm.report.tables import ruled
 
 # The dense table last: what a process has once held it may keep, and would lend to those after it.
@@ -41,7 +41,7 @@ class LossRow:
     note: str = ""
     elapsed_s: float | None = None
     extra_mb: float | None = None
-    loss_error: float | None = None
+    log_sum_error: float | None = None
     gradient_error: float | None = None
 
     def as_dict(self) -> dict[str, object]:
@@ -51,22 +51,17 @@ class LossRow:
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of sampled_softmax."""
+    """Arguments of log_sum."""
 
-    h_TD: Tensor
-    positive_TD: Tensor
+    q_QD: Tensor
     table_VD: Tensor
     ids_K: Tensor
     log_pi_K: Tensor
-    hit_T: Tensor
-    scale: Tensor
-    target_T: Tensor
-    """Item ids of the positives."""
 
 
 def check_losses(
     device: str = "cpu",
-    num_rows: int = 256,
+    num_queries: int = 256,
     num_candidates: int = 65_536,
     width: int = 64,
     repeats: int = 3,
@@ -74,13 +69,13 @@ def check_losses(
 ) -> list[LossRow]:
     """One row per implementation: the least of `repeats` times, errors relative to dense float64 in norm.
 
-    Takes a few seconds and num_rows * num_candidates * 24 bytes on the device. Memory is beyond the inputs: the
+    Takes a few seconds and num_queries * num_candidates * 24 bytes on the device. Memory is beyond the inputs: the
     allocator's peak on CUDA, on CPU the resident memory of the process sampled every few milliseconds. The table is
     constant and of `dtype`, so the two-pass form does work here that only a trained table needs.
     """
-    problem = _problem(device, num_rows, num_candidates, width, dtype)
+    problem = _problem(device, num_queries, num_candidates, width, dtype)
     exact = _gradient(_double(problem), "reference")
-    chosen = choose_method(num_rows, num_candidates, problem.table_VD, live=False)
+    chosen = choose_method(num_queries, num_candidates, problem.table_VD, live=False)
     rows = []
     for method in METHODS:
         reason = _why_not(method, device)
@@ -88,7 +83,7 @@ def check_losses(
             rows.append(LossRow(method, False, False, reason))
             continue
         with _peak_mb(device) as extra_mb:
-            loss_T, grad_TD = _gradient(problem, method)
+            log_sum_Q, grad_QD = _gradient(problem, method)
         elapsed_s = min(_seconds(partial(_gradient, problem, method), device) for _ in range(repeats))
         rows.append(
             LossRow(
@@ -98,8 +93,8 @@ def check_losses(
                 "",
                 elapsed_s,
                 extra_mb[0],
-                _distance(loss_T, exact[0]),
-                _distance(grad_TD, exact[1]),
+                _distance(log_sum_Q, exact[0]),
+                _distance(grad_QD, exact[1]),
             )
         )
     return rows
@@ -112,10 +107,10 @@ def losses_text(rows: Sequence[LossRow]) -> str:
         if row.elapsed_s is None:
             lines.append([row.method, "-", "-", "-", "-", f"not here: {row.note}"])
             continue
-        errors = [f"{error:.1e}" for error in (row.loss_error, row.gradient_error) if error is not None]
+        errors = [f"{error:.1e}" for error in (row.log_sum_error, row.gradient_error) if error is not None]
         chosen = "chosen at these sizes" if row.chosen else ""
         lines.append([row.method, f"{row.elapsed_s:.3f}", f"{row.extra_mb:.0f}", *errors, chosen])
-    return ruled(["method", "s", "extra MB", "loss error", "gradient error", ""], lines)
+    return ruled(["method", "s", "extra MB", "log sum error", "gradient error", ""], lines)
 
 
 def _why_not(method: str, device: str) -> str:
@@ -126,47 +121,32 @@ def _why_not(method: str, device: str) -> str:
     return fused_available() or ("" if device == "cuda" else "it needs a CUDA device")
 
 
-def _problem(device: str, num_rows: int, num_candidates: int, width: int, dtype: torch.dtype) -> Problem:
-    """Unit vectors, candidates scattered over a catalogue a quarter larger, a third of the rows with a hit."""
+def _problem(device: str, num_queries: int, num_candidates: int, width: int, dtype: torch.dtype) -> Problem:
+    """Queries in all directions, candidates scattered over a catalogue of unit vectors a quarter larger."""
     generator = torch.Generator().manual_seed(0)
     num_items = num_candidates * 5 // 4
     table_VD = torch.nn.functional.normalize(torch.randn(num_items, width, generator=generator), dim=-1).to(dtype)
     ids_K = torch.randperm(num_items, generator=generator)[:num_candidates].sort().values
-    h_TD = torch.nn.functional.normalize(torch.randn(num_rows, width, generator=generator), dim=-1)
-    column_T = torch.randint(0, num_candidates, (num_rows,), generator=generator)
-    hit_T = torch.where(torch.arange(num_rows) % 3 == 0, column_T, -1)
+    h_QD = torch.nn.functional.normalize(torch.randn(num_queries, width, generator=generator), dim=-1)
     log_pi_K = -3 * torch.rand(num_candidates, generator=generator)
-    target_T = ids_K[column_T]
-    tensors = (h_TD.to(dtype), table_VD[target_T], table_VD, ids_K, log_pi_K, hit_T, torch.tensor(20.0), target_T)
-    return Problem(*(tensor.to(device) for tensor in tensors))
+    return Problem(*(tensor.to(device) for tensor in (20.0 * h_QD, table_VD, ids_K, log_pi_K)))
 
 
 def _double(problem: Problem) -> Problem:
-    names = ("h_TD", "positive_TD", "table_VD", "log_pi_K", "scale")
-    return replace(problem, **{name: getattr(problem, name).double() for name in names})
+    return replace(problem, **{name: getattr(problem, name).double() for name in ("q_QD", "table_VD", "log_pi_K")})
 
 
 def _gradient(problem: Problem, method: str) -> tuple[Tensor, Tensor]:
-    """loss_T and the gradient of its mean in h."""
-    h_TD = problem.h_TD.clone().requires_grad_()
+    """log_sum_Q and the gradient of its mean in q."""
+    q_QD = problem.q_QD.clone().requires_grad_()
+    candidates = (problem.ids_K, problem.log_pi_K)
     if method == "sharded":
         with _lone_group():
-            items = DealtItems(problem.table_VD, len(problem.table_VD))
-            rest = (problem.ids_K, problem.log_pi_K, problem.hit_T, problem.scale)
-            loss_T = items.loss(h_TD, problem.target_T, *rest)
+            log_sum_Q = DealtItems(problem.table_VD, len(problem.table_VD)).log_sum(q_QD, *candidates)
     else:
-        loss_T = sampled_softmax(
-            h_TD,
-            problem.positive_TD,
-            problem.table_VD,
-            problem.ids_K,
-            problem.log_pi_K,
-            problem.hit_T,
-            problem.scale,
-            method=method,
-        )
-    (grad_TD,) = torch.autograd.grad(loss_T.mean(), h_TD)
-    return loss_T.detach(), grad_TD
+        log_sum_Q = log_sum(q_QD, problem.table_VD, *candidates, method=method)
+    (grad_QD,) = torch.autograd.grad(log_sum_Q.mean(), q_QD)
+    return log_sum_Q.detach(), grad_QD
 
 
 @contextmanager

@@ -169,10 +169,10 @@ def test_every_item_drawn_is_the_exact_mixture_over_the_catalogue(world):
     expected = plain_loss(model, groups[0], range(shards.num_catalogue), np.ones(shards.num_catalogue))
     whole = live(shards, shards.num_catalogue)
     loss = whole(model, live_batch(groups, [0], whole))
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0.0)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
     constant = frozen(shards, model, shards.num_catalogue)
-    torch.testing.assert_close(constant(model, make_batch(groups[:1])), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(constant(model, make_batch(groups[:1])), expected, rtol=1e-7, atol=0.0)
 
 
 def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(tmp_path):

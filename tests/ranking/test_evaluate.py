@@ -16,6 +16,7 @@ from bfm.events.windows import eval_windows
 from bfm.model.batch import make_query_batch
 from bfm.model.sizing import size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.objective import softmax as softmax_module
 from bfm.objective.sampling import Candidates, Proposal, drawn_inclusion, group_rng
 from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
@@ -164,7 +165,8 @@ def test_loss_sampled_on_every_item_is_the_nll(world):
 
 def test_loss_sampled_equals_a_plain_sum_over_its_fixed_sample(world, monkeypatch):
     model, shards, protocol = world
-    monkeypatch.setattr(evaluate_module, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(evaluate_module, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(softmax_module, "_BLOCK_SCORES", 100)
     pi_V = drawn_inclusion(shards.train_counts, 30, 0.5)
     ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
     sample = Candidates(ids_K, np.log(pi_V[ids_K]))
