@@ -4,6 +4,7 @@ for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, Windows
+from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
-from bfm.objective import objectives
+from bfm.objective.objective import Objective, own_window_certain
+from bfm.objective.softmax import log_sum
 from bfm.training import plain
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -37,8 +40,8 @@ class Variant:
     order: str = "permuted"
     """`permuted`: the windows of a group are of unrelated users; `neighbours`: they follow each other in the stream."""
     own: str = "certain"
-    """Targets of a row's own window as its candidates. `certain`: pi = 1; `biased`: pi as if they had been drawn like
-    those of the other windows; `excluded`: left out."""
+    """Targets of the own window that are none of the query's. `certain`: pi = 1; `biased`: pi as if they had been drawn
+    like those of the other windows; `excluded`: no candidates."""
 
     def install(self) -> None:
         """Change the product inside this process, once."""
@@ -61,10 +64,9 @@ class Variant:
     def _change_candidates(self) -> None:
         if self.order == "neighbours":
             WindowOrder.group = neighbouring_windows  # type: ignore[method-assign]
-        if self.own == "excluded":
-            objectives.own_window_certain = own_window_excluded
-        elif self.own == "biased":
-            objectives.own_window_certain = own_window_like_others
+        if self.own != "certain":
+            Objective._log_sum = own_window_otherwise(self.own == "excluded")  # type: ignore[method-assign]
+        if self.own == "biased":
             log_pi = TrainingData.log_pi
 
             def log_pi_of_all(data: TrainingData, config: TrainConfig) -> Tensor:
@@ -107,13 +109,22 @@ def neighbouring_windows(order: WindowOrder, index: int) -> Windows:
     return order.windows(first + np.arange(order.group_windows))
 
 
-def own_window_excluded(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
-    """log pi so high that the own window's targets add nothing to a row's sum; its own target is added apart."""
-    log_pi_GK = log_pi_K.repeat(num_windows, 1)
-    log_pi_GK[window_T, hit_T] = 1e9
-    return log_pi_GK
+def own_window_otherwise(excluded: bool) -> Callable[[Objective, ModelBatch, int, Tensor, Tensor], Tensor]:
+    """Objective._log_sum, but of the own window only the query's own targets are certain.
 
+    The other targets of its window are left out, or have the pi of any other item.
+    """
 
-def own_window_like_others(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
-    """The same log pi for the rows of all windows."""
-    return log_pi_K.repeat(num_windows, 1)
+    def log_sum_of_group(objective: Objective, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
+        place_K, targets, q_QD = batch.candidates_of(group), batch.targets_of(group), q_QD[batch.queries_of(group)]
+        query_T, window_Q = batch.query_T[targets] - batch.query_offset[group], batch.window_Q(group)
+        log_pi_K, hit_T = objective.log_pi_V[batch.items_U[place_K]], batch.hit_T[targets]
+        log_pi_QK = log_pi_K.repeat(len(q_QD), 1)
+        if excluded:
+            own_GK = own_window_certain(torch.ones_like(log_pi_K), window_Q[query_T], hit_T, batch.windows[group]) == 0
+            log_pi_QK = log_pi_QK.masked_fill(own_GK[window_Q], torch.inf)
+        log_pi_QK[query_T, hit_T] = 0.0
+        every_Q = torch.arange(len(q_QD))
+        return log_sum(q_QD, v_UD, place_K, log_pi_QK, window_Q=every_Q, method=objective.method)
+
+    return log_sum_of_group

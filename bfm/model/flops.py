@@ -7,9 +7,9 @@ only where the input needs one (numeric, vector and time features, the gap and t
 vectors do in stage 1 and not in stage 2). The inputs, all blocks but the last, and the keys and values of the last
 block and the sparse components have a row per position; the rest of the contextualizer has one per query. Attention
 is dense, 4 pairs w forward and twice that backward: pairs = F^2 per item over its F field tokens, L^2 per window, and L
-per query in the last block; the pointer's scores are 2 pairs of its own width, pairs = L per query. The head costs 6 Q K d
-with live and 4 Q K d with frozen candidates: the targets of a query share its sum over the candidates. Lookups, norms
-and elementwise work (the targets' scores and the mixture too) cost nothing.
+per query in the last block; the pointer's scores are 2 pairs of its own width, pairs = L per query. The head costs
+6 Q K d with live and 4 Q K d with frozen candidates: the targets of a query share its sum over the candidates. Lookups,
+norms and elementwise work (the targets' scores and the mixture too) cost nothing.
 
 Q = queries, K = candidates, L = positions of a window, d = retrieval width, w = width of the contextualizer.
 """

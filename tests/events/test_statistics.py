@@ -6,8 +6,9 @@ import pytest
 
 from bfm.events.cache import kept_path
 from bfm.events.shards import Shards
-from bfm.events.statistics import group_means, fit_group_curve, inclusion_elsewhere, target_windows
+from bfm.events.statistics import fit_group_curve, group_means, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
+from bfm.model.batch import make_batch
 from tests.helpers import make_shards
 
 
@@ -75,22 +76,28 @@ def test_group_means_counts_equal_those_of_groups(many, window, group_windows):
     items = [len(ids[ids >= 0]) for ids in embedded]
     targets = [len(np.unique(group.target_RL[group.target_RL >= 0])) for group in groups]
     rows = [(group.target_RL >= 0).sum() for group in groups]
-    expected = group_means(many.manifest, window, group_windows)
+    baskets = WindowOrder(many, window, group_windows, seed=3, targets="next_basket")
+    queries = [make_batch([baskets.group(index)]).queries[0] for index in range(200)]
+    expected = group_means(many.manifest, window, group_windows, "next_basket")
     allowed = expected.relative_error + 0.01
     assert 0 < expected.relative_error < 0.08
     assert expected.distinct_items_mean == pytest.approx(np.mean(items), rel=allowed)
     assert expected.distinct_targets_mean == pytest.approx(np.mean(targets), rel=allowed)
-    assert expected.target_rows_mean == pytest.approx(np.mean(rows), rel=0.02)
+    assert expected.targets_mean == pytest.approx(np.mean(rows), rel=0.02)
+    assert expected.queries_mean == pytest.approx(np.mean(queries), rel=allowed)
+    assert expected.queries_mean < expected.targets_mean
+    plain = group_means(many.manifest, window, group_windows)
+    assert plain.queries_mean == plain.targets_mean == expected.targets_mean
 
 
 def test_the_curve_is_exact_for_an_epoch_and_beyond(many):
     num_windows = WindowOrder(many, 32, 1, 0).windows_per_epoch
     whole = group_means(many.manifest, 32, num_windows)
     assert whole.distinct_items_mean == pytest.approx(many.num_catalogue)
-    assert whole.target_rows_mean == pytest.approx(many.manifest.train_targets)
+    assert whole.targets_mean == pytest.approx(many.manifest.train_targets)
     twice = group_means(many.manifest, 32, 2 * num_windows)
     assert twice.distinct_items_mean == pytest.approx(many.num_catalogue)
-    assert twice.target_rows_mean == pytest.approx(2 * many.manifest.train_targets)
+    assert twice.targets_mean == pytest.approx(2 * many.manifest.train_targets)
 
 
 def test_curve_is_a_function_of_the_shards(many):

@@ -33,7 +33,7 @@ def head(model: TwoPartModel, h_QD: torch.Tensor, candidates_KD: torch.Tensor) -
 
 
 def padding_flops(shape: Shape, batch: ModelBatch) -> int:
-    """Forward products of free slots, which are no model FLOPs: attention of the last block and the pointer's scores."""
+    """Forward products of free slots, no model FLOPs: attention of the last block and the pointer's scores."""
     free = batch.item_RL.shape[0] * batch.places.slots - len(batch.places.position_Q)
     return free * batch.item_RL.shape[1] * (4 * shape.width + 2 * shape.pointer_width)
 

@@ -42,10 +42,10 @@ def plain_distribution(model, shards, table, window):
         batch = make_query_batch(eval_windows(shards, table[query : query + 1], window, model.neighbours))
         said = model.contextualize(batch, v_ID[batch.items_U])
         gates = said.log_gate_TX1[0].double().exp().tolist()
-        p_V = gates[0] * torch.softmax(model.scale * said.h_TD[0] @ v_ID[:num_items].T, 0).double().numpy()
+        p_V = gates[0] * torch.softmax(model.scale * said.h_QD[0] @ v_ID[:num_items].T, 0).double().numpy()
         history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1][-window:]
-        if said.pointer_TL is not None:
-            for item, weight in zip(history, said.pointer_TL[0].tolist(), strict=False):
+        if said.pointer_QL is not None:
+            for item, weight in zip(history, said.pointer_QL[0].tolist(), strict=False):
                 if item < num_items:
                     p_V[item] += gates[1] * weight
         lists, weight_P = model.neighbours.lists, model.neighbours.weight_P.astype(float)

@@ -109,15 +109,15 @@ def test_what_only_sizing_refuses_is_a_rejection(toy_costs):
 def test_nominal_costs_are_the_models_at_the_expected_group(toy_shards, toy_costs):
     config = TrainConfig(params=3e4, window=16, group_windows=4, groups_per_step=3, d_item=16)
     cost = toy_costs.of(config)
-    stats = group_means(toy_shards.manifest, 16, 4)
+    stats = group_means(toy_shards.manifest, 16, 4, "next_basket")
     model = ModelCost(config.shape(), toy_shards.manifest.fields, 16, 16, toy_shards.manifest.has_clock)
     group = model.group_flops(
-        1, round(stats.distinct_items_mean), round(stats.target_rows_mean), round(stats.distinct_targets_mean), 4
+        1, round(stats.distinct_items_mean), round(stats.queries_mean), round(stats.distinct_targets_mean), 4
     )
     assert cost.step_flops == 3 * group
     assert cost.params == config.shape().params
     assert cost.state_params == cost.params + model.stem_params + model.table_params
-    assert cost.step_events == 3 * stats.target_rows_mean
+    assert cost.step_events == 3 * stats.targets_mean
     assert cost.epochs(cost.step_flops) == pytest.approx(cost.step_events / toy_shards.manifest.train_targets)
     assert cost.evaluation_flops > model.catalogue_flops(toy_shards.num_items)
 

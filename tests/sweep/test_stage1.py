@@ -30,14 +30,14 @@ SEED = 3
 FIXED = {
     key: {"value": value}
     for key, value in STAGE_1.as_dict().items()
-    if value is not None and key not in ("negatives", "negatives_in_batch", "negatives_exponent", "freeze_at_flops")
+    if value is not None and key not in ("negatives", "negatives_exponent", "freeze_at_flops")
 }
 SPACE = {
     "name": "toy",
     "axis": "negatives",
     "metric": {"name": "nll"},
     "method": "grid",
-    "parameters": {**FIXED, "negatives": {"values": [8, 24]}, "negatives_in_batch": {"value": True}},
+    "parameters": {**FIXED, "negatives": {"values": [8, 24]}},
     "budget": {"ladder_flops": ["4e8", "6e8"], "total_flops": "2e9", "events_per_param": [0, 1e6]},
     "scheduler": {"type": "grid"},
     "data": {"shards": "toy", "evaluation_queries": 50},

@@ -25,7 +25,7 @@ STAGE_1 = TrainConfig(
     dropout=0.1,
     live_negatives=5,
 )
-STAGE_2 = dataclasses.replace(STAGE_1, freeze_at_flops=3e7, negatives=12, negatives_in_batch=True, warmup_events=500.0)
+STAGE_2 = dataclasses.replace(STAGE_1, freeze_at_flops=3e7, negatives=12, warmup_events=500.0)
 CPU = PlainFactory(torch.device("cpu"))
 
 

@@ -15,7 +15,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.model.batch import make_batch
 from bfm.objective.frozen import freeze_items
-from bfm.objective.objectives import DrawnObjective
+from bfm.objective.objective import Objective
 from bfm.ranking.evaluate import evaluate, summarise
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.config import TrainConfig
@@ -54,13 +54,13 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
         queries = model.contextualize(batch, v_ID[batch.items_U])
     expected = []
     for row, (r, at) in enumerate(np.argwhere(windows.target_RL >= 0)):
-        column = windows.query_RL[r, at]
+        column, query = windows.query_RL[r, at], batch.query_T[row]
         target, gates = int(windows.target_RL[r, at]), queries.log_gate_TX1[row].exp().tolist()
-        softmax = torch.softmax(scale * queries.h_TD[row] @ v_ID[:num_items].T, 0)
+        softmax = torch.softmax(scale * queries.h_QD[query] @ v_ID[:num_items].T, 0)
         p = gates[0] * softmax[target].item()
         own = [k for k in range(column + 1) if windows.segment_RL[r, k] == windows.segment_RL[r, column]]
         if copy == "pointer":
-            p += gates[1] * sum(queries.pointer_TL[row, k].item() for k in own if windows.item_RL[r, k] == target)
+            p += gates[1] * sum(queries.pointer_QL[query, k].item() for k in own if windows.item_RL[r, k] == target)
         share_M, item_M = windows.counted.share_RLM[r, at], windows.counted.item_RLM[r, at]
         assert [windows.item_RL[r, column - age] for age in np.flatnonzero(item_M >= 0)] == list(item_M[item_M >= 0])
         if not (item_M >= 0).any():
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
         expected.append(-math.log(p))
     ones = np.ones(num_items, np.int64)
     items = freeze_items(model, torch.float32, "auto", 0, 1)
-    objective = DrawnObjective(items, ones, num_items, 0.0, False, torch.zeros(num_items), 0)
+    objective = Objective(torch.zeros(num_items), ones, num_items, 0.0, 0, items=items)
     assert objective(model, batch).item() == pytest.approx(np.average(expected, weights=batch.weight_T), rel=1e-5)
 
 

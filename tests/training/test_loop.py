@@ -148,7 +148,7 @@ def test_one_stage_1_trunk_serves_every_stage_2_configuration(toy_shards, tmp_pa
     shared, _ = train(STAGE_2, toy_shards, STAGE_2.freeze_at_flops)
     assert shared.counters.stage == 1
     shared.save(Store(tmp_path), "shared")
-    other = dataclasses.replace(STAGE_2, negatives=30, negatives_in_batch=False)
+    other = dataclasses.replace(STAGE_2, negatives=30)
     alone, records = train(other, toy_shards, 6e7)
     start = resume(Store(tmp_path), "shared", other, 3, shared.data)
     branched, after = train(other, toy_shards, 6e7, start=start)
