@@ -56,8 +56,9 @@ class TrainConfig:
     """Layers of the embedder; 0: an MLP on the pooled fields; None: sizing chooses."""
     weight_decay: float = 0.1
     """Decoupled decay of the dense matrices."""
-    table_weight_decay: float = 0.0
-    """Decoupled decay of vocabulary and hash tables: pulls what few events support towards the other fields."""
+    table_weight_decay: float = 1.0
+    """Decoupled decay of vocabulary and hash tables for every epoch beyond the first: as events repeat, it pulls what
+    few of them support towards the other fields, where it would be memorised."""
     table_learning_rate_ratio: float = 1.0
     """Rate of the tables over the rate of the dense weights."""
     clip_norm: float = 1.0

@@ -65,10 +65,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, micro_batches: int) -> None:
         """Adds the gradient of loss / micro_batches."""
 
-    def step(self, learning_rate: float, average_weight: float) -> float:
+    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
 
-        `average_weight` is the new weights' share in the running average (0 leaves it alone).
+        `average_weight` is the new weights' share in the running average (0 leaves it alone), `repeats` the epochs
+        beyond the first, by which the tables decay.
         A non-finite norm is returned, the weights are then worthless.
         """
 

@@ -34,7 +34,7 @@ from bfm.training.data import TrainingData, embedder_hash
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
-from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk
+from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk, repeats
 from bfm.training.step_plan import StepPlan, StepPlanner
 from bfm.units import format_flops
 
@@ -242,7 +242,10 @@ class Trainer:
         self.spent_flops += plan.path_flops
         losses = self._forward_backward(plan.batches)
         learning_rate = lr_factor * self.config.learning_rate
-        grad_norm = self.engine.step(learning_rate, weight_in_average) if math.isfinite(losses.loss) else math.nan
+        grad_norm = math.nan
+        if math.isfinite(losses.loss):
+            repeated = repeats(self.counters.events, self.order.targets_per_epoch)
+            grad_norm = self.engine.step(learning_rate, weight_in_average, repeated)
         counters = self.counters
         counters.step += 1
         counters.cursor += self.config.groups_per_step

@@ -63,13 +63,14 @@ class AveragingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
-    """AdamW over the trainable parameters: tables have their own decay and rate, scalars do not decay."""
+    """AdamW over the trainable parameters: tables have a rate of their own and decay as events repeat."""
     tables = set(model.table_parameter_names())
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
         "tables": {
             "params": [],
-            "weight_decay": config.table_weight_decay,
+            "weight_decay": 0.0,
+            "decay_per_repeat": config.table_weight_decay,
             "rate_ratio": config.table_learning_rate_ratio,
         },
         "scalars": {"params": [], "weight_decay": 0.0, "rate_ratio": 1.0},
@@ -87,7 +88,9 @@ def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group its rate."""
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, repeats: float) -> None:
+    """Give every group its rate, and the tables their decay after so many epochs beyond the first."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_ratio"]
+        if "decay_per_repeat" in group:
+            group["weight_decay"] = repeats * group["decay_per_repeat"]

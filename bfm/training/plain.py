@@ -15,7 +15,7 @@ from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineState, Objective, compute_precision
-from bfm.training.optimizer import AVERAGE, MOMENTS, build_optimizer, set_learning_rate
+from bfm.training.optimizer import AVERAGE, MOMENTS, build_optimizer, set_rates
 
 
 class PlainEngine:
@@ -47,7 +47,7 @@ class PlainEngine:
         """Adds the gradient of loss / micro_batches."""
         (loss if micro_batches == 1 else loss / micro_batches).backward()
 
-    def step(self, learning_rate: float, average_weight: float) -> float:
+    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Clips and updates; returns the gradient's norm before clipping."""
         parameters = list(self.named.values())
         for parameter in parameters:
@@ -55,7 +55,7 @@ class PlainEngine:
                 # AdamW would skip it, where ZeRO's flat partitions decay it and move its moments.
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        set_learning_rate(self.optimizer, learning_rate)
+        set_rates(self.optimizer, learning_rate, repeats)
         self.optimizer.average_weight = average_weight
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

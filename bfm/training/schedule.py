@@ -1,6 +1,6 @@
 """Warmup-stable-decay as pure functions, and which rungs a configuration can be trained to.
 
-In: counters (events seen, path_flops). Out: factors of the learning rate, step counts, refusals.
+In: counters (events seen, path_flops). Out: factors of the learning rate and of decay, step counts, refusals.
 The trunk warms up linearly over `warmup_events` and then stays constant, so it does not know how long it will be.
 A rung at C branches off the trunk at (1 - f) C and cools down linearly in path_flops to 0 at C
 (Hagele et al. 2024, arXiv 2405.18392, with the cooldown measured in the unit that the rung is measured in).
@@ -43,6 +43,11 @@ def lr_factor_trunk(events_seen: int, warmup_events: float) -> float:
 def lr_factor_cooldown(path_flops: int, branch_from_flops: int, until_flops: float) -> float:
     """Factor for the step that begins at `path_flops` of a branch from `branch_from_flops`: 1 there, 0 at the end."""
     return max(0.0, (until_flops - path_flops) / (until_flops - branch_from_flops))
+
+
+def repeats(events_seen: int, epoch_events: int) -> float:
+    """How often the events so far have been seen before: epochs beyond the first."""
+    return max(0.0, events_seen / epoch_events - 1.0)
 
 
 def trunk_flops(rung_flops: float, cooldown_fraction: float) -> float:

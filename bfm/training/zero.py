@@ -23,7 +23,7 @@ from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineState, Objective, compute_precision
-from bfm.training.optimizer import AVERAGE, MOMENTS, AveragingAdamW, build_optimizer, set_learning_rate
+from bfm.training.optimizer import AVERAGE, MOMENTS, AveragingAdamW, build_optimizer, set_rates
 
 # DeepSpeed allocates whole buckets whatever the model's size; its default of 5e8 numbers is 2 GB.
 _LARGEST_BUCKET = 12_288 * 4096
@@ -85,9 +85,9 @@ class ZeroEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, learning_rate: float, average_weight: float) -> float:
+    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Clips and updates; returns the norm of the averaged gradient before clipping."""
-        set_learning_rate(self.inner, learning_rate)
+        set_rates(self.inner, learning_rate, repeats)
         self.inner.average_weight = average_weight
         if self.stage == 0:
             # DeepSpeed clips here without telling the norm.

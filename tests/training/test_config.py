@@ -58,7 +58,11 @@ def test_identity_depends_on_every_field(field):
         ({"params": 1e4, "freeze_at_flops": 0, "negatives": 1}, "freeze_at_flops", "> 0"),
         ({"params": 1e4, "averaging": 1}, "averaging", "true or false"),
         ({"params": 1e4, "group_windows": 1}, "group_windows", "live_negatives"),
-        ({"params": 1e4, "group_windows": 1, "live_negatives": 9, "freeze_at_flops": 1e9}, "group_windows", "`negatives`"),
+        (
+            {"params": 1e4, "group_windows": 1, "live_negatives": 9, "freeze_at_flops": 1e9},
+            "group_windows",
+            "`negatives`",
+        ),
         ({"params": 1e4, "negatives": 8}, "negatives", "stage 2"),
     ],
 )

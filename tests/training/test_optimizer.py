@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import AVERAGE, average_weight, build_optimizer, set_learning_rate
+from bfm.training.optimizer import AVERAGE, average_weight, build_optimizer, set_rates
 
 
 class Tiny(nn.Module):
@@ -21,13 +21,14 @@ class Tiny(nn.Module):
         return ("table",)
 
 
-def test_only_matrices_decay_and_tables_have_their_rate():
+@pytest.mark.parametrize(("repeats", "decay"), [(0.0, 0.0), (2.5, 0.5)])
+def test_matrices_decay_and_tables_as_events_repeat_at_their_own_rate(repeats, decay):
     model = Tiny()
-    config = TrainConfig(params=1e3, weight_decay=0.3, table_learning_rate_ratio=4.0)
+    config = TrainConfig(params=1e3, weight_decay=0.3, table_weight_decay=0.2, table_learning_rate_ratio=4.0)
     optimizer = build_optimizer(model, config)
-    set_learning_rate(optimizer, 0.01)
+    set_rates(optimizer, 0.01, repeats)
     found = {tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups}
-    assert found == {(3, 4): (0.3, 0.01), (7, 3): (0.0, 0.04), (1,): (0.0, 0.01)}
+    assert found == {(3, 4): (0.3, 0.01), (7, 3): (decay, 0.04), (1,): (0.0, 0.01)}
 
 
 def test_frozen_parameters_are_left_out():

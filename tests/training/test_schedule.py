@@ -10,6 +10,7 @@ from bfm.training.schedule import (
     check_rung,
     lr_factor_cooldown,
     lr_factor_trunk,
+    repeats,
     rule_learning_rate,
     trunk_flops,
 )
@@ -18,6 +19,10 @@ from bfm.training.schedule import (
 def test_warmup_is_linear_then_constant():
     assert [lr_factor_trunk(events, 1000) for events in (1, 500, 1000, 10**12)] == [0.001, 0.5, 1.0, 1.0]
     assert lr_factor_trunk(1, 0) == 1.0
+
+
+def test_events_repeat_after_the_first_epoch():
+    assert [repeats(events, 200) for events in (0, 199, 200, 300, 1000)] == [0.0, 0.0, 0.0, 0.5, 4.0]
 
 
 def test_cooldown_falls_linearly_to_zero():
