@@ -171,7 +171,17 @@ def targets() -> Iterator[Run]:
             yield Run(name, {**HISTORY, "window": 512, "targets": name}, 1.8e11, seed, queries=2_000)
 
 
+def budgets() -> Iterator[Run]:
+    """What more compute buys on grocery baskets."""
+    small = {**HISTORY, "window": 512}
+    large = {**HISTORY, "params": 1e4, "window": 1024, "d_item": 32}
+    for flops, config in ((5e10, small), (1.8e11, large), (1e12, {**large, "group_windows": 4})):
+        for seed in range(3):
+            yield Run(f"C {flops:g}", config, flops, seed, queries=2_000)
+
+
 STUDIES = {
+    "budgets": budgets,
     "one_at_a_time": one_at_a_time,
     "depth": depth,
     "learning_rate": learning_rate,
