@@ -175,78 +175,30 @@ def make_batch(
     if len(indices) != len(groups):
         raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
     parts = [_index_group(*part) for part in zip(groups, drawn or [NO_ITEMS] * len(groups), strict=True)]
-    attended, length = [attended_events(group.segment_RL) for group in groups], groups[0].item_RL.shape[1]
-    items_offset = _offsets([len(part.items_U) for part in parts])
-    query_offset = _offsets([len(part.position_Q) for part in parts])
-    position_offset = _offsets([group.item_RL.size for group in groups])
-    starts = items_offset[:-1]
-    position_Q = np.concatenate([part.position_Q + start for part, start in zip(parts, position_offset, strict=False)])
-    return ModelBatch(
-        group_indices=indices,
-        windows=tuple(len(group.item_RL) for group in groups),
-        items_offset=items_offset,
-        query_offset=query_offset,
-        target_offset=_offsets([len(part.hit_T) for part in parts]),
-        candidate_offset=_offsets([len(part.candidates_C) for part in parts]),
-        attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
-        query_pairs=tuple(
-            int(attended_RL.flat[part.position_Q].sum()) for attended_RL, part in zip(attended, parts, strict=True)
-        ),
-        items_U=_tensor([part.items_U for part in parts], device),
-        item_RL=_tensor(
-            [
-                np.where(group.item_RL >= 0, part.item_RL + start, 0)
-                for group, part, start in zip(groups, parts, starts, strict=True)
-            ],
-            device,
-        ),
-        query_T=_tensor([part.query_T + start for part, start in zip(parts, query_offset, strict=False)], device),
-        target_index_T=_tensor([part.target_T + start for part, start in zip(parts, starts, strict=True)], device),
-        candidates_C=_tensor([part.candidates_C + start for part, start in zip(parts, starts, strict=True)], device),
-        hit_T=_tensor([part.hit_T for part in parts], device),
-        weight_T=_tensor([group.weight_RL[group.target_RL >= 0] for group in groups], device),
-        copies_T=_tensor([part.copies_T for part in parts], device),
-        copy_N=_tensor(
-            [part.copy_N + start * length for part, start in zip(parts, query_offset, strict=False)], device
-        ),
-        **_row_tensors(groups, device),
-        places=_query_places(position_Q, length, device),
-        **_counted_tensors(groups, [np.flatnonzero(group.target_RL >= 0) for group in groups], device),
-    )
+    return _assemble(groups, parts, indices, device)
 
 
 def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cpu") -> ModelBatch:
     """Query contexts as one group with the queries in their order; no targets, no candidates."""
     windows = eval_windows.windows
-    valid_RL = windows.item_RL >= 0
-    items_U, inverse = np.unique(windows.item_RL[valid_RL], return_inverse=True)
-    item_RL = np.zeros(windows.item_RL.shape, np.int64)
-    item_RL[valid_RL] = inverse
+    items_U, item_RL = np.unique(np.where(windows.item_RL >= 0, windows.item_RL, -1), return_inverse=True)
+    pads = int(len(items_U) and items_U[0] < 0)
     position_Q = np.asarray(eval_windows.row, np.int64) * windows.item_RL.shape[1] + eval_windows.column
-    attended_RL = attended_events(windows.segment_RL)
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    return ModelBatch(
-        group_indices=(0,),
-        windows=(len(windows.item_RL),),
-        items_offset=(0, len(items_U)),
-        query_offset=(0, len(position_Q)),
-        target_offset=(0, 0),
-        candidate_offset=(0, 0),
-        attended_pairs=(int(attended_RL.sum()),),
-        query_pairs=(int(attended_RL.flat[position_Q].sum()),),
-        items_U=_tensor([items_U.astype(np.int64)], device),
-        item_RL=_tensor([item_RL], device),
-        query_T=torch.arange(len(position_Q), device=device),
-        target_index_T=none,
+    none = np.zeros(0, np.int64)
+    index = _GroupIndex(
+        items_U=items_U[pads:].astype(np.int64),
+        item_RL=item_RL.reshape(windows.item_RL.shape) - pads,
+        position_Q=position_Q,
+        query_T=np.arange(len(position_Q)),
+        position_T=position_Q,
+        target_T=none,
         candidates_C=none,
         hit_T=none,
-        weight_T=none.float(),
-        copies_T=torch.zeros(len(position_Q), dtype=torch.int64, device=device),
+        weight_T=none.astype(np.float32),
+        copies_T=np.zeros(len(position_Q), np.int64),
         copy_N=none,
-        **_row_tensors([windows], device),
-        places=_query_places(position_Q, windows.item_RL.shape[1], device),
-        **_counted_tensors([windows], [position_Q], device),
     )
+    return _assemble([windows], [index], (0,), device)
 
 
 def attended_events(segment_RL: np.ndarray) -> np.ndarray:
@@ -259,56 +211,106 @@ def attended_events(segment_RL: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _GroupIndex:
+    """One group's part of a batch, counted from its own first window, query and item."""
+
     items_U: np.ndarray
     item_RL: np.ndarray
+    """Arbitrary at pads."""
     position_Q: np.ndarray
     query_T: np.ndarray
+    position_T: np.ndarray
+    """Where the counted neighbours of a target stand."""
     target_T: np.ndarray
     candidates_C: np.ndarray
     hit_T: np.ndarray
+    weight_T: np.ndarray
     copies_T: np.ndarray
     copy_N: np.ndarray
 
 
 def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
-    """Distinct items of a group and everything that points into them. Pads carry an arbitrary index."""
-    row_T, column_T = np.nonzero(group.target_RL >= 0)
-    targets_T = group.target_RL[row_T, column_T]
+    """Distinct items of a group and everything that points into them."""
+    known_RL = group.target_RL >= 0
+    row_T, column_T = np.nonzero(known_RL)
+    targets_T = group.target_RL[known_RL]
     items_U = np.unique(np.concatenate([group.item_RL.ravel(), targets_T, drawn]))
-    if len(items_U) and items_U[0] < 0:
-        items_U = items_U[1:]
+    items_U = items_U[items_U >= 0].astype(np.int64)
     candidates = np.unique(np.concatenate([targets_T, drawn]))
-    position_T = row_T * group.item_RL.shape[1] + group.query_RL[row_T, column_T]
-    position_Q, query_T = np.unique(position_T, return_inverse=True)
-    item_RL = np.searchsorted(items_U, group.item_RL)
-    target_T = np.searchsorted(items_U, targets_T)
-    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, position_T, target_T, query_T)
+    from_T = row_T * group.item_RL.shape[1] + group.query_RL[known_RL]
+    position_Q, query_T = np.unique(from_T, return_inverse=True)
+    item_RL, target_T = np.searchsorted(items_U, group.item_RL), np.searchsorted(items_U, targets_T)
+    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, from_T, target_T, query_T)
     return _GroupIndex(
-        items_U=items_U.astype(np.int64),
+        items_U=items_U,
         item_RL=item_RL,
         position_Q=position_Q,
         query_T=query_T,
+        position_T=row_T * group.item_RL.shape[1] + column_T,
         target_T=target_T,
         candidates_C=np.searchsorted(items_U, candidates),
         hit_T=np.searchsorted(candidates, targets_T),
+        weight_T=group.weight_RL[known_RL],
         copies_T=copies_T,
         copy_N=copy_N,
     )
 
 
+def _assemble(
+    groups: Sequence[Windows], parts: Sequence[_GroupIndex], indices: tuple[int, ...], device: torch.device | str
+) -> ModelBatch:
+    """Groups one after the other."""
+    length = groups[0].item_RL.shape[1]
+    items_offset, query_offset, target_offset, candidate_offset = (
+        _offsets([len(getattr(part, name)) for part in parts])
+        for name in ("items_U", "position_Q", "hit_T", "candidates_C")
+    )
+    position_offset = _offsets([group.item_RL.size for group in groups])
+    attended = [attended_events(group.segment_RL) for group in groups]
+    queried = [attended_RL.flat[part.position_Q] for attended_RL, part in zip(attended, parts, strict=True)]
+
+    def joined(name: str, starts: Sequence[int], factor: int = 1) -> Tensor:
+        values = (getattr(part, name) for part in parts)
+        return _tensor([own + factor * start for own, start in zip(values, starts, strict=False)], device)
+
+    position_Q = np.concatenate([part.position_Q + start for part, start in zip(parts, position_offset, strict=False)])
+    pads_RL = torch.from_numpy(np.concatenate([group.item_RL for group in groups]) < 0).to(device)
+    return ModelBatch(
+        group_indices=indices,
+        windows=tuple(len(group.item_RL) for group in groups),
+        items_offset=items_offset,
+        query_offset=query_offset,
+        target_offset=target_offset,
+        candidate_offset=candidate_offset,
+        attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
+        query_pairs=tuple(int(attended_Q.sum()) for attended_Q in queried),
+        items_U=_tensor([part.items_U for part in parts], device),
+        item_RL=joined("item_RL", items_offset).masked_fill(pads_RL, 0),
+        places=_query_places(position_Q, length, device),
+        query_T=joined("query_T", query_offset),
+        target_index_T=joined("target_T", items_offset),
+        candidates_C=joined("candidates_C", items_offset),
+        hit_T=_tensor([part.hit_T for part in parts], device),
+        weight_T=_tensor([part.weight_T for part in parts], device),
+        copies_T=_tensor([part.copies_T for part in parts], device),
+        copy_N=joined("copy_N", query_offset, factor=length),
+        **_row_tensors(groups, device),
+        **_counted_tensors(groups, [part.position_T for part in parts], device),
+    )
+
+
 def _find_copies(
-    segment_RL: np.ndarray, item_RL: np.ndarray, position_T: np.ndarray, target_T: np.ndarray, query_T: np.ndarray
+    segment_RL: np.ndarray, item_RL: np.ndarray, from_T: np.ndarray, target_T: np.ndarray, query_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """copies_T and copy_N of a group; position_T is where each target is predicted from."""
+    """copies_T and copy_N of a group; from_T is where each target is predicted from."""
     rows, length = segment_RL.shape
     positions, num_items = rows * length, 1 + int(max(item_RL.max(initial=0), target_T.max(initial=0)))
     # A user of a window has a number of his own; pads, all -1, get one that no position of a target has.
     user_P = (segment_RL + (length + 1) * np.arange(rows)[:, None]).ravel()
     key_P = (user_P * num_items + item_RL.ravel()) * positions + np.arange(positions)
     key_P.sort()
-    first_T = (user_P[position_T] * num_items + target_T) * positions
+    first_T = (user_P[from_T] * num_items + target_T) * positions
     low_T = np.searchsorted(key_P, first_T)
-    copies_T = np.searchsorted(key_P, first_T + position_T, side="right") - low_T
+    copies_T = np.searchsorted(key_P, first_T + from_T, side="right") - low_T
     return copies_T, np.repeat(query_T * length, copies_T) + key_P[runs(low_T, copies_T)] % length
 
 
