@@ -165,10 +165,12 @@ def history() -> Iterator[Run]:
 
 
 def targets() -> Iterator[Run]:
-    """Every event predicted from the one before it, or every basket from where the one before it ended."""
-    for name in ("next_event", "next_basket"):
+    """Every event predicted from the one before it, or every basket from where the one before it ended, at equal C."""
+    choices: dict[str, dict[str, Any]] = {"next_event": {"targets": "next_event"}}
+    choices |= {f"next_basket, power {power:g}": {"basket_power": power} for power in (0.0, 0.5, 1.0)}
+    for name, values in choices.items():
         for seed in range(3):
-            yield Run(name, {**HISTORY, "window": 512, "targets": name}, 1.8e11, seed, queries=2_000)
+            yield Run(name, {**HISTORY, "window": 512, **values}, 1e11, seed, queries=2_000)
 
 
 def budgets() -> Iterator[Run]:

@@ -8,7 +8,8 @@ run is one integer, the index of the next group, whatever the number of workers.
 
 Every event that follows one of its user's is a target. It is predicted either from the event before it (`next_event`)
 or, as headline queries are, from the last event at an earlier time (`next_basket`): all items of a basket from where
-the basket before it ended, each with its share of one query's loss.
+the basket before it ended. A basket of n targets then weighs n^power in the loss: one at power 0, as each is one query
+of the headline NLL, n at power 1. Between them lies what also ranks the items of large baskets well.
 
 Shapes: R rows (windows), L positions, N events, Q queries, M last events (neighbours.py), J events around a target.
 """
@@ -105,8 +106,11 @@ class WindowOrder:
         seed: int,
         neighbours: Neighbours | None = None,
         targets: Targets = "next_event",
+        basket_power: float = 0.0,
     ) -> None:
         """`window` (L) and `group_windows` (G) are at least 1; with `neighbours`, windows come with what they say.
+
+        `basket_power` is of targets that are whole baskets.
 
         Raises:
             ValueError: L or G below 1, or a shard set without training events.
@@ -116,7 +120,7 @@ class WindowOrder:
         if shards.manifest.train_events < 1:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
-        self.neighbours, self.targets = neighbours, targets
+        self.neighbours, self.targets, self.basket_power = neighbours, targets, basket_power
 
     @property
     def windows_per_epoch(self) -> int:
@@ -159,7 +163,7 @@ class WindowOrder:
         )
         windows = _gather(shards, places, with_targets=True)
         if self.targets == "next_basket":
-            windows = _from_the_basket_before(windows)
+            windows = _from_the_basket_before(windows, self.basket_power)
         if self.neighbours is None:
             return windows
         counted_RL = user_RL < self.neighbours.users
@@ -205,8 +209,8 @@ def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
     )
 
 
-def _from_the_basket_before(windows: Windows) -> Windows:
-    """Targets predicted from the user's last event at an earlier time, 1 the weight of a basket of targets.
+def _from_the_basket_before(windows: Windows, basket_power: float) -> Windows:
+    """Targets predicted from the user's last event at an earlier time, n^power the weight of a basket of n targets.
 
     A basket that began before the window, or with the user, has no such event there: its targets stay where they are.
     """
@@ -220,7 +224,7 @@ def _from_the_basket_before(windows: Windows) -> Windows:
     target_RL = windows.target_RL >= 0
     _, basket_T, size_B = np.unique(basket_RL[target_RL], return_inverse=True, return_counts=True)
     weight_RL = np.zeros(segment_RL.shape, np.float32)
-    weight_RL[target_RL] = 1.0 / size_B[basket_T]
+    weight_RL[target_RL] = size_B[basket_T] ** (basket_power - 1.0)
     return dataclasses.replace(windows, query_RL=query_RL, weight_RL=weight_RL)
 
 

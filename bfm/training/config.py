@@ -38,8 +38,10 @@ class TrainConfig:
     counts: str = "none"
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
     targets: str = "next_basket"
-    """`next_basket`: items are predicted from the last event at an earlier time, every basket a query of weight 1, as
-    headline queries are scored; `next_event`: from the event before, every event of weight 1."""
+    """`next_basket`: items are predicted from the last event at an earlier time, as headline queries are scored;
+    `next_event`: from the event before, every event of weight 1."""
+    basket_power: float = 0.5
+    """Weight of a next basket of n items in the loss: n to this power. 0 favours NLL, 1 the MRR of large baskets."""
     window: int = 256
     """L: events per training window."""
     group_windows: int = 4
@@ -206,6 +208,7 @@ _CHECKS: dict[str, Check] = {
     "copy": _choice("pointer", "none"),
     "counts": _choice("neighbours", "none"),
     "targets": _choice("next_basket", "next_event"),
+    "basket_power": _number(0, 1),
     "window": _count(2, 1 << 16),
     "group_windows": _count(1, 1 << 20),
     "d_item": _count(2, 1 << 14),

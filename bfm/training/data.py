@@ -77,7 +77,9 @@ class TrainingData:
     def order(self, config: TrainConfig, seed: int) -> WindowOrder:
         """The endless order of groups of a run."""
         neighbours, targets = self.neighbours(config), cast(Targets, config.targets)
-        return WindowOrder(self.shards, config.window, config.group_windows, seed, neighbours, targets)
+        return WindowOrder(
+            self.shards, config.window, config.group_windows, seed, neighbours, targets, config.basket_power
+        )
 
     def cost(self, config: TrainConfig) -> ModelCost:
         """FLOPs of the configuration's model."""

@@ -105,11 +105,11 @@ def test_positions_hold_what_the_history_holds(split_in_three, window):
     assert rows.item_RL.size - place < window
 
 
-@pytest.mark.parametrize("window", [5, 13, 200])
-def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three, window):
+@pytest.mark.parametrize(("window", "power"), [(5, 0.0), (13, 0.5), (200, 1.0)])
+def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three, window, power):
     """Brute force: the query is the last event of the user, inside the window, that is earlier than the target."""
     shards = split_in_three
-    order = WindowOrder(shards, window, 4, seed=5, targets="next_basket")
+    order = WindowOrder(shards, window, 4, seed=5, targets="next_basket", basket_power=power)
     rows = order.windows(np.arange(order.windows_per_epoch))
     moved, place = Counter(), 0
     weights = defaultdict(list)
@@ -128,8 +128,10 @@ def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three
             moved[bool(earlier), expected != column] += 1
             weights[row, user, target_time].append(rows.weight_RL[row, column])
     assert min(moved[True, True], moved[True, False], moved[False, False]) > 10
-    # Every basket is one query of weight 1, whatever part of it the window holds.
-    assert all(weight == pytest.approx([1 / len(weight)] * len(weight)) for weight in weights.values())
+    # A basket weighs what the part of it that the window holds is worth.
+    assert {len(weight) for weight in weights.values()} > {1, 2, 3}
+    for weight in weights.values():
+        assert weight == pytest.approx([len(weight) ** power / len(weight)] * len(weight))
 
 
 def test_logs_without_baskets_have_the_same_targets_either_way(leave_one_out):
