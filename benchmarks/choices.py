@@ -56,12 +56,12 @@ REVIEWS: dict[str, Any] = {
     "d_item": 64,
     "table_width": 64,
     "dropout": 0.1,
-    "table_weight_decay": 6.0,
+    "table_weight_decay": 2.0,
 }
 REVIEWS_FLOPS = 8.5e11
 ONE_AT_A_TIME: dict[str, list[Any]] = {
     "dropout": [0.0, 0.3],
-    "table_weight_decay": [0.0, 24.0],
+    "table_weight_decay": [0.0, 8.0],
     "weight_decay": [1.0],
     "initial_scale": [10.0, 40.0],
     "group_windows": [8],

@@ -24,6 +24,7 @@ from common import RESULTS, machine, publish
 from bfm.errors import InfeasibleError
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.model.flops import FLOPS_VERSION
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
@@ -65,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
     config = configuration(budget_flops, negatives)
     name = f"run-{budget_flops:g}-{negatives}"
     task = RungTask("run", name, 0, budget_flops, config, 0, f"{budget_flops:g}", evaluation_queries=QUERIES)
-    label = {"budget_flops": budget_flops, "negatives": negatives}
+    label = {"budget_flops": budget_flops, "negatives": negatives, "flops_version": FLOPS_VERSION}
     try:
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
     except InfeasibleError as error:
@@ -102,7 +103,8 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest = Shards.open(arguments.shards).manifest
     kept = RESULTS / "negatives.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
+    rows = [row for row in known if row.get("flops_version") == FLOPS_VERSION]
     done = {(row["budget_flops"], row["negatives"]) for row in rows}
     wanted = [
         (budget, k) for budget in BUDGETS for k in NEGATIVES if k <= manifest.catalogue and (budget, k) not in done

@@ -33,7 +33,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-CONFIG = {**REVIEWS, "counts": "neighbours", "params": 3e5, "dropout": 0.05, "table_weight_decay": 8.0}
+CONFIG = {**REVIEWS, "counts": "neighbours", "params": 3e5, "dropout": 0.05, "table_weight_decay": 2.0}
 FLOPS = 5.15e12
 SCHEMA = """\
 name: {name}

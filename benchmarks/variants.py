@@ -118,12 +118,14 @@ def own_window_otherwise(excluded: bool) -> Callable[[Objective, ModelBatch, int
     def log_sum_of_group(objective: Objective, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
         place_K, targets, q_QD = batch.candidates_of(group), batch.targets_of(group), q_QD[batch.queries_of(group)]
         query_T, window_Q = batch.query_T[targets] - batch.query_offset[group], batch.window_Q(group)
-        log_pi_K, hit_T = objective.log_pi_V[batch.items_U[place_K]], batch.hit_T[targets]
+        log_pi_K, candidate_T = objective.log_pi_V[batch.items_U[place_K]], batch.candidate_T[targets]
         log_pi_QK = log_pi_K.repeat(len(q_QD), 1)
         if excluded:
-            own_GK = own_window_certain(torch.ones_like(log_pi_K), window_Q[query_T], hit_T, batch.windows[group]) == 0
+            own_GK = (
+                own_window_certain(torch.ones_like(log_pi_K), window_Q[query_T], candidate_T, batch.windows[group]) == 0
+            )
             log_pi_QK = log_pi_QK.masked_fill(own_GK[window_Q], torch.inf)
-        log_pi_QK[query_T, hit_T] = 0.0
+        log_pi_QK[query_T, candidate_T] = 0.0
         every_Q = torch.arange(len(q_QD))
         return log_sum(q_QD, v_UD, place_K, log_pi_QK, window_Q=every_Q, method=objective.method)
 

@@ -82,7 +82,7 @@ def fit_group_curve(shards: Shards) -> dict[str, Any]:
         middle = round(math.sqrt(low * high))
         if low < middle < high:
             measured, largest = _knots(shards, middle), curve["windows"][str(high)]["groups"][-1]
-            for kind, groups in itertools.product((*_KINDS, "baskets"), range(len(measured["groups"]))):
+            for kind, groups in itertools.product(_KINDS, range(len(measured["groups"]))):
                 drawn, value = measured["groups"][groups], measured[kind][groups]
                 if drawn <= largest and value > 0:
                     worst = max(worst, abs(_interpolate(curve, kind, middle, drawn) / value - 1))

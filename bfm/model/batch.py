@@ -75,6 +75,8 @@ class ModelBatch:
     """Per group: pairs of a position and a user's event up to it, itself included."""
     query_pairs: tuple[int, ...]
     """Per group: the same pairs of the queries alone."""
+    free_slots: tuple[int, ...]
+    """Per group, as if it were alone in the batch: slots of its windows that no query has."""
     items_U: Tensor
     """int64 item ids, distinct and ascending inside each group: its inputs and its targets."""
     item_RL: Tensor
@@ -97,7 +99,7 @@ class ModelBatch:
     """int64 index into items_U of each target; empty in evaluation, like what follows."""
     candidates_C: Tensor
     """int64 index into items_U of each group's distinct targets and drawn candidates, ascending."""
-    hit_T: Tensor
+    candidate_T: Tensor
     """int64 index of a target among its group's candidates."""
     weight_T: Tensor
     """float32 weight of each target in the loss of its group."""
@@ -193,7 +195,7 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         position_T=position_Q,
         target_T=none,
         candidates_C=none,
-        hit_T=none,
+        candidate_T=none,
         weight_T=none.astype(np.float32),
         copies_T=np.zeros(len(position_Q), np.int64),
         copy_N=none,
@@ -222,7 +224,7 @@ class _GroupIndex:
     """Where the counted neighbours of a target stand."""
     target_T: np.ndarray
     candidates_C: np.ndarray
-    hit_T: np.ndarray
+    candidate_T: np.ndarray
     weight_T: np.ndarray
     copies_T: np.ndarray
     copy_N: np.ndarray
@@ -248,7 +250,7 @@ def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
         position_T=row_T * group.item_RL.shape[1] + column_T,
         target_T=target_T,
         candidates_C=np.searchsorted(items_U, candidates),
-        hit_T=np.searchsorted(candidates, targets_T),
+        candidate_T=np.searchsorted(candidates, targets_T),
         weight_T=group.weight_RL[known_RL],
         copies_T=copies_T,
         copy_N=copy_N,
@@ -262,7 +264,7 @@ def _assemble(
     length = groups[0].item_RL.shape[1]
     items_offset, query_offset, target_offset, candidate_offset = (
         _offsets([len(getattr(part, name)) for part in parts])
-        for name in ("items_U", "position_Q", "hit_T", "candidates_C")
+        for name in ("items_U", "position_Q", "candidate_T", "candidates_C")
     )
     position_offset = _offsets([group.item_RL.size for group in groups])
     attended = [attended_events(group.segment_RL) for group in groups]
@@ -283,13 +285,17 @@ def _assemble(
         candidate_offset=candidate_offset,
         attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
         query_pairs=tuple(int(attended_Q.sum()) for attended_Q in queried),
+        free_slots=tuple(
+            len(group.item_RL) * _query_places(part.position_Q, length, "cpu").slots - len(part.position_Q)
+            for group, part in zip(groups, parts, strict=True)
+        ),
         items_U=_tensor([part.items_U for part in parts], device),
         item_RL=joined("item_RL", items_offset).masked_fill(pads_RL, 0),
         places=_query_places(position_Q, length, device),
         query_T=joined("query_T", query_offset),
         target_index_T=joined("target_T", items_offset),
         candidates_C=joined("candidates_C", items_offset),
-        hit_T=_tensor([part.hit_T for part in parts], device),
+        candidate_T=_tensor([part.candidate_T for part in parts], device),
         weight_T=_tensor([part.weight_T for part in parts], device),
         copies_T=_tensor([part.copies_T for part in parts], device),
         copy_N=joined("copy_N", query_offset, factor=length),

@@ -62,10 +62,17 @@ class ModelCost:
         flops += 3 * self._contextualize(windows, queries)
         return flops + queries * candidates * shape.d_item * (6 if live else 4)
 
+    def free_slot_flops(self, slots: int) -> int:
+        """What slots without a query cost, forward and backward: attention of the last block, scores of the pointer.
+
+        Windows of a group have as many slots as the one with most queries. No model FLOPs, but hardware FLOPs.
+        """
+        return 3 * slots * self.window * (4 * self.shape.width + 2 * self.shape.pointer_width)
+
     def recomputed_flops(self, distinct_items: int, scores: int) -> int:
         """What the backward pass computes again of a group: the embedding of its items, scores of queries.
 
-        Hardware FLOPs are `group_flops` and this, each count 0 where nothing of it is computed twice.
+        Hardware FLOPs are `group_flops`, `free_slot_flops` and this, each count 0 where nothing is computed twice.
         """
         return self._embed(distinct_items, backward=False) + 2 * scores * self.shape.d_item
 

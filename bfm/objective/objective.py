@@ -134,7 +134,7 @@ class Objective:
         window_Q = batch.window_Q(group)
         window_T = window_Q[batch.query_T[targets] - batch.query_offset[group]]
         log_pi_K = self.log_pi_V[batch.items_U[place_K]]
-        log_pi_GK = own_window_certain(log_pi_K, window_T, batch.hit_T[targets], batch.windows[group])
+        log_pi_GK = own_window_certain(log_pi_K, window_T, batch.candidate_T[targets], batch.windows[group])
         log_sum_Q = log_sum(q_QD, v_UD, place_K, log_pi_GK, window_Q=window_Q, method=self.method)
         if self.items is None:
             return log_sum_Q
@@ -154,14 +154,14 @@ class Objective:
         return self.proposal.draw(group_rng(self.seed, group_index))
 
 
-def own_window_certain(log_pi_K: Tensor, window_T: Tensor, hit_T: Tensor, num_windows: int) -> Tensor:
+def own_window_certain(log_pi_K: Tensor, window_T: Tensor, candidate_T: Tensor, num_windows: int) -> Tensor:
     """log pi of the candidates for the queries of each window, log_pi_GK: 0 for the targets of the window itself.
 
     Given what a query's window holds, the other windows of its group are drawn without regard to it. So the candidates
-    that are targets of its own window (place hit_T among the candidates) are there with certainty, and any other item
-    with the chance log_pi_K that another window brings it. Then E[1{in} / pi] = 1 for every item, those of the query's
+    that are targets of its own window (candidate_T says which) are there with certainty, and any other item with the
+    chance log_pi_K that another window brings it. Then E[1{in} / pi] = 1 for every item, those of the query's
     own history included, and the sum over the candidates is an unbiased estimate of the sum over the catalogue.
     """
     log_pi_GK = log_pi_K.repeat(num_windows, 1)
-    log_pi_GK[window_T, hit_T] = 0.0
+    log_pi_GK[window_T, candidate_T] = 0.0
     return log_pi_GK

@@ -109,6 +109,8 @@ def _reference_log_sum(
     if window_Q is not None:
         log_pi_XK, absent_X = log_pi_XK.index_select(0, window_Q), absent_G.index_select(0, window_Q)
     vectors_KD = look_up(table_RD, ids_K).to(q_QD.dtype)
-    logits_QK = (q_QD @ vectors_KD.T).to(q_QD.dtype) - log_pi_XK
-    log_sum_Q = torch.logsumexp(logits_QK, dim=1) + nan_unless_finite(vectors_KD.detach())
+    # In half precision the target's own term would not cancel against its score.
+    with torch.autocast(q_QD.device.type, enabled=False):
+        logits_QK = q_QD @ vectors_KD.T - log_pi_XK
+        log_sum_Q = torch.logsumexp(logits_QK, dim=1) + nan_unless_finite(vectors_KD.detach())
     return log_sum_Q.masked_fill(absent_X, -torch.inf)

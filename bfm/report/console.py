@@ -97,7 +97,7 @@ def memorising_words(validation: Validation) -> str:
     return (
         f"WARNING: the model memorises: nll is {value_text(validation.rise, validation.rise_error or math.nan)} above "
         f"its best ({best_words(validation)}), while the training loss fell by {validation.loss_fall:.3g}. Train for "
-        "fewer epochs, set `dropout` or `table_weight_decay`, or bring more data."
+        "fewer epochs, raise `dropout` or `table_weight_decay`, or bring more data."
     )
 
 

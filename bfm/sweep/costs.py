@@ -37,7 +37,7 @@ GIB = 1 << 30
 STATE_COPIES = 4
 """Numbers held per weight in training: itself, its gradient, AdamW's two moments."""
 _TILE_SCORES = 1 << 19
-STEP_MARGIN = 0.1
+STEP_MARGIN = 0.25
 """Steps differ in cost; one so much dearer than the mean must not make a feasible configuration miss its rung."""
 
 

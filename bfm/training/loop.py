@@ -38,6 +38,9 @@ from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk, repeats
 from bfm.training.step_plan import StepPlan, StepPlanner
 from bfm.units import format_flops
 
+COST_STEPS = 8
+"""Steps whose mean cost stands for all: they differ by the queries of their windows."""
+
 
 @dataclass
 class Counters:
@@ -149,11 +152,19 @@ class Trainer:
             factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
             self._step(plan, factor * lr_factor_trunk(counters.events + plan.events, self.warmup_events), 0.0)
 
-    def next_step_flops(self, stage: int | None = None) -> int:
-        """Exact cost of the next step; with `stage` 2 from stage 1, an estimate from the same groups."""
-        if stage is None or stage == self.counters.stage:
-            return self._next_plan().path_flops
-        return self.planner.stage2_flops(self._next_plan(), self.engine)
+    def next_step_flops(self) -> int:
+        """Exact cost of the next step."""
+        return self._next_plan().path_flops
+
+    def mean_step_flops(self, stage: int) -> float:
+        """Mean cost of the next COST_STEPS steps; of stage 2 from stage 1, an estimate from the same groups."""
+        counters, costs = self.counters, []
+        for step in range(COST_STEPS):
+            cursor = counters.cursor + step * self.config.groups_per_step
+            plan = self.planner.plan(counters.stage, cursor, self.engine, self.objective, False)
+            same = stage == counters.stage
+            costs.append(plan.path_flops if same else self.planner.stage2_flops(plan, self.engine))
+        return sum(costs) / COST_STEPS
 
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
 
+LARGEST_DECAY = 0.1
+"""Share of a table that one step takes away at most, however often events repeat."""
 AVERAGE_EXPONENT = 8
 """gamma of polynomial-decay averaging (Shamir & Zhang 2013): about the last 1/9 of the trunk, at any time."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,7 +65,10 @@ class AveragingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
-    """AdamW over the trainable parameters: tables have a rate of their own and decay as events repeat."""
+    """AdamW over the trainable parameters: tables have a rate of their own and decay as events repeat.
+
+    The rows of the bit `later` never decay: half of all events support each.
+    """
     tables = set(model.table_parameter_names())
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
@@ -77,7 +82,8 @@ def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "tables" if name in tables else "dense" if parameter.dim() >= 2 else "scalars"
+            decays = parameter.dim() >= 2 and not name.endswith("later_table")
+            kind = "tables" if name in tables and decays else "dense" if decays else "scalars"
             groups[kind]["params"].append(parameter)
     return AveragingAdamW(
         [group for group in groups.values() if group["params"]],
@@ -93,4 +99,5 @@ def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, repeats: f
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate_ratio"]
         if "decay_per_repeat" in group:
-            group["weight_decay"] = repeats * group["decay_per_repeat"]
+            bound = LARGEST_DECAY / group["lr"] if group["lr"] else 0.0
+            group["weight_decay"] = min(repeats * group["decay_per_repeat"], bound)

@@ -233,16 +233,18 @@ class _RungRun:
         two_stages = config.freeze_at_flops is not None
         check_rung(
             self.task.rung_flops,
-            step_flops=trainer.next_step_flops(),
+            step_flops=trainer.mean_step_flops(trainer.counters.stage),
             cooldown_fraction=config.cooldown_fraction,
             freeze_at_flops=config.freeze_at_flops,
             catalogue_flops=trainer.catalogue_flops if two_stages else 0.0,
-            stage2_step_flops=trainer.next_step_flops(stage=2) if two_stages else None,
+            stage2_step_flops=trainer.mean_step_flops(stage=2) if two_stages else None,
         )
 
     def _check_met(self) -> None:
         counters, rung_flops = self.trainer.counters, self.task.rung_flops
-        if counters.step < MIN_STEPS or counters.path_flops < (1 - TOLERANCE) * rung_flops:
+        # A step that is dearer than the mean may end a run by itself, though no more than itself before C.
+        allowed = max(TOLERANCE * rung_flops, min(self.trainer.next_step_flops(), 2 * TOLERANCE * rung_flops))
+        if counters.step < MIN_STEPS or counters.path_flops < rung_flops - allowed:
             raise InfeasibleError(
                 f"rung {format_flops(rung_flops)} ended at {format_flops(counters.path_flops)} FLOPs after "
                 f"{counters.step} steps",

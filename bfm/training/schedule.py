@@ -14,7 +14,7 @@ from bfm.units import format_flops
 MIN_STEPS = 100
 """A rung's row takes at least this many optimizer steps."""
 TOLERANCE = 0.01
-"""A rung's row has spent its C within this share."""
+"""A rung's row has spent its C within this share, or within twice this where one step costs so much."""
 
 RULE_RATE, RULE_PARAMS, RULE_POSITIONS = 1.5e-3, 5e4, 2048
 """The rule's learning rate, and where it holds."""

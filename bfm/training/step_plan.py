@@ -61,6 +61,7 @@ class StepPlanner:
                 group_flops = self.cost.group_flops(stage, items, queries, candidates, windows)
                 path_flops += group_flops
                 hardware_flops += group_flops + self._recomputed_flops(stage, batch, group, candidates)
+                hardware_flops += self.cost.free_slot_flops(batch.free_slots[group])
                 attention_flops += self.cost.useful_attention_flops(
                     stage, items, batch.attended_pairs[group], batch.query_pairs[group]
                 )

@@ -45,7 +45,7 @@ def test_each_group_has_its_own_items_and_candidates(groups):
         assert batch.distinct_items[number] == len(inputs | targets)
         assert batch.candidates[number] == len(targets)
         assert batch.targets[number] == (group.target_RL >= 0).sum()
-        assert torch.equal(candidates_K[batch.hit_T[rows]], batch.target_index_T[rows])
+        assert torch.equal(candidates_K[batch.candidate_T[rows]], batch.target_index_T[rows])
         window_T = batch.window_Q(number)[batch.query_T[rows] - batch.query_offset[number]]
         assert window_T.tolist() == np.nonzero(group.target_RL >= 0)[0].tolist()
 
@@ -58,6 +58,9 @@ def test_slots_hold_the_queries_of_their_window_once(groups):
     assert torch.equal(places.slot_Q // places.slots, places.position_Q // 16)
     assert len(torch.unique(places.slot_Q)) == len(x_QX)
     assert places.slots == torch.bincount(places.position_Q // 16).max()
+    alone = [make_batch([group]) for group in groups]
+    free = tuple(len(one.item_RL) * one.places.slots - len(one.places.position_Q) for one in alone)
+    assert make_batch(groups).free_slots == free
 
 
 def test_copies_are_the_users_events_of_the_target_up_to_its_query():
@@ -104,7 +107,7 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     assert batch.places.position_Q.tolist() == [37, 15, 3, 16]
     valid_RL = windows.item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])
-    assert len(batch.target_index_T) == len(batch.candidates_C) == len(batch.hit_T) == 0
+    assert len(batch.target_index_T) == len(batch.candidates_C) == len(batch.candidate_T) == 0
     assert (batch.queries, batch.targets, batch.candidates, batch.windows) == ((4,), (0,), (0,), (3,))
 
 

@@ -32,10 +32,8 @@ def head(model: TwoPartModel, h_QD: torch.Tensor, candidates_KD: torch.Tensor) -
     return (model.scale * (h_QD @ candidates_KD.T)).logsumexp(-1).mean()
 
 
-def padding_flops(shape: Shape, batch: ModelBatch) -> int:
-    """Forward products of free slots, no model FLOPs: attention of the last block and the pointer's scores."""
-    free = batch.item_RL.shape[0] * batch.places.slots - len(batch.places.position_Q)
-    return free * batch.item_RL.shape[1] * (4 * shape.width + 2 * shape.pointer_width)
+def free_slots(batch: ModelBatch) -> int:
+    return len(batch.item_RL) * batch.places.slots - len(batch.places.position_Q)
 
 
 def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor | None) -> None:
@@ -84,7 +82,7 @@ def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, 
         )
     )
     assert batch.queries < batch.targets or not baskets
-    assert formula + 3 * padding_flops(shape, batch) == counted(lambda: train_step(model, batch, frozen_KD))
+    assert formula + cost.free_slot_flops(free_slots(batch)) == counted(lambda: train_step(model, batch, frozen_KD))
 
 
 def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
@@ -92,7 +90,7 @@ def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
     batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     formula = cost.group_flops(1, *batch.distinct_items, *batch.queries, *batch.candidates, *batch.windows)
-    formula += 3 * padding_flops(model.shape, batch)
+    formula += cost.free_slot_flops(free_slots(batch))
     expected = {name: torch.empty(0) for name, _ in model.named_parameters()}
     for chunk in (1 << 14, 7):
         monkeypatch.setattr(two_part, "EMBED_CHUNK", chunk)
@@ -128,7 +126,7 @@ def test_eval_flops_equal_the_counter(pointer):
 
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     formula = cost.eval_flops(4, len(batch.places.position_Q), len(catalogue_ID))
-    assert formula + padding_flops(model.shape, batch) == counted(evaluate)
+    assert formula + cost.free_slot_flops(free_slots(batch)) // 3 == counted(evaluate)
 
 
 def test_stem_and_table_params_are_what_the_model_has():

@@ -23,6 +23,7 @@ from tests.model.toys import (
     contextualize,
     every_position,
     make_model,
+    make_store,
     make_windows,
     parts,
     perturb,
@@ -144,6 +145,23 @@ def test_stage_2_uses_constant_vectors_and_leaves_the_embedder_alone(model):
     touched = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert not touched & set(model.embedder_parameter_names())
     assert touched == set(dict(model.named_parameters())) - set(model.embedder_parameter_names()) - {"scale_logit"}
+
+
+def test_dropout_reaches_the_last_block_and_is_the_same_in_any_micro_batch():
+    model = perturb(TwoPartModel(Shape(16, 24, 1, 2, 40, 8), PLAIN_FIELDS, make_store(PLAIN_FIELDS), True, 8, 0, 0.3))
+    groups = [make_windows(PLAIN_FIELDS, rows=2, seed=seed, baskets=True) for seed in range(2)]
+    calm = contextualize(model.eval(), make_batch(groups[:1])).h_QD
+    model.train()
+    together = make_batch(groups)
+    both_QD = contextualize(model, together).h_QD
+    for number, group in enumerate(groups):
+        alone_QD = contextualize(model, make_batch([group], group_indices=[number])).h_QD
+        torch.testing.assert_close(both_QD[together.queries_of(number)], alone_QD)
+    assert not torch.allclose(both_QD[together.queries_of(0)], calm, atol=1e-3)
+    rows = []
+    model.contextualizer.blocks[-1].register_forward_pre_hook(lambda _, given: rows.append(given[3]))
+    contextualize(model, together)
+    assert rows[0] is not None
 
 
 def test_every_weight_gets_a_gradient(model):

@@ -158,3 +158,18 @@ def test_the_error_of_one_draw_falls_like_the_root_of_k():
 
 def test_every_item_drawn_is_exact():
     assert gradient_errors(NUM_ITEMS, 1)[2] < 1e-12
+
+
+@pytest.mark.parametrize("scale", [20.0, 60.0, 95.0])
+def test_autocast_changes_neither_method_nor_sign(scale):
+    """A target that is almost certain: its own term must cancel against its score."""
+    generator = torch.Generator().manual_seed(0)
+    table_RD = torch.nn.functional.normalize(torch.randn(200, 32, generator=generator), dim=-1)
+    target_Q = torch.randint(200, (64,), generator=generator)
+    q_QD = scale * torch.nn.functional.normalize(table_RD[target_Q] + 0.05 * torch.randn(64, 32, generator=generator))
+    every_K, log_pi_K = torch.arange(200), torch.zeros(200)
+    exact_Q = log_sum(q_QD.double(), table_RD.double(), every_K, log_pi_K, method="reference")
+    for method in ("reference", "two_pass", "one_pass"):
+        with torch.autocast("cpu", torch.bfloat16):
+            log_sum_Q = log_sum(q_QD, table_RD, every_K, log_pi_K, method=method)
+        torch.testing.assert_close(log_sum_Q, exact_Q.float(), rtol=0, atol=1e-4)

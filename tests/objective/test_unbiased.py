@@ -34,7 +34,7 @@ class World:
             batch = make_batch([self.order.windows(np.array([window, *chosen]))])
             log_pi_K = self.log_pi_V[batch.items_U[batch.candidates_C]]
             window_T = batch.window_Q(0)[batch.query_T]
-            yield batch, own_window_certain(log_pi_K, window_T, batch.hit_T, self.group_windows)
+            yield batch, own_window_certain(log_pi_K, window_T, batch.candidate_T, self.group_windows)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
 from bfm.training.data import TrainingData
-from bfm.training.loop import Trainer, groups_per_worker, resume
+from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker, resume
 from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
 
 END = {1: 8e7, 2: 8e7}
@@ -60,6 +60,36 @@ def test_cooldown_rate_falls_and_trunk_rate_stays(unbroken):
     assert np.all(np.diff(cooling) < 0)
     assert cooling[0] == pytest.approx(config.learning_rate)
     assert cooling[-1] < 0.3 * config.learning_rate
+
+
+def test_tables_decay_from_the_second_epoch_on(toy_shards):
+    plain = dataclasses.replace(STAGE_1, table_weight_decay=0.0)
+    epoch = TrainingData.of(toy_shards).order(STAGE_1, 3).targets_per_epoch
+    ((decayed, with_decay), (_, without)) = (train(config, toy_shards, END[1]) for config in (STAGE_1, plain))
+    equal = [one.loss == other.loss for one, other in zip(with_decay, without, strict=True)]
+    # The first step whose counter has passed an epoch decays; the next loss sees it.
+    first = next(index for index, record in enumerate(with_decay) if record.events > epoch) + 2
+    assert all(equal[:first])
+    assert not any(equal[first:])
+    assert decayed.counters.events > 1.2 * epoch
+
+
+def test_the_rows_of_later_are_not_decayed(toy_shards):
+    config = dataclasses.replace(STAGE_1, table_weight_decay=100.0, averaging=False)
+    trainer, _ = train(config, toy_shards, END[1])
+    groups = trainer.engine.optimizer.param_groups
+    decaying = [group for group in groups if "decay_per_repeat" in group]
+    shapes = {tuple(parameter.shape) for group in decaying for parameter in group["params"]}
+    assert decaying[0]["weight_decay"] > 0
+    assert (2, config.d_item) not in shapes
+
+
+def test_the_mean_cost_of_steps_is_that_of_the_next_ones(toy_shards):
+    _, records = train(STAGE_1, toy_shards, END[1])
+    fresh, _ = train(STAGE_1, toy_shards, 0)
+    costs = np.diff([0, *(record.path_flops for record in records)])
+    assert fresh.mean_step_flops(stage=1) == pytest.approx(costs[:COST_STEPS].mean())
+    assert costs.std() > 0
 
 
 def test_a_cooldown_leaves_no_trace_on_the_trunk(toy_shards):
@@ -130,7 +160,8 @@ def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
     assert not frozen & (new.moment1.keys() | new.moment2.keys() | new.average.keys())
     catalogue_flops = trainer.cost.catalogue_flops(toy_shards.num_items)
     stage2_flops = records[switch].path_flops - records[switch - 1].path_flops
-    assert stage2_flops - catalogue_flops == pytest.approx(before.next_step_flops(stage=2), rel=0.05)
+    estimate_flops = before.planner.stage2_flops(before._next_plan(), before.engine)
+    assert stage2_flops - catalogue_flops == pytest.approx(estimate_flops, rel=0.05)
 
 
 def test_altered_frozen_embedder_is_refused(toy_shards, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import AVERAGE, average_weight, build_optimizer, set_rates
+from bfm.training.optimizer import AVERAGE, LARGEST_DECAY, average_weight, build_optimizer, set_rates
 
 
 class Tiny(nn.Module):
@@ -29,6 +29,17 @@ def test_matrices_decay_and_tables_as_events_repeat_at_their_own_rate(repeats, d
     set_rates(optimizer, 0.01, repeats)
     found = {tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups}
     assert found == {(3, 4): (0.3, 0.01), (7, 3): (decay, 0.04), (1,): (0.0, 0.01)}
+
+
+def test_no_step_takes_more_than_its_share_of_a_table():
+    """However often events repeat; unbounded, a step would take more than all of it."""
+    optimizer = build_optimizer(Tiny(), TrainConfig(params=1e3, table_weight_decay=1.0))
+    for learning_rate in (8e-3, 8e-5, 0.0):
+        set_rates(optimizer, learning_rate, 1e4)
+        lost = {
+            tuple(group["params"][0].shape): group["weight_decay"] * group["lr"] for group in optimizer.param_groups
+        }
+        assert lost[7, 3] == pytest.approx(min(LARGEST_DECAY, 1e4 * learning_rate))
 
 
 def test_frozen_parameters_are_left_out():
