@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from bfm.errors import InfeasibleError
 from bfm.events.protocol import Protocol
 from bfm.events.statistics import group_means
 from bfm.model.flops import ModelCost
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import STEP_MARGIN, Costs, LogFacts
 from bfm.sweep.settings import Tier
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.training.config import TrainConfig
@@ -28,7 +29,7 @@ def test_a_point_inside_is_feasible():
     verdict = judge({})
     assert isinstance(verdict, Feasible)
     assert verdict.config.params == 1000
-    assert verdict.cost.steps(1e9, 0.2) == math.floor(1e9 / (1.1 * 6 * 1000 * 100))
+    assert verdict.cost.steps(1e9, 0.2) == math.floor(1e9 / ((1 + STEP_MARGIN) * 6 * 1000 * 100))
 
 
 REJECTIONS = {
@@ -131,6 +132,18 @@ def test_stage_2_costs_follow_the_freeze(toy_costs):
     assert cost.events(1e9) == pytest.approx(at_freeze)
     later = (4e9 - 1e9 - cost.catalogue_flops) / cost.stage2_step_flops * cost.step_events
     assert cost.events(4e9) == pytest.approx(at_freeze + later)
+
+
+def test_the_candidates_of_stage_2_are_the_targets_and_what_is_drawn(toy_shards, toy_costs):
+    config = TrainConfig(params=3e4, window=16, d_item=16, freeze_at_flops=1e9, negatives=20)
+    means = group_means(toy_shards.manifest, 16, config.group_windows, "next_basket")
+    more = toy_costs.of(dataclasses.replace(config, negatives=50)).stage2_step_flops
+    per_candidate = 4 * round(means.queries_mean) * config.d_item * config.groups_per_step
+    assert more - toy_costs.of(config).stage2_step_flops == 30 * per_candidate
+    model = ModelCost(config.shape(), toy_shards.manifest.fields, 16, 16, toy_shards.manifest.has_clock)
+    counts = round(means.distinct_items_mean), round(means.queries_mean)
+    candidates = round(20 + means.distinct_targets_mean)
+    assert toy_costs.of(config).stage2_step_flops == model.group_flops(2, *counts, candidates, config.group_windows)
 
 
 def test_memory_falls_with_zero_stage_workers_and_micro_groups(toy_costs):
