@@ -163,8 +163,8 @@ class _NotANumber:
         return self.objective(model, batch) * float("nan")
 
     @property
-    def rows(self):
-        return self.objective.rows
+    def last(self):
+        return self.objective.last
 
 
 def _check_middle(directory: Path, shards_path: str) -> None:
