@@ -17,7 +17,6 @@ from bfm.events.windows import WindowOrder, Windows
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.objective import Objective, own_window_certain
-from bfm.objective.softmax import log_sum
 from bfm.training import plain
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -65,7 +64,7 @@ class Variant:
         if self.order == "neighbours":
             WindowOrder.group = neighbouring_windows  # type: ignore[method-assign]
         if self.own != "certain":
-            Objective._log_sum = own_window_otherwise(self.own == "excluded")  # type: ignore[method-assign]
+            Objective._log_pi = own_window_otherwise(self.own == "excluded")  # type: ignore[method-assign]
         if self.own == "biased":
             log_pi = TrainingData.log_pi
 
@@ -109,24 +108,22 @@ def neighbouring_windows(order: WindowOrder, index: int) -> Windows:
     return order.windows(first + np.arange(order.group_windows))
 
 
-def own_window_otherwise(excluded: bool) -> Callable[[Objective, ModelBatch, int, Tensor, Tensor], Tensor]:
-    """Objective._log_sum, but of the own window only the query's own targets are certain.
+def own_window_otherwise(excluded: bool) -> Callable[[Objective, ModelBatch, int], tuple[Tensor, Tensor]]:
+    """Objective._log_pi, but of the own window only the query's own targets are certain: a line for every query.
 
     The other targets of its window are left out, or have the pi of any other item.
     """
 
-    def log_sum_of_group(objective: Objective, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
-        place_K, targets, q_QD = batch.candidates_of(group), batch.targets_of(group), q_QD[batch.queries_of(group)]
-        query_T, window_Q = batch.query_T[targets] - batch.query_offset[group], batch.window_Q(group)
-        log_pi_K, candidate_T = objective.log_pi_V[batch.items_U[place_K]], batch.candidate_T[targets]
-        log_pi_QK = log_pi_K.repeat(len(q_QD), 1)
+    def log_pi_of_group(objective: Objective, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
+        targets, window_Q = batch.targets_of(group), batch.window_Q(group)
+        candidate_T, query_T = batch.candidate_T[targets], batch.query_T[targets] - batch.query_offset[group]
+        log_pi_K = objective.log_pi_V[batch.items_U[batch.candidates_of(group)]]
+        log_pi_QK = log_pi_K.repeat(len(window_Q), 1)
         if excluded:
-            own_GK = (
-                own_window_certain(torch.ones_like(log_pi_K), window_Q[query_T], candidate_T, batch.windows[group]) == 0
-            )
+            other_K = torch.ones_like(log_pi_K)
+            own_GK = own_window_certain(other_K, batch.window_T(group), candidate_T, batch.windows[group]) == 0
             log_pi_QK = log_pi_QK.masked_fill(own_GK[window_Q], torch.inf)
         log_pi_QK[query_T, candidate_T] = 0.0
-        every_Q = torch.arange(len(q_QD))
-        return log_sum(q_QD, v_UD, place_K, log_pi_QK, window_Q=every_Q, method=objective.method)
+        return log_pi_QK, torch.arange(len(window_Q))
 
-    return log_sum_of_group
+    return log_pi_of_group

@@ -154,6 +154,10 @@ class ModelBatch:
         position_Q = self.places.position_Q[self.queries_of(group)]
         return position_Q // self.item_RL.shape[1] - sum(self.windows[:group])
 
+    def window_T(self, group: int) -> Tensor:
+        """The same of its targets."""
+        return self.window_Q(group)[self.query_T[self.targets_of(group)] - self.query_offset[group]]
+
     def attended_QL(self) -> Tensor:
         """bool: whether a position of the query's window is an event of its user up to the query."""
         length, position_Q = self.item_RL.shape[1], self.places.position_Q
@@ -286,7 +290,7 @@ def _assemble(
         attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
         query_pairs=tuple(int(attended_Q.sum()) for attended_Q in queried),
         free_slots=tuple(
-            len(group.item_RL) * _query_places(part.position_Q, length, "cpu").slots - len(part.position_Q)
+            len(group.item_RL) * _most_of_a_window(part.position_Q, length) - len(part.position_Q)
             for group, part in zip(groups, parts, strict=True)
         ),
         items_U=_tensor([part.items_U for part in parts], device),
@@ -334,8 +338,13 @@ def _row_tensors(groups: Sequence[Windows], device: torch.device | str) -> dict:
 def _query_places(position_Q: np.ndarray, length: int, device: torch.device | str) -> QueryPlaces:
     row_Q = position_Q // length
     slot_Q = place_among_equal(row_Q, np.argsort(row_Q, kind="stable"))
-    slots = int(slot_Q.max(initial=0)) + 1
+    slots = _most_of_a_window(position_Q, length)
     return QueryPlaces(_tensor([position_Q], device), _tensor([row_Q * slots + slot_Q], device), slots)
+
+
+def _most_of_a_window(position_Q: np.ndarray, length: int) -> int:
+    """Queries of the window with most of them; at least 1."""
+    return int(np.bincount(position_Q // length).max(initial=1))
 
 
 def _counted_tensors(groups: Sequence[Windows], positions: Sequence[np.ndarray], device: torch.device | str) -> dict:

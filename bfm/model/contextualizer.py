@@ -51,9 +51,8 @@ class Contextualizer(nn.Module):
             for block in lower:
                 x_RLW = block(x_RLW, mask, rotation, drop)
         attended_QL = batch.attended_QL()
-        blocked_QL = torch.zeros_like(attended_QL, dtype=x_RLW.dtype).masked_fill_(~attended_QL, -torch.inf)
         # A free slot attends to everything, and nobody reads what comes of it.
-        mask = batch.places.spread(blocked_QL, len(x_RLW)).unsqueeze(1)
+        mask = batch.places.spread(_additive(attended_QL, x_RLW.dtype), len(x_RLW)).unsqueeze(1)
         drop_queries = None if drop is None else drop.of_queries(batch.queries)
         x_QW = rms_norm(last(x_RLW, mask, rotation, drop_queries, batch.places))
         x_RLW = rms_norm(x_RLW)
@@ -76,5 +75,8 @@ def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
     length = segment_RL.shape[1]
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_RL.device).tril()
     allowed_RLL = (segment_RL[:, :, None] == segment_RL[:, None, :]) & causal_LL
-    mask_RLL = torch.zeros(allowed_RLL.shape, dtype=dtype, device=segment_RL.device)
-    return mask_RLL.masked_fill_(~allowed_RLL, float("-inf")).unsqueeze(1)
+    return _additive(allowed_RLL, dtype).unsqueeze(1)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)

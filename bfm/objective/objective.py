@@ -99,6 +99,8 @@ class Objective:
         self.proposal = Proposal.of(drawn_pi_V)
         self.pi_V = mix_inclusion(log_pi_batch_V.double().exp().cpu().numpy(), drawn_pi_V)
         self.log_pi_V = torch.from_numpy(self.pi_V).log().to(log_pi_batch_V)
+        # Of groups that were counted and are still to be trained on: a draw passes over the whole catalogue.
+        self._counted: dict[int, Tensor] = {}
 
     def embedded(self, group_index: int) -> NDArray[np.int64]:
         """Item ids that are embedded with a group as further candidates."""
@@ -106,8 +108,11 @@ class Objective:
 
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group."""
-        own = batch.candidates
-        return [own[group] + len(self._frozen_candidates(batch, group)) for group in range(batch.num_groups)]
+        if self.items is None:
+            return list(batch.candidates)
+        drawn = {index: self._frozen_candidates(batch, group) for group, index in enumerate(batch.group_indices)}
+        self._counted |= drawn
+        return [own + len(ids_K) for own, ids_K in zip(batch.candidates, drawn.values(), strict=True)]
 
     def evaluation_candidates(self, seed: int) -> Candidates:
         """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
@@ -130,21 +135,23 @@ class Objective:
 
     def _log_sum(self, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
         """Log of a group's sum over its candidates, for each of its queries."""
-        place_K, targets, q_QD = batch.candidates_of(group), batch.targets_of(group), q_QD[batch.queries_of(group)]
-        window_Q = batch.window_Q(group)
-        window_T = window_Q[batch.query_T[targets] - batch.query_offset[group]]
-        log_pi_K = self.log_pi_V[batch.items_U[place_K]]
-        log_pi_GK = own_window_certain(log_pi_K, window_T, batch.candidate_T[targets], batch.windows[group])
-        log_sum_Q = log_sum(q_QD, v_UD, place_K, log_pi_GK, window_Q=window_Q, method=self.method)
+        q_QD, (log_pi_GK, line_Q) = q_QD[batch.queries_of(group)], self._log_pi(batch, group)
+        log_sum_Q = log_sum(q_QD, v_UD, batch.candidates_of(group), log_pi_GK, window_Q=line_Q, method=self.method)
         if self.items is None:
             return log_sum_Q
-        ids_K = self._frozen_candidates(batch, group)
+        ids_K = self._counted.pop(batch.group_indices[group], None)
+        if ids_K is None:
+            ids_K = self._frozen_candidates(batch, group)
         return torch.logaddexp(log_sum_Q, self.items.log_sum(q_QD, ids_K, self.log_pi_V[ids_K]))
+
+    def _log_pi(self, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
+        """Lines of log pi of a group's own candidates, and the line of each of its queries: that of its window."""
+        log_pi_K = self.log_pi_V[batch.items_U[batch.candidates_of(group)]]
+        candidate_T, window_T = batch.candidate_T[batch.targets_of(group)], batch.window_T(group)
+        return own_window_certain(log_pi_K, window_T, candidate_T, batch.windows[group]), batch.window_Q(group)
 
     def _frozen_candidates(self, batch: ModelBatch, group: int) -> Tensor:
         """Ascending ids of what is drawn from the frozen catalogue beside the group's targets."""
-        if self.items is None:
-            return batch.items_U[:0]
         ids_K = torch.from_numpy(self._draw(batch.group_indices[group])).to(batch.items_U.device)
         targets_K = batch.items_U[batch.candidates_of(group)]
         return ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)]

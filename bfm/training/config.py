@@ -97,7 +97,7 @@ class TrainConfig:
             object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
         freezes = self.freeze_at_flops is not None
         if self.group_windows == 1:
-            for drawn in ("live_negatives", *(["negatives"] if freezes else [])):
+            for drawn in ("live_negatives", "negatives") if freezes else ("live_negatives",):
                 if getattr(self, drawn) == 0:
                     raise UserError(
                         "a group of one window has no other window to take negatives from",

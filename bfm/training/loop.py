@@ -156,15 +156,17 @@ class Trainer:
         """Exact cost of the next step."""
         return self._next_plan().path_flops
 
-    def mean_step_flops(self, stage: int) -> float:
-        """Mean cost of the next COST_STEPS steps; of stage 2 from stage 1, an estimate from the same groups."""
-        counters, costs = self.counters, []
+    def mean_step_flops(self) -> tuple[float, float | None]:
+        """Mean cost of the next COST_STEPS steps in stage 1, and an estimate of it in stage 2 where there is one."""
+        counters, freezes = self.counters, self.config.freeze_at_flops is not None
+        assert counters.stage == 1, "asked before anything is frozen"
+        own_flops = stage2_flops = 0
         for step in range(COST_STEPS):
             cursor = counters.cursor + step * self.config.groups_per_step
             plan = self.planner.plan(counters.stage, cursor, self.engine, self.objective, False)
-            same = stage == counters.stage
-            costs.append(plan.path_flops if same else self.planner.stage2_flops(plan, self.engine))
-        return sum(costs) / COST_STEPS
+            own_flops += plan.path_flops
+            stage2_flops += self.planner.stage2_flops(plan, self.engine) if freezes else 0
+        return own_flops / COST_STEPS, stage2_flops / COST_STEPS if freezes else None
 
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""

@@ -230,14 +230,14 @@ class _RungRun:
                     fix="resume from a lower rung's checkpoint",
                 )
             return
-        two_stages = config.freeze_at_flops is not None
+        step_flops, stage2_step_flops = trainer.mean_step_flops()
         check_rung(
             self.task.rung_flops,
-            step_flops=trainer.mean_step_flops(trainer.counters.stage),
+            step_flops=step_flops,
             cooldown_fraction=config.cooldown_fraction,
             freeze_at_flops=config.freeze_at_flops,
-            catalogue_flops=trainer.catalogue_flops if two_stages else 0.0,
-            stage2_step_flops=trainer.mean_step_flops(stage=2) if two_stages else None,
+            catalogue_flops=0.0 if stage2_step_flops is None else trainer.catalogue_flops,
+            stage2_step_flops=stage2_step_flops,
         )
 
     def _check_met(self) -> None:

@@ -254,6 +254,19 @@ def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index
     assert objective(model, make_batch(groups[:1], group_indices=[1])).item() != first.item()
 
 
+def test_what_is_counted_before_a_step_is_not_drawn_again_for_it(world, monkeypatch):
+    shards, groups = world
+    model = StandIn(shards.num_items)
+    objective, batch = frozen(shards, model, 7), make_batch(groups[:2], group_indices=[4, 5])
+    uncounted = objective(model, batch).item()
+    drawn, draw = [], objective._draw
+    monkeypatch.setattr(objective, "_draw", lambda index: drawn.append(index) or draw(index))
+    for _ in range(2):
+        objective.candidates(batch)
+        assert objective(model, batch).item() == uncounted
+    assert drawn == [4, 5, 4, 5]
+
+
 @pytest.mark.parametrize("method", ["reference", "one_pass", "two_pass"])
 def test_the_loss_does_not_depend_on_the_method(world, method):
     shards, groups = world
