@@ -34,7 +34,8 @@ class TrainConfig:
     groups_per_step: int = 1
     """B: negative groups per optimizer step, over all workers."""
     copy: str = "pointer"
-    """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone."""
+    """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone. On logs whose
+    lists leave out seen items `none` is the default (log_defaults)."""
     counts: str = "none"
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
     targets: str = "next_basket"
@@ -150,6 +151,11 @@ class TrainConfig:
             pointer=self.copy == "pointer",
             neighbours=self.counts == "neighbours",
         )
+
+
+def log_defaults(filter_seen: bool) -> dict[str, Any]:
+    """Values that a log decides where its user does not: nothing to copy from where lists leave out seen items."""
+    return {"copy": "none"} if filter_seen else {}
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
