@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +19,11 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import RESULTS, machine, publish, spread
+from common import machine, make_rows, publish, spread
 from variants import Variant
 
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.model.flops import FLOPS_VERSION
 from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
 from bfm.training.rung import run_rung
@@ -56,20 +53,20 @@ REVIEWS: dict[str, Any] = {
     "d_item": 64,
     "table_width": 64,
     "dropout": 0.1,
-    "table_weight_decay": 2.0,
+    "copy": "none",
 }
 REVIEWS_FLOPS = 8.5e11
 ONE_AT_A_TIME: dict[str, list[Any]] = {
     "dropout": [0.0, 0.3],
-    "table_weight_decay": [0.0, 8.0],
+    "table_weight_decay": [0.0, 4.0],
     "weight_decay": [1.0],
     "initial_scale": [10.0, 40.0],
-    "group_windows": [8],
+    "group_windows": [8, 16],
     "table_width": [16],
     "live_negatives": [1024],
     "embedder_share": [0.2],
     "cooldown_fraction": [0.5],
-    "params": [3e5],
+    "params": [4e4, 3e5],
 }
 # Grocery baskets, split by time.
 RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
@@ -197,16 +194,15 @@ METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 
 def run(job: tuple[str, Run]) -> dict[str, Any]:
     """One row, in a process of its own."""
-    shards, (label, values, flops, seed, variant, queries) = job
+    shards, (_, values, flops, seed, variant, queries) = job
     if variant != Variant():
         variant.install()
     config = TrainConfig.from_dict(values)
     with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
         task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=queries)
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
-    keys = ("status", "flops_version", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
-    what = {"label": label, "config": values, "seed": seed, "variant": asdict(variant)}
-    return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
+    keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps", "metrics")
+    return {"config": values, "variant": asdict(variant), **{key: row.get(key) for key in keys}}
 
 
 def main() -> None:
@@ -215,20 +211,10 @@ def main() -> None:
     parser.add_argument("--shards", required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    kept = RESULTS / f"choices_{arguments.study}.jsonl"
-    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
-    rows = {(row["label"], row["seed"]): row for row in known if row.get("flops_version") == FLOPS_VERSION}
     log = Shards.open(arguments.shards).manifest.name
     wanted = list(STUDIES[arguments.study]())
-    jobs = [(arguments.shards, point) for point in wanted if (point.label, point.seed) not in rows]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, maxtasksperchild=1) as pool, kept.open("a") as file:
-        for row in pool.imap_unordered(run, jobs):
-            rows[row["label"], row["seed"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            shown = {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}
-            print(row["label"], row["seed"], shown, flush=True)
+    jobs = {(point.label, point.seed): (arguments.shards, point) for point in wanted}
+    rows = make_rows(f"choices_{arguments.study}", jobs, run, arguments.processes, METRICS)
     lines = [
         f"# {arguments.study.replace('_', ' ').capitalize()}",
         "",
