@@ -69,8 +69,6 @@ ONE_AT_A_TIME: dict[str, list[Any]] = {
     "params": [4e4, 3e5],
 }
 # Grocery baskets, split by time.
-RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
-# The same, what the history is worth: long windows, few of them.
 HISTORY: dict[str, Any] = {
     "params": 5e3,
     "embedder_share": 0.05,
@@ -81,8 +79,6 @@ HISTORY: dict[str, Any] = {
 OWN = ("certain", "biased", "excluded")
 WIDTH_PARAMS = 5e4
 """N of one layer of the depth study."""
-WIDTHS_DEPTH = 2
-"""Layers where initial weights and widths are studied."""
 
 
 def one_at_a_time() -> Iterator[Run]:
@@ -104,47 +100,17 @@ def depth() -> Iterator[Run]:
 
 
 def learning_rate() -> Iterator[Run]:
-    """Corners of (N, B), learning rates a factor 2 apart; C grows with N so that D / N is about equal (30)."""
+    """Corners of (N, B), learning rates a factor 2 apart; D / N falls from about 200 to 2 as N grows."""
     for params, flops, groups, rates in (
-        (1e4, 4e10, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-        (1e4, 4e10, 8, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-        (6e4, 8e11, 1, (2.5e-4, 5e-4, 1e-3, 2e-3)),
-        (6e4, 8e11, 8, (5e-4, 1e-3, 2e-3, 4e-3)),
+        (2.5e3, 3e10, 1, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        (2.5e3, 1.2e11, 8, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        (4e4, 2e11, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+        (4e4, 3e11, 8, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+        (2e5, 5e11, 1, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
     ):
         for rate in rates:
-            config = {**RETAIL, "params": params, "groups_per_step": groups, "learning_rate": rate}
-            yield Run(f"N = {params:g}, B = {groups * 256} positions, rate {rate:g}", config, flops)
-
-
-def initial_weights() -> Iterator[Run]:
-    """Deviations of the contextualizer's initial matrices, three seeds each."""
-    variants = {
-        "product (outputs zero)": Variant(),
-        "inner matrices x 0.5": Variant(inner_std=0.5),
-        "inner matrices x 2": Variant(inner_std=2.0),
-        "outputs normal": Variant(output_std=1.0),
-        "outputs normal / sqrt(2 layers)": Variant(output_std=(2 * WIDTHS_DEPTH) ** -0.5),
-    }
-    config = {**RETAIL, "embedder_share": 0.0, "params": 4e4, "depth": WIDTHS_DEPTH}
-    for name, variant in variants.items():
-        for seed in range(3):
-            yield Run(name, config, 7e10, seed, variant)
-
-
-def width_rates() -> Iterator[Run]:
-    """Rates a factor 2 apart at three widths and about equal D: one for all weights, or hidden ones by 1 / width.
-
-    Further seeds where the schemes are compared.
-    """
-    for width, params, flops in ((20, 1e4, 3e10), (40, 4e4, 7e10), (80, 1.6e5, 2.3e11)):
-        # The same warmup for all: the product's, of N events, would be most of the widest model's run.
-        config = {**RETAIL, "embedder_share": 0.0, "params": params, "depth": WIDTHS_DEPTH, "warmup_events": 1e4}
-        for hidden_rate in sorted({1.0, 20 / width}, reverse=True):
-            for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3):
-                values, variant = {**config, "learning_rate": rate}, Variant(hidden_rate=hidden_rate)
-                for seed in range(3 if width > 20 and rate in (1e-3, 2e-3) else 1):
-                    label = f"width {width}, rate {rate:g}, of hidden matrices x {hidden_rate:g}"
-                    yield Run(label, values, flops, seed, variant)
+            config = {**HISTORY, "window": 512, "params": params, "groups_per_step": groups, "learning_rate": rate}
+            yield Run(f"N = {params:g}, B = {groups * 1024} positions, rate {rate:g}", config, flops, queries=2_000)
 
 
 def history() -> Iterator[Run]:
@@ -159,6 +125,16 @@ def history() -> Iterator[Run]:
             for seed in range(3):
                 label = f"C {flops:g}, copy pointer, windows permuted, own window {own}, a basket a query"
                 yield Run(label, HISTORY, flops, seed, Variant(own=own), 2_000)
+
+
+def groups() -> Iterator[Run]:
+    """Windows and groups of 2,048 events a step, at equal C."""
+    for window, group_windows, groups_per_step in ((256, 2, 4), (256, 8, 1), (512, 2, 2), (512, 4, 1), (1024, 2, 1)):
+        sizes = {"window": window, "group_windows": group_windows, "groups_per_step": groups_per_step}
+        for seed in range(2):
+            yield Run(
+                f"L {window}, G {group_windows}, B {groups_per_step}", {**HISTORY, **sizes}, 1e11, seed, queries=2_000
+            )
 
 
 def targets() -> Iterator[Run]:
@@ -184,9 +160,8 @@ STUDIES = {
     "one_at_a_time": one_at_a_time,
     "depth": depth,
     "learning_rate": learning_rate,
-    "initial_weights": initial_weights,
-    "width_rates": width_rates,
     "history": history,
+    "groups": groups,
     "targets": targets,
 }
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
