@@ -116,7 +116,7 @@ def learning_rate() -> Iterator[Run]:
 def history() -> Iterator[Run]:
     """Order of windows x candidates of the own window x copying, and what is predicted from where, at two budgets."""
     config = {**HISTORY, "targets": "next_event"}
-    for flops in (2e10, 6e10):
+    for flops in (1e10, 4e10):
         for copy, order, own in itertools.product(("pointer", "none"), ("permuted", "neighbours"), OWN):
             for seed in range(3):
                 label = f"C {flops:g}, copy {copy}, windows {order}, own window {own}"
@@ -133,7 +133,7 @@ def groups() -> Iterator[Run]:
         sizes = {"window": window, "group_windows": group_windows, "groups_per_step": groups_per_step}
         for seed in range(2):
             yield Run(
-                f"L {window}, G {group_windows}, B {groups_per_step}", {**HISTORY, **sizes}, 1e11, seed, queries=2_000
+                f"L {window}, G {group_windows}, B {groups_per_step}", {**HISTORY, **sizes}, 4e10, seed, queries=2_000
             )
 
 
