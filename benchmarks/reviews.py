@@ -34,7 +34,7 @@ from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
 FLOPS = 5e12
-MOVIES: dict[str, Any] = {**REVIEWS, "window": 200, "group_windows": 8}
+MOVIES: dict[str, Any] = {**REVIEWS, "window": 200, "group_windows": 8, "dropout": 0.2}
 SCHEMA = """\
 name: {name}
 user: user_id
