@@ -314,11 +314,13 @@ def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[n
         yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
 
 
-def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:
-    """User boundaries of chunks that hold about `target` events each; count_U are each user's events."""
-    total_U = np.cumsum(count_U)
-    cuts = np.searchsorted(total_U, np.arange(target, int(total_U[-1]) if len(total_U) else 0, target)) + 1
-    return np.unique(np.concatenate([[0], cuts, [len(count_U)]]))
+def user_chunks(count_U: np.ndarray, target: int) -> list[int]:
+    """Boundaries of runs of users with at most `target` events together (or one user who has more), by counts [U]."""
+    total_U, bounds = np.cumsum(count_U), [0]
+    while bounds[-1] < len(total_U):
+        before = total_U[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(total_U, before + target, side="right"))))
+    return bounds
 
 
 def _map(path: Path) -> np.ndarray:
