@@ -49,11 +49,12 @@ def measure_partition(job: Job, split: Split, index: int) -> None:
     train_end, _ = split.ends(time, offsets)
     train = np.arange(len(time)) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(train_end, np.diff(offsets))
     item = _column(table, clean.ITEM)
-    write_arrow(job.file("items", index, "arrow"), count_items(item, time, train))
+    columns = {"item": item, "train_count": train.astype(np.int64), "first_time": time, "first_hash": table[ROW_HASH]}
+    events = pa.table(columns)
+    write_arrow(job.file("items", index, "arrow"), count_items(events))
     for name in job.event_item_fields:
-        value = _column(table, clean.item_column(name))
-        partial = count_values(item, value, time, table[ROW_HASH].to_numpy(), train)
-        write_arrow(job.file(f"values-{name}", index, "arrow"), partial)
+        values = events.append_column("value", _column(table, clean.item_column(name)))
+        write_arrow(job.file(f"values-{name}", index, "arrow"), count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = _column(table, clean.context_column(name))
         statistics = fitting.measure(values, spec.kind, train.astype(np.int64))

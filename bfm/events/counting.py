@@ -8,13 +8,14 @@ V = catalogue items, E = training events, P = pairs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bfm.events.neighbours import NEIGHBOURS, REACH, Counting, Neighbours
-from bfm.events.ragged import Ragged, place_in_run
+from bfm.events.ragged import Ragged, chunks, place_in_run
 from bfm.events.shards import Shards, training_events
 
 BROAD = Counting("broad", lag_decay=1.0, age_decay=0.9, damping=0.3, backward=0.5)
@@ -33,19 +34,14 @@ def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neig
     Memory: a bounded number of pairs, and the tables themselves.
     """
     num_items, counts_V = shards.num_catalogue, shards.train_counts
-    # No item has more pairs than this; a pass takes a run of items that fits.
-    most_pairs_V = np.cumsum(2 * REACH * counts_V)
     runs: list[list[_Run]] = [[] for _ in countings]
-    low = 0
-    while low < num_items:
-        before = most_pairs_V[low - 1] if low else 0
-        high = min(num_items, max(low + 1, int(np.searchsorted(most_pairs_V, before + _PASS_PAIRS, side="right"))))
+    # No item has more pairs than this; a pass takes a run of items that fits.
+    for low, high in itertools.pairwise(chunks(2 * REACH * counts_V, _PASS_PAIRS)):
         key_P, times_P = np.unique(np.concatenate(list(_pairs(shards, low, high))), return_counts=True)
         for of_counting, counting in zip(runs, countings, strict=True):
             first_P, second_P, count_P = _totals(key_P, times_P, num_items, counting)
             weight_P = count_P / counts_V[second_P].astype(np.float64) ** counting.damping
             of_counting.append(_strongest(first_P - low, second_P, count_P, weight_P, high - low))
-        low = high
     return [_joined(run, shards, counting) for run, counting in zip(runs, countings, strict=True)]
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from bfm.events.protocol import PARTS, Protocol
-from bfm.events.shards import Shards, user_chunks
+from bfm.events.ragged import chunks
+from bfm.events.shards import Shards
 from bfm.events.ties import TieCounts, tie_monotonicity
 from bfm.units import format_count
 
@@ -69,7 +70,7 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, TieCounts()
-    for low, high in itertools.pairwise(user_chunks(shards.user_lengths, _CHUNK_EVENTS)):
+    for low, high in itertools.pairwise(chunks(shards.user_lengths, _CHUNK_EVENTS)):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)

@@ -22,10 +22,10 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, place_in_run, runs
+from bfm.events.ragged import Ragged, chunks, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards, user_chunks
+from bfm.events.shards import Shards
 from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
 from bfm.sealed import check_files
 
@@ -184,10 +184,9 @@ def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
     """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
     first_U, count_U = _part_bounds(shards, part)
-    bounds = user_chunks(count_U, _CHUNK_EVENTS)
     kept: list[np.ndarray] = []
     num_kept, num_found = 0, 0
-    for low, high in itertools.pairwise(bounds):
+    for low, high in itertools.pairwise(chunks(count_U, _CHUNK_EVENTS)):
         found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
         num_found += found.shape[1]
         kept.append(_ranked(found, key))

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
-from bfm.events.ragged import runs
+from bfm.events.ragged import chunks, runs
 from bfm.files import Store
 from bfm.sealed import check_files, list_files
 
@@ -308,19 +308,10 @@ def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[n
 
     Yields user [E], place in the user's history [E], and the events located.
     """
-    for low, high in itertools.pairwise(user_chunks(shards.train_lengths[:users], target)):
+    for low, high in itertools.pairwise(chunks(shards.train_lengths[:users], target)):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
         yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
-
-
-def user_chunks(count_U: np.ndarray, target: int) -> list[int]:
-    """Boundaries of runs of users with at most `target` events together (or one user who has more), by counts [U]."""
-    total_U, bounds = np.cumsum(count_U), [0]
-    while bounds[-1] < len(total_U):
-        before = total_U[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(total_U, before + target, side="right"))))
-    return bounds
 
 
 def _map(path: Path) -> np.ndarray:

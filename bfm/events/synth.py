@@ -6,9 +6,8 @@ the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one
 The truth answers the platform's prediction question, given the full history, what comes at the next later timestamp,
 for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
 recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
-protocol with about one query per user weighs them) over users' means. `optimum` gives the values at the very queries of
-a prepared log's protocol. Context fields carry nothing, item fields nothing beyond what the item itself says, so the
-bound holds for models that use them.
+protocol with about one query per user weighs them) over users' means. Context fields carry nothing, item fields nothing
+beyond what the item itself says, so the bound holds for models that use them.
 
 Shapes: U users, E events, B baskets, Q queries, V items, K list length.
 """
@@ -30,10 +29,8 @@ from scipy.special import entr
 
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
-from bfm.events.protocol import QueryTable, query_targets
-from bfm.events.ragged import runs
+from bfm.events.ragged import chunks, runs
 from bfm.events.randomness import stream_key
-from bfm.events.shards import Shards, user_chunks
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
@@ -42,8 +39,8 @@ _CHUNK_EVENTS = 500_000
 _USER_EVENTS = 10
 _TRUTH_USERS = 4_000
 _TRUTH_EVENTS = 400_000
-# Events times items: an evaluated query asks for every item.
-_TRUTH_NUMBERS = 10**10
+# Baskets times items: an evaluated basket asks for every item.
+_TRUTH_NUMBERS = 500_000_000
 _PIECE_NUMBERS = 1 << 21
 _EVALUATED_SHARE = 0.2
 _TOP = 10
@@ -105,11 +102,12 @@ def write_synthetic(
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(_item_table(world), path / "items.parquet")
     lengths_U = _history_lengths(seed, events, users)
-    stride = max(1, users // _TRUTH_USERS, events // _TRUTH_EVENTS, events * items // _TRUTH_NUMBERS)
+    numbers = int(events / basket * items)
+    stride = max(1, users // _TRUTH_USERS, events // _TRUTH_EVENTS, numbers // _TRUTH_NUMBERS)
     sums: list[dict[str, np.ndarray]] = []
     done = 0
     (path / "events").mkdir()
-    for chunk, (low, high) in enumerate(itertools.pairwise(user_chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS))):
+    for chunk, (low, high) in enumerate(itertools.pairwise(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS))):
         rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
         lengths = lengths_U[low:high]
         item_E, opens_E = world.draw_histories(rng, lengths)
@@ -126,38 +124,6 @@ def write_synthetic(
     result["marginal_nll"] = world.marginal_nll
     write_json(path / TRUTH, result)
     return result
-
-
-def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int = _TOP) -> dict[str, np.ndarray]:
-    """Expected nll (nats, over all items), recall@k and ndcg@k of the optimal predictor: float64 [Q] each.
-
-    Args:
-        shards: the synthetic log, prepared by its schema.
-        queries: headline queries of its protocol.
-        truth: what truth.json holds.
-    """
-    return _expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
-
-
-def _predictor(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> BayesFilter:
-    """The optimal predictor at every headline query. Memory: the histories of their users."""
-    users, slot_Q = np.unique(queries.user, return_inverse=True)
-    known = np.zeros(len(users), np.int64)
-    np.maximum.at(known, slot_Q, queries.position + 1)
-    located = shards.locate(runs(shards.user_starts[users], known))
-    item_E, time_E = _raw_items(shards)[shards.take_item(located)], shards.take_time(located)
-    start = np.cumsum(known) - known
-    opens_E = np.diff(time_E, prepend=0) != 0
-    opens_E[start] = True
-    number_E = np.cumsum(opens_E) - 1
-    size_B = np.diff(np.flatnonzero(opens_E), append=len(opens_E))
-    first_Q, last_Q = number_E[start[slot_Q]], number_E[start[slot_Q] + queries.position]
-    return filter_at(World(WorldSpec(**truth["world"])), item_E, size_B, first_Q, last_Q + 1)
-
-
-def _raw_items(shards: Shards) -> np.ndarray:
-    """Int64: the item of the world that an item of the shard set is."""
-    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
 
 
 def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:

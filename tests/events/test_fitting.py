@@ -224,9 +224,10 @@ def _log(seed, num=400):
 
 def _partial(log, rows):
     item, value, known, time, row_hash, train = (column[rows] for column in log)
-    items = text(item).dictionary_encode()
+    columns = {"train_count": train.astype(np.int64), "first_time": time, "first_hash": row_hash}
+    events = pa.table({"item": text(item).dictionary_encode(), **columns})
     values = pa.array(value, pa.large_string(), mask=~known).dictionary_encode()
-    return count_items(items, time, train), count_values(items, values, time, row_hash, train)
+    return count_items(events), count_values(events.append_column("value", values))
 
 
 @pytest.mark.parametrize("seed", range(4))

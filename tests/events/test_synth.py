@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,9 +14,10 @@ from bfm.errors import UserError
 from bfm.events import synth as module
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
 from bfm.events.protocol import Protocol, query_targets
+from bfm.events.ragged import runs
 from bfm.events.schema import load_schema
 from bfm.events.shards import Shards
-from bfm.events.synth import _predictor, _raw_items, optimum, write_synthetic
+from bfm.events.synth import write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
 from tests.events.serial import prepare_serially
@@ -67,6 +70,32 @@ def predictive(shards, queries, truth):
         return predictor.subset(rows).probability()[:, raw_V[items]]
 
     return block
+
+
+def optimum(shards, queries, truth, k=10):
+    """Expected nll (nats, over all items), recall@k and ndcg@k of the optimal predictor: float64 [Q] each."""
+    return module._expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
+
+
+def _predictor(shards, queries, truth):
+    """The optimal predictor at every headline query. Memory: the histories of their users."""
+    users, slot_Q = np.unique(queries.user, return_inverse=True)
+    known = np.zeros(len(users), np.int64)
+    np.maximum.at(known, slot_Q, queries.position + 1)
+    located = shards.locate(runs(shards.user_starts[users], known))
+    item_E, time_E = _raw_items(shards)[shards.take_item(located)], shards.take_time(located)
+    start = np.cumsum(known) - known
+    opens_E = np.diff(time_E, prepend=0) != 0
+    opens_E[start] = True
+    number_E = np.cumsum(opens_E) - 1
+    size_B = np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+    first_Q, last_Q = number_E[start[slot_Q]], number_E[start[slot_Q] + queries.position]
+    return filter_at(World(WorldSpec(**truth["world"])), item_E, size_B, first_Q, last_Q + 1)
+
+
+def _raw_items(shards):
+    """Int64: the item of the world that an item of the shard set is."""
+    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
 
 
 def every_basket(world):
