@@ -179,12 +179,12 @@ class Histories:
         return Part(Shards(folder, self._manifest(len(none), len(order))), user.dictionary, without)
 
     def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
-        found = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-        if found.missing:
-            self.repairs[field.name, fitting.LOST[field.kind]] += found.missing
-        if found.cut.cut:
-            self.cuts[field.name] += found.cut.cut
-        return found.array
+        array, loss = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
+        if loss.missing:
+            self.repairs[field.name, fitting.LOST[field.kind]] += loss.missing
+        if loss.cut:
+            self.cuts[field.name] += loss.cut
+        return array
 
     def _manifest(self, users: int, events: int) -> Manifest:
         encoding = self.encoding
