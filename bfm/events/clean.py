@@ -152,7 +152,7 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[
     faults: list[tuple[str, np.ndarray]] = []
     values: pa.Array
     if spec.kind == "time":
-        values, wrong = parse.times(column, spec.time)
+        values, wrong = parse.times(column, spec)
         faults = [("not a time", wrong)]
     elif spec.kind == "numeric" or spec.buckets is not None:
         values, wrong, infinite = parse.numbers(column)
