@@ -118,7 +118,7 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: list[st
     target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
     content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
     table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
-    return Cleaned(table, Counter(), chunk.table.slice(0, 0))
+    return Cleaned(table, Counter(), pa.table({}))
 
 
 def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:

@@ -54,7 +54,7 @@ def _as_names(value: Any) -> Any:
 
 def _as_fields(value: Any) -> Any:
     if not isinstance(value, dict):
-        return value
+        return {} if value is None else value
     fields = {}
     for name, entry in value.items():
         settings = {"kind": entry} if isinstance(entry, str) else entry
