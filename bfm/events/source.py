@@ -285,16 +285,9 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
 
 def _line_blocks(stream: Any) -> Iterator[bytes]:
     """Whole lines in blocks of about _CHUNK_BYTES."""
-    rest = b""
-    while block := stream.read(_CHUNK_BYTES):
-        head, mark, tail = block.rpartition(b"\n")
-        if not mark:
-            rest += block
-            continue
-        yield rest + head + mark
-        rest = tail
-    if rest.strip():
-        yield rest
+    lines = io.BufferedReader(stream)
+    while block := b"".join(lines.readlines(_CHUNK_BYTES)):
+        yield block
 
 
 def _read_json(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
