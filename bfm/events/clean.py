@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.events import parse
+from bfm.events.hashing import hash_rows
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
 from bfm.events.source import Piece, RawChunk, read_piece
 
@@ -119,6 +120,13 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: list[st
     content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
     table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
     return Cleaned(table, Counter(), pa.table({}))
+
+
+def usable(cleaned: pa.Table, seed: int) -> tuple[pa.Table, dict[str, pa.Array], np.ndarray]:
+    """The rows without a fault, their columns (text as dictionaries), and the hash of each whole row: uint64 [n]."""
+    rows = cleaned.filter(cleaned[FAULT].is_null()).drop_columns([FAULT, RAW])
+    columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
+    return rows, columns, hash_rows(list(columns.values()), seed)
 
 
 def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:

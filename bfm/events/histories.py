@@ -3,42 +3,40 @@
 Enters: an `Encoding`, log files, a scratch folder. Leaves: `Part`s of bounded size, counts of what was read, and the
 encoded fields of items that the encoding does not know (their ids follow the known ones).
 
-Rows are cleaned, hashed and numbered chunk by chunk. Once more are held than a part may have, they are spilled to files
-by a hash of the user, and a file that is still too large is spilled again by further bits of it. Inside a part, order
-is that of a preparation: user, time, seeded hash of the whole cleaned row.
+Rows are cleaned, hashed and numbered chunk by chunk, and written to files by a hash of the user, the buckets. Inside a
+part, order is that of a preparation: user, time, seeded hash of the whole cleaned row.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.dataset import dataset, write_dataset
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField
 from bfm.events.fitting import Fitted
-from bfm.events.hashing import hash_rows, hash_strings, order_events
+from bfm.events.hashing import hash_strings, order_events
 from bfm.events.manifest import Manifest
 from bfm.events.parse import SEPARATOR, encoded, plain, to_mask
+from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards, write_shard
 from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
-_SPILL_BITS = 5
-_SPILL_LEVELS = 6
-_HASH, _USER_HASH = "hash", "user_hash"
+_BUCKETS = 256
+_HASH = "hash"
 _TEXT = pa.large_string()
 
 
@@ -85,7 +83,7 @@ class Histories:
         self._new = _NewItems(encoding, self.schema)
         columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
-        tables = _whole_users(self._read(pieces, columns, progress), scratch, "", 0, part_rows)
+        tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
         # The whole log is read before the first one comes.
         first = next(tables, None)
         self._tables = itertools.chain([] if first is None else [first], tables)
@@ -133,20 +131,15 @@ class Histories:
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
-        faulty = to_mask(cleaned[clean.FAULT].is_valid())
         for entry in plain(cleaned[clean.FAULT]).drop_null().value_counts().to_pylist():
             self.unusable[entry["values"]] += entry["counts"]
-        good = cleaned.filter(pa.array(~faulty))
-        names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW)]
-        columns = [encoded(plain(good[name])) for name in names]
-        row_hash = hash_rows(columns, self.encoding.seed)
-        item = self._new.number(good, columns[names.index(clean.ITEM)], row_hash)
-        kept = [clean.USER, clean.TIME, *(name for name in names if name.startswith(clean.context_column("")))]
+        good, columns, row_hash = clean.usable(cleaned, self.encoding.seed)
+        item = self._new.number(good, columns[clean.ITEM], row_hash)
+        kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
         events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
-        idle = plain(cleaned[clean.USER]).filter(pa.array(faulty)).drop_null().unique()
+        idle = plain(cleaned.filter(cleaned[clean.FAULT].is_valid())[clean.USER]).drop_null().unique()
         nulls = {f.name: pa.nulls(len(idle), f.type) for f in events.schema}
-        table = pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
-        return table.append_column(_USER_HASH, pa.array(hash_strings(encoded(plain(table[clean.USER])))))
+        return pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
 
     def _part(self, table: pa.Table, folder: Path) -> Part:
         events = table.filter(table[clean.ITEM].is_valid())
@@ -258,50 +251,23 @@ class _NewItems:
             first[key] = min(first.get(key, seen), seen)
 
 
-# ---------------------------------------------------------------- spilling
+def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int) -> Iterator[pa.Table]:
+    """Tables of whole users, some buckets of them each: at most `part_rows` rows, or one bucket. Reads all first."""
+    num_rows = np.zeros(_BUCKETS, np.int64)
 
-
-def _whole_users(
-    tables: Iterator[pa.Table], folder: Path, prefix: str, level: int, part_rows: int
-) -> Iterator[pa.Table]:
-    """Tables of whole users: a single one where it fits into a part, else through files. Reads all rows first."""
-    held, rows = [], 0
-    for table in tables:
-        held.append(table)
-        rows += table.num_rows
-        if rows > part_rows and level < _SPILL_LEVELS:
-            break
-    else:
-        if held:
-            yield pa.concat_tables(held)
-        return
-    paths = _spill(itertools.chain(held, tables), folder, prefix, level)
-    held.clear()
-    for path in paths:
-        yield from _whole_users(_read_spilled(path), folder, f"{path.stem}-", level + 1, part_rows)
-
-
-def _spill(tables: Iterable[pa.Table], folder: Path, prefix: str, level: int) -> list[Path]:
-    """Rows to files by the level's bits of the user's hash."""
-    writers: dict[int, Any] = {}
-    paths = []
-    with ExitStack() as stack:
+    def batches() -> Iterator[pa.RecordBatch]:
         for table in tables:
-            digit = table[_USER_HASH].to_numpy() >> np.uint64(_SPILL_BITS * level) & np.uint64((1 << _SPILL_BITS) - 1)
-            order = np.argsort(digit, kind="stable")
-            table, counts = table.take(pa.array(order)), np.bincount(digit.astype(np.int64))
-            for value in np.flatnonzero(counts).tolist():
-                if value not in writers:
-                    paths.append(folder / f"{prefix}{value:02}.arrow")
-                    sink = stack.enter_context(pa.OSFile(str(paths[-1]), "wb"))
-                    writers[value] = stack.enter_context(pa.ipc.new_stream(sink, table.schema))
-                start = int(counts[:value].sum())
-                writers[value].write_table(table.slice(start, int(counts[value])))
-    return paths
+            bucket = (hash_strings(encoded(plain(table[clean.USER]))) % np.uint64(_BUCKETS)).astype(np.int64)
+            num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
+            yield from table.append_column("bucket", pa.array(bucket)).to_batches()
 
-
-def _read_spilled(path: Path) -> Iterator[pa.Table]:
-    with pa.OSFile(str(path)) as opened, pa.ipc.open_stream(opened) as batches:
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
-    path.unlink()
+    read = batches()
+    first = next(read, None)
+    if first is None:
+        return
+    with TemporaryDirectory(dir=scratch) as folder:
+        options = {"format": "ipc", "partitioning": ["bucket"], "use_threads": False}
+        write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
+        used = np.flatnonzero(num_rows)
+        for low, high in itertools.pairwise(chunks(num_rows[used], part_rows)):
+            yield pa.concat_tables([dataset(f"{folder}/{name}", format="ipc").to_table() for name in used[low:high]])

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_rows, hash_strings, order_events
+from bfm.events.hashing import hash_strings, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import encoded, numbers, plain, to_mask
+from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
@@ -211,15 +211,12 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
 def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     """Write the partition's quarantine and its events in their final order."""
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good = table.filter(table[clean.FAULT].is_null())
-    names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW, PARTITION)]
-    columns = {name: encoded(plain(good[name])) for name in names}
+    good, columns, row_hash = clean.usable(table.drop_columns([PARTITION]), job.seed)
     time = columns[clean.TIME].to_numpy()
     users, user = _ranked_users(columns[clean.USER], job.seed)
-    row_hash = hash_rows(list(columns.values()), job.seed)
     order, repeated = order_events(user, time, row_hash)
     if job.schema.clean.drop_duplicates and repeated.any():
-        doubles = good.take(pa.array(np.sort(order[repeated]))).select(names)
+        doubles = good.take(pa.array(np.sort(order[repeated])))
         unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
         order = order[~repeated]
     reasons = _write_quarantine(job, index, unusable)
