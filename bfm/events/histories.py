@@ -3,8 +3,9 @@
 Enters: an `Encoding`, log files, a scratch folder. Leaves: `Part`s of bounded size, counts of what was read, and the
 encoded fields of items that the encoding does not know (their ids follow the known ones).
 
-Rows are cleaned, hashed and numbered chunk by chunk, and written to files by a hash of the user, the buckets. Inside a
-part, order is that of a preparation: user, time, seeded hash of the whole cleaned row.
+Rows are cleaned, hashed and numbered chunk by chunk, and written to files by a hash of the user; what is too large for
+one part is divided again by another hash. Inside a part, order is that of a preparation: user, time, seeded hash of the
+whole cleaned row.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bfm.events.shards import Shards, write_shard
 from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
-_BUCKETS = 256
+_BUCKETS = 32
 _HASH = "hash"
 _TEXT = pa.large_string()
 
@@ -251,13 +252,13 @@ class _NewItems:
             first[key] = min(first.get(key, seen), seen)
 
 
-def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int) -> Iterator[pa.Table]:
-    """Tables of whole users, some buckets of them each: at most `part_rows` rows, or one bucket. Reads all first."""
+def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:
+    """Tables of whole users, at most `part_rows` rows or one user each. Reads all rows first."""
     num_rows = np.zeros(_BUCKETS, np.int64)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for table in tables:
-            bucket = (hash_strings(encoded(plain(table[clean.USER]))) % np.uint64(_BUCKETS)).astype(np.int64)
+            bucket = (hash_strings(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
             num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
             yield from table.append_column("bucket", pa.array(bucket)).to_batches()
 
@@ -270,4 +271,9 @@ def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int) -> I
         write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
         used = np.flatnonzero(num_rows)
         for low, high in itertools.pairwise(chunks(num_rows[used], part_rows)):
-            yield pa.concat_tables([dataset(f"{folder}/{name}", format="ipc").to_table() for name in used[low:high]])
+            part = dataset([dataset(f"{folder}/{name}", format="ipc") for name in used[low:high]])
+            if num_rows[used[low:high]].sum() > part_rows and len(used) > 1:
+                rows = (pa.Table.from_batches([batch]) for batch in part.to_batches())
+                yield from _whole_users(rows, scratch, part_rows, level + 1)
+            else:
+                yield part.to_table()
