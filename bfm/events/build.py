@@ -22,7 +22,17 @@ from bfm.events import clean, fitting, source
 from bfm.events.encoding import write_vocabulary
 from bfm.events.fields import FittedField, Side
 from bfm.events.fitting import Fitted, Loss
-from bfm.events.items import Items, choose_values, count_items, count_values, join_item_table, key_columns, merge_items
+from bfm.events.items import (
+    ITEM_ID,
+    POPULARITY,
+    Items,
+    choose_values,
+    count_items,
+    count_values,
+    join_item_table,
+    key_columns,
+    merge_items,
+)
 from bfm.events.manifest import Manifest
 from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
@@ -32,8 +42,6 @@ from bfm.events.split import Split
 from bfm.events.statistics import fit_group_curve
 from bfm.events.ties import TieCounts
 
-_ITEM_ID = "item_id"
-_POPULARITY = "popularity"
 # Share of training events whose item features are not the item's: above it, `describe` warns.
 _MANY_CONFLICTS = 0.05
 
@@ -105,11 +113,11 @@ def fit_all(job: Job) -> dict[str, Any]:
     fields = declared("item", job.schema.item_fields)
     if job.schema.id_field:
         rows = job.schema.hash_rows or fitting.id_table_rows(items.catalogue)
-        fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
+        fields.append(Fitted(fitting.hashed_field(ITEM_ID, "item", rows)))
     if job.schema.popularity_field:
         of_catalogue = fitting.measure(popularity, "numeric", (items.train_count > 0).astype(np.int64))
-        fields.append(fitting.fit(_POPULARITY, "item", "numeric", of_catalogue))
-    values = {**raw, _ITEM_ID: items.keys, _POPULARITY: popularity}
+        fields.append(fitting.fit(POPULARITY, "item", "numeric", of_catalogue))
+    values = {**raw, ITEM_ID: items.keys, POPULARITY: popularity}
     encoded = {each.field.name: fitting.encode(values[each.field.name], each) for each in fields}
     fields += declared("context", job.schema.context_fields)
 

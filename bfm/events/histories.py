@@ -28,8 +28,9 @@ from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField
 from bfm.events.fitting import Fitted
 from bfm.events.hashing import hash_strings, order_events
+from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values
 from bfm.events.manifest import Manifest
-from bfm.events.parse import SEPARATOR, encoded, plain, to_mask
+from bfm.events.parse import SEPARATOR, encoded, plain
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards, write_shard
@@ -205,7 +206,8 @@ class _NewItems:
         columns = [plain(column) for column in encoding.item_keys.columns]
         separator = pa.scalar(SEPARATOR, _TEXT)
         self._known = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, separator)
-        self._first: dict[str, dict[str, tuple[int, int, str]]] = {name: {} for name in encoding.event_item_fields}
+        self._values: dict[str, pa.Table] = {}
+        """Field -> what `count_values` finds in the events of new items."""
 
     def number(self, good: pa.Table, item: pa.DictionaryArray, row_hash: np.ndarray) -> np.ndarray:
         """Int32 ids of a chunk's events."""
@@ -214,42 +216,28 @@ class _NewItems:
         for code in np.flatnonzero(ids < 0):
             ids[code] = self.ids.setdefault(item.dictionary[code].as_py(), self.encoding.num_items + len(self.ids))
         item_E = ids[item.indices.to_numpy()]
-        new = np.flatnonzero(item_E >= self.encoding.num_items)
-        self.events += len(new)
-        if len(new):
-            order = new[np.lexsort((row_hash[new], good[clean.TIME].to_numpy()[new]))]
-            rows = good.take(pa.array(order))
-            for name, first in self._first.items():
-                self._note(first, rows, row_hash[order], clean.item_column(name))
+        new = pa.array(item_E >= self.encoding.num_items)
+        self.events += new.true_count
+        count = np.zeros(len(item_E), np.int64)
+        columns = {"item": good[clean.ITEM], "train_count": count, "first_time": good[clean.TIME]}
+        events = pa.table({**columns, "first_hash": row_hash}).filter(new)
+        for name in self.encoding.event_item_fields if len(events) else ():
+            values = events.append_column("value", good[clean.item_column(name)].filter(new))
+            before = [self._values[name]] if name in self._values else []
+            self._values[name] = count_values(pa.concat_tables([*before, values], promote_options="default"))
         return item_E.astype(np.int32)
 
     def encode(self, encode: Callable[[FittedField, pa.Array], np.ndarray]) -> dict[str, np.ndarray]:
         """Encoded item fields [new items]; what an item table would have to say is missing."""
-        keys = pa.array(list(self.ids), _TEXT)
-        arrays = {}
-        for field in self.encoding.fields:
-            if field.side != "item":
-                continue
-            spec = self.schema.item_fields.get(field.name)
-            if spec is not None:
-                first = self._first.get(field.name, {})
-                texts = pa.array([first[key][2] if key in first else None for key in self.ids], _TEXT)
-                values = clean.from_text(texts, spec.kind)
-            else:
-                # The fields that every schema may have: the id itself, and a popularity that is zero so far.
-                values = keys if field.kind == "hashed" else pa.array(np.zeros(len(keys)))
-            arrays[field.name] = encode(field, values)
-        return arrays
-
-    @staticmethod
-    def _note(first: dict[str, tuple[int, int, str]], rows: pa.Table, row_hash: np.ndarray, column: str) -> None:
-        known = np.flatnonzero(to_mask(rows[column].is_valid()))
-        items = encoded(plain(rows[clean.ITEM]).take(pa.array(known)))
-        codes, places = np.unique(items.indices.to_numpy(), return_index=True)
-        for code, row in zip(codes, known[places], strict=True):
-            seen = rows[clean.TIME][row].as_py(), int(row_hash[row]), rows[column][row].as_py()
-            key = items.dictionary[code].as_py()
-            first[key] = min(first.get(key, seen), seen)
+        keys, none = pa.array(list(self.ids), _TEXT), np.zeros(len(self.ids), np.int64)
+        # The fields that every schema may have: the id itself, and a popularity that is zero so far.
+        values = {ITEM_ID: keys, POPULARITY: pa.array(none.astype(np.float64))}
+        for name, spec in self.schema.item_fields.items():
+            texts = pa.nulls(len(keys), _TEXT)
+            if name in self._values:
+                texts = choose_values([self._values[name]], Items(keys, none, none)).texts
+            values[name] = clean.from_text(texts, spec.kind)
+        return {f.name: encode(f, values[f.name]) for f in self.encoding.fields if f.side == "item"}
 
 
 def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:

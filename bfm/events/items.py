@@ -19,6 +19,9 @@ from bfm.events.clean import Faults, field_values, item_key, to_text
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.schema import EventSchema, ItemPart
 
+ITEM_ID, POPULARITY = "item_id", "popularity"
+"""The item fields that every schema may have."""
+
 
 @dataclass(frozen=True)
 class Items:

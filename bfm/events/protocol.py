@@ -184,18 +184,15 @@ def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
     """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
     first_U, count_U = _part_bounds(shards, part)
-    kept: list[np.ndarray] = []
-    num_kept, num_found = 0, 0
+    limit = int(count_U.sum()) if limit is None else limit
+    kept, num_found = [np.zeros((3, 0), np.int64)], 0
     for low, high in itertools.pairwise(chunks(count_U, _CHUNK_EVENTS)):
         found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
         num_found += found.shape[1]
         kept.append(_ranked(found, key))
-        num_kept += found.shape[1]
-        if limit is not None and num_kept > 2 * limit + _CHUNK_EVENTS:
+        if sum(part.shape[1] for part in kept) > 2 * limit + _CHUNK_EVENTS:
             kept = [_first(np.concatenate(kept, axis=1), key, limit)]
-            num_kept = kept[0].shape[1]
-    everything = np.concatenate(kept, axis=1) if kept else np.zeros((3, 0), np.int64)
-    chosen = _first(everything, key, num_found if limit is None else limit)
+    chosen = _first(np.concatenate(kept, axis=1), key, limit)
     flags = np.full((1, chosen.shape[1]), basket, np.int64)
     return np.concatenate([chosen[:2], flags]), num_found
 

@@ -69,21 +69,17 @@ def write_shard(
     Raises:
         ValueError: lengths that do not fit together (a mistake of the caller, never of the user).
     """
-    num_events, num_users = len(item), len(users)
-    lengths = np.diff(user_offsets)
-    if len(time) != num_events or user_offsets[-1] != num_events or len(user_offsets) != num_users + 1:
-        raise ValueError(f"shard {index}: lengths of item, time, user_offsets and users do not fit")
-    if any(len(values) != num_events for values in context.values()):
-        raise ValueError(f"shard {index}: a context field has another length than item")
+    counts, lengths = [len(time), user_offsets[-1], *map(len, context.values())], np.diff(user_offsets)
+    if any(count != len(item) for count in counts) or len(lengths) != len(users):
+        raise ValueError(f"shard {index}: lengths of items, times, fields, offsets and users do not fit")
     if not ((train_end >= 0) & (train_end <= valid_end) & (valid_end <= lengths)).all():
         raise ValueError(f"shard {index}: train_end <= valid_end <= history length does not hold")
     base = directory / shard_name(index)
     (base / "context").mkdir(parents=True, exist_ok=True)
     _save(base / "item.npy", item, np.int32)
-    _save(base / "time.npy", time, np.int64)
-    _save(base / "user_offsets.npy", user_offsets, np.int64)
-    _save(base / "train_end.npy", train_end, np.int64)
-    _save(base / "valid_end.npy", valid_end, np.int64)
+    columns = {"time": time, "user_offsets": user_offsets, "train_end": train_end, "valid_end": valid_end}
+    for name, values in columns.items():
+        _save(base / f"{name}.npy", values, np.int64)
     for name, values in context.items():
         _save(base / "context" / f"{name}.npy", values, values.dtype)
     keys = users if isinstance(users, pa.ChunkedArray | pa.Array) else pa.array(users, pa.string())
@@ -127,7 +123,7 @@ def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
 
 @dataclass(frozen=True)
 class History:
-    """One user's events (views of the memory maps)."""
+    """One user's events."""
 
     item: np.ndarray
     time: np.ndarray
@@ -159,7 +155,6 @@ class Shards:
         }
         self._first_event = np.cumsum([0] + [len(items) for items in self._item])
         offsets = [np.load(base / "user_offsets.npy") for base in bases]
-        self._first_user = np.cumsum([0] + [len(values) - 1 for values in offsets])
         starts = [values[:-1] + first for values, first in zip(offsets, self._first_event, strict=False)]
         self.user_starts: np.ndarray = np.concatenate([*starts, self._first_event[-1:]])
         """[U+1] global index of each user's first event."""
@@ -272,12 +267,10 @@ class Shards:
 
     def history(self, user: int) -> History:
         """All events of one user (global index, shard-major)."""
-        shard = int(np.searchsorted(self._first_user, user, side="right")) - 1
-        start, stop = self.user_starts[user : user + 2] - self._first_event[shard]
-        rows = slice(int(start), int(stop))
-        context = {name: columns[shard][rows] for name, columns in self._context.items()}
+        located = self.locate(np.arange(self.user_starts[user], self.user_starts[user + 1]))
+        context = {field.name: self.take_context(field.name, located) for field in self.context_fields}
         ends = int(self.train_lengths[user]), int(self.valid_lengths[user])
-        return History(self._item[shard][rows], self._time[shard][rows], context, *ends)
+        return History(self.take_item(located), self.take_time(located), context, *ends)
 
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""
