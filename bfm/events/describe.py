@@ -20,28 +20,21 @@ from bfm.units import format_count
 
 _CHUNK_EVENTS = 1 << 20
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+_FACTS = ("name", "users", "events", "items", "catalogue", "has_clock", "rows_read", "rows_quarantined", "checks")
 
 
 def describe(shards: Shards) -> dict[str, Any]:
     """JSON-able description of a finished shard set."""
     manifest = shards.manifest
     return {
-        "name": manifest.name,
-        "users": manifest.users,
-        "events": manifest.events,
-        "items": manifest.items,
-        "catalogue": manifest.catalogue,
-        "has_clock": manifest.has_clock,
+        **{name: getattr(manifest, name) for name in _FACTS},
         "time_range": list(manifest.time_range),
-        "rows_read": manifest.rows_read,
-        "rows_quarantined": manifest.rows_quarantined,
         "history_length": _history_lengths(shards),
         "popularity": _popularity(shards.train_counts),
         **_repeats_and_ties(shards),
         "split": _split(shards),
         "protocol": _protocol(shards),
         "fields": [field.as_dict() for field in shards.fields],
-        "checks": manifest.checks,
         "hash": shards.hash,
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bfm.events.clean import Faults, field_values, item_key, to_text
+from bfm.events.clean import field_values, item_key, to_text
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.schema import EventSchema, ItemPart
 
@@ -118,7 +118,7 @@ class Joined:
 def join_item_table(schema: EventSchema, raw: pa.Table, names: list[str], items: Items) -> Joined:
     """Values of the fields that an item table holds; of rows with one key, the first counts."""
     assert schema.items is not None
-    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], Faults(raw.num_rows))
+    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], [])
     found = pc.index_in(items.keys, value_set=keys)
     repairs: Counter[tuple[str, str]] = Counter()
     texts = {}

@@ -65,13 +65,14 @@ def time_split(spec: SplitSpec, times_seen: Histogram) -> Split:
         valid_from, test_from = _boundaries(times_seen, 1 - test_share - valid_share, 1 - test_share)
     if valid_from >= test_from:
         raise UserError("the validation part would be empty", key="split", fix=_LEAVE_ONE_OUT_FIX)
-    starts = times_seen.starts
-    for part, empty in (
-        ("training", not (starts < valid_from).any()),
-        ("validation", not ((starts + (1 << times_seen.shift) > valid_from) & (starts < test_from)).any()),
-        ("test", not (starts + (1 << times_seen.shift) > test_from).any()),
-    ):
-        if empty:
+    first, last = times_seen.starts, times_seen.starts + (1 << times_seen.shift) - 1
+    parts = {
+        "training": first < valid_from,
+        "validation": (last >= valid_from) & (first < test_from),
+        "test": last >= test_from,
+    }
+    for part, inside in parts.items():
+        if not inside.any():
             raise UserError(f"the {part} part has no events", key="split", fix=_LEAVE_ONE_OUT_FIX)
     return Split(valid_from, test_from)
 
