@@ -193,20 +193,16 @@ class BayesFilter:
         """Before the first basket of every user."""
         return cls(world, np.tile(world.prior_M, (num_users, 1)), no_purchases(world.spec, num_users))
 
-    def observe(self, item_E: np.ndarray, size_N: np.ndarray) -> None:
-        """Take in the next basket of each user that goes on: the first len(size_N) users do, the others are dropped.
-
-        The baskets' items lie one basket after the other, size_N (at least 1) of each.
-        """
+    def observe(self, user_N: np.ndarray, item_E: np.ndarray, size_N: np.ndarray) -> None:
+        """Take in the next baskets of some users: one basket's items after the other's, size_N (at least 1) of each."""
         world, switch = self.world, self.world.spec.switch
-        belief_NM, self.recent_NAW = self.belief_NM[: len(size_N)], self.recent_NAW[: len(size_N)]
-        user_E, aisle_E = np.repeat(np.arange(len(size_N)), size_N), world.aisle_V[item_E]
+        user_E, aisle_E = np.repeat(user_N, size_N), world.aisle_V[item_E]
         likelihood_EM = world.likelihood(item_E, self.recent_NAW[user_E, aisle_E])
         # Only ratios count; scaled, products over a basket do not underflow.
         likelihood_EM /= likelihood_EM.max(axis=1, keepdims=True)
-        belief_NM = belief_NM * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
+        belief_NM = self.belief_NM[user_N] * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
         belief_NM /= belief_NM.sum(axis=1, keepdims=True)
-        self.belief_NM = (1 - switch) * belief_NM + switch * world.prior_M
+        self.belief_NM[user_N] = (1 - switch) * belief_NM + switch * world.prior_M
         remember(self.recent_NAW, user_E, aisle_E, item_E)
 
     def subset(self, rows: np.ndarray | slice) -> BayesFilter:
@@ -236,22 +232,16 @@ def filter_at(
     known_Q = basket_Q - first_Q
     known_N = np.zeros(len(first_N), np.int64)
     np.maximum.at(known_N, slot_Q, known_Q)
-    by_length = np.argsort(-known_N, kind="stable")
-    row_Q = np.argsort(by_length)[slot_Q]
-    first_N, falling_N = first_N[by_length], known_N[by_length]
     start_B = np.cumsum(size_B) - size_B
-    by_known = np.argsort(known_Q, kind="stable")
-    cuts = np.searchsorted(known_Q[by_known], np.arange(int(known_N.max(initial=0)) + 2))
-    predictor, belief, recent = BayesFilter.start(world, len(first_N)), [], []
-    for step in range(len(cuts) - 1):
-        if step:
-            basket = first_N[: int(np.searchsorted(-falling_N, -step, side="right"))] + step - 1
-            predictor.observe(item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
-        asked = row_Q[by_known[cuts[step] : cuts[step + 1]]]
-        belief.append(predictor.belief_NM[asked])
-        recent.append(predictor.recent_NAW[asked])
-    back = np.argsort(by_known)
-    return BayesFilter(world, np.concatenate(belief)[back], np.concatenate(recent)[back])
+    predictor, asked = BayesFilter.start(world, len(first_N)), BayesFilter.start(world, len(first_Q))
+    for step in range(int(known_N.max(initial=0)) + 1):
+        now = np.flatnonzero(known_Q == step)
+        asked.belief_NM[now] = predictor.belief_NM[slot_Q[now]]
+        asked.recent_NAW[now] = predictor.recent_NAW[slot_Q[now]]
+        going_on = np.flatnonzero(known_N > step)
+        basket = first_N[going_on] + step
+        predictor.observe(going_on, item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
+    return asked
 
 
 def no_purchases(spec: WorldSpec, num_users: int) -> np.ndarray:

@@ -124,7 +124,7 @@ def fit_all(job: Job) -> dict[str, Any]:
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
     arrays = {name: array for name, (array, _) in encoded.items()}
     write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), arrays)
-    write_arrow(job.file("fitted", "items", "arrow"), pa.table({"key": items.keys, **counts}))
+    write_arrow(job.file("fitted", 0, "arrow"), pa.table({"key": items.keys, **counts}))
     # Vocabularies stay in the shard set, for whoever encodes other events.
     for fitted in fields:
         if fitted.vocabulary is not None:
@@ -178,7 +178,7 @@ def _fields(job: Job) -> list[Fitted]:
 @lru_cache(maxsize=1)
 def _items(job_folder: Path) -> Items:
     # One worker writes many partitions; the item keys are its largest table.
-    table = read_arrow(job_folder / "work" / "fitted" / "items.arrow")
+    table = read_arrow(job_folder / "work" / "fitted" / "00000.arrow")
     keys, counts, first = (table[name].combine_chunks() for name in table.column_names)
     return Items(keys, counts.to_numpy(), first.to_numpy())
 

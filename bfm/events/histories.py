@@ -89,8 +89,6 @@ class Histories:
         # The whole log is read before the first one comes.
         first = next(tables, None)
         self._tables = itertools.chain([] if first is None else [first], tables)
-        if self.rows == 0:
-            raise UserError("the log has no rows", key="LOG", fix="check the files")
         if sum(self.unusable.values()) == self.rows:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.unusable.items()))
             fix = "check that the log has the columns and formats of the training log"
@@ -128,8 +126,7 @@ class Histories:
                 self.repairs += cleaned.repairs
                 yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
-        if present:
-            source.require_columns(columns, sorted(present), "LOG")
+        source.check_read(self.rows, columns, present)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""

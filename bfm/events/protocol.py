@@ -227,12 +227,10 @@ def _first(ranked: np.ndarray, key: np.uint64, limit: int) -> np.ndarray:
 
 def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
     """Distinct target items of each query, cold ones included (ids >= V)."""
-    user, position = queries.user, queries.position
-    following = position + 1
-    in_train, in_valid = following < shards.train_lengths[user], following < shards.valid_lengths[user]
-    stop = np.where(in_train, shards.train_lengths[user], np.where(in_valid, shards.valid_lengths[user], 0))
+    user, following = queries.user, queries.position + 1
     start = shards.user_starts[user]
-    end = np.where(stop > 0, start + stop, shards.user_starts[user + 1])
+    bounds = np.stack([shards.train_lengths[user], shards.valid_lengths[user], shards.user_starts[user + 1] - start])
+    end = start + bounds.min(axis=0, initial=np.iinfo(np.int64).max, where=bounds > following)
     first = start + following
     time = shards.take_time(shards.locate(first))
     length = np.ones(len(user), np.int64)

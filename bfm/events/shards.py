@@ -54,7 +54,7 @@ def write_shard(
     user_offsets: np.ndarray,
     train_end: np.ndarray,
     valid_end: np.ndarray,
-    users: Sequence[str] | pa.Array | pa.ChunkedArray,
+    users: pa.Array,
 ) -> None:
     """Write one user partition. E events of U users, already in their final order.
 
@@ -65,15 +65,11 @@ def write_shard(
         user_offsets: [U+1], first event of each user. train_end, valid_end: [U], counts of the user's events that lie
             in training, and before the end of validation (train_end <= valid_end <= the user's events).
         users: [U] original keys.
-
-    Raises:
-        ValueError: lengths that do not fit together (a mistake of the caller, never of the user).
     """
-    counts, lengths = [len(time), user_offsets[-1], *map(len, context.values())], np.diff(user_offsets)
-    if any(count != len(item) for count in counts) or len(lengths) != len(users):
-        raise ValueError(f"shard {index}: lengths of items, times, fields, offsets and users do not fit")
-    if not ((train_end >= 0) & (train_end <= valid_end) & (valid_end <= lengths)).all():
-        raise ValueError(f"shard {index}: train_end <= valid_end <= history length does not hold")
+    assert {len(time), int(user_offsets[-1]), *map(len, context.values())} == {len(item)}, f"events of shard {index}"
+    assert len(user_offsets) == len(users) + 1, f"users of shard {index}"
+    ends = (train_end >= 0) & (train_end <= valid_end) & (valid_end <= np.diff(user_offsets))
+    assert ends.all(), f"parts of shard {index}"
     base = directory / shard_name(index)
     (base / "context").mkdir(parents=True, exist_ok=True)
     _save(base / "item.npy", item, np.int32)
@@ -82,8 +78,7 @@ def write_shard(
         _save(base / f"{name}.npy", values, np.int64)
     for name, values in context.items():
         _save(base / "context" / f"{name}.npy", values, values.dtype)
-    keys = users if isinstance(users, pa.ChunkedArray | pa.Array) else pa.array(users, pa.string())
-    pq.write_table(pa.table({"user": keys}), base / "users.parquet")
+    pq.write_table(pa.table({"user": users}), base / "users.parquet")
 
 
 def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarray]) -> None:
@@ -94,12 +89,7 @@ def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarr
         table: items.parquet; must have int64 columns train_count (falling over the catalogue, 0 for cold items) and
             first_time, besides key columns and raw values.
         encoded: item fields by name, [I] or [I, M].
-
-    Raises:
-        ValueError: lengths that do not fit together.
     """
-    if any(len(values) != table.num_rows for values in encoded.values()):
-        raise ValueError("an encoded item field has another length than the item table")
     (directory / "items").mkdir(parents=True, exist_ok=True)
     pq.write_table(table, directory / "items.parquet")
     for name, values in encoded.items():

@@ -228,6 +228,14 @@ def require_columns(columns: list[str], present: list[str], path: str) -> None:
             raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
 
 
+def check_read(rows: int, columns: list[str], present: set[str]) -> None:
+    """Raise UserError where a log that was read whole has no rows, or none of them a column."""
+    if rows == 0:
+        raise UserError("the log has no rows", key="LOG", fix="check the files")
+    if present:
+        require_columns(columns, sorted(present), "LOG")
+
+
 def _grouped(rows: list[int]) -> list[tuple[int, ...]]:
     """Runs of row groups with about CHUNK_ROWS rows each."""
     runs: list[list[int]] = []

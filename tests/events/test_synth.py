@@ -123,7 +123,7 @@ def test_the_filter_is_the_best_distribution_exactly(spec, history):
     world = World(spec)
     predictor = BayesFilter.start(world, 1)
     for basket in history:
-        predictor.observe(np.array(basket), np.array([len(basket)]))
+        predictor.observe(np.zeros(1, int), np.array(basket), np.array([len(basket)]))
     before = brute_force_joint(world, history)
     expected, total = np.zeros(spec.items), 0.0
     for basket in every_basket(world):
@@ -273,7 +273,7 @@ def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
         alone = BayesFilter.start(world, 1)
         for time in np.unique(known.time[: queries.position[index] + 1]):
             item = keys[known.item[known.time == time]]
-            alone.observe(item, np.array([len(item)]))
+            alone.observe(np.zeros(1, int), item, np.array([len(item)]))
         every = alone.probability()[0]
         top = np.sort(every)[::-1][:5]
         ideal = (1 / np.log2(2.0 + np.arange(min(5, sizes[index])))).sum()
