@@ -150,11 +150,9 @@ def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
         faults.append(("item is infinite", infinite))
         faults.append(("missing item", parse.to_mask(values.is_null())))
         texts.append(parse.bucket_names(values, part.buckets))
-    if len(texts) == 1:
-        return texts[0]
-    for text in texts:
+    for text in texts if len(texts) > 1 else ():
         faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
-    return pc.binary_join_element_wise(*texts, pa.scalar(parse.SEPARATOR, _TEXT))
+    return join_key(texts)
 
 
 def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[tuple[str, str]]) -> pa.Array:
@@ -189,25 +187,20 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[
 
 def to_text(values: pa.Array) -> pa.Array:
     """Values of any kind as one text each (lists joined), so that equal values are equal texts."""
-    kind = values.type
-    if pa.types.is_large_list(kind):
-        texts = pa.LargeListArray.from_arrays(
-            values.offsets, values.values.cast(_TEXT), mask=values.is_null() if values.null_count else None
-        )
-        return pc.binary_join(texts, pa.scalar(parse.SEPARATOR, _TEXT))
+    if pa.types.is_large_list(values.type):
+        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(parse.SEPARATOR, _TEXT))
     return values.cast(_TEXT)
 
 
 def from_text(texts: pa.Array, kind: str) -> pa.Array:
     """Inverse of `to_text`."""
     target = _CONTEXT_TYPE[kind]
-    if not pa.types.is_large_list(target):
-        return texts.cast(target)
-    split = pc.split_pattern(texts, parse.SEPARATOR)
-    elements = parse.plain(split.values).cast(target.value_type)
-    return pa.LargeListArray.from_arrays(
-        split.offsets.cast(pa.int64()), elements, mask=texts.is_null() if texts.null_count else None
-    )
+    return (pc.split_pattern(texts, parse.SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
+
+
+def join_key(parts: list[pa.Array]) -> pa.Array:
+    """One text per row of one or several columns of text."""
+    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(parse.SEPARATOR, _TEXT))
 
 
 # ---------------------------------------------------------------- inside

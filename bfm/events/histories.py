@@ -30,7 +30,7 @@ from bfm.events.fitting import Fitted
 from bfm.events.hashing import hash_strings, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values
 from bfm.events.manifest import Manifest
-from bfm.events.parse import SEPARATOR, encoded, plain
+from bfm.events.parse import encoded, plain
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards, write_shard
@@ -130,8 +130,7 @@ class Histories:
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
-        for entry in plain(cleaned[clean.FAULT]).drop_null().value_counts().to_pylist():
-            self.unusable[entry["values"]] += entry["counts"]
+        self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
         good, columns, row_hash = clean.usable(cleaned, self.encoding.seed)
         item = self._new.number(good, columns[clean.ITEM], row_hash)
         kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
@@ -200,9 +199,7 @@ class _NewItems:
         self.encoding, self.schema = encoding, schema
         self.ids: dict[str, int] = {}
         self.events = 0
-        columns = [plain(column) for column in encoding.item_keys.columns]
-        separator = pa.scalar(SEPARATOR, _TEXT)
-        self._known = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, separator)
+        self._known = clean.join_key([plain(column) for column in encoding.item_keys.columns])
         self._values: dict[str, pa.Table] = {}
         """Field -> what `count_values` finds in the events of new items."""
 

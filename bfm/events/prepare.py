@@ -240,8 +240,7 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
     path = job.shard_set / "quarantine" / f"part-{index:05d}.parquet"
     path.parent.mkdir(exist_ok=True)
     pq.write_table(ordered.rename_columns(["reason", "row"]), path)
-    counts = ordered[clean.FAULT].value_counts().to_pylist()
-    return {entry["values"]: entry["counts"] for entry in counts}
+    return Counter(ordered[clean.FAULT].to_pylist())
 
 
 # ---------------------------------------------------------------- split
