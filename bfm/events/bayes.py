@@ -100,10 +100,6 @@ class World:
         """Probability of a basket of 1..A items."""
         self.weight_W: np.ndarray = spec.decay ** np.arange(spec.recent)
 
-    def weight(self, belief_NM: np.ndarray) -> np.ndarray:
-        """[N, A, M]: f of an aisle's items by cluster, over pop, expected under beliefs."""
-        return self.own_AM * belief_NM[:, None, :] + (belief_NM @ self.common_AM.T)[:, :, None]
-
     def likelihood(self, item_E: np.ndarray, recent_EW: np.ndarray) -> np.ndarray:
         """[E, M]: p(item | its aisle, z), given the recent purchases of that aisle."""
         aisle_E, cluster_E = self.aisle_V[item_E], self.cluster_V[item_E]
@@ -212,7 +208,9 @@ class BayesFilter:
     def probability(self) -> np.ndarray:
         """[N, V]: q of every item."""
         world, recent_NAW = self.world, self.recent_NAW
-        weight_NAM = (1 - world.repeat(recent_NAW))[:, :, None] * world.weight(self.belief_NM)
+        # f of an aisle's items by cluster, over pop, expected under the belief.
+        weight_NAM = world.own_AM * self.belief_NM[:, None, :] + (self.belief_NM @ world.common_AM.T)[:, :, None]
+        weight_NAM *= (1 - world.repeat(recent_NAW))[:, :, None]
         sum_NV = world.popularity_V * weight_NAM[:, world.aisle_V, world.cluster_V]
         known = recent_NAW >= 0
         np.add.at(sum_NV, (np.nonzero(known)[0], recent_NAW[known]), world.repeated(recent_NAW)[known])

@@ -12,7 +12,6 @@ Order of a table: headline queries first, then basket queries; inside each, roun
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +25,7 @@ from bfm.events.ragged import Ragged, chunks, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards
-from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
+from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"
@@ -144,16 +143,14 @@ def build_protocol(
             )
         columns = np.concatenate([headline, basket], axis=1)
         table = _table(columns, rule["filter_seen"])
-        buffer = io.BytesIO()
-        np.save(buffer, columns, allow_pickle=False)
-        write_atomic(shards.path / table_name(part), buffer.getvalue())
+        np.save(shards.path / table_name(part), columns, allow_pickle=False)
         parts[part] = {
             "queries": headline.shape[1],
             "candidates": num_headline,
             "basket_queries": basket.shape[1],
             "basket_candidates": num_basket,
             "users": len(np.unique(table.user)),
-            "sha256": sha256_bytes(buffer.getvalue()),
+            "sha256": sha256_file(shards.path / table_name(part)),
             **_target_summary(shards, table),
         }
         tables[part] = table

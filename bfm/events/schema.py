@@ -62,10 +62,6 @@ def _as_fields(value: Any) -> Any:
     return fields
 
 
-def _as_count(value: Any) -> Any:
-    return None if value is None else parse_count(value)
-
-
 def _as_queries(value: Any) -> Any:
     return None if value == "all" else parse_count(value)
 
@@ -77,6 +73,7 @@ def _ascending(buckets: list[float]) -> list[float]:
 
 
 _Buckets = Annotated[list[float], AfterValidator(_ascending)]
+_Count = Annotated[int, BeforeValidator(parse_count)]
 _Names = Annotated[list[str], BeforeValidator(_as_names)]
 
 
@@ -103,7 +100,7 @@ class FieldSpec(TimeSpec):
     kind: Literal["categorical", "numeric", "text", "list", "vector", "time"]
     separator: str | None = None
     """list, vector: what separates the elements where the column is text."""
-    max_length: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_as_count)] = None
+    max_length: Annotated[int, Field(ge=1), BeforeValidator(parse_count)] | None = None
     """text, list: only the first so many words (32 where left out) or elements (16) of a value are kept."""
     buckets: _Buckets | None = None
     """categorical: cut a number into buckets."""
@@ -193,7 +190,7 @@ class EventSchema(_Strict):
     clean: CleanSpec = CleanSpec()
     split: SplitSpec = SplitSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    hash_rows: Annotated[int | None, BeforeValidator(_as_count)] = None
+    hash_rows: _Count | None = None
     """Rows of the table of item ids, a power of two; left out: one per catalogue item, rounded up to a power of two."""
     id_field: bool = True
     """The item's own id as a hashed field."""

@@ -44,7 +44,6 @@ class Piece:
 
     index: int
     path: str
-    format: str
     row_groups: tuple[int, ...] = ()
     """Parquet only."""
 
@@ -117,21 +116,22 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
             present = [] if form == "jsonl" else _csv_header(path, form)
         if present:
             require_columns(columns, present, path)
-        pieces += [Piece(len(pieces) + n, path, form, group) for n, group in enumerate(groups)]
+        pieces += [Piece(len(pieces) + n, path, group) for n, group in enumerate(groups)]
     return pieces
 
 
 def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
     """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
+    form = file_format(piece.path)
     with _readable(piece.path):
-        if piece.format == "parquet":
+        if form == "parquet":
             file = _open_parquet(piece.path)
             for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
                 yield RawChunk(pa.Table.from_batches([batch]))
-        elif piece.format == "jsonl":
-            yield from _read_json(piece, columns)
-        elif _csv_header(piece.path, piece.format):
-            yield from _read_csv(piece, columns)
+        elif form == "jsonl":
+            yield from _read_json(piece.path, columns)
+        elif _csv_header(piece.path, form):
+            yield from _read_csv(piece.path, form, columns)
 
 
 def read_table(path: str, columns: list[str]) -> pa.Table:
@@ -266,14 +266,14 @@ def _csv_header(path: str, form: str) -> list[str]:
         return list(pyarrow.csv.read_csv(io.BytesIO(line + b"\n"), parse_options=_csv_options(form)).column_names)
 
 
-def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
+def _read_csv(path: str, form: str, columns: list[str]) -> Iterator[RawChunk]:
     bad: list[str] = []
 
     def keep(row: Any) -> str:
         bad.append(row.text)
         return "skip"
 
-    options = _csv_options(piece.format)
+    options = _csv_options(form)
     options.invalid_row_handler = keep
     convert = pyarrow.csv.ConvertOptions(
         include_columns=columns,
@@ -283,7 +283,7 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
         quoted_strings_can_be_null=True,
     )
     reading = pyarrow.csv.ReadOptions(block_size=_CHUNK_BYTES, use_threads=False)
-    with _open_stream(piece.path) as stream:
+    with _open_stream(path) as stream:
         for batch in pyarrow.csv.open_csv(stream, reading, options, convert):
             lines, bad[:] = tuple(bad), []
             yield RawChunk(pa.Table.from_batches([batch]), lines, "wrong number of columns")
@@ -298,8 +298,8 @@ def _line_blocks(stream: Any) -> Iterator[bytes]:
         yield block
 
 
-def _read_json(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
-    with _open_stream(piece.path) as stream:
+def _read_json(path: str, columns: list[str]) -> Iterator[RawChunk]:
+    with _open_stream(path) as stream:
         for block in _line_blocks(stream):
             tables, lines = _parse_json(block)
             for table in tables:
