@@ -236,7 +236,12 @@ def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neig
             first_P, second_P, count_P = _totals(key_P, times_P, num_items, counting)
             weight_P = count_P / counts_V[second_P].astype(np.float64) ** counting.damping
             of_counting.append(_strongest(first_P - low, second_P, count_P, weight_P, high - low))
-    return [_joined(run, shards, counting) for run, counting in zip(runs, countings, strict=True)]
+    users, tables = counted_users(shards), []
+    for of_counting, counting in zip(runs, countings, strict=True):
+        ids, counts, lengths = (np.concatenate(parts) for parts in zip(*of_counting, strict=True))
+        lists = Ragged(ids, np.concatenate([[0], np.cumsum(lengths)]))
+        tables.append(Neighbours(lists, counts, counts_V, users, counting))
+    return tables
 
 
 def _totals(
@@ -267,13 +272,6 @@ def _strongest(
     kept = np.sort(order[place_in_run(row_P) < NEIGHBOURS])
     lengths = np.bincount(row_P[kept], minlength=num_rows)
     return second_P[kept].astype(np.int32), count_P[kept].astype(np.float32), lengths
-
-
-def _joined(runs: Sequence[_Run], shards: Shards, counting: Counting) -> Neighbours:
-    """One table of the runs."""
-    ids, counts, lengths = (np.concatenate(parts) for parts in zip(*runs, strict=True))
-    lists = Ragged(ids, np.concatenate([[0], np.cumsum(lengths)]))
-    return Neighbours(lists, counts, shards.train_counts, counted_users(shards), counting)
 
 
 def counted_users(shards: Shards) -> int:
