@@ -183,7 +183,7 @@ def _write_shards(directory, log, item, context, num_shards) -> None:
             user_offsets=log.offsets[low : high + 1] - log.offsets[low],
             train_end=log.train_end[low:high],
             valid_end=log.valid_end[low:high],
-            users=[f"user-{number}" for number in range(low, high)],
+            users=pa.array([f"user-{number}" for number in range(low, high)], pa.string()),
         )
 
 

@@ -16,12 +16,11 @@ for that is E[1{i in T} / |T|]. Here it does not depend on n, as |T| = n and an 
 
     q(i) = p(i | a_i, belief) / A = r c_i / A + pop_i * w,   w a number per aisle and cluster,
 
-the belief over the next z being the forward filter's. Its entropy and its k best items follow from A * M weights and
-A * recent purchases; so the optimal NLL, recall@k and NDCG@k are averages of exact values over histories, free of the
-next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
+the belief over the next z being the forward filter's. So the optimal NLL, recall@k and NDCG@k are averages of exact
+values over histories, free of the next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
 
 Shapes: N users, A aisles, M interests or clusters, V items, W recent purchases of an aisle (newest first, -1 none),
-E events, B baskets, Q queries, K candidates.
+E events, B baskets, Q queries.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy.special import entr
 
 from bfm.events.ragged import runs
 from bfm.events.randomness import stream_key
@@ -85,8 +85,6 @@ class World:
         shape = (spec.aisles, spec.interests)
         cell_V = self.aisle_V * spec.interests + self.cluster_V
         self.mass_AM: np.ndarray = np.bincount(cell_V, self.popularity_V, math.prod(shape)).reshape(shape)
-        log_V = self.popularity_V * np.log(self.popularity_V)
-        self.log_mass_AM: np.ndarray = np.bincount(cell_V, log_V, math.prod(shape)).reshape(shape)
         self.leak_AM: np.ndarray = np.where(self.mass_AM > 0, spec.leak, 1.0)
         self.order_V: np.ndarray = np.lexsort((-self.popularity_V, cell_V))
         """Items by aisle, then cluster, then falling popularity."""
@@ -102,44 +100,29 @@ class World:
         """Probability of a basket of 1..A items."""
         self.weight_W: np.ndarray = spec.decay ** np.arange(spec.recent)
 
-    def weight(self, belief_NM: np.ndarray) -> np.ndarray:
-        """[N, A, M]: f of an aisle's items by cluster, over pop, expected under beliefs."""
-        return self.own_AM * belief_NM[:, None, :] + (belief_NM @ self.common_AM.T)[:, :, None]
-
     def likelihood(self, item_E: np.ndarray, recent_EW: np.ndarray) -> np.ndarray:
         """[E, M]: p(item | its aisle, z), given the recent purchases of that aisle."""
         aisle_E, cluster_E = self.aisle_V[item_E], self.cluster_V[item_E]
         fresh_EM = self.common_AM[aisle_E]
         fresh_EM[np.arange(len(item_E)), cluster_E] += self.own_AM[aisle_E, cluster_E]
         fresh_EM *= ((1 - self.repeat(recent_EW)) * self.popularity_V[item_E])[:, None]
-        return fresh_EM + self.repeated(recent_EW, item_E)[:, None]
+        again_EW = np.where(recent_EW == item_E[:, None], self.repeated(recent_EW), 0.0)
+        return fresh_EM + again_EW.sum(axis=1, keepdims=True)
 
     def repeat(self, recent_W: np.ndarray) -> np.ndarray:
         """[...]: r of aisles with the recent purchases [..., W]."""
         return np.where(recent_W[..., 0] >= 0, self.spec.repeat, 0.0)
 
-    def repeated(self, recent_W: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """[...]: r * c of items [...] in their aisles with the recent purchases [..., W]."""
+    def repeated(self, recent_W: np.ndarray) -> np.ndarray:
+        """[..., W]: the part of r * c that is due to each of the recent purchases [..., W]."""
         weight_W = np.where(recent_W >= 0, self.weight_W, 0.0)
-        hit = np.where(recent_W == item[..., None], weight_W, 0.0).sum(axis=-1)
-        return self.spec.repeat * hit / np.maximum(weight_W.sum(axis=-1), 1.0)
+        return self.spec.repeat * weight_W / np.maximum(weight_W.sum(axis=-1, keepdims=True), 1.0)
 
     @cached_property
     def marginal_nll(self) -> float:
         """Entropy of an event's marginal in nats: the best NLL of a predictor that ignores the history."""
         # A repeated item has the marginal of the purchase it repeats.
-        return float(self.smooth_entropy(self.weight(self.prior_M[None]) / self.spec.aisles)[0])
-
-    def smooth_entropy(self, weight_NAM: np.ndarray) -> np.ndarray:
-        """[N]: - sum of q log q, where q is pop times a weight per aisle and cluster."""
-        return -(_plogp(weight_NAM) * self.mass_AM + weight_NAM * self.log_mass_AM).sum(axis=(1, 2))
-
-    def head(self, depth: int) -> np.ndarray:
-        """Int64 [A, M * depth]: the most popular items of each cluster in each aisle; -1 where there are fewer."""
-        place = self.start_C[:-1, None] + np.arange(depth)
-        inside = place < self.start_C[1:, None]
-        head = np.where(inside, self.order_V[np.minimum(place, self.spec.items - 1)], -1)
-        return head.reshape(self.spec.aisles, -1)
+        return float(entr(BayesFilter.start(self, 1).probability()).sum())
 
     # ---------------------------------------------------------------- drawing
 
@@ -206,71 +189,32 @@ class BayesFilter:
         """Before the first basket of every user."""
         return cls(world, np.tile(world.prior_M, (num_users, 1)), no_purchases(world.spec, num_users))
 
-    def observe(self, item_E: np.ndarray, size_N: np.ndarray) -> None:
-        """Take in the next basket of each user that goes on: the first len(size_N) users do, the others are dropped.
-
-        The baskets' items lie one basket after the other, size_N (at least 1) of each.
-        """
+    def observe(self, user_N: np.ndarray, item_E: np.ndarray, size_N: np.ndarray) -> None:
+        """Take in the next baskets of some users: one basket's items after the other's, size_N (at least 1) of each."""
         world, switch = self.world, self.world.spec.switch
-        belief_NM, self.recent_NAW = self.belief_NM[: len(size_N)], self.recent_NAW[: len(size_N)]
-        user_E, aisle_E = np.repeat(np.arange(len(size_N)), size_N), world.aisle_V[item_E]
+        user_E, aisle_E = np.repeat(user_N, size_N), world.aisle_V[item_E]
         likelihood_EM = world.likelihood(item_E, self.recent_NAW[user_E, aisle_E])
         # Only ratios count; scaled, products over a basket do not underflow.
         likelihood_EM /= likelihood_EM.max(axis=1, keepdims=True)
-        belief_NM = belief_NM * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
+        belief_NM = self.belief_NM[user_N] * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
         belief_NM /= belief_NM.sum(axis=1, keepdims=True)
-        self.belief_NM = (1 - switch) * belief_NM + switch * world.prior_M
+        self.belief_NM[user_N] = (1 - switch) * belief_NM + switch * world.prior_M
         remember(self.recent_NAW, user_E, aisle_E, item_E)
 
     def subset(self, rows: np.ndarray | slice) -> BayesFilter:
         """The predictor of some of the users."""
         return BayesFilter(self.world, self.belief_NM[rows], self.recent_NAW[rows])
 
-    def probability(self, item_NK: np.ndarray) -> np.ndarray:
-        """[N, K]: q of any items [N, K]."""
-        world, row_N = self.world, np.arange(len(item_NK))[:, None]
-        aisle_NK = world.aisle_V[item_NK]
-        weight_NK = self._weight()[row_N, aisle_NK, world.cluster_V[item_NK]]
-        repeated_NK = world.repeated(self.recent_NAW[row_N, aisle_NK], item_NK)
-        return world.popularity_V[item_NK] * weight_NK + repeated_NK / world.spec.aisles
-
-    def entropy(self) -> np.ndarray:
-        """[N] nats: expected NLL of the optimal prediction of the next basket's items."""
-        weight_NAM = self._weight()
-        fresh_NAW, full_NAW = self._recent(weight_NAM)
-        return self.world.smooth_entropy(weight_NAM) + (_plogp(fresh_NAW) - _plogp(full_NAW)).sum(axis=(1, 2))
-
-    def top(self, k: int) -> np.ndarray:
-        """[N, min(k, V)]: q of the k most probable items, falling. Their sum is the expected recall@k."""
-        world, weight_NAM = self.world, self._weight()
-        _, full_NAW = self._recent(weight_NAM)
-        # The k best items that are not recent lie among the k + recent most popular ones of their aisle and cluster.
-        head_AK = world.head(k + world.spec.recent)
-        aisle_A1 = np.arange(len(head_AK))[:, None]
-        mass_NAK = np.where(head_AK >= 0, world.popularity_V[head_AK], 0.0)
-        mass_NAK = mass_NAK * weight_NAM[:, aisle_A1, world.cluster_V[head_AK]]
-        for column in range(world.spec.recent):
-            mass_NAK[self.recent_NAW[:, :, column, None] == head_AK] = 0.0
-        mass_NK = np.concatenate([mass_NAK, full_NAW], axis=2).reshape(len(mass_NAK), -1)
-        kept = min(k, world.spec.items)
-        return -np.sort(np.partition(-mass_NK, kept - 1, axis=1)[:, :kept], axis=1)
-
-    def _weight(self) -> np.ndarray:
-        """[N, A, M]: what multiplies an item's popularity in q, by aisle and cluster."""
-        fresh_NA = (1 - self.world.repeat(self.recent_NAW)) / self.world.spec.aisles
-        return fresh_NA[:, :, None] * self.world.weight(self.belief_NM)
-
-    def _recent(self, weight_NAM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[N, A, W], [N, A, W]: q of recent purchases without and with repeats; zero where empty or doubled."""
-        recent_NAW, world = self.recent_NAW, self.world
-        same_NAWW = recent_NAW[..., :, None] == recent_NAW[..., None, :]
-        later_NAW = np.any(same_NAWW & np.tri(world.spec.recent, k=-1, dtype=bool), axis=3)
-        kept_NAW = (recent_NAW >= 0) & ~later_NAW
-        item_NAW = np.maximum(recent_NAW, 0)
-        fresh_NAW = world.popularity_V[item_NAW] * np.take_along_axis(weight_NAM, world.cluster_V[item_NAW], 2)
-        repeated_NAW = world.repeated(recent_NAW[:, :, None, :], recent_NAW)
-        full_NAW = fresh_NAW + repeated_NAW / world.spec.aisles
-        return np.where(kept_NAW, fresh_NAW, 0.0), np.where(kept_NAW, full_NAW, 0.0)
+    def probability(self) -> np.ndarray:
+        """[N, V]: q of every item."""
+        world, recent_NAW = self.world, self.recent_NAW
+        # f of an aisle's items by cluster, over pop, expected under the belief.
+        weight_NAM = world.own_AM * self.belief_NM[:, None, :] + (self.belief_NM @ world.common_AM.T)[:, :, None]
+        weight_NAM *= (1 - world.repeat(recent_NAW))[:, :, None]
+        sum_NV = world.popularity_V * weight_NAM[:, world.aisle_V, world.cluster_V]
+        known = recent_NAW >= 0
+        np.add.at(sum_NV, (np.nonzero(known)[0], recent_NAW[known]), world.repeated(recent_NAW)[known])
+        return sum_NV / world.spec.aisles
 
 
 def filter_at(
@@ -286,22 +230,16 @@ def filter_at(
     known_Q = basket_Q - first_Q
     known_N = np.zeros(len(first_N), np.int64)
     np.maximum.at(known_N, slot_Q, known_Q)
-    by_length = np.argsort(-known_N, kind="stable")
-    row_Q = np.argsort(by_length)[slot_Q]
-    first_N, falling_N = first_N[by_length], known_N[by_length]
     start_B = np.cumsum(size_B) - size_B
-    by_known = np.argsort(known_Q, kind="stable")
-    cuts = np.searchsorted(known_Q[by_known], np.arange(int(known_N.max(initial=0)) + 2))
-    predictor, belief, recent = BayesFilter.start(world, len(first_N)), [], []
-    for step in range(len(cuts) - 1):
-        if step:
-            basket = first_N[: int(np.searchsorted(-falling_N, -step, side="right"))] + step - 1
-            predictor.observe(item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
-        asked = row_Q[by_known[cuts[step] : cuts[step + 1]]]
-        belief.append(predictor.belief_NM[asked])
-        recent.append(predictor.recent_NAW[asked])
-    back = np.argsort(by_known)
-    return BayesFilter(world, np.concatenate(belief)[back], np.concatenate(recent)[back])
+    predictor, asked = BayesFilter.start(world, len(first_N)), BayesFilter.start(world, len(first_Q))
+    for step in range(int(known_N.max(initial=0)) + 1):
+        now = np.flatnonzero(known_Q == step)
+        asked.belief_NM[now] = predictor.belief_NM[slot_Q[now]]
+        asked.recent_NAW[now] = predictor.recent_NAW[slot_Q[now]]
+        going_on = np.flatnonzero(known_N > step)
+        basket = first_N[going_on] + step
+        predictor.observe(going_on, item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
+    return asked
 
 
 def no_purchases(spec: WorldSpec, num_users: int) -> np.ndarray:
@@ -320,7 +258,3 @@ def _partition(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
     part_V = rng.integers(0, parts, items)
     part_V[rng.permutation(items)[:parts]] = np.arange(parts)
     return part_V
-
-
-def _plogp(values: np.ndarray) -> np.ndarray:
-    return np.where(values > 0, values * np.log(np.where(values > 0, values, 1.0)), 0.0)

@@ -20,20 +20,28 @@ import pyarrow as pa
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.encoding import write_vocabulary
-from bfm.events.fields import FittedField
-from bfm.events.fitting import Cut, Encoded, Fitted
-from bfm.events.items import Items, choose_values, count_items, count_values, join_item_table, key_columns, merge_items
+from bfm.events.fields import FittedField, Side
+from bfm.events.fitting import Fitted, Loss
+from bfm.events.items import (
+    ITEM_ID,
+    POPULARITY,
+    Items,
+    choose_values,
+    count_items,
+    count_values,
+    join_item_table,
+    key_columns,
+    merge_items,
+)
 from bfm.events.manifest import Manifest
 from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
-from bfm.events.schema import MAX_LENGTH, EventSchema
+from bfm.events.schema import MAX_LENGTH, FieldSpec
 from bfm.events.shards import Shards, finish, write_items, write_shard
 from bfm.events.split import Split
 from bfm.events.statistics import fit_group_curve
 from bfm.events.ties import TieCounts
 
-_ITEM_ID = "item_id"
-_POPULARITY = "popularity"
 # Share of training events whose item features are not the item's: above it, `describe` warns.
 _MANY_CONFLICTS = 0.05
 
@@ -49,11 +57,12 @@ def measure_partition(job: Job, split: Split, index: int) -> None:
     train_end, _ = split.ends(time, offsets)
     train = np.arange(len(time)) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(train_end, np.diff(offsets))
     item = _column(table, clean.ITEM)
-    write_arrow(job.file("items", index, "arrow"), count_items(item, time, train))
+    columns = {"item": item, "train_count": train.astype(np.int64), "first_time": time, "first_hash": table[ROW_HASH]}
+    events = pa.table(columns)
+    write_arrow(job.file("items", index, "arrow"), count_items(events))
     for name in job.event_item_fields:
-        value = _column(table, clean.item_column(name))
-        partial = count_values(item, value, time, table[ROW_HASH].to_numpy(), train)
-        write_arrow(job.file(f"values-{name}", index, "arrow"), partial)
+        values = events.append_column("value", _column(table, clean.item_column(name)))
+        write_arrow(job.file(f"values-{name}", index, "arrow"), count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = _column(table, clean.context_column(name))
         statistics = fitting.measure(values, spec.kind, train.astype(np.int64))
@@ -91,42 +100,38 @@ def fit_all(job: Job) -> dict[str, Any]:
         fix = "check the split and the user column"
         raise UserError("no user has two events in the training range", key="split", fix=fix)
     texts, checks = _item_texts(job, items)
-    encoded: dict[str, np.ndarray] = {}
-    raw: dict[str, pa.Array] = {}
-    fields: list[Fitted] = []
-    for name, spec in job.schema.item_fields.items():
-        raw[name] = clean.from_text(texts[name], spec.kind)
-        statistics = fitting.measure(raw[name], spec.kind, items.train_count)
-        fields.append(fitting.fit(name, "item", spec.kind, statistics, spec.max_length))
-        found = fitting.encode(raw[name], fields[-1])
-        encoded[name] = found.array
-        checks["repairs"].update(_repairs(fields[-1].field, found))
-        checks["cuts"].update(_cuts(job.schema, fields[-1].field, found.cut))
-        if statistics.known == 0:
-            checks["no_value_in_training"].append(name)
+    raw = {name: clean.from_text(texts[name], spec.kind) for name, spec in job.schema.item_fields.items()}
+    popularity = pa.array(items.train_count.astype(np.float64))
+    statistics = {
+        name: fitting.measure(raw[name], spec.kind, items.train_count) for name, spec in job.schema.item_fields.items()
+    }
+    statistics |= {name: fitting.merge(list(job.load(f"context-{name}"))) for name in job.schema.context_fields}
+
+    def declared(side: Side, specs: dict[str, FieldSpec]) -> list[Fitted]:
+        return [fitting.fit(name, side, spec.kind, statistics[name], spec.max_length) for name, spec in specs.items()]
+
+    fields = declared("item", job.schema.item_fields)
     if job.schema.id_field:
         rows = job.schema.hash_rows or fitting.id_table_rows(items.catalogue)
-        fields.append(Fitted(fitting.hashed_field(_ITEM_ID, "item", rows)))
-        encoded[_ITEM_ID] = fitting.encode(items.keys, fields[-1]).array
+        fields.append(Fitted(fitting.hashed_field(ITEM_ID, "item", rows)))
     if job.schema.popularity_field:
-        popularity = pa.array(items.train_count.astype(np.float64))
-        known = (items.train_count > 0).astype(np.int64)
-        fields.append(fitting.fit(_POPULARITY, "item", "numeric", fitting.measure(popularity, "numeric", known)))
-        encoded[_POPULARITY] = fitting.encode(popularity, fields[-1]).array
-    for name, spec in job.schema.context_fields.items():
-        statistics = fitting.merge(spec.kind, list(job.load(f"context-{name}")))
-        fields.append(fitting.fit(name, "context", spec.kind, statistics, spec.max_length))
-        if statistics.known == 0:
-            checks["no_value_in_training"].append(name)
+        of_catalogue = fitting.measure(popularity, "numeric", (items.train_count > 0).astype(np.int64))
+        fields.append(fitting.fit(POPULARITY, "item", "numeric", of_catalogue))
+    values = {**raw, ITEM_ID: items.keys, POPULARITY: popularity}
+    encoded = {each.field.name: fitting.encode(values[each.field.name], each) for each in fields}
+    fields += declared("context", job.schema.context_fields)
+
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
-    write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), encoded)
-    write_arrow(job.file("fitted", "items", "arrow"), pa.table({"key": items.keys, **counts}))
+    arrays = {name: array for name, (array, _) in encoded.items()}
+    write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), arrays)
+    write_arrow(job.file("fitted", 0, "arrow"), pa.table({"key": items.keys, **counts}))
     # Vocabularies stay in the shard set, for whoever encodes other events.
     for fitted in fields:
         if fitted.vocabulary is not None:
             write_vocabulary(job.shard_set, fitted.field.name, fitted.vocabulary)
     job.save("fields", 0, fields)
-    return {name: check for name, check in checks.items() if check}
+    job.save("item-losses", 0, {name: loss for name, (_, loss) in encoded.items()})
+    return {**checks, "no_value_in_training": [name for name, found in statistics.items() if found.known == 0]}
 
 
 def _partials(job: Job, stage: str) -> list[pa.Table]:
@@ -141,12 +146,7 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
     for piece in job.load("read"):
         repairs.update(piece.repairs)
         ties += piece.ties
-    checks: dict[str, Any] = {
-        "ties_raw": ties.as_dict(),
-        "no_value_in_training": [],
-        "item_conflicts": {},
-        "cuts": {},
-    }
+    checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "item_conflicts": {}}
     texts = {}
     for name in job.event_item_fields:
         values = choose_values(_partials(job, f"values-{name}"), items)
@@ -168,21 +168,6 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
     return texts, checks
 
 
-def _repairs(field: FittedField, found: Encoded) -> dict[str, int]:
-    return {f"{field.name}: {fitting.LOST[field.kind]}": found.missing} if found.missing else {}
-
-
-def _cuts(schema: EventSchema, field: FittedField, cut: Cut) -> dict[str, dict[str, Any]]:
-    """What the manifest says of a field whose bags were cut; nothing where none was."""
-    if not cut.cut:
-        return {}
-    specs, of = (schema.item_fields, "items") if field.side == "item" else (schema.context_fields, "events")
-    limit = specs[field.name].max_length or MAX_LENGTH[field.kind]
-    unit = "words" if field.kind == "text" else "elements"
-    figures = {"of": of, "unit": unit, "kept": field.columns, "by_max_length": field.columns == limit}
-    return {field.name: {**figures, **dataclasses.asdict(cut)}}
-
-
 def _fields(job: Job) -> list[Fitted]:
     return next(job.load("fields"))
 
@@ -193,7 +178,7 @@ def _fields(job: Job) -> list[Fitted]:
 @lru_cache(maxsize=1)
 def _items(job_folder: Path) -> Items:
     # One worker writes many partitions; the item keys are its largest table.
-    table = read_arrow(job_folder / "work" / "fitted" / "items.arrow")
+    table = read_arrow(job_folder / "work" / "fitted" / "00000.arrow")
     keys, counts, first = (table[name].combine_chunks() for name in table.column_names)
     return Items(keys, counts.to_numpy(), first.to_numpy())
 
@@ -202,39 +187,34 @@ def write_partition(job: Job, split: Split, present: list[int], shard: int) -> N
     """Encode a sorted partition, the one at `shard` among those that are present, and write it as a shard."""
     table = read_arrow(job.file("sorted", present[shard], "arrow"))
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
-    context: dict[str, np.ndarray] = {}
-    repairs: dict[str, int] = {}
-    cuts: dict[str, Cut] = {}
-    for fitted in _fields(job):
-        if fitted.field.side == "item":
-            continue
-        found = fitting.encode(_column(table, clean.context_column(fitted.field.name)), fitted)
-        context[fitted.field.name] = found.array
-        repairs.update(_repairs(fitted.field, found))
-        cuts[fitted.field.name] = found.cut
+    encoded = {
+        fitted.field.name: fitting.encode(_column(table, clean.context_column(fitted.field.name)), fitted)
+        for fitted in _fields(job)
+        if fitted.field.side == "context"
+    }
     train_end, valid_end = split.ends(time, offsets)
     write_shard(
         job.shard_set,
         shard,
         item=_items(job.folder).ids(_column(table, clean.ITEM)),
         time=time,
-        context=context,
+        context={name: array for name, (array, _) in encoded.items()},
         user_offsets=offsets,
         train_end=train_end,
         valid_end=valid_end,
         users=_column(table, clean.USER).dictionary,
     )
-    job.save("written", shard, (repairs, cuts))
+    job.save("written", shard, {name: loss for name, (_, loss) in encoded.items()})
 
 
 def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
     """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     fields = tuple(fitted.field for fitted in _fields(job))
-    checks = _with_context_losses(job, fields, checks)
+    checks = _with_losses(job, fields, checks)
     users = sum(partition.users for partition in partitions)
     if users == 1:
-        checks = {**checks, "users": {"warning": "there is a single user: standard errors over users do not exist"}}
+        checks["users"] = {"warning": "there is a single user: standard errors over users do not exist"}
     measured = list(job.load("measured"))
     times = [partition.time_range for partition in partitions if partition.events]
     items = _items(job.folder)
@@ -255,28 +235,33 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
         rows_read=rows_read(job),
         rows_quarantined=quarantined(partitions),
         schema=job.schema.model_dump(mode="json", exclude_none=True),
-        checks=checks,
     )
-    return _complete(job, draft)
-
-
-def _with_context_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:
-    """The checks of `fit_all` and what the encoding of events made missing or cut."""
-    repairs, cuts = Counter(checks.get("repairs", {})), dict(checks.get("cuts", {}))
-    written = list(job.load("written"))
-    for found, _ in written:
-        repairs.update(found)
-    for field in fields:
-        if field.side == "context":
-            cuts.update(_cuts(job.schema, field, sum((found[field.name] for _, found in written), Cut())))
-    losses = {"repairs": dict(sorted(repairs.items())), "cuts": cuts}
-    return {**checks, **{name: figures for name, figures in losses.items() if figures}}
-
-
-def _complete(job: Job, draft: Manifest) -> Manifest:
     shards = Shards(job.shard_set, draft)
     asked = job.schema.evaluation
     protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    curve = fit_group_curve(shards)
-    checks = {**draft.checks, "seen_items": protocol.seen_rule}
-    return finish(job.shard_set, dataclasses.replace(draft, group_curve=curve, checks=checks))
+    checks["seen_items"] = protocol.seen_rule
+    checks = {name: check for name, check in checks.items() if check}
+    return finish(job.shard_set, dataclasses.replace(draft, group_curve=fit_group_curve(shards), checks=checks))
+
+
+def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:
+    """The checks of `fit_all`, and what encoding made missing or cut."""
+    repairs, cuts = Counter(checks["repairs"]), {}
+    found = [*job.load("item-losses"), *job.load("written")]
+    for field in fields:
+        loss = sum((losses[field.name] for losses in found if field.name in losses), Loss())
+        if loss.missing:
+            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss.missing
+        if loss.cut:
+            specs, of = (
+                (job.schema.item_fields, "items") if field.side == "item" else (job.schema.context_fields, "events")
+            )
+            limit = specs[field.name].max_length or MAX_LENGTH[field.kind]
+            cuts[field.name] = {
+                "of": of,
+                "unit": "words" if field.kind == "text" else "elements",
+                "kept": field.columns,
+                "by_max_length": field.columns == limit,
+                **{name: getattr(loss, name) for name in ("values", "cut", "lost")},
+            }
+    return {**checks, "repairs": dict(sorted(repairs.items())), "cuts": cuts}

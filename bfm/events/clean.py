@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.events import parse
+from bfm.events.hashing import hash_rows
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
 from bfm.events.source import Piece, RawChunk, read_piece
 
@@ -36,6 +37,8 @@ _CONTEXT_TYPE = {
     "time": pa.int64(),
 }
 _RAW_SLICE_ROWS = 4096
+Faults = list[tuple[str, np.ndarray]]
+"""Reasons and the rows (bool [n]) that they are true of, the graver first."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]
         raw: rows as read, any column types.
         names: all columns that the rows have, where those read are not all.
     """
-    faults = Faults(raw.num_rows)
+    faults: Faults = []
     user = _key(_column(raw, schema.user), "user", faults)
     item = item_key(raw, schema.item, faults)
     time = _order(raw, schema, faults)
@@ -107,8 +110,8 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]
         columns[item_column(name)] = to_text(values)
     for name, spec in schema.context_fields.items():
         columns[context_column(name)] = field_values(_column(raw, spec.column), spec, name, repairs)
-    columns[FAULT] = faults.column()
-    columns[RAW] = _raw_text(raw, faults.found())
+    columns[FAULT] = _first_fault(faults)
+    columns[RAW] = _raw_text(raw, parse.to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
     return Cleaned(table, repairs, raw, names or raw.column_names)
@@ -118,7 +121,14 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: list[st
     target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
     content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
     table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
-    return Cleaned(table, Counter(), chunk.table.slice(0, 0))
+    return Cleaned(table, Counter(), pa.table({}))
+
+
+def usable(cleaned: pa.Table, seed: int) -> tuple[pa.Table, dict[str, pa.Array], np.ndarray]:
+    """The rows without a fault, their columns (text as dictionaries), and the hash of each whole row: uint64 [n]."""
+    rows = cleaned.filter(cleaned[FAULT].is_null()).drop_columns([FAULT, RAW])
+    columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
+    return rows, columns, hash_rows(list(columns.values()), seed)
 
 
 def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
@@ -136,23 +146,21 @@ def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
             texts.append(_key(column, "item", faults))
             continue
         values, wrong, infinite = parse.numbers(column)
-        faults.add("item is not a number", wrong)
-        faults.add("item is infinite", infinite)
-        faults.add("missing item", parse.to_mask(values.is_null()))
+        faults.append(("item is not a number", wrong))
+        faults.append(("item is infinite", infinite))
+        faults.append(("missing item", parse.to_mask(values.is_null())))
         texts.append(parse.bucket_names(values, part.buckets))
-    if len(texts) == 1:
-        return texts[0]
-    for text in texts:
-        faults.add("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR)))
-    return pc.binary_join_element_wise(*texts, pa.scalar(parse.SEPARATOR, _TEXT))
+    for text in texts if len(texts) > 1 else ():
+        faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
+    return join_key(texts)
 
 
 def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[tuple[str, str]]) -> pa.Array:
     """A field's values in the type of its kind; unusable ones are null and counted in `repairs`."""
-    faults: list[tuple[str, np.ndarray]] = []
+    faults: Faults
     values: pa.Array
     if spec.kind == "time":
-        values, wrong = parse.times(column, spec.time)
+        values, wrong = parse.times(column, spec)
         faults = [("not a time", wrong)]
     elif spec.kind == "numeric" or spec.buckets is not None:
         values, wrong, infinite = parse.numbers(column)
@@ -179,53 +187,30 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[
 
 def to_text(values: pa.Array) -> pa.Array:
     """Values of any kind as one text each (lists joined), so that equal values are equal texts."""
-    kind = values.type
-    if pa.types.is_large_list(kind):
-        texts = pa.LargeListArray.from_arrays(
-            values.offsets, values.values.cast(_TEXT), mask=values.is_null() if values.null_count else None
-        )
-        return pc.binary_join(texts, pa.scalar(parse.SEPARATOR, _TEXT))
+    if pa.types.is_large_list(values.type):
+        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(parse.SEPARATOR, _TEXT))
     return values.cast(_TEXT)
 
 
 def from_text(texts: pa.Array, kind: str) -> pa.Array:
     """Inverse of `to_text`."""
     target = _CONTEXT_TYPE[kind]
-    if not pa.types.is_large_list(target):
-        return texts.cast(target)
-    split = pc.split_pattern(texts, parse.SEPARATOR)
-    elements = parse.plain(split.values).cast(target.value_type)
-    return pa.LargeListArray.from_arrays(
-        split.offsets.cast(pa.int64()), elements, mask=texts.is_null() if texts.null_count else None
-    )
+    return (pc.split_pattern(texts, parse.SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
+
+
+def join_key(parts: list[pa.Array]) -> pa.Array:
+    """One text per row of one or several columns of text."""
+    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(parse.SEPARATOR, _TEXT))
 
 
 # ---------------------------------------------------------------- inside
 
 
-class Faults:
-    """The first fault of each row."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._reasons: list[str] = []
-        self._first = np.full(num_rows, -1, np.int32)
-
-    def add(self, reason: str, mask: np.ndarray) -> None:
-        """Rows of the mask have this fault, where they have none yet."""
-        fresh = mask & (self._first < 0)
-        if fresh.any():
-            self._first[fresh] = len(self._reasons)
-            self._reasons.append(reason)
-
-    def found(self) -> np.ndarray:
-        """Bool [n]: rows with a fault."""
-        return self._first >= 0
-
-    def column(self) -> pa.Array:
-        """Large strings [n], null where there is none."""
-        if not self._reasons:
-            return pa.nulls(len(self._first), _TEXT)
-        return pa.array(self._reasons, _TEXT).take(pa.array(self._first, mask=self._first < 0))
+def _first_fault(faults: Faults) -> pa.Array:
+    """Reason of the first fault of each row, null where there is none."""
+    reasons, masks = zip(*faults, strict=True)
+    first = np.select(masks, np.arange(len(masks)), -1)
+    return pa.array(reasons, _TEXT).take(pa.array(first, mask=first < 0))
 
 
 def _column(raw: pa.Table, name: str) -> pa.Array:
@@ -234,12 +219,12 @@ def _column(raw: pa.Table, name: str) -> pa.Array:
 
 def _key(column: pa.Array, role: str, faults: Faults) -> pa.Array:
     if not parse.is_plain(column.type):
-        faults.add(f"wrong type of {role}", parse.to_mask(column.is_valid()))
-        faults.add(f"missing {role}", parse.to_mask(column.is_null()))
+        faults.append((f"wrong type of {role}", parse.to_mask(column.is_valid())))
+        faults.append((f"missing {role}", parse.to_mask(column.is_null())))
         return pa.nulls(len(column), _TEXT)
     values, infinite = parse.keys(column)
-    faults.add(f"{role} is infinite", infinite)
-    faults.add(f"missing {role}", parse.to_mask(values.is_null()))
+    faults.append((f"{role} is infinite", infinite))
+    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
     return values
 
 
@@ -249,20 +234,15 @@ def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
     else:
         assert schema.position is not None
         role, values, wrong = "position", *parse.positions(_column(raw, schema.position))
-    faults.add(f"unparsable {role}", wrong)
-    faults.add(f"missing {role}", parse.to_mask(values.is_null()))
+    faults.append((f"unparsable {role}", wrong))
+    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
     return values
 
 
 def _raw_text(raw: pa.Table, found: np.ndarray) -> pa.Array:
     """The original row as JSON where `found`, else null."""
-    if not found.any():
-        return pa.nulls(raw.num_rows, _TEXT)
-    rows = np.flatnonzero(found)
-    texts = pa.array(list(_json_lines(raw.take(pa.array(rows)))), _TEXT)
-    index = np.zeros(raw.num_rows, np.int64)
-    index[rows] = np.arange(len(rows))
-    return texts.take(pa.array(index, mask=~found))
+    texts = pa.array(list(_json_lines(raw.filter(pa.array(found)))), _TEXT)
+    return pc.replace_with_mask(pa.nulls(raw.num_rows, _TEXT), pa.array(found), texts)
 
 
 def _json_lines(table: pa.Table) -> Iterator[str]:

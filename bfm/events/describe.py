@@ -13,34 +13,28 @@ from typing import Any
 import numpy as np
 
 from bfm.events.protocol import PARTS, Protocol
-from bfm.events.shards import Shards, user_chunks
+from bfm.events.ragged import chunks
+from bfm.events.shards import Shards
 from bfm.events.ties import TieCounts, tie_monotonicity
 from bfm.units import format_count
 
 _CHUNK_EVENTS = 1 << 20
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+_FACTS = ("name", "users", "events", "items", "catalogue", "has_clock", "rows_read", "rows_quarantined", "checks")
 
 
 def describe(shards: Shards) -> dict[str, Any]:
     """JSON-able description of a finished shard set."""
     manifest = shards.manifest
     return {
-        "name": manifest.name,
-        "users": manifest.users,
-        "events": manifest.events,
-        "items": manifest.items,
-        "catalogue": manifest.catalogue,
-        "has_clock": manifest.has_clock,
+        **{name: getattr(manifest, name) for name in _FACTS},
         "time_range": list(manifest.time_range),
-        "rows_read": manifest.rows_read,
-        "rows_quarantined": manifest.rows_quarantined,
         "history_length": _history_lengths(shards),
         "popularity": _popularity(shards.train_counts),
         **_repeats_and_ties(shards),
         "split": _split(shards),
         "protocol": _protocol(shards),
         "fields": [field.as_dict() for field in shards.fields],
-        "checks": manifest.checks,
         "hash": shards.hash,
     }
 
@@ -69,7 +63,7 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, TieCounts()
-    for low, high in itertools.pairwise(user_chunks(shards.user_lengths, _CHUNK_EVENTS)):
+    for low, high in itertools.pairwise(chunks(shards.user_lengths, _CHUNK_EVENTS)):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)

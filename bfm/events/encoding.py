@@ -21,7 +21,7 @@ from bfm.events.fields import FittedField
 from bfm.events.shards import Shards
 
 ITEMS = "items.parquet"
-_KEY, _COUNT, _ENCODED = "key_", "train_count", "encoded_"
+_KEY, _ENCODED = "key_", "encoded_"
 
 
 @dataclass(frozen=True)

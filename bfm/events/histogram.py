@@ -28,16 +28,13 @@ class Histogram:
     def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> Histogram:
         """Histogram of int64 values, each counted once or with its whole weight."""
         counts = np.ones(len(values), np.int64) if weights is None else weights.astype(np.int64)
-        order = np.argsort(values, kind="stable")
-        bins, counts = _sum_by_bin(values[order].astype(np.int64), counts[order])
-        return _coarsen(0, bins[counts > 0], counts[counts > 0])
+        return _coarsened(0, values[counts > 0].astype(np.int64), counts[counts > 0])
 
     def merged(self, other: Histogram) -> Histogram:
         """Histogram of the values of both."""
         shift = max(self.shift, other.shift)
-        bins = np.concatenate([self.bins >> (shift - self.shift), other.bins >> (shift - other.shift)])
-        order = np.argsort(bins, kind="stable")
-        return _coarsen(shift, *_sum_by_bin(bins[order], np.concatenate([self.counts, other.counts])[order]))
+        bins = np.concatenate([part.bins >> (shift - part.shift) for part in (self, other)])
+        return _coarsened(shift, bins, np.concatenate([self.counts, other.counts]))
 
     @property
     def total(self) -> int:
@@ -68,16 +65,12 @@ def from_ordered_bits(bits: np.ndarray) -> np.ndarray:
     return raw.astype(np.uint32).view(np.float32)
 
 
-def _sum_by_bin(bins: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct bins and their summed counts; `bins` must ascend."""
-    if len(bins) == 0:
-        return bins, counts
-    firsts = np.flatnonzero(np.append(True, bins[1:] != bins[:-1]))
-    return bins[firsts], np.add.reduceat(counts, firsts)
-
-
-def _coarsen(shift: int, bins: np.ndarray, counts: np.ndarray) -> Histogram:
-    while len(bins) > MAX_BINS:
-        shift += 1
-        bins, counts = _sum_by_bin(bins >> 1, counts)
-    return Histogram(shift, bins, counts)
+def _coarsened(shift: int, bins: np.ndarray, counts: np.ndarray) -> Histogram:
+    """The histogram of counts in bins of any order, equal ones among them."""
+    while True:
+        bins, place = np.unique(bins, return_inverse=True)
+        summed = np.zeros(len(bins), np.int64)
+        np.add.at(summed, place, counts)
+        if len(bins) <= MAX_BINS:
+            return Histogram(shift, bins, summed)
+        shift, bins, counts = shift + 1, bins >> 1, summed

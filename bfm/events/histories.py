@@ -3,42 +3,42 @@
 Enters: an `Encoding`, log files, a scratch folder. Leaves: `Part`s of bounded size, counts of what was read, and the
 encoded fields of items that the encoding does not know (their ids follow the known ones).
 
-Rows are cleaned, hashed and numbered chunk by chunk. Once more are held than a part may have, they are spilled to files
-by a hash of the user, and a file that is still too large is spilled again by further bits of it. Inside a part, order
-is that of a preparation: user, time, seeded hash of the whole cleaned row.
+Rows are cleaned, hashed and numbered chunk by chunk, and written to files by a hash of the user; what is too large for
+one part is divided again by another hash. Inside a part, order is that of a preparation: user, time, seeded hash of the
+whole cleaned row.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.dataset import dataset, write_dataset
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField
 from bfm.events.fitting import Fitted
-from bfm.events.hashing import hash_rows, hash_strings, order_events
+from bfm.events.hashing import hash_strings, order_events
+from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values
 from bfm.events.manifest import Manifest
-from bfm.events.parse import SEPARATOR, encoded, plain, to_mask
+from bfm.events.parse import encoded, plain
+from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards, write_shard
 from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
-_SPILL_BITS = 5
-_SPILL_LEVELS = 6
-_HASH, _USER_HASH = "hash", "user_hash"
+_BUCKETS = 32
+_HASH = "hash"
 _TEXT = pa.large_string()
 
 
@@ -85,12 +85,10 @@ class Histories:
         self._new = _NewItems(encoding, self.schema)
         columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
-        tables = _whole_users(self._read(pieces, columns, progress), scratch, "", 0, part_rows)
+        tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
         # The whole log is read before the first one comes.
         first = next(tables, None)
         self._tables = itertools.chain([] if first is None else [first], tables)
-        if self.rows == 0:
-            raise UserError("the log has no rows", key="LOG", fix="check the files")
         if sum(self.unusable.values()) == self.rows:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.unusable.items()))
             fix = "check that the log has the columns and formats of the training log"
@@ -128,25 +126,18 @@ class Histories:
                 self.repairs += cleaned.repairs
                 yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
-        if present:
-            source.require_columns(columns, sorted(present), "LOG")
+        source.check_read(self.rows, columns, present)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
-        faulty = to_mask(cleaned[clean.FAULT].is_valid())
-        for entry in plain(cleaned[clean.FAULT]).drop_null().value_counts().to_pylist():
-            self.unusable[entry["values"]] += entry["counts"]
-        good = cleaned.filter(pa.array(~faulty))
-        names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW)]
-        columns = [encoded(plain(good[name])) for name in names]
-        row_hash = hash_rows(columns, self.encoding.seed)
-        item = self._new.number(good, columns[names.index(clean.ITEM)], row_hash)
-        kept = [clean.USER, clean.TIME, *(name for name in names if name.startswith(clean.context_column("")))]
+        self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
+        good, columns, row_hash = clean.usable(cleaned, self.encoding.seed)
+        item = self._new.number(good, columns[clean.ITEM], row_hash)
+        kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
         events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
-        idle = plain(cleaned[clean.USER]).filter(pa.array(faulty)).drop_null().unique()
+        idle = plain(cleaned.filter(cleaned[clean.FAULT].is_valid())[clean.USER]).drop_null().unique()
         nulls = {f.name: pa.nulls(len(idle), f.type) for f in events.schema}
-        table = pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
-        return table.append_column(_USER_HASH, pa.array(hash_strings(encoded(plain(table[clean.USER])))))
+        return pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
 
     def _part(self, table: pa.Table, folder: Path) -> Part:
         events = table.filter(table[clean.ITEM].is_valid())
@@ -179,12 +170,12 @@ class Histories:
         return Part(Shards(folder, self._manifest(len(none), len(order))), user.dictionary, without)
 
     def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
-        found = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-        if found.missing:
-            self.repairs[field.name, fitting.LOST[field.kind]] += found.missing
-        if found.cut.cut:
-            self.cuts[field.name] += found.cut.cut
-        return found.array
+        array, loss = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
+        if loss.missing:
+            self.repairs[field.name, fitting.LOST[field.kind]] += loss.missing
+        if loss.cut:
+            self.cuts[field.name] += loss.cut
+        return array
 
     def _manifest(self, users: int, events: int) -> Manifest:
         encoding = self.encoding
@@ -208,10 +199,9 @@ class _NewItems:
         self.encoding, self.schema = encoding, schema
         self.ids: dict[str, int] = {}
         self.events = 0
-        columns = [plain(column) for column in encoding.item_keys.columns]
-        separator = pa.scalar(SEPARATOR, _TEXT)
-        self._known = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, separator)
-        self._first: dict[str, dict[str, tuple[int, int, str]]] = {name: {} for name in encoding.event_item_fields}
+        self._known = clean.join_key([plain(column) for column in encoding.item_keys.columns])
+        self._values: dict[str, pa.Table] = {}
+        """Field -> what `count_values` finds in the events of new items."""
 
     def number(self, good: pa.Table, item: pa.DictionaryArray, row_hash: np.ndarray) -> np.ndarray:
         """Int32 ids of a chunk's events."""
@@ -220,88 +210,52 @@ class _NewItems:
         for code in np.flatnonzero(ids < 0):
             ids[code] = self.ids.setdefault(item.dictionary[code].as_py(), self.encoding.num_items + len(self.ids))
         item_E = ids[item.indices.to_numpy()]
-        new = np.flatnonzero(item_E >= self.encoding.num_items)
-        self.events += len(new)
-        if len(new):
-            order = new[np.lexsort((row_hash[new], good[clean.TIME].to_numpy()[new]))]
-            rows = good.take(pa.array(order))
-            for name, first in self._first.items():
-                self._note(first, rows, row_hash[order], clean.item_column(name))
+        new = pa.array(item_E >= self.encoding.num_items)
+        self.events += new.true_count
+        count = np.zeros(len(item_E), np.int64)
+        columns = {"item": good[clean.ITEM], "train_count": count, "first_time": good[clean.TIME]}
+        events = pa.table({**columns, "first_hash": row_hash}).filter(new)
+        for name in self.encoding.event_item_fields if len(events) else ():
+            values = events.append_column("value", good[clean.item_column(name)].filter(new))
+            before = [self._values[name]] if name in self._values else []
+            self._values[name] = count_values(pa.concat_tables([*before, values], promote_options="default"))
         return item_E.astype(np.int32)
 
     def encode(self, encode: Callable[[FittedField, pa.Array], np.ndarray]) -> dict[str, np.ndarray]:
         """Encoded item fields [new items]; what an item table would have to say is missing."""
-        keys = pa.array(list(self.ids), _TEXT)
-        arrays = {}
-        for field in self.encoding.fields:
-            if field.side != "item":
-                continue
-            spec = self.schema.item_fields.get(field.name)
-            if spec is not None:
-                first = self._first.get(field.name, {})
-                texts = pa.array([first[key][2] if key in first else None for key in self.ids], _TEXT)
-                values = clean.from_text(texts, spec.kind)
-            else:
-                # The fields that every schema may have: the id itself, and a popularity that is zero so far.
-                values = keys if field.kind == "hashed" else pa.array(np.zeros(len(keys)))
-            arrays[field.name] = encode(field, values)
-        return arrays
-
-    @staticmethod
-    def _note(first: dict[str, tuple[int, int, str]], rows: pa.Table, row_hash: np.ndarray, column: str) -> None:
-        known = np.flatnonzero(to_mask(rows[column].is_valid()))
-        items = encoded(plain(rows[clean.ITEM]).take(pa.array(known)))
-        codes, places = np.unique(items.indices.to_numpy(), return_index=True)
-        for code, row in zip(codes, known[places], strict=True):
-            seen = rows[clean.TIME][row].as_py(), int(row_hash[row]), rows[column][row].as_py()
-            key = items.dictionary[code].as_py()
-            first[key] = min(first.get(key, seen), seen)
+        keys, none = pa.array(list(self.ids), _TEXT), np.zeros(len(self.ids), np.int64)
+        # The fields that every schema may have: the id itself, and a popularity that is zero so far.
+        values = {ITEM_ID: keys, POPULARITY: pa.array(none.astype(np.float64))}
+        for name, spec in self.schema.item_fields.items():
+            texts = pa.nulls(len(keys), _TEXT)
+            if name in self._values:
+                texts = choose_values([self._values[name]], Items(keys, none, none)).texts
+            values[name] = clean.from_text(texts, spec.kind)
+        return {f.name: encode(f, values[f.name]) for f in self.encoding.fields if f.side == "item"}
 
 
-# ---------------------------------------------------------------- spilling
+def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:
+    """Tables of whole users, at most `part_rows` rows or one user each. Reads all rows first."""
+    num_rows = np.zeros(_BUCKETS, np.int64)
 
-
-def _whole_users(
-    tables: Iterator[pa.Table], folder: Path, prefix: str, level: int, part_rows: int
-) -> Iterator[pa.Table]:
-    """Tables of whole users: a single one where it fits into a part, else through files. Reads all rows first."""
-    held, rows = [], 0
-    for table in tables:
-        held.append(table)
-        rows += table.num_rows
-        if rows > part_rows and level < _SPILL_LEVELS:
-            break
-    else:
-        if held:
-            yield pa.concat_tables(held)
-        return
-    paths = _spill(itertools.chain(held, tables), folder, prefix, level)
-    held.clear()
-    for path in paths:
-        yield from _whole_users(_read_spilled(path), folder, f"{path.stem}-", level + 1, part_rows)
-
-
-def _spill(tables: Iterable[pa.Table], folder: Path, prefix: str, level: int) -> list[Path]:
-    """Rows to files by the level's bits of the user's hash."""
-    writers: dict[int, Any] = {}
-    paths = []
-    with ExitStack() as stack:
+    def batches() -> Iterator[pa.RecordBatch]:
         for table in tables:
-            digit = table[_USER_HASH].to_numpy() >> np.uint64(_SPILL_BITS * level) & np.uint64((1 << _SPILL_BITS) - 1)
-            order = np.argsort(digit, kind="stable")
-            table, counts = table.take(pa.array(order)), np.bincount(digit.astype(np.int64))
-            for value in np.flatnonzero(counts).tolist():
-                if value not in writers:
-                    paths.append(folder / f"{prefix}{value:02}.arrow")
-                    sink = stack.enter_context(pa.OSFile(str(paths[-1]), "wb"))
-                    writers[value] = stack.enter_context(pa.ipc.new_stream(sink, table.schema))
-                start = int(counts[:value].sum())
-                writers[value].write_table(table.slice(start, int(counts[value])))
-    return paths
+            bucket = (hash_strings(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
+            num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
+            yield from table.append_column("bucket", pa.array(bucket)).to_batches()
 
-
-def _read_spilled(path: Path) -> Iterator[pa.Table]:
-    with pa.OSFile(str(path)) as opened, pa.ipc.open_stream(opened) as batches:
-        for batch in batches:
-            yield pa.Table.from_batches([batch])
-    path.unlink()
+    read = batches()
+    first = next(read, None)
+    if first is None:
+        return
+    with TemporaryDirectory(dir=scratch) as folder:
+        options = {"format": "ipc", "partitioning": ["bucket"], "use_threads": False}
+        write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
+        used = np.flatnonzero(num_rows)
+        for low, high in itertools.pairwise(chunks(num_rows[used], part_rows)):
+            part = dataset([dataset(f"{folder}/{name}", format="ipc") for name in used[low:high]])
+            if num_rows[used[low:high]].sum() > part_rows and len(used) > 1:
+                rows = (pa.Table.from_batches([batch]) for batch in part.to_batches())
+                yield from _whole_users(rows, scratch, part_rows, level + 1)
+            else:
+                yield part.to_table()

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bfm.events.clean import Faults, field_values, item_key, to_text
+from bfm.events.clean import field_values, item_key, to_text
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.schema import EventSchema, ItemPart
 
-_TEXT = pa.large_string()
+ITEM_ID, POPULARITY = "item_id", "popularity"
+"""The item fields that every schema may have."""
 
 
 @dataclass(frozen=True)
@@ -57,81 +58,49 @@ class Values:
     """Training events whose known value is not the chosen one."""
 
 
-def count_items(item: pa.DictionaryArray, time: np.ndarray, train: np.ndarray) -> pa.Table:
-    """Partial: item, train_count, first_time of one partition (`train`: bool [E])."""
-    codes = item.indices.to_numpy()
-    num = len(item.dictionary)
-    first = np.full(num, np.iinfo(np.int64).max)
-    np.minimum.at(first, codes, time)
-    counts = np.bincount(codes[train], minlength=num)
-    return pa.table({"item": item.dictionary, "train_count": counts, "first_time": first})
+def count_items(events: pa.Table) -> pa.Table:
+    """A row per item of events (item, train_count: 1 or 0, first_time: their time), or of such rows of partitions."""
+    return _summed(events, ["item"], {"train_count": "sum", "first_time": "min"})
 
 
-def count_values(
-    item: pa.DictionaryArray, value: pa.DictionaryArray, time: np.ndarray, row_hash: np.ndarray, train: np.ndarray
-) -> pa.Table:
-    """Partial: item, value, count over training events; and for items without any here, the first known value.
+def count_values(events: pa.Table) -> pa.Table:
+    """A row per item and known value of events; first_hash is the hash of the row that breaks ties in time."""
+    by_time = [("first_time", "ascending"), ("first_hash", "ascending")]
+    known = events.filter(events["value"].is_valid()).sort_by(by_time)
+    return _summed(known, ["item", "value"], {"train_count": "sum", "first_time": "first", "first_hash": "first"})
 
-    The latter has count 0, and `first_time` and `first_hash` that say which of several partitions saw it first.
-    """
-    known = value.is_valid().to_numpy(zero_copy_only=False)
-    codes = item.indices.to_numpy()
-    value_codes = value.indices.fill_null(0).to_numpy(zero_copy_only=False)
-    rows = np.flatnonzero(known & train)
-    num_values = max(len(value.dictionary), 1)
-    pairs, counts = np.unique(codes[rows].astype(np.int64) * num_values + value_codes[rows], return_counts=True)
-    is_cold = np.bincount(codes[train], minlength=len(item.dictionary)) == 0
-    late = np.flatnonzero(known & is_cold[codes])
-    late = late[np.lexsort((row_hash[late], time[late], codes[late]))]
-    late = late[np.diff(codes[late], prepend=-1) != 0]
-    item_codes = np.concatenate([pairs // num_values, codes[late]])
-    chosen = np.concatenate([pairs % num_values, value_codes[late]])
-    zeros = np.zeros(len(pairs), np.int64)
-    return pa.table(
-        {
-            "item": item.dictionary.take(pa.array(item_codes)),
-            "value": value.dictionary.take(pa.array(chosen)),
-            "count": np.concatenate([counts, np.zeros(len(late), np.int64)]),
-            "first_time": np.concatenate([zeros, time[late]]),
-            "first_hash": np.concatenate([zeros.astype(np.uint64), row_hash[late]]),
-        }
-    )
+
+def _summed(events: pa.Table, keys: list[str], aggregates: dict[str, str]) -> pa.Table:
+    summed = events.group_by(keys, use_threads=False).aggregate(list(aggregates.items()))
+    numbers = {name: summed[f"{name}_{how}"] for name, how in aggregates.items()}
+    return pa.table({key: plain(summed[key]) for key in keys} | numbers)
 
 
 def merge_items(partials: list[pa.Table]) -> Items:
-    """All items from the partials of all partitions."""
-    merged = pa.concat_tables(partials).group_by("item").aggregate([("train_count", "sum"), ("first_time", "min")])
-    counts = merged["train_count_sum"].to_numpy()
-    first = merged["first_time_min"].to_numpy()
-    keys = plain(merged["item"])
-    order = np.lexsort((_ranks(keys), np.where(counts > 0, 0, first), -counts))
-    return Items(keys.take(pa.array(order)), counts[order], first[order])
+    """All items from what `count_items` found in all partitions."""
+    items = count_items(pa.concat_tables(partials))
+    cold_time = pc.if_else(pc.greater(items["train_count"], 0), 0, items["first_time"])
+    order = [("train_count", "descending"), ("cold_time", "ascending"), ("item", "ascending")]
+    items = items.append_column("cold_time", cold_time).sort_by(order)
+    return Items(plain(items["item"]), items["train_count"].to_numpy(), items["first_time"].to_numpy())
 
 
 def choose_values(partials: list[pa.Table], items: Items) -> Values:
-    """One field's values from the partials of all partitions."""
-    table = pa.concat_tables(partials)
-    if table.num_rows == 0:
-        return Values(pa.nulls(len(items.keys), _TEXT), 0)
-    warm = table.filter(pc.greater(table["count"], 0)).group_by(["item", "value"]).aggregate([("count", "sum")])
-    item, counts = items.ids(plain(warm["item"])), warm["count_sum"].to_numpy()
-    values = plain(warm["value"])
-    order = np.lexsort((_ranks(values), -counts, item))
-    best = order[np.diff(item[order], prepend=-1) != 0]
-    conflicts = int(counts.sum() - counts[best].sum())
-    cold = table.filter(pc.equal(table["count"], 0))
-    cold_item = items.ids(plain(cold["item"]))
-    # Cold in one partition, known from another's training events: the training range decides.
-    cold = cold.filter(pa.array(cold_item >= items.catalogue))
-    cold_item = cold_item[cold_item >= items.catalogue]
-    late_values = plain(cold["value"])
-    order = np.lexsort((_ranks(late_values), cold["first_hash"].to_numpy(), cold["first_time"].to_numpy(), cold_item))
-    first = order[np.diff(cold_item[order], prepend=-1) != 0]
-    where = np.full(len(items.keys), -1, np.int64)
+    """One field's values from what `count_values` found in all partitions."""
+    table = count_values(pa.concat_tables(partials))
+    item, count = items.ids(plain(table["item"])), table["train_count"].to_numpy()
+    first = {name: np.where(count > 0, 0, table[name].to_numpy()) for name in ("first_time", "first_hash")}
+    found = pa.table({"item": item, "count": count, **first, "value": table["value"]})
+    # What only later events say of a catalogue item does not count.
+    found = found.filter(pa.array((count > 0) | (item >= items.catalogue)))
+    order = {"item": "ascending", "count": "descending", **dict.fromkeys((*first, "value"), "ascending")}
+    found = found.sort_by(list(order.items()))
+    item, count = found["item"].to_numpy(), found["count"].to_numpy()
+    best = np.flatnonzero(np.diff(item, prepend=-1))
+    where = np.full(len(items.keys), -1)
     where[item[best]] = best
-    where[cold_item[first]] = len(values) + first
-    pool = plain(pa.chunked_array([values, late_values]))
-    return Values(pool.take(pa.array(where, mask=where < 0)), conflicts)
+    chosen = plain(found["value"]).take(pa.array(where, mask=where < 0))
+    return Values(chosen, int(count.sum() - count[best].sum()))
 
 
 @dataclass(frozen=True)
@@ -149,7 +118,7 @@ class Joined:
 def join_item_table(schema: EventSchema, raw: pa.Table, names: list[str], items: Items) -> Joined:
     """Values of the fields that an item table holds; of rows with one key, the first counts."""
     assert schema.items is not None
-    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], Faults(raw.num_rows))
+    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], [])
     found = pc.index_in(items.keys, value_set=keys)
     repairs: Counter[tuple[str, str]] = Counter()
     texts = {}
@@ -166,10 +135,3 @@ def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:
         return {f"key_{schema.item[0].column}": items.keys}
     parts = pc.split_pattern(items.keys, SEPARATOR)
     return {f"key_{part.column}": pc.list_element(parts, index) for index, part in enumerate(schema.item)}
-
-
-def _ranks(texts: pa.Array) -> np.ndarray:
-    """Int64 [n]: place of each text in byte order; equal texts share it."""
-    if len(texts) == 0:
-        return np.zeros(0, np.int64)
-    return pc.rank(texts, tiebreaker="dense").to_numpy()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import pyarrow.fs
 
 from bfm.events.fields import FittedField
 from bfm.files import Store
@@ -92,13 +93,8 @@ def fetch(uri: str) -> Path:
     if (target / MANIFEST).exists():
         return target
     with staging(target) as folder:
-        for name in manifest.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            remote = store.filesystem.open_input_stream(f"{store.prefix}/{name}")
-            with remote as source, open(folder / name, "wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
+        pyarrow.fs.copy_files(store.prefix, str(folder), source_filesystem=store.filesystem)
         check_files(folder, manifest.files)
-        SHARD_SET.write(Store(folder), manifest.as_dict())
         try:
             folder.rename(target)
         except OSError:

@@ -1,6 +1,7 @@
 """Which items stand near which in the training histories: a sparse table of counted pairs, and what it says.
 
-Enters: the table (counting.py). Leaves: the share of an item among the neighbours of another,
+Enters: a shard set's training events, and ways to count (`count_neighbours`; a log of more than MOST_EVENTS is counted
+on its first users, whose order is a hash). Leaves: the share of an item among the neighbours of another,
 
     p(v | u) = w_uv / sum_v w_uv,     w_uv = c_uv / n_v^damping
 
@@ -9,13 +10,15 @@ c_uv sums lag_decay^(lag - 1) over pairs of training events of one user at most 
 first, `backward` where v does; u = v counts too (repeats). n_v are training counts. Only the strongest neighbours of an
 item are kept.
 
-V = catalogue items, P = kept pairs, N = looked-up pairs, S = neighbours of several items,
-T = targets, M = last events before each, J = events around it.
+V = catalogue items, E = training events, P = pairs (of a table: the kept ones), N = looked-up pairs, T = targets,
+M = last events before each, J = events around it.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -23,12 +26,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bfm.events.ragged import Ragged, runs
+from bfm.events.ragged import Ragged, chunks, place_in_run, runs
+from bfm.events.shards import Shards, training_events
 
 REACH = 10
 LAST_EVENTS = 20
 """M: so many of a user's last events point to their neighbours."""
 NEIGHBOURS = 100
+MOST_EVENTS = 5_000_000
+_PASS_PAIRS = 1 << 23
+_CHUNK_EVENTS = 1 << 20
 _ROUNDING = 1e-6
 _AWAY_J = np.arange(1, REACH + 1)
 
@@ -52,6 +59,13 @@ class Counting:
         """What a pair of events counts where v stands 1..REACH events after u, then 1..REACH before it."""
         forward = self.lag_decay ** (_AWAY_J - 1.0)
         return np.concatenate([forward, self.backward * forward])
+
+
+BROAD = Counting("broad", lag_decay=1.0, age_decay=0.9, damping=0.3, backward=0.5)
+"""Baskets and long tastes: what stands somewhere near."""
+SHARP = Counting("sharp", lag_decay=0.6, age_decay=0.7, damping=0.2, backward=0.3)
+"""Orders of events: what comes next."""
+COUNTINGS = (BROAD, SHARP)
 
 
 @dataclass(frozen=True)
@@ -203,3 +217,80 @@ class Neighbours:
         facts = {name.removeprefix("counting_"): found[name].item() for name in found if name.startswith("counting_")}
         lists = Ragged(found["ids"], found["offsets"])
         return cls(lists, found["count"], found["train_counts"], int(found["users"]), Counting(**facts))
+
+
+# ---------------------------------------------------------------- counting
+
+
+def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neighbours]:
+    """The strongest neighbours of every catalogue item, in each way of counting, from one reading of the log.
+
+    Memory: a bounded number of pairs, and the tables themselves.
+    """
+    num_items, counts_V = shards.num_catalogue, shards.train_counts
+    runs: list[list[_Run]] = [[] for _ in countings]
+    # No item has more pairs than this; a pass takes a run of items that fits.
+    for low, high in itertools.pairwise(chunks(2 * REACH * counts_V, _PASS_PAIRS)):
+        key_P, times_P = np.unique(np.concatenate(list(_pairs(shards, low, high))), return_counts=True)
+        for of_counting, counting in zip(runs, countings, strict=True):
+            first_P, second_P, count_P = _totals(key_P, times_P, num_items, counting)
+            weight_P = count_P / counts_V[second_P].astype(np.float64) ** counting.damping
+            of_counting.append(_strongest(first_P - low, second_P, count_P, weight_P, high - low))
+    users, tables = counted_users(shards), []
+    for of_counting, counting in zip(runs, countings, strict=True):
+        ids, counts, lengths = (np.concatenate(parts) for parts in zip(*of_counting, strict=True))
+        lists = Ragged(ids, np.concatenate([[0], np.cumsum(lengths)]))
+        tables.append(Neighbours(lists, counts, counts_V, users, counting))
+    return tables
+
+
+def _totals(
+    key_P: NDArray[np.int64], times_P: NDArray[np.int64], num_items: int, counting: Counting
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """First item, second item and c_uv of each distinct pair, ascending."""
+    pair_P, kind_P = np.divmod(key_P, 2 * REACH)
+    counted_P = counting.near_J[kind_P] * times_P
+    starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
+    first, second = np.divmod(pair_P[starts], num_items)
+    return first, second, np.add.reduceat(counted_P, starts) if len(starts) else counted_P
+
+
+_Run = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
+"""Neighbours of consecutive items one after the other, their counts, and how many each item has."""
+
+
+def _strongest(
+    row_P: NDArray[np.int64],
+    second_P: NDArray[np.int64],
+    count_P: NDArray[np.float64],
+    weight_P: NDArray[np.float64],
+    num_rows: int,
+) -> _Run:
+    """The first NEIGHBOURS of each row by weight; row_P rises."""
+    # One key instead of two: pairs stand by their row already, a weight below 1 orders inside it.
+    order = np.argsort(row_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
+    kept = np.sort(order[place_in_run(row_P) < NEIGHBOURS])
+    lengths = np.bincount(row_P[kept], minlength=num_rows)
+    return second_P[kept].astype(np.int32), count_P[kept].astype(np.float32), lengths
+
+
+def counted_users(shards: Shards) -> int:
+    """The first so many users are counted."""
+    return max(1, int(np.searchsorted(shards.train_stops, MOST_EVENTS, side="right")))
+
+
+def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
+    """((first * V + second) * 2 + backward) * REACH + lag - 1 of all pairs whose first item lies in low..high-1.
+
+    Each pair of events comes both ways round.
+    """
+    yield np.zeros(0, np.int64)
+    for user_E, _, located in training_events(shards, counted_users(shards), _CHUNK_EVENTS):
+        item_E = shards.take_item(located).astype(np.int64)
+        for lag in range(1, REACH + 1):
+            together = user_E[:-lag] == user_E[lag:]
+            early, late = item_E[:-lag][together], item_E[lag:][together]
+            for backward, (first, second) in enumerate(((early, late), (late, early))):
+                wanted = (first >= low) & (first < high)
+                pair = first[wanted] * shards.num_catalogue + second[wanted]
+                yield (pair * 2 + backward) * REACH + lag - 1

@@ -22,7 +22,7 @@ _NULL_TEXTS = pa.array(["", "nan", "null", "none", "n/a", "\\n"], pa.large_strin
 _ISO = (
     r"^(?P<year>[0-9]{4})[-/](?P<month>[0-9]{1,2})[-/](?P<day>[0-9]{1,2})"
     r"(?:[T ]+(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,9}))?)?)?"
-    r" ?(?P<zone>Z|z|UTC|[-+][0-9]{2}(?::?[0-9]{2})?)?$"
+    r" ?(?:Z|z|UTC|(?P<sign>[-+])(?P<zone_hour>[0-9]{2})(?::?(?P<zone_minute>[0-9]{2}))?)?$"
 )
 # Years 1 to 9999.
 _MIN_MS, _MAX_MS = -62_135_596_800_000, 253_402_300_799_999
@@ -97,21 +97,17 @@ def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     if not is_plain(kind):
         return pa.nulls(len(column), pa.float64()), to_mask(column.is_valid()), wrong
     if pa.types.is_large_string(kind):
-        text = pc.utf8_trim_whitespace(column)
-        text = pc.if_else(pc.is_in(pc.utf8_lower(text), _NULL_TEXTS), None, text)
         # Arrow's number parser refuses a leading plus.
-        text = pc.replace_substring_regex(text, r"^\+([0-9.])", r"\1")
+        text = pc.replace_substring_regex(_known(column), r"^\+([0-9.])", r"\1")
         good = pc.match_substring_regex(text, _NUMBER)
         infinite = to_mask(pc.match_substring_regex(text, _INFINITE))
         wrong = to_mask(pc.and_(text.is_valid(), pc.invert(good))) & ~infinite
         values = pc.if_else(good, text, None).cast(pa.float64())
     else:
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            column = column.cast(pa.timestamp("ms"))
         if pa.types.is_temporal(kind):
-            column = (
-                column.cast(pa.timestamp("ms")).cast(pa.int64())
-                if not pa.types.is_time(kind)
-                else column.cast(pa.int64())
-            )
+            column = column.cast(pa.int64())
         values = column.cast(pa.float64(), safe=False)
         infinite = wrong.copy()
     infinite = infinite | to_mask(pc.is_inf(values))
@@ -140,8 +136,7 @@ def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
         return _in_range(column.cast(pa.timestamp("ms", getattr(kind, "tz", None)), safe=False).cast(pa.int64()))
     if not pa.types.is_large_string(kind):
         return _epoch(column, spec.unit)
-    text = pc.utf8_trim_whitespace(column)
-    text = pc.if_else(pc.is_in(pc.utf8_lower(text), _NULL_TEXTS), None, text)
+    text = _known(column)
     if spec.format is not None:
         parsed = pc.strptime(text, format=spec.format, unit="ms", error_is_null=True).cast(pa.int64())
         values, wrong = _in_range(parsed)
@@ -154,29 +149,24 @@ def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
 
 def lists(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray]:
     """Lists of texts; blank elements are left out, empty lists are null. Mask of values that are no list."""
-    wrong = np.zeros(len(column), bool)
     kind = column.type
-    if pa.types.is_large_string(kind):
-        column = pc.split_pattern(column, separator) if separator else _singletons(column)
-    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        if not is_plain(kind):
-            return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
-        column = _singletons(keys(column)[0])
-    flat = plain(pc.list_flatten(column))
-    if not is_plain(flat.type):
+    if pa.types.is_large_string(kind) and separator:
+        column = pc.split_pattern(column, separator)
+    elif is_plain(kind):
+        column = pa.LargeListArray.from_arrays(pa.array(np.arange(len(column) + 1)), keys(column)[0])
+    elif not _is_list(kind) or not is_plain(plain(pc.list_flatten(column)).type):
         return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
-    parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
-    elements, _ = keys(flat)
+    elements, _ = keys(plain(pc.list_flatten(column)))
     kept = to_mask(elements.is_valid())
-    return _relist(elements.filter(pa.array(kept)), parents[kept], len(column)), wrong
+    parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[kept]
+    return _relist(elements.filter(pa.array(kept)), parents, len(column)), np.zeros(len(column), bool)
 
 
 def vectors(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray]:
     """Lists of float32. Mask of values with a missing, infinite or unreadable element (null then)."""
-    kind = column.type
-    if pa.types.is_large_string(kind):
+    if pa.types.is_large_string(column.type):
         column = pc.split_pattern(column, separator or ",")
-    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    elif not _is_list(column.type):
         return pa.nulls(len(column), pa.large_list(pa.float32())), to_mask(column.is_valid())
     parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
     values, _, _ = numbers(plain(pc.list_flatten(column)))
@@ -198,8 +188,14 @@ def bucket_names(values: pa.Array, edges: list[float]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-def _singletons(values: pa.Array) -> pa.Array:
-    return pa.LargeListArray.from_arrays(pa.array(np.arange(len(values) + 1)), values)
+def _known(column: pa.Array) -> pa.Array:
+    """Trimmed texts, null where one says that there is nothing."""
+    text = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(pc.utf8_lower(text), _NULL_TEXTS), None, text)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _relist(elements: pa.Array, parents: np.ndarray, count: int) -> pa.Array:
@@ -238,37 +234,18 @@ def _iso(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """ISO 8601 text (also with slashes or a blank) to milliseconds."""
     parts = pc.extract_regex(text, _ISO)
 
-    def number(name: str) -> np.ndarray:
-        digits = pc.struct_field(parts, name)
+    def number(digits: pa.Array) -> np.ndarray:
         filled = pc.if_else(pc.equal(digits, ""), "0", digits).fill_null("0")
         return filled.cast(pa.int64()).to_numpy(zero_copy_only=False)
 
-    year, month, day = number("year"), number("month"), number("day")
-    hour, minute, second = number("hour"), number("minute"), number("second")
-    fraction = pc.struct_field(parts, "fraction")
-    milli = pc.utf8_slice_codeunits(pc.utf8_rpad(fraction, 3, "0"), 0, 3).fill_null("000")
+    names = ("year", "month", "day", "hour", "minute", "second", "zone_hour", "zone_minute")
+    year, month, day, hour, minute, second, *zone = (number(pc.struct_field(parts, name)) for name in names)
+    milli = number(pc.utf8_slice_codeunits(pc.utf8_rpad(pc.struct_field(parts, "fraction"), 3, "0"), 0, 3))
     good = to_mask(parts.is_valid()) & (month >= 1) & (month <= 12) & (day >= 1) & (hour < 24) & (minute < 60)
     good &= (second <= 60) & (year >= 1)
     first = ((year - 1970) * 12 + np.clip(month, 1, 12) - 1).astype("datetime64[M]")
     days = first.astype("datetime64[D]").astype(np.int64) + day - 1
     good &= days < (first + 1).astype("datetime64[D]").astype(np.int64)
-    total_s = days * 86_400 + hour * 3600 + minute * 60 + second - _zone_s(pc.struct_field(parts, "zone"))
-    ms = total_s * 1000 + milli.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    east_s = np.where(to_mask(pc.equal(pc.struct_field(parts, "sign"), "-")), -1, 1) * (zone[0] * 3600 + zone[1] * 60)
+    ms = (days * 86_400 + hour * 3600 + minute * 60 + second - east_s) * 1000 + milli
     return pc.if_else(pa.array(good), pa.array(ms), None), to_mask(text.is_valid()) & ~good
-
-
-def _zone_s(zone: pa.Array) -> np.ndarray:
-    """Seconds east of UTC."""
-    digits = pc.replace_substring(zone, ":", "")
-    hours = pc.utf8_slice_codeunits(digits, 1, 3)
-    minutes = pc.utf8_slice_codeunits(digits, 3, 5)
-    signed = pc.match_substring_regex(digits, r"^[-+][0-9]{2}")
-    east_s = [
-        pc.if_else(pc.and_(signed, pc.not_equal(part, "")), part, "0")
-        .fill_null("0")
-        .cast(pa.int64())
-        .to_numpy(zero_copy_only=False)
-        * scale
-        for part, scale in ((hours, 3600), (minutes, 60))
-    ]
-    return np.where(to_mask(pc.starts_with(digits, "-")), -1, 1) * (east_s[0] + east_s[1])

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_rows, hash_strings, order_events
+from bfm.events.hashing import hash_strings, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import encoded, numbers, plain, to_mask
+from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
@@ -67,10 +67,9 @@ class Job:
         """The shard set in the making."""
         return self.folder / "set"
 
-    def file(self, stage: str, index: int | str, ending: str) -> Path:
+    def file(self, stage: str, index: int, ending: str) -> Path:
         """An intermediate file."""
-        name = f"{index:05d}" if isinstance(index, int) else index
-        path = self.folder / "work" / stage / f"{name}.{ending}"
+        path = self.folder / "work" / stage / f"{index:05d}.{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -163,10 +162,8 @@ def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCount
     time = cleaned[clean.TIME].to_numpy()[good]
     order = np.lexsort((time, user))
     columns: dict[str, Any] = {}
-    names = [part.column for part in schema.item] + [spec.column for spec in schema.context_fields.values()]
-    for name in dict.fromkeys(names):
-        if name not in raw.column_names:
-            continue
+    names = {part.column for part in schema.item} | {spec.column for spec in schema.context_fields.values()}
+    for name in names.intersection(raw.column_names):
         values = plain(raw[name]).take(pa.array(good[order]))
         as_number, wrong, _ = numbers(values)
         # Text ids that are numbers are sorted as numbers by those who sort them.
@@ -181,11 +178,7 @@ def rows_read(job: Job) -> int:
     """Rows of the whole log, once all pieces are read. Raises UserError for an empty log or an absent column."""
     pieces: list[PieceFacts] = list(job.load("read"))
     total = sum(piece.rows for piece in pieces)
-    if total == 0:
-        raise UserError("the log has no rows", key="LOG", fix="check the files")
-    present = set[str]().union(*(piece.columns for piece in pieces))
-    if present:
-        source.require_columns(job.columns, sorted(present), "LOG")
+    source.check_read(total, job.columns, set[str]().union(*(piece.columns for piece in pieces)))
     return total
 
 
@@ -211,15 +204,12 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
 def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     """Write the partition's quarantine and its events in their final order."""
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good = table.filter(table[clean.FAULT].is_null())
-    names = [name for name in good.column_names if name not in (clean.FAULT, clean.RAW, PARTITION)]
-    columns = {name: encoded(plain(good[name])) for name in names}
+    good, columns, row_hash = clean.usable(table.drop_columns([PARTITION]), job.seed)
     time = columns[clean.TIME].to_numpy()
     users, user = _ranked_users(columns[clean.USER], job.seed)
-    row_hash = hash_rows(list(columns.values()), job.seed)
     order, repeated = order_events(user, time, row_hash)
     if job.schema.clean.drop_duplicates and repeated.any():
-        doubles = good.take(pa.array(np.sort(order[repeated]))).select(names)
+        doubles = good.take(pa.array(np.sort(order[repeated])))
         unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
         order = order[~repeated]
     reasons = _write_quarantine(job, index, unusable)
@@ -250,8 +240,7 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
     path = job.shard_set / "quarantine" / f"part-{index:05d}.parquet"
     path.parent.mkdir(exist_ok=True)
     pq.write_table(ordered.rename_columns(["reason", "row"]), path)
-    counts = ordered[clean.FAULT].value_counts().to_pylist()
-    return {entry["values"]: entry["counts"] for entry in counts}
+    return Counter(ordered[clean.FAULT].to_pylist())
 
 
 # ---------------------------------------------------------------- split
@@ -274,19 +263,15 @@ def present_partitions(job: Job) -> list[int]:
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
     """Reason -> rows of all partitions."""
-    reasons: Counter[str] = Counter()
-    for partition in partitions:
-        reasons.update(partition.reasons)
+    reasons = sum((Counter(partition.reasons) for partition in partitions), Counter[str]())
     return dict(sorted(reasons.items()))
 
 
 def _nothing_usable(job: Job, partitions: list[PartitionFacts]) -> UserError:
     counts = ", ".join(f"{reason} {count:,}" for reason, count in quarantined(partitions).items())
-    file = next(iter(sorted((job.shard_set / "quarantine").glob("*.parquet"))))
-    example = pq.read_table(file)["row"][0].as_py()
-    return UserError(
-        f"no row is usable ({counts})", key="LOG", fix=f"check the schema's columns; a row: {example:.200}"
-    )
+    example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
+    fix = f"check the schema's columns; a row: {example:.200}"
+    return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
 
 # ---------------------------------------------------------------- files

@@ -12,7 +12,6 @@ Order of a table: headline queries first, then basket queries; inside each, roun
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +21,11 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, place_in_run, runs
+from bfm.events.ragged import Ragged, chunks, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards, user_chunks
-from bfm.files import canonical_json, read_json, sha256_bytes, write_atomic, write_json
+from bfm.events.shards import Shards
+from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"
@@ -144,16 +143,14 @@ def build_protocol(
             )
         columns = np.concatenate([headline, basket], axis=1)
         table = _table(columns, rule["filter_seen"])
-        buffer = io.BytesIO()
-        np.save(buffer, columns, allow_pickle=False)
-        write_atomic(shards.path / table_name(part), buffer.getvalue())
+        np.save(shards.path / table_name(part), columns, allow_pickle=False)
         parts[part] = {
             "queries": headline.shape[1],
             "candidates": num_headline,
             "basket_queries": basket.shape[1],
             "basket_candidates": num_basket,
             "users": len(np.unique(table.user)),
-            "sha256": sha256_bytes(buffer.getvalue()),
+            "sha256": sha256_file(shards.path / table_name(part)),
             **_target_summary(shards, table),
         }
         tables[part] = table
@@ -184,19 +181,15 @@ def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
     """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
     first_U, count_U = _part_bounds(shards, part)
-    bounds = user_chunks(count_U, _CHUNK_EVENTS)
-    kept: list[np.ndarray] = []
-    num_kept, num_found = 0, 0
-    for low, high in itertools.pairwise(bounds):
+    limit = int(count_U.sum()) if limit is None else limit
+    kept, num_found = [np.zeros((3, 0), np.int64)], 0
+    for low, high in itertools.pairwise(chunks(count_U, _CHUNK_EVENTS)):
         found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
         num_found += found.shape[1]
         kept.append(_ranked(found, key))
-        num_kept += found.shape[1]
-        if limit is not None and num_kept > 2 * limit + _CHUNK_EVENTS:
+        if sum(part.shape[1] for part in kept) > 2 * limit + _CHUNK_EVENTS:
             kept = [_first(np.concatenate(kept, axis=1), key, limit)]
-            num_kept = kept[0].shape[1]
-    everything = np.concatenate(kept, axis=1) if kept else np.zeros((3, 0), np.int64)
-    chosen = _first(everything, key, num_found if limit is None else limit)
+    chosen = _first(np.concatenate(kept, axis=1), key, limit)
     flags = np.full((1, chosen.shape[1]), basket, np.int64)
     return np.concatenate([chosen[:2], flags]), num_found
 
@@ -231,12 +224,10 @@ def _first(ranked: np.ndarray, key: np.uint64, limit: int) -> np.ndarray:
 
 def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
     """Distinct target items of each query, cold ones included (ids >= V)."""
-    user, position = queries.user, queries.position
-    following = position + 1
-    in_train, in_valid = following < shards.train_lengths[user], following < shards.valid_lengths[user]
-    stop = np.where(in_train, shards.train_lengths[user], np.where(in_valid, shards.valid_lengths[user], 0))
+    user, following = queries.user, queries.position + 1
     start = shards.user_starts[user]
-    end = np.where(stop > 0, start + stop, shards.user_starts[user + 1])
+    bounds = np.stack([shards.train_lengths[user], shards.valid_lengths[user], shards.user_starts[user + 1] - start])
+    end = start + bounds.min(axis=0, initial=np.iinfo(np.int64).max, where=bounds > following)
     first = start + following
     time = shards.take_time(shards.locate(first))
     length = np.ones(len(user), np.int64)

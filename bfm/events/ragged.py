@@ -52,3 +52,12 @@ def place_among_equal(values: np.ndarray, order: np.ndarray) -> np.ndarray:
     place = np.empty(len(values), np.int64)
     place[order] = place_in_run(values[order])
     return place
+
+
+def chunks(count_N: np.ndarray, target: int) -> list[int]:
+    """Boundaries of runs of neighbours whose counts [N] sum to at most `target`, or that are one of more."""
+    total_N, bounds = np.cumsum(count_N), [0]
+    while bounds[-1] < len(total_N):
+        before = total_N[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(total_N, before + target, side="right"))))
+    return bounds

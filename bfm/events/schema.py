@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bfm.errors import UserError
 from bfm.units import parse_count
@@ -66,8 +66,15 @@ def _as_queries(value: Any) -> Any:
     return None if value == "all" else parse_count(value)
 
 
-def _as_count(value: Any) -> Any:
-    return None if value is None else parse_count(value)
+def _ascending(buckets: list[float]) -> list[float]:
+    if not buckets or any(a >= b for a, b in itertools.pairwise(buckets)):
+        raise UserError("are not ascending numbers", fix="write for example [10, 50, 100]")
+    return buckets
+
+
+_Buckets = Annotated[list[float], AfterValidator(_ascending)]
+_Count = Annotated[int, BeforeValidator(parse_count)]
+_Names = Annotated[list[str], BeforeValidator(_as_names)]
 
 
 class TimeSpec(_Strict):
@@ -84,49 +91,34 @@ class ItemPart(_Strict):
     """One column of the item's key; a number may be cut into buckets."""
 
     column: str
-    buckets: list[float] | None = None
-
-    @model_validator(mode="after")
-    def _ascending(self) -> ItemPart:
-        _check_buckets(self.buckets)
-        return self
+    buckets: _Buckets | None = None
 
 
-class FieldSpec(_Strict):
-    """One item or context field."""
+class FieldSpec(TimeSpec):
+    """One item or context field; `format` and `unit` are those of times."""
 
     kind: Literal["categorical", "numeric", "text", "list", "vector", "time"]
-    column: str
     separator: str | None = None
     """list, vector: what separates the elements where the column is text."""
-    max_length: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_as_count)] = None
+    max_length: Annotated[int, Field(ge=1), BeforeValidator(parse_count)] | None = None
     """text, list: only the first so many words (32 where left out) or elements (16) of a value are kept."""
-    buckets: list[float] | None = None
+    buckets: _Buckets | None = None
     """categorical: cut a number into buckets."""
-    format: str | None = None
-    """time: strptime format."""
-    unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
 
     @model_validator(mode="after")
     def _fits_kind(self) -> FieldSpec:
-        _check_buckets(self.buckets)
         for option, kinds in _KINDS_OF_OPTION.items():
             if getattr(self, option) is not None and self.kind not in kinds:
                 fix = f"remove it, or set kind to {' or '.join(kinds)}"
                 raise UserError(f"does not go with kind {self.kind}", key=option, fix=fix)
         return self
 
-    @property
-    def time(self) -> TimeSpec:
-        """The settings of a time field."""
-        return TimeSpec(column=self.column, format=self.format, unit=self.unit)
-
 
 class ItemTable(_Strict):
     """A table with one row per item, joined by key."""
 
     path: str
-    key: Annotated[list[str], BeforeValidator(_as_names)]
+    key: _Names
 
 
 class CleanSpec(_Strict):
@@ -146,18 +138,25 @@ class SplitSpec(_Strict):
 
     @model_validator(mode="after")
     def _one_way(self) -> SplitSpec:
-        dates = [self.valid_from, self.test_from]
-        fractions = [self.valid, self.test]
-        if self.by == "leave_one_out" and any(value is not None for value in (*dates, *fractions)):
+        if self.by == "leave_one_out" and self.has_bounds:
             raise UserError("leave_one_out takes no fractions and no dates", fix="remove them, or use by: time")
-        if any(date is not None for date in dates):
-            if None in dates:
-                raise UserError("valid_from and test_from go together", fix="give both")
-            if any(value is not None for value in fractions):
-                raise UserError("fractions and dates exclude each other", fix="give one of the two")
-        if sum(value or 0.1 for value in fractions) >= 1:
+        if (self.valid_from is None) != (self.test_from is None):
+            raise UserError("valid_from and test_from go together", fix="give both")
+        if self.valid_from is not None and (self.valid or self.test):
+            raise UserError("fractions and dates exclude each other", fix="give one of the two")
+        if sum(self.shares) >= 1:
             raise UserError("valid and test leave nothing for training", fix="let them sum to less than 1")
         return self
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether fractions or dates are given."""
+        return any(value is not None for value in (self.valid, self.test, self.valid_from, self.test_from))
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the events that are for validation and for the test, where no dates are given."""
+        return self.valid or 0.1, self.test or 0.1
 
 
 class EvaluationSpec(_Strict):
@@ -173,7 +172,7 @@ class BuiltIn(_Strict):
     """An installed package that ships the log."""
 
     package: str
-    log: Annotated[list[str], BeforeValidator(_as_names)]
+    log: _Names
     extra: str
 
 
@@ -191,7 +190,7 @@ class EventSchema(_Strict):
     clean: CleanSpec = CleanSpec()
     split: SplitSpec = SplitSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    hash_rows: Annotated[int | None, BeforeValidator(_as_count)] = None
+    hash_rows: _Count | None = None
     """Rows of the table of item ids, a power of two; left out: one per catalogue item, rounded up to a power of two."""
     id_field: bool = True
     """The item's own id as a hashed field."""
@@ -210,7 +209,7 @@ class EventSchema(_Strict):
         if self.position is not None and self.split.by == "time":
             fix = "use by: leave_one_out, the only split for logs with positions"
             raise UserError("positions are no clock", key="split.by", fix=fix)
-        if self.position is not None and (self.split.valid or self.split.test or self.split.valid_from):
+        if self.position is not None and self.split.has_bounds:
             raise UserError("positions have no common clock to cut", key="split", fix="remove fractions and dates")
         for side, fields in (("item_fields", self.item_fields), ("context_fields", self.context_fields)):
             for name in fields:
@@ -244,15 +243,13 @@ def built_in_schemas() -> list[str]:
 
 def schema_path(schema: str) -> Path:
     """The file of a schema: a path, or the name of a built-in one. Raises UserError."""
-    path = Path(schema)
-    if path.is_file():
-        return path
-    if path.suffix not in (".yaml", ".yml"):
-        if schema in built_in_schemas():
-            return _BUILT_IN / f"{schema}.yaml"
-        fix = did_you_mean(schema, built_in_schemas())
-        raise UserError("is neither a file nor a built-in schema", file=schema, fix=fix)
-    raise UserError("there is no such file", file=schema, fix=f"built-in schemas: {', '.join(built_in_schemas())}")
+    for path in (Path(schema), _BUILT_IN / f"{schema}.yaml"):
+        if path.is_file():
+            return path
+    if Path(schema).suffix in (".yaml", ".yml"):
+        raise UserError("there is no such file", file=schema, fix=f"built-in schemas: {', '.join(built_in_schemas())}")
+    fix = did_you_mean(schema, built_in_schemas())
+    raise UserError("is neither a file nor a built-in schema", file=schema, fix=fix)
 
 
 def load_schema(schema: str) -> EventSchema:
@@ -272,8 +269,3 @@ def _check_name(name: str, side: str) -> None:
         raise UserError("is not a field name", key=f"{side}.{name}", fix=fix)
     if name in RESERVED:
         raise UserError("is a reserved name", key=f"{side}.{name}", fix=f"rename it and set `column: {name}`")
-
-
-def _check_buckets(buckets: list[float] | None) -> None:
-    if buckets is not None and (not buckets or any(a >= b for a, b in itertools.pairwise(buckets))):
-        raise UserError("are not ascending numbers", key="buckets", fix="write for example [10, 50, 100]")

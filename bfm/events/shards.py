@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
-from bfm.events.ragged import runs
+from bfm.events.ragged import chunks, runs
 from bfm.files import Store
 from bfm.sealed import check_files, list_files
 
@@ -54,7 +54,7 @@ def write_shard(
     user_offsets: np.ndarray,
     train_end: np.ndarray,
     valid_end: np.ndarray,
-    users: Sequence[str] | pa.Array | pa.ChunkedArray,
+    users: pa.Array,
 ) -> None:
     """Write one user partition. E events of U users, already in their final order.
 
@@ -65,29 +65,20 @@ def write_shard(
         user_offsets: [U+1], first event of each user. train_end, valid_end: [U], counts of the user's events that lie
             in training, and before the end of validation (train_end <= valid_end <= the user's events).
         users: [U] original keys.
-
-    Raises:
-        ValueError: lengths that do not fit together (a mistake of the caller, never of the user).
     """
-    num_events, num_users = len(item), len(users)
-    lengths = np.diff(user_offsets)
-    if len(time) != num_events or user_offsets[-1] != num_events or len(user_offsets) != num_users + 1:
-        raise ValueError(f"shard {index}: lengths of item, time, user_offsets and users do not fit")
-    if any(len(values) != num_events for values in context.values()):
-        raise ValueError(f"shard {index}: a context field has another length than item")
-    if not ((train_end >= 0) & (train_end <= valid_end) & (valid_end <= lengths)).all():
-        raise ValueError(f"shard {index}: train_end <= valid_end <= history length does not hold")
+    assert {len(time), int(user_offsets[-1]), *map(len, context.values())} == {len(item)}, f"events of shard {index}"
+    assert len(user_offsets) == len(users) + 1, f"users of shard {index}"
+    ends = (train_end >= 0) & (train_end <= valid_end) & (valid_end <= np.diff(user_offsets))
+    assert ends.all(), f"parts of shard {index}"
     base = directory / shard_name(index)
     (base / "context").mkdir(parents=True, exist_ok=True)
     _save(base / "item.npy", item, np.int32)
-    _save(base / "time.npy", time, np.int64)
-    _save(base / "user_offsets.npy", user_offsets, np.int64)
-    _save(base / "train_end.npy", train_end, np.int64)
-    _save(base / "valid_end.npy", valid_end, np.int64)
+    columns = {"time": time, "user_offsets": user_offsets, "train_end": train_end, "valid_end": valid_end}
+    for name, values in columns.items():
+        _save(base / f"{name}.npy", values, np.int64)
     for name, values in context.items():
         _save(base / "context" / f"{name}.npy", values, values.dtype)
-    keys = users if isinstance(users, pa.ChunkedArray | pa.Array) else pa.array(users, pa.string())
-    pq.write_table(pa.table({"user": keys}), base / "users.parquet")
+    pq.write_table(pa.table({"user": users}), base / "users.parquet")
 
 
 def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarray]) -> None:
@@ -98,12 +89,7 @@ def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarr
         table: items.parquet; must have int64 columns train_count (falling over the catalogue, 0 for cold items) and
             first_time, besides key columns and raw values.
         encoded: item fields by name, [I] or [I, M].
-
-    Raises:
-        ValueError: lengths that do not fit together.
     """
-    if any(len(values) != table.num_rows for values in encoded.values()):
-        raise ValueError("an encoded item field has another length than the item table")
     (directory / "items").mkdir(parents=True, exist_ok=True)
     pq.write_table(table, directory / "items.parquet")
     for name, values in encoded.items():
@@ -127,7 +113,7 @@ def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
 
 @dataclass(frozen=True)
 class History:
-    """One user's events (views of the memory maps)."""
+    """One user's events."""
 
     item: np.ndarray
     time: np.ndarray
@@ -159,7 +145,6 @@ class Shards:
         }
         self._first_event = np.cumsum([0] + [len(items) for items in self._item])
         offsets = [np.load(base / "user_offsets.npy") for base in bases]
-        self._first_user = np.cumsum([0] + [len(values) - 1 for values in offsets])
         starts = [values[:-1] + first for values, first in zip(offsets, self._first_event, strict=False)]
         self.user_starts: np.ndarray = np.concatenate([*starts, self._first_event[-1:]])
         """[U+1] global index of each user's first event."""
@@ -272,12 +257,10 @@ class Shards:
 
     def history(self, user: int) -> History:
         """All events of one user (global index, shard-major)."""
-        shard = int(np.searchsorted(self._first_user, user, side="right")) - 1
-        start, stop = self.user_starts[user : user + 2] - self._first_event[shard]
-        rows = slice(int(start), int(stop))
-        context = {name: columns[shard][rows] for name, columns in self._context.items()}
+        located = self.locate(np.arange(self.user_starts[user], self.user_starts[user + 1]))
+        context = {field.name: self.take_context(field.name, located) for field in self.context_fields}
         ends = int(self.train_lengths[user]), int(self.valid_lengths[user])
-        return History(self._item[shard][rows], self._time[shard][rows], context, *ends)
+        return History(self.take_item(located), self.take_time(located), context, *ends)
 
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""
@@ -308,17 +291,10 @@ def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[n
 
     Yields user [E], place in the user's history [E], and the events located.
     """
-    for low, high in itertools.pairwise(user_chunks(shards.train_lengths[:users], target)):
+    for low, high in itertools.pairwise(chunks(shards.train_lengths[:users], target)):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
         yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
-
-
-def user_chunks(count_U: np.ndarray, target: int) -> np.ndarray:
-    """User boundaries of chunks that hold about `target` events each; count_U are each user's events."""
-    total_U = np.cumsum(count_U)
-    cuts = np.searchsorted(total_U, np.arange(target, int(total_U[-1]) if len(total_U) else 0, target)) + 1
-    return np.unique(np.concatenate([[0], cuts, [len(count_U)]]))
 
 
 def _map(path: Path) -> np.ndarray:

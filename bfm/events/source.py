@@ -7,21 +7,20 @@ depends on where a file is cut; empty text, NULL, NaN, nan, null, N/A and \\N ar
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import importlib.util
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.fs
 import pyarrow.json
 import pyarrow.parquet as pq
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from bfm.errors import UserError
 from bfm.events.schema import EventSchema
@@ -45,7 +44,6 @@ class Piece:
 
     index: int
     path: str
-    format: str
     row_groups: tuple[int, ...] = ()
     """Parquet only."""
 
@@ -65,14 +63,13 @@ def find_logs(schema: EventSchema, logs: list[str]) -> list[str]:
     """Files of the log, sorted and without doubles; the schema's installed package where no log is given.
 
     Raises:
-        UserError: nothing is there, or a format is not known.
+        UserError: nothing is there.
     """
-    if not logs:
-        if schema.builtin is None:
-            raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
-        return [str(package_folder(schema) / name) for name in schema.builtin.log]
-    found = {path for log in logs for path in _expand(log)}
-    return sorted(found)
+    if logs:
+        return sorted({path for log in logs for path in _expand(log)})
+    if schema.builtin is None:
+        raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
+    return [str(package_folder(schema) / name) for name in schema.builtin.log]
 
 
 def package_folder(schema: EventSchema) -> Path:
@@ -91,22 +88,15 @@ def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> 
     name = schema.items.path
     if "://" in name or Path(name).is_absolute():
         return name
-    folders = [schema_file.parent]
-    for log in logs:
-        if "://" in log:
-            remote = f"{log.rsplit('/', 1)[0]}/{name}"
-            filesystem, inner = open_filesystem(remote)
-            if filesystem.get_file_info(inner).is_file:
-                return remote
-        else:
-            folders.append(Path(log).parent)
+    folders = [str(schema_file.parent), *(log.rpartition("/")[0] for log in logs)]
     if schema.builtin is not None and importlib.util.find_spec(schema.builtin.package):
-        folders.append(package_folder(schema))
-    for folder in dict.fromkeys(folders):
-        if (folder / name).is_file():
-            return str(folder / name)
-    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-    raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=f"looked in {looked}")
+        folders.append(str(package_folder(schema)))
+    for folder in (folders := list(dict.fromkeys(folders))):
+        filesystem, inner = open_filesystem(f"{folder}/{name}")
+        if filesystem.get_file_info(inner).is_file:
+            return f"{folder}/{name}"
+    fix = f"looked in {', '.join(folders)}"
+    raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=fix)
 
 
 def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
@@ -117,36 +107,31 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
     """
     pieces: list[Piece] = []
     for path in paths:
-        form = file_format(path)
+        form, groups = file_format(path), list[tuple[int, ...]]([()])
         if form == "parquet":
             file = _open_parquet(path)
-            require_columns(columns, file.schema_arrow.names, path)
+            present = file.schema_arrow.names
             groups = _grouped([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
-            pieces += [Piece(len(pieces) + n, path, form, group) for n, group in enumerate(groups)]
-            continue
-        if form in ("csv", "tsv"):
-            header = _csv_header(path, form)
-            if header is not None:
-                require_columns(columns, header, path)
-        pieces.append(Piece(len(pieces), path, form))
+        else:
+            present = [] if form == "jsonl" else _csv_header(path, form)
+        if present:
+            require_columns(columns, present, path)
+        pieces += [Piece(len(pieces) + n, path, group) for n, group in enumerate(groups)]
     return pieces
 
 
 def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
     """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
-    try:
-        if piece.format == "parquet":
+    form = file_format(piece.path)
+    with _readable(piece.path):
+        if form == "parquet":
             file = _open_parquet(piece.path)
             for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
                 yield RawChunk(pa.Table.from_batches([batch]))
-        elif piece.format in ("csv", "tsv"):
-            yield from _read_csv(piece, columns)
-        else:
-            yield from _read_json(piece, columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise
-        raise _unreadable(piece.path, error) from error
+        elif form == "jsonl":
+            yield from _read_json(piece.path, columns)
+        elif _csv_header(piece.path, form):
+            yield from _read_csv(piece.path, form, columns)
 
 
 def read_table(path: str, columns: list[str]) -> pa.Table:
@@ -163,7 +148,7 @@ def table_columns(path: str) -> list[str]:
     if form == "parquet":
         return list(_open_parquet(path).schema_arrow.names)
     if form in ("csv", "tsv"):
-        return _csv_header(path, form) or []
+        return _csv_header(path, form)
     with _open_stream(path) as stream:
         first = next(_line_blocks(stream), b"")
     return [name for table in _parse_json(first)[0] for name in table.column_names]
@@ -173,9 +158,8 @@ def file_format(path: str) -> str:
     """Format by the file's ending. Raises UserError for others."""
     suffix = _suffix(path)
     if suffix not in _FORMATS:
-        raise UserError(
-            f"format {suffix or 'without an ending'} is not known", file=path, fix=f"use {', '.join(_FORMATS)}"
-        )
+        what = f"format {suffix or 'without an ending'} is not known"
+        raise UserError(what, file=path, fix=f"use {', '.join(_FORMATS)}")
     return _FORMATS[suffix]
 
 
@@ -191,37 +175,22 @@ def _suffix(path: str) -> str:
 
 
 def _expand(log: str) -> list[str]:
-    if "://" in log:
-        return _expand_uri(log)
-    if any(mark in log for mark in "*?["):
-        found = sorted(path for path in glob.glob(log, recursive=True) if Path(path).is_file())
-    elif Path(log).is_dir():
-        found = sorted(str(path) for path in Path(log).rglob("*") if path.is_file() and _is_log(path.name))
-    elif Path(log).is_file():
-        found = [log]
+    """Files of a path, folder or glob, local or of a URI."""
+    filesystem, inner = open_filesystem(log)
+    root = log.removesuffix(inner) if log.endswith(inner) else log[: log.find("://") + 3] if "://" in log else ""
+    files = ArrowFSWrapper(filesystem)
+    if any(mark in inner for mark in "*?["):
+        found = files.glob(inner)
+    elif files.isfile(inner):
+        return [root + inner]
+    elif files.isdir(inner):
+        found = files.find(inner)
     else:
         raise UserError("there is no such file", file=log, fix="check the path")
-    if not found:
+    paths = [root + path for path in found if _is_log(path.rpartition("/")[2]) and files.isfile(path)]
+    if not paths:
         raise UserError("no log files found", file=log, fix=f"expected files ending in {', '.join(_FORMATS)}")
-    return [str(Path(path).absolute()) for path in found]
-
-
-def _expand_uri(log: str) -> list[str]:
-    base, mark, pattern = log.partition("*")
-    folder = base if not mark else base.rsplit("/", 1)[0]
-    filesystem, inner = open_filesystem(folder)
-    root = folder[: len(folder) - len(inner)] if folder.endswith(inner) else folder.split("://")[0] + "://"
-    info = filesystem.get_file_info(inner)
-    if info.is_file:
-        return [log]
-    selector = pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True)
-    names = sorted(entry.path for entry in filesystem.get_file_info(selector) if entry.is_file)
-    found = [root + name for name in names if _is_log(name.rsplit("/", 1)[-1])]
-    if mark:
-        found = [name for name in found if fnmatch.fnmatch(name, base + mark + pattern)]
-    if not found:
-        raise UserError("no log files found", file=log, fix="check the URI")
-    return found
+    return paths
 
 
 def _is_log(name: str) -> bool:
@@ -235,20 +204,21 @@ def _open_stream(path: str) -> Any:
 
 def _open_parquet(path: str) -> pq.ParquetFile:
     filesystem, inner = open_filesystem(path)
-    try:
+    with _readable(path):
         return pq.ParquetFile(filesystem.open_input_file(inner))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    if "utf8" in str(error).lower().replace("-", ""):
-        return UserError("is not UTF-8 text", file=path, fix="convert it, for example with iconv -t UTF-8")
-    return UserError(f"cannot be read ({_short(error)})", file=path, fix="restore the file or leave it out")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """A file that cannot be read is the user's to restore."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, EOFError, OSError) as error:
+        text = " ".join(str(error).split())
+        if "utf8" in text.lower().replace("-", ""):
+            fix = "convert it, for example with iconv -t UTF-8"
+            raise UserError("is not UTF-8 text", file=path, fix=fix) from error
+        raise UserError(f"cannot be read ({text:.160})", file=path, fix="restore the file or leave it out") from error
 
 
 def require_columns(columns: list[str], present: list[str], path: str) -> None:
@@ -256,6 +226,14 @@ def require_columns(columns: list[str], present: list[str], path: str) -> None:
     for column in columns:
         if column not in present:
             raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
+
+
+def check_read(rows: int, columns: list[str], present: set[str]) -> None:
+    """Raise UserError where a log that was read whole has no rows, or none of them a column."""
+    if rows == 0:
+        raise UserError("the log has no rows", key="LOG", fix="check the files")
+    if present:
+        require_columns(columns, sorted(present), "LOG")
 
 
 def _grouped(rows: list[int]) -> list[tuple[int, ...]]:
@@ -278,32 +256,24 @@ def _csv_options(form: str) -> pyarrow.csv.ParseOptions:
     return pyarrow.csv.ParseOptions(delimiter="\t" if form == "tsv" else ",", newlines_in_values=True)
 
 
-def _csv_header(path: str, form: str) -> list[str] | None:
-    """Column names, None where the file is empty."""
-    with _open_stream(path) as stream:
-        try:
-            first = stream.read(1 << 16)
-        except (OSError, EOFError, pa.ArrowInvalid) as error:
-            raise _unreadable(path, error) from error
-    if not first.strip():
-        return None
-    line = first.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0]
-    try:
+def _csv_header(path: str, form: str) -> list[str]:
+    """Column names; none where the file is empty."""
+    with _readable(path), _open_stream(path) as stream:
+        first = stream.read(1 << 16)
+        if not first.strip():
+            return []
+        line = first.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0]
         return list(pyarrow.csv.read_csv(io.BytesIO(line + b"\n"), parse_options=_csv_options(form)).column_names)
-    except pa.ArrowInvalid as error:
-        raise _unreadable(path, error) from error
 
 
-def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
-    if _csv_header(piece.path, piece.format) is None:
-        return
+def _read_csv(path: str, form: str, columns: list[str]) -> Iterator[RawChunk]:
     bad: list[str] = []
 
     def keep(row: Any) -> str:
         bad.append(row.text)
         return "skip"
 
-    options = _csv_options(piece.format)
+    options = _csv_options(form)
     options.invalid_row_handler = keep
     convert = pyarrow.csv.ConvertOptions(
         include_columns=columns,
@@ -313,41 +283,30 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
         quoted_strings_can_be_null=True,
     )
     reading = pyarrow.csv.ReadOptions(block_size=_CHUNK_BYTES, use_threads=False)
-    with _open_stream(piece.path) as stream:
+    with _open_stream(path) as stream:
         for batch in pyarrow.csv.open_csv(stream, reading, options, convert):
             lines, bad[:] = tuple(bad), []
             yield RawChunk(pa.Table.from_batches([batch]), lines, "wrong number of columns")
     if bad:
-        yield RawChunk(_no_rows(columns), tuple(bad), "wrong number of columns")
-
-
-def _no_rows(columns: list[str]) -> pa.Table:
-    return pa.table({name: pa.nulls(0, pa.string()) for name in columns})
+        yield RawChunk(pa.table({}), tuple(bad), "wrong number of columns")
 
 
 def _line_blocks(stream: Any) -> Iterator[bytes]:
     """Whole lines in blocks of about _CHUNK_BYTES."""
-    rest = b""
-    while block := stream.read(_CHUNK_BYTES):
-        head, mark, tail = block.rpartition(b"\n")
-        if not mark:
-            rest += block
-            continue
-        yield rest + head + mark
-        rest = tail
-    if rest.strip():
-        yield rest
+    lines = io.BufferedReader(stream)
+    while block := b"".join(lines.readlines(_CHUNK_BYTES)):
+        yield block
 
 
-def _read_json(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
-    with _open_stream(piece.path) as stream:
+def _read_json(path: str, columns: list[str]) -> Iterator[RawChunk]:
+    with _open_stream(path) as stream:
         for block in _line_blocks(stream):
             tables, lines = _parse_json(block)
             for table in tables:
                 wanted = table.select([name for name in columns if name in table.column_names])
                 yield RawChunk(wanted, names=tuple(table.column_names))
             if lines:
-                yield RawChunk(_no_rows(columns), tuple(lines), "not a JSON object of plain values")
+                yield RawChunk(pa.table({}), tuple(lines), "not a JSON object of plain values")
 
 
 def _parse_json(block: bytes) -> tuple[list[pa.Table], list[str]]:

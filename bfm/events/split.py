@@ -18,7 +18,6 @@ from bfm.events.histogram import Histogram
 from bfm.events.parse import plain, times
 from bfm.events.schema import SplitSpec, TimeSpec
 
-DEFAULT_SHARE = 0.1
 _LEAVE_ONE_OUT_FIX = "give valid_from and test_from, other fractions, or by: leave_one_out"
 
 
@@ -62,18 +61,18 @@ def time_split(spec: SplitSpec, times_seen: Histogram) -> Split:
     if spec.valid_from is not None and spec.test_from is not None:
         valid_from, test_from = (_date(getattr(spec, key), f"split.{key}") for key in ("valid_from", "test_from"))
     else:
-        test_share = spec.test or DEFAULT_SHARE
-        valid_share = spec.valid or DEFAULT_SHARE
+        valid_share, test_share = spec.shares
         valid_from, test_from = _boundaries(times_seen, 1 - test_share - valid_share, 1 - test_share)
     if valid_from >= test_from:
         raise UserError("the validation part would be empty", key="split", fix=_LEAVE_ONE_OUT_FIX)
-    starts = times_seen.starts
-    for part, empty in (
-        ("training", not (starts < valid_from).any()),
-        ("validation", not ((starts + (1 << times_seen.shift) > valid_from) & (starts < test_from)).any()),
-        ("test", not (starts + (1 << times_seen.shift) > test_from).any()),
-    ):
-        if empty:
+    first, last = times_seen.starts, times_seen.starts + (1 << times_seen.shift) - 1
+    parts = {
+        "training": first < valid_from,
+        "validation": (last >= valid_from) & (first < test_from),
+        "test": last >= test_from,
+    }
+    for part, inside in parts.items():
+        if not inside.any():
             raise UserError(f"the {part} part has no events", key="split", fix=_LEAVE_ONE_OUT_FIX)
     return Split(valid_from, test_from)
 

@@ -123,15 +123,13 @@ def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> tuple[d
     step = max(1, _PIECE_POSITIONS // window)
     for start in range(0, len(window_R), step):
         read = order.windows(window_R[start : start + step])
-        row_RL = np.broadcast_to(np.arange(len(read.item_RL))[:, None], read.item_RL.shape)
         for kind, ids_RX in (("items", np.hstack([read.item_RL, read.target_RL])), ("targets", read.target_RL)):
-            rows_RX = np.hstack([row_RL, row_RL]) if kind == "items" else row_RL
-            known = ids_RX >= 0
-            pairs = np.unique(rows_RX[known] * shards.num_items + ids_RX[known])
+            row_P, place_P = np.nonzero(ids_RX >= 0)
+            pairs = np.unique(row_P * shards.num_items + ids_RX[row_P, place_P])
             counts[kind] += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
-        target_RL = read.target_RL >= 0
-        num_targets += int(target_RL.sum())
-        num_queries += len(np.unique((row_RL * window + read.query_RL)[target_RL]))
+        row_T, place_T = np.nonzero(read.target_RL >= 0)
+        num_targets += len(row_T)
+        num_queries += len(np.unique(row_T * window + read.query_RL[row_T, place_T]))
     return counts, num_queries / num_targets if num_targets else 1.0
 
 

@@ -6,17 +6,17 @@ the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one
 The truth answers the platform's prediction question, given the full history, what comes at the next later timestamp,
 for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
 recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
-protocol with about one query per user weighs them) over users' means. `optimum` gives the values at the very queries of
-a prepared log's protocol. Context fields carry nothing, item fields nothing beyond what the item itself says, so the
-bound holds for models that use them.
+protocol with about one query per user weighs them) over users' means. Context fields carry nothing, item fields nothing
+beyond what the item itself says, so the bound holds for models that use them.
 
-Shapes: U users, E events, B baskets, Q queries, R query rows, K items or list length.
+Shapes: U users, E events, B baskets, Q queries, V items, K list length.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy.special import entr
 
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
-from bfm.events.protocol import QueryTable, query_targets
-from bfm.events.ragged import runs
+from bfm.events.ragged import chunks, runs
 from bfm.events.randomness import stream_key
-from bfm.events.shards import Shards
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000
 # A user's last purchases take the memory of about so many events.
 _USER_EVENTS = 10
-_FILE_EVENTS = 8_000_000
 _TRUTH_USERS = 4_000
 _TRUTH_EVENTS = 400_000
-_EVALUATED_ROWS = 256
+# Baskets times items: an evaluated basket asks for every item.
+_TRUTH_NUMBERS = 500_000_000
+_PIECE_NUMBERS = 1 << 21
 _EVALUATED_SHARE = 0.2
 _TOP = 10
 _START_MS = 1_672_531_200_000  # 2023-01-01
@@ -79,7 +79,7 @@ def write_synthetic(
     interests: int = 16,
     repeat: float = WorldSpec.repeat,
     basket: float = WorldSpec.basket,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Write a log and return its truth.
 
@@ -102,55 +102,28 @@ def write_synthetic(
     path.mkdir(parents=True, exist_ok=True)
     pq.write_table(_item_table(world), path / "items.parquet")
     lengths_U = _history_lengths(seed, events, users)
-    truth = _Truth(world, stride=max(1, users // _TRUTH_USERS, events // _TRUTH_EVENTS))
-    with _EventFiles(path / "events") as files:
-        for chunk, (low, high) in enumerate(_chunks(lengths_U)):
-            rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
-            lengths = lengths_U[low:high]
-            item_E, opens_E = world.draw_histories(rng, lengths)
-            baskets = np.add.reduceat(opens_E, np.cumsum(lengths) - lengths, dtype=np.int64)
-            time_B, size_B = _times(rng, baskets), np.diff(np.flatnonzero(opens_E), append=len(opens_E))
-            user_E = np.repeat(np.arange(low, high), lengths)
-            files.write(_event_table(rng, user_E, item_E, np.repeat(time_B, size_B)))
-            truth.add(low, baskets, item_E, size_B, time_B)
-            if progress is not None:
-                progress(files.events)
+    numbers = int(events / basket * items)
+    stride = max(1, users // _TRUTH_USERS, events // _TRUTH_EVENTS, numbers // _TRUTH_NUMBERS)
+    sums: list[dict[str, np.ndarray]] = []
+    done = 0
+    (path / "events").mkdir()
+    for chunk, (low, high) in enumerate(itertools.pairwise(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS))):
+        rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
+        lengths = lengths_U[low:high]
+        item_E, opens_E = world.draw_histories(rng, lengths)
+        baskets_U = np.add.reduceat(opens_E, np.cumsum(lengths) - lengths, dtype=np.int64)
+        time_B, size_B = _times(rng, baskets_U), np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+        table = _event_table(rng, np.repeat(np.arange(low, high), lengths), item_E, np.repeat(time_B, size_B))
+        pq.write_table(table, path / "events" / f"part-{chunk:05d}.parquet")
+        chosen_U = np.arange(low, high) % stride == 0
+        sums.append(_truth_sums(world, chosen_U, baskets_U, item_E, size_B, time_B))
+        done += len(item_E)
+        progress(done)
     write_atomic(path / "schema.yaml", _SCHEMA.encode())
-    result = {"events": events, "users": users, "world": asdict(world.spec), **truth.result()}
+    result = {"events": events, "users": users, "world": asdict(spec), **_truth(sums)}
+    result["marginal_nll"] = world.marginal_nll
     write_json(path / TRUTH, result)
     return result
-
-
-def optimum(shards: Shards, queries: QueryTable, truth: dict[str, Any], k: int = _TOP) -> dict[str, np.ndarray]:
-    """Expected nll (nats, over all items), recall@k and ndcg@k of the optimal predictor: float64 [Q] each.
-
-    Args:
-        shards: the synthetic log, prepared by its schema.
-        queries: headline queries of its protocol.
-        truth: what truth.json holds.
-    """
-    return _expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
-
-
-def _predictor(shards: Shards, queries: QueryTable, truth: dict[str, Any]) -> BayesFilter:
-    """The optimal predictor at every headline query. Memory: the histories of their users."""
-    users, slot_Q = np.unique(queries.user, return_inverse=True)
-    known = np.zeros(len(users), np.int64)
-    np.maximum.at(known, slot_Q, queries.position + 1)
-    located = shards.locate(runs(shards.user_starts[users], known))
-    item_E, time_E = _raw_items(shards)[shards.take_item(located)], shards.take_time(located)
-    start = np.cumsum(known) - known
-    opens_E = np.diff(time_E, prepend=0) != 0
-    opens_E[start] = True
-    number_E = np.cumsum(opens_E) - 1
-    size_B = np.diff(np.flatnonzero(opens_E), append=len(opens_E))
-    first_Q, last_Q = number_E[start[slot_Q]], number_E[start[slot_Q] + queries.position]
-    return filter_at(World(WorldSpec(**truth["world"])), item_E, size_B, first_Q, last_Q + 1)
-
-
-def _raw_items(shards: Shards) -> np.ndarray:
-    """Int64: the item of the world that an item of the shard set is."""
-    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
 
 
 def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -161,12 +134,14 @@ def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str
     discount_K = 1 / np.log2(2.0 + np.arange(k))
     scale_Q = targets_Q / np.cumsum(discount_K)[np.clip(targets_Q, 1, k) - 1]
     nll_Q, recall_Q, gain_Q = np.zeros((3, len(targets_Q)))
-    for start in range(0, len(targets_Q), _EVALUATED_ROWS):
-        rows = slice(start, start + _EVALUATED_ROWS)
-        view = predictor.subset(rows)
-        top_RK = view.top(k)
-        nll_Q[rows], recall_Q[rows] = view.entropy(), top_RK.sum(axis=1)
-        gain_Q[rows] = top_RK @ discount_K[: top_RK.shape[1]]
+    num_items = predictor.world.spec.items
+    step = max(1, _PIECE_NUMBERS // num_items)
+    for start in range(0, len(targets_Q), step):
+        rows = slice(start, start + step)
+        q_QV = predictor.subset(rows).probability()
+        top_QK = -np.sort(np.partition(-q_QV, min(k, num_items) - 1)[:, :k])
+        nll_Q[rows], recall_Q[rows] = entr(q_QV).sum(axis=1), top_QK.sum(axis=1)
+        gain_Q[rows] = top_QK @ discount_K[: top_QK.shape[1]]
     return {"nll": nll_Q, f"recall@{k}": recall_Q, f"ndcg@{k}": scale_Q * gain_Q}
 
 
@@ -193,17 +168,6 @@ def _history_lengths(seed: int, events: int, users: int) -> np.ndarray:
     total = np.cumsum(rng.lognormal(0.0, 1.0, users))
     ends = np.floor(total / total[-1] * (events - users) + 0.5).astype(np.int64)
     return 1 + np.diff(ends, prepend=0)
-
-
-def _chunks(lengths_U: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of users that take about the same memory each."""
-    ends = np.cumsum(lengths_U + _USER_EVENTS)
-    low = 0
-    while low < len(lengths_U):
-        before = int(ends[low - 1]) if low else 0
-        high = max(low + 1, int(np.searchsorted(ends, before + _CHUNK_EVENTS, side="right")))
-        yield low, high
-        low = high
 
 
 def _times(rng: np.random.Generator, baskets_U: np.ndarray) -> np.ndarray:
@@ -262,66 +226,34 @@ def _named(prefix: str, numbers: np.ndarray) -> pa.Array:
     return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
 
 
-class _EventFiles:
-    """Parquet files of bounded size, one row group per chunk."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True)
-        self.directory, self.events = directory, 0
-        self._files, self._in_file = 0, 0
-        self._writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> _EventFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, table: pa.Table) -> None:
-        """Append a chunk; opens the next file where this one is full."""
-        if self._writer is None or self._in_file >= _FILE_EVENTS:
-            if self._writer is not None:
-                self._writer.close()
-            name = self.directory / f"part-{self._files:05d}.parquet"
-            self._writer = pq.ParquetWriter(name, table.schema)
-            self._files, self._in_file = self._files + 1, 0
-        self._writer.write_table(table)
-        self._in_file += table.num_rows
-        self.events += table.num_rows
+def _truth_sums(
+    world: World,
+    chosen_U: np.ndarray,
+    baskets_U: np.ndarray,
+    item_E: np.ndarray,
+    size_B: np.ndarray,
+    time_B: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Number of each chosen user's evaluated baskets, and sums of their expected metrics: [U] each."""
+    first_B = np.repeat(np.cumsum(baskets_U) - baskets_U, baskets_U)
+    late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
+    query_Q = np.flatnonzero(np.repeat(chosen_U, baskets_U) & late_B & (np.arange(len(first_B)) > first_B))
+    predictor = filter_at(world, item_E, size_B, first_B[query_Q], query_Q)
+    metrics = {"queries": np.ones(len(query_Q)), **_expected(predictor, size_B[query_Q], _TOP)}
+    user_Q = np.unique(first_B[query_Q], return_inverse=True)[1]
+    return {name: np.bincount(user_Q, value_Q) for name, value_Q in metrics.items()}
 
 
-class _Truth:
-    """Accumulates exact expectations over every `stride`-th user."""
-
-    def __init__(self, world: World, stride: int) -> None:
-        """Before the first chunk of users."""
-        self.world, self.stride = world, stride
-        self.sums: list[dict[str, np.ndarray]] = []
-        """Per chunk [U]: number of each user's evaluated baskets, and sums of their metrics."""
-
-    def add(self, low: int, baskets_U: np.ndarray, item_E: np.ndarray, size_B: np.ndarray, time_B: np.ndarray) -> None:
-        """Evaluate the sampled users of a chunk that begins at user `low`."""
-        chosen_U = np.arange(low, low + len(baskets_U)) % self.stride == 0
-        first_B = np.repeat(np.cumsum(baskets_U) - baskets_U, baskets_U)
-        late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
-        query_Q = np.flatnonzero(np.repeat(chosen_U, baskets_U) & late_B & (np.arange(len(first_B)) > first_B))
-        predictor = filter_at(self.world, item_E, size_B, first_B[query_Q], query_Q)
-        metrics = _expected(predictor, size_B[query_Q], _TOP)
-        metrics["queries"] = np.ones(len(query_Q))
-        user_Q = np.unique(first_B[query_Q], return_inverse=True)[1]
-        self.sums.append({name: np.bincount(user_Q, value_Q) for name, value_Q in metrics.items()})
-
-    def result(self) -> dict[str, Any]:
-        """Means over evaluated baskets with user-clustered standard errors; None where none was evaluated."""
-        sums = {name: np.concatenate([chunk[name] for chunk in self.sums]) for name in self.sums[0]}
-        queries_U = sums.pop("queries")
-        count = queries_U.sum()
-        figures: dict[str, Any] = {"evaluated_queries": int(count), "evaluated_users": len(queries_U)}
-        for name, sum_U in sums.items():
-            mean = float(sum_U.sum() / count) if count else None
-            deviation = None if mean is None else float(np.sqrt(np.sum((sum_U - mean * queries_U) ** 2)) / count)
-            figures[f"bayes_{name}"] = mean
-            figures[f"bayes_{name}_error"] = deviation
-            figures[f"bayes_{name}_user_mean"] = float((sum_U / queries_U).mean()) if count else None
-        return {**figures, "marginal_nll": self.world.marginal_nll}
+def _truth(chunks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Means over evaluated baskets with user-clustered standard errors; None where none was evaluated."""
+    sums = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    queries_U = sums.pop("queries")
+    count = queries_U.sum()
+    figures: dict[str, Any] = {"evaluated_queries": int(count), "evaluated_users": len(queries_U)}
+    for name, sum_U in sums.items():
+        mean = float(sum_U.sum() / count) if count else None
+        deviation = None if mean is None else float(np.sqrt(np.sum((sum_U - mean * queries_U) ** 2)) / count)
+        figures[f"bayes_{name}"] = mean
+        figures[f"bayes_{name}_error"] = deviation
+        figures[f"bayes_{name}_user_mean"] = float((sum_U / queries_U).mean()) if count else None
+    return figures

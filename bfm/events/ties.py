@@ -6,6 +6,7 @@ measures this on the raw order, before it orders ties by a seeded hash, and `dat
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,12 +35,7 @@ class TieCounts:
 
     def __add__(self, other: TieCounts) -> TieCounts:
         """Counts of two parts of a log."""
-        return TieCounts(
-            self.pairs + other.pairs,
-            self.neighbours + other.neighbours,
-            self.ascending + other.ascending,
-            self.descending + other.descending,
-        )
+        return TieCounts(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def ascending_share(self) -> dict[str, float]:
         """Column -> rising share of the tied pairs that differ in it (0.5 = no order); absent where none differs."""
@@ -86,10 +82,6 @@ def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, A
     for name, values in columns.items():
         array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
         left, right = array.take(before), array.take(after)
-        ascending[name] = _count(pc.less(left, right))
-        descending[name] = _count(pc.greater(left, right))
+        ascending[name] = pc.sum(pc.less(left, right), min_count=0).as_py()
+        descending[name] = pc.sum(pc.greater(left, right), min_count=0).as_py()
     return TieCounts(len(tied), int(np.count_nonzero(same_user)), ascending, descending)
-
-
-def _count(flags: pa.Array | pa.ChunkedArray) -> int:
-    return int(pc.sum(flags).as_py() or 0)

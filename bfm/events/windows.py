@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
@@ -230,12 +231,11 @@ def _from_the_basket_before(windows: Windows, basket_power: float) -> Windows:
 
 def _last_items(windows: Windows) -> np.ndarray:
     """Int64 item ids [R, L, M] of the user's last events inside the window, the latest first; -1 elsewhere."""
-    last_RLM = np.full((*windows.item_RL.shape, LAST_EVENTS), -1, np.int64)
-    for age in range(min(LAST_EVENTS, windows.item_RL.shape[1])):
-        until = windows.item_RL.shape[1] - age
-        same_RL = windows.segment_RL[:, age:] == windows.segment_RL[:, :until]
-        last_RLM[:, age:, age] = np.where(same_RL, windows.item_RL[:, :until], -1)
-    return last_RLM
+    padded = [
+        np.pad(of, ((0, 0), (LAST_EVENTS - 1, 0)), constant_values=-1) for of in (windows.item_RL, windows.segment_RL)
+    ]
+    item_RLM, segment_RLM = (sliding_window_view(of, LAST_EVENTS, axis=1)[..., ::-1] for of in padded)
+    return np.where(segment_RLM == windows.segment_RL[:, :, None], item_RLM, np.int64(-1))
 
 
 def _left_out(

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.events.cache import kept
-from bfm.events.counting import COUNTINGS, count_neighbours
-from bfm.events.neighbours import LAST_EVENTS, Neighbours
+from bfm.events.neighbours import COUNTINGS, LAST_EVENTS, Neighbours, count_neighbours
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
 from bfm.ranking.metrics import QueryScores, score_queries, summarise

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bfm.events.cache import kept
 from bfm.events.protocol import Protocol, QueryTable, query_targets
-from bfm.events.ragged import runs
-from bfm.events.shards import Shards, user_chunks
+from bfm.events.ragged import chunks, runs
+from bfm.events.shards import Shards
 from bfm.files import canonical_json
 from bfm.ranking.metrics import query_mean
 from bfm.ranking.mixture import SparseMass
@@ -75,7 +75,7 @@ def best_personal(shards: Shards, protocol: Protocol) -> Personal:
 
     def make() -> bytes:
         losses = {way: 0.0 for way in (Personal(*values) for values in itertools.product(DECAYS, SHARES))}
-        for low, high in itertools.pairwise(user_chunks(table.position + 1, _CHUNK_EVENTS)):
+        for low, high in itertools.pairwise(chunks(table.position + 1, _CHUNK_EVENTS)):
             for way, loss in _losses(shards, table[low:high]).items():
                 losses[way] += loss
         return canonical_json(asdict(min(losses, key=losses.__getitem__)))

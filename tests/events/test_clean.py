@@ -178,6 +178,7 @@ def test_every_value_is_judged_by_itself(values):
         assert not (parse.to_mask(together[0].is_valid()) & together[1]).any()
 
 
+@settings(deadline=None)
 @given(st.datetimes(min_value=datetime.datetime(1, 1, 1), max_value=datetime.datetime(9999, 12, 31)))
 def test_iso_times_agree_with_datetime(moment):
     expected = (moment - datetime.datetime(1970, 1, 1)) // datetime.timedelta(milliseconds=1)

@@ -7,10 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from bfm.events import counting as counting_module
-from bfm.events import neighbours as table_module
-from bfm.events.counting import BROAD, SHARP, count_neighbours
-from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
+from bfm.events import neighbours as module
+from bfm.events.neighbours import BROAD, LAST_EVENTS, REACH, SHARP, Neighbours, count_neighbours
 from bfm.events.protocol import Protocol
 from bfm.events.windows import WindowOrder, eval_windows
 from tests.helpers import make_shards
@@ -51,10 +49,9 @@ def plain_shares(pairs, n_V, counting, user, position):
 @pytest.mark.parametrize("counting", [BROAD, SHARP])
 @pytest.mark.parametrize(("all_users", "targets"), [(True, "next_event"), (False, "next_event"), (True, "next_basket")])
 def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypatch, counting, all_users, targets):
-    monkeypatch.setattr(counting_module, "NEIGHBOURS", 1000)
-    monkeypatch.setattr(table_module, "NEIGHBOURS", 1000)
+    monkeypatch.setattr(module, "NEIGHBOURS", 1000)
     if not all_users:
-        monkeypatch.setattr(counting_module, "MOST_EVENTS", int(shards.train_stops[7]))
+        monkeypatch.setattr(module, "MOST_EVENTS", int(shards.train_stops[7]))
     histories = [shards.history(user).item[: int(shards.train_lengths[user])].tolist() for user in range(12)]
     neighbours = count_neighbours(shards, [counting])[0]
     assert neighbours.users == (12 if all_users else 8)
@@ -92,8 +89,7 @@ def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypat
 
 
 def test_a_pair_that_would_not_be_listed_without_its_event_has_no_share(shards, monkeypatch):
-    for module in (counting_module, table_module):
-        monkeypatch.setattr(module, "NEIGHBOURS", 3)
+    monkeypatch.setattr(module, "NEIGHBOURS", 3)
     neighbours = count_neighbours(shards, [BROAD])[0]
     windows = WindowOrder(shards, WINDOW, 2, 0, neighbours).group(0)
     share_RLM, item_RLM = windows.counted.share_RLM, windows.counted.item_RLM

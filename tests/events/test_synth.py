@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,9 +14,10 @@ from bfm.errors import UserError
 from bfm.events import synth as module
 from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
 from bfm.events.protocol import Protocol, query_targets
+from bfm.events.ragged import runs
 from bfm.events.schema import load_schema
 from bfm.events.shards import Shards
-from bfm.events.synth import _predictor, _raw_items, optimum, write_synthetic
+from bfm.events.synth import write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
 from tests.events.serial import prepare_serially
@@ -64,10 +67,35 @@ def predictive(shards, queries, truth):
     predictor, raw_V = _predictor(shards, queries, truth), _raw_items(shards)
 
     def block(rows, items):
-        view = predictor.subset(rows)
-        return view.probability(np.tile(raw_V[items], (len(view.belief_NM), 1)))
+        return predictor.subset(rows).probability()[:, raw_V[items]]
 
     return block
+
+
+def optimum(shards, queries, truth, k=10):
+    """Expected nll (nats, over all items), recall@k and ndcg@k of the optimal predictor: float64 [Q] each."""
+    return module._expected(_predictor(shards, queries, truth), np.diff(query_targets(shards, queries).offsets), k)
+
+
+def _predictor(shards, queries, truth):
+    """The optimal predictor at every headline query. Memory: the histories of their users."""
+    users, slot_Q = np.unique(queries.user, return_inverse=True)
+    known = np.zeros(len(users), np.int64)
+    np.maximum.at(known, slot_Q, queries.position + 1)
+    located = shards.locate(runs(shards.user_starts[users], known))
+    item_E, time_E = _raw_items(shards)[shards.take_item(located)], shards.take_time(located)
+    start = np.cumsum(known) - known
+    opens_E = np.diff(time_E, prepend=0) != 0
+    opens_E[start] = True
+    number_E = np.cumsum(opens_E) - 1
+    size_B = np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+    first_Q, last_Q = number_E[start[slot_Q]], number_E[start[slot_Q] + queries.position]
+    return filter_at(World(WorldSpec(**truth["world"])), item_E, size_B, first_Q, last_Q + 1)
+
+
+def _raw_items(shards):
+    """Int64: the item of the world that an item of the shard set is."""
+    return pc.cast(shards.items_table(["key_item_id"])["key_item_id"], pa.int64()).to_numpy()
 
 
 def every_basket(world):
@@ -95,7 +123,7 @@ def test_the_filter_is_the_best_distribution_exactly(spec, history):
     world = World(spec)
     predictor = BayesFilter.start(world, 1)
     for basket in history:
-        predictor.observe(np.array(basket), np.array([len(basket)]))
+        predictor.observe(np.zeros(1, int), np.array(basket), np.array([len(basket)]))
     before = brute_force_joint(world, history)
     expected, total = np.zeros(spec.items), 0.0
     for basket in every_basket(world):
@@ -103,11 +131,17 @@ def test_the_filter_is_the_best_distribution_exactly(spec, history):
         expected[basket] += probability / len(basket)
         total += probability
     assert total == pytest.approx(1.0)
-    np.testing.assert_allclose(predictor.probability(np.arange(spec.items)[None])[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(predictor.probability()[0], expected, rtol=1e-12)
     surprise = expected[expected > 0] * np.log(expected[expected > 0])
-    assert predictor.entropy()[0] == pytest.approx(-surprise.sum(), rel=1e-12)
     for k in (1, 3, 10):
-        np.testing.assert_allclose(predictor.top(k)[0], np.sort(expected)[::-1][:k], rtol=1e-12)
+        found = module._expected(predictor, np.ones(1, int), k)
+        best = np.sort(expected)[::-1][:k]
+        wanted = {
+            "nll": -surprise.sum(),
+            f"recall@{k}": best.sum(),
+            f"ndcg@{k}": best @ (1 / np.log2(2.0 + np.arange(len(best)))),
+        }
+        assert {name: value[0] for name, value in found.items()} == pytest.approx(wanted, rel=1e-12)
 
 
 def test_without_baskets_and_repeats_the_next_item_is_an_interest_s():
@@ -118,7 +152,7 @@ def test_without_baskets_and_repeats_the_next_item_is_an_interest_s():
     inside_MV = world.cluster_V == np.arange(3)[:, None]
     share_MV = inside_MV * world.popularity_V / (inside_MV * world.popularity_V).sum(axis=1, keepdims=True)
     expected = world.prior_M @ (0.85 * share_MV + 0.15 * world.popularity_V)
-    np.testing.assert_allclose(BayesFilter.start(world, 1).probability(np.arange(7)[None])[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(BayesFilter.start(world, 1).probability()[0], expected, rtol=1e-12)
     assert world.marginal_nll == pytest.approx(-(expected * np.log(expected)).sum())
 
 
@@ -134,7 +168,8 @@ def test_generated_histories_follow_the_predictive(basket):
     first_B = number_E[np.repeat(start, lengths)][opens]
     asked = np.flatnonzero(np.arange(len(first_B)) > first_B)
     predictor = filter_at(world, items, size_B, first_B[asked], asked)
-    every = predictor.probability(np.tile(np.arange(300), (len(asked), 1)))
+    every = predictor.probability()
+    expected = module._expected(predictor, np.ones(len(asked), int), 10)
     row_E = np.searchsorted(asked, number_E)
     target = np.flatnonzero(np.isin(number_E, asked))
     realised = np.zeros_like(every)
@@ -143,8 +178,8 @@ def test_generated_histories_follow_the_predictive(basket):
     hit = (every >= -np.partition(-every, 9, axis=1)[:, 9:10]) * realised
     user = first_B[asked]
     for deviation in (
-        -(realised * np.log(every)).sum(axis=1) - predictor.entropy(),
-        hit.sum(axis=1) - predictor.top(10).sum(axis=1),
+        -(realised * np.log(every)).sum(axis=1) - expected["nll"],
+        hit.sum(axis=1) - expected["recall@10"],
         *(realised - every)[:, world.order_V[:: 300 // 20]].T,
     ):
         assert abs(deviation.mean()) < 4 * clustered_error(deviation, user)
@@ -192,7 +227,6 @@ def test_a_log_by_default_is_like_a_real_one(tmp_path):
 @pytest.mark.parametrize("basket", [1, 3])
 def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_path, monkeypatch, basket):
     monkeypatch.setattr(module, "_CHUNK_EVENTS", 700)
-    monkeypatch.setattr(module, "_FILE_EVENTS", 2000)
     progress = []
     sizes = {"events": 5000, "users": 120, "items": 80, "basket": basket}
     truth = write_synthetic(tmp_path / "a", **sizes, seed=5, progress=progress.append)
@@ -200,7 +234,7 @@ def test_a_log_is_exact_in_size_deterministic_and_prepared_by_its_schema(tmp_pat
     assert truth == again
     assert truth == json.loads((tmp_path / "a/truth.json").read_text())
     files = sorted((tmp_path / "a/events").iterdir())
-    assert len(files) == 3
+    assert len(files) == len(progress) > 5
     assert all(file.read_bytes() == (tmp_path / "b/events" / file.name).read_bytes() for file in files)
     log = pq.read_table(tmp_path / "a/events")
     assert log.num_rows == 5000 == progress[-1]
@@ -239,14 +273,14 @@ def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
         alone = BayesFilter.start(world, 1)
         for time in np.unique(known.time[: queries.position[index] + 1]):
             item = keys[known.item[known.time == time]]
-            alone.observe(item, np.array([len(item)]))
-        top = alone.top(5)[0]
+            alone.observe(np.zeros(1, int), item, np.array([len(item)]))
+        every = alone.probability()[0]
+        top = np.sort(every)[::-1][:5]
         ideal = (1 / np.log2(2.0 + np.arange(min(5, sizes[index])))).sum()
         gain = sizes[index] * (top / np.log2(2.0 + np.arange(5))).sum() / ideal
-        expected = {"nll": alone.entropy()[0], "recall@5": top.sum(), "ndcg@5": gain}
+        expected = {"nll": -(every * np.log(every)).sum(), "recall@5": top.sum(), "ndcg@5": gain}
         assert {name: values[index] for name, values in found.items()} == pytest.approx(expected, rel=1e-12)
-        own = alone.probability(keys[None])
-        np.testing.assert_allclose(block(slice(index, index + 1), slice(0, len(keys))), own, rtol=1e-12)
+        np.testing.assert_allclose(block(slice(index, index + 1), slice(0, len(keys)))[0], every[keys], rtol=1e-12)
 
 
 def protocol_metrics(shards, queries, truth):

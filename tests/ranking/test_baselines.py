@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bfm.events.cache import kept_path
-from bfm.events.counting import COUNTINGS, count_neighbours
+from bfm.events.neighbours import COUNTINGS, count_neighbours
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
 from bfm.ranking.baselines import baseline_metrics, best_neighbours, popularity_scores

@@ -7,9 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bfm.events import counting as module
-from bfm.events.counting import BROAD, SHARP, count_neighbours
-from bfm.events.neighbours import LAST_EVENTS, REACH
+from bfm.events import neighbours as module
+from bfm.events.neighbours import BROAD, LAST_EVENTS, REACH, SHARP, count_neighbours
 from bfm.events.protocol import Protocol
 from bfm.ranking.baselines import co_occurrence_scores
 from tests.helpers import make_shards
