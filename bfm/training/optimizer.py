@@ -21,6 +21,8 @@ AVERAGE_EXPONENT = 8
 """gamma of polynomial-decay averaging (Shamir & Zhang 2013): about the last 1/9 of the trunk, at any time."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"
+STATE_KEYS = (*MOMENTS, AVERAGE)
+"""What the optimizer keeps of a parameter, by its own names."""
 
 
 def average_weight(trunk_step: int) -> float:

@@ -198,7 +198,7 @@ class _RungRun:
             # Only some ranks may hold such a query, and the others wait for this one.
             scores = error
         parts: list[QueryScores] = []
-        for part in self.trainer.engine.gather(scores):
+        for part in self.factory.gather(scores):
             if isinstance(part, DivergedError):
                 raise part
             parts.append(part)
