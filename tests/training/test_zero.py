@@ -35,7 +35,7 @@ WIDE = TrainConfig(params=3e5, embedder_share=0.45, window=16, groups_per_step=2
 
 @pytest.fixture(scope="module", autouse=True)
 def _leave_the_group():
-    """The factory makes a process group of this process alone. It stays to the end: DeepSpeed keeps sub-groups of it."""
+    """The factory makes a process group of this process alone. It stays to the end: DeepSpeed keeps its sub-groups."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
