@@ -94,7 +94,8 @@ class Engine(ABC):
     def export_state(self) -> EngineState:
         """Collective; the same on every rank."""
         weight = {name: self.get_weight(p) for name, p in self.model.named_parameters()}
-        states = {key: {name: self.get_state(p, key) for name, p in self.trainable.items()} for key in self._kept_keys}
+        trainable = self.trainable
+        states = {key: {name: self.get_state(p, key) for name, p in trainable.items()} for key in self._kept_keys}
         moment1, moment2, average = (states.get(key, {}) for key in STATE_KEYS)
         return EngineState(weight, moment1, moment2, average, self.steps)
 

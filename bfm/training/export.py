@@ -13,11 +13,10 @@ from bfm.errors import UserError
 from bfm.events.encoding import Encoding
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.files import parent_store, write_atomic
+from bfm.files import write_atomic
 from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.predictor import DTYPES, Predictor
 from bfm.sealed import check_free, publish, staging
-from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.rung import load_model
 
@@ -63,8 +62,7 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
     out = out.absolute()
     check_free(out)
     opened = Shards.open(shards)
-    store, name = parent_store(checkpoint)
-    model, meta = load_model(store, name, opened), read_meta(store, name)
+    model, meta = load_model(checkpoint, opened)
     config, encoding, protocol = TrainConfig.from_dict(meta["config"]), Encoding.of(opened), Protocol.load(opened)
     vectors_ID = model.embed_all().to(DTYPES[catalogue_dtype])
     origin = {

@@ -316,8 +316,9 @@ def resume(
     store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, phase: Phase | None = "trunk"
 ) -> Checkpoint:
     """Load a checkpoint of this run. Raises UserError where it is another run's, CorruptError where it is damaged."""
-    expect = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
-    checkpoint = load_checkpoint(store, name, expect_config=config, expect_seed=seed, expect=expect)
+    run = {"config": config.as_dict(), "seed": seed}
+    known = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
+    checkpoint = load_checkpoint(store, name, {**run, **known})
     found = checkpoint.meta["counters"]["phase"]
     if phase is not None and found != phase:
         raise UserError(

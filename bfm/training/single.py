@@ -13,13 +13,12 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
-from bfm.files import Store, parent_store
+from bfm.files import Store
 from bfm.objective.methods import check_method
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import paired_gap, read_scores
-from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
@@ -101,9 +100,8 @@ def evaluate_checkpoint(
     if max(k) > opened.num_catalogue:
         fix = f"use 1 to {opened.num_catalogue}, the number of items in the catalogue"
         raise UserError(f"lists of {max(k)} items cannot be made", key="--k", fix=fix)
-    store, name = parent_store(checkpoint)
-    model = load_model(store, name, opened)
-    window = TrainConfig.from_dict(read_meta(store, name)["config"]).window
+    model, meta = load_model(checkpoint, opened)
+    window = meta["config"]["window"]
     scores = evaluate(
         model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=opened.seed
     )

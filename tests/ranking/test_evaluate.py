@@ -20,7 +20,8 @@ from bfm.objective import softmax as softmax_module
 from bfm.objective.sampling import Candidates, Proposal, drawn_inclusion, group_rng
 from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
-from bfm.ranking.evaluate import evaluate, merge, summarise
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import merge, summarise
 from tests.helpers import make_shards
 
 WINDOW = 16

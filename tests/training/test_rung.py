@@ -83,7 +83,7 @@ def test_row_is_complete_and_met_its_rung(promoted):
 
 def test_model_can_be_loaded_and_has_learned(promoted, toy_shards):
     _, store, low, high = promoted
-    model = load_model(store, high["model"], toy_shards)
+    model, _ = load_model(f"{store.uri}/{high['model']}", toy_shards)
     assert not model.training
     assert low["metrics"]["nll"] < math.log(toy_shards.num_catalogue)
 
