@@ -9,7 +9,6 @@ I = all items, N = ids asked for, Q = queries, K = candidates, D = retrieval wid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +17,6 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.methods import shares_catalogue
 from bfm.objective.sharded import DealtItems
 from bfm.objective.softmax import log_sum
-
-
-class FrozenItems(Protocol):
-    """What stage 2 needs of the frozen catalogue."""
-
-    def vectors(self, ids_N: Tensor) -> Tensor:
-        """Rows of the items, [N, D]."""
-
-    def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
-        """log_sum_Q as of softmax.log_sum, ids_K being item ids; differentiable in q."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +32,11 @@ class WholeItems:
         return self.vectors_ID[ids_N]
 
     def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
-        """log_sum_Q of the queries."""
+        """log_sum_Q as of softmax.log_sum, ids_K being item ids; differentiable in q."""
         return log_sum(q_QD, self.vectors_ID, ids_K, log_pi_K, method=self.method)
+
+
+FrozenItems = WholeItems | DealtItems
 
 
 def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int) -> FrozenItems:

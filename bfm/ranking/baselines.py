@@ -27,7 +27,7 @@ from bfm.events.neighbours import LAST_EVENTS, Neighbours
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
 from bfm.ranking.metrics import QueryScores, score_queries, summarise
-from bfm.ranking.mixture import NeighbourMass, pairs_by_item
+from bfm.ranking.mixed_scores import NeighbourMass, pairs_by_item
 from bfm.ranking.paired import from_npz, to_npz
 from bfm.ranking.personal import best_personal, log_popularity
 from bfm.ranking.ranks import ScoreBlock, rank_targets

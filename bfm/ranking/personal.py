@@ -29,7 +29,7 @@ from bfm.events.ragged import runs
 from bfm.events.shards import Shards, user_chunks
 from bfm.files import canonical_json
 from bfm.ranking.metrics import query_mean
-from bfm.ranking.mixture import SparseMass
+from bfm.ranking.mixed_scores import SparseMass
 from bfm.ranking.ranks import ScoreBlock, kept_per_thread
 
 VERSION = 1

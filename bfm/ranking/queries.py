@@ -22,7 +22,7 @@ from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import ModelBatch, make_query_batch
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.mixture import Component, MixtureScores, NeighbourMass, SparseMass
+from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.

@@ -118,6 +118,7 @@ def rank_targets(
     # Whole groups need no padding.
     columns = columns // GROUP * GROUP or columns
     rows = max(1, min(_ROWS, block_bytes // (_SCORE_BYTES * columns)))
+    nothing = Ragged(np.zeros(0, np.int32), np.zeros(num_queries + 1, np.int64))
     rank_N = np.full(len(targets.ids), np.inf)
     nll_N = np.full(len(targets.ids), np.nan)
     top_Qk = np.full((num_queries, max_k), -1, dtype=np.int64)
@@ -125,11 +126,13 @@ def rank_targets(
 
     @torch.no_grad()
     def rank_rows(start: int) -> None:
-        chunk = _chunk(targets, seen, start, min(start + rows, num_queries), num_items)
-        passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k)
-        rank_N[chunk.target_N], nll_N[chunk.target_N] = _ranks_and_nll(passed, chunk)
-        top_Qk[chunk.start : chunk.stop] = passed.first.id_Rk.cpu().numpy()
-        top_score_Qk[chunk.start : chunk.stop] = passed.first.value_Rk.float().cpu().numpy()
+        chunk = slice(start, min(start + rows, num_queries))
+        own = _Pairs.of(targets, chunk, num_items)
+        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items)
+        passed = _pass_over_catalogue(score_block, chunk, own, hidden, num_items, columns, max_k)
+        rank_N[own.place_N], nll_N[own.place_N] = _ranks_and_nll(passed, own)
+        top_Qk[chunk] = passed.first.id_Rk.cpu().numpy()
+        top_score_Qk[chunk] = passed.first.value_Rk.float().cpu().numpy()
 
     _for_each(rank_rows, range(0, num_queries, rows))
     filtered_N = None if seen is None else targets.within(seen)
@@ -159,17 +162,26 @@ def _for_each(work: Callable[[int], None], starts: range) -> None:
             torch.set_num_threads(threads)
 
 
-class _Chunk(NamedTuple):
-    """Some queries, with their warm targets and the items that are filtered, both by rising item."""
+class _Pairs(NamedTuple):
+    """Catalogue items that are listed for the queries of a chunk, by rising item."""
 
-    start: int
-    stop: int
-    target_N: NDArray[np.int64]
-    """Index among all targets."""
+    place_N: NDArray[np.int64]
+    """In the lists of all queries."""
     row_N: NDArray[np.int64]
     item_N: NDArray[np.int64]
-    hidden_row_P: NDArray[np.int64]
-    hidden_item_P: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, lists: Ragged, rows: slice, num_items: int) -> _Pairs:
+        low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
+        place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
+        place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
+        return cls(place_N, lists.rows[place_N] - rows.start, lists.ids[place_N].astype(np.int64))
+
+    def inside(self, items: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where those of some items lie in a block of these."""
+        low, high = np.searchsorted(self.item_N, [items.start, items.stop])
+        row, column = self.row_N[low:high], self.item_N[low:high] - items.start
+        return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
 
 
 class _Passed(NamedTuple):
@@ -178,58 +190,35 @@ class _Passed(NamedTuple):
     target_score_N: Tensor
 
 
-def _chunk(targets: Ragged, seen: Ragged | None, start: int, stop: int, num_items: int) -> _Chunk:
-    hidden_row_P, hidden_item_P = np.zeros((2, 0), np.int64)
-    if seen is not None:
-        _, hidden_row_P, hidden_item_P = _warm_pairs(seen, start, stop, num_items)
-    return _Chunk(start, stop, *_warm_pairs(targets, start, stop, num_items), hidden_row_P, hidden_item_P)
-
-
-def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Place in the lists, row and item of the catalogue items of rows start..stop-1, by rising item."""
-    low, high = lists.offsets[start], lists.offsets[stop]
-    place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
-    row_N = lists.rows[place_N] - start
-    order = np.argsort(lists.ids[place_N], kind="stable")
-    return place_N[order], row_N[order], lists.ids[place_N[order]].astype(np.int64)
-
-
-def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int, columns: int, max_k: int) -> _Passed:
+def _pass_over_catalogue(
+    score_block: ScoreBlock, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
+) -> _Passed:
     finite = getattr(score_block, "finite", False)
     log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
-        stop = min(start + columns, num_items)
-        block_RC = score_block(slice(chunk.start, chunk.stop), slice(start, stop))
+        items = slice(start, min(start + columns, num_items))
+        block_RC = score_block(rows, items)
         if not finite and not torch.isfinite(block_RC.amin()):
             raise DivergedError(_NOT_FINITE)
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        target_scores.append(block_RC[_pairs(chunk.row_N, chunk.item_N, start, stop, block_RC)])
-        hidden = _pairs(chunk.hidden_row_P, chunk.hidden_item_P, start, stop, block_RC)
+        target_scores.append(block_RC[own.inside(items, block_RC.device)])
+        hidden_P = hidden.inside(items, block_RC.device)
         if block_RC.shape[1] % GROUP:
             block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
-        hidden_score_P = block_RC[hidden]
-        block_RC[hidden] = -torch.inf
+        hidden_score_P = block_RC[hidden_P]
+        block_RC[hidden_P] = -torch.inf
         largest_RG = block_RC.unflatten(1, (-1, GROUP)).amax(-1)
-        largest_R = largest_RG.amax(1).scatter_reduce(0, hidden[0], hidden_score_P, "amax")
+        largest_R = largest_RG.amax(1).scatter_reduce(0, hidden_P[0], hidden_score_P, "amax")
         least, most = map(float, torch.aminmax(largest_R))
         if not math.isfinite(least) or not math.isfinite(most):
             raise DivergedError(_NOT_FINITE)
         first = first or TopItems(len(block_RC), max_k, block_RC)
         first.add(block_RC, largest_RG, start)
-        block_RC[hidden] = hidden_score_P
+        block_RC[hidden_P] = hidden_score_P
         log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))
     assert first is not None, "an empty catalogue"
     log_total_R = torch.logsumexp(torch.stack(log_totals), dim=0)
     return _Passed(first.finish(), log_total_R, torch.cat(target_scores))
-
-
-def _pairs(row: NDArray, item: NDArray, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into a block of items start..stop-1; `item` rises."""
-    low, high = np.searchsorted(item, [start, stop])
-    return (
-        torch.from_numpy(row[low:high]).to(like.device),
-        torch.from_numpy(item[low:high] - start).to(like.device),
-    )
 
 
 def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
@@ -239,8 +228,8 @@ def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
     return block_RC.exp_().sum(1).log()
 
 
-def _ranks_and_nll(passed: _Passed, chunk: _Chunk) -> tuple[NDArray, NDArray]:
-    row_N = torch.from_numpy(chunk.row_N).to(passed.log_total_R.device)
+def _ranks_and_nll(passed: _Passed, own: _Pairs) -> tuple[NDArray, NDArray]:
+    row_N = torch.from_numpy(own.row_N).to(passed.log_total_R.device)
     score_N = passed.target_score_N
     value_Nk = passed.first.value_Rk[row_N]
     better_N = (value_Nk > score_N[:, None]).sum(1)

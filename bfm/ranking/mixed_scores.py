@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,16 +23,6 @@ from bfm.events.neighbours import Neighbours
 from bfm.ranking.ranks import DotScores, kept_per_thread
 
 _ROWS, _COLUMNS = 256, 8192
-
-
-class Component(Protocol):
-    """A sparse distribution of every query, its gate included."""
-
-    def of_rows(self, rows: slice) -> SparseMass:
-        """The pairs of some queries, these counted from 0."""
-
-    def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
-        """Mass of any pairs, 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +110,10 @@ class NeighbourMass:
         query, item = query_N.cpu().numpy(), item_N.cpu().numpy()
         share_NM = torch.from_numpy(self._neighbours.shares(self._item_QM[query], item[..., None]))
         return (share_NM.to(self._mass_QM) * self._mass_QM[query_N]).sum(-1)
+
+
+Component = SparseMass | NeighbourMass
+"""A sparse distribution of every query, its gate included."""
 
 
 def pairs_by_item(component: Component) -> Callable[[slice], SparseMass]:
