@@ -173,13 +173,12 @@ class Trainer:
             "embedder_hash": self._embedder_hash,
         }
 
-    def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> EngineState:
-        """Collective; rank 0 writes the checkpoint. Returns the exported state."""
+    def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> None:
+        """Collective; rank 0 writes the checkpoint."""
         state = self.engine.export_state()
         if self.factory.rank == 0:
             save_checkpoint(store, name, state, {**self.meta(), **(extra or {})})
         self.factory.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
-        return state
 
     def plain_model(self, weight: dict[str, Tensor]) -> TwoPartModel:
         """A model outside any engine with these weights."""

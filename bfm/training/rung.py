@@ -71,11 +71,6 @@ def run_rung(
     return _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time()).run()
 
 
-def split_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rung row without its probes, then the probe rows: what a ledger takes."""
-    return [{key: value for key, value in row.items() if key != "probes"}, *row.get("probes", [])]
-
-
 @dataclass
 class _RungRun:
     """The state of one `run_rung`."""
@@ -103,9 +98,7 @@ class _RungRun:
         self.data = TrainingData.of(self.shards)
         self.journal = Journal(task, self.store)
         start = self._start()
-        # The journal is up to a second old; the checkpoint may be newer.
-        in_checkpoint = {} if start is None else start.meta.get("progress", {})
-        self.spent_before_flops = max(self.journal.read_spent(), self.journal.own_spent(in_checkpoint))
+        self.spent_before_flops = self.journal.spent_before(start)
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -296,8 +289,7 @@ class _RungRun:
             self.observer(record)
 
     def _save_progress(self) -> None:
-        progress = self.journal.entry(self._spent_flops())
-        self.trainer.save(self.store, self.journal.next_slot(), {"progress": progress})
+        self.trainer.save(self.store, self.journal.next_slot(), self.journal.in_meta(self._spent_flops()))
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops
