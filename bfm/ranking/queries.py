@@ -1,7 +1,7 @@
 """Evaluation queries through a model: contexts packed, run in batches of bounded size, and joined.
 
 Enters: a model, a way to item vectors, queries of a shard set. Leaves: `Answers`, what the output distribution of every
-query is made of, and the ScoreBlock (ranks.py) over a catalogue that follows from it.
+query is made of, and the `Scores` (ranks.py) over a catalogue that follows from it.
 
 Q = queries, V = catalogue items, D = retrieval width, L = positions of a window, M = last events of a query,
 P = pairs of a query and an item.

@@ -20,11 +20,10 @@ P = filtered pairs, k = list length, D = width of the vectors.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +34,8 @@ from bfm.errors import DivergedError
 from bfm.events.ragged import Ragged
 from bfm.ranking.top_items import GROUP, TopItems, TopRows
 
-T = TypeVar("T")
-ScoreBlock = Callable[[slice, slice], Tensor]
-"""(query rows, items) -> fresh scores [R, C] in float32 or float64, which the caller may overwrite."""
+Scores = Callable[[slice], Callable[[slice], Tensor]]
+"""query rows -> (items -> fresh scores [R, C] in float32 or float64, which the caller may overwrite)."""
 
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
 BLOCK_BYTES = 2 * 2**20
@@ -64,20 +62,8 @@ class Ranked:
     """Whether a target is among the items that its list leaves out; None where lists leave out nothing."""
 
 
-def kept_per_thread(make: Callable[[slice], T]) -> Callable[[slice], T]:
-    """`make`, whose last result each thread keeps: it asks for the blocks of its rows one after the other."""
-    last = threading.local()
-
-    def of(rows: slice) -> T:
-        if getattr(last, "rows", None) != rows:
-            last.rows, last.made = rows, make(rows)
-        return last.made
-
-    return of
-
-
 class DotScores:
-    """Scores of items by their inner products with queries: a ScoreBlock whose scores need no check one by one."""
+    """Scores of items by their inner products with queries: Scores that need no check one by one."""
 
     def __init__(self, queries_QD: Tensor, items_VD: Tensor) -> None:
         self._queries_QD = queries_QD
@@ -88,9 +74,10 @@ class DotScores:
         self.finite = bool(math.prod(longest) < torch.finfo(queries_QD.dtype).max / 2)
         """No score can be NaN or infinite: |<q, v>| <= |q| |v|."""
 
-    def __call__(self, rows: slice, items: slice) -> Tensor:
-        """Scores [R, C]."""
-        return self._queries_QD[rows] @ self._items_DV[:, items]
+    def __call__(self, rows: slice) -> Callable[[slice], Tensor]:
+        """Scores of some queries."""
+        queries_RD = self._queries_QD[rows]
+        return lambda items: queries_RD @ self._items_DV[:, items]
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
         """Scores of S items for each of T queries, [T, S]."""
@@ -99,7 +86,7 @@ class DotScores:
 
 
 def rank_targets(
-    score_block: ScoreBlock,
+    scores: Scores,
     targets: Ragged,
     num_items: int,
     max_k: int,
@@ -110,7 +97,7 @@ def rank_targets(
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
-    scores per thread. `score_block` is called from several threads, unless torch is set to one.
+    scores per thread. `scores` is called from several threads, unless torch is set to one.
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries = len(targets)
@@ -129,7 +116,7 @@ def rank_targets(
         chunk = slice(start, min(start + rows, num_queries))
         own = _Pairs.of(targets, chunk, num_items)
         hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items)
-        passed = _pass_over_catalogue(score_block, chunk, own, hidden, num_items, columns, max_k)
+        passed = _pass_over_catalogue(scores, chunk, own, hidden, num_items, columns, max_k)
         rank_N[own.place_N], nll_N[own.place_N] = _ranks_and_nll(passed, own)
         top_Qk[chunk] = passed.first.id_Rk.cpu().numpy()
         top_score_Qk[chunk] = passed.first.value_Rk.float().cpu().numpy()
@@ -191,13 +178,13 @@ class _Passed(NamedTuple):
 
 
 def _pass_over_catalogue(
-    score_block: ScoreBlock, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
+    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
 ) -> _Passed:
-    finite = getattr(score_block, "finite", False)
+    finite, scores_of = getattr(scores, "finite", False), scores(rows)
     log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
         items = slice(start, min(start + columns, num_items))
-        block_RC = score_block(rows, items)
+        block_RC = scores_of(items)
         if not finite and not torch.isfinite(block_RC.amin()):
             raise DivergedError(_NOT_FINITE)
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
