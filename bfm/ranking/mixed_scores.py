@@ -11,7 +11,6 @@ M = last events of a query.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +44,11 @@ class SparseMass:
         return cls(key_P // num_items, key_P % num_items, total_P)
 
     @classmethod
-    def join(cls, parts: Sequence[SparseMass], queries: Sequence[int], device: torch.device) -> SparseMass:
-        """The pairs of runs of queries one after the other; `queries` are the lengths of the runs."""
+    def join(cls, parts: Sequence[SparseMass], device: torch.device) -> SparseMass:
+        """The pairs of runs of queries that follow each other."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        starts = [0, *itertools.accumulate(queries)]
         return cls(
-            torch.cat([none, *(part.query_P + start for part, start in zip(parts, starts, strict=False))]),
+            torch.cat([none, *(part.query_P for part in parts)]),
             torch.cat([none, *(part.item_P for part in parts)]),
             torch.cat([none.float(), *(part.mass_P for part in parts)]),
         )

@@ -62,14 +62,11 @@ def read_meta(store: Store, name: str) -> dict[str, Any]:
 def load_checkpoint(store: Store, name: str, expect: Mapping[str, Any] | None = None) -> Checkpoint:
     """Read and verify a checkpoint.
 
-    Args:
-        store, name: where it stands.
-        expect: keys of its meta and the values they must have (config, seed, shard hash, formula version); of the
-            configuration a stage-1 trunk may differ in what only stage 2 uses.
+    `expect`: keys of its meta (config, seed, shard hash, formula version) and the values they must have; of the
+    configuration a stage-1 trunk may differ in what only stage 2 uses.
 
-    Raises:
-        UserError: there is none, or it is of another configuration, seed or shard set (with every difference).
-        CorruptError: truncated or altered.
+    Raises UserError where there is none or it is of another run, with every difference; CorruptError where it is
+    truncated or altered.
     """
     meta = read_meta(store, name)
     _check_expected(f"{store.uri}/{name}", meta, expect or {})

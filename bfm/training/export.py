@@ -42,20 +42,12 @@ _NEIGHBOURS_LINE = "| neighbours.npz | items that stood near each other in the t
 
 
 def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: str = "float32") -> dict[str, Any]:
-    """Write an export.
+    """Write an export into a new or empty folder, from a checkpoint (folder or URI) and the shards it was trained on.
 
-    Args:
-        checkpoint: folder or URI of a checkpoint.
-        shards: the shard set it was trained on.
-        out: a new or empty folder.
-        catalogue_dtype: float32 ranks exactly as evaluation does; bfloat16 takes half the room.
+    A catalogue of float32 ranks exactly as evaluation does; bfloat16 takes half the room. Returns facts for a summary.
 
-    Returns:
-        Facts for a summary.
-
-    Raises:
-        UserError: the checkpoint is absent or of other shards, `out` is taken, or the type is unknown.
-        CorruptError: checkpoint or shards are damaged.
+    Raises UserError where the checkpoint is absent or of other shards, `out` is taken, or the type is unknown,
+    CorruptError where checkpoint or shards are damaged.
     """
     if catalogue_dtype not in DTYPES:
         raise UserError(f"no type {catalogue_dtype!r}", key="--catalogue-dtype", fix=f"use {' or '.join(DTYPES)}")

@@ -48,25 +48,16 @@ def run_rung(
     save_every_s: float = math.inf,
     assigned_at_s: float | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate one task; collective over the factory's workers, rank 0 writes.
+    """Train and evaluate one task; collective over the factory's workers, rank 0 writes and calls the observer.
 
-    Args:
-        task: what to train.
-        shards: opened shard set.
-        factory: engine and workers.
-        store: the sweep's store; checkpoints go under trials/<trial>/checkpoints/.
-        observer: called on rank 0 after every step and every validation.
-        save_every_s: also save inside the rung, so that a killed worker group goes on from there.
-        assigned_at_s: wall-clock time of the task's assignment (default: now), for `warm_start_s`.
+    Checkpoints go into the store under trials/<trial>/checkpoints/, every `save_every_s` also inside the rung, so that
+    a killed worker group goes on from there. `warm_start_s` counts from `assigned_at_s` (wall clock; default: now).
 
-    Returns:
-        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
-        validations it also has these, and `best`, the one with the lowest nll.
+    Returns the ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
+    validations it also has these, and `best`, the one with the lowest nll.
 
-    Raises:
-        InfeasibleError: the rung is not 100 steps, or cannot be met within 1 %.
-        UserError: the checkpoint to resume from is another run's, or the workers do not divide the batch.
-        CorruptError: a checkpoint or shard is damaged.
+    Raises InfeasibleError where the rung is not 100 steps or cannot be met within 1 %, UserError where the checkpoint
+    to resume from is another run's or the workers do not divide the batch, CorruptError where one is damaged.
     """
     return _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time()).run()
 
