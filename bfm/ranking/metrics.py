@@ -134,8 +134,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     errors: dict[str, float]
-    queries: int
-    eval_flops: int
 
 
 def summarise(scores: QueryScores) -> Evaluation:
@@ -155,7 +153,7 @@ def summarise(scores: QueryScores) -> Evaluation:
         metrics[f"coverage@{k}"] = float(shown_V.mean())
     if scores.loss_sampled_negatives is not None:
         metrics["loss_sampled_negatives"] = float(scores.loss_sampled_negatives)
-    return Evaluation(metrics, errors, len(scores.query_Q), scores.eval_flops)
+    return Evaluation(metrics, errors)
 
 
 def counted_values(scores: QueryScores, metric: str) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import STATE_KEYS, AveragingAdamW
+from bfm.training.optimizer import STATE_KEYS, AveragingAdamW, set_rates
 
 Objective = Callable[[Any, ModelBatch], Tensor]
 """(model, batch) -> scalar mean over the batch's groups."""
@@ -63,16 +63,22 @@ class Engine(ABC):
     """Of every step."""
     steps: int
     """Made so far, those of the state that it started from included."""
+    called: Callable[[ModelBatch, Objective], Tensor]
+    """The model, or what is wrapped around it."""
 
-    @abstractmethod
     def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
         """Loss of one micro-batch (scalar), under the engine's precision."""
+
+        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
+            with _precision(self.device):
+                return objective(model, inner_batch)
+
+        return self.called(batch, precise)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
 
-    @abstractmethod
     def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
 
@@ -80,6 +86,14 @@ class Engine(ABC):
         beyond the first, by which the tables decay.
         A non-finite norm is returned, the weights are then worthless.
         """
+        set_rates(self.optimizer, learning_rate, repeats)
+        self.optimizer.average_weight = average_weight
+        self.steps += 1
+        return self.update()
+
+    @abstractmethod
+    def update(self) -> float:
+        """Clips and updates by the rates that are set; returns the norm of the averaged gradient before clipping."""
 
     def load_state(self, state: EngineState) -> None:
         """Take up the optimizer's part of a state, once its own is laid out; before the first step."""
@@ -167,7 +181,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def compute_precision(device: torch.device) -> AbstractContextManager[Any]:
+def _precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast where matmuls run in bf16."""
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=compute_dtype(device))

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.engine import Engine, EngineFactory, EngineState, Objective, compute_precision
-from bfm.training.optimizer import build_optimizer, set_rates
+from bfm.training.engine import Engine, EngineFactory, EngineState
+from bfm.training.optimizer import build_optimizer
 
 
 class PlainEngine(Engine):
@@ -24,33 +23,25 @@ class PlainEngine(Engine):
         self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int, device: torch.device
     ) -> None:
         self.device, self.micro_batches, self.clip_norm = device, micro_batches, config.clip_norm
-        self.model = model.to(device)
+        self.model = self.called = model.to(device)
         self.optimizer = build_optimizer(self.model, config)
         self.parameters = list(self.trainable.values())
         self.optimizer.start_state(self.parameters, config.averaging)
         self.load_state(state)
 
-    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
-        """Loss of one micro-batch (scalar)."""
-        with compute_precision(self.device):
-            return self.model(batch, objective)
-
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss / micro_batches."""
         (loss / self.micro_batches).backward()
 
-    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
+    def update(self) -> float:
         """Clips and updates; returns the gradient's norm before clipping."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 # AdamW would skip it, where ZeRO's flat partitions decay it and move its moments.
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        set_rates(self.optimizer, learning_rate, repeats)
-        self.optimizer.average_weight = average_weight
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
         return float(norm)
 
     def close(self) -> None:

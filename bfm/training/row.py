@@ -14,7 +14,7 @@ import torch
 
 import bfm
 from bfm.model.flops import FLOPS_VERSION
-from bfm.ranking.metrics import Evaluation
+from bfm.ranking.metrics import Evaluation, QueryScores, summarise
 from bfm.training.engine import compute_dtype
 from bfm.training.loop import Trainer
 
@@ -30,8 +30,9 @@ def code_version() -> str:
     return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
 
 
-def build_row(trainer: Trainer, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Counts, metrics and identity of the run as it stands; no metrics where there is no evaluation."""
+def build_row(trainer: Trainer, scores: QueryScores | None) -> dict[str, Any]:
+    """Counts, metrics and identity of the run as it stands; no metrics where nothing was scored."""
+    evaluation = Evaluation({}, {}) if scores is None else summarise(scores)
     counters, config, factory = trainer.counters, trainer.config, trainer.factory
     shape, cost, data = config.shape(), trainer.cost, trainer.data
     unique_events = min(counters.events, trainer.order.targets_per_epoch)
@@ -44,7 +45,7 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None) -> dict[str, Any]
         "table_params": cost.table_params,
         "shape": shape.as_dict(),
         "path_flops": counters.path_flops,
-        "eval_flops": 0 if evaluation is None else evaluation.eval_flops,
+        "eval_flops": 0 if scores is None else scores.eval_flops,
         "hardware_flops": counters.hardware_flops,
         "useful_attention_flops": counters.useful_attention_flops,
         "undeduplicated_flops": counters.undeduplicated_flops,
@@ -54,8 +55,8 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None) -> dict[str, Any]
         "epochs": counters.events / max(unique_events, 1),
         "batch_events": counters.events / max(counters.step, 1),
         "groups": counters.cursor,
-        "metrics": {} if evaluation is None else evaluation.metrics,
-        "errors": {} if evaluation is None else evaluation.errors,
+        "metrics": evaluation.metrics,
+        "errors": evaluation.errors,
         "code_version": code_version(),
         "flops_version": FLOPS_VERSION,
         "protocol_hash": data.protocol.hash,

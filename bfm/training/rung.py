@@ -20,7 +20,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.two_part import TwoPartModel
 from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import QueryScores, merge, summarise
+from bfm.ranking.metrics import QueryScores, merge
 from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -240,7 +240,6 @@ class _RungRun:
 
     def _row(self, kind: str, status: Status, scores: QueryScores | None) -> dict[str, Any]:
         task, succeeded = self.task, status == "ok" and kind == "rung"
-        evaluation = None if scores is None else summarise(scores)
         return {
             "trial": task.trial,
             "rung": task.rung,
@@ -249,7 +248,7 @@ class _RungRun:
             "config": task.config.as_dict(),
             "kind": kind,
             "status": status,
-            **build_row(self.trainer, evaluation),
+            **build_row(self.trainer, scores),
             "train_s": time.monotonic() - self.begun_s - self.eval_s,
             "eval_s": self.eval_s,
             "warm_start_s": self.warm_start_s,

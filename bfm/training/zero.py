@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bfm.errors import UserError
-from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.engine import Engine, EngineFactory, EngineState, Objective, compute_precision, cpu_copy
-from bfm.training.optimizer import build_optimizer, set_rates
+from bfm.training.engine import Engine, EngineFactory, EngineState, cpu_copy
+from bfm.training.optimizer import build_optimizer
 
 # DeepSpeed allocates whole buckets whatever the model's size; its default of 5e8 numbers is 2 GB.
 _LARGEST_BUCKET = 12_288 * 4096
@@ -52,21 +51,12 @@ class ZeroEngine(Engine):
             config=_deepspeed_config(stage, micro_batches, config.clip_norm, num_trainable),
             dist_init_required=False,
         )
-        self.model = self.engine.module
+        self.model, self.called = self.engine.module, self.engine
         self.optimizer = self.engine.optimizer.optimizer if stage else self.engine.optimizer
         self.optimizer.start_state(self._stepped_tensors(), config.averaging)
         if stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         self.load_state(state)
-
-    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
-        """Loss of one micro-batch (scalar)."""
-
-        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
-            with compute_precision(self.device):
-                return objective(model, inner_batch)
-
-        return self.engine(batch, precise)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
@@ -75,19 +65,15 @@ class ZeroEngine(Engine):
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
+    def update(self) -> float:
         """Clips and updates; returns the norm of the averaged gradient before clipping."""
-        set_rates(self.optimizer, learning_rate, repeats)
-        self.optimizer.average_weight = average_weight
         if self.stage == 0:
             # DeepSpeed clips here without telling the norm.
             norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.clip_norm))
             self.engine.step()
-        else:
-            self.engine.step()
-            norm = float("nan") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
-        self.steps += 1
-        return norm
+            return norm
+        self.engine.step()
+        return float("nan") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def close(self) -> None:
         """Frees hooks, partitions and buffers (an engine left alone leaks them all)."""

@@ -112,7 +112,7 @@ def test_every_query_equals_a_plain_loop(world, monkeypatch):
     assert evaluation.metrics["nll"] == pytest.approx(expected)
     assert evaluation.metrics["basket.nll"] == pytest.approx(np.nanmean(scores.values["nll"][~headline]))
     assert set(evaluation.errors) == {name for name in evaluation.metrics if "coverage" not in name}
-    assert evaluation.queries == len(table)
+    assert len(scores.query_Q) == len(table)
 
 
 def test_seen_items_are_filtered_where_the_protocol_says_so(tmp_path, monkeypatch):
