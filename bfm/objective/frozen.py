@@ -41,7 +41,6 @@ FrozenItems = WholeItems | DealtItems
 
 def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int) -> FrozenItems:
     """Embed the catalogue with a model outside any engine, on its device; this rank's share where it is dealt out."""
-    num_items = model.item_store.num_items
-    if shares_catalogue(method, world, 4 * num_items * model.shape.d_item):
-        return DealtItems(model.embed_all(first=rank, step=world).to(dtype), num_items)
+    if shares_catalogue(method, world, 4 * model.item_store.num_items * model.shape.d_item):
+        return DealtItems(model.embed_all(first=rank, step=world).to(dtype))
     return WholeItems(model.embed_all().to(dtype), method)

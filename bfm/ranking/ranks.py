@@ -116,10 +116,12 @@ def rank_targets(
         chunk = slice(start, min(start + rows, num_queries))
         own = _Pairs.of(targets, chunk, num_items)
         hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items)
-        passed = _pass_over_catalogue(scores, chunk, own, hidden, num_items, columns, max_k)
-        rank_N[own.place_N], nll_N[own.place_N] = _ranks_and_nll(passed, own)
-        top_Qk[chunk] = passed.first.id_Rk.cpu().numpy()
-        top_score_Qk[chunk] = passed.first.value_Rk.float().cpu().numpy()
+        first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, num_items, columns, max_k)
+        row_N = torch.from_numpy(own.row_N).to(score_N.device)
+        rank_N[own.place_N] = _ranks(first, row_N, score_N)
+        nll_N[own.place_N] = (log_total_R[row_N] - score_N).double().cpu().numpy()
+        top_Qk[chunk] = first.id_Rk.cpu().numpy()
+        top_score_Qk[chunk] = first.value_Rk.float().cpu().numpy()
 
     _for_each(rank_rows, range(0, num_queries, rows))
     filtered_N = None if seen is None else targets.within(seen)
@@ -171,15 +173,10 @@ class _Pairs(NamedTuple):
         return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
 
 
-class _Passed(NamedTuple):
-    first: TopRows
-    log_total_R: Tensor
-    target_score_N: Tensor
-
-
 def _pass_over_catalogue(
     scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
-) -> _Passed:
+) -> tuple[TopRows, Tensor, Tensor]:
+    """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N]."""
     finite, scores_of = getattr(scores, "finite", False), scores(rows)
     log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
@@ -205,7 +202,7 @@ def _pass_over_catalogue(
         log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))
     assert first is not None, "an empty catalogue"
     log_total_R = torch.logsumexp(torch.stack(log_totals), dim=0)
-    return _Passed(first.finish(), log_total_R, torch.cat(target_scores))
+    return first.finish(), log_total_R, torch.cat(target_scores)
 
 
 def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
@@ -215,14 +212,11 @@ def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
     return block_RC.exp_().sum(1).log()
 
 
-def _ranks_and_nll(passed: _Passed, own: _Pairs) -> tuple[NDArray, NDArray]:
-    row_N = torch.from_numpy(own.row_N).to(passed.log_total_R.device)
-    score_N = passed.target_score_N
-    value_Nk = passed.first.value_Rk[row_N]
+def _ranks(first: TopRows, row_N: Tensor, score_N: Tensor) -> NDArray[np.float64]:
+    value_Nk = first.value_Rk[row_N]
     better_N = (value_Nk > score_N[:, None]).sum(1)
     listed_N = (value_Nk == score_N[:, None]).sum(1)
-    equal_N = torch.where(score_N == value_Nk[:, -1], passed.first.equal_R[row_N], listed_N)
+    equal_N = torch.where(score_N == value_Nk[:, -1], first.equal_R[row_N], listed_N)
     # Fewer than k items are better than a listed target, so all of them are in the list.
     rank_N = torch.where(listed_N > 0, 1.0 + better_N + 0.5 * (equal_N - 1), torch.inf)
-    nll_N = passed.log_total_R[row_N] - score_N
-    return rank_N.double().cpu().numpy(), nll_N.double().cpu().numpy()
+    return rank_N.double().cpu().numpy()
