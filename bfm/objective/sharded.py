@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfm.objective.fused import fused_softmax_state, prefers_fused
-from bfm.objective.tiled import State, log_sum_of_state, softmax_state
+from bfm.objective.tiled import State, log_sum_of_state, or_zero, softmax_state
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ class DealtItems:
             return state
         top_Q = max_Q.clone()
         dist.all_reduce(top_Q, dist.ReduceOp.MAX)
-        # -inf - -inf is NaN: a query without a candidate on any rank is measured against 0. A NaN that the reduction
-        # loses stays in its own rank's factor.
-        factor_Q = torch.exp(max_Q - torch.where(top_Q == -torch.inf, 0.0, top_Q))
+        # A NaN that the reduction loses stays in its own rank's factor.
+        factor_Q = torch.exp(max_Q - or_zero(top_Q))
         both_QD1 = torch.cat([weighted_QD, sum_Q[:, None]], dim=1) * factor_Q[:, None]
         dist.reduce(both_QD1, receiver)
         return top_Q, both_QD1[:, -1], both_QD1[:, :-1]

@@ -56,7 +56,6 @@ class EngineState:
 class Engine(ABC):
     """Makes optimizer steps with averaged gradients over all workers."""
 
-    device: torch.device
     model: TwoPartModel
     optimizer: AveragingAdamW
     micro_batches: int
@@ -70,7 +69,7 @@ class Engine(ABC):
         """Loss of one micro-batch (scalar), under the engine's precision."""
 
         def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
-            with _precision(self.device):
+            with _precision(self.model.device):
                 return objective(model, inner_batch)
 
         return self.called(batch, precise)
@@ -103,12 +102,12 @@ class Engine(ABC):
         for key in self._kept_keys:
             for name, parameter in self.trainable.items():
                 if name in parts[key]:
-                    self.set_state(parameter, key, parts[key][name].to(self.device))
+                    self.set_state(parameter, key, parts[key][name].to(self.model.device))
 
     def export_state(self) -> EngineState:
         """Collective; the same on every rank."""
         weight = {name: self.get_weight(p) for name, p in self.model.named_parameters()}
-        trainable = self.trainable
+        trainable = self.trainable  # the same names for all: a checkpoint spells each once
         states = {key: {name: self.get_state(p, key) for name, p in trainable.items()} for key in self._kept_keys}
         moment1, moment2, average = (states.get(key, {}) for key in STATE_KEYS)
         return EngineState(weight, moment1, moment2, average, self.steps)
@@ -173,7 +172,7 @@ class EngineFactory(ABC):
 
     @abstractmethod
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> Engine:
-        """Collective. `model` has its weights and its frozen part marked; `micro_batches` per step are to come."""
+        """Collective. `model` is on the device with its weights, its frozen part marked; `micro_batches` per step."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -19,11 +19,9 @@ from bfm.training.optimizer import build_optimizer
 class PlainEngine(Engine):
     """Engine over one process; `PlainFactory` builds it."""
 
-    def __init__(
-        self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int, device: torch.device
-    ) -> None:
-        self.device, self.micro_batches, self.clip_norm = device, micro_batches, config.clip_norm
-        self.model = self.called = model.to(device)
+    def __init__(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> None:
+        self.micro_batches, self.clip_norm = micro_batches, config.clip_norm
+        self.model = self.called = model
         self.optimizer = build_optimizer(self.model, config)
         self.parameters = list(self.trainable.values())
         self.optimizer.start_state(self.parameters, config.averaging)
@@ -60,4 +58,4 @@ class PlainFactory(EngineFactory):
 
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> PlainEngine:
         """An engine that goes on from `state`."""
-        return PlainEngine(model, config, state, micro_batches, self.device)
+        return PlainEngine(model, config, state, micro_batches)

@@ -32,18 +32,11 @@ class ZeroEngine(Engine):
     """Engine over all processes of the default group; `ZeroFactory` builds it."""
 
     def __init__(
-        self,
-        model: TwoPartModel,
-        config: TrainConfig,
-        state: EngineState,
-        micro_batches: int,
-        stage: int,
-        device: torch.device,
+        self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int, stage: int
     ) -> None:
         import deepspeed
 
-        self.device, self.stage, self.micro_batches, self.clip_norm = device, stage, micro_batches, config.clip_norm
-        model = model.to(device)
+        self.stage, self.micro_batches, self.clip_norm = stage, micro_batches, config.clip_norm
         num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -167,7 +160,7 @@ class ZeroFactory(EngineFactory):
 
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> ZeroEngine:
         """An engine that goes on from `state`."""
-        return ZeroEngine(model, config, state, micro_batches, self.zero_stage, self.device)
+        return ZeroEngine(model, config, state, micro_batches, self.zero_stage)
 
 
 def prepare_deepspeed(device: torch.device) -> None:
