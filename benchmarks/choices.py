@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +19,11 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import RESULTS, machine, publish, spread
+from common import machine, make_rows, publish, spread
 from variants import Variant
 
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.model.flops import FLOPS_VERSION
 from bfm.training.config import TrainConfig
 from bfm.training.plain import PlainFactory
 from bfm.training.rung import run_rung
@@ -56,24 +53,22 @@ REVIEWS: dict[str, Any] = {
     "d_item": 64,
     "table_width": 64,
     "dropout": 0.1,
-    "table_weight_decay": 2.0,
+    "copy": "none",
 }
 REVIEWS_FLOPS = 8.5e11
 ONE_AT_A_TIME: dict[str, list[Any]] = {
     "dropout": [0.0, 0.3],
-    "table_weight_decay": [0.0, 8.0],
+    "table_weight_decay": [0.0, 4.0],
     "weight_decay": [1.0],
     "initial_scale": [10.0, 40.0],
-    "group_windows": [8],
+    "group_windows": [8, 16],
     "table_width": [16],
     "live_negatives": [1024],
     "embedder_share": [0.2],
     "cooldown_fraction": [0.5],
-    "params": [3e5],
+    "params": [4e4, 3e5],
 }
 # Grocery baskets, split by time.
-RETAIL: dict[str, Any] = {"embedder_share": 0.05, "window": 64, "group_windows": 4, "d_item": 32}
-# The same, what the history is worth: long windows, few of them.
 HISTORY: dict[str, Any] = {
     "params": 5e3,
     "embedder_share": 0.05,
@@ -84,8 +79,6 @@ HISTORY: dict[str, Any] = {
 OWN = ("certain", "biased", "excluded")
 WIDTH_PARAMS = 5e4
 """N of one layer of the depth study."""
-WIDTHS_DEPTH = 2
-"""Layers where initial weights and widths are studied."""
 
 
 def one_at_a_time() -> Iterator[Run]:
@@ -107,53 +100,23 @@ def depth() -> Iterator[Run]:
 
 
 def learning_rate() -> Iterator[Run]:
-    """Corners of (N, B), learning rates a factor 2 apart; C grows with N so that D / N is about equal (30)."""
+    """Corners of (N, B), learning rates a factor 2 apart; D / N falls from about 200 to 2 as N grows."""
     for params, flops, groups, rates in (
-        (1e4, 4e10, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-        (1e4, 4e10, 8, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-        (6e4, 8e11, 1, (2.5e-4, 5e-4, 1e-3, 2e-3)),
-        (6e4, 8e11, 8, (5e-4, 1e-3, 2e-3, 4e-3)),
+        (2.5e3, 3e10, 1, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        (2.5e3, 1.2e11, 8, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+        (4e4, 2e11, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+        (4e4, 3e11, 8, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+        (2e5, 5e11, 1, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
     ):
         for rate in rates:
-            config = {**RETAIL, "params": params, "groups_per_step": groups, "learning_rate": rate}
-            yield Run(f"N = {params:g}, B = {groups * 256} positions, rate {rate:g}", config, flops)
-
-
-def initial_weights() -> Iterator[Run]:
-    """Deviations of the contextualizer's initial matrices, three seeds each."""
-    variants = {
-        "product (outputs zero)": Variant(),
-        "inner matrices x 0.5": Variant(inner_std=0.5),
-        "inner matrices x 2": Variant(inner_std=2.0),
-        "outputs normal": Variant(output_std=1.0),
-        "outputs normal / sqrt(2 layers)": Variant(output_std=(2 * WIDTHS_DEPTH) ** -0.5),
-    }
-    config = {**RETAIL, "embedder_share": 0.0, "params": 4e4, "depth": WIDTHS_DEPTH}
-    for name, variant in variants.items():
-        for seed in range(3):
-            yield Run(name, config, 7e10, seed, variant)
-
-
-def width_rates() -> Iterator[Run]:
-    """Rates a factor 2 apart at three widths and about equal D: one for all weights, or hidden ones by 1 / width.
-
-    Further seeds where the schemes are compared.
-    """
-    for width, params, flops in ((20, 1e4, 3e10), (40, 4e4, 7e10), (80, 1.6e5, 2.3e11)):
-        # The same warmup for all: the product's, of N events, would be most of the widest model's run.
-        config = {**RETAIL, "embedder_share": 0.0, "params": params, "depth": WIDTHS_DEPTH, "warmup_events": 1e4}
-        for hidden_rate in sorted({1.0, 20 / width}, reverse=True):
-            for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3):
-                values, variant = {**config, "learning_rate": rate}, Variant(hidden_rate=hidden_rate)
-                for seed in range(3 if width > 20 and rate in (1e-3, 2e-3) else 1):
-                    label = f"width {width}, rate {rate:g}, of hidden matrices x {hidden_rate:g}"
-                    yield Run(label, values, flops, seed, variant)
+            config = {**HISTORY, "window": 512, "params": params, "groups_per_step": groups, "learning_rate": rate}
+            yield Run(f"N = {params:g}, B = {groups * 1024} positions, rate {rate:g}", config, flops, queries=2_000)
 
 
 def history() -> Iterator[Run]:
     """Order of windows x candidates of the own window x copying, and what is predicted from where, at two budgets."""
     config = {**HISTORY, "targets": "next_event"}
-    for flops in (2e10, 6e10):
+    for flops in (1e10, 4e10):
         for copy, order, own in itertools.product(("pointer", "none"), ("permuted", "neighbours"), OWN):
             for seed in range(3):
                 label = f"C {flops:g}, copy {copy}, windows {order}, own window {own}"
@@ -162,6 +125,16 @@ def history() -> Iterator[Run]:
             for seed in range(3):
                 label = f"C {flops:g}, copy pointer, windows permuted, own window {own}, a basket a query"
                 yield Run(label, HISTORY, flops, seed, Variant(own=own), 2_000)
+
+
+def groups() -> Iterator[Run]:
+    """Windows and groups of 2,048 events a step, at equal C."""
+    for window, group_windows, groups_per_step in ((256, 2, 4), (256, 8, 1), (512, 2, 2), (512, 4, 1), (1024, 2, 1)):
+        sizes = {"window": window, "group_windows": group_windows, "groups_per_step": groups_per_step}
+        for seed in range(2):
+            yield Run(
+                f"L {window}, G {group_windows}, B {groups_per_step}", {**HISTORY, **sizes}, 4e10, seed, queries=2_000
+            )
 
 
 def targets() -> Iterator[Run]:
@@ -187,9 +160,8 @@ STUDIES = {
     "one_at_a_time": one_at_a_time,
     "depth": depth,
     "learning_rate": learning_rate,
-    "initial_weights": initial_weights,
-    "width_rates": width_rates,
     "history": history,
+    "groups": groups,
     "targets": targets,
 }
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
@@ -197,16 +169,15 @@ METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 
 def run(job: tuple[str, Run]) -> dict[str, Any]:
     """One row, in a process of its own."""
-    shards, (label, values, flops, seed, variant, queries) = job
+    shards, (_, values, flops, seed, variant, queries) = job
     if variant != Variant():
         variant.install()
     config = TrainConfig.from_dict(values)
     with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
         task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=queries)
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
-    keys = ("status", "flops_version", "params", "embedder_share", "path_flops", "events", "unique_events", "steps")
-    what = {"label": label, "config": values, "seed": seed, "variant": asdict(variant)}
-    return {**what, **{key: row.get(key) for key in keys}, "metrics": row["metrics"]}
+    keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps", "metrics")
+    return {"config": values, "variant": asdict(variant), **{key: row.get(key) for key in keys}}
 
 
 def main() -> None:
@@ -215,20 +186,10 @@ def main() -> None:
     parser.add_argument("--shards", required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    kept = RESULTS / f"choices_{arguments.study}.jsonl"
-    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
-    rows = {(row["label"], row["seed"]): row for row in known if row.get("flops_version") == FLOPS_VERSION}
     log = Shards.open(arguments.shards).manifest.name
     wanted = list(STUDIES[arguments.study]())
-    jobs = [(arguments.shards, point) for point in wanted if (point.label, point.seed) not in rows]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, maxtasksperchild=1) as pool, kept.open("a") as file:
-        for row in pool.imap_unordered(run, jobs):
-            rows[row["label"], row["seed"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            shown = {name: round(row["metrics"].get(name, float("nan")), 4) for name in METRICS}
-            print(row["label"], row["seed"], shown, flush=True)
+    jobs = {(point.label, point.seed): (arguments.shards, point) for point in wanted}
+    rows = make_rows(f"choices_{arguments.study}", jobs, run, arguments.processes, METRICS)
     lines = [
         f"# {arguments.study.replace('_', ' ').capitalize()}",
         "",

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, TypeVar
+
+from bfm.model.flops import FLOPS_VERSION
+
+Key = tuple[str | float, ...]
+Job = TypeVar("Job")
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,3 +48,25 @@ def spread(values: list[float]) -> str:
     """Mean of the seeds, and their standard deviation where there are several."""
     deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
     return f"{mean(values):.4f}{deviation}"
+
+
+def make_rows(
+    name: str, jobs: Mapping[Key, Job], run: Callable[[Job], dict[str, Any]], processes: int, metrics: Sequence[str]
+) -> dict[Key, dict[str, Any]]:
+    """Rows by key, each made by `run` in a process of its own and kept in benchmarks/results/<name>.jsonl.
+
+    A study that was cut off goes on; rows of another version of the objective are made again. `metrics` are printed.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    kept = RESULTS / f"{name}.jsonl"
+    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
+    rows = {tuple(row["key"]): row for row in known if row["flops_version"] == FLOPS_VERSION}
+    missing = {key: job for key, job in jobs.items() if key not in rows}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(processes, len(missing) or 1), maxtasksperchild=1) as pool:
+        for key, row in zip(missing, pool.imap(run, missing.values()), strict=True):
+            rows[key] = {"key": key, "flops_version": FLOPS_VERSION, **row}
+            with kept.open("a") as file:
+                file.write(json.dumps(rows[key]) + "\n")
+            print(*key, {metric: round(row["metrics"].get(metric, float("nan")), 4) for metric in metrics}, flush=True)
+    return {key: rows[key] for key in jobs}

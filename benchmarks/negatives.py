@@ -11,7 +11,6 @@ off goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import tempfile
@@ -19,12 +18,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import RESULTS, machine, publish
+from common import Key, machine, make_rows, publish
 
 from bfm.errors import InfeasibleError
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.model.flops import FLOPS_VERSION
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
@@ -66,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
     config = configuration(budget_flops, negatives)
     name = f"run-{budget_flops:g}-{negatives}"
     task = RungTask("run", name, 0, budget_flops, config, 0, f"{budget_flops:g}", evaluation_queries=QUERIES)
-    label = {"budget_flops": budget_flops, "negatives": negatives, "flops_version": FLOPS_VERSION}
+    label = {"budget_flops": budget_flops, "negatives": negatives}
     try:
         row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
     except InfeasibleError as error:
@@ -102,27 +100,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     manifest = Shards.open(arguments.shards).manifest
-    kept = RESULTS / "negatives.jsonl"
-    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
-    rows = [row for row in known if row.get("flops_version") == FLOPS_VERSION]
-    done = {(row["budget_flops"], row["negatives"]) for row in rows}
-    wanted = [
-        (budget, k) for budget in BUDGETS for k in NEGATIVES if k <= manifest.catalogue and (budget, k) not in done
-    ]
-    context = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory(prefix="bfm-negatives-") as folder,
-        context.Pool(arguments.processes, maxtasksperchild=1) as pool,
-        kept.open("a") as file,
-    ):
-        pool.map(train_trunk, [(arguments.shards, folder, budget) for budget in {budget for budget, _ in wanted}])
-        jobs: list[Job] = [(arguments.shards, folder, budget, k) for budget, k in wanted]
-        for row in pool.imap_unordered(run, jobs):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print({key: row[key] for key in ("budget_flops", "negatives", "metrics")}, flush=True)
-    publish("negatives", table(rows, manifest.name))
+    wanted = [(budget, k) for budget in BUDGETS for k in NEGATIVES if k <= manifest.catalogue]
+    with tempfile.TemporaryDirectory(prefix="bfm-negatives-") as folder:
+        jobs: dict[Key, Job] = {(budget, k): (arguments.shards, folder, budget, k) for budget, k in wanted}
+        with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+            pool.map(train_trunk, [(arguments.shards, folder, budget) for budget in BUDGETS])
+        rows = make_rows("negatives", jobs, run, arguments.processes, METRICS)
+    publish("negatives", table(list(rows.values()), manifest.name))
 
 
 if __name__ == "__main__":

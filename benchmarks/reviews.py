@@ -4,15 +4,15 @@
 
 FOLDER holds events.parquet (user_id, position, item_id) and items.parquet (item_id, attribute_ids). Trained on all but
 the last two events of every user; the validation item enters only the test query; ranked against the full catalogue,
-all users, seen items filtered (asked for by the schemas, as the published protocol does); means over SEEDS. The model
-mixes in counted neighbours, trained with it (`counts: neighbours`). --movielens adds the ratings of a MovieLens file,
-with the same settings, which were chosen on the validation part of the reviews (choices_one_at_a_time.md).
+all users, seen items filtered (asked for by the schemas, as the published protocol does). The network alone, and with
+counted neighbours as a component that is trained with it (`counts: neighbours`). --movielens adds the ratings of a
+MovieLens file. Settings were chosen on the validation parts. Rows are kept in benchmarks/results/reviews.jsonl, so a
+study that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from choices import REVIEWS
-from common import ROOT, machine, publish
+from common import ROOT, Key, machine, make_rows, publish
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
@@ -33,8 +33,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-CONFIG = {**REVIEWS, "counts": "neighbours", "params": 3e5, "dropout": 0.05, "table_weight_decay": 2.0}
-FLOPS = 5.15e12
+FLOPS = 5e12
+MOVIES: dict[str, Any] = {**REVIEWS, "window": 200, "group_windows": 8}
 SCHEMA = """\
 name: {name}
 user: user_id
@@ -55,16 +55,14 @@ split: {by: leave_one_out}
 evaluation: {queries: all, filter_seen: true}
 """
 PARTS = ("validation", "test")
-METRICS = ("recall@10", "ndcg@10")
+METRICS = tuple(f"{part} {metric}" for part in PARTS for metric in ("recall@10", "ndcg@10"))
 PUBLISHED = {
     "SASRec + sampled softmax (published)": (0.0921, 0.0531),
     "eSASRec (published)": (0.0928, 0.0523),
     "HSTU (published re-run)": (0.0788, 0.0439),
 }
-Scores = dict[str, dict[str, float]]
-"""Part to metrics."""
-Job = tuple[str, str, int]
-"""Shards, storage, seed."""
+Job = tuple[str, dict[str, Any], int]
+"""Shards, configuration, seed."""
 
 
 def prepare(folder: Path, name: str, schema: str, log: Path) -> str:
@@ -75,47 +73,38 @@ def prepare(folder: Path, name: str, schema: str, log: Path) -> str:
     return str(folder / name)
 
 
-def measure(jobs: list[Job], processes: int) -> dict[str, list[Scores]]:
-    """Scores by shard set."""
-    scores: dict[str, list[Scores]] = {}
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        for shards, metrics in pool.imap_unordered(run, jobs):
-            shown = {part: [round(metrics[part][name], 4) for name in METRICS] for part in PARTS}
-            print(Path(shards).name, shown, flush=True)
-            scores.setdefault(shards, []).append(metrics)
-    return scores
-
-
-def run(job: Job) -> tuple[str, Scores]:
+def run(job: Job) -> dict[str, Any]:
     """One seed: trained, cooled down, scored on both parts."""
-    shards, folder, seed = job
-    config = TrainConfig.from_dict(CONFIG)
-    storage = f"{folder}/{Path(shards).name}-{seed}"
-    row = train_single(config, seed, shards, storage, flops=FLOPS, queries=None, scaling={"micro_groups": 1})
-    checkpoint = f"{storage}/{row['model']}"
-    metrics = {part: evaluate_checkpoint(checkpoint, shards, part, None)["metrics"] for part in PARTS}
-    return shards, metrics
+    shards, values, seed = job
+    config = TrainConfig.from_dict(values)
+    with tempfile.TemporaryDirectory(prefix="bfm-reviews-") as storage:
+        row = train_single(config, seed, shards, storage, flops=FLOPS, queries=None, scaling={"micro_groups": 1})
+        checkpoint = f"{storage}/{row['model']}"
+        found = {part: evaluate_checkpoint(checkpoint, shards, part, None)["metrics"] for part in PARTS}
+    metrics = {f"{part} {metric}": value for part in PARTS for metric, value in found[part].items()}
+    return {"config": values, "params": row["params"], "steps": row["steps"], "metrics": metrics}
 
 
-def line(name: str, scores: list[Scores]) -> str:
+def line(name: str, scores: list[dict[str, float]]) -> str:
     """Means over the seeds, and their range on the test part."""
     cells = []
-    for part in PARTS:
-        for metric in METRICS:
-            values = [score[part][metric] for score in scores]
-            spread = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 and part == "test" else ""
-            cells.append(f"{mean(values):.4f}{spread}")
+    for metric in METRICS:
+        values = [score[metric] for score in scores]
+        seeds = len(values) > 1 and metric.startswith("test")
+        cells.append(f"{mean(values):.4f}" + (f" ({min(values):.4f}-{max(values):.4f})" if seeds else ""))
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def floor_lines(shards: str) -> list[str]:
     """Of one shard set."""
     opened = Shards.open(shards)
-    floors: dict[str, Any] = {part: baseline_metrics(opened, Protocol.load(opened), part) for part in PARTS}
-    return [
-        line(f"{floor.replace('_', '-')} floor", [{part: floors[part][floor] for part in PARTS}])
-        for floor in ("co_occurrence", "personal", "popularity")
-    ]
+    protocol = Protocol.load(opened)
+    floors = {part: baseline_metrics(opened, protocol, part) for part in PARTS}
+    lines = []
+    for floor in ("co_occurrence", "personal", "popularity"):
+        scores = {f"{part} {metric}": value for part in PARTS for metric, value in floors[part][floor].items()}
+        lines.append(line(f"{floor.replace('_', '-')} floor", [scores]))
+    return lines
 
 
 def main() -> None:
@@ -126,34 +115,44 @@ def main() -> None:
     arguments = parser.parse_args()
     events = arguments.data.resolve() / "events.parquet"
     attributes = ATTRIBUTES.format(items=arguments.data.resolve() / "items.parquet")
-    head = ["| | validation recall@10 | validation ndcg@10 | test recall@10 | test ndcg@10 |", "|---|---|---|---|---|"]
+    head = [f"| | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
+    counted = {"counts": "neighbours"}
     with tempfile.TemporaryDirectory(prefix="bfm-reviews-") as name:
         folder = Path(name)
         full = prepare(folder, "attributes", SCHEMA.format(name="reviews") + attributes, events)
         ids = prepare(folder, "ids_only", SCHEMA.format(name="reviews_ids") + IDS_ONLY, events)
-        jobs = [*((full, name, seed) for seed in SEEDS), (ids, name, SEEDS[0])]
+        jobs: dict[Key, Job] = {("network alone", seed): (full, REVIEWS, seed) for seed in SEEDS}
+        jobs |= {("network with counts", seed): (full, {**REVIEWS, **counted}, seed) for seed in SEEDS}
+        jobs["network alone, ids only", 0] = ids, REVIEWS, 0
         movies = None
         if arguments.movielens:
             movies = prepare(folder, "movielens", MOVIELENS, arguments.movielens.resolve())
-            jobs.append((movies, name, SEEDS[0]))
-        scores = measure(jobs, arguments.processes)
+            jobs |= {("films, network alone", seed): (movies, MOVIES, seed) for seed in SEEDS}
+            jobs["films, network with counts", 0] = movies, {**MOVIES, **counted}, 0
+        rows = make_rows("reviews", jobs, run, arguments.processes, METRICS)
+        of_films = {key: row for key, row in rows.items() if str(key[0]).startswith("films")}
+        of_reviews = {key: row for key, row in rows.items() if key not in of_films}
         manifest = Shards.open(full).manifest
         lines = [
             "# Reviews of cosmetics, leave-one-out",
             "",
-            f"Written by `python benchmarks/reviews.py`: C = {FLOPS:.3g}, {len(SEEDS)} seeds, {manifest.users:,} "
-            f"users, {manifest.catalogue:,} items. The range over the seeds stands in brackets.",
+            f"Written by `python benchmarks/reviews.py`: C = {FLOPS:.3g}, {manifest.users:,} users, "
+            f"{manifest.catalogue:,} items. Means of {len(SEEDS)} seeds with their range in brackets; otherwise one.",
             "",
             *head,
-            line("two-part model, item attributes", scores[full]),
-            line("two-part model, ids only (one seed)", scores[ids]),
+            *seed_lines(of_reviews),
             *floor_lines(full),
             *(f"| {title} | | | {recall:.4f} | {ndcg:.4f} |" for title, (recall, ndcg) in PUBLISHED.items()),
         ]
         if movies:
-            lines += ["", "The same settings on ratings of films:", "", *head]
-            lines += [line("two-part model (one seed)", scores[movies]), *floor_lines(movies)]
+            lines += ["", "Ratings of films:", "", *head, *seed_lines(of_films), *floor_lines(movies)]
     publish("reviews", "\n".join([*lines, "", machine("torch"), ""]))
+
+
+def seed_lines(rows: dict[Key, dict[str, Any]]) -> list[str]:
+    """One line per model."""
+    labels = dict.fromkeys(str(key[0]) for key in rows)
+    return [line(label, [row["metrics"] for key, row in rows.items() if key[0] == label]) for label in labels]
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.evidence import STUDY_FILE, study_folders
+from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
-from bfm.sweep.stage1 import with_stage1
 from ray_jobs.sweep import exit_code, sweep_verb
 
 SIGNALLED = 128
@@ -57,7 +57,7 @@ def _check_feasible(spec: SweepSpec, file: str) -> None:
     shards = Shards.open(spec.shards)
     costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
     try:
-        _ = FeasibleSet(with_stage1(spec, shards.hash), costs).sample
+        _ = FeasibleSet(on_log(spec, shards), costs).sample
     except UserError as error:
         raise type(error)(error.what, file=error.file or file, key=error.key, fix=error.fix) from None
 

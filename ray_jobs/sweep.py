@@ -31,9 +31,9 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import FOLDER as LEDGER
 from bfm.sweep.ledger import Ledger
+from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
-from bfm.sweep.stage1 import with_stage1
 from bfm.sweep.state import IMPORT, SweepState
 from bfm.units import format_flops
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
@@ -105,8 +105,7 @@ def run_sweep(
     """
     store = _sweep_store(storage, spec.name, resume, extend)
     shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
-    if spec.stage1 is not None:
-        spec = with_stage1(spec, Shards.open(shards).hash)
+    spec = on_log(spec, Shards.open(shards))
     workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     if not joins_a_cluster():
         check_fits(spec, machine_capacity())

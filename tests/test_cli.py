@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from bfm.files import Store
+from bfm.training.checkpoint import read_meta
+from tests.helpers import make_shards
 from tests.ray_jobs.toys import write_space
 
 CONFIG = {
@@ -70,6 +72,13 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     assert "seen items stay in lists" in out
     assert CHECKPOINT in out
     assert f"best weights: {tmp_path}/once/trials/run/checkpoints/best, nll " in out
+
+
+def test_train_copies_nothing_where_lists_leave_out_seen_items(bfm, config, tmp_path):
+    filtered = make_shards(tmp_path / "filtered", filter_seen=True)
+    code, _, err = bfm("train", config, "--shards", filtered.path, "--flops", "1e8", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert read_meta(Store(tmp_path / "out"), CHECKPOINT)["config"]["copy"] == "none"
 
 
 def test_train_shows_validations_and_keeps_the_best(bfm, config, toy_shards, tmp_path):

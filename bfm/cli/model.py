@@ -41,17 +41,20 @@ def train(
 
     The weights of the validation with the lowest nll stay in trials/run/checkpoints/best of the folder.
     """
+    from bfm.events.protocol import Protocol
+    from bfm.events.shards import Shards
     from bfm.report.console import Display, step_words, validation_text
     from bfm.report.matmul_peak import matmul_peak
     from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
-    from bfm.training.config import TrainConfig
+    from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
     from bfm.units import parse_number
     from bfm.yaml import load_yaml
 
     limit_flops = parse_number(flops, key="--flops")
-    checked = TrainConfig.from_dict(load_yaml(config), file=str(config))
+    decided = log_defaults(Protocol.load(Shards.open(shards)).filter_seen)
+    checked = TrainConfig.from_dict({**decided, **load_yaml(config)}, file=str(config))
     writer = trial_writer(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:

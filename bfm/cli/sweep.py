@@ -28,15 +28,15 @@ def plan(
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
     from bfm.sweep.costs import Costs, LogFacts
+    from bfm.sweep.on_log import on_log
     from bfm.sweep.plan import plan as make_plan
     from bfm.sweep.plan import render
     from bfm.sweep.spec import resolve
-    from bfm.sweep.stage1 import with_stage1
     from bfm.training.single import measure_speed
 
     spec = resolve(space, with_shards(overrides, shards))
     opened = Shards.open(spec.shards)
-    spec = with_stage1(spec, opened.hash)
+    spec = on_log(spec, opened)
     protocol = Protocol.load(opened)
     costs = Costs(LogFacts.from_shards(opened, protocol, spec.evaluation_queries))
     # As a task is trained: more threads than a slot has would wait for each other.

@@ -31,6 +31,8 @@ class Contextualizer(nn.Module):
             Block(shape.width, shape.heads, shape.hidden, generator) for _ in range(shape.depth)
         )
         self.out = make_linear(shape.width, shape.d_item, generator)
+        if not shape.pointer_width:
+            _start_at_the_item(self.item_inputs, self.out, generator)
         self.pointer = Pointer(shape.width, shape.pointer_width, generator) if shape.pointer_width else None
         self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.counted_events else None
 
@@ -65,6 +67,20 @@ class Contextualizer(nn.Module):
             gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
             gates.append(gate_T1)
         return Queries(h_QD, F.log_softmax(torch.cat(gates, 1), -1), pointer_QL, weight_TM)
+
+
+@torch.no_grad()
+def _start_at_the_item(inputs: nn.Linear, out: nn.Linear, generator: torch.Generator) -> None:
+    """Orthogonal maps, one the transpose of the other: a query begins near the vector of its own event's item.
+
+    So what follows an item is first looked for around it, and a pair of neighbours in a history pulls the vectors of
+    both, which few events of an item need. (Measured on reviews: recall@10 .115 against .103.) A pointer finds the
+    items of the history by itself, and the softmax does better when it starts away from them.
+    """
+    width, d_item = inputs.weight.shape
+    # Inputs of rms 1 stay so where the width is the larger of the two.
+    nn.init.orthogonal_(inputs.weight, gain=max(1.0, width / d_item) ** 0.5, generator=generator)
+    out.weight.copy_(inputs.weight.T * (min(1.0, d_item / width) ** 0.5))
 
 
 def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:

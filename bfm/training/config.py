@@ -77,7 +77,8 @@ class TrainConfig:
     groups_per_step: int = field(default=1, metadata=_count(1, 1 << 20))
     """B: negative groups per optimizer step, over all workers."""
     copy: str = field(default="pointer", metadata=_choice("pointer", "none"))
-    """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone."""
+    """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone. On logs whose
+    lists leave out seen items `none` is the default (log_defaults)."""
     counts: str = field(default="none", metadata=_choice("neighbours", "none"))
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
     targets: str = field(default="next_basket", metadata=_choice("next_basket", "next_event"))
@@ -194,6 +195,11 @@ class TrainConfig:
             pointer=self.copy == "pointer",
             neighbours=self.counts == "neighbours",
         )
+
+
+def log_defaults(filter_seen: bool) -> dict[str, Any]:
+    """Values that a log decides where its user does not: nothing to copy from where lists leave out seen items."""
+    return {"copy": "none"} if filter_seen else {}
 
 
 _NAMES = tuple(option.name for option in dataclasses.fields(TrainConfig))

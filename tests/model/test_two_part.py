@@ -275,3 +275,17 @@ def test_items_need_a_field_and_equal_lengths():
     arrays = {field.name: np.zeros((4 if field.kind == "time" else 3, field.columns)) for field in ALL_FIELDS}
     with pytest.raises(ValueError, match="differ in length"):
         ItemStore(ALL_FIELDS, arrays)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_without_a_pointer_a_query_begins_at_the_item_of_its_event(width):
+    batch = every_position(make_batch([make_windows(PLAIN_FIELDS)]))
+
+    def begins_there(pointer_width: int) -> bool:
+        model = make_model(shape=Shape(16, width, 2, 2, 40, pointer_width))
+        model.contextualizer.context_inputs.weight.detach().zero_()
+        own_ND = model.embed_items(batch.items_U)[batch.item_RL.flatten()[batch.places.position_Q]]
+        return torch.allclose(contextualize(model, batch).h_QD, own_ND, atol=1e-5)
+
+    assert begins_there(pointer_width=0)
+    assert not begins_there(pointer_width=8)

@@ -1,0 +1,36 @@
+"""What a log decides where a space leaves it open."""
+
+import pytest
+
+from bfm.sweep.on_log import on_log
+from bfm.sweep.spec import from_dict
+from tests.helpers import make_shards
+
+SPACE = {
+    "name": "toy",
+    "metric": {"name": "nll"},
+    "method": "random",
+    "parameters": {"params": {"values": [5e3]}},
+    "budget": {"ladder_flops": ["4e8"], "total_flops": "2e9"},
+    "data": {"shards": "toy"},
+}
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("filtered") / "toy", filter_seen=True)
+
+
+def space(**parameters):
+    return from_dict({**SPACE, "parameters": {**SPACE["parameters"], **parameters}})
+
+
+def test_nothing_is_copied_where_lists_leave_out_seen_items(toy_shards, filtered):
+    assert on_log(space(), filtered).config({}).copy == "none"
+    assert on_log(space(), toy_shards) == space()
+    assert on_log(on_log(space(), filtered), filtered) == on_log(space(), filtered)
+
+
+def test_the_users_word_stands(filtered):
+    for choice in ({"value": "pointer"}, {"values": ["pointer", "none"]}):
+        assert on_log(space(copy=choice), filtered) == space(copy=choice)
