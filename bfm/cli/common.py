@@ -29,6 +29,14 @@ def fail(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
+def parse_ks(text: str) -> tuple[int, ...]:
+    """List lengths from text such as 5,10,50, rising. Raises UserError for anything but whole numbers from 1 on."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{text!r} is no list of lengths", key="--k", fix="write whole numbers from 1 on: 5,10,50")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def show(value: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """A result on stdout."""
     print(json.dumps(value, indent=1) if as_json else text(value))

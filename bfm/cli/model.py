@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, ShardsOption, show
+from bfm.cli.common import Json, ShardsOption, parse_ks, show
 
 app = typer.Typer()
 
@@ -44,9 +44,9 @@ def train(
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
     from bfm.report.console import Display, step_words, validation_text
+    from bfm.report.matmul_peak import matmul_peak
     from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
     from bfm.training.config import TrainConfig, log_defaults
-    from bfm.training.peak import matmul_peak
     from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
     from bfm.units import parse_number
@@ -141,7 +141,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Full-catalogue metrics of a checkpoint, beside the floors: popularity, co-occurrence, the personal history."""
-    from bfm.ranking.metrics import parse_ks
     from bfm.report.tables import evaluation_text
     from bfm.training.single import evaluate_checkpoint
 

@@ -28,9 +28,9 @@ def recipe(
     Writes report/recipe.json into the sweep's or study's folder. The configuration is one that `bfm train` takes.
     """
     from bfm.report.console import Display, step_words
+    from bfm.report.matmul_peak import matmul_peak
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.check import check_recipe
-    from bfm.training.peak import matmul_peak
     from bfm.training.plain import PlainFactory
     from bfm.training.records import Record, StepRecord
     from bfm.units import parse_number

@@ -173,9 +173,20 @@ class TwoPartModel(nn.Module):
         """Names of what stage 2 freezes: item tables, item stem and embedder; never the context side."""
         return tuple(name for name, _ in self.named_parameters() if name.startswith("embedder."))
 
-    def table_parameter_names(self) -> tuple[str, ...]:
-        """Names of the lookup tables of both sides: no weight decay, a learning rate of their own."""
-        return tuple(name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in ("table", "later_table"))
+    def parameter_kinds(self) -> dict[str, str]:
+        """What each parameter is to an optimizer, by name.
+
+        `dense`: matrices, which decay; `tables`: vocabulary and hash tables, which do so as events repeat, at a rate of
+        their own; `free`: what never decays: biases, gains and the rows of the bit `later`, that half of all events
+        support each.
+        """
+
+        def kind(name: str, parameter: nn.Parameter) -> str:
+            if name == "context.later_table" or parameter.dim() < 2:
+                return "free"
+            return "tables" if name.endswith(".table") else "dense"
+
+        return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
 
     def freeze_embedder(self) -> None:
         """Stage 2: no gradients for the embedder from here on."""

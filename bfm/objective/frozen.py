@@ -9,7 +9,6 @@ I = all items, N = ids asked for, Q = queries, K = candidates, D = retrieval wid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +17,6 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.methods import shares_catalogue
 from bfm.objective.sharded import DealtItems
 from bfm.objective.softmax import log_sum
-
-
-class FrozenItems(Protocol):
-    """What stage 2 needs of the frozen catalogue."""
-
-    def vectors(self, ids_N: Tensor) -> Tensor:
-        """Rows of the items, [N, D]."""
-
-    def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
-        """log_sum_Q as of softmax.log_sum, ids_K being item ids; differentiable in q."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +32,15 @@ class WholeItems:
         return self.vectors_ID[ids_N]
 
     def log_sum(self, q_QD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> Tensor:
-        """log_sum_Q of the queries."""
+        """log_sum_Q as of softmax.log_sum, ids_K being item ids; differentiable in q."""
         return log_sum(q_QD, self.vectors_ID, ids_K, log_pi_K, method=self.method)
+
+
+FrozenItems = WholeItems | DealtItems
 
 
 def freeze_items(model: TwoPartModel, dtype: torch.dtype, method: str, rank: int, world: int) -> FrozenItems:
     """Embed the catalogue with a model outside any engine, on its device; this rank's share where it is dealt out."""
-    num_items = model.item_store.num_items
-    if shares_catalogue(method, world, 4 * num_items * model.shape.d_item):
-        return DealtItems(model.embed_all(first=rank, step=world).to(dtype), num_items)
+    if shares_catalogue(method, world, 4 * model.item_store.num_items * model.shape.d_item):
+        return DealtItems(model.embed_all(first=rank, step=world).to(dtype))
     return WholeItems(model.embed_all().to(dtype), method)

@@ -9,8 +9,8 @@ with certainty, and its loss needs no more than its own score and the sum that a
 
     loss_t = log sum_k e^{s_k - log pi_k} - s_t,     s_k = scale <h, v_k>
 
-pi_k is the chance of k to be a candidate of this query: 1 for the targets of its own window (own_window_certain). The
-sum estimates the full softmax's without bias, and with pi = 1 for every item the loss is the full softmax.
+pi_k is the chance of k to be a candidate of this query (own_window_certain), so the sum is an unbiased one
+(softmax.py).
 
 In stage 1 both parts are trained and what is drawn is embedded with the group; in stage 2 item vectors are rows of the
 frozen catalogue.

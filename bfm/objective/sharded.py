@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfm.objective.fused import fused_softmax_state, prefers_fused
-from bfm.objective.tiled import State, log_sum_of_state, softmax_state
+from bfm.objective.tiled import State, log_sum_of_state, or_zero, softmax_state
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,16 @@ class DealtItems:
     Every method is collective: all ranks call the same methods in the same order.
     """
 
-    def __init__(self, rows_SD: Tensor, num_items: int) -> None:
-        """Hold this rank's vectors of the catalogue's `num_items`, in the order of their ids."""
+    def __init__(self, rows_SD: Tensor) -> None:
+        """Hold this rank's vectors, in the order of their items' ids."""
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        assert len(rows_SD) == len(range(self.rank, num_items, self.world)), "not what is dealt to this rank"
-        self.rows_SD, self.num_items = rows_SD.detach(), num_items
+        self.rows_SD = rows_SD.detach()
         self._state_of = fused_softmax_state if prefers_fused(rows_SD) else softmax_state
 
     def vectors(self, ids_N: Tensor) -> Tensor:
         """The vectors of the items ids_N (int64), [N, D], in the dtype in which they are held; N may differ by rank.
 
-        A rank sends N ids and receives N x D values, and answers the others likewise. Raises ValueError, on every
-        rank, where one asks for an unknown item.
+        A rank sends N ids and receives N x D values, and answers the others likewise.
         """
         route = self._route(ids_N, 0)
         asked_M = self._exchange(ids_N[route.order_N], route.sent, route.received)
@@ -95,23 +93,18 @@ class DealtItems:
             return state
         top_Q = max_Q.clone()
         dist.all_reduce(top_Q, dist.ReduceOp.MAX)
-        # -inf - -inf is NaN: a query without a candidate on any rank is measured against 0. A NaN that the reduction
-        # loses stays in its own rank's factor.
-        factor_Q = torch.exp(max_Q - torch.where(top_Q == -torch.inf, 0.0, top_Q))
+        # A NaN that the reduction loses stays in its own rank's factor.
+        factor_Q = torch.exp(max_Q - or_zero(top_Q))
         both_QD1 = torch.cat([weighted_QD, sum_Q[:, None]], dim=1) * factor_Q[:, None]
         dist.reduce(both_QD1, receiver)
         return top_Q, both_QD1[:, -1], both_QD1[:, :-1]
 
     def _route(self, ids_N: Tensor, num_queries: int) -> _Route:
-        """Raises ValueError on every rank where any rank's ids are not all of the catalogue."""
-        known = not len(ids_N) or bool((ids_N.min() >= 0) & (ids_N.max() < self.num_items))
         owner_N = ids_N % self.world
         sent = torch.bincount(owner_N, minlength=self.world).tolist()
-        gathered = self._gather([int(known), num_queries, *sent])
-        if unknown := [rank for rank, values in enumerate(gathered) if not values[0]]:
-            raise ValueError(f"ranks {unknown} ask for items outside 0 to {self.num_items - 1}")
-        received = [values[2 + self.rank] for values in gathered]
-        return _Route(owner_N.argsort(stable=True), sent, received, [values[1] for values in gathered])
+        gathered = self._gather([num_queries, *sent])
+        received = [values[1 + self.rank] for values in gathered]
+        return _Route(owner_N.argsort(stable=True), sent, received, [values[0] for values in gathered])
 
     def _gather(self, values: list[int]) -> list[list[int]]:
         """The values of every rank, in the order of the ranks."""

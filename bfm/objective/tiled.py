@@ -53,7 +53,7 @@ def softmax_state(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tenso
 def merge(first: State, second: State) -> State:
     """The state of two disjoint candidate sets together."""
     max_Q = torch.maximum(first[0], second[0])
-    reference_Q = _or_zero(max_Q)
+    reference_Q = or_zero(max_Q)
     factors = [torch.exp(state[0] - reference_Q) for state in (first, second)]
     sum_Q = first[1] * factors[0] + second[1] * factors[1]
     return max_Q, sum_Q, first[2] * factors[0][:, None] + second[2] * factors[1][:, None]
@@ -163,11 +163,11 @@ def _exponentials(logits_PC: Tensor, max_P: Tensor) -> tuple[Tensor, Tensor]:
     """Raise max_P to the tile's; the factor of earlier sums, and exp(logits - max_P) in place of the logits."""
     before_P = max_P.clone()
     torch.maximum(max_P, logits_PC.amax(1), out=max_P)
-    reference_P = _or_zero(max_P)
+    reference_P = or_zero(max_P)
     return torch.exp(before_P - reference_P), logits_PC.sub_(reference_P[:, None]).exp_()
 
 
-def _or_zero(max_Q: Tensor) -> Tensor:
+def or_zero(max_Q: Tensor) -> Tensor:
     """The maximum, 0 for queries that have met no candidate yet: -inf - -inf would be NaN."""
     return torch.where(max_Q == -torch.inf, 0.0, max_Q)
 
@@ -207,7 +207,7 @@ class _TwoPassLogSum(torch.autograd.Function):
         q_QD, table_RD, ids_K, log_pi_GK, window_Q, max_Q, sum_Q = ctx.saved_tensors
         grad_q_QD = torch.zeros_like(q_QD)
         grad_table_RD = torch.zeros_like(table_RD, dtype=q_QD.dtype) if ctx.needs_input_grad[1] else None
-        reference_Q, factor_Q = _or_zero(max_Q), grads[0] / torch.where(sum_Q == 0, 1.0, sum_Q)
+        reference_Q, factor_Q = or_zero(max_Q), grads[0] / torch.where(sum_Q == 0, 1.0, sum_Q)
         with torch.autocast(q_QD.device.type, enabled=False):
             for tile in _tiles(q_QD, table_RD, ids_K):
                 logits_PC = tile.logits(log_pi_GK, window_Q)

@@ -26,10 +26,10 @@ from bfm.events.neighbours import COUNTINGS, LAST_EVENTS, Neighbours, count_neig
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
 from bfm.ranking.metrics import QueryScores, score_queries, summarise
-from bfm.ranking.mixture import NeighbourMass, pairs_by_item
+from bfm.ranking.mixed_scores import NeighbourMass
 from bfm.ranking.paired import from_npz, to_npz
 from bfm.ranking.personal import best_personal, log_popularity
-from bfm.ranking.ranks import ScoreBlock, rank_targets
+from bfm.ranking.ranks import Scores, rank_targets
 
 VERSION = 3
 _CHOOSING_QUERIES = 2_000
@@ -79,42 +79,43 @@ def _neighbour_scores(neighbours: Neighbours, shards: Shards, table: QueryTable,
     return dataclasses.replace(scores, values={key: value_Q for key, value_Q in scores.values.items() if key != "nll"})
 
 
-def _measure(scorer: ScoreBlock, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
+def _measure(scores: Scores, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:
     num_items, targets = shards.num_catalogue, query_targets(shards, table)
-    ranked = rank_targets(scorer, targets, num_items, max(k), seen_items(shards, table))
+    ranked = rank_targets(scores, targets, num_items, max(k), seen_items(shards, table))
     rows = np.arange(len(table))
     return score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
 
 
-def popularity_scores(shards: Shards) -> ScoreBlock:
+def popularity_scores(shards: Shards) -> Scores:
     """Add-one smoothed log shares of the training events, the same for every query."""
     log_share_V = torch.from_numpy(log_popularity(shards)).float()
 
-    def block(rows: slice, items: slice) -> Tensor:
-        return log_share_V[items].repeat(rows.stop - rows.start, 1)
-
-    return block
+    return lambda rows: lambda items: log_share_V[items].repeat(rows.stop - rows.start, 1)
 
 
-def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTable) -> ScoreBlock:
+def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTable) -> Scores:
     """Summed neighbour weights of each query's last events; equal sums are ordered by popularity."""
     damping_V, lists = neighbours.damp(neighbours.train_counts), neighbours.lists
     item_QM = neighbours.known(_last_items(shards, table))
     decay_M = neighbours.counting.age_decay ** np.arange(LAST_EVENTS)
     mass_QM = np.where(item_QM >= 0, decay_M * (neighbours.total_V / damping_V)[item_QM], 0.0)
     votes = NeighbourMass(neighbours, torch.from_numpy(item_QM), torch.from_numpy(mass_QM).float())
-    votes_of_rows = pairs_by_item(votes)
     # Ids fall with popularity. Far below every neighbour weight, this orders the items that no event points to.
     smallest = (neighbours.weight_P / np.repeat(damping_V, np.diff(lists.offsets))).min(initial=1.0)
     tie_break_V = torch.from_numpy(1e-6 * smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).float()
 
-    def block(rows: slice, items: slice) -> Tensor:
-        scores_RC = tie_break_V[items].repeat(rows.stop - rows.start, 1)
-        at, mass_P = votes_of_rows(rows).block(items)
-        scores_RC[at] += mass_P
-        return scores_RC
+    def scores(rows: slice) -> Callable[[slice], Tensor]:
+        votes_here = votes.of_rows(rows).by_item()
 
-    return block
+        def block(items: slice) -> Tensor:
+            scores_RC = tie_break_V[items].repeat(rows.stop - rows.start, 1)
+            at, mass_P = votes_here.block(items)
+            scores_RC[at] += mass_P
+            return scores_RC
+
+        return block
+
+    return scores
 
 
 def _last_items(shards: Shards, table: QueryTable) -> NDArray[np.int64]:

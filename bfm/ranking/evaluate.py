@@ -28,12 +28,10 @@ from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import Candidates
 from bfm.objective.softmax import fixed_sample_loss
-from bfm.ranking.metrics import Evaluation, QueryScores, merge, query_mean, score_queries, summarise
+from bfm.ranking.metrics import QueryScores, query_mean, score_queries
 from bfm.ranking.queries import Answers, answer
 from bfm.ranking.ranks import rank_targets
 from bfm.ranking.sampled import sampled_metrics
-
-__all__ = ["Evaluation", "QueryScores", "evaluate", "merge", "summarise"]
 
 _BLOCK_ROWS = 4096
 

@@ -27,12 +27,11 @@ from bfm.ranking.ranks import Ranked
 _BASKET = "basket."
 
 
-def parse_ks(text: str) -> tuple[int, ...]:
-    """List lengths from text such as 5,10,50, rising. Raises UserError for anything but whole numbers from 1 on."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{text!r} is no list of lengths", key="--k", fix="write whole numbers from 1 on: 5,10,50")
-    return tuple(sorted({int(part) for part in parts}))
+def check_k(k: int, num_catalogue: int) -> None:
+    """Raise UserError where lists of k items cannot be made of the catalogue."""
+    if not 1 <= k <= num_catalogue:
+        fix = f"use 1 to {num_catalogue}, the number of items in the catalogue"
+        raise UserError(f"lists of {k} items cannot be made", key="--k", fix=fix)
 
 
 def query_metrics(
@@ -135,8 +134,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     errors: dict[str, float]
-    queries: int
-    eval_flops: int
 
 
 def summarise(scores: QueryScores) -> Evaluation:
@@ -156,7 +153,7 @@ def summarise(scores: QueryScores) -> Evaluation:
         metrics[f"coverage@{k}"] = float(shown_V.mean())
     if scores.loss_sampled_negatives is not None:
         metrics["loss_sampled_negatives"] = float(scores.loss_sampled_negatives)
-    return Evaluation(metrics, errors, len(scores.query_Q), scores.eval_flops)
+    return Evaluation(metrics, errors)
 
 
 def counted_values(scores: QueryScores, metric: str) -> NDArray[np.float64]:

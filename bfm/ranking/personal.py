@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -29,8 +30,8 @@ from bfm.events.ragged import chunks, runs
 from bfm.events.shards import Shards
 from bfm.files import canonical_json
 from bfm.ranking.metrics import query_mean
-from bfm.ranking.mixture import SparseMass
-from bfm.ranking.ranks import ScoreBlock, kept_per_thread
+from bfm.ranking.mixed_scores import SparseMass
+from bfm.ranking.ranks import Scores
 
 VERSION = 1
 DECAYS = (0.9, 0.98, 0.99, 0.998, 1.0)
@@ -46,26 +47,24 @@ class Personal:
     decay: float
     share: float
 
-    def scores(self, shards: Shards, table: QueryTable) -> ScoreBlock:
+    def scores(self, shards: Shards, table: QueryTable) -> Scores:
         """log p of the queries' items; histories are read as their rows are asked for."""
         log_pop_V = torch.from_numpy(log_popularity(shards)).float()
 
-        def own(rows: slice) -> tuple[Tensor, SparseMass]:
-            shares = _shares(_events(shards, table[rows]), self.decay, shards.num_catalogue)
+        def scores(rows: slice) -> Callable[[slice], Tensor]:
+            shares = _shares(_events(shards, table[rows]), self.decay, shards.num_catalogue).by_item()
             log_rest_R = torch.zeros(len(table[rows]))
             log_rest_R[shares.query_P] = math.log1p(-self.share)
-            return log_rest_R, shares.by_item()
 
-        own_of_rows = kept_per_thread(own)
+            def block(items: slice) -> Tensor:
+                log_p_RC = log_pop_V[items] + log_rest_R[:, None]
+                at, share_P = shares.block(items)
+                log_p_RC[at] = torch.logaddexp(log_p_RC[at], (self.share * share_P).log())
+                return log_p_RC
 
-        def block(rows: slice, items: slice) -> Tensor:
-            log_rest_R, shares = own_of_rows(rows)
-            log_p_RC = log_pop_V[items] + log_rest_R[:, None]
-            at, share_P = shares.block(items)
-            log_p_RC[at] = torch.logaddexp(log_p_RC[at], (self.share * share_P).log())
-            return log_p_RC
+            return block
 
-        return block
+        return scores
 
 
 def best_personal(shards: Shards, protocol: Protocol) -> Personal:

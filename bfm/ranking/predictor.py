@@ -36,6 +36,7 @@ from bfm.events.shards import Shards
 from bfm.files import Store, write_atomic
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.ranking.metrics import check_k
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.sealed import Sealed, check_files, list_files
@@ -137,12 +138,6 @@ class Predictor:
                 f"{difference:.2g} (allowed: {tolerance:g})"
             )
 
-    def check_k(self, k: int) -> None:
-        """Raise UserError where lists of k items cannot be made."""
-        if not 1 <= k <= self.encoding.catalogue:
-            fix = f"use 1 to {self.encoding.catalogue}, the number of items in the catalogue"
-            raise UserError(f"lists of {k} items cannot be made", key="--k", fix=fix)
-
     def add_items(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Embed items that histories may hold beside the export's: their ids follow it. They are never recommended."""
         new_ND = self.model.embed_all(store=ItemStore(self.encoding.fields, arrays))
@@ -155,8 +150,8 @@ class Predictor:
         Memory grows with the queries: k items and one vector each, and the items of their histories where filtered.
         Raises DivergedError where a score is not finite.
         """
-        self.check_k(k)
         num_catalogue = self.encoding.catalogue
+        check_k(k, num_catalogue)
         answers = answer(
             self.model, lambda ids_U: self.vectors_ID[ids_U].float(), shards, queries, self.window, num_catalogue
         )

@@ -1,7 +1,7 @@
 """Evaluation queries through a model: contexts packed, run in batches of bounded size, and joined.
 
 Enters: a model, a way to item vectors, queries of a shard set. Leaves: `Answers`, what the output distribution of every
-query is made of, and the ScoreBlock (ranks.py) over a catalogue that follows from it.
+query is made of, and the `Scores` (ranks.py) over a catalogue that follows from it.
 
 Q = queries, V = catalogue items, D = retrieval width, L = positions of a window, M = last events of a query,
 P = pairs of a query and an item.
@@ -22,7 +22,7 @@ from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import ModelBatch, make_query_batch
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.mixture import Component, MixtureScores, NeighbourMass, SparseMass
+from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
@@ -69,7 +69,7 @@ def answer(
 ) -> Answers:
     """Run the contexts of all queries; `vectors` gives float32 vectors of item ids (int64) on the model's device."""
     none = torch.zeros(0, device=model.device)
-    h, gates, lengths, rows = [none.new_zeros(0, model.shape.d_item)], [none], [], 0
+    h, gates, rows = [none.new_zeros(0, model.shape.d_item)], [none], 0
     no_masses = none.new_zeros(0, model.shape.counted_events)
     pointed, counted_items, counted_masses = [], [no_masses.long()], [no_masses]
     for chosen in query_batches(table, window):
@@ -79,13 +79,13 @@ def answer(
         h.append(queries.h_QD)
         gates.append(next(gate_X1Q))
         if queries.pointer_QL is not None:
-            pointed.append(_pointer_mass(batch, queries.pointer_QL * next(gate_X1Q)[:, None], num_catalogue))
+            mass_QL = queries.pointer_QL * next(gate_X1Q)[:, None]
+            pointed.append(_pointer_mass(batch, mass_QL, chosen.start, num_catalogue))
         if batch.counted_TM is not None and queries.counted_TM is not None:
             counted_items.append(batch.counted_TM)
             counted_masses.append(queries.counted_TM * next(gate_X1Q)[:, None])
-        lengths.append(len(queries.h_QD))
         rows += len(batch.item_RL)
-    gate_Q, pointer = torch.cat(gates), SparseMass.join(pointed, lengths, model.device)
+    gate_Q, pointer = torch.cat(gates), SparseMass.join(pointed, model.device)
     total_Q = gate_Q + pointer.totals(len(gate_Q))
     components: list[Component] = []
     if model.neighbours is not None:
@@ -109,9 +109,9 @@ def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
         start = stop
 
 
-def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, num_catalogue: int) -> SparseMass:
-    """What the pointer gives to the items of each query's context."""
+def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, first: int, num_catalogue: int) -> SparseMass:
+    """What the pointer gives to the items of each query's context; `first` is the number of the first query."""
     row_Q = batch.places.position_Q // batch.item_RL.shape[1]
     item_QL = batch.items_U[batch.item_RL.index_select(0, row_Q)]
-    query_QL = torch.arange(len(row_Q), device=row_Q.device)[:, None].expand_as(item_QL)
+    query_QL = (first + torch.arange(len(row_Q), device=row_Q.device))[:, None].expand_as(item_QL)
     return SparseMass.of(query_QL.flatten(), item_QL.flatten(), mass_QL.flatten(), num_catalogue)

@@ -20,11 +20,10 @@ P = filtered pairs, k = list length, D = width of the vectors.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +34,8 @@ from bfm.errors import DivergedError
 from bfm.events.ragged import Ragged
 from bfm.ranking.top_items import GROUP, TopItems, TopRows
 
-T = TypeVar("T")
-ScoreBlock = Callable[[slice, slice], Tensor]
-"""(query rows, items) -> fresh scores [R, C] in float32 or float64, which the caller may overwrite."""
+Scores = Callable[[slice], Callable[[slice], Tensor]]
+"""query rows -> (items -> fresh scores [R, C] in float32 or float64, which the caller may overwrite)."""
 
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
 BLOCK_BYTES = 2 * 2**20
@@ -64,20 +62,8 @@ class Ranked:
     """Whether a target is among the items that its list leaves out; None where lists leave out nothing."""
 
 
-def kept_per_thread(make: Callable[[slice], T]) -> Callable[[slice], T]:
-    """`make`, whose last result each thread keeps: it asks for the blocks of its rows one after the other."""
-    last = threading.local()
-
-    def of(rows: slice) -> T:
-        if getattr(last, "rows", None) != rows:
-            last.rows, last.made = rows, make(rows)
-        return last.made
-
-    return of
-
-
 class DotScores:
-    """Scores of items by their inner products with queries: a ScoreBlock whose scores need no check one by one."""
+    """Scores of items by their inner products with queries: Scores that need no check one by one."""
 
     def __init__(self, queries_QD: Tensor, items_VD: Tensor) -> None:
         self._queries_QD = queries_QD
@@ -88,9 +74,10 @@ class DotScores:
         self.finite = bool(math.prod(longest) < torch.finfo(queries_QD.dtype).max / 2)
         """No score can be NaN or infinite: |<q, v>| <= |q| |v|."""
 
-    def __call__(self, rows: slice, items: slice) -> Tensor:
-        """Scores [R, C]."""
-        return self._queries_QD[rows] @ self._items_DV[:, items]
+    def __call__(self, rows: slice) -> Callable[[slice], Tensor]:
+        """Scores of some queries."""
+        queries_RD = self._queries_QD[rows]
+        return lambda items: queries_RD @ self._items_DV[:, items]
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
         """Scores of S items for each of T queries, [T, S]."""
@@ -99,7 +86,7 @@ class DotScores:
 
 
 def rank_targets(
-    score_block: ScoreBlock,
+    scores: Scores,
     targets: Ragged,
     num_items: int,
     max_k: int,
@@ -110,7 +97,7 @@ def rank_targets(
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
-    scores per thread. `score_block` is called from several threads, unless torch is set to one.
+    scores per thread. `scores` is called from several threads, unless torch is set to one.
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries = len(targets)
@@ -118,6 +105,7 @@ def rank_targets(
     # Whole groups need no padding.
     columns = columns // GROUP * GROUP or columns
     rows = max(1, min(_ROWS, block_bytes // (_SCORE_BYTES * columns)))
+    nothing = Ragged(np.zeros(0, np.int32), np.zeros(num_queries + 1, np.int64))
     rank_N = np.full(len(targets.ids), np.inf)
     nll_N = np.full(len(targets.ids), np.nan)
     top_Qk = np.full((num_queries, max_k), -1, dtype=np.int64)
@@ -125,11 +113,15 @@ def rank_targets(
 
     @torch.no_grad()
     def rank_rows(start: int) -> None:
-        chunk = _chunk(targets, seen, start, min(start + rows, num_queries), num_items)
-        passed = _pass_over_catalogue(score_block, chunk, num_items, columns, max_k)
-        rank_N[chunk.target_N], nll_N[chunk.target_N] = _ranks_and_nll(passed, chunk)
-        top_Qk[chunk.start : chunk.stop] = passed.first.id_Rk.cpu().numpy()
-        top_score_Qk[chunk.start : chunk.stop] = passed.first.value_Rk.float().cpu().numpy()
+        chunk = slice(start, min(start + rows, num_queries))
+        own = _Pairs.of(targets, chunk, num_items)
+        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items)
+        first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, num_items, columns, max_k)
+        row_N = torch.from_numpy(own.row_N).to(score_N.device)
+        rank_N[own.place_N] = _ranks(first, row_N, score_N)
+        nll_N[own.place_N] = (log_total_R[row_N] - score_N).double().cpu().numpy()
+        top_Qk[chunk] = first.id_Rk.cpu().numpy()
+        top_score_Qk[chunk] = first.value_Rk.float().cpu().numpy()
 
     _for_each(rank_rows, range(0, num_queries, rows))
     filtered_N = None if seen is None else targets.within(seen)
@@ -159,77 +151,58 @@ def _for_each(work: Callable[[int], None], starts: range) -> None:
             torch.set_num_threads(threads)
 
 
-class _Chunk(NamedTuple):
-    """Some queries, with their warm targets and the items that are filtered, both by rising item."""
+class _Pairs(NamedTuple):
+    """Catalogue items that are listed for the queries of a chunk, by rising item."""
 
-    start: int
-    stop: int
-    target_N: NDArray[np.int64]
-    """Index among all targets."""
+    place_N: NDArray[np.int64]
+    """In the lists of all queries."""
     row_N: NDArray[np.int64]
     item_N: NDArray[np.int64]
-    hidden_row_P: NDArray[np.int64]
-    hidden_item_P: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, lists: Ragged, rows: slice, num_items: int) -> _Pairs:
+        low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
+        place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
+        place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
+        return cls(place_N, lists.rows[place_N] - rows.start, lists.ids[place_N].astype(np.int64))
+
+    def inside(self, items: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where those of some items lie in a block of these."""
+        low, high = np.searchsorted(self.item_N, [items.start, items.stop])
+        row, column = self.row_N[low:high], self.item_N[low:high] - items.start
+        return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
 
 
-class _Passed(NamedTuple):
-    first: TopRows
-    log_total_R: Tensor
-    target_score_N: Tensor
-
-
-def _chunk(targets: Ragged, seen: Ragged | None, start: int, stop: int, num_items: int) -> _Chunk:
-    hidden_row_P, hidden_item_P = np.zeros((2, 0), np.int64)
-    if seen is not None:
-        _, hidden_row_P, hidden_item_P = _warm_pairs(seen, start, stop, num_items)
-    return _Chunk(start, stop, *_warm_pairs(targets, start, stop, num_items), hidden_row_P, hidden_item_P)
-
-
-def _warm_pairs(lists: Ragged, start: int, stop: int, num_items: int) -> tuple[NDArray, NDArray, NDArray]:
-    """Place in the lists, row and item of the catalogue items of rows start..stop-1, by rising item."""
-    low, high = lists.offsets[start], lists.offsets[stop]
-    place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
-    row_N = lists.rows[place_N] - start
-    order = np.argsort(lists.ids[place_N], kind="stable")
-    return place_N[order], row_N[order], lists.ids[place_N[order]].astype(np.int64)
-
-
-def _pass_over_catalogue(score_block: ScoreBlock, chunk: _Chunk, num_items: int, columns: int, max_k: int) -> _Passed:
-    finite = getattr(score_block, "finite", False)
+def _pass_over_catalogue(
+    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
+) -> tuple[TopRows, Tensor, Tensor]:
+    """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N]."""
+    finite, scores_of = getattr(scores, "finite", False), scores(rows)
     log_totals, target_scores, first = [], [], None
     for start in range(0, num_items, columns):
-        stop = min(start + columns, num_items)
-        block_RC = score_block(slice(chunk.start, chunk.stop), slice(start, stop))
+        items = slice(start, min(start + columns, num_items))
+        block_RC = scores_of(items)
         if not finite and not torch.isfinite(block_RC.amin()):
             raise DivergedError(_NOT_FINITE)
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        target_scores.append(block_RC[_pairs(chunk.row_N, chunk.item_N, start, stop, block_RC)])
-        hidden = _pairs(chunk.hidden_row_P, chunk.hidden_item_P, start, stop, block_RC)
+        target_scores.append(block_RC[own.inside(items, block_RC.device)])
+        hidden_P = hidden.inside(items, block_RC.device)
         if block_RC.shape[1] % GROUP:
             block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
-        hidden_score_P = block_RC[hidden]
-        block_RC[hidden] = -torch.inf
+        hidden_score_P = block_RC[hidden_P]
+        block_RC[hidden_P] = -torch.inf
         largest_RG = block_RC.unflatten(1, (-1, GROUP)).amax(-1)
-        largest_R = largest_RG.amax(1).scatter_reduce(0, hidden[0], hidden_score_P, "amax")
+        largest_R = largest_RG.amax(1).scatter_reduce(0, hidden_P[0], hidden_score_P, "amax")
         least, most = map(float, torch.aminmax(largest_R))
         if not math.isfinite(least) or not math.isfinite(most):
             raise DivergedError(_NOT_FINITE)
         first = first or TopItems(len(block_RC), max_k, block_RC)
         first.add(block_RC, largest_RG, start)
-        block_RC[hidden] = hidden_score_P
+        block_RC[hidden_P] = hidden_score_P
         log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))
     assert first is not None, "an empty catalogue"
     log_total_R = torch.logsumexp(torch.stack(log_totals), dim=0)
-    return _Passed(first.finish(), log_total_R, torch.cat(target_scores))
-
-
-def _pairs(row: NDArray, item: NDArray, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into a block of items start..stop-1; `item` rises."""
-    low, high = np.searchsorted(item, [start, stop])
-    return (
-        torch.from_numpy(row[low:high]).to(like.device),
-        torch.from_numpy(item[low:high] - start).to(like.device),
-    )
+    return first.finish(), log_total_R, torch.cat(target_scores)
 
 
 def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
@@ -239,14 +212,11 @@ def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:
     return block_RC.exp_().sum(1).log()
 
 
-def _ranks_and_nll(passed: _Passed, chunk: _Chunk) -> tuple[NDArray, NDArray]:
-    row_N = torch.from_numpy(chunk.row_N).to(passed.log_total_R.device)
-    score_N = passed.target_score_N
-    value_Nk = passed.first.value_Rk[row_N]
+def _ranks(first: TopRows, row_N: Tensor, score_N: Tensor) -> NDArray[np.float64]:
+    value_Nk = first.value_Rk[row_N]
     better_N = (value_Nk > score_N[:, None]).sum(1)
     listed_N = (value_Nk == score_N[:, None]).sum(1)
-    equal_N = torch.where(score_N == value_Nk[:, -1], passed.first.equal_R[row_N], listed_N)
+    equal_N = torch.where(score_N == value_Nk[:, -1], first.equal_R[row_N], listed_N)
     # Fewer than k items are better than a listed target, so all of them are in the list.
     rank_N = torch.where(listed_N > 0, 1.0 + better_N + 0.5 * (equal_N - 1), torch.inf)
-    nll_N = passed.log_total_R[row_N] - score_N
-    return rank_N.double().cpu().numpy(), nll_N.double().cpu().numpy()
+    return rank_N.double().cpu().numpy()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from bfm.training.peak import matmul_peak
+from bfm.report.matmul_peak import matmul_peak
 from bfm.units import format_flops
 
 REQUIRED = ("torch", "ray", "deepspeed", "pyarrow", "optuna", "tensorboard")

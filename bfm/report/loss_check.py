@@ -142,7 +142,7 @@ def _gradient(problem: Problem, method: str) -> tuple[Tensor, Tensor]:
     candidates = (problem.ids_K, problem.log_pi_K)
     if method == "sharded":
         with _lone_group():
-            log_sum_Q = DealtItems(problem.table_VD, len(problem.table_VD)).log_sum(q_QD, *candidates)
+            log_sum_Q = DealtItems(problem.table_VD).log_sum(q_QD, *candidates)
     else:
         log_sum_Q = log_sum(q_QD, problem.table_VD, *candidates, method=method)
     (grad_QD,) = torch.autograd.grad(log_sum_Q.mean(), q_QD)

@@ -24,6 +24,7 @@ import torch
 from bfm.errors import UserError
 from bfm.events.histories import PART_ROWS, Histories, Part
 from bfm.events.protocol import QueryTable
+from bfm.ranking.metrics import check_k
 from bfm.ranking.predictor import Predictor, Top
 
 _ROW_GROUP_USERS = 4096
@@ -65,7 +66,7 @@ def predict_log(
     if out.is_dir():
         raise UserError("is a folder", file=str(out), key="--out", fix="name a file, e.g. predictions.parquet")
     predictor = Predictor.load(export, "cuda" if torch.cuda.is_available() else "cpu")
-    predictor.check_k(k)
+    check_k(k, predictor.encoding.catalogue)
     filter_seen = predictor.filter_seen if filter_seen is None else filter_seen
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -43,10 +43,10 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
                 key=f"parameters.{parameter.name}",
                 fix=f"give it one value; only {', '.join(sorted(STAGE2_KEYS))} may vary",
             )
-    expect = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
     stage2 = {"freeze_at_flops": _stands_at(meta)}
     config = replace(spec, parameters=tuple(parameters)).config(stage2)
-    load_checkpoint(store, name, expect_config=config, expect=expect)
+    known = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
+    load_checkpoint(store, name, {"config": config.as_dict(), **known})
     frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))
     others = (parameter for parameter in spec.parameters if parameter.name != frozen.name)
     return replace(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, sha256_bytes
 from bfm.sealed import Sealed
-from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineState
 
 CHECKPOINT = Sealed("checkpoint", "meta.json", version=2, fix="name a folder with a meta.json of this version")
@@ -59,28 +59,17 @@ def read_meta(store: Store, name: str) -> dict[str, Any]:
     return CHECKPOINT.read(store, name)
 
 
-def load_checkpoint(
-    store: Store,
-    name: str,
-    *,
-    expect_config: TrainConfig | None = None,
-    expect_seed: int | None = None,
-    expect: dict[str, Any] | None = None,
-) -> Checkpoint:
+def load_checkpoint(store: Store, name: str, expect: Mapping[str, Any] | None = None) -> Checkpoint:
     """Read and verify a checkpoint.
 
-    Args:
-        store, name: where it stands.
-        expect_config: the configuration it must be of; a stage-1 trunk may differ in what only stage 2 uses.
-        expect_seed: the seed it must be of.
-        expect: further keys of meta and their values (shard hash, formula version).
+    `expect`: keys of its meta (config, seed, shard hash, formula version) and the values they must have; of the
+    configuration a stage-1 trunk may differ in what only stage 2 uses.
 
-    Raises:
-        UserError: there is none, or it is of another configuration, seed or shard set (with every difference).
-        CorruptError: truncated or altered.
+    Raises UserError where there is none or it is of another run, with every difference; CorruptError where it is
+    truncated or altered.
     """
     meta = read_meta(store, name)
-    _check_expected(f"{store.uri}/{name}", meta, expect_config, expect_seed, expect or {})
+    _check_expected(f"{store.uri}/{name}", meta, expect or {})
     state_name = _state_name(name, meta["state_sha256"])
     where = f"{store.uri}/{state_name}"
     try:
@@ -96,23 +85,15 @@ def load_checkpoint(
     return Checkpoint(EngineState(**tensors), meta)
 
 
-def _check_expected(
-    where: str, meta: dict[str, Any], config: TrainConfig | None, seed: int | None, expect: dict[str, Any]
-) -> None:
-    differences = []
-    if config is not None:
-        wanted, found = config.as_dict(), meta["config"]
-        differs = [key for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-        freeze_flops = config.freeze_at_flops
-        shared_trunk = meta["counters"]["stage"] == 1 and (
-            freeze_flops is None or meta["counters"]["path_flops"] <= freeze_flops
-        )
-        ignored = STAGE2_KEYS if shared_trunk else frozenset()
-        differences += [f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in differs if key not in ignored]
-    if seed is not None and meta["seed"] != seed:
-        differences.append(f"seed is {meta['seed']}, not {seed}")
-    differences += [f"{key} is {meta.get(key)}, not {value}" for key, value in expect.items() if meta.get(key) != value]
-    if differences:
+def _check_expected(where: str, meta: dict[str, Any], expect: Mapping[str, Any]) -> None:
+    values = [(key, meta.get(key), wanted) for key, wanted in expect.items() if key != "config"]
+    if "config" in expect:
+        found, config, counters = meta["config"], expect["config"], meta["counters"]
+        freeze_flops = config["freeze_at_flops"]
+        shared_trunk = counters["stage"] == 1 and (freeze_flops is None or counters["path_flops"] <= freeze_flops)
+        keys = {*config, *found} - (STAGE2_KEYS if shared_trunk else frozenset())
+        values = [(key, found.get(key), config.get(key)) for key in sorted(keys)] + values
+    if differences := [f"{key} is {found}, not {wanted}" for key, found, wanted in values if found != wanted]:
         raise UserError(
             f"the checkpoint is of another run: {'; '.join(differences)}",
             file=where,

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bfm.errors import UserError
@@ -21,78 +21,122 @@ if TYPE_CHECKING:
     from bfm.model.sizing import Shape
 
 
+Metadata = Mapping[str, Callable[[object, str], Any]]
+"""Of a field: how its value is checked, `check(value, key)`."""
+
+
+def _number(low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Metadata:
+    def check(value: object, key: str) -> float:
+        number = parse_number(value, key=key)
+        too_low = number <= low if low_open else number < low
+        too_high = number >= high if high_open else number > high
+        if too_low or too_high:
+            left = f"{'>' if low_open else '>='} {low:g}"
+            right = "" if math.isinf(high) else f" and {'<' if high_open else '<='} {high:g}"
+            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be {left}{right}")
+        return number
+
+    return {"check": check}
+
+
+def _count(low: int, high: int) -> Metadata:
+    def check(value: object, key: str) -> int:
+        number = parse_count(value, key=key)
+        if not low <= number <= high:
+            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be from {low} to {high}")
+        return number
+
+    return {"check": check}
+
+
+def _choice(*allowed: str) -> Metadata:
+    def check(value: object, key: str) -> str:
+        if value not in allowed:
+            raise UserError(f"{value!r} is no choice", key=key, fix=f"write {' or '.join(allowed)}")
+        return str(value)
+
+    return {"check": check}
+
+
+def _flag(value: object, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"expected true or false, got {value!r}", key=key, fix="write true or false")
+    return value
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One point of the search space. Rates and shares are plain numbers, FLOPs absolute, events training targets."""
 
-    params: float
+    params: float = field(metadata=_number(1, 1e12))
     """N asked for: dense weights of embedder + contextualizer."""
-    embedder_share: float = 0.02
+    embedder_share: float = field(default=0.02, metadata=_number(0, 0.5))
     """s asked for: embedder / N."""
-    learning_rate: float = 0.0
+    learning_rate: float = field(default=0.0, metadata=_number(0, 10))
     """Peak (and constant) rate of the dense weights; 0 takes the rule in (N, B) and is replaced by its value."""
-    groups_per_step: int = 1
+    groups_per_step: int = field(default=1, metadata=_count(1, 1 << 20))
     """B: negative groups per optimizer step, over all workers."""
-    copy: str = "pointer"
+    copy: str = field(default="pointer", metadata=_choice("pointer", "none"))
     """`pointer`: items of the user's own events in the window are copied, too; `none`: the softmax alone. On logs whose
     lists leave out seen items `none` is the default (log_defaults)."""
-    counts: str = "none"
+    counts: str = field(default="none", metadata=_choice("neighbours", "none"))
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
-    targets: str = "next_basket"
+    targets: str = field(default="next_basket", metadata=_choice("next_basket", "next_event"))
     """`next_basket`: items are predicted from the last event at an earlier time, as headline queries are scored;
     `next_event`: from the event before, every event of weight 1."""
-    basket_power: float = 0.5
+    basket_power: float = field(default=0.5, metadata=_number(0, 1))
     """Weight of a next basket of n items in the loss: n to this power. 0 favours NLL, 1 the MRR of large baskets."""
-    window: int = 256
+    window: int = field(default=256, metadata=_count(2, 1 << 16))
     """L: events per training window."""
-    group_windows: int = 4
+    group_windows: int = field(default=4, metadata=_count(1, 1 << 20))
     """G: windows per negative group."""
-    d_item: int = 64
+    d_item: int = field(default=64, metadata=_count(2, 1 << 14))
     """Retrieval width."""
-    table_width: int = 16
+    table_width: int = field(default=16, metadata=_count(1, 1 << 14))
     """Width of vocabulary and hash tables."""
-    aspect: float = 32.0
+    aspect: float = field(default=32.0, metadata=_number(0, low_open=True))
     """Width per layer that sizing aims at where `depth` is free."""
-    depth: int | None = None
+    depth: int | None = field(default=None, metadata=_count(1, 1024))
     """Layers of the contextualizer; None: from `aspect`."""
-    embedder_depth: int | None = None
+    embedder_depth: int | None = field(default=None, metadata=_count(0, 1024))
     """Layers of the embedder; 0: an MLP on the pooled fields; None: sizing chooses."""
-    weight_decay: float = 0.1
+    weight_decay: float = field(default=0.1, metadata=_number(0, 100))
     """Decoupled decay of the dense matrices."""
-    table_weight_decay: float = 1.0
+    table_weight_decay: float = field(default=1.0, metadata=_number(0, 1000))
     """Decoupled decay of vocabulary and hash tables for every epoch beyond the first: as events repeat, it pulls what
     few of them support towards the other fields, where it would be memorised."""
-    table_learning_rate_ratio: float = 1.0
+    table_learning_rate_ratio: float = field(default=1.0, metadata=_number(0, 1e4))
     """Rate of the tables over the rate of the dense weights."""
-    clip_norm: float = 1.0
+    clip_norm: float = field(default=1.0, metadata=_number(0, low_open=True))
     """Global gradient norm is clipped to this."""
-    beta1: float = 0.9
-    beta2: float = 0.98
-    warmup_events: float | None = None
+    beta1: float = field(default=0.9, metadata=_number(0, 1, high_open=True))
+    beta2: float = field(default=0.98, metadata=_number(0, 1, high_open=True))
+    warmup_events: float | None = field(default=None, metadata=_number(0))
     """Length of the linear warmup; None: as many events as the model has params."""
-    cooldown_fraction: float = 0.2
+    cooldown_fraction: float = field(default=0.2, metadata=_number(0, 1, high_open=True))
     """Share of a rung's C that its cooldown branch gets."""
-    initial_scale: float = 20.0
+    initial_scale: float = field(default=20.0, metadata=_number(0, 100, low_open=True, high_open=True))
     """Where the learned factor of the cosines (the inverse temperature) starts."""
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata=_number(0, 1, high_open=True))
     """Share of channels dropped in training, at the input and the outputs of the contextualizer's layers."""
-    live_negatives: int = 0
+    live_negatives: int = field(default=0, metadata=_count(0, 1 << 31))
     """Negatives drawn per group in stage 1, beside the group's own targets; embedded like them."""
-    live_exponent: float = 0.0
+    live_exponent: float = field(default=0.0, metadata=_number(0, 2))
     """Draws of stage 1 are proportional to popularity to this power."""
-    freeze_at_flops: float | None = None
+    freeze_at_flops: float | None = field(default=None, metadata=_number(0, low_open=True))
     """path_flops at which stage 2 begins; None: stage 1 only."""
-    negatives: int = 0
+    negatives: int = field(default=0, metadata=_count(0, 1 << 31))
     """K: negatives drawn per group in stage 2, beside the group's own targets."""
-    negatives_exponent: float = 0.5
+    negatives_exponent: float = field(default=0.5, metadata=_number(0, 2))
     """Draws are proportional to popularity to this power."""
-    averaging: bool = False
+    averaging: bool = field(default=False, metadata={"check": _flag})
     """Keep a running average of the trunk's weights (probes need it)."""
 
     def __post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in _CHECKS}
-        for name, value in values.items():
-            object.__setattr__(self, name, _CHECKS[name](value, name))
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if value is not None or option.default is not None:
+                object.__setattr__(self, option.name, option.metadata["check"](value, option.name))
         if self.learning_rate == 0.0:
             positions = self.groups_per_step * self.group_windows * self.window
             object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
@@ -158,84 +202,4 @@ def log_defaults(filter_seen: bool) -> dict[str, Any]:
     return {"copy": "none"} if filter_seen else {}
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
-Check = Callable[[object, str], Any]
-
-
-def _number(low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> Check:
-    def check(value: object, key: str) -> float:
-        number = parse_number(value, key=key)
-        too_low = number <= low if low_open else number < low
-        too_high = number >= high if high_open else number > high
-        if too_low or too_high:
-            left = f"{'>' if low_open else '>='} {low:g}"
-            right = "" if math.isinf(high) else f" and {'<' if high_open else '<='} {high:g}"
-            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be {left}{right}")
-        return number
-
-    return check
-
-
-def _count(low: int, high: int) -> Check:
-    def check(value: object, key: str) -> int:
-        number = parse_count(value, key=key)
-        if not low <= number <= high:
-            raise UserError(f"{value!r} is out of range", key=key, fix=f"must be from {low} to {high}")
-        return number
-
-    return check
-
-
-def _choice(*allowed: str) -> Check:
-    def check(value: object, key: str) -> str:
-        if value not in allowed:
-            raise UserError(f"{value!r} is no choice", key=key, fix=f"write {' or '.join(allowed)}")
-        return str(value)
-
-    return check
-
-
-def _flag(value: object, key: str) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"expected true or false, got {value!r}", key=key, fix="write true or false")
-    return value
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value, key: None if value is None else check(value, key)
-
-
-_INFINITE = math.inf
-_CHECKS: dict[str, Check] = {
-    "params": _number(1, 1e12),
-    "embedder_share": _number(0, 0.5),
-    "learning_rate": _number(0, 10),
-    "groups_per_step": _count(1, 1 << 20),
-    "copy": _choice("pointer", "none"),
-    "counts": _choice("neighbours", "none"),
-    "targets": _choice("next_basket", "next_event"),
-    "basket_power": _number(0, 1),
-    "window": _count(2, 1 << 16),
-    "group_windows": _count(1, 1 << 20),
-    "d_item": _count(2, 1 << 14),
-    "table_width": _count(1, 1 << 14),
-    "aspect": _number(0, _INFINITE, low_open=True),
-    "depth": _or_none(_count(1, 1024)),
-    "embedder_depth": _or_none(_count(0, 1024)),
-    "weight_decay": _number(0, 100),
-    "table_weight_decay": _number(0, 1000),
-    "table_learning_rate_ratio": _number(0, 1e4),
-    "clip_norm": _number(0, _INFINITE, low_open=True),
-    "beta1": _number(0, 1, high_open=True),
-    "beta2": _number(0, 1, high_open=True),
-    "warmup_events": _or_none(_number(0, _INFINITE)),
-    "cooldown_fraction": _number(0, 1, high_open=True),
-    "initial_scale": _number(0, 100, low_open=True, high_open=True),
-    "dropout": _number(0, 1, high_open=True),
-    "live_negatives": _count(0, 1 << 31),
-    "live_exponent": _number(0, 2),
-    "freeze_at_flops": _or_none(_number(0, _INFINITE, low_open=True)),
-    "negatives": _count(0, 1 << 31),
-    "negatives_exponent": _number(0, 2),
-    "averaging": _flag,
-}
+_NAMES = tuple(option.name for option in dataclasses.fields(TrainConfig))

@@ -6,17 +6,19 @@ It is never re-pointed at other weights: to restore or to freeze, the loop expor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
+from bfm.training.optimizer import STATE_KEYS, AveragingAdamW, set_rates
 
 Objective = Callable[[Any, ModelBatch], Tensor]
 """(model, batch) -> scalar mean over the batch's groups."""
@@ -51,19 +53,30 @@ class EngineState:
         return EngineState(self.weight, keep(self.moment1), keep(self.moment2), keep(self.average), self.steps)
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Makes optimizer steps with averaged gradients over all workers."""
 
-    rank: int
-    world_size: int
-    device: torch.device
     model: TwoPartModel
+    optimizer: AveragingAdamW
+    micro_batches: int
+    """Of every step."""
+    steps: int
+    """Made so far, those of the state that it started from included."""
+    called: Callable[[ModelBatch, Objective], Tensor]
+    """The model, or what is wrapped around it."""
 
     def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
         """Loss of one micro-batch (scalar), under the engine's precision."""
 
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
-        """Adds the gradient of loss / micro_batches."""
+        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
+            with _precision(self.model.device):
+                return objective(model, inner_batch)
+
+        return self.called(batch, precise)
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
 
     def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
@@ -72,48 +85,94 @@ class Engine(Protocol):
         beyond the first, by which the tables decay.
         A non-finite norm is returned, the weights are then worthless.
         """
+        set_rates(self.optimizer, learning_rate, repeats)
+        self.optimizer.average_weight = average_weight
+        self.steps += 1
+        return self.update()
 
-    def all_reduce_sum(self, values: list[int]) -> list[int]:
-        """Exact sums over workers (each below 2**63)."""
+    @abstractmethod
+    def update(self) -> float:
+        """Clips and updates by the rates that are set; returns the norm of the averaged gradient before clipping."""
 
-    def all_reduce_mean(self, values: list[float]) -> list[float]:
-        """Means over workers, equal on all of them."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all workers, by rank, on all workers."""
+    def load_state(self, state: EngineState) -> None:
+        """Take up the optimizer's part of a state, once its own is laid out; before the first step."""
+        self.steps = state.steps
+        self.optimizer.set_steps(state.steps)
+        parts = dict(zip(STATE_KEYS, (state.moment1, state.moment2, state.average), strict=True))
+        for key in self._kept_keys:
+            for name, parameter in self.trainable.items():
+                if name in parts[key]:
+                    self.set_state(parameter, key, parts[key][name].to(self.model.device))
 
     def export_state(self) -> EngineState:
         """Collective; the same on every rank."""
+        weight = {name: self.get_weight(p) for name, p in self.model.named_parameters()}
+        trainable = self.trainable  # the same names for all: a checkpoint spells each once
+        states = {key: {name: self.get_state(p, key) for name, p in trainable.items()} for key in self._kept_keys}
+        moment1, moment2, average = (states.get(key, {}) for key in STATE_KEYS)
+        return EngineState(weight, moment1, moment2, average, self.steps)
+
+    @property
+    def _kept_keys(self) -> list[str]:
+        return [key for key in STATE_KEYS if all(key in kept for kept in self.optimizer.state.values())]
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def get_weight(self, parameter: nn.Parameter) -> Tensor:
+        """A full fp32 copy on the CPU."""
+        return cpu_copy(parameter)
+
+    def get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """A full fp32 copy, on the CPU, of what the optimizer keeps of a parameter."""
+        return cpu_copy(self.optimizer.state[parameter][key])
+
+    def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """The inverse of `get_state`."""
+        self.optimizer.state[parameter][key].copy_(value)
 
     def close(self) -> None:
         """Frees what the engine holds; the model is not usable afterwards."""
+        self.optimizer.state.clear()
 
 
-class EngineFactory(Protocol):
-    """Knows the workers and the device before any model exists, and builds engines."""
+class EngineFactory(ABC):
+    """Knows the workers and the device before any model exists, and builds engines. The base knows one worker."""
 
-    @property
-    def name(self) -> str:
-        """`plain` or `zero`."""
-
-    @property
-    def zero_stage(self) -> int:
-        """0 to 3."""
+    name: str
+    """`plain` or `zero`."""
+    zero_stage: int
+    """0 to 3."""
+    device: torch.device
+    """Where this worker's model lives."""
 
     @property
     def rank(self) -> int:
         """This process among the workers."""
+        return 0
 
     @property
     def world_size(self) -> int:
         """How many workers step together."""
+        return 1
 
-    @property
-    def device(self) -> torch.device:
-        """Where this worker's model lives."""
+    def all_reduce_sum(self, values: list[int]) -> list[int]:
+        """Exact sums over workers (each below 2**63)."""
+        return values
 
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """Means over workers, equal on all of them."""
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all workers, by rank, on all workers."""
+        return [value]
+
+    @abstractmethod
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> Engine:
-        """Collective. `model` has its weights and its frozen part marked; `micro_batches` per step are to come."""
+        """Collective. `model` is on the device with its weights, its frozen part marked; `micro_batches` per step."""
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -121,8 +180,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def compute_precision(device: torch.device) -> AbstractContextManager[Any]:
+def _precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast where matmuls run in bf16."""
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=compute_dtype(device))
     return nullcontext()
+
+
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """A copy without gradient."""
+    return tensor.detach().cpu().clone()

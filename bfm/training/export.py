@@ -13,11 +13,10 @@ from bfm.errors import UserError
 from bfm.events.encoding import Encoding
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.files import parent_store, write_atomic
+from bfm.files import write_atomic
 from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.predictor import DTYPES, Predictor
 from bfm.sealed import check_free, publish, staging
-from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.rung import load_model
 
@@ -43,28 +42,19 @@ _NEIGHBOURS_LINE = "| neighbours.npz | items that stood near each other in the t
 
 
 def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: str = "float32") -> dict[str, Any]:
-    """Write an export.
+    """Write an export into a new or empty folder, from a checkpoint (folder or URI) and the shards it was trained on.
 
-    Args:
-        checkpoint: folder or URI of a checkpoint.
-        shards: the shard set it was trained on.
-        out: a new or empty folder.
-        catalogue_dtype: float32 ranks exactly as evaluation does; bfloat16 takes half the room.
+    A catalogue of float32 ranks exactly as evaluation does; bfloat16 takes half the room. Returns facts for a summary.
 
-    Returns:
-        Facts for a summary.
-
-    Raises:
-        UserError: the checkpoint is absent or of other shards, `out` is taken, or the type is unknown.
-        CorruptError: checkpoint or shards are damaged.
+    Raises UserError where the checkpoint is absent or of other shards, `out` is taken, or the type is unknown,
+    CorruptError where checkpoint or shards are damaged.
     """
     if catalogue_dtype not in DTYPES:
         raise UserError(f"no type {catalogue_dtype!r}", key="--catalogue-dtype", fix=f"use {' or '.join(DTYPES)}")
     out = out.absolute()
     check_free(out)
     opened = Shards.open(shards)
-    store, name = parent_store(checkpoint)
-    model, meta = load_model(store, name, opened), read_meta(store, name)
+    model, meta = load_model(checkpoint, opened)
     config, encoding, protocol = TrainConfig.from_dict(meta["config"]), Encoding.of(opened), Protocol.load(opened)
     vectors_ID = model.embed_all().to(DTYPES[catalogue_dtype])
     origin = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
-from bfm.training.checkpoint import load_checkpoint
+from bfm.training.checkpoint import Checkpoint, load_checkpoint
 from bfm.training.task import RungTask
 
 EVERY_S = 1.0
@@ -51,21 +51,22 @@ class Journal:
         now_s = time.monotonic()
         if now_s - self._noted_s >= EVERY_S:
             self._noted_s = now_s
-            self.store.put(self.spent_name, json.dumps(self.entry(spent_flops)).encode())
+            self.store.put(self.spent_name, json.dumps(self._entry(spent_flops)).encode())
 
-    def read_spent(self) -> int:
-        """What earlier attempts at this task have spent."""
-        if not self.store.exists(self.spent_name):
-            return 0
-        return self.own_spent(json.loads(self.store.get(self.spent_name)))
+    def in_meta(self, spent_flops: int) -> dict[str, Any]:
+        """What the meta of an in-rung checkpoint says of a spend."""
+        return {"progress": self._entry(spent_flops)}
 
-    def entry(self, spent_flops: int) -> dict[str, Any]:
-        """What is noted of a spend."""
+    def spent_before(self, start: Checkpoint | None) -> int:
+        """What earlier attempts at this very task have spent: that of another that was lost is charged to that one."""
+        # The note is up to a second old; the checkpoint may be newer.
+        entries = [] if start is None else [start.meta.get("progress", {})]
+        if self.store.exists(self.spent_name):
+            entries.append(json.loads(self.store.get(self.spent_name)))
+        return max((entry["spent_flops"] for entry in entries if entry.get("task_id") == self.task.task_id), default=0)
+
+    def _entry(self, spent_flops: int) -> dict[str, Any]:
         return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
-
-    def own_spent(self, entry: dict[str, Any]) -> int:
-        """The noted spend, if this task noted it: that of a lost task is charged to that one."""
-        return int(entry["spent_flops"]) if entry.get("task_id") == self.task.task_id else 0
 
     def clear(self) -> None:
         """Drop the in-rung checkpoints; the row is in hand."""

@@ -35,7 +35,7 @@ from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtyp
 from bfm.training.optimizer import average_weight
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk, repeats
-from bfm.training.step_plan import StepPlan, StepPlanner
+from bfm.training.step_plan import StepPlan, StepPlanner, Work
 from bfm.units import format_flops
 
 COST_STEPS = 8
@@ -43,20 +43,14 @@ COST_STEPS = 8
 
 
 @dataclass
-class Counters:
-    """Where a run is. All whole numbers are exact and over all workers."""
+class Counters(Work):
+    """Where a run is, and the work that has led there."""
 
     stage: int = 1
     phase: Phase = "trunk"
     step: int = 0
     cursor: int = 0
     """Next group of the global order."""
-    path_flops: int = 0
-    hardware_flops: int = 0
-    useful_attention_flops: int = 0
-    undeduplicated_flops: int = 0
-    """path_flops as they would be if the item of every event were embedded anew, as the source paper does."""
-    events: int = 0
     branch_from_flops: int = 0
     """path_flops where the cooldown branch left the trunk."""
 
@@ -90,7 +84,7 @@ class Trainer:
         self.order = data.order(config, seed)
         self.cost = data.cost(config)
         self.catalogue_flops = self.cost.catalogue_flops(data.shards.num_items)
-        self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax)
+        self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax, factory)
         self.warmup_events = config.shape().params if config.warmup_events is None else config.warmup_events
         self.counters = Counters() if start is None else Counters(**start.meta["counters"])
         self.spent_flops = 0
@@ -128,7 +122,7 @@ class Trainer:
         freeze_flops = math.inf if self.config.freeze_at_flops is None else self.config.freeze_at_flops
         while True:
             plan = self._next_plan()
-            after_flops = self.counters.path_flops + plan.path_flops
+            after_flops = self.counters.path_flops + plan.work.path_flops
             if self.counters.stage == 1 and after_flops > freeze_flops:
                 # A trunk that is asked to stop at the freeze stays in stage 1: studies of stage 2 share it.
                 if max(freeze_flops, self.counters.path_flops + self.catalogue_flops) >= until_flops:
@@ -137,7 +131,7 @@ class Trainer:
             elif after_flops > until_flops:
                 return
             else:
-                factor = lr_factor_trunk(self.counters.events + plan.events, self.warmup_events)
+                factor = lr_factor_trunk(self.counters.events + plan.work.events, self.warmup_events)
                 self._step(plan, factor, average_weight(self.counters.step + 1) if self.config.averaging else 0.0)
 
     def run_cooldown(self, until_flops: float) -> None:
@@ -147,14 +141,14 @@ class Trainer:
             counters.phase, counters.branch_from_flops = "cooldown", counters.path_flops
         while True:
             plan = self._next_plan()
-            if counters.path_flops + plan.path_flops > until_flops:
+            if counters.path_flops + plan.work.path_flops > until_flops:
                 return
             factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
-            self._step(plan, factor * lr_factor_trunk(counters.events + plan.events, self.warmup_events), 0.0)
+            self._step(plan, factor * lr_factor_trunk(counters.events + plan.work.events, self.warmup_events), 0.0)
 
     def next_step_flops(self) -> int:
         """Exact cost of the next step."""
-        return self._next_plan().path_flops
+        return self._next_plan().work.path_flops
 
     def mean_step_flops(self) -> tuple[float, float | None]:
         """Mean cost of the next COST_STEPS steps in stage 1, and an estimate of it in stage 2 where there is one."""
@@ -163,9 +157,9 @@ class Trainer:
         own_flops = stage2_flops = 0
         for step in range(COST_STEPS):
             cursor = counters.cursor + step * self.config.groups_per_step
-            plan = self.planner.plan(counters.stage, cursor, self.engine, self.objective, False)
-            own_flops += plan.path_flops
-            stage2_flops += self.planner.stage2_flops(plan, self.engine) if freezes else 0
+            plan = self.planner.plan(counters.stage, cursor, self.objective)
+            own_flops += plan.work.path_flops
+            stage2_flops += self.planner.stage2_flops(plan) if freezes else 0
         return own_flops / COST_STEPS, stage2_flops / COST_STEPS if freezes else None
 
     def meta(self) -> dict[str, Any]:
@@ -179,13 +173,12 @@ class Trainer:
             "embedder_hash": self._embedder_hash,
         }
 
-    def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> EngineState:
-        """Collective; rank 0 writes the checkpoint. Returns the exported state."""
+    def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> None:
+        """Collective; rank 0 writes the checkpoint."""
         state = self.engine.export_state()
-        if self.engine.rank == 0:
+        if self.factory.rank == 0:
             save_checkpoint(store, name, state, {**self.meta(), **(extra or {})})
-        self.engine.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
-        return state
+        self.factory.all_reduce_sum([0])  # nobody goes on before the checkpoint stands
 
     def plain_model(self, weight: dict[str, Tensor]) -> TwoPartModel:
         """A model outside any engine with these weights."""
@@ -232,19 +225,18 @@ class Trainer:
         names = set(self.engine.model.embedder_parameter_names())
         self._start = self.engine.export_state().without(names)
         self.engine.close()
+        flops = self.catalogue_flops
         self.counters.stage = 2
-        self.counters.path_flops += self.catalogue_flops
-        self.counters.hardware_flops += self.catalogue_flops
-        self.counters.undeduplicated_flops += self.catalogue_flops
+        self.counters.add(Work(flops, hardware_flops=flops, undeduplicated_flops=flops))
         self.spent_flops += self.catalogue_flops
         self._plan = self._built = None
 
     def _next_plan(self) -> StepPlan:
         if self._plan is None:
             # Only rank 0's clock decides when to save, so that all workers save at the same step.
-            save_due = self.engine.rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s
+            save_due = self.factory.rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s
             counters = self.counters
-            self._plan = self.planner.plan(counters.stage, counters.cursor, self.engine, self.objective, save_due)
+            self._plan = self.planner.plan(counters.stage, counters.cursor, self.objective, save_due)
         return self._plan
 
     def _step(self, plan: StepPlan, lr_factor: float, weight_in_average: float) -> None:
@@ -252,7 +244,7 @@ class Trainer:
             self.on_save_due()
             self._saved_s = time.monotonic()
         self._recent.begin(time.monotonic(), self.counters.events, self.counters.path_flops)
-        self.spent_flops += plan.path_flops
+        self.spent_flops += plan.work.path_flops
         losses = self._forward_backward(plan.batches)
         learning_rate = lr_factor * self.config.learning_rate
         grad_norm = math.nan
@@ -262,17 +254,13 @@ class Trainer:
         counters = self.counters
         counters.step += 1
         counters.cursor += self.config.groups_per_step
-        counters.path_flops += plan.path_flops
-        counters.hardware_flops += plan.hardware_flops
-        counters.useful_attention_flops += plan.useful_attention_flops
-        counters.undeduplicated_flops += plan.undeduplicated_flops
-        counters.events += plan.events
+        counters.add(plan.work)
         self._plan = None
         if not math.isfinite(grad_norm):
             what = f"gradient norm {grad_norm}" if math.isfinite(losses.loss) else f"loss {losses.loss}"
             raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
         self._recent.end(counters.events, counters.path_flops, losses.loss)
-        if self.observer is not None and self.engine.rank == 0:
+        if self.observer is not None and self.factory.rank == 0:
             events_per_s, flops_per_s = self._recent.rates()
             self.observer(
                 StepRecord(
@@ -281,10 +269,7 @@ class Trainer:
                     phase=counters.phase,
                     path_flops=counters.path_flops,
                     events=counters.events,
-                    loss=losses.loss,
-                    loss_headline=losses.loss_headline,
-                    loss_basket=losses.loss_basket,
-                    gates=losses.gates,
+                    **vars(losses),
                     learning_rate=learning_rate,
                     grad_norm=grad_norm,
                     events_per_s=events_per_s,
@@ -298,11 +283,11 @@ class Trainer:
         parts = []
         for batch in batches:
             loss = self.engine.forward(batch, self.objective)
-            self.engine.backward(loss, len(batches))
+            self.engine.backward(loss)
             parts.append(torch.cat([loss.detach().reshape(1), self.objective.last.sums(batch).flatten()]))
         # One wait for the device, one message between workers.
         own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
-        loss_mean, *sums = self.engine.all_reduce_mean([own_loss / len(batches), *own_sums])
+        loss_mean, *sums = self.factory.all_reduce_mean([own_loss / len(batches), *own_sums])
         return StepLoss.of(loss_mean, sums, self.config.shape().components)
 
 
@@ -330,8 +315,9 @@ def resume(
     store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, phase: Phase | None = "trunk"
 ) -> Checkpoint:
     """Load a checkpoint of this run. Raises UserError where it is another run's, CorruptError where it is damaged."""
-    expect = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
-    checkpoint = load_checkpoint(store, name, expect_config=config, expect_seed=seed, expect=expect)
+    run = {"config": config.as_dict(), "seed": seed}
+    known = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
+    checkpoint = load_checkpoint(store, name, {**run, **known})
     found = checkpoint.meta["counters"]["phase"]
     if phase is not None and found != phase:
         raise UserError(

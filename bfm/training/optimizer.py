@@ -21,6 +21,8 @@ AVERAGE_EXPONENT = 8
 """gamma of polynomial-decay averaging (Shamir & Zhang 2013): about the last 1/9 of the trunk, at any time."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "average"
+STATE_KEYS = (*MOMENTS, AVERAGE)
+"""What the optimizer keeps of a parameter, by its own names."""
 
 
 def average_weight(trunk_step: int) -> float:
@@ -65,11 +67,8 @@ class AveragingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
-    """AdamW over the trainable parameters: tables have a rate of their own and decay as events repeat.
-
-    The rows of the bit `later` never decay: half of all events support each.
-    """
-    tables = set(model.table_parameter_names())
+    """AdamW over the trainable parameters, in groups by `TwoPartModel.parameter_kinds`."""
+    kinds = model.parameter_kinds()
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
         "tables": {
@@ -78,13 +77,11 @@ def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
             "decay_per_repeat": config.table_weight_decay,
             "rate_ratio": config.table_learning_rate_ratio,
         },
-        "scalars": {"params": [], "weight_decay": 0.0, "rate_ratio": 1.0},
+        "free": {"params": [], "weight_decay": 0.0, "rate_ratio": 1.0},
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() >= 2 and not name.endswith("later_table")
-            kind = "tables" if name in tables and decays else "dense" if decays else "scalars"
-            groups[kind]["params"].append(parameter)
+            groups[kinds[name]]["params"].append(parameter)
     return AveragingAdamW(
         [group for group in groups.values() if group["params"]],
         lr=config.learning_rate,

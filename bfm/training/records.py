@@ -32,19 +32,19 @@ class StepLoss:
     gates: dict[str, float]
     """Mean gate of each component of the output distribution; empty for the softmax alone."""
 
-    @classmethod
-    def of(cls, loss: float, sums: Sequence[float], components: Sequence[str]) -> StepLoss:
-        """From the objective's `row_sums`, flat: all may be divided by the same number."""
+    @staticmethod
+    def of(loss: float, sums: Sequence[float], components: Sequence[str]) -> StepLoss:
+        """From `TargetLosses.sums`, flat: all may be divided by the same number."""
         half = len(sums) // 2
         (basket, of_basket, *basket_gates), (headline, of_headline, *headline_gates) = sums[:half], sums[half:]
         weight = of_basket + of_headline
         gates = [_mean(a + b, weight) for a, b in zip(basket_gates, headline_gates, strict=True)]
         named = dict(zip(components, gates, strict=True)) if len(components) > 1 else {}
-        return cls(loss, _mean(headline, of_headline), _mean(basket, of_basket), named)
+        return StepLoss(loss, _mean(headline, of_headline), _mean(basket, of_basket), named)
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(StepLoss):
     """What an observer sees after every optimizer step."""
 
     step: int
@@ -52,11 +52,6 @@ class StepRecord:
     phase: Phase
     path_flops: int
     events: int
-    loss: float
-    """The next three: as in StepLoss."""
-    loss_headline: float
-    loss_basket: float
-    gates: dict[str, float]
     learning_rate: float
     grad_norm: float
     events_per_s: float

@@ -1,4 +1,4 @@
-"""What a ledger row says about the model, the training and the machine; the task adds what it was asked for.
+"""What a ledger row says about the model, the training and the machine; the task adds what is its own.
 
 In: a trainer at the end of its work and the evaluation. Out: a JSON-able dict.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +14,9 @@ import torch
 
 import bfm
 from bfm.model.flops import FLOPS_VERSION
-from bfm.ranking.metrics import Evaluation
+from bfm.ranking.metrics import Evaluation, QueryScores, summarise
 from bfm.training.engine import compute_dtype
 from bfm.training.loop import Trainer
-
-
-class Timing:
-    """Seconds of one task: training (checkpoints included), evaluation, and the way to the first step."""
-
-    def __init__(self) -> None:
-        self.warm_start_s = 0.0
-        """From assignment to the first optimizer step."""
-        self.eval_s = 0.0
-        self._begun_s = self._paused_s = time.monotonic()
-
-    @property
-    def train_s(self) -> float:
-        """Seconds since the first step that were not evaluation."""
-        return time.monotonic() - self._begun_s - self.eval_s
-
-    def begin(self, assigned_at_s: float) -> None:
-        """The first step starts now; `assigned_at_s` is wall-clock time."""
-        self.warm_start_s = time.time() - assigned_at_s
-        self._begun_s = time.monotonic()
-
-    def pause(self) -> None:
-        """Evaluation starts."""
-        self._paused_s = time.monotonic()
-
-    def resume(self) -> None:
-        """Evaluation has ended."""
-        self.eval_s += time.monotonic() - self._paused_s
 
 
 @functools.cache
@@ -59,8 +30,9 @@ def code_version() -> str:
     return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
 
 
-def build_row(trainer: Trainer, evaluation: Evaluation | None, timing: Timing) -> dict[str, Any]:
-    """Counts, metrics and identity of the run as it stands; no metrics where there is no evaluation."""
+def build_row(trainer: Trainer, scores: QueryScores | None) -> dict[str, Any]:
+    """Counts, metrics and identity of the run as it stands; no metrics where nothing was scored."""
+    evaluation = Evaluation({}, {}) if scores is None else summarise(scores)
     counters, config, factory = trainer.counters, trainer.config, trainer.factory
     shape, cost, data = config.shape(), trainer.cost, trainer.data
     unique_events = min(counters.events, trainer.order.targets_per_epoch)
@@ -73,7 +45,7 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None, timing: Timing) -
         "table_params": cost.table_params,
         "shape": shape.as_dict(),
         "path_flops": counters.path_flops,
-        "eval_flops": 0 if evaluation is None else evaluation.eval_flops,
+        "eval_flops": 0 if scores is None else scores.eval_flops,
         "hardware_flops": counters.hardware_flops,
         "useful_attention_flops": counters.useful_attention_flops,
         "undeduplicated_flops": counters.undeduplicated_flops,
@@ -83,8 +55,8 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None, timing: Timing) -
         "epochs": counters.events / max(unique_events, 1),
         "batch_events": counters.events / max(counters.step, 1),
         "groups": counters.cursor,
-        "metrics": {} if evaluation is None else evaluation.metrics,
-        "errors": {} if evaluation is None else evaluation.errors,
+        "metrics": evaluation.metrics,
+        "errors": evaluation.errors,
         "code_version": code_version(),
         "flops_version": FLOPS_VERSION,
         "protocol_hash": data.protocol.hash,
@@ -97,9 +69,6 @@ def build_row(trainer: Trainer, evaluation: Evaluation | None, timing: Timing) -
         "micro_groups": trainer.micro_groups,
         "softmax": trainer.softmax,
         "threads": torch.get_num_threads(),
-        "train_s": timing.train_s,
-        "eval_s": timing.eval_s,
-        "warm_start_s": timing.warm_start_s,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,8 @@ from bfm.errors import DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.evaluate import QueryScores, evaluate, merge, summarise
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import QueryScores, merge
 from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -27,7 +29,7 @@ from bfm.training.engine import EngineFactory, EngineState
 from bfm.training.journal import Journal
 from bfm.training.loop import Trainer, resume
 from bfm.training.records import Observer, StepRecord
-from bfm.training.row import Timing, build_row
+from bfm.training.row import build_row
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, RungTask
 from bfm.training.watch import Watch
@@ -46,75 +48,59 @@ def run_rung(
     save_every_s: float = math.inf,
     assigned_at_s: float | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate one task; collective over the factory's workers, rank 0 writes.
+    """Train and evaluate one task; collective over the factory's workers, rank 0 writes and calls the observer.
 
-    Args:
-        task: what to train.
-        shards: opened shard set.
-        factory: engine and workers.
-        store: the sweep's store; checkpoints go under trials/<trial>/checkpoints/.
-        observer: called on rank 0 after every step and every validation.
-        save_every_s: also save inside the rung, so that a killed worker group goes on from there.
-        assigned_at_s: wall-clock time of the task's assignment (default: now), for `warm_start_s`.
+    Checkpoints go into the store under trials/<trial>/checkpoints/, every `save_every_s` also inside the rung, so that
+    a killed worker group goes on from there. `warm_start_s` counts from `assigned_at_s` (wall clock; default: now).
 
-    Returns:
-        The ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
-        validations it also has these, and `best`, the one with the lowest nll.
+    Returns the ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
+    validations it also has these, and `best`, the one with the lowest nll.
 
-    Raises:
-        InfeasibleError: the rung is not 100 steps, or cannot be met within 1 %.
-        UserError: the checkpoint to resume from is another run's, or the workers do not divide the batch.
-        CorruptError: a checkpoint or shard is damaged.
+    Raises InfeasibleError where the rung is not 100 steps or cannot be met within 1 %, UserError where the checkpoint
+    to resume from is another run's or the workers do not divide the batch, CorruptError where one is damaged.
     """
-    run = _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time())
-    return run.run()
+    return _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time()).run()
 
 
-def split_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rung row without its probes, then the probe rows: what a ledger takes."""
-    return [{key: value for key, value in row.items() if key != "probes"}, *row.get("probes", [])]
-
-
+@dataclass
 class _RungRun:
     """The state of one `run_rung`."""
 
-    def __init__(
-        self,
-        task: RungTask,
-        shards: Shards,
-        factory: EngineFactory,
-        store: Store,
-        observer: Observer | None,
-        save_every_s: float,
-        assigned_at_s: float,
-    ) -> None:
+    task: RungTask
+    shards: Shards
+    factory: EngineFactory
+    store: Store
+    observer: Observer | None
+    save_every_s: float
+    assigned_at_s: float
+    warm_start_s: float = 0.0
+    """From assignment to the first optimizer step."""
+    begun_s: float = field(default_factory=time.monotonic)
+    """When the first step began."""
+    eval_s: float = 0.0
+    """Of `begun_s` to now; the rest is training, checkpoints included."""
+    watch: Watch | None = None
+    probe_rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        task = self.task
         if task.probes and not task.config.averaging:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
-        self.task, self.factory, self.store, self.observer = task, factory, store, observer
-        self.data = TrainingData.of(shards)
-        self.journal = Journal(task, store) if math.isfinite(save_every_s) else None
+        self.data = TrainingData.of(self.shards)
+        self.journal = Journal(task, self.store)
         start = self._start()
-        self.spent_before_flops = 0
-        if self.journal:
-            # The journal is up to a second old; the checkpoint may be newer.
-            in_checkpoint = {} if start is None else start.meta.get("progress", {})
-            self.spent_before_flops = max(self.journal.read_spent(), self.journal.own_spent(in_checkpoint))
-        self.timing = Timing()
-        self.assigned_at_s = assigned_at_s
-        self.probe_rows: list[dict[str, Any]] = []
-        self.watch: Watch | None = None
+        self.spent_before_flops = self.journal.spent_before(start)
         self.trainer = Trainer(
             task.config,
             task.seed,
             self.data,
-            factory,
+            self.factory,
             observer=self._observe,
             micro_groups=task.micro_groups,
             softmax=task.softmax,
             start=start,
         )
-        if self.journal:
-            self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, save_every_s
+        self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, self.save_every_s
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate, tell."""
@@ -125,7 +111,7 @@ class _RungRun:
             if self.task.validations:
                 writes = self.factory.rank == 0
                 self.watch = Watch(self.task, self.store, self.data, writes=writes)
-            self.timing.begin(self.assigned_at_s)
+            self.warm_start_s, self.begun_s = time.time() - self.assigned_at_s, time.monotonic()
             return self._train_and_evaluate()
         except DivergedError:
             return self._row("rung", "diverged", None)
@@ -158,7 +144,7 @@ class _RungRun:
         scores = self._score(state.weight, task.evaluation_queries)
         self._watch(scores, state.weight)
         row = self._row("rung", "ok", scores)
-        if self.journal and self.factory.rank == 0:
+        if self.factory.rank == 0:
             self.journal.clear()
         return row
 
@@ -180,7 +166,7 @@ class _RungRun:
     def _score(self, weight: dict[str, Tensor], queries: int | None) -> QueryScores:
         """Scores of the first validation queries under these weights; queries are split over ranks."""
         model = self.trainer.plain_model(weight)
-        self.timing.pause()
+        begin_s = time.monotonic()
         scores: QueryScores | DivergedError
         try:
             scores = evaluate(
@@ -198,17 +184,17 @@ class _RungRun:
             # Only some ranks may hold such a query, and the others wait for this one.
             scores = error
         parts: list[QueryScores] = []
-        for part in self.trainer.engine.gather(scores):
+        for part in self.factory.gather(scores):
             if isinstance(part, DivergedError):
                 raise part
             parts.append(part)
-        self.timing.resume()
+        self.eval_s += time.monotonic() - begin_s
         return merge(parts)
 
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
-        progress = self.journal.latest() if self.journal else None
+        progress = self.journal.latest()
         if progress is not None:
             return resume(self.store, progress, task.config, task.seed, self.data, phase=None)
         if task.resume_from is not None:
@@ -254,7 +240,6 @@ class _RungRun:
 
     def _row(self, kind: str, status: Status, scores: QueryScores | None) -> dict[str, Any]:
         task, succeeded = self.task, status == "ok" and kind == "rung"
-        evaluation = None if scores is None else summarise(scores)
         return {
             "trial": task.trial,
             "rung": task.rung,
@@ -263,7 +248,10 @@ class _RungRun:
             "config": task.config.as_dict(),
             "kind": kind,
             "status": status,
-            **build_row(self.trainer, evaluation, self.timing),
+            **build_row(self.trainer, scores),
+            "train_s": time.monotonic() - self.begun_s - self.eval_s,
+            "eval_s": self.eval_s,
+            "warm_start_s": self.warm_start_s,
             "task_flops": self._spent_flops(),
             "checkpoint": task.name("trunk") if succeeded else None,
             "model": task.name("model") if succeeded else None,
@@ -286,15 +274,12 @@ class _RungRun:
         return int(read_meta(self.store, self.task.name(what))["state_bytes"])
 
     def _observe(self, record: StepRecord) -> None:
-        if self.journal:
-            self.journal.note(self._spent_flops())
+        self.journal.note(self._spent_flops())
         if self.observer is not None:
             self.observer(record)
 
     def _save_progress(self) -> None:
-        assert self.journal is not None
-        progress = self.journal.entry(self._spent_flops())
-        self.trainer.save(self.store, self.journal.next_slot(), {"progress": progress})
+        self.trainer.save(self.store, self.journal.next_slot(), self.journal.in_meta(self._spent_flops()))
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops
@@ -304,17 +289,16 @@ class _RungRun:
         return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
 
 
-def load_model(store: Store, name: str, shards: Shards) -> TwoPartModel:
-    """The model of a checkpoint, on the CPU, for evaluation, export or prediction.
+def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str, Any]]:
+    """The model of a checkpoint (a folder or URI), on the CPU, for evaluation, export or prediction, and its meta.
 
     Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
     """
-    checkpoint = load_checkpoint(store, name, expect={"shards_hash": shards.hash})
-    model = TrainingData.of(shards).build_model(
-        TrainConfig.from_dict(checkpoint.meta["config"]), int(checkpoint.meta["seed"])
-    )
-    model.load_state_dict(checkpoint.state.weight)
-    return model.eval()
+    found = load_checkpoint(*parent_store(checkpoint), {"shards_hash": shards.hash})
+    config, seed = TrainConfig.from_dict(found.meta["config"]), int(found.meta["seed"])
+    model = TrainingData.of(shards).build_model(config, seed)
+    model.load_state_dict(found.state.weight)
+    return model.eval(), found.meta
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

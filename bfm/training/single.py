@@ -13,13 +13,12 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
-from bfm.files import Store, parent_store
+from bfm.files import Store
 from bfm.objective.methods import check_method
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import QueryScores, summarise
+from bfm.ranking.metrics import QueryScores, check_k, summarise
 from bfm.ranking.paired import paired_gap, read_scores
-from bfm.training.checkpoint import read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.loop import Trainer
@@ -62,15 +61,19 @@ def train_single(
     freezes = config.freeze_at_flops is not None
     check_method(softmax, freezes=freezes, workers=int(scaling.get("workers", 1)), cuda=True, key="--softmax")
     task = RungTask(
-        f"{TRIAL}-{flops:g}", TRIAL, 0, flops, config, seed, evaluation_queries=queries, validations=validations
-    )
-    trunk = task.name("trunk")
-    task = dataclasses.replace(
-        task,
-        resume_from=trunk if store.exists(f"{trunk}/meta.json") else None,
+        f"{TRIAL}-{flops:g}",
+        TRIAL,
+        0,
+        flops,
+        config,
+        seed,
         micro_groups=int(scaling["micro_groups"]),
         softmax=softmax,
+        evaluation_queries=queries,
+        validations=validations,
     )
+    if store.exists(f"{task.name('trunk')}/meta.json"):
+        task = dataclasses.replace(task, resume_from=task.name("trunk"))
     if run_group is not None:
         if validations:
             # Before workers are started: none of them has to count, and a log without queries is refused.
@@ -98,12 +101,9 @@ def evaluate_checkpoint(
         raise UserError(f"no part {part!r}", key="--part", fix=f"one of {', '.join(PARTS)}")
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
-    if max(k) > opened.num_catalogue:
-        fix = f"use 1 to {opened.num_catalogue}, the number of items in the catalogue"
-        raise UserError(f"lists of {max(k)} items cannot be made", key="--k", fix=fix)
-    store, name = parent_store(checkpoint)
-    model = load_model(store, name, opened)
-    window = TrainConfig.from_dict(read_meta(store, name)["config"]).window
+    check_k(max(k), opened.num_catalogue)
+    model, meta = load_model(checkpoint, opened)
+    window = meta["config"]["window"]
     scores = evaluate(
         model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=opened.seed
     )

@@ -17,62 +17,79 @@ from bfm.objective.methods import method_of_stage
 from bfm.objective.objective import Objective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.config import TrainConfig
-from bfm.training.engine import Engine
+from bfm.training.engine import EngineFactory
+
+
+@dataclass
+class Work:
+    """What has been done, by all workers together: exact whole numbers."""
+
+    path_flops: int = 0
+    hardware_flops: int = 0
+    useful_attention_flops: int = 0
+    undeduplicated_flops: int = 0
+    """path_flops as they would be if the item of every event were embedded anew, as the source paper does."""
+    events: int = 0
+
+    def add(self, work: Work) -> None:
+        """Count further work."""
+        for name, value in vars(work).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """This worker's micro-batches, and the counts of the step over all workers."""
+    """This worker's micro-batches, and the work of the step over all workers."""
 
     batches: list[ModelBatch]
-    path_flops: int
-    hardware_flops: int
-    useful_attention_flops: int
-    undeduplicated_flops: int
-    events: int
+    work: Work
     save_due: bool
 
 
 @dataclass(frozen=True)
 class StepPlanner:
-    """Plans the steps of one run; collective over the engine's workers."""
+    """Plans the steps of one run; collective over the factory's workers."""
 
     config: TrainConfig
     order: WindowOrder
     cost: ModelCost
     micro_groups: int
     softmax: str
+    factory: EngineFactory
 
-    def plan(self, stage: int, cursor: int, engine: Engine, objective: Objective, save_due: bool) -> StepPlan:
+    def plan(self, stage: int, cursor: int, objective: Objective, save_due: bool = False) -> StepPlan:
         """The step that takes the groups from `cursor` on; `save_due` on one worker is so on all."""
-        own = list(range(cursor + engine.rank, cursor + self.config.groups_per_step, engine.world_size))
-        batches, path_flops, hardware_flops, attention_flops, repeated_flops, events = [], 0, 0, 0, 0, 0
+        factory, batches, work = self.factory, [], Work()
+        own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
             batch = make_batch(
                 [self.order.group(index) for index in indices],
-                engine.device,
+                factory.device,
                 indices,
                 [objective.embedded(index) for index in indices],
             )
             batches.append(batch)
             for group, candidates in enumerate(objective.candidates(batch)):
-                items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
-                group_flops = self.cost.group_flops(stage, items, queries, candidates, windows)
-                path_flops += group_flops
-                hardware_flops += group_flops + self._recomputed_flops(stage, batch, group, candidates)
-                hardware_flops += self.cost.free_slot_flops(batch.free_slots[group])
-                attention_flops += self.cost.useful_attention_flops(
-                    stage, items, batch.attended_pairs[group], batch.query_pairs[group]
-                )
-                embedded = windows * self.config.window + self.config.live_negatives
-                repeated_flops += self.cost.group_flops(stage, embedded, queries, candidates, windows)
-                events += batch.targets[group]
-        own_sums = [path_flops, hardware_flops, attention_flops, repeated_flops, events, int(save_due)]
-        sums = engine.all_reduce_sum(own_sums)
-        return StepPlan(batches, sums[0], sums[1], sums[2], sums[3], sums[4], save_due=bool(sums[5]))
+                work.add(self._work(stage, batch, group, candidates))
+        *sums, saves = factory.all_reduce_sum([*vars(work).values(), int(save_due)])
+        return StepPlan(batches, Work(*sums), save_due=saves > 0)
 
-    def stage2_flops(self, plan: StepPlan, engine: Engine) -> int:
+    def _work(self, stage: int, batch: ModelBatch, group: int, candidates: int) -> Work:
+        items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
+        path_flops = self.cost.group_flops(stage, items, queries, candidates, windows)
+        again_flops = self._recomputed_flops(stage, batch, group, candidates)
+        pairs = batch.attended_pairs[group], batch.query_pairs[group]
+        embedded = windows * self.config.window + self.config.live_negatives
+        return Work(
+            path_flops,
+            hardware_flops=path_flops + again_flops + self.cost.free_slot_flops(batch.free_slots[group]),
+            useful_attention_flops=self.cost.useful_attention_flops(stage, items, *pairs),
+            undeduplicated_flops=self.cost.group_flops(stage, embedded, queries, candidates, windows),
+            events=batch.targets[group],
+        )
+
+    def stage2_flops(self, plan: StepPlan) -> int:
         """What the groups of a step of stage 1 would cost in stage 2, estimated."""
         flops = 0
         for batch in plan.batches:
@@ -82,7 +99,7 @@ class StepPlanner:
                 candidates = targets + self.config.negatives
                 items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
                 flops += self.cost.group_flops(2, items, queries, candidates, windows)
-        return engine.all_reduce_sum([flops])[0]
+        return self.factory.all_reduce_sum([flops])[0]
 
     def _recomputed_flops(self, stage: int, batch: ModelBatch, group: int, candidates: int) -> int:
         """What the backward pass computes again: items that were embedded in chunks, scores that were not kept."""

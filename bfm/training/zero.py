@@ -19,163 +19,103 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bfm.errors import UserError
-from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.engine import EngineState, Objective, compute_precision
-from bfm.training.optimizer import AVERAGE, MOMENTS, AveragingAdamW, build_optimizer, set_rates
+from bfm.training.engine import Engine, EngineFactory, EngineState, cpu_copy
+from bfm.training.optimizer import build_optimizer
 
 # DeepSpeed allocates whole buckets whatever the model's size; its default of 5e8 numbers is 2 GB.
 _LARGEST_BUCKET = 12_288 * 4096
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """Engine over all processes of the default group; `ZeroFactory` builds it."""
 
     def __init__(
-        self,
-        model: TwoPartModel,
-        config: TrainConfig,
-        state: EngineState,
-        micro_batches: int,
-        stage: int,
-        device: torch.device,
+        self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int, stage: int
     ) -> None:
         import deepspeed
 
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device, self.stage, self.clip_norm = device, stage, config.clip_norm
-        model = model.to(device)
-        optimizer = build_optimizer(model, config)
+        self.stage, self.micro_batches, self.clip_norm = stage, micro_batches, config.clip_norm
         num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(stage, micro_batches, self.world_size, config.clip_norm, num_trainable),
+            optimizer=build_optimizer(model, config),
+            config=_deepspeed_config(stage, micro_batches, config.clip_norm, num_trainable),
             dist_init_required=False,
         )
-        self.model: TwoPartModel = self.engine.module
-        self.micro_batches = micro_batches
-        self.inner: AveragingAdamW = self.engine.optimizer.optimizer if stage else self.engine.optimizer
-        self.inner.start_state(self._stepped_tensors(), config.averaging)
-        self.inner.set_steps(state.steps)
-        self.steps = state.steps
+        self.model, self.called = self.engine.module, self.engine
+        self.optimizer = self.engine.optimizer.optimizer if stage else self.engine.optimizer
+        self.optimizer.start_state(self._stepped_tensors(), config.averaging)
         if stage in (1, 2):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for key, tensors in zip((*MOMENTS, AVERAGE), (state.moment1, state.moment2, state.average), strict=True):
-            if key != AVERAGE or config.averaging:
-                for name, parameter in self._trainable():
-                    if name in tensors:
-                        self._set_state(parameter, tensors[name].to(device), key)
+        self.load_state(state)
 
-    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
-        """Loss of one micro-batch (scalar)."""
-
-        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
-            with compute_precision(self.device):
-                return objective(model, inner_batch)
-
-        return self.engine(batch, precise)
-
-    def backward(self, loss: Tensor, micro_batches: int) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
-        assert micro_batches == self.micro_batches, "the engine was built for another accumulation"
         self.engine.backward(loss)
         # Before the boundary this only counts micro-batches; at the boundary `step` below updates.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
+    def update(self) -> float:
         """Clips and updates; returns the norm of the averaged gradient before clipping."""
-        set_rates(self.inner, learning_rate, repeats)
-        self.inner.average_weight = average_weight
         if self.stage == 0:
             # DeepSpeed clips here without telling the norm.
-            norm = float(nn.utils.clip_grad_norm_([p for _, p in self._trainable()], self.clip_norm))
+            norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.clip_norm))
             self.engine.step()
-        else:
-            self.engine.step()
-            norm = float("nan") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
-        self.steps += 1
-        return norm
-
-    def all_reduce_sum(self, values: list[int]) -> list[int]:
-        """Exact sums over workers."""
-        total = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def all_reduce_mean(self, values: list[float]) -> list[float]:
-        """Means over workers."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return (total / self.world_size).tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all workers, by rank, on all workers."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def export_state(self) -> EngineState:
-        """Collective; full fp32 CPU tensors on every rank."""
-        trainable = dict(self._trainable())
-        weight = {name: self._weight(p) for name, p in self.model.named_parameters()}
-        keys = [key for key in (*MOMENTS, AVERAGE) if all(key in s for s in self.inner.state.values())]
-        states = {key: {name: self._get_state(p, key) for name, p in trainable.items()} for key in keys}
-        moment1, moment2 = (states[key] for key in MOMENTS)
-        return EngineState(weight, moment1, moment2, states.get(AVERAGE, {}), self.steps)
+            return norm
+        self.engine.step()
+        return float("nan") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def close(self) -> None:
         """Frees hooks, partitions and buffers (an engine left alone leaks them all)."""
         self.engine.destroy()
-        self.inner.state.clear()
-
-    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        super().close()
 
     def _stepped_tensors(self) -> list[Tensor]:
-        """What the inner optimizer really updates: parameters, or flat fp32 partitions of them."""
+        """What the optimizer really updates: parameters, or flat fp32 partitions of them."""
         if self.stage == 0:
-            return [p for _, p in self._trainable()]
+            return list(self.trainable.values())
         if self.stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
-    def _weight(self, parameter: nn.Parameter) -> Tensor:
+    def get_weight(self, parameter: nn.Parameter) -> Tensor:
+        """A full fp32 copy on the CPU."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self.stage and parameter.requires_grad:
-            return safe_get_full_fp32_param(parameter).detach().cpu().clone()
-        if self.stage == 3:
-            with GatheredParameters([parameter]):
-                return parameter.detach().cpu().clone()
-        return parameter.detach().cpu().clone()
+            return cpu_copy(safe_get_full_fp32_param(parameter))
+        with GatheredParameters([parameter], enabled=self.stage == 3):
+            return cpu_copy(parameter)
 
-    def _get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """A full fp32 copy, on the CPU, of what the optimizer keeps of a parameter."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage == 0:
-            return self.inner.state[parameter][key].detach().cpu().clone()
-        return safe_get_full_optimizer_state(parameter, key).detach().cpu().clone()
+            return super().get_state(parameter, key)
+        return cpu_copy(safe_get_full_optimizer_state(parameter, key))
 
-    def _set_state(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """The inverse of `get_state`."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
-            self.inner.state[parameter][key].copy_(value)
+            super().set_state(parameter, key, value)
         elif self.stage == 3:
             # The whole-tensor setter fails where the size does not divide by the workers; ranks own padded slices.
-            own = cast(Any, parameter).partition_numel()
-            flat = nn.functional.pad(value.flatten(), (0, own * self.world_size - value.numel()))
-            safe_set_local_optimizer_state(parameter, flat[own * self.rank : own * (self.rank + 1)], key)
+            own, rank, world_size = cast(Any, parameter).partition_numel(), dist.get_rank(), dist.get_world_size()
+            flat = nn.functional.pad(value.flatten(), (0, own * world_size - value.numel()))
+            safe_set_local_optimizer_state(parameter, flat[own * rank : own * (rank + 1)], key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
 
 @dataclass(frozen=True)
-class ZeroFactory:
+class ZeroFactory(EngineFactory):
     """Builds ZeRO engines; joins the default process group, or makes one of a single process."""
 
     zero_stage: int = 1
@@ -200,9 +140,27 @@ class ZeroFactory:
         """Processes of the default group."""
         return dist.get_world_size()
 
+    def all_reduce_sum(self, values: list[int]) -> list[int]:
+        """Exact sums over workers."""
+        total = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def all_reduce_mean(self, values: list[float]) -> list[float]:
+        """Means over workers."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return (total / self.world_size).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all workers, by rank, on all workers."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> ZeroEngine:
         """An engine that goes on from `state`."""
-        return ZeroEngine(model, config, state, micro_batches, self.zero_stage, self.device)
+        return ZeroEngine(model, config, state, micro_batches, self.zero_stage)
 
 
 def prepare_deepspeed(device: torch.device) -> None:
@@ -223,16 +181,14 @@ def prepare_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def _deepspeed_config(
-    stage: int, micro_batches: int, world_size: int, clip_norm: float, num_trainable: int
-) -> dict[str, Any]:
+def _deepspeed_config(stage: int, micro_batches: int, clip_norm: float, num_trainable: int) -> dict[str, Any]:
     # Whole multiples of 4,096 numbers: the alignment that ZeRO asks for divides it.
     bucket = min((num_trainable // 4096 + 2) * 4096, _LARGEST_BUCKET)
     return {
         # A "sample" is a micro-batch here: DeepSpeed only needs the ratio of the three.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * world_size,
+        "train_batch_size": micro_batches * dist.get_world_size(),
         "gradient_clipping": clip_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

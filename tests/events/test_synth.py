@@ -287,7 +287,7 @@ def protocol_metrics(shards, queries, truth):
     """The predictive of a truth, ranked and scored by the code that scores models."""
     block, targets = predictive(shards, queries, truth), query_targets(shards, queries)
     ranked = rank_targets(
-        lambda rows, items: torch.from_numpy(np.log(block(rows, items))), targets, shards.num_catalogue, 10
+        lambda rows: lambda items: torch.from_numpy(np.log(block(rows, items))), targets, shards.num_catalogue, 10
     )
     places = {"query_Q": np.arange(len(queries)), "user_Q": queries.user, "basket_Q": queries.basket}
     return score_queries(ranked, targets, shards.num_catalogue, (10,), **places).values

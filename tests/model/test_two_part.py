@@ -259,7 +259,12 @@ def test_checkpoints_hold_weights_only():
 
 def test_tables_are_named_apart_from_the_frozen_side():
     model = make_model(fields=ALL_FIELDS)
-    assert model.table_parameter_names() == ("embedder.fields.table", "context.later_table", "context.fields.table")
+    kinds, parameters = model.parameter_kinds(), dict(model.named_parameters())
+    assert [name for name in kinds if kinds[name] == "tables"] == ["embedder.fields.table", "context.fields.table"]
+    assert kinds["context.later_table"] == "free"
+    assert all(
+        (parameters[name].dim() < 2) == (kinds[name] == "free") for name in kinds.keys() - {"context.later_table"}
+    )
     assert "context.fields.table" not in model.embedder_parameter_names()
     assert "embedder.fields.table" in model.embedder_parameter_names()
 

@@ -17,7 +17,7 @@ from tests.helpers import make_shards
 
 
 def test_popularity_is_a_distribution(toy_shards):
-    scores_QV = popularity_scores(toy_shards)(slice(2, 5), slice(0, toy_shards.num_catalogue)).double().exp()
+    scores_QV = popularity_scores(toy_shards)(slice(2, 5))(slice(0, toy_shards.num_catalogue)).double().exp()
     assert scores_QV.shape == (3, toy_shards.num_catalogue)
     np.testing.assert_allclose(scores_QV.sum(1), 1.0, rtol=1e-6)
 

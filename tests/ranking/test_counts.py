@@ -65,10 +65,10 @@ def test_the_distribution_is_the_mixture(shop, copy):
     answers = answer(model, v_ID.__getitem__, shards, table, config.window, num_items)
     scores, queries = answers.scores(v_ID[:num_items]), len(table)
     expected_QV = plain_distribution(model, shards, table, config.window)
-    p_QV = scores(slice(0, queries), slice(0, num_items)).exp().numpy()
+    p_QV = scores(slice(0, queries))(slice(0, num_items)).exp().numpy()
     np.testing.assert_allclose(p_QV, expected_QV, rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(p_QV.sum(1), 1.0, rtol=1e-5)
-    pieces = [scores(slice(3, queries), slice(low, min(low + 7, num_items))) for low in range(0, num_items, 7)]
+    pieces = [scores(slice(3, queries))(slice(low, min(low + 7, num_items))) for low in range(0, num_items, 7)]
     np.testing.assert_allclose(torch.cat(pieces, 1).exp().numpy(), p_QV[3:], rtol=1e-4)
     query_T, item_TS = torch.arange(queries), torch.arange(num_items).expand(queries, -1)
     np.testing.assert_allclose(scores.pairs(query_T, item_TS).exp().numpy(), p_QV, rtol=1e-4)

@@ -20,7 +20,8 @@ from bfm.objective import softmax as softmax_module
 from bfm.objective.sampling import Candidates, Proposal, drawn_inclusion, group_rng
 from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
-from bfm.ranking.evaluate import evaluate, merge, summarise
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import merge, summarise
 from tests.helpers import make_shards
 
 WINDOW = 16
@@ -111,7 +112,7 @@ def test_every_query_equals_a_plain_loop(world, monkeypatch):
     assert evaluation.metrics["nll"] == pytest.approx(expected)
     assert evaluation.metrics["basket.nll"] == pytest.approx(np.nanmean(scores.values["nll"][~headline]))
     assert set(evaluation.errors) == {name for name in evaluation.metrics if "coverage" not in name}
-    assert evaluation.queries == len(table)
+    assert len(scores.query_Q) == len(table)
 
 
 def test_seen_items_are_filtered_where_the_protocol_says_so(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def ragged(lists):
 
 
 def block_of(table_QV):
-    return lambda rows, items: table_QV[rows, items].clone()
+    return lambda rows: lambda items: table_QV[rows, items].clone()
 
 
 def scored(table_QV, targets, seen=None, ks=(1, 3), users=None, basket=None, rows=None, **options):
@@ -217,13 +217,16 @@ def test_clustered_error_is_the_plain_one_for_single_queries_and_wider_for_repea
 def test_no_block_of_scores_is_larger_than_asked(num_queries, num_items):
     largest, covered = 0, 0
 
-    def block(rows, items):
-        nonlocal largest, covered
-        count = (rows.stop - rows.start) * (items.stop - items.start)
-        largest, covered = max(largest, 4 * count), covered + count
-        return torch.zeros(rows.stop - rows.start, items.stop - items.start)
+    def scores(rows):
+        def block(items):
+            nonlocal largest, covered
+            count = (rows.stop - rows.start) * (items.stop - items.start)
+            largest, covered = max(largest, 4 * count), covered + count
+            return torch.zeros(rows.stop - rows.start, items.stop - items.start)
 
-    rank_targets(block, ragged([[0]] * num_queries), num_items, 10, block_bytes=1 << 16)
+        return block
+
+    rank_targets(scores, ragged([[0]] * num_queries), num_items, 10, block_bytes=1 << 16)
     assert largest <= 1 << 16
     assert covered == num_queries * num_items
 
@@ -278,12 +281,12 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_an_error_in_a_thread_reaches_the_caller():
-    def block(rows, items):
+    def scores(rows):
         raise DivergedError(f"rows {rows.start}")
 
     torch.set_num_threads(2)
     try:
         with pytest.raises(DivergedError, match="rows"):
-            rank_targets(block, ragged([[0]] * 2000), 100, 10)
+            rank_targets(scores, ragged([[0]] * 2000), 100, 10)
     finally:
         torch.set_num_threads(1)

@@ -58,9 +58,9 @@ def test_scores_are_summed_weights_of_the_last_events_and_ties_go_by_popularity(
     table = Protocol.load(toy_shards).queries("test")
     weights, neighbours = plain_weights(toy_shards, counting), count_neighbours(toy_shards, [counting])[0]
     num_items, every, n_V = toy_shards.num_catalogue, slice(0, len(table)), toy_shards.train_counts.astype(float)
-    block = co_occurrence_scores(neighbours, toy_shards, table)
-    scores_QV = block(every, slice(0, num_items)).numpy()
-    pieces = [block(every, slice(low, min(low + 17, num_items))).numpy() for low in range(0, num_items, 17)]
+    block = co_occurrence_scores(neighbours, toy_shards, table)(every)
+    scores_QV = block(slice(0, num_items)).numpy()
+    pieces = [block(slice(low, min(low + 17, num_items))).numpy() for low in range(0, num_items, 17)]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), scores_QV)
     for query in range(len(table)):
         history = toy_shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]

@@ -34,9 +34,9 @@ def plain(shards, user, position, way):
 @pytest.mark.parametrize("way", [Personal(0.9, 0.3), Personal(1.0, 0.5)])
 def test_every_query_has_the_distribution_of_the_definition(toy_shards, way):
     table = Protocol.load(toy_shards).queries("test")
-    block, num_items = way.scores(toy_shards, table), toy_shards.num_catalogue
+    scores, num_items = way.scores(toy_shards, table), toy_shards.num_catalogue
     for rows in (slice(0, 7), slice(7, len(table))):
-        pieces = [block(rows, items) for items in (slice(0, 11), slice(11, num_items))]
+        pieces = [scores(rows)(items) for items in (slice(0, 11), slice(11, num_items))]
         p_RV = np.concatenate(pieces, axis=1).astype(float)
         expected = [
             plain(toy_shards, *query, way) for query in zip(table.user[rows], table.position[rows], strict=True)
@@ -52,7 +52,7 @@ def test_a_history_of_nothing_that_the_catalogue_knows_is_popularity(tmp_path):
     table = Protocol.load(shards).queries("validation")
     without = [shards.history(u).item[: p + 1].min() > 0 for u, p in zip(table.user, table.position, strict=True)]
     assert 0 < sum(without) < len(table)
-    scores = Personal(0.9, 0.7).scores(shards, table)(slice(0, len(table)), slice(0, 1))
+    scores = Personal(0.9, 0.7).scores(shards, table)(slice(0, len(table)))(slice(0, 1))
     np.testing.assert_allclose(scores, 0.0, atol=1e-6)
 
 

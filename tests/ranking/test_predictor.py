@@ -56,8 +56,10 @@ def reference(shop, queries, k):
     model, shards = shop.model(), shop.shards
     vectors, num_items = model.embed_all(), shards.num_catalogue
     answers = answer(model, vectors.__getitem__, shards, queries, CONFIG.window, num_items)
-    scores = answers.scores(vectors[:num_items])(slice(0, len(queries)), slice(0, num_items))
-    top = rank_targets(lambda q, i: scores[q, i].clone(), query_targets(shards, queries), num_items, k)
+    scores = answers.scores(vectors[:num_items])(slice(0, len(queries)))(slice(0, num_items))
+    top = rank_targets(
+        lambda rows: lambda items: scores[rows, items].clone(), query_targets(shards, queries), num_items, k
+    )
     return top.top_Qk, scores.numpy(), answers.h_QD.numpy()
 
 

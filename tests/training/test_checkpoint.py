@@ -26,7 +26,7 @@ def saved(trained, tmp_path):
 
 
 def test_round_trip_is_bit_for_bit(trained, saved):
-    checkpoint = load_checkpoint(saved, "a/trunk", expect_config=STAGE_1, expect_seed=3)
+    checkpoint = load_checkpoint(saved, "a/trunk", {"config": STAGE_1.as_dict(), "seed": 3})
     assert_equal_states(checkpoint.state, trained.engine.export_state())
     assert checkpoint.meta["counters"]["step"] == trained.counters.step
 
@@ -76,7 +76,7 @@ def test_state_of_another_checkpoint_is_told(trained, saved):
 def test_another_run_is_refused_with_every_difference(saved):
     other = dataclasses.replace(STAGE_1, learning_rate=0.5, window=32)
     with pytest.raises(UserError) as caught:
-        load_checkpoint(saved, "a/trunk", expect_config=other, expect_seed=4, expect={"shards_hash": "x"})
+        load_checkpoint(saved, "a/trunk", {"config": other.as_dict(), "seed": 4, "shards_hash": "x"})
     for words in ("learning_rate is 0.003, not 0.5", "window is 16, not 32", "seed is 3, not 4", "shards_hash is"):
         assert words in str(caught.value)
 

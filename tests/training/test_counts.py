@@ -16,7 +16,8 @@ from bfm.files import Store
 from bfm.model.batch import make_batch
 from bfm.objective.frozen import freeze_items
 from bfm.objective.objective import Objective
-from bfm.ranking.evaluate import evaluate, summarise
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import summarise
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData

@@ -160,7 +160,7 @@ def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
     assert not frozen & (new.moment1.keys() | new.moment2.keys() | new.average.keys())
     catalogue_flops = trainer.cost.catalogue_flops(toy_shards.num_items)
     stage2_flops = records[switch].path_flops - records[switch - 1].path_flops
-    estimate_flops = before.planner.stage2_flops(before._next_plan(), before.engine)
+    estimate_flops = before.planner.stage2_flops(before._next_plan())
     assert stage2_flops - catalogue_flops == pytest.approx(estimate_flops, rel=0.05)
 
 

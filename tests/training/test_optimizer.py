@@ -17,8 +17,8 @@ class Tiny(nn.Module):
         self.matrix = nn.Parameter(torch.randn(3, 4, generator=generator))
         self.scalar = nn.Parameter(torch.ones(1))
 
-    def table_parameter_names(self):
-        return ("table",)
+    def parameter_kinds(self):
+        return {"table": "tables", "matrix": "dense", "scalar": "free"}
 
 
 @pytest.mark.parametrize(("repeats", "decay"), [(0.0, 0.0), (2.5, 0.5)])

@@ -10,8 +10,8 @@ import torch
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.ranking.evaluate import evaluate, summarise
-from bfm.ranking.metrics import QueryScores
+from bfm.ranking.evaluate import evaluate
+from bfm.ranking.metrics import QueryScores, summarise
 from bfm.training import task as task_module
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.data import TrainingData
@@ -77,7 +77,8 @@ def test_the_cooled_end_is_judged_on_the_queries_of_the_way(toy_shards, tmp_path
     monkeypatch.setattr(task_module, "PROBE_QUERIES", 40)
     store = Store(tmp_path)
     row = run_rung(dataclasses.replace(TASK, validations=1), toy_shards, CPU, store)
-    model, data = load_model(store, row["model"], toy_shards), TrainingData.of(toy_shards)
+    model, _ = load_model(f"{store.uri}/{row['model']}", toy_shards)
+    data = TrainingData.of(toy_shards)
     first = summarise(evaluate(model, toy_shards, data.protocol, "validation", PLAIN.window, queries=40))
     for metric, value in row["validations"][-1]["metrics"].items():
         assert value == pytest.approx(first.metrics[metric], rel=1e-6)

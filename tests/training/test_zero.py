@@ -33,7 +33,14 @@ DEVICE = torch.device("cpu")
 WIDE = TrainConfig(params=3e5, embedder_share=0.45, window=16, groups_per_step=2, group_windows=2, d_item=64, depth=1)
 
 
-# The factory makes a process group of this process alone. It stays: DeepSpeed keeps sub-groups of the first one.
+@pytest.fixture(scope="module", autouse=True)
+def _leave_the_group():
+    """The factory makes a process group of this process alone. It stays to the end: DeepSpeed keeps its sub-groups."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_worker_equals_plain_and_resumes_bit_for_bit(toy_shards, tmp_path, stage):
     factory = ZeroFactory(stage, DEVICE)

@@ -3,7 +3,7 @@
     p_v = g e^{s_v} / sum_u e^{s_u} + sum_x m_xv          g the softmax's gate, m what the sparse components give
 
 Enters: the softmax's scores, its gates, and components that give few items per query a mass of their own. Leaves: a
-ScoreBlock (ranks.py) of log p. g and the masses of a query sum to one over the catalogue.
+`Scores` (ranks.py), log p. g and the masses of a query sum to one over the catalogue.
 
 Q = queries, R = query rows of a chunk, C = items of a block, P = pairs of a query and an item, N = pairs asked for,
 M = last events of a query.
@@ -11,29 +11,17 @@ M = last events of a query.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bfm.events.neighbours import Neighbours
-from bfm.ranking.ranks import DotScores, kept_per_thread
+from bfm.ranking.ranks import DotScores
 
 _ROWS, _COLUMNS = 256, 8192
-
-
-class Component(Protocol):
-    """A sparse distribution of every query, its gate included."""
-
-    def of_rows(self, rows: slice) -> SparseMass:
-        """The pairs of some queries, these counted from 0."""
-
-    def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
-        """Mass of any pairs, 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +44,11 @@ class SparseMass:
         return cls(key_P // num_items, key_P % num_items, total_P)
 
     @classmethod
-    def join(cls, parts: Sequence[SparseMass], queries: Sequence[int], device: torch.device) -> SparseMass:
-        """The pairs of runs of queries one after the other; `queries` are the lengths of the runs."""
+    def join(cls, parts: Sequence[SparseMass], device: torch.device) -> SparseMass:
+        """The pairs of runs of queries that follow each other."""
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        starts = [0, *itertools.accumulate(queries)]
         return cls(
-            torch.cat([none, *(part.query_P + start for part, start in zip(parts, starts, strict=False))]),
+            torch.cat([none, *(part.query_P for part in parts)]),
             torch.cat([none, *(part.item_P for part in parts)]),
             torch.cat([none.float(), *(part.mass_P for part in parts)]),
         )
@@ -123,29 +110,32 @@ class NeighbourMass:
         return (share_NM.to(self._mass_QM) * self._mass_QM[query_N]).sum(-1)
 
 
-def pairs_by_item(component: Component) -> Callable[[slice], SparseMass]:
-    """The pairs of rows by rising item; those of the last rows are kept, as blocks of theirs follow each other."""
-    return kept_per_thread(lambda rows: component.of_rows(rows).by_item())
+Component = SparseMass | NeighbourMass
+"""A sparse distribution of every query, its gate included."""
 
 
 class MixtureScores:
-    """A ScoreBlock of log p."""
+    """Scores that are log p."""
 
     def __init__(self, softmax: DotScores, log_gate_Q: Tensor, components: Sequence[Component]) -> None:
         self._softmax, self._components = softmax, components
-        self._sparse = [pairs_by_item(component) for component in components]
         self.finite = softmax.finite
         """No score can be NaN or infinite."""
         self.shift_Q = log_gate_Q - _log_totals(softmax, len(log_gate_Q))
         """What makes a score of the softmax its share of log p."""
 
-    def __call__(self, rows: slice, items: slice) -> Tensor:
-        """log p [R, C]."""
-        log_p_RC = self._softmax(rows, items) + self.shift_Q[rows, None]
-        for of_rows in self._sparse:
-            at, mass_P = of_rows(rows).block(items)
-            log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
-        return log_p_RC
+    def __call__(self, rows: slice) -> Callable[[slice], Tensor]:
+        """log p of some queries."""
+        softmax, sparse = self._softmax(rows), [component.of_rows(rows).by_item() for component in self._components]
+
+        def block(items: slice) -> Tensor:
+            log_p_RC = softmax(items) + self.shift_Q[rows, None]
+            for masses in sparse:
+                at, mass_P = masses.block(items)
+                log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
+            return log_p_RC
+
+        return block
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
         """log p of S items for each of T queries, [T, S]."""
@@ -165,7 +155,7 @@ def _log_totals(scores: DotScores, num_queries: int) -> Tensor:
     """log sum over the catalogue of e^score of every query [Q], in blocks of bounded size."""
     totals = []
     for start in range(0, num_queries, _ROWS):
-        rows = slice(start, min(start + _ROWS, num_queries))
+        softmax = scores(slice(start, min(start + _ROWS, num_queries)))
         blocks = (slice(low, min(low + _COLUMNS, scores.num_items)) for low in range(0, scores.num_items, _COLUMNS))
-        totals.append(torch.logsumexp(torch.stack([scores(rows, items).logsumexp(1) for items in blocks]), 0))
+        totals.append(torch.logsumexp(torch.stack([softmax(items).logsumexp(1) for items in blocks]), 0))
     return torch.cat(totals) if totals else torch.zeros(0)
