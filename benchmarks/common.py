@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -50,6 +51,13 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.4f}{deviation}"
 
 
+def kept_rows(name: str) -> dict[Key, dict[str, Any]]:
+    """Rows of benchmarks/results/<name>.jsonl by key; those of another version of the objective are left out."""
+    kept = RESULTS / f"{name}.jsonl"
+    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
+    return {tuple(row["key"]): row for row in known if row["flops_version"] == FLOPS_VERSION}
+
+
 def make_rows(
     name: str, jobs: Mapping[Key, Job], run: Callable[[Job], dict[str, Any]], processes: int, metrics: Sequence[str]
 ) -> dict[Key, dict[str, Any]]:
@@ -58,15 +66,17 @@ def make_rows(
     A study that was cut off goes on; rows of another version of the objective are made again. `metrics` are printed.
     """
     RESULTS.mkdir(exist_ok=True)
-    kept = RESULTS / f"{name}.jsonl"
-    known = map(json.loads, kept.read_text().splitlines() if kept.exists() else [])
-    rows = {tuple(row["key"]): row for row in known if row["flops_version"] == FLOPS_VERSION}
-    missing = {key: job for key, job in jobs.items() if key not in rows}
+    rows = kept_rows(name)
+    missing = [(key, job) for key, job in jobs.items() if key not in rows]
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(missing) or 1), maxtasksperchild=1) as pool:
-        for key, row in zip(missing, pool.imap(run, missing.values()), strict=True):
+        for key, row in pool.imap_unordered(functools.partial(_keyed, run), missing):
             rows[key] = {"key": key, "flops_version": FLOPS_VERSION, **row}
-            with kept.open("a") as file:
+            with (RESULTS / f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps(rows[key]) + "\n")
             print(*key, {metric: round(row["metrics"].get(metric, float("nan")), 4) for metric in metrics}, flush=True)
     return {key: rows[key] for key in jobs}
+
+
+def _keyed(run: Callable[[Job], dict[str, Any]], job: tuple[Key, Job]) -> tuple[Key, dict[str, Any]]:
+    return job[0], run(job[1])

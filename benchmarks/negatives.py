@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import Key, machine, make_rows, publish
+from common import Key, kept_rows, machine, make_rows, publish
 
 from bfm.errors import InfeasibleError
 from bfm.events.shards import Shards
@@ -104,7 +104,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bfm-negatives-") as folder:
         jobs: dict[Key, Job] = {(budget, k): (arguments.shards, folder, budget, k) for budget, k in wanted}
         with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-            pool.map(train_trunk, [(arguments.shards, folder, budget) for budget in BUDGETS])
+            missing = {budget for budget, k in jobs.keys() - kept_rows("negatives").keys()}
+            pool.map(train_trunk, [(arguments.shards, folder, budget) for budget in missing])
         rows = make_rows("negatives", jobs, run, arguments.processes, METRICS)
     publish("negatives", table(list(rows.values()), manifest.name))
 

@@ -55,9 +55,10 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
 
 def _check_feasible(spec: SweepSpec, file: str) -> None:
     shards = Shards.open(spec.shards)
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
+    protocol = Protocol.load(shards)
+    costs = Costs(LogFacts.from_shards(shards, protocol, spec.evaluation_queries))
     try:
-        _ = FeasibleSet(on_log(spec, shards), costs).sample
+        _ = FeasibleSet(on_log(spec, shards, protocol), costs).sample
     except UserError as error:
         raise type(error)(error.what, file=error.file or file, key=error.key, fix=error.fix) from None
 

@@ -105,18 +105,20 @@ def run_sweep(
     """
     store = _sweep_store(storage, spec.name, resume, extend)
     shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
-    spec = on_log(spec, Shards.open(shards))
+    opened = Shards.open(shards)
+    protocol = Protocol.load(opened)
+    spec = on_log(spec, opened, protocol)
     workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     if not joins_a_cluster():
         check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, shards, extend=extend, runs=runs) as driver:
+    with signals_raise(), _driver(spec, store, opened, protocol, extend=extend, runs=runs) as driver:
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
         if progress is not None and driver.import_words:
             progress(SweepEvent("imported", reason=driver.import_words), driver)
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                floors = publish_floors(store, Shards.open(shards), spec.evaluation_queries)
+                floors = publish_floors(store, opened, spec.evaluation_queries)
                 with ray_session(spec), signals_raise(), _curves(store, driver, floors, progress) as on_event:
                     run_tasks(driver, spec.slots, execute or workplace, on_event)
         except Interrupted as interrupt:
@@ -143,9 +145,7 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 
 @contextmanager
-def _driver(spec: SweepSpec, store: Store, shards_path: str, **options: Any) -> Iterator[SweepDriver]:
-    shards = Shards.open(shards_path)
-    protocol = Protocol.load(shards)
+def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, **options: Any) -> Iterator[SweepDriver]:
     facts = LogFacts.from_shards(shards, protocol, spec.evaluation_queries)
     lease = Lease.acquire(store)
     try:

@@ -36,8 +36,8 @@ def plan(
 
     spec = resolve(space, with_shards(overrides, shards))
     opened = Shards.open(spec.shards)
-    spec = on_log(spec, opened)
     protocol = Protocol.load(opened)
+    spec = on_log(spec, opened, protocol)
     costs = Costs(LogFacts.from_shards(opened, protocol, spec.evaluation_queries))
     # As a task is trained: more threads than a slot has would wait for each other.
     torch.set_num_threads(max(1, int(spec.tiers[0].cpus)))

@@ -1,6 +1,6 @@
 """A search space on its log: what the log decides is filled in, and the trunk that trials share is looked at.
 
-Enters: a SweepSpec and the opened shard set. Leaves: the SweepSpec that plans, sweeps and ledgers hold.
+Enters: a SweepSpec, the opened shard set and its protocol. Leaves: the SweepSpec that plans, sweeps and ledgers hold.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from bfm.sweep.stage1 import with_stage1
 from bfm.training.config import log_defaults
 
 
-def on_log(spec: SweepSpec, shards: Shards) -> SweepSpec:
+def on_log(spec: SweepSpec, shards: Shards, protocol: Protocol) -> SweepSpec:
     """The space with a constant for every value that it leaves to the log; raises what with_stage1 raises."""
     named = {parameter.name for parameter in spec.parameters}
-    decided = log_defaults(Protocol.load(shards).filter_seen)
+    decided = log_defaults(protocol.filter_seen)
     added = [Parameter(name, "constant", (value,)) for name, value in decided.items() if name not in named]
     parameters = tuple(sorted((*spec.parameters, *added), key=lambda parameter: parameter.name))
     return with_stage1(replace(spec, parameters=parameters), shards.hash)

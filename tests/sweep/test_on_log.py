@@ -2,6 +2,7 @@
 
 import pytest
 
+from bfm.events.protocol import Protocol
 from bfm.sweep.on_log import on_log
 from bfm.sweep.spec import from_dict
 from tests.helpers import make_shards
@@ -21,16 +22,20 @@ def filtered(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("filtered") / "toy", filter_seen=True)
 
 
+def placed(spec, shards):
+    return on_log(spec, shards, Protocol.load(shards))
+
+
 def space(**parameters):
     return from_dict({**SPACE, "parameters": {**SPACE["parameters"], **parameters}})
 
 
 def test_nothing_is_copied_where_lists_leave_out_seen_items(toy_shards, filtered):
-    assert on_log(space(), filtered).config({}).copy == "none"
-    assert on_log(space(), toy_shards) == space()
-    assert on_log(on_log(space(), filtered), filtered) == on_log(space(), filtered)
+    assert placed(space(), filtered).config({}).copy == "none"
+    assert placed(space(), toy_shards) == space()
+    assert placed(placed(space(), filtered), filtered) == placed(space(), filtered)
 
 
 def test_the_users_word_stands(filtered):
     for choice in ({"value": "pointer"}, {"values": ["pointer", "none"]}):
-        assert on_log(space(copy=choice), filtered) == space(copy=choice)
+        assert placed(space(copy=choice), filtered) == space(copy=choice)
