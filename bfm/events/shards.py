@@ -112,17 +112,6 @@ def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
 
 
 @dataclass(frozen=True)
-class History:
-    """One user's events."""
-
-    item: np.ndarray
-    time: np.ndarray
-    context: dict[str, np.ndarray]
-    train_end: int
-    valid_end: int
-
-
-@dataclass(frozen=True)
 class Located:
     """Global event indices split by shard once, so that several columns can be taken."""
 
@@ -249,18 +238,6 @@ class Shards:
     def items_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """items.parquet (keys, counts and raw values); row = item id."""
         return pq.read_table(self.path / "items.parquet", columns=list(columns) if columns else None)
-
-    def user_keys(self) -> pa.ChunkedArray:
-        """Original user keys [U] in global order."""
-        names = [self.path / shard_name(index) / "users.parquet" for index in range(self.manifest.shards)]
-        return pa.concat_tables([pq.read_table(name) for name in names])["user"]
-
-    def history(self, user: int) -> History:
-        """All events of one user (global index, shard-major)."""
-        located = self.locate(np.arange(self.user_starts[user], self.user_starts[user + 1]))
-        context = {field.name: self.take_context(field.name, located) for field in self.context_fields}
-        ends = int(self.train_lengths[user]), int(self.valid_lengths[user])
-        return History(self.take_item(located), self.take_time(located), context, *ends)
 
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""

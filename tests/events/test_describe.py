@@ -10,7 +10,7 @@ from bfm.events import describe as module
 from bfm.events.describe import describe, format_description
 from bfm.events.ties import TieCounts, tie_monotonicity
 from bfm.units import format_count
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def test_figures_equal_brute_force(tmp_path, monkeypatch):
@@ -21,7 +21,7 @@ def test_figures_equal_brute_force(tmp_path, monkeypatch):
     repeats = ties = 0
     counts = Counter()
     for user in range(50):
-        history = shards.history(user)
+        history = history_of(shards, user)
         repeats += len(history.item) - len(set(history.item.tolist()))
         ties += int((np.diff(history.time) == 0).sum())
         counts.update(history.item[: history.train_end].tolist())

@@ -9,13 +9,13 @@ from bfm.events.protocol import Protocol, build_protocol
 from bfm.events.repeats import NOISE, Repeats, rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards
 from tests.events.serial import prepare_serially
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def brute_force(shards) -> Repeats:
     targets = seen = 0
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         before: set[int] = set()
         train = list(zip(history.time[: history.train_end].tolist(), history.item.tolist(), strict=False))
         for time in sorted({time for time, _ in train}):

@@ -21,6 +21,7 @@ from bfm.events.synth import write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
 from tests.events.serial import prepare_serially
+from tests.helpers import history_of
 
 TINY = WorldSpec(items=7, seed=3, interests=3, switch=0.2, repeat=0.3, recent=2, decay=0.6, basket=1.5, leak=0.15)
 SINGLE = replace(TINY, basket=1, decay=1)
@@ -269,7 +270,7 @@ def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
     world = World(WorldSpec(**truth["world"]))
     keys = np.array([int(key) for key in shards.items_table(["key_item_id"])["key_item_id"].to_pylist()])
     for index in range(0, len(queries), 13):
-        known = shards.history(queries.user[index])
+        known = history_of(shards, queries.user[index])
         alone = BayesFilter.start(world, 1)
         for time in np.unique(known.time[: queries.position[index] + 1]):
             item = keys[known.item[known.time == time]]

@@ -24,6 +24,7 @@ from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.report.predictions import predict_log, summary_text
 from bfm.training.export import export_checkpoint
+from tests.helpers import history_of, user_keys
 from tests.ranking.shop import CONFIG, SCHEMA, make_shop
 
 
@@ -42,7 +43,7 @@ def headline_of_each_user(shards):
     """One query per user: the last event that a later timestamp follows."""
     users, positions = [], []
     for user in range(shards.num_users):
-        time = shards.history(user).time
+        time = history_of(shards, user).time
         followed = np.flatnonzero(time < time[-1])
         if len(followed):
             users.append(user)
@@ -117,8 +118,10 @@ def test_lists_of_many_targets_are_worth_what_evaluation_says(shop, predictor):
 def test_a_raw_log_gives_what_the_shards_give_for_the_same_histories(shop, export, tmp_path):
     queries = headline_of_each_user(shop.shards)
     ids, scores, vectors = reference(shop, queries, 10)
-    keys = shop.shards.user_keys().take(pa.array(queries.user)).to_pylist()
-    ends = {key: shop.shards.history(u).time[p] for key, u, p in zip(keys, queries.user, queries.position, strict=True)}
+    keys = user_keys(shop.shards).take(pa.array(queries.user)).to_pylist()
+    ends = {
+        key: history_of(shop.shards, u).time[p] for key, u, p in zip(keys, queries.user, queries.position, strict=True)
+    }
     known = shop.frame[
         [1000 * t <= ends.get(str(u), -1) for u, t in zip(shop.frame.user, shop.frame.time, strict=True)]
     ]
@@ -308,9 +311,9 @@ def test_bags_are_cut_as_preparation_cuts_them(tmp_path):
     histories = Histories(encoding, [str(shop.folder / "log.parquet")], tmp_path / "scratch")
     (part,) = histories.parts()
     place = {key: user for user, key in enumerate(part.users.to_pylist())}
-    for user, key in enumerate(shop.shards.user_keys().to_pylist()):
-        again = part.shards.history(place[key]).context["coupons"]
-        np.testing.assert_array_equal(again, shop.shards.history(user).context["coupons"])
+    for user, key in enumerate(user_keys(shop.shards).to_pylist()):
+        again = history_of(part.shards, place[key]).context["coupons"]
+        np.testing.assert_array_equal(again, history_of(shop.shards, user).context["coupons"])
     assert histories.cuts == {"coupons": cuts["coupons"]["cut"]}
     shop.frame.assign(item=9000 + shop.frame["item"]).to_parquet(tmp_path / "new.parquet")
     _, summary = predict(export, [tmp_path / "new.parquet"], tmp_path / "out.parquet")
