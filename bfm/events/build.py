@@ -149,16 +149,13 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
     checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "item_conflicts": {}}
     texts = {}
     for name in job.event_item_fields:
-        values = choose_values(_partials(job, f"values-{name}"), items)
-        texts[name] = values.texts
-        checks["item_conflicts"][name] = values.conflicts / train_events
+        texts[name], conflicts = choose_values(_partials(job, f"values-{name}"), items)
+        checks["item_conflicts"][name] = conflicts / train_events
     if job.item_table is not None:
         raw = source.read_table(job.item_table, job.table_columns)
-        joined = join_item_table(job.schema, raw, job.table_item_fields, items)
-        texts.update(joined.texts)
-        repairs.update(joined.repairs)
-        checks["items_without_row"] = joined.items_without_row
-        checks["item_rows_with_a_used_key"] = joined.rows_with_a_used_key
+        joined, misfits = join_item_table(job.schema, raw, job.table_item_fields, items, repairs)
+        texts |= joined
+        checks |= misfits
     many = [name for name, share in checks["item_conflicts"].items() if share > _MANY_CONFLICTS]
     if many:
         shown = ", ".join(f"{name} in {checks['item_conflicts'][name]:.1%} of training events" for name in many)
@@ -250,9 +247,9 @@ def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, An
     found = [*job.load("item-losses"), *job.load("written")]
     for field in fields:
         loss = sum((losses[field.name] for losses in found if field.name in losses), Loss())
-        if loss.missing:
-            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss.missing
-        if loss.cut:
+        if loss["missing"]:
+            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss["missing"]
+        if loss["cut"]:
             specs, of = (
                 (job.schema.item_fields, "items") if field.side == "item" else (job.schema.context_fields, "events")
             )
@@ -262,6 +259,6 @@ def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, An
                 "unit": "words" if field.kind == "text" else "elements",
                 "kept": field.columns,
                 "by_max_length": field.columns == limit,
-                **{name: getattr(loss, name) for name in ("values", "cut", "lost")},
+                **{name: loss[name] for name in ("values", "cut", "lost")},
             }
     return {**checks, "repairs": dict(sorted(repairs.items())), "cuts": cuts}

@@ -7,7 +7,6 @@ the manifest's `checks`; all others are computed here from the shards, in chunks
 from __future__ import annotations
 
 import datetime
-import itertools
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, TieCounts()
-    for low, high in itertools.pairwise(chunks(shards.user_lengths, _CHUNK_EVENTS)):
+    for low, high in chunks(shards.user_lengths, _CHUNK_EVENTS):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)

@@ -13,7 +13,8 @@ hashed instead: two hashes into one table of 65,536 rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -65,21 +66,10 @@ class Fitted:
     """Large strings; entry i has the id i + 2. None for kinds without ids or with hashed ids."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What an encoded column leaves out."""
-
-    missing: int = 0
-    """Known values that had to become missing; `LOST` says why."""
-    values: int = 0
-    """text, list: values with at least one word or element."""
-    cut: int = 0
-    """Of these, values that lost some."""
-    lost: int = 0
-    """Words or elements lost."""
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+Loss = Counter[str]
+"""What an encoded column leaves out. `missing`: known values that had to become missing; `LOST` says why. Of text and
+lists, `values` with at least one word or element, how many of these are `cut`, and how many words or elements `lost`.
+"""
 
 
 def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:

@@ -18,7 +18,6 @@ already (for the protocol and the checks), then `finish(path, manifest)` hashes 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +34,8 @@ from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
 from bfm.events.ragged import chunks, runs
 from bfm.files import Store
 from bfm.sealed import check_files, list_files
+
+_CHUNK_EVENTS = 1 << 20
 
 # ---------------------------------------------------------------- writers
 
@@ -263,12 +264,12 @@ class Shards:
         return _take(self._context[name], located)
 
 
-def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
-    """The first so many users' training events, whole users at a time, about `target` events per chunk.
+def training_events(shards: Shards, users: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
+    """The first so many users' training events, whole users at a time, about a million events per chunk.
 
     Yields user [E], place in the user's history [E], and the events located.
     """
-    for low, high in itertools.pairwise(chunks(shards.train_lengths[:users], target)):
+    for low, high in chunks(shards.train_lengths[:users], _CHUNK_EVENTS):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
         yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))

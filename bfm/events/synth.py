@@ -14,7 +14,6 @@ Shapes: U users, E events, B baskets, Q queries, V items, K list length.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -107,7 +106,7 @@ def write_synthetic(
     sums: list[dict[str, np.ndarray]] = []
     done = 0
     (path / "events").mkdir()
-    for chunk, (low, high) in enumerate(itertools.pairwise(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS))):
+    for chunk, (low, high) in enumerate(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS)):
         rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
         lengths = lengths_U[low:high]
         item_E, opens_E = world.draw_histories(rng, lengths)

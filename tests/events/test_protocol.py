@@ -61,7 +61,7 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
-        sampled = build_protocol(shards, queries=limit, seed=shards.seed).queries(part)
+        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.seed).queries(part)
         # A smaller sample is the beginning of a larger one ...
         assert np.array_equal(sampled.user[:limit], everything.user[:limit])
         assert np.array_equal(sampled.position[:limit], everything.position[:limit])
@@ -75,9 +75,9 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
 
 def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
     shards = make_shards(tmp_path, users=60)
-    usual = build_protocol(shards, queries=20, seed=9)
+    usual = build_protocol(shards, queries=20, filter_seen=None, seed=9)
     monkeypatch.setattr(module, "_CHUNK_EVENTS", 3)
-    assert build_protocol(shards, queries=20, seed=9).hash == usual.hash
+    assert build_protocol(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
 
 
 def test_protocol_does_not_depend_on_the_partition(tmp_path):

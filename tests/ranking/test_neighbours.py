@@ -33,7 +33,7 @@ def plain_weights(shards, counting):
 @pytest.mark.parametrize(("num_shards", "pass_pairs", "chunk_events"), [(1, 1 << 23, 1 << 20), (3, 500, 100)])
 def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_shards, pass_pairs, chunk_events):
     monkeypatch.setattr(module, "_PASS_PAIRS", pass_pairs)
-    monkeypatch.setattr(module, "_CHUNK_EVENTS", chunk_events)
+    monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", chunk_events)
     shards = make_shards(tmp_path / "toy", users=30, num_shards=num_shards)
     neighbours, expected = count_neighbours(shards, [counting])[0], plain_weights(shards, counting)
     assert len(neighbours.lists) == shards.num_catalogue

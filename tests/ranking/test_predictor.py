@@ -173,10 +173,10 @@ def test_new_items_are_embedded_as_preparation_embeds_late_ones(shop, predictor,
     assert full.num_items - known > 0
     histories = Histories(cut, [str(shop.folder / "log.parquet")], tmp_path)
     late = full.item_keys["item"].to_pylist()[known:]
-    assert sorted(histories._new.ids) == sorted(late)
-    assert histories.new_item_events == shop.frame["item"].astype(str).isin(late).sum()
+    assert sorted(histories.new.ids) == sorted(late)
+    assert histories.new.events == shop.frame["item"].astype(str).isin(late).sum()
     arrays = histories.new_item_arrays()
-    for place, key in enumerate(histories._new.ids):
+    for place, key in enumerate(histories.new.ids):
         for name in ("item_id", "popularity", "words", "tags", "look"):
             np.testing.assert_array_equal(arrays[name][place], full.item_arrays[name][full_id(full, key)])
     # The item table is not in the log: its fields are missing.
