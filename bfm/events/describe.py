@@ -10,6 +10,7 @@ import datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.ragged import chunks
@@ -33,7 +34,7 @@ def describe(shards: Shards) -> dict[str, Any]:
         **_repeats_and_ties(shards),
         "split": _split(shards),
         "protocol": _protocol(shards),
-        "fields": [field.as_dict() for field in shards.fields],
+        "fields": [field.as_dict() for field in manifest.fields],
         "hash": shards.hash,
     }
 
@@ -68,8 +69,8 @@ def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
         item = shards.take_item(located)
         user = np.repeat(np.arange(low, high), np.diff(starts))
         first_times += len(np.unique(user * np.int64(shards.num_items) + item))
-        ties += tie_monotonicity(user, shards.take_time(located), {"item": item})
-    return {"repeat_share": 1 - first_times / shards.num_events, "ties_stored": ties.as_dict()}
+        ties += tie_monotonicity(user, shards.take_time(located), {"item": pa.array(item)})
+    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": ties.as_dict()}
 
 
 def _split(shards: Shards) -> dict[str, Any]:

@@ -103,8 +103,7 @@ class Neighbours:
     def known(self, item: NDArray[np.integer]) -> NDArray[np.int64]:
         """The same items of any shape, -1 in the place of those that have no neighbours."""
         inside = (item >= 0) & (item < len(self.lists))
-        has = inside & (self.total_V[np.where(inside, item, 0)] > 0) if len(self.lists) else inside
-        return np.where(has, item, -1)
+        return np.where(inside & (self.total_V[np.where(inside, item, 0)] > 0), item, -1)
 
     def find(self, item_N: NDArray[np.integer], other_N: NDArray[np.integer]) -> NDArray[np.int64]:
         """Places of pairs in the table, -1 where `other` is no neighbour; -1 as an item has none. Shapes broadcast."""

@@ -73,13 +73,17 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def files(self, stage: str, ending: str) -> list[Path]:
+        """The intermediate files of a stage, in the order of their indices."""
+        return sorted((self.folder / "work" / stage).glob(f"*.{ending}"))
+
     def save(self, stage: str, index: int, value: Any) -> None:
         """Keep what a task of a stage found."""
         self.file(stage, index, "pickle").write_bytes(pickle.dumps(value))
 
     def load(self, stage: str) -> Iterator[Any]:
         """What the tasks of a stage found, in the order of their indices."""
-        for path in sorted((self.folder / "work" / stage).glob("*.pickle")):
+        for path in self.files(stage, "pickle"):
             yield pickle.loads(path.read_bytes())
 
 
@@ -99,7 +103,6 @@ class PieceFacts:
 class PartitionFacts:
     """What a sorted partition holds."""
 
-    index: int
     users: int
     events: int
     time_range: tuple[int, int]
@@ -221,7 +224,7 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     time = time[order]
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
-    job.save("sorted", index, PartitionFacts(index, len(users), len(order), time_range, reasons))
+    job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
@@ -256,9 +259,9 @@ def choose_split(job: Job) -> Split:
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
 
 
-def present_partitions(job: Job) -> list[int]:
-    """Indices of the partitions that some row fell into."""
-    return [partition.index for partition in job.load("sorted")]
+def num_shards(job: Job) -> int:
+    """Partitions that some row fell into: each becomes a shard, in their order."""
+    return len(job.files("sorted", "arrow"))
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:

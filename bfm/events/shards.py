@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,9 @@ def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
 # ---------------------------------------------------------------- reader
 
 
-@dataclass(frozen=True)
-class Located:
-    """Global event indices split by shard once, so that several columns can be taken."""
-
-    count: int
-    pieces: tuple[tuple[int, np.ndarray | slice, np.ndarray], ...]
-    """(shard, where in the output, row in the shard)."""
+Located = list[tuple[int, np.ndarray | slice, np.ndarray]]
+"""Global event indices split by shard once, so that several columns can be taken: (shard, where in the output, row in
+the shard)."""
 
 
 class Shards:
@@ -172,19 +167,9 @@ class Shards:
         return self.manifest.hash
 
     @property
-    def seed(self) -> int:
-        """Seed of the preparation."""
-        return self.manifest.seed
-
-    @property
     def num_users(self) -> int:
         """Users over all shards."""
         return self.manifest.users
-
-    @property
-    def num_events(self) -> int:
-        """Events over all shards."""
-        return self.manifest.events
 
     @property
     def num_items(self) -> int:
@@ -195,16 +180,6 @@ class Shards:
     def num_catalogue(self) -> int:
         """Items known in training (V)."""
         return self.manifest.catalogue
-
-    @property
-    def has_clock(self) -> bool:
-        """Whether times are milliseconds since the epoch (else positions)."""
-        return self.manifest.has_clock
-
-    @property
-    def fields(self) -> tuple[FittedField, ...]:
-        """All fitted fields."""
-        return self.manifest.fields
 
     @cached_property
     def item_fields(self) -> tuple[FittedField, ...]:
@@ -243,13 +218,13 @@ class Shards:
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""
         if len(self._item) == 1:
-            return Located(len(index_N), ((0, slice(None), index_N),))
+            return [(0, slice(None), index_N)]
         shard_N = np.searchsorted(self._first_event, index_N, side="right") - 1
-        pieces = []
+        located: Located = []
         for shard in np.flatnonzero(np.bincount(shard_N, minlength=len(self._item))):
             where = np.flatnonzero(shard_N == shard)
-            pieces.append((int(shard), where, index_N[where] - self._first_event[shard]))
-        return Located(len(index_N), tuple(pieces))
+            located.append((int(shard), where, index_N[where] - self._first_event[shard]))
+        return located
 
     def take_item(self, located: Located) -> np.ndarray:
         """Item ids int32 [N] of the located events."""
@@ -282,8 +257,9 @@ def _map(path: Path) -> np.ndarray:
 
 def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:
     if len(columns) == 1:
-        return columns[0][located.pieces[0][2]]
-    out = np.empty((located.count, *columns[0].shape[1:]), columns[0].dtype)
-    for shard, where, rows in located.pieces:
+        return columns[0][located[0][2]]
+    count = sum(len(rows) for _, _, rows in located)
+    out = np.empty((count, *columns[0].shape[1:]), columns[0].dtype)
+    for shard, where, rows in located:
         out[where] = columns[shard][rows]
     return out

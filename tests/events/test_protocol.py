@@ -61,7 +61,7 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
-        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.seed).queries(part)
+        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
         # A smaller sample is the beginning of a larger one ...
         assert np.array_equal(sampled.user[:limit], everything.user[:limit])
         assert np.array_equal(sampled.position[:limit], everything.position[:limit])

@@ -23,7 +23,7 @@ def copied(toy_shards, tmp_path):
 
 def test_shards_say_what_was_written(toy_shards):
     lengths = toy_shards.user_lengths
-    assert lengths.sum() == toy_shards.num_events
+    assert lengths.sum() == toy_shards.manifest.events
     assert (np.diff(toy_shards.train_counts) <= 0).all()
     assert toy_shards.train_counts[-1] >= 1
     assert toy_shards.train_counts.sum() == toy_shards.manifest.train_events
@@ -35,7 +35,7 @@ def test_shards_say_what_was_written(toy_shards):
 
 def test_partition_does_not_change_histories(tmp_path):
     one, three = (make_shards(tmp_path / str(n), users=40, num_shards=n) for n in (1, 3))
-    index = np.random.default_rng(0).integers(0, one.num_events, 200)
+    index = np.random.default_rng(0).integers(0, one.manifest.events, 200)
     for user in range(40):
         first, second = history_of(one, user), history_of(three, user)
         assert np.array_equal(first.item, second.item)
@@ -149,7 +149,7 @@ def test_writer_refuses_lengths_that_do_not_fit(tmp_path):
 def test_an_empty_partition_is_harmless(tmp_path):
     shards = make_shards(tmp_path, users=3, num_shards=5)
     assert shards.num_users == 3
-    assert sum(len(history_of(shards, user).item) for user in range(3)) == shards.num_events
+    assert sum(len(history_of(shards, user).item) for user in range(3)) == shards.manifest.events
 
 
 def test_what_is_kept_is_checked_and_never_needed(copied):

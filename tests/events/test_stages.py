@@ -157,7 +157,7 @@ def _worst_order(shards):
     time = np.concatenate([history_of(shards, user).time for user in range(shards.num_users)])
     user = np.repeat(np.arange(shards.num_users), shards.user_lengths)
     key = shards.items_table().column(0).to_numpy()[item].astype(np.int64)
-    counts = tie_monotonicity(user, time, {"key": key, "id": item})
+    counts = tie_monotonicity(user, time, {"key": pa.array(key), "id": pa.array(item)})
     return max(abs(share - 0.5) for share in counts.ascending_share().values())
 
 

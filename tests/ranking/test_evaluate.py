@@ -32,7 +32,7 @@ def build_model(shards, share=0.0, pointer=True):
     """With noise on all weights: some begin at zero, and what they multiply would go untested."""
     shape = size_model(4e3, share, d_item=16, pointer=pointer)
     store = ItemStore(shards.item_fields, shards.item_arrays)
-    model = TwoPartModel(shape, shards.fields, store, shards.has_clock, table_width=8, seed=0)
+    model = TwoPartModel(shape, shards.manifest.fields, store, shards.manifest.has_clock, table_width=8, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for values in model.parameters():

@@ -150,7 +150,7 @@ def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     parts = [
-        (part.users.to_pylist(), part.shards.num_events)
+        (part.users.to_pylist(), part.shards.manifest.events)
         for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
     ]
     users = [user for part, _ in parts for user in part]
