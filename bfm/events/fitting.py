@@ -24,6 +24,7 @@ from bfm.errors import UserError
 from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_strings
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
+from bfm.events.items import summed
 from bfm.events.parse import encoded, plain, to_mask
 from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH
@@ -102,7 +103,7 @@ def merge(parts: list[Statistics]) -> Statistics:
     histograms = [part.histogram for part in parts if part.histogram is not None]
     return Statistics(
         known=sum(part.known for part in parts),
-        counts=_summed(pa.concat_tables(counts)) if len(counts) == len(parts) else None,
+        counts=summed(pa.concat_tables(counts), ["value"], {"count": "sum"}) if len(counts) == len(parts) else None,
         longest=max(part.longest for part in parts),
         histogram=functools.reduce(Histogram.merged, histograms) if histograms else None,
         total=float(sum(part.total for part in parts)),
@@ -175,12 +176,7 @@ def encode(values: pa.Array, fitted: Fitted) -> tuple[np.ndarray, Loss]:
 
 def _count(values: pa.Array, weights: np.ndarray) -> pa.Table:
     """value, count: the summed weights of each value."""
-    return _summed(pa.table({"value": values, "count": weights}))
-
-
-def _summed(counts: pa.Table) -> pa.Table:
-    summed = counts.group_by("value", use_threads=False).aggregate([("count", "sum")])
-    return pa.table({"value": plain(summed["value"]), "count": summed["count_sum"]})
+    return summed(pa.table({"value": values, "count": weights}), ["value"], {"count": "sum"})
 
 
 def _most_frequent(counts: pa.Table, limit: int) -> pa.Table:
@@ -199,12 +195,9 @@ def _words(texts: pa.Array) -> pa.Array:
     return pc.split_pattern(spaced, " ").cast(pa.large_list(_TEXT))
 
 
-def _squash(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.log1p(np.abs(values))
-
-
 def _measure_numbers(values: np.ndarray, weights: np.ndarray, known: int) -> Statistics:
-    squashed = _squash(values.astype(np.float64))
+    values = values.astype(np.float64)
+    squashed = np.sign(values) * np.log1p(np.abs(values))
     histogram = Histogram.of(ordered_bits(squashed), weights)
     total, squares = ((weights * squashed**power).sum() for power in (1, 2))
     return Statistics(known, histogram=histogram, total=float(total), squares=float(squares))

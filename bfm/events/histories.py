@@ -83,7 +83,7 @@ class Histories:
         """Repeated rows left out, where the schema says so."""
         self._scratch = scratch
         self.new = NewItems(encoding, self.schema)
-        columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
+        columns = clean.log_columns(self.schema, encoding.event_item_fields)
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
         tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
         # The whole log is read before the first one comes.
@@ -110,7 +110,7 @@ class Histories:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
         for done, piece in enumerate(pieces):
-            for cleaned in clean.read_cleaned(piece, columns, self.schema, list(self.encoding.event_item_fields)):
+            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.event_item_fields):
                 self.rows += cleaned.table.num_rows
                 present.update(cleaned.columns)
                 self.repairs += cleaned.repairs

@@ -50,20 +50,21 @@ class Items:
 
 def count_items(events: pa.Table) -> pa.Table:
     """A row per item of events (item, train_count: 1 or 0, first_time: their time), or of such rows of partitions."""
-    return _summed(events, ["item"], {"train_count": "sum", "first_time": "min"})
+    return summed(events, ["item"], {"train_count": "sum", "first_time": "min"})
 
 
 def count_values(events: pa.Table) -> pa.Table:
     """A row per item and known value of events; first_hash is the hash of the row that breaks ties in time."""
     by_time = [("first_time", "ascending"), ("first_hash", "ascending")]
     known = events.filter(events["value"].is_valid()).sort_by(by_time)
-    return _summed(known, ["item", "value"], {"train_count": "sum", "first_time": "first", "first_hash": "first"})
+    return summed(known, ["item", "value"], {"train_count": "sum", "first_time": "first", "first_hash": "first"})
 
 
-def _summed(events: pa.Table, keys: list[str], aggregates: dict[str, str]) -> pa.Table:
-    summed = events.group_by(keys, use_threads=False).aggregate(list(aggregates.items()))
-    numbers = {name: summed[f"{name}_{how}"] for name, how in aggregates.items()}
-    return pa.table({key: plain(summed[key]) for key in keys} | numbers)
+def summed(events: pa.Table, keys: list[str], aggregates: dict[str, str]) -> pa.Table:
+    """A row per combination of keys, in the order of the first ones; aggregates: column -> how it is combined."""
+    groups = events.group_by(keys, use_threads=False).aggregate(list(aggregates.items()))
+    numbers = {name: groups[f"{name}_{how}"] for name, how in aggregates.items()}
+    return pa.table({key: plain(groups[key]) for key in keys} | numbers)
 
 
 def merge_items(partials: list[pa.Table]) -> Items:

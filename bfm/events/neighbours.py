@@ -88,8 +88,7 @@ class Neighbours:
     def total_V(self) -> NDArray[np.float64]:
         """Sum of w_uv over the neighbours of every item; 0 where it has none."""
         running = np.concatenate([[0.0], np.cumsum(self.weight_P, dtype=np.float64)])
-        total_V = running[self.lists.offsets[1:]] - running[self.lists.offsets[:-1]]
-        return np.where(np.diff(self.lists.offsets) > 0, total_V, 0.0)
+        return running[self.lists.offsets[1:]] - running[self.lists.offsets[:-1]]
 
     @cached_property
     def edge_V(self) -> NDArray[np.float32]:
@@ -97,7 +96,7 @@ class Neighbours:
         edge_V = np.zeros(len(self.lists), np.float32)
         full = np.flatnonzero(np.diff(self.lists.offsets) >= NEIGHBOURS)
         place = self.lists.offsets[full][:, None] + np.arange(NEIGHBOURS)
-        edge_V[full] = self.weight_P[place].min(1, initial=np.inf)
+        edge_V[full] = self.weight_P[place].min(1)
         return edge_V
 
     def known(self, item: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -250,7 +249,7 @@ def _totals(
     counted_P = counting.near_J[kind_P] * times_P
     starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
     first, second = np.divmod(pair_P[starts], num_items)
-    return first, second, np.add.reduceat(counted_P, starts) if len(starts) else counted_P
+    return first, second, np.add.reduceat(counted_P, starts)
 
 
 _Run = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
