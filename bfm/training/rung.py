@@ -178,7 +178,7 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                candidates=self.trainer.objective.evaluation_candidates(self.data.shards.seed),
+                candidates=self.trainer.objective.evaluation_candidates(self.data.shards.manifest.seed),
             )
         except DivergedError as error:
             # Only some ranks may hold such a query, and the others wait for this one.
