@@ -1,6 +1,6 @@
-"""In-rung checkpoints of a task, and what it has spent, so that a killed one goes on and is charged rightly.
+"""The in-rung checkpoint of a task, and what it has spent, so that a killed one goes on and is charged rightly.
 
-In: a task and its store. Out: the newest whole checkpoint, and the spend of earlier attempts.
+In: a task and its store. Out: the checkpoint's name, and the spend of earlier attempts.
 """
 
 from __future__ import annotations
@@ -19,32 +19,21 @@ EVERY_S = 1.0
 
 
 class Journal:
-    """In-rung checkpoints of a task in two alternating slots, and what it has spent, lost work included."""
+    """The in-rung checkpoint of a task, and what it has spent, lost work included."""
 
     def __init__(self, task: RungTask, store: Store) -> None:
         self.task, self.store = task, store
-        self.slots = [task.name("progress-a"), task.name("progress-b")]
-        self.spent_name = task.name("progress-spent.json")
+        self.checkpoint, self.spent_name = task.name("progress"), task.name("progress-spent.json")
         self._noted_s = -math.inf
 
-    def latest(self) -> str | None:
-        """The newest whole checkpoint; a slot that a crash left half-written is passed over."""
-        steps = {}
-        for slot in self.slots:
-            try:
-                meta = load_checkpoint(self.store, slot).meta
-            except (UserError, CorruptError):
-                continue
-            # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
-            if meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops:
-                steps[slot] = meta["counters"]["step"]
-        self.slots.sort(key=lambda slot: -steps.get(slot, -1))
-        return self.slots[0] if steps else None
-
-    def next_slot(self) -> str:
-        """The slot that does not hold the newest checkpoint."""
-        self.slots.reverse()
-        return self.slots[0]
+    def leads_here(self) -> bool:
+        """Whether a checkpoint stands from which the task can go on; a damaged one is passed over."""
+        try:
+            meta = load_checkpoint(self.store, self.checkpoint).meta
+        except (UserError, CorruptError):
+            return False
+        # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
+        return meta["counters"]["phase"] == "trunk" or meta["progress"]["rung_flops"] == self.task.rung_flops
 
     def note(self, spent_flops: int) -> None:
         """Keep what the task has spent, at most once a second: a kill loses no more than that from the account."""
@@ -69,6 +58,5 @@ class Journal:
         return {"task_id": self.task.task_id, "rung_flops": self.task.rung_flops, "spent_flops": spent_flops}
 
     def clear(self) -> None:
-        """Drop the in-rung checkpoints; the row is in hand."""
-        for slot in self.slots:
-            self.store.delete_folder(slot)
+        """Drop the in-rung checkpoint; the row is in hand."""
+        self.store.delete_folder(self.checkpoint)

@@ -194,9 +194,8 @@ class _RungRun:
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
-        progress = self.journal.latest()
-        if progress is not None:
-            return resume(self.store, progress, task.config, task.seed, self.data, phase=None)
+        if self.journal.leads_here():
+            return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
         if task.stage1 is not None:
@@ -279,7 +278,7 @@ class _RungRun:
             self.observer(record)
 
     def _save_progress(self) -> None:
-        self.trainer.save(self.store, self.journal.next_slot(), self.journal.in_meta(self._spent_flops()))
+        self.trainer.save(self.store, self.journal.checkpoint, self.journal.in_meta(self._spent_flops()))
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops
