@@ -16,8 +16,7 @@ from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
-from bfm.training.row import code_version
-from bfm.training.rung import load_model, run_rung
+from bfm.training.rung import code_version, load_model, run_rung
 from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
