@@ -25,7 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ _EDGE_WIDTH = 2e-6
 TOKEN_STD = 0.05
 
 
-@dataclass(frozen=True)
-class PackedFields:
+class PackedFields(NamedTuple):
     """The encoded fields of N rows of one side in at most three tensors (None where the side has no such field)."""
 
     ids_NS: Tensor | None
@@ -68,14 +67,11 @@ class PackedFields:
 
     def take(self, index_N: Tensor) -> PackedFields:
         """Some rows."""
-        return PackedFields(*(None if part is None else part[index_N] for part in self._parts()))
+        return PackedFields(*(None if part is None else part[index_N] for part in self))
 
     def to(self, device: torch.device | str) -> PackedFields:
         """On another device."""
-        return PackedFields(*(None if part is None else part.to(device) for part in self._parts()))
-
-    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.ids_NS, self.raw_NX, self.time_NF
+        return PackedFields(*(None if part is None else part.to(device) for part in self))
 
 
 class FieldLayout:

@@ -65,12 +65,13 @@ class Shape:
     @property
     def contextualizer_params(self) -> int:
         """Weights of the contextualizer, its input and output projections and sparse components included."""
-        return self.edge_params + _block_params(self.width, self.depth, self.hidden)
+        return self.edge * self.width + _block_params(self.width, self.depth, self.hidden)
 
     @property
-    def edge_params(self) -> int:
-        """Weights of the contextualizer outside its blocks."""
-        return _edge(self) * self.width
+    def edge(self) -> int:
+        """Weights of the contextualizer outside its blocks, per channel: inputs, output and sparse components."""
+        pointer = 2 * self.pointer_width + 1 if self.pointer_width else 0
+        return 3 * self.d_item + pointer + (2 if self.counted_events else 0)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -119,8 +120,7 @@ def size_model(
     embedder = dataclasses.replace(
         embedder, pointer_width=d_item // 2 if pointer else 0, counted_events=LAST_EVENTS if neighbours else 0
     )
-    edge = _edge(embedder)
-    smallest = _smallest_stack(edge, depth or 1)
+    smallest = _smallest_stack(embedder.edge, depth or 1)
     if params * (1 - embedder_share) < smallest:
         least = math.ceil(smallest / (1 - embedder_share))
         raise InfeasibleError(
@@ -130,7 +130,7 @@ def size_model(
             fix="take a larger N or a smaller d_item",
         )
     budget = max(params - embedder.embedder_params, smallest)
-    width, layers, hidden = _size_stack(budget, edge, aspect, depth)
+    width, layers, hidden = _size_stack(budget, embedder.edge, aspect, depth)
     return dataclasses.replace(embedder, width=width, depth=layers, heads=_choose_heads(width), hidden=hidden)
 
 
@@ -215,12 +215,6 @@ def _choose_heads(width: int) -> int:
         return abs(math.log(head_dim / target)) + odd, head_dim
 
     return width // min((dim for dim in range(2, width + 1, 2) if width % dim == 0), key=cost)
-
-
-def _edge(shape: Shape) -> int:
-    """Weights outside the blocks per channel: item and context inputs, output; what the sparse components have."""
-    pointer = 2 * shape.pointer_width + 1 if shape.pointer_width else 0
-    return 3 * shape.d_item + pointer + (2 if shape.counted_events else 0)
 
 
 def _block_params(width: int, depth: int, hidden: int) -> int:
