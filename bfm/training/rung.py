@@ -92,8 +92,7 @@ class _RungRun:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
         self.data = TrainingData.of(self.shards)
         self.journal = Journal(task, self.store)
-        start = self._start()
-        self.spent_before_flops = self.journal.spent_before(start)
+        self.spent_before_flops = self.journal.spent_before()
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -102,7 +101,7 @@ class _RungRun:
             observer=self._observe,
             micro_groups=task.micro_groups,
             softmax=task.softmax,
-            start=start,
+            start=self._start(),
         )
         self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, self.save_every_s
 
@@ -197,7 +196,7 @@ class _RungRun:
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
-        if self.journal.leads_here():
+        if self.journal.resumable():
             return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
@@ -282,7 +281,9 @@ class _RungRun:
             self.observer(record)
 
     def _save_progress(self) -> None:
-        self.trainer.save(self.store, self.journal.checkpoint, self.journal.in_meta(self._spent_flops()))
+        if self.factory.rank == 0:
+            self.journal.note(self._spent_flops(), at_once=True)
+        self.trainer.save(self.store, self.journal.checkpoint, {"rung_flops": self.task.rung_flops})
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops

@@ -13,7 +13,7 @@ from bfm.events.windows import WindowOrder
 from bfm.model.batch import Group, ModelBatch, make_batch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import embeds_twice
-from bfm.objective.methods import method_of_stage
+from bfm.objective.methods import method_for_live
 from bfm.objective.objective import Objective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.config import TrainConfig
@@ -104,7 +104,7 @@ class StepPlanner:
         """Scores that the backward pass computes again, since they were not kept."""
         scores = 0
         for part, live in ((group.candidates, True), (candidates - group.candidates, False)):
-            method = method_of_stage(self.softmax, stage=1) if live else self.softmax
+            method = method_for_live(self.softmax) if live else self.softmax
             if computes_scores_twice(group.queries, part, live=live, method=method):
                 scores += group.queries * part
         return scores
