@@ -55,7 +55,7 @@ class QueryPlaces:
 
 @dataclass(frozen=True)
 class Group:
-    """Counts of one negative group, those of its tensors with groups before it left out.
+    """Counts of one negative group of a batch, as if it were alone in it.
 
     Python ints: they slice tensors and count FLOPs without waiting for a device.
     """
@@ -74,7 +74,7 @@ class Group:
     query_pairs: int
     """The same pairs of the queries alone."""
     free_slots: int
-    """Slots of its windows that no query has, as if the group were alone in the batch."""
+    """Slots of its windows that no query has."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,6 @@ def make_batch(
     if not groups:
         raise ValueError("a batch needs at least one group")
     indices = range(len(groups)) if group_indices is None else group_indices
-    if len(indices) != len(groups):
-        raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
     counts: list[Group] = []
     parts: list[dict[str, np.ndarray]] = []
     for index, group, more in zip(indices, groups, drawn or [NO_ITEMS] * len(groups), strict=True):

@@ -34,14 +34,7 @@ from bfm.model.blocks import look_up
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import FrozenItems
-from bfm.objective.sampling import (
-    Candidates,
-    Proposal,
-    drawn_inclusion,
-    fixed_candidates,
-    group_rng,
-    mix_inclusion,
-)
+from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng, mix_inclusion
 from bfm.objective.softmax import log_sum
 
 
@@ -113,10 +106,6 @@ class Objective:
         drawn = {group.index: self._frozen_candidates(batch, place) for place, group in enumerate(batch.groups)}
         self._counted |= drawn
         return [group.candidates + len(drawn[group.index]) for group in batch.groups]
-
-    def evaluation_candidates(self, seed: int) -> Candidates:
-        """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
-        return fixed_candidates(self.pi_V, seed)
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> Tensor:
         """Mean over groups of the weighted mean over their targets; a group without targets counts as zero."""
