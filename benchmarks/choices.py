@@ -53,12 +53,13 @@ REVIEWS: dict[str, Any] = {
     "d_item": 64,
     "table_width": 64,
     "dropout": 0.1,
+    "table_weight_decay": 0.5,
     "copy": "none",
 }
 REVIEWS_FLOPS = 8.5e11
 ONE_AT_A_TIME: dict[str, list[Any]] = {
     "dropout": [0.0, 0.3],
-    "table_weight_decay": [0.0, 4.0],
+    "table_weight_decay": [0.0, 1.0, 4.0],
     "weight_decay": [1.0],
     "initial_scale": [10.0, 40.0],
     "group_windows": [8, 16],
@@ -140,7 +141,7 @@ def groups() -> Iterator[Run]:
 def targets() -> Iterator[Run]:
     """Every event predicted from the one before it, or every basket from where the one before it ended, at equal C."""
     choices: dict[str, dict[str, Any]] = {"next_event": {"targets": "next_event"}}
-    choices |= {f"next_basket, power {power:g}": {"basket_power": power} for power in (0.0, 0.5, 1.0)}
+    choices |= {f"next_basket, power {power:g}": {"basket_power": power} for power in (0.0, 0.35, 0.5, 1.0)}
     for name, values in choices.items():
         for seed in range(3):
             yield Run(name, {**HISTORY, "window": 512, **values}, 1e11, seed, queries=2_000)

@@ -33,8 +33,14 @@ from bfm.training.config import TrainConfig
 from bfm.training.single import evaluate_checkpoint, train_single
 
 SEEDS = (0, 1, 2)
-FLOPS = 5e12
-MOVIES: dict[str, Any] = {**REVIEWS, "window": 200, "group_windows": 8, "dropout": 0.2}
+FLOPS = 2.5e12
+MOVIES: dict[str, Any] = {
+    **REVIEWS,
+    "window": 200,
+    "group_windows": 8,
+    "dropout": 0.2,
+    "table_weight_decay": 1.0,
+}
 SCHEMA = """\
 name: {name}
 user: user_id

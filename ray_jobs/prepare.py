@@ -101,13 +101,13 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         ).materialize()
     del cleaned, assigned
     split = prepare.choose_split(job)
-    present = prepare.present_partitions(job)
-    with _watched(job, "measure", len(present), progress, folder="measured"):
-        _over(present, functools.partial(build.measure_partition, job, split))
+    shards = prepare.num_shards(job)
+    with _watched(job, "measure", shards, progress, folder="measured"):
+        _over(shards, functools.partial(build.measure_partition, job, split))
     with _watched(job, "fit", 0, progress):
         checks = build.fit_all(job)
-    with _watched(job, "write", len(present), progress, folder="written"):
-        _over(list(range(len(present))), functools.partial(build.write_partition, job, split, present))
+    with _watched(job, "write", shards, progress, folder="written"):
+        _over(shards, functools.partial(build.write_partition, job, split))
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job, split, checks)
 
@@ -123,15 +123,15 @@ def _sort(job: Job, table: pa.Table) -> pa.Table:
     return pa.table({"done": [index]})
 
 
-def _over(indices: list[int], stage: Callable[[int], None]) -> None:
-    """Run a stage for each partition."""
+def _over(shards: int, stage: Callable[[int], None]) -> None:
+    """Run a stage for each shard in the making."""
 
     def run(batch: dict[str, Any]) -> dict[str, Any]:
-        for index in batch["partition"]:
-            stage(int(index))
-        return {"done": batch["partition"]}
+        for shard in batch["shard"]:
+            stage(int(shard))
+        return {"done": batch["shard"]}
 
-    items = [{"partition": index} for index in indices]
+    items = [{"shard": shard} for shard in range(shards)]
     ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1).materialize()
 
 

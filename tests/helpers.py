@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bfm.events.fields import FittedField
@@ -185,6 +186,31 @@ def _write_shards(directory, log, item, context, num_shards) -> None:
             valid_end=log.valid_end[low:high],
             users=pa.array([f"user-{number}" for number in range(low, high)], pa.string()),
         )
+
+
+@dataclass(frozen=True)
+class History:
+    """One user's events."""
+
+    item: np.ndarray
+    time: np.ndarray
+    context: dict[str, np.ndarray]
+    train_end: int
+    valid_end: int
+
+
+def history_of(shards: Shards, user: int) -> History:
+    """All events of one user."""
+    located = shards.locate(np.arange(shards.user_starts[user], shards.user_starts[user + 1]))
+    context = {field.name: shards.take_context(field.name, located) for field in shards.context_fields}
+    ends = int(shards.train_lengths[user]), int(shards.valid_lengths[user])
+    return History(shards.take_item(located), shards.take_time(located), context, *ends)
+
+
+def user_keys(shards: Shards) -> pa.ChunkedArray:
+    """Original user keys [U] in global order."""
+    paths = sorted(shards.path.glob("shard-*/users.parquet"))
+    return pa.concat_tables([pq.read_table(path) for path in paths])["user"]
 
 
 def published(name: str) -> Path:

@@ -119,10 +119,10 @@ def report(
 @app.command()
 def schema(kind: Annotated[str, typer.Argument(help="log or space.")]) -> None:
     """The JSON schema of a log's schema YAML or of a search space, for editors."""
-    from bfm.events.schema import json_schema as log_schema
-    from bfm.sweep.spec import json_schema as space_schema
+    from bfm.events.schema import EventSchema
+    from bfm.sweep.spec import json_schema
 
-    schemas = {"log": log_schema, "space": space_schema}
+    schemas = {"log": EventSchema.model_json_schema, "space": json_schema}
     if kind not in schemas:
         raise UserError(f"no schema {kind!r}", key="KIND", fix="one of log, space")
     print(json.dumps(schemas[kind](), indent=1))

@@ -49,9 +49,9 @@ _MANY_CONFLICTS = 0.05
 # ---------------------------------------------------------------- statistics
 
 
-def measure_partition(job: Job, split: Split, index: int) -> None:
-    """Write partial statistics over the training range, one file per item field and context field."""
-    table = read_arrow(job.file("sorted", index, "arrow"))
+def measure_partition(job: Job, split: Split, shard: int) -> None:
+    """Write partial statistics of a shard in the making over the training range, one file per field."""
+    table = read_arrow(job.files("sorted", "arrow")[shard])
     time = table[clean.TIME].to_numpy()
     offsets = user_offsets(table)
     train_end, _ = split.ends(time, offsets)
@@ -59,15 +59,15 @@ def measure_partition(job: Job, split: Split, index: int) -> None:
     item = _column(table, clean.ITEM)
     columns = {"item": item, "train_count": train.astype(np.int64), "first_time": time, "first_hash": table[ROW_HASH]}
     events = pa.table(columns)
-    write_arrow(job.file("items", index, "arrow"), count_items(events))
+    write_arrow(job.file("items", shard, "arrow"), count_items(events))
     for name in job.event_item_fields:
         values = events.append_column("value", _column(table, clean.item_column(name)))
-        write_arrow(job.file(f"values-{name}", index, "arrow"), count_values(values))
+        write_arrow(job.file(f"values-{name}", shard, "arrow"), count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = _column(table, clean.context_column(name))
         statistics = fitting.measure(values, spec.kind, train.astype(np.int64))
-        job.save(f"context-{name}", index, statistics)
-    job.save("measured", index, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
+        job.save(f"context-{name}", shard, statistics)
+    job.save("measured", shard, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -135,7 +135,7 @@ def fit_all(job: Job) -> dict[str, Any]:
 
 
 def _partials(job: Job, stage: str) -> list[pa.Table]:
-    return [read_arrow(path) for path in sorted((job.folder / "work" / stage).glob("*.arrow"))]
+    return [read_arrow(path) for path in job.files(stage, "arrow")]
 
 
 def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, Any]]:
@@ -149,16 +149,13 @@ def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, 
     checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "item_conflicts": {}}
     texts = {}
     for name in job.event_item_fields:
-        values = choose_values(_partials(job, f"values-{name}"), items)
-        texts[name] = values.texts
-        checks["item_conflicts"][name] = values.conflicts / train_events
+        texts[name], conflicts = choose_values(_partials(job, f"values-{name}"), items)
+        checks["item_conflicts"][name] = conflicts / train_events
     if job.item_table is not None:
         raw = source.read_table(job.item_table, job.table_columns)
-        joined = join_item_table(job.schema, raw, job.table_item_fields, items)
-        texts.update(joined.texts)
-        repairs.update(joined.repairs)
-        checks["items_without_row"] = joined.items_without_row
-        checks["item_rows_with_a_used_key"] = joined.rows_with_a_used_key
+        joined, misfits = join_item_table(job.schema, raw, job.table_item_fields, items, repairs)
+        texts |= joined
+        checks |= misfits
     many = [name for name, share in checks["item_conflicts"].items() if share > _MANY_CONFLICTS]
     if many:
         shown = ", ".join(f"{name} in {checks['item_conflicts'][name]:.1%} of training events" for name in many)
@@ -183,9 +180,9 @@ def _items(job_folder: Path) -> Items:
     return Items(keys, counts.to_numpy(), first.to_numpy())
 
 
-def write_partition(job: Job, split: Split, present: list[int], shard: int) -> None:
-    """Encode a sorted partition, the one at `shard` among those that are present, and write it as a shard."""
-    table = read_arrow(job.file("sorted", present[shard], "arrow"))
+def write_partition(job: Job, split: Split, shard: int) -> None:
+    """Encode the sorted partition that becomes this shard, and write it."""
+    table = read_arrow(job.files("sorted", "arrow")[shard])
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     encoded = {
         fitted.field.name: fitting.encode(_column(table, clean.context_column(fitted.field.name)), fitted)
@@ -250,9 +247,9 @@ def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, An
     found = [*job.load("item-losses"), *job.load("written")]
     for field in fields:
         loss = sum((losses[field.name] for losses in found if field.name in losses), Loss())
-        if loss.missing:
-            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss.missing
-        if loss.cut:
+        if loss["missing"]:
+            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss["missing"]
+        if loss["cut"]:
             specs, of = (
                 (job.schema.item_fields, "items") if field.side == "item" else (job.schema.context_fields, "events")
             )
@@ -262,6 +259,6 @@ def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, An
                 "unit": "words" if field.kind == "text" else "elements",
                 "kept": field.columns,
                 "by_max_length": field.columns == limit,
-                **{name: getattr(loss, name) for name in ("values", "cut", "lost")},
+                **{name: loss[name] for name in ("values", "cut", "lost")},
             }
     return {**checks, "repairs": dict(sorted(repairs.items())), "cuts": cuts}

@@ -64,7 +64,7 @@ def context_column(name: str) -> str:
     return f"c.{name}"
 
 
-def cleaned_schema(schema: EventSchema, event_item_fields: list[str]) -> pa.Schema:
+def cleaned_schema(schema: EventSchema, event_item_fields: Sequence[str]) -> pa.Schema:
     """Columns of a cleaned table; `event_item_fields` are the item fields that stand in the log itself."""
     fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
     fields += [(item_column(name), _TEXT) for name in event_item_fields]
@@ -72,7 +72,7 @@ def cleaned_schema(schema: EventSchema, event_item_fields: list[str]) -> pa.Sche
     return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
 
 
-def log_columns(schema: EventSchema, event_item_fields: list[str]) -> list[str]:
+def log_columns(schema: EventSchema, event_item_fields: Sequence[str]) -> list[str]:
     """Columns that are read from the log, each once."""
     order = schema.time.column if schema.time else schema.position
     columns = [schema.user, order, *(part.column for part in schema.item)]
@@ -81,18 +81,18 @@ def log_columns(schema: EventSchema, event_item_fields: list[str]) -> list[str]:
     return list(dict.fromkeys(column for column in columns if column is not None))
 
 
-def read_cleaned(
-    piece: Piece, columns: list[str], schema: EventSchema, event_item_fields: list[str]
-) -> Iterator[Cleaned]:
+def read_cleaned(piece: Piece, schema: EventSchema, event_item_fields: Sequence[str]) -> Iterator[Cleaned]:
     """The rows of a piece of the log in tables of bounded size. Raises UserError where the file cannot be read."""
-    for chunk in read_piece(piece, columns):
+    for chunk in read_piece(piece, log_columns(schema, event_item_fields)):
         if chunk.unreadable:
             yield _unreadable(chunk, schema, event_item_fields)
         if chunk.table.num_rows:
             yield clean_table(chunk.table, schema, event_item_fields, chunk.names)
 
 
-def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str], names: Sequence[str] = ()) -> Cleaned:
+def clean_table(
+    raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str], names: Sequence[str] = ()
+) -> Cleaned:
     """Clean one table that has the `log_columns` (a column that the file lacks may be left out: all missing).
 
     Args:
@@ -117,7 +117,7 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: list[str]
     return Cleaned(table, repairs, raw, names or raw.column_names)
 
 
-def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: list[str]) -> Cleaned:
+def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
     target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
     content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
     table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)

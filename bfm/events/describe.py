@@ -7,10 +7,10 @@ the manifest's `checks`; all others are computed here from the shards, in chunks
 from __future__ import annotations
 
 import datetime
-import itertools
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.ragged import chunks
@@ -34,7 +34,7 @@ def describe(shards: Shards) -> dict[str, Any]:
         **_repeats_and_ties(shards),
         "split": _split(shards),
         "protocol": _protocol(shards),
-        "fields": [field.as_dict() for field in shards.fields],
+        "fields": [field.as_dict() for field in manifest.fields],
         "hash": shards.hash,
     }
 
@@ -63,14 +63,14 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, TieCounts()
-    for low, high in itertools.pairwise(chunks(shards.user_lengths, _CHUNK_EVENTS)):
+    for low, high in chunks(shards.user_lengths, _CHUNK_EVENTS):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)
         user = np.repeat(np.arange(low, high), np.diff(starts))
         first_times += len(np.unique(user * np.int64(shards.num_items) + item))
-        ties += tie_monotonicity(user, shards.take_time(located), {"item": item})
-    return {"repeat_share": 1 - first_times / shards.num_events, "ties_stored": ties.as_dict()}
+        ties += tie_monotonicity(user, shards.take_time(located), {"item": pa.array(item)})
+    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": ties.as_dict()}
 
 
 def _split(shards: Shards) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Encoding:
         manifest = shards.manifest
         if not manifest.schema:
             raise UserError("does not hold its schema", file=str(shards.path), fix="prepare it with `bfm data prepare`")
-        schema = _in_order(manifest.schema, shards.fields)
+        schema = _in_order(manifest.schema, manifest.fields)
         names = [f"{_KEY}{part['column']}" for part in schema["item"]]
         keys = shards.items_table(names).cast(pa.schema([(name, pa.large_string()) for name in names]))
         # The check of conflicting values is made for exactly the fields that stand in the log.
@@ -60,11 +60,11 @@ class Encoding:
             schema,
             manifest.seed,
             event_fields,
-            shards.fields,
+            manifest.fields,
             shards.num_catalogue,
             keys.rename_columns([name.removeprefix(_KEY) for name in names]),
             shards.item_arrays,
-            read_vocabularies(shards.path, shards.fields),
+            read_vocabularies(shards.path, manifest.fields),
         )
 
     @property

@@ -42,7 +42,7 @@ class FittedField:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**dataclasses.asdict(self), "edges": list(self.edges)}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FittedField:

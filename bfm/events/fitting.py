@@ -13,7 +13,8 @@ hashed instead: two hashes into one table of 65,536 rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import astuple, dataclass
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from bfm.errors import UserError
 from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_strings
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
+from bfm.events.items import summed
 from bfm.events.parse import encoded, plain, to_mask
 from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH
@@ -65,21 +67,10 @@ class Fitted:
     """Large strings; entry i has the id i + 2. None for kinds without ids or with hashed ids."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What an encoded column leaves out."""
-
-    missing: int = 0
-    """Known values that had to become missing; `LOST` says why."""
-    values: int = 0
-    """text, list: values with at least one word or element."""
-    cut: int = 0
-    """Of these, values that lost some."""
-    lost: int = 0
-    """Words or elements lost."""
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+Loss = Counter[str]
+"""What an encoded column leaves out. `missing`: known values that had to become missing; `LOST` says why. Of text and
+lists, `values` with at least one word or element, how many of these are `cut`, and how many words or elements `lost`.
+"""
 
 
 def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
@@ -112,7 +103,7 @@ def merge(parts: list[Statistics]) -> Statistics:
     histograms = [part.histogram for part in parts if part.histogram is not None]
     return Statistics(
         known=sum(part.known for part in parts),
-        counts=_summed(pa.concat_tables(counts)) if len(counts) == len(parts) else None,
+        counts=summed(pa.concat_tables(counts), ["value"], {"count": "sum"}) if len(counts) == len(parts) else None,
         longest=max(part.longest for part in parts),
         histogram=functools.reduce(Histogram.merged, histograms) if histograms else None,
         total=float(sum(part.total for part in parts)),
@@ -185,12 +176,7 @@ def encode(values: pa.Array, fitted: Fitted) -> tuple[np.ndarray, Loss]:
 
 def _count(values: pa.Array, weights: np.ndarray) -> pa.Table:
     """value, count: the summed weights of each value."""
-    return _summed(pa.table({"value": values, "count": weights}))
-
-
-def _summed(counts: pa.Table) -> pa.Table:
-    summed = counts.group_by("value", use_threads=False).aggregate([("count", "sum")])
-    return pa.table({"value": plain(summed["value"]), "count": summed["count_sum"]})
+    return summed(pa.table({"value": values, "count": weights}), ["value"], {"count": "sum"})
 
 
 def _most_frequent(counts: pa.Table, limit: int) -> pa.Table:
@@ -209,12 +195,9 @@ def _words(texts: pa.Array) -> pa.Array:
     return pc.split_pattern(spaced, " ").cast(pa.large_list(_TEXT))
 
 
-def _squash(values: np.ndarray) -> np.ndarray:
-    return np.sign(values) * np.log1p(np.abs(values))
-
-
 def _measure_numbers(values: np.ndarray, weights: np.ndarray, known: int) -> Statistics:
-    squashed = _squash(values.astype(np.float64))
+    values = values.astype(np.float64)
+    squashed = np.sign(values) * np.log1p(np.abs(values))
     histogram = Histogram.of(ordered_bits(squashed), weights)
     total, squares = ((weights * squashed**power).sum() for power in (1, 2))
     return Statistics(known, histogram=histogram, total=float(total), squares=float(squares))

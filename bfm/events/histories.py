@@ -82,8 +82,8 @@ class Histories:
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
         self._scratch = scratch
-        self._new = _NewItems(encoding, self.schema)
-        columns = clean.log_columns(self.schema, list(encoding.event_item_fields))
+        self.new = NewItems(encoding, self.schema)
+        columns = clean.log_columns(self.schema, encoding.event_item_fields)
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
         tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
         # The whole log is read before the first one comes.
@@ -94,19 +94,9 @@ class Histories:
             fix = "check that the log has the columns and formats of the training log"
             raise UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
-    @property
-    def new_items(self) -> int:
-        """Items that the encoding does not know."""
-        return len(self._new.ids)
-
-    @property
-    def new_item_events(self) -> int:
-        """Events of such items."""
-        return self._new.events
-
     def new_item_arrays(self) -> dict[str, np.ndarray]:
         """Encoded item fields of the new items, in the order of their ids."""
-        return self._new.encode(self._encode)
+        return self.new.encode(self._encode)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
@@ -120,7 +110,7 @@ class Histories:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
         for done, piece in enumerate(pieces):
-            for cleaned in clean.read_cleaned(piece, columns, self.schema, list(self.encoding.event_item_fields)):
+            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.event_item_fields):
                 self.rows += cleaned.table.num_rows
                 present.update(cleaned.columns)
                 self.repairs += cleaned.repairs
@@ -132,7 +122,7 @@ class Histories:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
         self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
         good, columns, row_hash = clean.usable(cleaned, self.encoding.seed)
-        item = self._new.number(good, columns[clean.ITEM], row_hash)
+        item = self.new.number(good, columns[clean.ITEM], row_hash)
         kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
         events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
         idle = plain(cleaned.filter(cleaned[clean.FAULT].is_valid())[clean.USER]).drop_null().unique()
@@ -171,10 +161,10 @@ class Histories:
 
     def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
         array, loss = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-        if loss.missing:
-            self.repairs[field.name, fitting.LOST[field.kind]] += loss.missing
-        if loss.cut:
-            self.cuts[field.name] += loss.cut
+        if loss["missing"]:
+            self.repairs[field.name, fitting.LOST[field.kind]] += loss["missing"]
+        if loss["cut"]:
+            self.cuts[field.name] += loss["cut"]
         return array
 
     def _manifest(self, users: int, events: int) -> Manifest:
@@ -184,7 +174,7 @@ class Histories:
             seed=encoding.seed,
             users=users,
             events=events,
-            items=encoding.num_items + self.new_items,
+            items=encoding.num_items + len(self.new.ids),
             catalogue=encoding.catalogue,
             shards=1,
             has_clock=self.schema.has_clock,
@@ -192,13 +182,15 @@ class Histories:
         )
 
 
-class _NewItems:
+class NewItems:
     """Ids of items, and the first known field values of those that the encoding does not know."""
 
     def __init__(self, encoding: Encoding, schema: EventSchema) -> None:
         self.encoding, self.schema = encoding, schema
         self.ids: dict[str, int] = {}
+        """Key -> id of each new item."""
         self.events = 0
+        """Events of new items."""
         self._known = clean.join_key([plain(column) for column in encoding.item_keys.columns])
         self._values: dict[str, pa.Table] = {}
         """Field -> what `count_values` finds in the events of new items."""
@@ -229,7 +221,7 @@ class _NewItems:
         for name, spec in self.schema.item_fields.items():
             texts = pa.nulls(len(keys), _TEXT)
             if name in self._values:
-                texts = choose_values([self._values[name]], Items(keys, none, none)).texts
+                texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
         return {f.name: encode(f, values[f.name]) for f in self.encoding.fields if f.side == "item"}
 
@@ -252,7 +244,7 @@ def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, leve
         options = {"format": "ipc", "partitioning": ["bucket"], "use_threads": False}
         write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
         used = np.flatnonzero(num_rows)
-        for low, high in itertools.pairwise(chunks(num_rows[used], part_rows)):
+        for low, high in chunks(num_rows[used], part_rows):
             part = dataset([dataset(f"{folder}/{name}", format="ipc") for name in used[low:high]])
             if num_rows[used[low:high]].sum() > part_rows and len(used) > 1:
                 rows = (pa.Table.from_batches([batch]) for batch in part.to_batches())

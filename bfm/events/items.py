@@ -48,32 +48,23 @@ class Items:
         return found.to_numpy(zero_copy_only=False)
 
 
-@dataclass(frozen=True)
-class Values:
-    """One field's chosen values in id order."""
-
-    texts: pa.Array
-    """Large strings [I], null where nothing is known; see clean.to_text."""
-    conflicts: int
-    """Training events whose known value is not the chosen one."""
-
-
 def count_items(events: pa.Table) -> pa.Table:
     """A row per item of events (item, train_count: 1 or 0, first_time: their time), or of such rows of partitions."""
-    return _summed(events, ["item"], {"train_count": "sum", "first_time": "min"})
+    return summed(events, ["item"], {"train_count": "sum", "first_time": "min"})
 
 
 def count_values(events: pa.Table) -> pa.Table:
     """A row per item and known value of events; first_hash is the hash of the row that breaks ties in time."""
     by_time = [("first_time", "ascending"), ("first_hash", "ascending")]
     known = events.filter(events["value"].is_valid()).sort_by(by_time)
-    return _summed(known, ["item", "value"], {"train_count": "sum", "first_time": "first", "first_hash": "first"})
+    return summed(known, ["item", "value"], {"train_count": "sum", "first_time": "first", "first_hash": "first"})
 
 
-def _summed(events: pa.Table, keys: list[str], aggregates: dict[str, str]) -> pa.Table:
-    summed = events.group_by(keys, use_threads=False).aggregate(list(aggregates.items()))
-    numbers = {name: summed[f"{name}_{how}"] for name, how in aggregates.items()}
-    return pa.table({key: plain(summed[key]) for key in keys} | numbers)
+def summed(events: pa.Table, keys: list[str], aggregates: dict[str, str]) -> pa.Table:
+    """A row per combination of keys, in the order of the first ones; aggregates: column -> how it is combined."""
+    groups = events.group_by(keys, use_threads=False).aggregate(list(aggregates.items()))
+    numbers = {name: groups[f"{name}_{how}"] for name, how in aggregates.items()}
+    return pa.table({key: plain(groups[key]) for key in keys} | numbers)
 
 
 def merge_items(partials: list[pa.Table]) -> Items:
@@ -85,8 +76,13 @@ def merge_items(partials: list[pa.Table]) -> Items:
     return Items(plain(items["item"]), items["train_count"].to_numpy(), items["first_time"].to_numpy())
 
 
-def choose_values(partials: list[pa.Table], items: Items) -> Values:
-    """One field's values from what `count_values` found in all partitions."""
+def choose_values(partials: list[pa.Table], items: Items) -> tuple[pa.Array, int]:
+    """One field's values from what `count_values` found in all partitions.
+
+    Returns:
+        large strings [I] in id order, null where nothing is known (see clean.to_text), and the number of training
+        events whose known value is not the chosen one.
+    """
     table = count_values(pa.concat_tables(partials))
     item, count = items.ids(plain(table["item"])), table["train_count"].to_numpy()
     first = {name: np.where(count > 0, 0, table[name].to_numpy()) for name in ("first_time", "first_hash")}
@@ -100,33 +96,26 @@ def choose_values(partials: list[pa.Table], items: Items) -> Values:
     where = np.full(len(items.keys), -1)
     where[item[best]] = best
     chosen = plain(found["value"]).take(pa.array(where, mask=where < 0))
-    return Values(chosen, int(count.sum() - count[best].sum()))
+    return chosen, int(count.sum() - count[best].sum())
 
 
-@dataclass(frozen=True)
-class Joined:
-    """The item table's values for the items of the log."""
+def join_item_table(
+    schema: EventSchema, raw: pa.Table, names: list[str], items: Items, repairs: Counter[tuple[str, str]]
+) -> tuple[dict[str, pa.Array], dict[str, int]]:
+    """Values of the fields that an item table holds; of rows with one key, the first counts.
 
-    texts: dict[str, pa.Array]
-    """Field -> large strings [I]."""
-    items_without_row: int
-    rows_with_a_used_key: int
-    """Rows of the table whose key an earlier row has: not used."""
-    repairs: Counter[tuple[str, str]]
-
-
-def join_item_table(schema: EventSchema, raw: pa.Table, names: list[str], items: Items) -> Joined:
-    """Values of the fields that an item table holds; of rows with one key, the first counts."""
+    Returns:
+        field -> large strings [I], and what did not fit together, for the manifest's checks.
+    """
     assert schema.items is not None
     keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], [])
     found = pc.index_in(items.keys, value_set=keys)
-    repairs: Counter[tuple[str, str]] = Counter()
     texts = {}
     for name in names:
         spec = schema.item_fields[name]
         texts[name] = to_text(field_values(plain(raw[spec.column]), spec, name, repairs)).take(found)
     used_twice = len(keys) - keys.null_count - pc.count_distinct(keys, mode="only_valid").as_py()
-    return Joined(texts, found.null_count, used_twice, repairs)
+    return texts, {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
 
 
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:

@@ -63,8 +63,7 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        return {**values, "fields": [f.as_dict() for f in self.fields], "time_range": list(self.time_range)}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:

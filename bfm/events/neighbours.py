@@ -17,7 +17,6 @@ M = last events before each, J = events around it.
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -35,7 +34,6 @@ LAST_EVENTS = 20
 NEIGHBOURS = 100
 MOST_EVENTS = 5_000_000
 _PASS_PAIRS = 1 << 23
-_CHUNK_EVENTS = 1 << 20
 _ROUNDING = 1e-6
 _AWAY_J = np.arange(1, REACH + 1)
 
@@ -90,8 +88,7 @@ class Neighbours:
     def total_V(self) -> NDArray[np.float64]:
         """Sum of w_uv over the neighbours of every item; 0 where it has none."""
         running = np.concatenate([[0.0], np.cumsum(self.weight_P, dtype=np.float64)])
-        total_V = running[self.lists.offsets[1:]] - running[self.lists.offsets[:-1]]
-        return np.where(np.diff(self.lists.offsets) > 0, total_V, 0.0)
+        return running[self.lists.offsets[1:]] - running[self.lists.offsets[:-1]]
 
     @cached_property
     def edge_V(self) -> NDArray[np.float32]:
@@ -99,14 +96,13 @@ class Neighbours:
         edge_V = np.zeros(len(self.lists), np.float32)
         full = np.flatnonzero(np.diff(self.lists.offsets) >= NEIGHBOURS)
         place = self.lists.offsets[full][:, None] + np.arange(NEIGHBOURS)
-        edge_V[full] = self.weight_P[place].min(1, initial=np.inf)
+        edge_V[full] = self.weight_P[place].min(1)
         return edge_V
 
     def known(self, item: NDArray[np.integer]) -> NDArray[np.int64]:
         """The same items of any shape, -1 in the place of those that have no neighbours."""
         inside = (item >= 0) & (item < len(self.lists))
-        has = inside & (self.total_V[np.where(inside, item, 0)] > 0) if len(self.lists) else inside
-        return np.where(has, item, -1)
+        return np.where(inside & (self.total_V[np.where(inside, item, 0)] > 0), item, -1)
 
     def find(self, item_N: NDArray[np.integer], other_N: NDArray[np.integer]) -> NDArray[np.int64]:
         """Places of pairs in the table, -1 where `other` is no neighbour; -1 as an item has none. Shapes broadcast."""
@@ -126,8 +122,7 @@ class Neighbours:
     def shares(self, item_N: NDArray[np.integer], other_N: NDArray[np.integer]) -> NDArray[np.float32]:
         """p(other | item), 0 where it is no neighbour; shapes broadcast."""
         place_N = self.find(item_N, other_N)
-        weight_N = np.where(place_N >= 0, self._at(self.weight_P, place_N), 0.0)
-        return (weight_N / np.where(place_N >= 0, self.total_V[item_N], 1.0)).astype(np.float32)
+        return (self._at(self.weight_P, place_N) / np.where(place_N >= 0, self.total_V[item_N], 1.0)).astype(np.float32)
 
     def spread(self, item_N: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Places of all neighbours of some items, and the index into `item_N` of each place."""
@@ -157,14 +152,14 @@ class Neighbours:
         lost_TM += own_TM * ((around_TJ == target_T1) @ out_J)[:, None]
 
         place_TM = self.find(last_TM, target_T1)
-        count_TM = np.where(place_TM >= 0, self._at(self.count_P, place_TM), 0.0) - lost_TM
+        count_TM = self._at(self.count_P, place_TM) - lost_TM
         # Every pair counts at least into_J.min(): less is rounding, or no neighbour.
         count_TM[count_TM < into_J.min() / 2] = 0.0
         weight_TM = count_TM / self.damp(np.maximum(self.train_counts[target_T1] - counted_T[:, None], 1))
         weight_TM[(lost_TM > 0) & (weight_TM <= self.edge_V[last_TM])] = 0.0
 
         whole_TM = np.where(last_TM >= 0, self.total_V[last_TM], 0.0)
-        total_TM = whole_TM + weight_TM - np.where(place_TM >= 0, self._at(self.weight_P, place_TM), 0.0)
+        total_TM = whole_TM + weight_TM - self._at(self.weight_P, place_TM)
         total_TM -= own_TM * self._given(target_T, around_TJ, out_J, own_TM.any(1))[:, None]
         known_TM = total_TM > _ROUNDING * whole_TM
         share_TM = weight_TM / np.where(known_TM, total_TM, np.inf)
@@ -190,8 +185,10 @@ class Neighbours:
 
     @staticmethod
     def _at(values_P: NDArray[np.float32], place_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Values at places; anything where the place is -1."""
-        return values_P[place_N] if len(values_P) else np.zeros(place_N.shape, np.float32)
+        """Values at places, 0 where the place is -1."""
+        values_N = np.zeros(place_N.shape, np.float32)
+        values_N[place_N >= 0] = values_P[place_N[place_N >= 0]]
+        return values_N
 
     # ---------------------------------------------------------------- as bytes
 
@@ -230,7 +227,7 @@ def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neig
     num_items, counts_V = shards.num_catalogue, shards.train_counts
     runs: list[list[_Run]] = [[] for _ in countings]
     # No item has more pairs than this; a pass takes a run of items that fits.
-    for low, high in itertools.pairwise(chunks(2 * REACH * counts_V, _PASS_PAIRS)):
+    for low, high in chunks(2 * REACH * counts_V, _PASS_PAIRS):
         key_P, times_P = np.unique(np.concatenate(list(_pairs(shards, low, high))), return_counts=True)
         for of_counting, counting in zip(runs, countings, strict=True):
             first_P, second_P, count_P = _totals(key_P, times_P, num_items, counting)
@@ -252,7 +249,7 @@ def _totals(
     counted_P = counting.near_J[kind_P] * times_P
     starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
     first, second = np.divmod(pair_P[starts], num_items)
-    return first, second, np.add.reduceat(counted_P, starts) if len(starts) else counted_P
+    return first, second, np.add.reduceat(counted_P, starts)
 
 
 _Run = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
@@ -285,7 +282,7 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     Each pair of events comes both ways round.
     """
     yield np.zeros(0, np.int64)
-    for user_E, _, located in training_events(shards, counted_users(shards), _CHUNK_EVENTS):
+    for user_E, _, located in training_events(shards, counted_users(shards)):
         item_E = shards.take_item(located).astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]

@@ -48,8 +48,6 @@ class Job:
     schema: EventSchema
     seed: int
     folder: Path
-    columns: list[str]
-    """Columns read from the log."""
     event_item_fields: list[str]
     """Item fields that stand in the log itself."""
     table_item_fields: list[str]
@@ -73,13 +71,17 @@ class Job:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def files(self, stage: str, ending: str) -> list[Path]:
+        """The intermediate files of a stage, in the order of their indices."""
+        return sorted((self.folder / "work" / stage).glob(f"*.{ending}"))
+
     def save(self, stage: str, index: int, value: Any) -> None:
         """Keep what a task of a stage found."""
         self.file(stage, index, "pickle").write_bytes(pickle.dumps(value))
 
     def load(self, stage: str) -> Iterator[Any]:
         """What the tasks of a stage found, in the order of their indices."""
-        for path in sorted((self.folder / "work" / stage).glob("*.pickle")):
+        for path in self.files(stage, "pickle"):
             yield pickle.loads(path.read_bytes())
 
 
@@ -99,7 +101,6 @@ class PieceFacts:
 class PartitionFacts:
     """What a sorted partition holds."""
 
-    index: int
     users: int
     events: int
     time_range: tuple[int, int]
@@ -123,19 +124,17 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     file = schema_path(schema)
     checked = load_schema(schema)
     paths = source.find_logs(checked, logs)
-    item_table, in_table = None, set[str]()
+    item_table, present = None, list[str]()
     if checked.items is not None:
         item_table = source.find_item_table(checked, file, paths)
         present = source.table_columns(item_table)
         source.require_columns(checked.items.key, present, item_table)
-        in_table = {name for name, spec in checked.item_fields.items() if spec.column in present}
-    from_events = [name for name in checked.item_fields if name not in in_table]
-    columns = clean.log_columns(checked, from_events)
-    pieces = source.make_pieces(paths, columns)
+    from_table = [name for name, spec in checked.item_fields.items() if spec.column in present]
+    from_events = [name for name in checked.item_fields if name not in from_table]
+    pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
     (folder / "set").mkdir(parents=True)
-    from_table = [name for name in checked.item_fields if name in in_table]
     seed = checked.seed if seed is None else seed
-    return Job(checked, seed, folder, columns, from_events, from_table, item_table), pieces
+    return Job(checked, seed, folder, from_events, from_table, item_table), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -146,7 +145,7 @@ def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
     rows, seen = 0, set[str]()
     repairs: Counter[tuple[str, str]] = Counter()
     ties = TieCounts()
-    for cleaned in clean.read_cleaned(piece, job.columns, job.schema, job.event_item_fields):
+    for cleaned in clean.read_cleaned(piece, job.schema, job.event_item_fields):
         rows += cleaned.table.num_rows
         seen.update(cleaned.columns)
         repairs += cleaned.repairs
@@ -178,7 +177,8 @@ def rows_read(job: Job) -> int:
     """Rows of the whole log, once all pieces are read. Raises UserError for an empty log or an absent column."""
     pieces: list[PieceFacts] = list(job.load("read"))
     total = sum(piece.rows for piece in pieces)
-    source.check_read(total, job.columns, set[str]().union(*(piece.columns for piece in pieces)))
+    columns = clean.log_columns(job.schema, job.event_item_fields)
+    source.check_read(total, columns, set[str]().union(*(piece.columns for piece in pieces)))
     return total
 
 
@@ -221,7 +221,7 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     time = time[order]
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
-    job.save("sorted", index, PartitionFacts(index, len(users), len(order), time_range, reasons))
+    job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
@@ -256,9 +256,9 @@ def choose_split(job: Job) -> Split:
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
 
 
-def present_partitions(job: Job) -> list[int]:
-    """Indices of the partitions that some row fell into."""
-    return [partition.index for partition in job.load("sorted")]
+def num_shards(job: Job) -> int:
+    """Partitions that some row fell into: each becomes a shard, in their order."""
+    return len(job.files("sorted", "arrow"))
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:

@@ -12,7 +12,6 @@ Order of a table: headline queries first, then basket queries; inside each, roun
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +29,6 @@ from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"
 PARTS = ("validation", "test")
-DEFAULT_QUERIES = 10_000
 BASKET_DIVISOR = 4
 TARGET_RULE = "distinct items of all events of the next timestamp, inside the part"
 _CHUNK_EVENTS = 1 << 20
@@ -113,9 +111,7 @@ def _table(columns: np.ndarray, filter_seen: bool) -> QueryTable:
 # ---------------------------------------------------------------- building
 
 
-def build_protocol(
-    shards: Shards, *, queries: int | None = DEFAULT_QUERIES, filter_seen: bool | None = None, seed: int
-) -> Protocol:
+def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | None, seed: int) -> Protocol:
     """Choose the queries of both parts and write protocol.json and its tables into the shard set (before `finish`).
 
     Args:
@@ -183,7 +179,7 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
     first_U, count_U = _part_bounds(shards, part)
     limit = int(count_U.sum()) if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
-    for low, high in itertools.pairwise(chunks(count_U, _CHUNK_EVENTS)):
+    for low, high in chunks(count_U, _CHUNK_EVENTS):
         found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
         num_found += found.shape[1]
         kept.append(_ranked(found, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,10 +55,10 @@ def place_among_equal(values: np.ndarray, order: np.ndarray) -> np.ndarray:
     return place
 
 
-def chunks(count_N: np.ndarray, target: int) -> list[int]:
-    """Boundaries of runs of neighbours whose counts [N] sum to at most `target`, or that are one of more."""
-    total_N, bounds = np.cumsum(count_N), [0]
-    while bounds[-1] < len(total_N):
-        before = total_N[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(max(bounds[-1] + 1, int(np.searchsorted(total_N, before + target, side="right"))))
-    return bounds
+def chunks(count_N: np.ndarray, target: int) -> Iterator[tuple[int, int]]:
+    """Low and high of runs of neighbours whose counts [N] sum to at most `target`, or that are one of more."""
+    total_N, low, before = np.cumsum(count_N), 0, 0
+    while low < len(total_N):
+        high = max(low + 1, int(np.searchsorted(total_N, before + target, side="right")))
+        yield low, high
+        low, before = high, total_N[high - 1]

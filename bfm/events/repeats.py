@@ -18,7 +18,6 @@ from bfm.events.shards import Located, Shards, training_events
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
-_CHUNK_EVENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Repeats:
 
 
 def training_repeats(shards: Shards) -> Repeats:
-    """Count over all users, in chunks of about a million training events."""
+    """Count over all users."""
     found = np.zeros(2, np.int64)
-    for user_E, inside_E, located in training_events(shards, shards.num_users, _CHUNK_EVENTS):
+    for user_E, inside_E, located in training_events(shards, shards.num_users):
         found += _count(shards, user_E, inside_E, located)
     return Repeats(*found.tolist())
 

@@ -258,11 +258,6 @@ def load_schema(schema: str) -> EventSchema:
     return validate(EventSchema, load_yaml(path), file=str(path))
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a schema YAML, for editors."""
-    return EventSchema.model_json_schema()
-
-
 def _check_name(name: str, side: str) -> None:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
         fix = "use letters, digits and underscores, and `column:` for the column's own name"

@@ -18,9 +18,7 @@ already (for the protocol and the checks), then `finish(path, manifest)` hashes 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
 from bfm.events.ragged import chunks, runs
 from bfm.files import Store
 from bfm.sealed import check_files, list_files
+
+_CHUNK_EVENTS = 1 << 20
 
 # ---------------------------------------------------------------- writers
 
@@ -111,24 +111,9 @@ def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
 # ---------------------------------------------------------------- reader
 
 
-@dataclass(frozen=True)
-class History:
-    """One user's events."""
-
-    item: np.ndarray
-    time: np.ndarray
-    context: dict[str, np.ndarray]
-    train_end: int
-    valid_end: int
-
-
-@dataclass(frozen=True)
-class Located:
-    """Global event indices split by shard once, so that several columns can be taken."""
-
-    count: int
-    pieces: tuple[tuple[int, np.ndarray | slice, np.ndarray], ...]
-    """(shard, where in the output, row in the shard)."""
+Located = list[tuple[int, np.ndarray | slice, np.ndarray]]
+"""Global event indices split by shard once, so that several columns can be taken: (shard, where in the output, row in
+the shard)."""
 
 
 class Shards:
@@ -182,19 +167,9 @@ class Shards:
         return self.manifest.hash
 
     @property
-    def seed(self) -> int:
-        """Seed of the preparation."""
-        return self.manifest.seed
-
-    @property
     def num_users(self) -> int:
         """Users over all shards."""
         return self.manifest.users
-
-    @property
-    def num_events(self) -> int:
-        """Events over all shards."""
-        return self.manifest.events
 
     @property
     def num_items(self) -> int:
@@ -205,16 +180,6 @@ class Shards:
     def num_catalogue(self) -> int:
         """Items known in training (V)."""
         return self.manifest.catalogue
-
-    @property
-    def has_clock(self) -> bool:
-        """Whether times are milliseconds since the epoch (else positions)."""
-        return self.manifest.has_clock
-
-    @property
-    def fields(self) -> tuple[FittedField, ...]:
-        """All fitted fields."""
-        return self.manifest.fields
 
     @cached_property
     def item_fields(self) -> tuple[FittedField, ...]:
@@ -250,28 +215,16 @@ class Shards:
         """items.parquet (keys, counts and raw values); row = item id."""
         return pq.read_table(self.path / "items.parquet", columns=list(columns) if columns else None)
 
-    def user_keys(self) -> pa.ChunkedArray:
-        """Original user keys [U] in global order."""
-        names = [self.path / shard_name(index) / "users.parquet" for index in range(self.manifest.shards)]
-        return pa.concat_tables([pq.read_table(name) for name in names])["user"]
-
-    def history(self, user: int) -> History:
-        """All events of one user (global index, shard-major)."""
-        located = self.locate(np.arange(self.user_starts[user], self.user_starts[user + 1]))
-        context = {field.name: self.take_context(field.name, located) for field in self.context_fields}
-        ends = int(self.train_lengths[user]), int(self.valid_lengths[user])
-        return History(self.take_item(located), self.take_time(located), context, *ends)
-
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""
         if len(self._item) == 1:
-            return Located(len(index_N), ((0, slice(None), index_N),))
+            return [(0, slice(None), index_N)]
         shard_N = np.searchsorted(self._first_event, index_N, side="right") - 1
-        pieces = []
+        located: Located = []
         for shard in np.flatnonzero(np.bincount(shard_N, minlength=len(self._item))):
             where = np.flatnonzero(shard_N == shard)
-            pieces.append((int(shard), where, index_N[where] - self._first_event[shard]))
-        return Located(len(index_N), tuple(pieces))
+            located.append((int(shard), where, index_N[where] - self._first_event[shard]))
+        return located
 
     def take_item(self, located: Located) -> np.ndarray:
         """Item ids int32 [N] of the located events."""
@@ -286,12 +239,12 @@ class Shards:
         return _take(self._context[name], located)
 
 
-def training_events(shards: Shards, users: int, target: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
-    """The first so many users' training events, whole users at a time, about `target` events per chunk.
+def training_events(shards: Shards, users: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
+    """The first so many users' training events, whole users at a time, about a million events per chunk.
 
     Yields user [E], place in the user's history [E], and the events located.
     """
-    for low, high in itertools.pairwise(chunks(shards.train_lengths[:users], target)):
+    for low, high in chunks(shards.train_lengths[:users], _CHUNK_EVENTS):
         length_U = shards.train_lengths[low:high]
         user_E = np.repeat(np.arange(low, high), length_U)
         yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
@@ -304,8 +257,9 @@ def _map(path: Path) -> np.ndarray:
 
 def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:
     if len(columns) == 1:
-        return columns[0][located.pieces[0][2]]
-    out = np.empty((located.count, *columns[0].shape[1:]), columns[0].dtype)
-    for shard, where, rows in located.pieces:
+        return columns[0][located[0][2]]
+    count = sum(len(rows) for _, _, rows in located)
+    out = np.empty((count, *columns[0].shape[1:]), columns[0].dtype)
+    for shard, where, rows in located:
         out[where] = columns[shard][rows]
     return out

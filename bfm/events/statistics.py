@@ -118,7 +118,8 @@ def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> tuple[d
 
     And the queries per target where baskets are predicted whole, 1 in a window without a target.
     """
-    order, num_targets, num_queries = WindowOrder(shards, window, 1, shards.seed, targets="next_basket"), 0, 0
+    order = WindowOrder(shards, window, 1, shards.manifest.seed, targets="next_basket")
+    num_targets, num_queries = 0, 0
     counts = {kind: np.zeros(shards.num_items, np.int64) for kind in _KINDS}
     step = max(1, _PIECE_POSITIONS // window)
     for start in range(0, len(window_R), step):

@@ -14,7 +14,6 @@ Shapes: U users, E events, B baskets, Q queries, V items, K list length.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -88,7 +87,7 @@ def write_synthetic(
         events: exact number of events, at least `users`; every user has one or more.
         users, items: numbers of users and of items that may occur.
         seed: everything is a function of the arguments.
-        interests: hidden interests, at most `items`.
+        interests: hidden interests; cut at `items`.
         repeat: probability that an item repeats one of the user's last purchases in its aisle, where there are some.
         basket: mean of the geometric law of basket sizes, cut at 1 + 4 (basket - 1) and at `items`; 1: no baskets.
         progress: called with the number of events written so far.
@@ -96,7 +95,7 @@ def write_synthetic(
     Raises:
         UserError: numbers that do not fit together, or a directory that already holds a log.
     """
-    spec = WorldSpec(items=items, seed=seed, interests=interests, repeat=repeat, basket=basket)
+    spec = WorldSpec(items=items, seed=seed, interests=min(interests, items), repeat=repeat, basket=basket)
     _check(path, events, users, spec)
     world = World(spec)
     path.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,7 @@ def write_synthetic(
     sums: list[dict[str, np.ndarray]] = []
     done = 0
     (path / "events").mkdir()
-    for chunk, (low, high) in enumerate(itertools.pairwise(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS))):
+    for chunk, (low, high) in enumerate(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS)):
         rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
         lengths = lengths_U[low:high]
         item_E, opens_E = world.draw_histories(rng, lengths)
@@ -152,8 +151,6 @@ def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
             key="events",
             fix="give at least one user, one item and as many events as users",
         )
-    if not 1 <= spec.interests <= spec.items:
-        raise UserError(f"{spec.interests} interests, {spec.items} items", key="interests", fix="give from 1 to items")
     if not 0 <= spec.repeat <= 1:
         raise UserError(f"{spec.repeat} is no probability", key="repeat", fix="give from 0 to 1")
     if not 1 <= spec.basket < math.inf:

@@ -68,20 +68,19 @@ class TieCounts:
         return self.ascending + self.descending
 
 
-def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, Any]) -> TieCounts:
+def tie_monotonicity(user: np.ndarray, time: np.ndarray, columns: Mapping[str, pa.Array]) -> TieCounts:
     """Count rising and falling values among tied neighbours.
 
     Args:
         user, time: [n], sorted by user and then time (ties in the order that is to be judged).
-        columns: name -> numpy or arrow array [n] of an ordered type; missing values are left out.
+        columns: name -> [n] of an ordered type; missing values are left out.
     """
     same_user = user[1:] == user[:-1]
     tied = np.flatnonzero(same_user & (time[1:] == time[:-1]))
     before, after = pa.array(tied), pa.array(tied + 1)
     ascending, descending = Counter[str](), Counter[str]()
     for name, values in columns.items():
-        array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
-        left, right = array.take(before), array.take(after)
+        left, right = values.take(before), values.take(after)
         ascending[name] = pc.sum(pc.less(left, right), min_count=0).as_py()
         descending[name] = pc.sum(pc.greater(left, right), min_count=0).as_py()
     return TieCounts(len(tied), int(np.count_nonzero(same_user)), ascending, descending)

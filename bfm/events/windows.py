@@ -182,7 +182,7 @@ def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
     later_N = shards.take_time(following) > time_N
     previous = shards.locate(np.maximum(event_N - 1, places.first_RL[filled_RL]))
     gap_N = (time_N - shards.take_time(previous)).astype(np.float64)
-    if shards.has_clock:
+    if shards.manifest.has_clock:
         gap_N /= 1000.0
 
     def spread(values: np.ndarray, pad: float, dtype: type) -> np.ndarray:

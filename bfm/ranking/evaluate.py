@@ -70,7 +70,7 @@ def evaluate(
     scorer = answers.scores(catalogue_VD)
     ranked = rank_targets(scorer, targets, num_items, max(k), seen)
     scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
-    cost = ModelCost(model.shape, shards.fields, model.table_width, window, shards.has_clock)
+    cost = ModelCost(model.shape, shards.manifest.fields, model.table_width, window, shards.manifest.has_clock)
     flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), num_items)
     pair_flops = 2 * model.shape.d_item
     if candidates is not None:

@@ -74,7 +74,7 @@ def best_personal(shards: Shards, protocol: Protocol) -> Personal:
 
     def make() -> bytes:
         losses = {way: 0.0 for way in (Personal(*values) for values in itertools.product(DECAYS, SHARES))}
-        for low, high in itertools.pairwise(chunks(table.position + 1, _CHUNK_EVENTS)):
+        for low, high in chunks(table.position + 1, _CHUNK_EVENTS):
             for way, loss in _losses(shards, table[low:high]).items():
                 losses[way] += loss
         return canonical_json(asdict(min(losses, key=losses.__getitem__)))

@@ -70,7 +70,7 @@ def answer(
     no_masses = none.new_zeros(0, model.shape.counted_events)
     pointed, counted_items, counted_masses = [], [no_masses.long()], [no_masses]
     filled_Q = np.minimum(table.position + 1, window)
-    for chosen in itertools.starmap(slice, itertools.pairwise(chunks(filled_Q, _BATCH_POSITIONS))):
+    for chosen in itertools.starmap(slice, chunks(filled_Q, _BATCH_POSITIONS)):
         batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
         queries = model.contextualize(batch, vectors(batch.items_U))
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)

@@ -81,7 +81,7 @@ def predict_log(
             progress=lambda share: progress("reading", _READING * share),
             part_rows=part_rows,
         )
-        if histories.new_items:
+        if histories.new.ids:
             predictor.add_items(histories.new_item_arrays())
         events = 0
         with pq.ParquetWriter(made, _schema(predictor, vectors)) as writer:
@@ -144,8 +144,8 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
         "repairs": {f"{name}: {fault}": count for (name, fault), count in sorted(histories.repairs.items())},
         "cuts": dict(sorted(histories.cuts.items())),
         "duplicates": histories.duplicates,
-        "new_items": histories.new_items,
-        "new_item_events": histories.new_item_events,
+        "new_items": len(histories.new.ids),
+        "new_item_events": histories.new.events,
     }
 
 

@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.sweep.settings import RANGES, Parameter, Scalar
-from bfm.training.config import TrainConfig
+from bfm.sweep.settings import RANGES, Parameter
+from bfm.training.config import TrainConfig, check_value
 from bfm.units import parse_number
 from bfm.yaml import did_you_mean
 
 _TYPES = typing.get_type_hints(TrainConfig)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
-# Companions that make any single value of the fields of stage 2 a whole configuration.
-_STAGE_2 = {"freeze_at_flops": 1.0, "negatives": 1}
 
 
 def read_parameters(raw: Mapping[str, Mapping[str, Any]], *, finite: bool) -> tuple[Parameter, ...]:
@@ -58,8 +56,8 @@ def _read(name: str, raw: Mapping[str, Any]) -> Parameter:
     if "q" in raw:
         raise UserError("rounds ranges only", key=f"{key}.q", fix="leave it out")
     if kinds == ["value"]:
-        return Parameter(name, "constant", (_check(name, raw["value"], f"{key}.value"),))
-    values = tuple(_check(name, value, f"{key}.values.{index}") for index, value in enumerate(raw["values"] or ()))
+        return Parameter(name, "constant", (check_value(name, raw["value"], f"{key}.value"),))
+    values = tuple(check_value(name, value, f"{key}.values.{index}") for index, value in enumerate(raw["values"] or ()))
     if not values:
         raise UserError("is empty", key=f"{key}.values", fix="list at least one value")
     if len({(type(value), value) for value in values}) < len(values):
@@ -73,7 +71,7 @@ def _range(name: str, key: str, raw: Mapping[str, Any]) -> Parameter:
             raise UserError("is missing", key=f"{key}.{end}", fix="a range needs min and max")
     if _TYPES[name] is bool:
         raise UserError("is true or false", key=key, fix="write values: [false, true]")
-    low, high = (_check(name, raw[end], f"{key}.{end}") for end in ("min", "max"))
+    low, high = (check_value(name, raw[end], f"{key}.{end}") for end in ("min", "max"))
     if low is None or high is None:
         raise UserError("a range has no null end", key=key, fix="write numbers")
     low_number, high_number = float(low), float(high)
@@ -111,12 +109,3 @@ def _quantum(distribution: str, raw: Mapping[str, Any], key: str) -> float | Non
     if quantum <= 0:
         raise UserError(f"{quantum:g} is no step", key=f"{key}.q", fix="must be above 0")
     return quantum
-
-
-def _check(name: str, value: Any, key: str) -> Scalar:
-    companions = {} if name == "freeze_at_flops" and value is None else _STAGE_2
-    try:
-        config = TrainConfig.from_dict({"params": 1e6, **companions, name: value})
-    except UserError as error:
-        raise UserError(error.what, key=key, fix=error.fix) from None
-    return getattr(config, name)

@@ -84,7 +84,7 @@ class TrainConfig:
     targets: str = field(default="next_basket", metadata=_choice("next_basket", "next_event"))
     """`next_basket`: items are predicted from the last event at an earlier time, as headline queries are scored;
     `next_event`: from the event before, every event of weight 1."""
-    basket_power: float = field(default=0.5, metadata=_number(0, 1))
+    basket_power: float = field(default=0.35, metadata=_number(0, 1))
     """Weight of a next basket of n items in the loss: n to this power. 0 favours NLL, 1 the MRR of large baskets."""
     window: int = field(default=256, metadata=_count(2, 1 << 16))
     """L: events per training window."""
@@ -133,10 +133,8 @@ class TrainConfig:
     """Keep a running average of the trunk's weights (probes need it)."""
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if value is not None or option.default is not None:
-                object.__setattr__(self, option.name, option.metadata["check"](value, option.name))
+        for name in _NAMES:
+            object.__setattr__(self, name, check_value(name, getattr(self, name), name))
         if self.learning_rate == 0.0:
             positions = self.groups_per_step * self.group_windows * self.window
             object.__setattr__(self, "learning_rate", rule_learning_rate(self.params, positions))
@@ -202,4 +200,11 @@ def log_defaults(filter_seen: bool) -> dict[str, Any]:
     return {"copy": "none"} if filter_seen else {}
 
 
-_NAMES = tuple(option.name for option in dataclasses.fields(TrainConfig))
+def check_value(name: str, value: object, key: str) -> Any:
+    """One setting of a TrainConfig by itself, as it will stand there; raises UserError that names `key`."""
+    option = _OPTIONS[name]
+    return None if value is None and option.default is None else option.metadata["check"](value, key)
+
+
+_OPTIONS = {option.name: option for option in dataclasses.fields(TrainConfig)}
+_NAMES = tuple(_OPTIONS)

@@ -83,15 +83,16 @@ class TrainingData:
 
     def cost(self, config: TrainConfig) -> ModelCost:
         """FLOPs of the configuration's model."""
-        return ModelCost(config.shape(), self.shards.fields, config.table_width, config.window, self.shards.has_clock)
+        manifest = self.shards.manifest
+        return ModelCost(config.shape(), manifest.fields, config.table_width, config.window, manifest.has_clock)
 
     def build_model(self, config: TrainConfig, seed: int) -> TwoPartModel:
         """A freshly initialised model on the CPU: a function of (configuration, seed, fields)."""
         return TwoPartModel(
             config.shape(),
-            self.shards.fields,
+            self.shards.manifest.fields,
             self.item_store,
-            self.shards.has_clock,
+            self.shards.manifest.has_clock,
             config.table_width,
             seed,
             config.dropout,

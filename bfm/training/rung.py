@@ -181,7 +181,7 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                candidates=fixed_candidates(self.trainer.objective.pi_V, self.data.shards.seed),
+                candidates=fixed_candidates(self.trainer.objective.pi_V, self.data.shards.manifest.seed),
             )
         except DivergedError as error:
             # Only some ranks may hold such a query, and the others wait for this one.

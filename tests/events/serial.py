@@ -36,12 +36,12 @@ def prepare_serially(
             if part.num_rows:
                 prepare.sort_partition(job, index, part)
         split = prepare.choose_split(job)
-        present = prepare.present_partitions(job)
-        for index in present:
-            build.measure_partition(job, split, index)
+        shards = range(prepare.num_shards(job))
+        for shard in shards:
+            build.measure_partition(job, split, shard)
         checks = build.fit_all(job)
-        for shard in range(len(present)):
-            build.write_partition(job, split, present, shard)
+        for shard in shards:
+            build.write_partition(job, split, shard)
         manifest = build.finish_set(job, split, checks)
         publish(job.shard_set, out)
     return manifest

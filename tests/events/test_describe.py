@@ -10,7 +10,7 @@ from bfm.events import describe as module
 from bfm.events.describe import describe, format_description
 from bfm.events.ties import TieCounts, tie_monotonicity
 from bfm.units import format_count
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def test_figures_equal_brute_force(tmp_path, monkeypatch):
@@ -21,12 +21,12 @@ def test_figures_equal_brute_force(tmp_path, monkeypatch):
     repeats = ties = 0
     counts = Counter()
     for user in range(50):
-        history = shards.history(user)
+        history = history_of(shards, user)
         repeats += len(history.item) - len(set(history.item.tolist()))
         ties += int((np.diff(history.time) == 0).sum())
         counts.update(history.item[: history.train_end].tolist())
-    pairs = shards.num_events - 50
-    assert found["repeat_share"] == pytest.approx(repeats / shards.num_events)
+    pairs = shards.manifest.events - 50
+    assert found["repeat_share"] == pytest.approx(repeats / shards.manifest.events)
     assert found["ties_stored"]["pairs"] == ties
     assert found["ties_stored"]["share"] == pytest.approx(ties / pairs)
     values = sorted(counts.values())
@@ -34,25 +34,25 @@ def test_figures_equal_brute_force(tmp_path, monkeypatch):
     assert found["popularity"]["gini"] == pytest.approx(differences / (2 * len(values) * sum(values)))
     assert found["popularity"]["top_1_percent_share"] == pytest.approx(values[-1] / sum(values))
     parts = found["split"]
-    assert parts["train"]["events"] + parts["validation"]["events"] + parts["test"]["events"] == shards.num_events
+    assert parts["train"]["events"] + parts["validation"]["events"] + parts["test"]["events"] == shards.manifest.events
     assert found["history_length"]["max"] == shards.user_lengths.max()
 
 
 @pytest.mark.parametrize("options", [{}, {"clock": False, "split": "leave_one_out"}])
 def test_text_has_the_figures_and_the_warnings(tmp_path, options):
     shards = make_shards(tmp_path, users=50, every_kind=True, **options)
-    sorted_ties = tie_monotonicity(np.zeros(200), np.zeros(200), {"product": np.arange(200)}).as_dict()
+    sorted_ties = tie_monotonicity(np.zeros(200), np.zeros(200), {"product": pa.array(np.arange(200))}).as_dict()
     checks = {"ties": sorted_ties, "conflicts": {"price": 0.25, "category": 0.0}}
     shards.manifest = dataclasses.replace(shards.manifest, checks=checks)
     text = format_description(describe(shards))
-    rows = sum(field.rows for field in shards.fields)
+    rows = sum(field.rows for field in shards.manifest.fields)
     assert f"tables         {format_count(rows)} rows in all: training holds {rows * 256 / 2**20:.3g} MiB" in text
     assert f"item_id: hashed, 1.02k table rows, {shards.num_catalogue / 512:.2g} items a row" in text
-    assert f"{shards.num_events:,} events, 50 users" in text
+    assert f"{shards.manifest.events:,} events, 50 users" in text
     assert "price 0.25" in text
     assert "warning: the raw order inside ties is monotone" in text
     assert "product rises in 100.0%" in text
-    assert ("positions" in text) == (not shards.has_clock)
+    assert ("positions" in text) == (not shards.manifest.has_clock)
     assert text.index("validation     ") < text.index("test           ")
 
 
@@ -60,9 +60,9 @@ def test_ties_are_counted_per_user_and_column():
     user = np.array([1, 1, 1, 1, 2, 2, 2])
     time = np.array([5, 5, 5, 6, 6, 6, 6])
     columns = {
-        "up": np.array([1, 2, 3, 0, 1, 2, 3]),
-        "down": np.array([3.0, 2.0, 1.0, 9.0, 3.0, 2.0, 1.0]),
-        "same": np.zeros(7),
+        "up": pa.array([1, 2, 3, 0, 1, 2, 3]),
+        "down": pa.array([3.0, 2.0, 1.0, 9.0, 3.0, 2.0, 1.0]),
+        "same": pa.array(np.zeros(7)),
         "text": pa.array(["b", "a", "c", "z", None, "x", "y"]),
     }
     counts = tie_monotonicity(user, time, columns)
@@ -78,7 +78,8 @@ def test_ties_are_counted_per_user_and_column():
 def test_only_monotone_columns_are_warned_of():
     rng = np.random.default_rng(0)
     user, time = np.repeat(np.arange(100), 10), np.zeros(1000)
-    columns = {"sorted": np.tile(np.arange(10), 100), "falling": -np.tile(np.arange(10), 100), "free": rng.random(1000)}
+    rising = np.tile(np.arange(10), 100)
+    columns = {"sorted": pa.array(rising), "falling": pa.array(-rising), "free": pa.array(rng.random(1000))}
     warning = tie_monotonicity(user, time, columns).warning()
     assert "sorted rises" in warning
     assert "falling falls" in warning

@@ -11,7 +11,7 @@ from bfm.events import neighbours as module
 from bfm.events.neighbours import BROAD, LAST_EVENTS, REACH, SHARP, Neighbours, count_neighbours
 from bfm.events.protocol import Protocol
 from bfm.events.windows import WindowOrder, eval_windows
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 WINDOW = 24
 
@@ -52,7 +52,7 @@ def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypat
     monkeypatch.setattr(module, "NEIGHBOURS", 1000)
     if not all_users:
         monkeypatch.setattr(module, "MOST_EVENTS", int(shards.train_stops[7]))
-    histories = [shards.history(user).item[: int(shards.train_lengths[user])].tolist() for user in range(12)]
+    histories = [history_of(shards, user).item[: int(shards.train_lengths[user])].tolist() for user in range(12)]
     neighbours = count_neighbours(shards, [counting])[0]
     assert neighbours.users == (12 if all_users else 8)
     order = WindowOrder(shards, WINDOW, 2, 0, neighbours, targets)
@@ -104,7 +104,7 @@ def test_queries_know_the_last_events_of_their_own_user_that_have_neighbours(sha
     table = Protocol.load(shards).queries("test")
     contexts = eval_windows(shards, table, WINDOW, neighbours)
     for query in range(len(table)):
-        history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
+        history = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
         expected = [item if item < len(neighbours.lists) and len(neighbours.lists[item]) else -1 for item in history]
         expected = (expected[::-1] + [-1] * LAST_EVENTS)[:LAST_EVENTS]
         found = contexts.windows.counted.item_RLM[contexts.row[query], contexts.column[query]]

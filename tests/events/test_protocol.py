@@ -7,11 +7,11 @@ from bfm.errors import CorruptError, UserError
 from bfm.events import protocol as module
 from bfm.events.protocol import PARTS, Protocol, build_protocol, query_targets
 from bfm.events.shards import Shards
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def bounds(shards, user, part):
-    history = shards.history(user)
+    history = history_of(shards, user)
     return (history.train_end, history.valid_end) if part == "validation" else (history.valid_end, len(history.item))
 
 
@@ -19,7 +19,7 @@ def brute_force(shards, part):
     """{(user, position): (basket, targets)} straight from the definition."""
     found = {}
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         start, stop = bounds(shards, user, part)
         for following in range(max(start, 1), stop):
             time = history.time[following]
@@ -61,7 +61,7 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
-        sampled = build_protocol(shards, queries=limit, seed=shards.seed).queries(part)
+        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
         # A smaller sample is the beginning of a larger one ...
         assert np.array_equal(sampled.user[:limit], everything.user[:limit])
         assert np.array_equal(sampled.position[:limit], everything.position[:limit])
@@ -75,9 +75,9 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
 
 def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
     shards = make_shards(tmp_path, users=60)
-    usual = build_protocol(shards, queries=20, seed=9)
+    usual = build_protocol(shards, queries=20, filter_seen=None, seed=9)
     monkeypatch.setattr(module, "_CHUNK_EVENTS", 3)
-    assert build_protocol(shards, queries=20, seed=9).hash == usual.hash
+    assert build_protocol(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
 
 
 def test_protocol_does_not_depend_on_the_partition(tmp_path):
@@ -102,14 +102,14 @@ def test_leave_one_out_keeps_the_validation_item_for_the_test_query(tmp_path):
     for part, back in (("validation", 2), ("test", 1)):
         queries = protocol.queries(part)
         targets = query_targets(shards, queries)
-        eligible = [user for user in range(60) if len(shards.history(user).item) >= 3]
+        eligible = [user for user in range(60) if len(history_of(shards, user).item) >= 3]
         assert sorted(queries.user.tolist()) == eligible
         for index, user in enumerate(queries.user):
-            item = shards.history(user).item
+            item = history_of(shards, user).item
             # Known: everything before the target; train = all but the last two events.
             assert queries.position[index] == len(item) - back - 1
             assert targets[index].tolist() == [item[-back]]
-            assert shards.history(user).train_end == len(item) - 2
+            assert history_of(shards, user).train_end == len(item) - 2
 
 
 def test_altered_protocols_are_found(toy_shards, tmp_path):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.events import repeats as module
 from bfm.events.protocol import Protocol, build_protocol
 from bfm.events.repeats import NOISE, Repeats, rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards
 from tests.events.serial import prepare_serially
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def brute_force(shards) -> Repeats:
     targets = seen = 0
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         before: set[int] = set()
         train = list(zip(history.time[: history.train_end].tolist(), history.item.tolist(), strict=False))
         for time in sorted({time for time, _ in train}):
@@ -33,7 +32,7 @@ def test_repeats_equal_brute_force_in_chunks_of_any_size(tmp_path, monkeypatch, 
     expected = brute_force(shards)
     assert 0 < expected.seen < expected.targets
     for chunk in (1, 100, 1 << 20):
-        monkeypatch.setattr(module, "_CHUNK_EVENTS", chunk)
+        monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", chunk)
         assert training_repeats(shards) == expected
 
 
@@ -74,7 +73,7 @@ def test_the_default_follows_the_log_whatever_the_split(tmp_path, order, repeats
 
 def test_the_rule_of_the_toy_log_is_in_its_protocol(tmp_path):
     shards = make_shards(tmp_path, users=50)
-    by_log = build_protocol(shards, seed=0)
+    by_log = build_protocol(shards, queries=None, filter_seen=None, seed=0)
     assert Repeats(**by_log.info["training_repeats"]) == brute_force(shards)
     assert by_log.info["filter_seen_by"] == "log"
     assert not by_log.filter_seen

@@ -1,7 +1,7 @@
 import pytest
 
 from bfm.errors import UserError
-from bfm.events.schema import MAX_LENGTH, EventSchema, built_in_schemas, json_schema, load_schema
+from bfm.events.schema import MAX_LENGTH, EventSchema, built_in_schemas, load_schema
 from bfm.yaml import parse_yaml, validate
 
 BASE = "name: shop\nuser: u\ntime: t\nitem: i\n"
@@ -27,10 +27,10 @@ def test_defaults():
 
 
 def test_the_json_schema_says_what_an_option_means():
-    field = json_schema()["$defs"]["FieldSpec"]["properties"]["max_length"]
+    field = EventSchema.model_json_schema()["$defs"]["FieldSpec"]["properties"]["max_length"]
     assert field["anyOf"][0] == {"type": "integer", "minimum": 1}
     assert all(str(length) in field["description"] for length in MAX_LENGTH.values())
-    assert "power of two" in json_schema()["properties"]["hash_rows"]["description"]
+    assert "power of two" in EventSchema.model_json_schema()["properties"]["hash_rows"]["description"]
 
 
 def test_short_forms_are_written_out():

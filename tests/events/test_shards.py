@@ -11,7 +11,7 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.cache import kept, kept_path
 from bfm.events.manifest import MANIFEST, Manifest
 from bfm.events.shards import Shards, write_shard
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards, user_keys
 
 
 @pytest.fixture
@@ -23,21 +23,21 @@ def copied(toy_shards, tmp_path):
 
 def test_shards_say_what_was_written(toy_shards):
     lengths = toy_shards.user_lengths
-    assert lengths.sum() == toy_shards.num_events
+    assert lengths.sum() == toy_shards.manifest.events
     assert (np.diff(toy_shards.train_counts) <= 0).all()
     assert toy_shards.train_counts[-1] >= 1
     assert toy_shards.train_counts.sum() == toy_shards.manifest.train_events
     assert {f.name for f in toy_shards.item_fields} == set(toy_shards.item_arrays)
     assert all(len(values) == toy_shards.num_items for values in toy_shards.item_arrays.values())
-    assert len(toy_shards.user_keys()) == toy_shards.num_users
+    assert len(user_keys(toy_shards)) == toy_shards.num_users
     assert Shards.open(toy_shards.path, verify=True).hash == toy_shards.hash
 
 
 def test_partition_does_not_change_histories(tmp_path):
     one, three = (make_shards(tmp_path / str(n), users=40, num_shards=n) for n in (1, 3))
-    index = np.random.default_rng(0).integers(0, one.num_events, 200)
+    index = np.random.default_rng(0).integers(0, one.manifest.events, 200)
     for user in range(40):
-        first, second = one.history(user), three.history(user)
+        first, second = history_of(one, user), history_of(three, user)
         assert np.array_equal(first.item, second.item)
         assert np.array_equal(first.time, second.time)
         assert np.array_equal(first.context["channel"], second.context["channel"])
@@ -50,7 +50,7 @@ def test_partition_does_not_change_histories(tmp_path):
 def test_shards_travel_to_another_process_without_their_events(toy_shards):
     raw = pickle.dumps(toy_shards)
     assert len(raw) < 10_000
-    assert np.array_equal(pickle.loads(raw).history(5).item, toy_shards.history(5).item)
+    assert np.array_equal(history_of(pickle.loads(raw), 5).item, history_of(toy_shards, 5).item)
 
 
 def test_same_input_same_bytes(tmp_path):
@@ -116,7 +116,7 @@ def test_a_uri_is_cached_and_checked(toy_shards, copied, tmp_path, monkeypatch):
     assert (tmp_path / "cache") in fetched.path.parents
     # The second opening needs nothing but the remote manifest.
     shutil.rmtree(copied / "shard-00000")
-    assert np.array_equal(Shards.open(f"file://{copied}").history(3).item, toy_shards.history(3).item)
+    assert np.array_equal(history_of(Shards.open(f"file://{copied}"), 3).item, history_of(toy_shards, 3).item)
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(CorruptError, match="is missing"):
         Shards.open(f"file://{copied}")
@@ -149,7 +149,7 @@ def test_writer_refuses_lengths_that_do_not_fit(tmp_path):
 def test_an_empty_partition_is_harmless(tmp_path):
     shards = make_shards(tmp_path, users=3, num_shards=5)
     assert shards.num_users == 3
-    assert sum(len(shards.history(user).item) for user in range(3)) == shards.num_events
+    assert sum(len(history_of(shards, user).item) for user in range(3)) == shards.manifest.events
 
 
 def test_what_is_kept_is_checked_and_never_needed(copied):

@@ -17,6 +17,7 @@ from bfm.events.describe import describe
 from bfm.events.shards import Shards
 from bfm.events.ties import tie_monotonicity
 from tests.events.serial import PROJECT, contents, prepare_serially, shared_data
+from tests.helpers import history_of, user_keys
 
 SCHEMA = """\
 name: shop
@@ -81,9 +82,9 @@ def test_histories_splits_and_items_against_plain_counts(shop):
     assert table["words"].to_pylist() == [f"thing number {key}" for key in keys]
     assert manifest.checks["items_without_row"] == sum(int(key) >= 170 for key in keys)
 
-    for user, key in enumerate(shards.user_keys().to_pylist()):
+    for user, key in enumerate(user_keys(shards).to_pylist()):
         expected = frame[frame.user == int(key)]
-        history = shards.history(user)
+        history = history_of(shards, user)
         stored = [(int(keys[i]), int(t)) for i, t in zip(history.item, history.time, strict=True)]
         assert sorted(stored) == sorted(zip(expected.item, expected.time * 1000, strict=True))
         assert (np.diff(history.time) >= 0).all()
@@ -138,9 +139,9 @@ def test_another_seed_orders_otherwise_and_partitions_follow_the_row_count(shop,
     assert manifest.shards == 8
     many, one = Shards.open(folder / "c"), Shards.open(folder / "a")
     assert contents(folder / "c")["items.parquet"] == contents(folder / "a")["items.parquet"]
-    place = {key: user for user, key in enumerate(one.user_keys().to_pylist())}
-    for user, key in enumerate(many.user_keys().to_pylist()):
-        assert (many.history(user).item == one.history(place[key]).item).all()
+    place = {key: user for user, key in enumerate(user_keys(one).to_pylist())}
+    for user, key in enumerate(user_keys(many).to_pylist()):
+        assert (history_of(many, user).item == history_of(one, place[key]).item).all()
 
 
 def test_ties_are_not_ordered_by_anything(shop):
@@ -152,11 +153,11 @@ def test_ties_are_not_ordered_by_anything(shop):
 
 def _worst_order(shards):
     """How far any column's rising share inside ties is from one half."""
-    item = np.concatenate([shards.history(user).item for user in range(shards.num_users)])
-    time = np.concatenate([shards.history(user).time for user in range(shards.num_users)])
+    item = np.concatenate([history_of(shards, user).item for user in range(shards.num_users)])
+    time = np.concatenate([history_of(shards, user).time for user in range(shards.num_users)])
     user = np.repeat(np.arange(shards.num_users), shards.user_lengths)
     key = shards.items_table().column(0).to_numpy()[item].astype(np.int64)
-    counts = tie_monotonicity(user, time, {"key": key, "id": item})
+    counts = tie_monotonicity(user, time, {"key": pa.array(key), "id": pa.array(item)})
     return max(abs(share - 0.5) for share in counts.ascending_share().values())
 
 

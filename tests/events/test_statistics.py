@@ -19,7 +19,7 @@ def many(tmp_path_factory):
 
 
 def all_windows(shards, window):
-    order = WindowOrder(shards, window, 1, shards.seed)
+    order = WindowOrder(shards, window, 1, shards.manifest.seed)
     return order.windows(np.arange(order.windows_per_epoch))
 
 

@@ -21,6 +21,7 @@ from bfm.events.synth import write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
 from tests.events.serial import prepare_serially
+from tests.helpers import history_of
 
 TINY = WorldSpec(items=7, seed=3, interests=3, switch=0.2, repeat=0.3, recent=2, decay=0.6, basket=1.5, leak=0.15)
 SINGLE = replace(TINY, basket=1, decay=1)
@@ -269,7 +270,7 @@ def test_optimum_at_a_protocol_s_queries(tmp_path, basket):
     world = World(WorldSpec(**truth["world"]))
     keys = np.array([int(key) for key in shards.items_table(["key_item_id"])["key_item_id"].to_pylist()])
     for index in range(0, len(queries), 13):
-        known = shards.history(queries.user[index])
+        known = history_of(shards, queries.user[index])
         alone = BayesFilter.start(world, 1)
         for time in np.unique(known.time[: queries.position[index] + 1]):
             item = keys[known.item[known.time == time]]
@@ -336,13 +337,12 @@ def test_item_features_carry_the_interests(tmp_path):
         {"events": 5, "users": 6, "items": 3},
         {"events": 5, "users": 0, "items": 3},
         {"events": 5, "users": 5, "items": 0},
-        {"events": 50, "users": 5, "items": 10, "interests": 11},
         {"events": 50, "users": 5, "items": 20, "repeat": 1.1},
         {"events": 50, "users": 5, "items": 20, "basket": 0.5},
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path, sizes):
-    with pytest.raises(UserError, match=r"fit together|interests|probability|mean size"):
+    with pytest.raises(UserError, match=r"fit together|probability|mean size"):
         write_synthetic(tmp_path / "log", **sizes)
     assert not (tmp_path / "log").exists()
 
@@ -354,6 +354,6 @@ def test_an_existing_log_is_not_overwritten(tmp_path):
 
 
 def test_the_smallest_log_has_a_truth_without_figures(tmp_path):
-    truth = write_synthetic(tmp_path / "log", events=3, users=3, items=1, interests=1)
+    truth = write_synthetic(tmp_path / "log", events=3, users=3, items=1)
     assert truth["evaluated_queries"] == 0
     assert truth["bayes_nll"] is truth["bayes_nll_user_mean"] is None

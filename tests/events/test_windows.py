@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bfm.events.protocol import Protocol
 from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, eval_windows
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 TARGETS = ("next_event", "next_basket")
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**40))
@@ -68,7 +68,7 @@ def test_every_training_event_is_input_once_per_epoch(toy_shards, shape, epoch):
         assert (row.target_RL[~filled] == -1).all()
     expected, expected_targets = Counter(), Counter()
     for user in range(toy_shards.num_users):
-        history = toy_shards.history(user)
+        history = history_of(toy_shards, user)
         known = slice(0, history.train_end)
         expected.update(zip(history.item[known].tolist(), history.time[known].tolist(), strict=True))
         expected_targets.update(history.item[1 : history.train_end].tolist())
@@ -85,7 +85,7 @@ def test_positions_hold_what_the_history_holds(split_in_three, window):
     rows = order.windows(np.arange(order.windows_per_epoch))
     place = 0
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         for position in range(history.train_end):
             row, column = divmod(place, window)
             last = position + 1 == history.train_end
@@ -114,7 +114,7 @@ def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three
     moved, place = Counter(), 0
     weights = defaultdict(list)
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         for position in range(history.train_end):
             row, column = divmod(place, window)
             place += 1
@@ -228,7 +228,7 @@ def test_no_target_after_the_split(toy_shards, leave_one_out):
         targets = np.concatenate([row.target_RL.ravel() for row in epoch_rows(order, 0)])
         assert max(items.max(), targets.max()) < shards.num_catalogue
         expected = np.concatenate(
-            [shards.history(user).item[: shards.train_lengths[user]] for user in range(shards.num_users)]
+            [history_of(shards, user).item[: shards.train_lengths[user]] for user in range(shards.num_users)]
         )
         assert np.array_equal(np.sort(items[items >= 0]), np.sort(expected))
 
@@ -270,7 +270,7 @@ def test_eval_windows_hold_each_query_s_context(split_in_three, leave_one_out, p
         cells = Counter()
         for query, (row, column) in enumerate(zip(packed.row, packed.column, strict=True)):
             user, position = queries.user[query], queries.position[query]
-            history = shards.history(user)
+            history = history_of(shards, user)
             length = min(position + 1, window)
             context = slice(position + 1 - length, position + 1)
             place = (row, slice(column + 1 - length, column + 1))

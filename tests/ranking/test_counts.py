@@ -21,6 +21,7 @@ from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
 from bfm.training.export import export_checkpoint
 from bfm.training.single import evaluate_checkpoint
+from tests.helpers import history_of
 from tests.ranking.shop import CONFIG
 
 
@@ -43,7 +44,7 @@ def plain_distribution(model, shards, table, window):
         said = model.contextualize(batch, v_ID[batch.items_U])
         gates = said.log_gate_TX1[0].double().exp().tolist()
         p_V = gates[0] * torch.softmax(model.scale * said.h_QD[0] @ v_ID[:num_items].T, 0).double().numpy()
-        history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1][-window:]
+        history = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1][-window:]
         if said.pointer_QL is not None:
             for item, weight in zip(history, said.pointer_QL[0].tolist(), strict=False):
                 if item < num_items:

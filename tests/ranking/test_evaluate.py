@@ -22,7 +22,7 @@ from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import merge, summarise
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 WINDOW = 16
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def build_model(shards, share=0.0, pointer=True):
     """With noise on all weights: some begin at zero, and what they multiply would go untested."""
     shape = size_model(4e3, share, d_item=16, pointer=pointer)
     store = ItemStore(shards.item_fields, shards.item_arrays)
-    model = TwoPartModel(shape, shards.fields, store, shards.has_clock, table_width=8, seed=0)
+    model = TwoPartModel(shape, shards.manifest.fields, store, shards.manifest.has_clock, table_width=8, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for values in model.parameters():
@@ -56,7 +56,7 @@ def plain_scores(model, shards, table):
         score_V = (model.scale * said.h_QD @ v_ID[: shards.num_catalogue].T)[0].double().numpy()
         mass_V, gate = np.zeros(len(score_V)), said.log_gate_TX1[0, 0].item()
         if said.pointer_QL is not None:
-            items = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
+            items = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
             for item, mass in zip(items, said.pointer_QL[0].double().numpy(), strict=False):
                 if item < len(mass_V):
                     mass_V[item] += mass * math.exp(said.log_gate_TX1[0, 1].item())
@@ -94,7 +94,7 @@ def check_against_loops(model, shards, protocol, monkeypatch):
     scores = evaluate(model, shards, protocol, "validation", WINDOW)
     table_QV, _, targets = plain_scores(model, shards, table)
     for query in range(len(table)):
-        history = shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]
+        history = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1]
         hidden = set(history.tolist()) if protocol.filter_seen else set()
         for name, value in plain_metrics(table_QV[query], targets[query], hidden).items():
             assert scores.values[name][query] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), (query, name)

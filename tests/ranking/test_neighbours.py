@@ -11,14 +11,14 @@ from bfm.events import neighbours as module
 from bfm.events.neighbours import BROAD, LAST_EVENTS, REACH, SHARP, count_neighbours
 from bfm.events.protocol import Protocol
 from bfm.ranking.baselines import co_occurrence_scores
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def plain_weights(shards, counting):
     """{u: {v: c_uv / n_v^damping}} by loops."""
     counts = {}
     for user in range(shards.num_users):
-        history = shards.history(user)
+        history = history_of(shards, user)
         items = history.item[: history.train_end].tolist()
         for first in range(len(items)):
             for second in range(first + 1, min(first + REACH + 1, len(items))):
@@ -33,7 +33,7 @@ def plain_weights(shards, counting):
 @pytest.mark.parametrize(("num_shards", "pass_pairs", "chunk_events"), [(1, 1 << 23, 1 << 20), (3, 500, 100)])
 def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_shards, pass_pairs, chunk_events):
     monkeypatch.setattr(module, "_PASS_PAIRS", pass_pairs)
-    monkeypatch.setattr(module, "_CHUNK_EVENTS", chunk_events)
+    monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", chunk_events)
     shards = make_shards(tmp_path / "toy", users=30, num_shards=num_shards)
     neighbours, expected = count_neighbours(shards, [counting])[0], plain_weights(shards, counting)
     assert len(neighbours.lists) == shards.num_catalogue
@@ -63,7 +63,7 @@ def test_scores_are_summed_weights_of_the_last_events_and_ties_go_by_popularity(
     pieces = [block(slice(low, min(low + 17, num_items))).numpy() for low in range(0, num_items, 17)]
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), scores_QV)
     for query in range(len(table)):
-        history = toy_shards.history(int(table.user[query])).item[: int(table.position[query]) + 1]
+        history = history_of(toy_shards, int(table.user[query])).item[: int(table.position[query]) + 1]
         expected_V = np.zeros(num_items)
         for age, item in enumerate(history[::-1][:LAST_EVENTS].tolist()):
             for neighbour, weight in weights.get(item, {}).items():

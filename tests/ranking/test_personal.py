@@ -13,13 +13,13 @@ from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines, personal
 from bfm.ranking.metrics import summarise
 from bfm.ranking.personal import DECAYS, SHARES, Personal, best_personal
-from tests.helpers import make_shards
+from tests.helpers import history_of, make_shards
 
 
 def plain(shards, user, position, way):
     """p over the catalogue, from the definition."""
     p = (shards.train_counts + 1.0) / (shards.train_counts + 1.0).sum()
-    history = shards.history(user).item[: position + 1].tolist()
+    history = history_of(shards, user).item[: position + 1].tolist()
     weights = {}
     for age, item in enumerate(reversed(history)):
         if item < shards.num_catalogue:
@@ -50,7 +50,7 @@ def test_a_history_of_nothing_that_the_catalogue_knows_is_popularity(tmp_path):
     # Only the most popular item is known now.
     shards.manifest = dataclasses.replace(shards.manifest, catalogue=1)
     table = Protocol.load(shards).queries("validation")
-    without = [shards.history(u).item[: p + 1].min() > 0 for u, p in zip(table.user, table.position, strict=True)]
+    without = [history_of(shards, u).item[: p + 1].min() > 0 for u, p in zip(table.user, table.position, strict=True)]
     assert 0 < sum(without) < len(table)
     scores = Personal(0.9, 0.7).scores(shards, table)(slice(0, len(table)))(slice(0, 1))
     np.testing.assert_allclose(scores, 0.0, atol=1e-6)

@@ -24,6 +24,7 @@ from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.report.predictions import predict_log, summary_text
 from bfm.training.export import export_checkpoint
+from tests.helpers import history_of, user_keys
 from tests.ranking.shop import CONFIG, SCHEMA, make_shop
 
 
@@ -42,7 +43,7 @@ def headline_of_each_user(shards):
     """One query per user: the last event that a later timestamp follows."""
     users, positions = [], []
     for user in range(shards.num_users):
-        time = shards.history(user).time
+        time = history_of(shards, user).time
         followed = np.flatnonzero(time < time[-1])
         if len(followed):
             users.append(user)
@@ -117,8 +118,10 @@ def test_lists_of_many_targets_are_worth_what_evaluation_says(shop, predictor):
 def test_a_raw_log_gives_what_the_shards_give_for_the_same_histories(shop, export, tmp_path):
     queries = headline_of_each_user(shop.shards)
     ids, scores, vectors = reference(shop, queries, 10)
-    keys = shop.shards.user_keys().take(pa.array(queries.user)).to_pylist()
-    ends = {key: shop.shards.history(u).time[p] for key, u, p in zip(keys, queries.user, queries.position, strict=True)}
+    keys = user_keys(shop.shards).take(pa.array(queries.user)).to_pylist()
+    ends = {
+        key: history_of(shop.shards, u).time[p] for key, u, p in zip(keys, queries.user, queries.position, strict=True)
+    }
     known = shop.frame[
         [1000 * t <= ends.get(str(u), -1) for u, t in zip(shop.frame.user, shop.frame.time, strict=True)]
     ]
@@ -147,7 +150,7 @@ def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     parts = [
-        (part.users.to_pylist(), part.shards.num_events)
+        (part.users.to_pylist(), part.shards.manifest.events)
         for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
     ]
     users = [user for part, _ in parts for user in part]
@@ -170,10 +173,10 @@ def test_new_items_are_embedded_as_preparation_embeds_late_ones(shop, predictor,
     assert full.num_items - known > 0
     histories = Histories(cut, [str(shop.folder / "log.parquet")], tmp_path)
     late = full.item_keys["item"].to_pylist()[known:]
-    assert sorted(histories._new.ids) == sorted(late)
-    assert histories.new_item_events == shop.frame["item"].astype(str).isin(late).sum()
+    assert sorted(histories.new.ids) == sorted(late)
+    assert histories.new.events == shop.frame["item"].astype(str).isin(late).sum()
     arrays = histories.new_item_arrays()
-    for place, key in enumerate(histories._new.ids):
+    for place, key in enumerate(histories.new.ids):
         for name in ("item_id", "popularity", "words", "tags", "look"):
             np.testing.assert_array_equal(arrays[name][place], full.item_arrays[name][full_id(full, key)])
     # The item table is not in the log: its fields are missing.
@@ -308,9 +311,9 @@ def test_bags_are_cut_as_preparation_cuts_them(tmp_path):
     histories = Histories(encoding, [str(shop.folder / "log.parquet")], tmp_path / "scratch")
     (part,) = histories.parts()
     place = {key: user for user, key in enumerate(part.users.to_pylist())}
-    for user, key in enumerate(shop.shards.user_keys().to_pylist()):
-        again = part.shards.history(place[key]).context["coupons"]
-        np.testing.assert_array_equal(again, shop.shards.history(user).context["coupons"])
+    for user, key in enumerate(user_keys(shop.shards).to_pylist()):
+        again = history_of(part.shards, place[key]).context["coupons"]
+        np.testing.assert_array_equal(again, history_of(shop.shards, user).context["coupons"])
     assert histories.cuts == {"coupons": cuts["coupons"]["cut"]}
     shop.frame.assign(item=9000 + shop.frame["item"]).to_parquet(tmp_path / "new.parquet")
     _, summary = predict(export, [tmp_path / "new.parquet"], tmp_path / "out.parquet")

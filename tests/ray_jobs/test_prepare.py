@@ -86,7 +86,7 @@ def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop):
     def fill():
         with staging(shop / "out") as folder, ray_prepare._plain_errors():
             (folder / "half").write_text("made")
-            ray_prepare._over([0], full)
+            ray_prepare._over(1, full)
 
     with pytest.raises(UserError, match="no space left on the disk"):
         fill()

@@ -61,6 +61,13 @@ def test_defaults_follow_wandb(good):
     assert resolve(good, ["metric.name=nll"]).metric.goal == "minimize"
 
 
+def test_a_value_is_judged_alone_and_stands_as_it_was_written(good):
+    """What goes with what is judged on whole configurations: the rate that a rule sets is each configuration's own."""
+    spec = resolve(good, ["parameters.group_windows={value: 1}", "parameters.learning_rate={value: 0}"])
+    values = {parameter.name: parameter.values for parameter in spec.parameters}
+    assert (values["group_windows"], values["learning_rate"]) == ((1,), (0.0,))
+
+
 def test_the_resolved_form_is_a_space_again(good):
     spec = resolve(good, ["seeds=3", "probes=[1e9]", "parameters.depth={values: [null, 2]}"])
     again = from_dict(json.loads(json.dumps(spec.as_dict())))
