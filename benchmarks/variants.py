@@ -59,12 +59,12 @@ def own_window_otherwise(excluded: bool) -> Callable[[Objective, ModelBatch, int
 
     def log_pi_of_group(objective: Objective, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
         targets, window_Q = batch.targets_of(group), batch.window_Q(group)
-        candidate_T, query_T = batch.candidate_T[targets], batch.query_T[targets] - batch.query_offset[group]
+        candidate_T, query_T = batch.candidate_T[targets], batch.query_T[targets] - batch.queries_of(group).start
         log_pi_K = objective.log_pi_V[batch.items_U[batch.candidates_of(group)]]
         log_pi_QK = log_pi_K.repeat(len(window_Q), 1)
         if excluded:
             other_K = torch.ones_like(log_pi_K)
-            own_GK = own_window_certain(other_K, batch.window_T(group), candidate_T, batch.windows[group]) == 0
+            own_GK = own_window_certain(other_K, batch.window_T(group), candidate_T, batch.groups[group].windows) == 0
             log_pi_QK = log_pi_QK.masked_fill(own_GK[window_Q], torch.inf)
         log_pi_QK[query_T, candidate_T] = 0.0
         return log_pi_QK, torch.arange(len(window_Q))

@@ -8,12 +8,10 @@ of the same item list.
 Shape legend: R windows (rows), L positions, U distinct items of all groups one after the other, T targets (row-major),
 Q queries (distinct positions from which targets are predicted: a basket of targets has one), M last events of a
 target's query, N events that are of a target's item, C live candidates of all groups one after the other.
-Offsets and counts are Python ints: they slice tensors and count FLOPs without waiting for a device.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,27 +54,35 @@ class QueryPlaces:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Counts of one negative group of a batch, as if it were alone in it.
+
+    Python ints: they slice tensors and count FLOPs without waiting for a device.
+    """
+
+    index: int
+    """In the endless order; seeds everything random of the group."""
+    windows: int
+    items: int
+    """Distinct ones."""
+    queries: int
+    targets: int
+    candidates: int
+    """Live ones: distinct targets, and what was drawn."""
+    attended_pairs: int
+    """Pairs of a position and a user's event up to it, itself included."""
+    query_pairs: int
+    """The same pairs of the queries alone."""
+    free_slots: int
+    """Slots of its windows that no query has."""
+
+
+@dataclass(frozen=True)
 class ModelBatch:
     """Whole negative groups (training) or packed query contexts (evaluation) on one device."""
 
-    group_indices: tuple[int, ...]
-    """Global index of each group in the endless order; seeds everything random of that group."""
-    windows: tuple[int, ...]
-    """Rows of each group."""
-    items_offset: tuple[int, ...]
-    """Group g owns items_U[items_offset[g] : items_offset[g + 1]]."""
-    query_offset: tuple[int, ...]
-    """Group g owns queries query_offset[g] : query_offset[g + 1]."""
-    target_offset: tuple[int, ...]
-    """Group g owns targets target_offset[g] : target_offset[g + 1]."""
-    candidate_offset: tuple[int, ...]
-    """Group g owns candidates_C[candidate_offset[g] : candidate_offset[g + 1]]."""
-    attended_pairs: tuple[int, ...]
-    """Per group: pairs of a position and a user's event up to it, itself included."""
-    query_pairs: tuple[int, ...]
-    """Per group: the same pairs of the queries alone."""
-    free_slots: tuple[int, ...]
-    """Per group, as if it were alone in the batch: slots of its windows that no query has."""
+    groups: tuple[Group, ...]
+    """What is of a group lies, in every tensor, after what is of the groups before it."""
     items_U: Tensor
     """int64 item ids, distinct and ascending inside each group: its inputs and its targets."""
     item_RL: Tensor
@@ -112,51 +118,30 @@ class ModelBatch:
     share_TM: Tensor | None = None
     """float32 counted share of each target among the neighbours of those items; 0 in evaluation."""
 
-    @property
-    def num_groups(self) -> int:
-        """Groups in the batch."""
-        return len(self.windows)
-
-    @property
-    def distinct_items(self) -> tuple[int, ...]:
-        """Distinct items of each group."""
-        return _lengths(self.items_offset)
-
-    @property
-    def queries(self) -> tuple[int, ...]:
-        """Queries of each group."""
-        return _lengths(self.query_offset)
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """Targets of each group."""
-        return _lengths(self.target_offset)
-
-    @property
-    def candidates(self) -> tuple[int, ...]:
-        """Live candidates (distinct targets and what was drawn) of each group."""
-        return _lengths(self.candidate_offset)
-
     def queries_of(self, group: int) -> slice:
         """A group's queries."""
-        return slice(*self.query_offset[group : group + 2])
+        return self._span("queries", group)
 
     def targets_of(self, group: int) -> slice:
         """A group's targets."""
-        return slice(*self.target_offset[group : group + 2])
+        return self._span("targets", group)
 
     def candidates_of(self, group: int) -> Tensor:
         """A group's live candidates, as index into items_U."""
-        return self.candidates_C[slice(*self.candidate_offset[group : group + 2])]
+        return self.candidates_C[self._span("candidates", group)]
+
+    def _span(self, what: str, group: int) -> slice:
+        *before, own = (getattr(counts, what) for counts in self.groups[: group + 1])
+        return slice(sum(before), sum(before) + own)
 
     def window_Q(self, group: int) -> Tensor:
         """Window of each of a group's queries, counted from the group's first; int64."""
         position_Q = self.places.position_Q[self.queries_of(group)]
-        return position_Q // self.item_RL.shape[1] - sum(self.windows[:group])
+        return position_Q // self.item_RL.shape[1] - self._span("windows", group).start
 
     def window_T(self, group: int) -> Tensor:
         """The same of its targets."""
-        return self.window_Q(group)[self.query_T[self.targets_of(group)] - self.query_offset[group]]
+        return self.window_Q(group)[self.query_T[self.targets_of(group)] - self.queries_of(group).start]
 
     def attended_QL(self) -> Tensor:
         """bool: whether a position of the query's window is an event of its user up to the query."""
@@ -177,34 +162,32 @@ def make_batch(
     """
     if not groups:
         raise ValueError("a batch needs at least one group")
-    indices = tuple(range(len(groups)) if group_indices is None else map(int, group_indices))
-    if len(indices) != len(groups):
-        raise ValueError(f"{len(groups)} groups, but {len(indices)} group indices")
-    parts = [_index_group(*part) for part in zip(groups, drawn or [NO_ITEMS] * len(groups), strict=True)]
-    return _assemble(groups, parts, indices, device)
+    indices = range(len(groups)) if group_indices is None else group_indices
+    counts: list[Group] = []
+    parts: list[dict[str, np.ndarray]] = []
+    for index, group, more in zip(indices, groups, drawn or [NO_ITEMS] * len(groups), strict=True):
+        own, part = _index_group(index, group, more, counts)
+        counts.append(own)
+        parts.append(part)
+    return _join(groups, counts, parts, device)
 
 
 def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cpu") -> ModelBatch:
     """Query contexts as one group with the queries in their order; no targets, no candidates."""
     windows = eval_windows.windows
-    items_U, item_RL = np.unique(np.where(windows.item_RL >= 0, windows.item_RL, -1), return_inverse=True)
-    pads = int(len(items_U) and items_U[0] < 0)
+    items_U = _distinct(windows.item_RL)
     position_Q = np.asarray(eval_windows.row, np.int64) * windows.item_RL.shape[1] + eval_windows.column
-    none = np.zeros(0, np.int64)
-    index = _GroupIndex(
-        items_U=items_U[pads:].astype(np.int64),
-        item_RL=item_RL.reshape(windows.item_RL.shape) - pads,
-        position_Q=position_Q,
-        query_T=np.arange(len(position_Q)),
-        position_T=position_Q,
-        target_T=none,
-        candidates_C=none,
-        candidate_T=none,
-        weight_T=none.astype(np.float32),
-        copies_T=np.zeros(len(position_Q), np.int64),
-        copy_N=none,
-    )
-    return _assemble([windows], [index], (0,), device)
+    part = {
+        "items_U": items_U,
+        "item_RL": _places(windows.item_RL, items_U),
+        "position_Q": position_Q,
+        "query_T": np.arange(len(position_Q)),
+        **dict.fromkeys(("target_index_T", "candidates_C", "candidate_T", "copy_N"), NO_ITEMS),
+        "weight_T": np.zeros(0, np.float32),
+        "copies_T": np.zeros(len(position_Q), np.int64),
+        **_known_at(windows, position_Q),
+    }
+    return _join([windows], [_count(0, windows, position_Q, part)], [part], device)
 
 
 def attended_events(segment_RL: np.ndarray) -> np.ndarray:
@@ -215,97 +198,94 @@ def attended_events(segment_RL: np.ndarray) -> np.ndarray:
     return np.where(segment_RL >= 0, columns - first_RL + 1, 0)
 
 
-@dataclass(frozen=True)
-class _GroupIndex:
-    """One group's part of a batch, counted from its own first window, query and item."""
-
-    items_U: np.ndarray
-    item_RL: np.ndarray
-    """Arbitrary at pads."""
-    position_Q: np.ndarray
-    query_T: np.ndarray
-    position_T: np.ndarray
-    """Where the counted neighbours of a target stand."""
-    target_T: np.ndarray
-    candidates_C: np.ndarray
-    candidate_T: np.ndarray
-    weight_T: np.ndarray
-    copies_T: np.ndarray
-    copy_N: np.ndarray
-
-
-def _index_group(group: Windows, drawn: np.ndarray) -> _GroupIndex:
-    """Distinct items of a group and everything that points into them."""
-    known_RL = group.target_RL >= 0
+def _index_group(
+    index: int, group: Windows, drawn: np.ndarray, before: Sequence[Group]
+) -> tuple[Group, dict[str, np.ndarray]]:
+    """Counts of a group, and its part of a batch's tensors, which comes after those of the groups before it."""
+    first_row, first_item, first_query = (
+        sum(getattr(counts, what) for counts in before) for what in ("windows", "items", "queries")
+    )
+    length, known_RL = group.item_RL.shape[1], group.target_RL >= 0
     row_T, column_T = np.nonzero(known_RL)
     targets_T = group.target_RL[known_RL]
-    items_U = np.unique(np.concatenate([group.item_RL.ravel(), targets_T, drawn]))
-    items_U = items_U[items_U >= 0].astype(np.int64)
-    candidates = np.unique(np.concatenate([targets_T, drawn]))
-    from_T = row_T * group.item_RL.shape[1] + group.query_RL[known_RL]
+    items_U, candidates = _distinct(group.item_RL, targets_T, drawn), _distinct(targets_T, drawn)
+    from_T = row_T * length + group.query_RL[known_RL]
     position_Q, query_T = np.unique(from_T, return_inverse=True)
-    item_RL, target_T = np.searchsorted(items_U, group.item_RL), np.searchsorted(items_U, targets_T)
-    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, from_T, target_T, query_T)
-    return _GroupIndex(
-        items_U=items_U,
-        item_RL=item_RL,
-        position_Q=position_Q,
-        query_T=query_T,
-        position_T=row_T * group.item_RL.shape[1] + column_T,
-        target_T=target_T,
-        candidates_C=np.searchsorted(items_U, candidates),
-        candidate_T=np.searchsorted(candidates, targets_T),
-        weight_T=group.weight_RL[known_RL],
-        copies_T=copies_T,
-        copy_N=copy_N,
+    item_RL, target_T = (_places(ids, items_U, first_item) for ids in (group.item_RL, targets_T))
+    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, from_T, target_T, first_query + query_T)
+    part = {
+        "items_U": items_U,
+        "item_RL": item_RL,
+        "position_Q": first_row * length + position_Q,
+        "query_T": first_query + query_T,
+        "target_index_T": target_T,
+        "candidates_C": _places(candidates, items_U, first_item),
+        "candidate_T": _places(targets_T, candidates),
+        "weight_T": group.weight_RL[known_RL],
+        "copies_T": copies_T,
+        "copy_N": copy_N,
+        **_known_at(group, row_T * length + column_T),
+    }
+    return _count(index, group, position_Q, part), part
+
+
+def _distinct(*ids: np.ndarray) -> np.ndarray:
+    """Ascending int64 ids without pads."""
+    distinct = np.unique(np.concatenate([part.ravel() for part in ids])).astype(np.int64)
+    return distinct[distinct >= 0]
+
+
+def _places(ids: np.ndarray, distinct_U: np.ndarray, first: int = 0) -> np.ndarray:
+    """Where ids stand in a list of them that begins at `first`; 0 for pads."""
+    return np.where(ids >= 0, first + np.searchsorted(distinct_U, ids), 0)
+
+
+def _count(index: int, windows: Windows, position_Q: np.ndarray, part: dict[str, np.ndarray]) -> Group:
+    """Counts of a group whose queries stand at these positions of its windows."""
+    rows, length = windows.item_RL.shape
+    attended_RL = attended_events(windows.segment_RL)
+    return Group(
+        index=int(index),
+        windows=rows,
+        items=len(part["items_U"]),
+        queries=len(position_Q),
+        targets=len(part["candidate_T"]),
+        candidates=len(part["candidates_C"]),
+        attended_pairs=int(attended_RL.sum()),
+        query_pairs=int(attended_RL.flat[position_Q].sum()),
+        free_slots=rows * _most_of_a_window(position_Q, length) - len(position_Q),
     )
 
 
-def _assemble(
-    groups: Sequence[Windows], parts: Sequence[_GroupIndex], indices: tuple[int, ...], device: torch.device | str
+def _join(
+    groups: Sequence[Windows],
+    counts: Sequence[Group],
+    parts: Sequence[dict[str, np.ndarray]],
+    device: torch.device | str,
 ) -> ModelBatch:
     """Groups one after the other."""
-    length = groups[0].item_RL.shape[1]
-    items_offset, query_offset, target_offset, candidate_offset = (
-        _offsets([len(getattr(part, name)) for part in parts])
-        for name in ("items_U", "position_Q", "candidate_T", "candidates_C")
-    )
-    position_offset = _offsets([group.item_RL.size for group in groups])
-    attended = [attended_events(group.segment_RL) for group in groups]
-    queried = [attended_RL.flat[part.position_Q] for attended_RL, part in zip(attended, parts, strict=True)]
-
-    def joined(name: str, starts: Sequence[int], factor: int = 1) -> Tensor:
-        values = (getattr(part, name) for part in parts)
-        return _tensor([own + factor * start for own, start in zip(values, starts, strict=False)], device)
-
-    position_Q = np.concatenate([part.position_Q + start for part, start in zip(parts, position_offset, strict=False)])
-    pads_RL = torch.from_numpy(np.concatenate([group.item_RL for group in groups]) < 0).to(device)
+    tensors = {name: _tensor([part[name] for part in parts], device) for name in parts[0] if name != "position_Q"}
+    position_Q = np.concatenate([part["position_Q"] for part in parts])
     return ModelBatch(
-        group_indices=indices,
-        windows=tuple(len(group.item_RL) for group in groups),
-        items_offset=items_offset,
-        query_offset=query_offset,
-        target_offset=target_offset,
-        candidate_offset=candidate_offset,
-        attended_pairs=tuple(int(attended_RL.sum()) for attended_RL in attended),
-        query_pairs=tuple(int(attended_Q.sum()) for attended_Q in queried),
-        free_slots=tuple(
-            len(group.item_RL) * _most_of_a_window(part.position_Q, length) - len(part.position_Q)
-            for group, part in zip(groups, parts, strict=True)
-        ),
-        items_U=_tensor([part.items_U for part in parts], device),
-        item_RL=joined("item_RL", items_offset).masked_fill(pads_RL, 0),
-        places=_query_places(position_Q, length, device),
-        query_T=joined("query_T", query_offset),
-        target_index_T=joined("target_T", items_offset),
-        candidates_C=joined("candidates_C", items_offset),
-        candidate_T=_tensor([part.candidate_T for part in parts], device),
-        weight_T=_tensor([part.weight_T for part in parts], device),
-        copies_T=_tensor([part.copies_T for part in parts], device),
-        copy_N=joined("copy_N", query_offset, factor=length),
-        **_row_tensors(groups, device),
-        **_counted_tensors(groups, [part.position_T for part in parts], device),
+        groups=tuple(counts),
+        context={name: _tensor([group.context[name] for group in groups], device) for name in groups[0].context},
+        places=_query_places(position_Q, groups[0].item_RL.shape[1], device),
+        **tensors,
     )
+
+
+def _known_at(windows: Windows, position_T: np.ndarray) -> dict[str, np.ndarray]:
+    """What windows say of all their positions, and what is counted at the positions of targets."""
+    known: dict[str, np.ndarray] = {
+        "segment_RL": windows.segment_RL.astype(np.int32),
+        "gap_RL": windows.gap_RL.astype(np.float32),
+        "time_RL": windows.time_RL.astype(np.int64),
+        "later_RL": windows.later_RL,
+    }
+    if windows.counted is not None:
+        counted = {"counted_TM": windows.counted.item_RLM, "share_TM": windows.counted.share_RLM}
+        known |= {name: of_RLM.reshape(-1, of_RLM.shape[-1])[position_T] for name, of_RLM in counted.items()}
+    return known
 
 
 def _find_copies(
@@ -324,17 +304,6 @@ def _find_copies(
     return copies_T, np.repeat(query_T * length, copies_T) + key_P[runs(low_T, copies_T)] % length
 
 
-def _row_tensors(groups: Sequence[Windows], device: torch.device | str) -> dict:
-    names = groups[0].context
-    return {
-        "segment_RL": _tensor([group.segment_RL.astype(np.int32) for group in groups], device),
-        "gap_RL": _tensor([group.gap_RL.astype(np.float32) for group in groups], device),
-        "time_RL": _tensor([group.time_RL.astype(np.int64) for group in groups], device),
-        "later_RL": _tensor([group.later_RL for group in groups], device),
-        "context": {name: _tensor([group.context[name] for group in groups], device) for name in names},
-    }
-
-
 def _query_places(position_Q: np.ndarray, length: int, device: torch.device | str) -> QueryPlaces:
     row_Q = position_Q // length
     slot_Q = place_among_equal(row_Q, np.argsort(row_Q, kind="stable"))
@@ -347,29 +316,6 @@ def _most_of_a_window(position_Q: np.ndarray, length: int) -> int:
     return int(np.bincount(position_Q // length).max(initial=1))
 
 
-def _counted_tensors(groups: Sequence[Windows], positions: Sequence[np.ndarray], device: torch.device | str) -> dict:
-    counted = [group.counted for group in groups if group.counted is not None]
-    if not counted:
-        return {}
-
-    def rows(values: list[np.ndarray]) -> Tensor:
-        flat = [value.reshape(-1, value.shape[-1])[chosen] for value, chosen in zip(values, positions, strict=True)]
-        return _tensor(flat, device)
-
-    return {
-        "counted_TM": rows([part.item_RLM for part in counted]),
-        "share_TM": rows([part.share_RLM for part in counted]),
-    }
-
-
 def _tensor(parts: list[np.ndarray], device: torch.device | str) -> Tensor:
     whole = np.concatenate(parts) if len(parts) > 1 else np.array(parts[0])
     return torch.from_numpy(whole).to(device, non_blocking=True)
-
-
-def _offsets(lengths: list[int]) -> tuple[int, ...]:
-    return tuple(int(total) for total in np.cumsum([0, *lengths]))
-
-
-def _lengths(offsets: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in itertools.pairwise(offsets))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bfm.events.randomness import stream_key
-from bfm.model.batch import QueryPlaces
+from bfm.model.batch import Group, QueryPlaces
 
 _ROPE_BASE = 10_000.0
 _EPSILON = 1e-6
@@ -66,25 +66,22 @@ def rotate(x_LHP: Tensor, rotation: Tensor) -> Tensor:
 class GroupDropout:
     """Dropout whose masks are a function of (seed, group): the same for any micro-batch and number of workers."""
 
-    def __init__(
-        self, rate: float, seed: int, group_indices: Sequence[int], windows: Sequence[int], device: torch.device
-    ) -> None:
-        """`windows` are those of each group."""
-        self.rate, self.windows = rate, tuple(windows)
+    def __init__(self, rate: float, seed: int, groups: Sequence[Group], device: torch.device) -> None:
+        self.rate, self.groups = rate, groups
         self.generators = [
-            torch.Generator(device).manual_seed(int(stream_key(_DROPOUT_STREAM, seed, group)) >> 1)
-            for group in group_indices
+            torch.Generator(device).manual_seed(int(stream_key(_DROPOUT_STREAM, seed, group.index)) >> 1)
+            for group in groups
         ]
 
-    def __call__(self, x_RLW: Tensor) -> Tensor:
+    def windows(self, x_RLW: Tensor) -> Tensor:
         """Channels of x are zeroed with probability `rate`, the rest scaled by 1 / (1 - rate)."""
-        return self._drop(x_RLW, self.windows)
+        return self._drop(x_RLW, [group.windows for group in self.groups])
 
-    def of_queries(self, queries: Sequence[int]) -> Drop:
-        """The same for tensors whose rows are queries, so many of each group."""
-        return functools.partial(self._drop, rows=tuple(queries))
+    def queries(self, x_QW: Tensor) -> Tensor:
+        """The same for a tensor whose rows are queries."""
+        return self._drop(x_QW, [group.queries for group in self.groups])
 
-    def _drop(self, x_NW: Tensor, rows: tuple[int, ...]) -> Tensor:
+    def _drop(self, x_NW: Tensor, rows: list[int]) -> Tensor:
         keep_NW = torch.empty_like(x_NW, memory_format=torch.contiguous_format)
         for part, generator in zip(keep_NW.split(rows), self.generators, strict=True):
             part.bernoulli_(1.0 - self.rate, generator=generator)

@@ -44,18 +44,18 @@ class Contextualizer(nn.Module):
         dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
         x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
-        if drop is not None:
-            x_RLW = drop(x_RLW)
+        drop_windows, drop_queries = (None, None) if drop is None else (drop.windows, drop.queries)
+        if drop_windows is not None:
+            x_RLW = drop_windows(x_RLW)
         rotation = make_rotation(length, self.head_dim, x_RLW.device)
         *lower, last = self.blocks
         if lower:
             mask = attention_mask(batch.segment_RL, x_RLW.dtype)
             for block in lower:
-                x_RLW = block(x_RLW, mask, rotation, drop)
+                x_RLW = block(x_RLW, mask, rotation, drop_windows)
         attended_QL = batch.attended_QL()
         # A free slot attends to everything, and nobody reads what comes of it.
         mask = batch.places.spread(_additive(attended_QL, x_RLW.dtype), len(x_RLW)).unsqueeze(1)
-        drop_queries = None if drop is None else drop.of_queries(batch.queries)
         x_QW = rms_norm(last(x_RLW, mask, rotation, drop_queries, batch.places))
         x_RLW = rms_norm(x_RLW)
         h_QD = unit(self.out(x_QW))

@@ -16,7 +16,7 @@ one product. Tables are looked up, never multiplied: they cost no FLOPs. Encoded
 (`FieldLayout.pack`) into ids with table offsets, raw floats and times; dense features are computed where they are used.
 
 Shape legend: N rows (items, or positions of windows), S table slots, F fields, W table width, X dense features,
-D d_item, E quantile edges.
+D d_item, E quantile edges, M slots of a text or list.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ _EDGE_WIDTH = 2e-6
 TOKEN_STD = 0.05
 
 
-@dataclass(frozen=True)
-class PackedFields:
+class PackedFields(NamedTuple):
     """The encoded fields of N rows of one side in at most three tensors (None where the side has no such field)."""
 
     ids_NS: Tensor | None
@@ -68,14 +67,11 @@ class PackedFields:
 
     def take(self, index_N: Tensor) -> PackedFields:
         """Some rows."""
-        return PackedFields(*(None if part is None else part[index_N] for part in self._parts()))
+        return PackedFields(*(None if part is None else part[index_N] for part in self))
 
     def to(self, device: torch.device | str) -> PackedFields:
         """On another device."""
-        return PackedFields(*(None if part is None else part.to(device) for part in self._parts()))
-
-    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.ids_NS, self.raw_NX, self.time_NF
+        return PackedFields(*(None if part is None else part.to(device) for part in self))
 
 
 class FieldLayout:
@@ -85,7 +81,7 @@ class FieldLayout:
         def of(*kinds: str) -> list[FittedField]:
             return [field for field in fields if field.kind in kinds]
 
-        # Bags of equal length stand together, so that each length is pooled at once.
+        # This order is that of the weights.
         self.bags = sorted(of(*_BAG_KINDS), key=lambda field: field.columns)
         self.categorical, self.hashed = of("categorical"), of("hashed")
         self.numeric, self.vectors, self.times = of("numeric"), of("vector"), of("time")
@@ -116,16 +112,14 @@ class FieldLayout:
 
     def pool_slots(self, slots_NSW: Tensor, ids_NS: Tensor) -> Tensor:
         """Table rows of all slots to one vector per table field, [N, F, W]."""
-        rows, _, width = slots_NSW.shape
-        runs = [(columns, len(list(group))) for columns, group in itertools.groupby(self.bags, lambda f: f.columns)]
-        slots = [len(self.categorical), 2 * len(self.hashed), *(columns * count for columns, count in runs)]
-        single_NFW, hashed_NSW, *bags_NSW = slots_NSW.split(slots, 1)
-        parts = [single_NFW, hashed_NSW.view(rows, len(self.hashed), 2, width).sum(2)]
-        for (columns, count), bag_NSW, id_NS in zip(runs, bags_NSW, ids_NS.split(slots, 1)[2:], strict=True):
-            offsets_F1 = self._bag_offsets(columns, ids_NS.device)
-            valid_NFM = (id_NS.view(rows, count, columns) != offsets_F1).to(slots_NSW.dtype)
-            weight_NFM1 = (valid_NFM / valid_NFM.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
-            parts.append((bag_NSW.view(rows, count, columns, width) * weight_NFM1).sum(2))
+        slots = [len(self.categorical), 2 * len(self.hashed), *(field.columns for field in self.bags)]
+        single_NFW, hashed_NSW, *bags_NMW = slots_NSW.split(slots, 1)
+        parts = [single_NFW, hashed_NSW.unflatten(1, (len(self.hashed), 2)).sum(2)]
+        offsets = self.table_offsets[len(self.categorical) + len(self.hashed) :]
+        for offset, bag_NMW, id_NM in zip(offsets, bags_NMW, ids_NS.split(slots, 1)[2:], strict=False):
+            valid_NM = (id_NM != offset).to(slots_NSW.dtype)
+            weight_NM = valid_NM / valid_NM.sum(1, keepdim=True).clamp(min=1)
+            parts.append((bag_NMW * weight_NM.unsqueeze(2)).sum(1, keepdim=True))
         parts = [part for part in parts if part.shape[1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -182,14 +176,6 @@ class FieldLayout:
             floats = (torch.tensor(part, dtype=torch.float32, device=device) for part in (lower, span, mean, std))
             self._constants[device] = (*floats, torch.tensor(columns, device=device))
         return self._constants[device]
-
-    def _bag_offsets(self, columns: int, device: torch.device) -> Tensor:
-        offsets = [
-            offset
-            for field, offset in zip(self.tables, self.table_offsets, strict=False)
-            if field.kind in _BAG_KINDS and field.columns == columns
-        ]
-        return torch.tensor(offsets, dtype=torch.int32, device=device).unsqueeze(-1)
 
 
 class FieldEncoder(nn.Module):

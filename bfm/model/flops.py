@@ -53,7 +53,6 @@ class ModelCost:
 
         Stage 1 embeds `distinct_items` and trains both parts; stage 2 reads item vectors from the frozen catalogue.
         """
-        _check_stage(stage)
         shape, positions = self.shape, windows * self.window
         live = stage == 1
         flops = self._embed(distinct_items, backward=True) if live else 0
@@ -81,7 +80,6 @@ class ModelCost:
 
         `attended_pairs`: pairs of a position and an event of its user up to it; `query_pairs`: those of the queries.
         """
-        _check_stage(stage)
         pairs = (self.shape.depth - 1) * attended_pairs + query_pairs
         return 12 * pairs * self.shape.width + (3 * self._field_attention(distinct_items) if stage == 1 else 0)
 
@@ -97,7 +95,7 @@ class ModelCost:
         shape, positions = self.shape, rows * self.window
         inputs = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width
         # A mixture needs the sum over the catalogue before it can score an item: two passes.
-        passes = 2 if shape.mixed else 1
+        passes = 2 if len(shape.components) > 1 else 1
         scores = 2 * passes * queries * catalogue * shape.d_item
         return 2 * positions * inputs + self._contextualize(rows, queries) + scores
 
@@ -132,8 +130,3 @@ class ModelCost:
 
     def _field_attention(self, items: int) -> int:
         return 4 * items * self._field_tokens**2 * self.shape.embedder_width * self.shape.embedder_depth
-
-
-def _check_stage(stage: int) -> None:
-    if stage not in (1, 2):
-        raise ValueError(f"stage {stage!r}: there are stages 1 and 2")

@@ -24,7 +24,6 @@ from typing import Any, Literal
 from bfm.errors import InfeasibleError, UserError
 from bfm.events.neighbours import LAST_EVENTS
 
-LARGEST_SHARE = 0.5
 _HIDDEN_RATIO = 8 / 3
 
 EmbedderKind = Literal["none", "mlp", "transformer"]
@@ -66,23 +65,19 @@ class Shape:
     @property
     def contextualizer_params(self) -> int:
         """Weights of the contextualizer, its input and output projections and sparse components included."""
-        return self.edge_params + _block_params(self.width, self.depth, self.hidden)
+        return self.edge * self.width + _block_params(self.width, self.depth, self.hidden)
 
     @property
-    def edge_params(self) -> int:
-        """Weights of the contextualizer outside its blocks."""
-        return _edge(self) * self.width
+    def edge(self) -> int:
+        """Weights of the contextualizer outside its blocks, per channel: inputs, output and sparse components."""
+        pointer = 2 * self.pointer_width + 1 if self.pointer_width else 0
+        return 3 * self.d_item + pointer + (2 if self.counted_events else 0)
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of what the output distribution mixes, in the order of its gates."""
         sparse = (("pointer", self.pointer_width), ("neighbours", self.counted_events))
         return ("softmax", *(name for name, size in sparse if size))
-
-    @property
-    def mixed(self) -> bool:
-        """Whether the output is more than a softmax."""
-        return self.pointer_width + self.counted_events > 0
 
     @property
     def params(self) -> int:
@@ -116,16 +111,16 @@ def size_model(
     N and the embedder's size are met within the larger of 3 % and one width unit (2 channels).
     `embedder_depth` None chooses: an MLP for small embedders, a transformer once its single layer would be at least
     half as wide as d_item; 0 always takes the MLP, 1 and more a transformer of that depth.
-    Raises UserError for arguments outside their range, InfeasibleError for 0 < s < s_min(N) and for N below the
-    minimum of this d_item; both messages name the bound.
+    Raises UserError for an odd d_item, InfeasibleError for 0 < s < s_min(N) and for N below the minimum of this d_item;
+    both messages name the bound. Ranges are checked with the configuration.
     """
-    _check(params, embedder_share, d_item, aspect, depth, embedder_depth)
+    if d_item % 2:
+        raise UserError(f"{d_item!r} is not an even width", key="d_item", fix="take 32, 64, 128, ...")
     embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
     embedder = dataclasses.replace(
         embedder, pointer_width=d_item // 2 if pointer else 0, counted_events=LAST_EVENTS if neighbours else 0
     )
-    edge = _edge(embedder)
-    smallest = _smallest_stack(edge, depth or 1)
+    smallest = _smallest_stack(embedder.edge, depth or 1)
     if params * (1 - embedder_share) < smallest:
         least = math.ceil(smallest / (1 - embedder_share))
         raise InfeasibleError(
@@ -135,25 +130,8 @@ def size_model(
             fix="take a larger N or a smaller d_item",
         )
     budget = max(params - embedder.embedder_params, smallest)
-    width, layers, hidden = _size_stack(budget, edge, aspect, depth)
+    width, layers, hidden = _size_stack(budget, embedder.edge, aspect, depth)
     return dataclasses.replace(embedder, width=width, depth=layers, heads=_choose_heads(width), hidden=hidden)
-
-
-def _check(
-    params: float, share: float, d_item: int, aspect: float, depth: int | None, embedder_depth: int | None
-) -> None:
-    if not (math.isfinite(params) and params > 0):
-        raise UserError(f"{params!r} is not a model size", key="params", fix="write a positive number")
-    if not 0 <= share <= LARGEST_SHARE:
-        raise UserError(f"{share!r} is outside 0..{LARGEST_SHARE}", key="embedder_share", fix="take a share inside")
-    if d_item < 2 or d_item % 2:
-        raise UserError(f"{d_item!r} is not an even width", key="d_item", fix="take 32, 64, 128, ...")
-    if not (math.isfinite(aspect) and aspect > 0):
-        raise UserError(f"{aspect!r} is not an aspect (width / depth)", key="aspect", fix="take 16 to 128")
-    if depth is not None and depth < 1:
-        raise UserError(f"{depth!r} is not a depth", key="depth", fix="take 1 or more")
-    if embedder_depth is not None and embedder_depth < 0:
-        raise UserError(f"{embedder_depth!r} is not a depth", key="embedder_depth", fix="take 0 (MLP) or more")
 
 
 def _size_embedder(params: float, share: float, d_item: int, aspect: float, embedder_depth: int | None) -> Shape:
@@ -237,12 +215,6 @@ def _choose_heads(width: int) -> int:
         return abs(math.log(head_dim / target)) + odd, head_dim
 
     return width // min((dim for dim in range(2, width + 1, 2) if width % dim == 0), key=cost)
-
-
-def _edge(shape: Shape) -> int:
-    """Weights outside the blocks per channel: item and context inputs, output; what the sparse components have."""
-    pointer = 2 * shape.pointer_width + 1 if shape.pointer_width else 0
-    return 3 * shape.d_item + pointer + (2 if shape.counted_events else 0)
 
 
 def _block_params(width: int, depth: int, hidden: int) -> int:

@@ -166,7 +166,7 @@ class TwoPartModel(nn.Module):
         context_RLD = self.context(batch.context, batch.gap_RL, batch.time_RL, batch.later_RL)
         drop = None
         if self.training and self.dropout > 0.0:
-            drop = GroupDropout(self.dropout, self.seed, batch.group_indices, batch.windows, self.device)
+            drop = GroupDropout(self.dropout, self.seed, batch.groups, self.device)
         return self.contextualizer(v_RLD, context_RLD, batch, drop)
 
     def embedder_parameter_names(self) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def fused_softmax_state(
         (q_QD, table_RD, ids_K, log_pi_K),
         (max_SQ, sum_SQ, weighted_SQD),
     )
-    return _merge_splits(max_SQ, sum_SQ, weighted_SQD)
+    return _merge_splits((max_SQ, sum_SQ, weighted_SQD))
 
 
 def choose_tile(num_queries: int, padded: int, item_bytes: int, shared_bytes: int) -> Tile:
@@ -185,20 +185,15 @@ def _launch(
         )
 
 
-def _merge_splits(max_SQ: Tensor, sum_SQ: Tensor, weighted_SQD: Tensor) -> State:
-    """The merge of all splits: halves are merged query by query until one is left."""
-    num_queries = max_SQ.shape[1]
-    max_N, sum_N, weighted_ND = max_SQ.flatten(), sum_SQ.flatten(), weighted_SQD.flatten(0, 1)
-    while (splits := len(max_N) // num_queries) > 1:
-        half, both = splits // 2 * num_queries, splits // 2 * 2 * num_queries
-        merged = merge(
-            (max_N[:half], sum_N[:half], weighted_ND[:half]),
-            (max_N[half:both], sum_N[half:both], weighted_ND[half:both]),
-        )
+def _merge_splits(state_S: State) -> State:
+    """The merge of the states of all splits: halves are merged until one is left."""
+    while (half := len(state_S[0]) // 2) > 0:
         # Of an odd number the last waits for the next round.
-        rest = (max_N[both:], sum_N[both:], weighted_ND[both:])
-        max_N, sum_N, weighted_ND = (torch.cat(pair) for pair in zip(merged, rest, strict=True))
-    return max_N, sum_N, weighted_ND
+        first, second, rest = zip(*(part.split((half, half, len(part) - 2 * half)) for part in state_S), strict=True)
+        max_S, sum_S, weighted_S = (torch.cat(pair) for pair in zip(merge(first, second), rest, strict=True))
+        state_S = max_S, sum_S, weighted_S
+    max_S, sum_S, weighted_S = state_S
+    return max_S[0], sum_S[0], weighted_S[0]
 
 
 def _interpreted() -> bool:

@@ -48,6 +48,6 @@ def shares_catalogue(method: str, workers: int, catalogue_bytes: int) -> bool:
     return method == "sharded" or (method == "auto" and workers > 1 and catalogue_bytes > SHARE_ABOVE_BYTES)
 
 
-def method_of_stage(method: str, stage: int) -> str:
-    """The method as softmax.log_sum takes it in a stage: `auto` in stage 1 for those that need frozen candidates."""
-    return "auto" if stage == 1 and method in CONSTANT_ONLY else method
+def method_for_live(method: str) -> str:
+    """The method as softmax.log_sum takes it for candidates with a gradient: `auto` for those that give them none."""
+    return "auto" if method in CONSTANT_ONLY else method

@@ -34,14 +34,7 @@ from bfm.model.blocks import look_up
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import FrozenItems
-from bfm.objective.sampling import (
-    Candidates,
-    Proposal,
-    drawn_inclusion,
-    fixed_candidates,
-    group_rng,
-    mix_inclusion,
-)
+from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng, mix_inclusion
 from bfm.objective.softmax import log_sum
 
 
@@ -109,28 +102,24 @@ class Objective:
     def candidates(self, batch: ModelBatch) -> list[int]:
         """Candidates of each group."""
         if self.items is None:
-            return list(batch.candidates)
-        drawn = {index: self._frozen_candidates(batch, group) for group, index in enumerate(batch.group_indices)}
+            return [group.candidates for group in batch.groups]
+        drawn = {group.index: self._frozen_candidates(batch, place) for place, group in enumerate(batch.groups)}
         self._counted |= drawn
-        return [own + len(ids_K) for own, ids_K in zip(batch.candidates, drawn.values(), strict=True)]
-
-    def evaluation_candidates(self, seed: int) -> Candidates:
-        """A fixed sample of what training draws: items by the same inclusion probabilities, one draw of `seed`."""
-        return fixed_candidates(self.pi_V, seed)
+        return [group.candidates + len(drawn[group.index]) for group in batch.groups]
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> Tensor:
         """Mean over groups of the weighted mean over their targets; a group without targets counts as zero."""
         v_UD = model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
         queries = model.contextualize(batch, v_UD)
         q_QD = model.scale * queries.h_QD
-        log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(batch.num_groups)])
+        log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(len(batch.groups))])
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
         softmax_T = look_up(log_sum_Q[:, None], batch.query_T).squeeze(-1) - score_T
         loss_T = mixture_loss(softmax_T, queries.log_gate_TX1, target_mass(batch, queries))
         self.last = TargetLosses(loss_T.detach(), queries.log_gate_TX1.detach())
         # The last group of a small log may hold no target, and its mean would be NaN.
         weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
-        groups = [batch.targets_of(group) for group in range(batch.num_groups)]
+        groups = [batch.targets_of(group) for group in range(len(batch.groups))]
         return torch.stack([weighted_T[own].sum() / weight_T[own].sum().clamp(min=1e-9) for own in groups]).mean()
 
     def _log_sum(self, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
@@ -139,7 +128,7 @@ class Objective:
         log_sum_Q = log_sum(q_QD, v_UD, batch.candidates_of(group), log_pi_GK, window_Q=line_Q, method=self.method)
         if self.items is None:
             return log_sum_Q
-        ids_K = self._counted.pop(batch.group_indices[group], None)
+        ids_K = self._counted.pop(batch.groups[group].index, None)
         if ids_K is None:
             ids_K = self._frozen_candidates(batch, group)
         return torch.logaddexp(log_sum_Q, self.items.log_sum(q_QD, ids_K, self.log_pi_V[ids_K]))
@@ -148,11 +137,11 @@ class Objective:
         """Lines of log pi of a group's own candidates, and the line of each of its queries: that of its window."""
         log_pi_K = self.log_pi_V[batch.items_U[batch.candidates_of(group)]]
         candidate_T, window_T = batch.candidate_T[batch.targets_of(group)], batch.window_T(group)
-        return own_window_certain(log_pi_K, window_T, candidate_T, batch.windows[group]), batch.window_Q(group)
+        return own_window_certain(log_pi_K, window_T, candidate_T, batch.groups[group].windows), batch.window_Q(group)
 
     def _frozen_candidates(self, batch: ModelBatch, group: int) -> Tensor:
         """Ascending ids of what is drawn from the frozen catalogue beside the group's targets."""
-        ids_K = torch.from_numpy(self._draw(batch.group_indices[group])).to(batch.items_U.device)
+        ids_K = torch.from_numpy(self._draw(batch.groups[group].index)).to(batch.items_U.device)
         targets_K = batch.items_U[batch.candidates_of(group)]
         return ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)]
 

@@ -156,7 +156,10 @@ def _prime_from(number: int) -> int:
 
 
 def fixed_candidates(pi_V: NDArray[np.float64], seed: int) -> Candidates:
-    """One seeded draw for evaluation, the same for every model that is scored with (pi_V, seed)."""
+    """One seeded draw for evaluation, the same for every model that is scored with (pi_V, seed).
+
+    pi_V is that of training (`Objective.pi_V`): a fixed sample of what it draws.
+    """
     sequence = np.random.SeedSequence([_STREAM, _FIXED_SAMPLE, seed])
     ids_K = Proposal.of(pi_V).draw(np.random.Generator(np.random.Philox(sequence)))
     return Candidates(ids_K, np.log(pi_V[ids_K]))

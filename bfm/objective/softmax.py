@@ -23,7 +23,7 @@ from bfm.objective.fused import fused_softmax_state, prefers_fused
 from bfm.objective.methods import METHODS
 from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, softmax_state, two_pass_log_sum
 
-# All but `sharded`, which needs other ranks: bfm.objective.sharded.
+# All but `sharded`, which needs other ranks: bfm.objective.frozen.
 _METHODS = tuple(method for method in METHODS if method != "sharded")
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18

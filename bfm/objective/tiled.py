@@ -51,12 +51,12 @@ def softmax_state(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tenso
 
 
 def merge(first: State, second: State) -> State:
-    """The state of two disjoint candidate sets together."""
+    """The state of two disjoint candidate sets together; there may be leading dimensions."""
     max_Q = torch.maximum(first[0], second[0])
     reference_Q = or_zero(max_Q)
     factors = [torch.exp(state[0] - reference_Q) for state in (first, second)]
     sum_Q = first[1] * factors[0] + second[1] * factors[1]
-    return max_Q, sum_Q, first[2] * factors[0][:, None] + second[2] * factors[1][:, None]
+    return max_Q, sum_Q, first[2] * factors[0][..., None] + second[2] * factors[1][..., None]
 
 
 def log_sum_of_state(q_QD: Tensor, state: State) -> Tensor:

@@ -39,8 +39,7 @@ def query_metrics(
 ) -> dict[str, NDArray[np.float64]]:
     """recall, ndcg and mrr at k of every query over its counted targets; NaN for a query without any."""
     num_queries = len(targets)
-    query_N = np.repeat(np.arange(num_queries), np.diff(targets.offsets))[counted_N]
-    rank_N = rank_N[counted_N]
+    query_N, rank_N = targets.rows[counted_N], rank_N[counted_N]
     found_N = rank_N <= k
     size_Q = np.bincount(query_N, minlength=num_queries)
     none_Q = size_Q == 0
@@ -58,7 +57,7 @@ def query_metrics(
 
 def query_mean(value_N: NDArray[np.float64], targets: Ragged, counted_N: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Mean over each query's counted targets; NaN for a query without any."""
-    query_N = np.repeat(np.arange(len(targets)), np.diff(targets.offsets))[counted_N]
+    query_N = targets.rows[counted_N]
     size_Q = np.bincount(query_N, minlength=len(targets))
     return np.bincount(query_N, value_N[counted_N], len(targets)) / np.where(size_Q > 0, size_Q, np.nan)
 

@@ -139,11 +139,15 @@ class MixtureScores:
 
     def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
         """log p of S items for each of T queries, [T, S]."""
-        log_p_TS = self._softmax.pairs(query_T, item_TS) + self.shift_Q[query_T, None]
-        for component in self._components:
-            mass_TS = component.at(query_T[:, None].expand_as(item_TS), item_TS)
-            log_p_TS = torch.logaddexp(log_p_TS, mass_TS.log())
-        return log_p_TS
+        softmax_TS = self._softmax.pairs(query_T, item_TS) + self.shift_Q[query_T, None]
+        return add_sparse(softmax_TS, self._components, query_T[:, None].expand_as(item_TS), item_TS)
+
+
+def add_sparse(softmax_N: Tensor, components: Sequence[Component], query_N: Tensor, item_N: Tensor) -> Tensor:
+    """log p of pairs, softmax_N being the log of what the softmax gives them, its gate included."""
+    for component in components:
+        softmax_N = torch.logaddexp(softmax_N, component.at(query_N, item_N).log())
+    return softmax_N
 
 
 def _between(rising_P: Tensor, bounds: slice) -> slice:

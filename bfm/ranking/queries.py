@@ -10,7 +10,8 @@ P = pairs of a query and an item.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from bfm.events.protocol import QueryTable
+from bfm.events.ragged import chunks
 from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import ModelBatch, make_query_batch
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
+from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass, add_sparse
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
@@ -50,12 +52,7 @@ class Answers:
 
     def mixed_loss(self, loss_T: Tensor, query_T: Tensor, item_T: Tensor) -> Tensor:
         """-log p of pairs whose loss under the softmax alone is loss_T."""
-        if not self.components:
-            return loss_T
-        log_p_T = self.log_gate_Q[query_T] - loss_T
-        for component in self.components:
-            log_p_T = torch.logaddexp(log_p_T, component.at(query_T, item_T).log())
-        return -log_p_T
+        return -add_sparse(self.log_gate_Q[query_T] - loss_T, self.components, query_T, item_T)
 
 
 @torch.no_grad()
@@ -72,7 +69,8 @@ def answer(
     h, gates, rows = [none.new_zeros(0, model.shape.d_item)], [none], 0
     no_masses = none.new_zeros(0, model.shape.counted_events)
     pointed, counted_items, counted_masses = [], [no_masses.long()], [no_masses]
-    for chosen in query_batches(table, window):
+    filled_Q = np.minimum(table.position + 1, window)
+    for chosen in itertools.starmap(slice, chunks(filled_Q, _BATCH_POSITIONS)):
         batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
         queries = model.contextualize(batch, vectors(batch.items_U))
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)
@@ -96,17 +94,6 @@ def answer(
     if model.shape.pointer_width:
         components.append(dataclasses.replace(pointer, mass_P=pointer.mass_P / total_Q[pointer.query_P]))
     return Answers(torch.cat(h), (gate_Q / total_Q).log(), components, model.scale, rows)
-
-
-def query_batches(table: QueryTable, window: int) -> Iterator[slice]:
-    """Runs of queries whose contexts fill a bounded number of positions."""
-    filled_Q = np.cumsum(np.minimum(table.position + 1, window))
-    start = 0
-    while start < len(table):
-        before = filled_Q[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(filled_Q, before + _BATCH_POSITIONS, side="right")))
-        yield slice(start, stop)
-        start = stop
 
 
 def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, first: int, num_catalogue: int) -> SparseMass:

@@ -139,13 +139,9 @@ def _for_each(work: Callable[[int], None], starts: range) -> None:
             work(start)
         return
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(work, start) for start in starts]
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            # The first error is raised, and what has not begun is given up.
+            list(pool.map(work, starts))
         finally:
             # What a thread sets is what torch gives to all threads that are started later.
             torch.set_num_threads(threads)

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bfm.objective.frozen import DealtItems
 from bfm.objective.fused import fused_available
-from bfm.objective.sharded import DealtItems
 from bfm.objective.softmax import choose_method, log_sum
 from bfm.report.tables import ruled
 

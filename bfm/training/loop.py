@@ -24,9 +24,9 @@ from bfm.files import Store
 from bfm.model.batch import ModelBatch
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.frozen import FrozenItems, freeze_items
+from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
-from bfm.objective.methods import check_method, method_of_stage
+from bfm.objective.methods import check_method, method_for_live
 from bfm.objective.objective import Objective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -165,11 +165,8 @@ class Trainer:
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""
         return {
-            "config": self.config.as_dict(),
-            "seed": self.seed,
+            **_identity(self.config, self.seed, self.data),
             "counters": dataclasses.asdict(self.counters),
-            "shards_hash": self.data.shards.hash,
-            "flops_version": FLOPS_VERSION,
             "embedder_hash": self._embedder_hash,
         }
 
@@ -199,10 +196,10 @@ class Trainer:
         model = self.data.build_model(self.config, self.seed)
         if state.weight:
             model.load_state_dict(state.weight)
-        model = model.to(self.factory.device)
-        if self.counters.stage == 1:
-            objective = self._objective(self.config.live_negatives, self.config.live_exponent)
-        else:
+        model, items = model.to(self.factory.device), None
+        negatives, exponent = self.config.live_negatives, self.config.live_exponent
+        if self.counters.stage == 2:
+            negatives, exponent = self.config.negatives, self.config.negatives_exponent
             model.freeze_embedder()
             key = embedder_hash(model, self.data.fields_hash)
             if self._embedder_hash not in (None, key):
@@ -210,15 +207,12 @@ class Trainer:
             self._embedder_hash = key
             factory, dtype = self.factory, compute_dtype(self.factory.device)
             items = freeze_items(model, dtype, self.softmax, factory.rank, factory.world_size)
-            objective = self._objective(self.config.negatives, self.config.negatives_exponent, items)
+        log_pi_V, counts_V = self.data.log_pi(self.config).to(self.factory.device), self.data.shards.train_counts
+        method = method_for_live(self.softmax)
+        objective = Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=method)
         self._built = self.factory.build(model, self.config, state, self.micro_batches), objective
         self._start = EngineState({})
         return self._built
-
-    def _objective(self, negatives: int, exponent: float, items: FrozenItems | None = None) -> Objective:
-        log_pi_V = self.data.log_pi(self.config).to(self.factory.device)
-        method, counts_V = method_of_stage(self.softmax, stage=1), self.data.shards.train_counts
-        return Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=method)
 
     def _freeze(self) -> None:
         """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
@@ -311,13 +305,17 @@ def groups_per_worker(config: TrainConfig, workers: int) -> int:
     return config.groups_per_step // workers
 
 
+def _identity(config: TrainConfig, seed: int, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint's run is known by, in its meta."""
+    run = {"config": config.as_dict(), "seed": seed}
+    return {**run, "shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
+
+
 def resume(
     store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, phase: Phase | None = "trunk"
 ) -> Checkpoint:
     """Load a checkpoint of this run. Raises UserError where it is another run's, CorruptError where it is damaged."""
-    run = {"config": config.as_dict(), "seed": seed}
-    known = {"shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
-    checkpoint = load_checkpoint(store, name, {**run, **known})
+    checkpoint = load_checkpoint(store, name, _identity(config, seed, data))
     found = checkpoint.meta["counters"]["phase"]
     if phase is not None and found != phase:
         raise UserError(

@@ -6,30 +6,35 @@ goes on from it) and the cooled weights. The same code runs in one process and o
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import bfm
 from bfm.errors import DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
+from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
+from bfm.objective.sampling import fixed_candidates
 from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import QueryScores, merge
+from bfm.ranking.metrics import Evaluation, QueryScores, merge, summarise
 from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
-from bfm.training.engine import EngineFactory, EngineState
+from bfm.training.engine import EngineFactory, EngineState, compute_dtype
 from bfm.training.journal import Journal
 from bfm.training.loop import Trainer, resume
 from bfm.training.records import Observer, StepRecord
-from bfm.training.row import build_row
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, RungTask
 from bfm.training.watch import Watch
@@ -88,8 +93,7 @@ class _RungRun:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
         self.data = TrainingData.of(self.shards)
         self.journal = Journal(task, self.store)
-        start = self._start()
-        self.spent_before_flops = self.journal.spent_before(start)
+        self.spent_before_flops = self.journal.spent_before()
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -98,7 +102,7 @@ class _RungRun:
             observer=self._observe,
             micro_groups=task.micro_groups,
             softmax=task.softmax,
-            start=start,
+            start=self._start(),
         )
         self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, self.save_every_s
 
@@ -109,8 +113,7 @@ class _RungRun:
                 return self._row("rung", "oom", None)
             self._check_feasible()
             if self.task.validations:
-                writes = self.factory.rank == 0
-                self.watch = Watch(self.task, self.store, self.data, writes=writes)
+                self.watch = Watch(self.task, self.store, self.data)
             self.warm_start_s, self.begun_s = time.time() - self.assigned_at_s, time.monotonic()
             return self._train_and_evaluate()
         except DivergedError:
@@ -178,7 +181,7 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                candidates=self.trainer.objective.evaluation_candidates(self.data.shards.manifest.seed),
+                candidates=fixed_candidates(self.trainer.objective.pi_V, self.data.shards.manifest.seed),
             )
         except DivergedError as error:
             # Only some ranks may hold such a query, and the others wait for this one.
@@ -194,9 +197,8 @@ class _RungRun:
     def _start(self) -> Checkpoint | None:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
-        progress = self.journal.latest()
-        if progress is not None:
-            return resume(self.store, progress, task.config, task.seed, self.data, phase=None)
+        if self.journal.resumable():
+            return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
         if task.stage1 is not None:
@@ -248,7 +250,8 @@ class _RungRun:
             "config": task.config.as_dict(),
             "kind": kind,
             "status": status,
-            **build_row(self.trainer, scores),
+            **_trained(self.trainer),
+            **_measured(scores),
             "train_s": time.monotonic() - self.begun_s - self.eval_s,
             "eval_s": self.eval_s,
             "warm_start_s": self.warm_start_s,
@@ -279,7 +282,9 @@ class _RungRun:
             self.observer(record)
 
     def _save_progress(self) -> None:
-        self.trainer.save(self.store, self.journal.next_slot(), self.journal.in_meta(self._spent_flops()))
+        if self.factory.rank == 0:
+            self.journal.note(self._spent_flops(), at_once=True)
+        self.trainer.save(self.store, self.journal.checkpoint, {"rung_flops": self.task.rung_flops})
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops
@@ -287,6 +292,62 @@ class _RungRun:
     def _ran_out_of_memory(self) -> bool:
         name = self.task.name("oom.json")
         return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
+
+
+def _trained(trainer: Trainer) -> dict[str, Any]:
+    """What a row says of a run as it stands: counts, and what identifies the code, the data and the machine."""
+    counters, config, factory = trainer.counters, trainer.config, trainer.factory
+    shape, cost, data, device = config.shape(), trainer.cost, trainer.data, factory.device
+    unique_events = min(counters.events, trainer.order.targets_per_epoch)
+    return {
+        "params": shape.params,
+        "embedder_share": shape.embedder_share,
+        "embedder_params": shape.embedder_params,
+        "contextualizer_params": shape.contextualizer_params,
+        "stem_params": cost.stem_params,
+        "table_params": cost.table_params,
+        "shape": shape.as_dict(),
+        "path_flops": counters.path_flops,
+        "hardware_flops": counters.hardware_flops,
+        "useful_attention_flops": counters.useful_attention_flops,
+        "undeduplicated_flops": counters.undeduplicated_flops,
+        "steps": counters.step,
+        "events": counters.events,
+        "unique_events": unique_events,
+        "epochs": counters.events / max(unique_events, 1),
+        "batch_events": counters.events / max(counters.step, 1),
+        "groups": counters.cursor,
+        "code_version": code_version(),
+        "flops_version": FLOPS_VERSION,
+        "protocol_hash": data.protocol.hash,
+        "shards_hash": data.shards.hash,
+        "engine": factory.name,
+        "workers": factory.world_size,
+        "zero_stage": factory.zero_stage,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "micro_groups": trainer.micro_groups,
+        "softmax": trainer.softmax,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _measured(scores: QueryScores | None) -> dict[str, Any]:
+    """What a row says of an evaluation; no metrics where nothing was scored."""
+    evaluation = Evaluation({}, {}) if scores is None else summarise(scores)
+    eval_flops = 0 if scores is None else scores.eval_flops
+    return {"eval_flops": eval_flops, "metrics": evaluation.metrics, "errors": evaluation.errors}
+
+
+@functools.cache
+def code_version() -> str:
+    """Version and content of the code: `0.1.0+` and a hash of bfm's sources."""
+    root = Path(bfm.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
 
 
 def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str, Any]]:

@@ -122,10 +122,6 @@ def _beside_floors(
     """Metrics with the floors on the same queries, the differences from them, and what was measured."""
     protocol, evaluation = Protocol.load(shards), summarise(scores)
     floors = baseline_scores(shards, protocol, part, k, queries)
-    gaps = {
-        floor: {metric: paired_gap(scores, of_floor, metric) for metric in evaluation.metrics}
-        for floor, of_floor in floors.items()
-    }
     return {
         "part": part,
         "metrics": evaluation.metrics,
@@ -137,8 +133,12 @@ def _beside_floors(
         "protocol_hash": protocol.hash,
         "baselines": {floor: summarise(of_floor).metrics for floor, of_floor in floors.items()},
         "against_baselines": {
-            floor: {metric: dataclasses.asdict(gap) for metric, gap in of_floor.items() if gap is not None}
-            for floor, of_floor in gaps.items()
+            floor: {
+                metric: dataclasses.asdict(gap)
+                for metric in evaluation.metrics
+                if (gap := paired_gap(scores, of_floor, metric)) is not None
+            }
+            for floor, of_floor in floors.items()
         },
     }
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from bfm.events.windows import WindowOrder
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import Group, ModelBatch, make_batch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import embeds_twice
-from bfm.objective.methods import method_of_stage
+from bfm.objective.methods import method_for_live
 from bfm.objective.objective import Objective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.config import TrainConfig
@@ -70,43 +70,41 @@ class StepPlanner:
                 [objective.embedded(index) for index in indices],
             )
             batches.append(batch)
-            for group, candidates in enumerate(objective.candidates(batch)):
-                work.add(self._work(stage, batch, group, candidates))
+            embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
+            for group, candidates in zip(batch.groups, objective.candidates(batch), strict=True):
+                work.add(self._work(stage, group, candidates, embeds_again))
         *sums, saves = factory.all_reduce_sum([*vars(work).values(), int(save_due)])
         return StepPlan(batches, Work(*sums), save_due=saves > 0)
 
-    def _work(self, stage: int, batch: ModelBatch, group: int, candidates: int) -> Work:
-        items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
-        path_flops = self.cost.group_flops(stage, items, queries, candidates, windows)
-        again_flops = self._recomputed_flops(stage, batch, group, candidates)
-        pairs = batch.attended_pairs[group], batch.query_pairs[group]
-        embedded = windows * self.config.window + self.config.live_negatives
+    def _work(self, stage: int, group: Group, candidates: int, embeds_again: bool) -> Work:
+        cost, pairs = self.cost, (group.attended_pairs, group.query_pairs)
+        path_flops = cost.group_flops(stage, group.items, group.queries, candidates, group.windows)
+        again_flops = cost.recomputed_flops(group.items if embeds_again else 0, self._scores_again(group, candidates))
+        embedded = group.windows * self.config.window + self.config.live_negatives
         return Work(
             path_flops,
-            hardware_flops=path_flops + again_flops + self.cost.free_slot_flops(batch.free_slots[group]),
-            useful_attention_flops=self.cost.useful_attention_flops(stage, items, *pairs),
-            undeduplicated_flops=self.cost.group_flops(stage, embedded, queries, candidates, windows),
-            events=batch.targets[group],
+            hardware_flops=path_flops + again_flops + cost.free_slot_flops(group.free_slots),
+            useful_attention_flops=cost.useful_attention_flops(stage, group.items, *pairs),
+            undeduplicated_flops=cost.group_flops(stage, embedded, group.queries, candidates, group.windows),
+            events=group.targets,
         )
 
     def stage2_flops(self, plan: StepPlan) -> int:
         """What the groups of a step of stage 1 would cost in stage 2, estimated."""
         flops = 0
         for batch in plan.batches:
-            for group in range(batch.num_groups):
+            for place, group in enumerate(batch.groups):
                 # What stage 1 drew is no candidate of stage 2.
-                targets = len(torch.unique(batch.target_index_T[batch.targets_of(group)]))
+                targets = len(torch.unique(batch.target_index_T[batch.targets_of(place)]))
                 candidates = targets + self.config.negatives
-                items, queries, windows = batch.distinct_items[group], batch.queries[group], batch.windows[group]
-                flops += self.cost.group_flops(2, items, queries, candidates, windows)
+                flops += self.cost.group_flops(2, group.items, group.queries, candidates, group.windows)
         return self.factory.all_reduce_sum([flops])[0]
 
-    def _recomputed_flops(self, stage: int, batch: ModelBatch, group: int, candidates: int) -> int:
-        """What the backward pass computes again: items that were embedded in chunks, scores that were not kept."""
-        items = batch.distinct_items[group] if stage == 1 and embeds_twice(len(batch.items_U)) else 0
-        queries, own, scores = batch.queries[group], batch.candidates[group], 0
-        for part, live in ((own, True), (candidates - own, False)):
-            method = method_of_stage(self.softmax, stage=1) if live else self.softmax
-            if computes_scores_twice(queries, part, live=live, method=method):
-                scores += queries * part
-        return self.cost.recomputed_flops(items, scores)
+    def _scores_again(self, group: Group, candidates: int) -> int:
+        """Scores that the backward pass computes again, since they were not kept."""
+        scores = 0
+        for part, live in ((group.candidates, True), (candidates - group.candidates, False)):
+            method = method_for_live(self.softmax) if live else self.softmax
+            if computes_scores_twice(group.queries, part, live=live, method=method):
+                scores += group.queries * part
+        return scores

@@ -33,14 +33,14 @@ WATCHED = ("nll", "recall@10", "ndcg@10")
 
 
 class Watch:
-    """The validations of one run; equal on all workers, one of which writes."""
+    """The validations of one run; equal on all workers, of which rank 0 writes."""
 
-    def __init__(self, task: RungTask, store: Store, data: TrainingData, *, writes: bool) -> None:
+    def __init__(self, task: RungTask, store: Store, data: TrainingData) -> None:
         """Measure the floors, and take up the best of earlier calls.
 
         Raises UserError where there is no query to validate on, or where the store holds the best of another run.
         """
-        self.store, self.writes, self.queries = store, writes, task.validation_queries
+        self.store, self.queries = store, task.validation_queries
         self.name = f"trials/{task.trial}/checkpoints/best"
         self.seen: list[Validation] = []
         self.best: Validation | None = None
@@ -74,7 +74,7 @@ class Watch:
         self.seen.append(validation)
         if validation.is_best:
             self.best, self.best_nll_Q = validation, nll_Q
-            if self.writes:
+            if trainer.factory.rank == 0:
                 told = {"validation": asdict(validation), "nll_Q": nll_Q.tolist()}
                 save_checkpoint(self.store, self.name, EngineState(weight), {**trainer.meta(), **told})
         return validation

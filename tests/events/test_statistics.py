@@ -77,7 +77,7 @@ def test_group_means_counts_equal_those_of_groups(many, window, group_windows):
     targets = [len(np.unique(group.target_RL[group.target_RL >= 0])) for group in groups]
     rows = [(group.target_RL >= 0).sum() for group in groups]
     baskets = WindowOrder(many, window, group_windows, seed=3, targets="next_basket")
-    queries = [make_batch([baskets.group(index)]).queries[0] for index in range(200)]
+    queries = [make_batch([baskets.group(index)]).groups[0].queries for index in range(200)]
     expected = group_means(many.manifest, window, group_windows, "next_basket")
     allowed = expected.relative_error + 0.01
     assert 0 < expected.relative_error < 0.08

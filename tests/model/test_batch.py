@@ -29,24 +29,23 @@ def test_indices_lead_back_to_the_windows(groups):
     np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
     for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
         np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
-    assert batch.group_indices == (7, 8, 11)
-    assert (batch.num_groups, batch.windows) == (3, (2, 4, 3))
+    assert [(group.index, group.windows) for group in batch.groups] == [(7, 2), (8, 4), (11, 3)]
 
 
 def test_each_group_has_its_own_items_and_candidates(groups):
     batch = make_batch(groups)
-    for number, group in enumerate(groups):
+    for number, (group, counts) in enumerate(zip(groups, batch.groups, strict=True)):
         inputs, targets = set(group.item_RL.ravel()) - {-1}, set(group.target_RL.ravel()) - {-1}
-        items = batch.items_U[slice(*batch.items_offset[number : number + 2])].tolist()
+        first_item = sum(before.items for before in batch.groups[:number])
+        items = batch.items_U[first_item : first_item + counts.items].tolist()
         candidates_K = batch.candidates_of(number)
         rows = batch.targets_of(number)
         assert items == sorted(inputs | targets)
         assert batch.items_U[candidates_K].tolist() == sorted(targets)
-        assert batch.distinct_items[number] == len(inputs | targets)
-        assert batch.candidates[number] == len(targets)
-        assert batch.targets[number] == (group.target_RL >= 0).sum()
+        assert counts.candidates == len(targets)
+        assert counts.targets == (group.target_RL >= 0).sum()
         assert torch.equal(candidates_K[batch.candidate_T[rows]], batch.target_index_T[rows])
-        window_T = batch.window_Q(number)[batch.query_T[rows] - batch.query_offset[number]]
+        window_T = batch.window_Q(number)[batch.query_T[rows] - batch.queries_of(number).start]
         assert window_T.tolist() == np.nonzero(group.target_RL >= 0)[0].tolist()
 
 
@@ -59,8 +58,8 @@ def test_slots_hold_the_queries_of_their_window_once(groups):
     assert len(torch.unique(places.slot_Q)) == len(x_QX)
     assert places.slots == torch.bincount(places.position_Q // 16).max()
     alone = [make_batch([group]) for group in groups]
-    free = tuple(len(one.item_RL) * one.places.slots - len(one.places.position_Q) for one in alone)
-    assert make_batch(groups).free_slots == free
+    free = [len(one.item_RL) * one.places.slots - len(one.places.position_Q) for one in alone]
+    assert [group.free_slots for group in make_batch(groups).groups] == free
 
 
 def test_copies_are_the_users_events_of_the_target_up_to_its_query():
@@ -73,7 +72,7 @@ def test_copies_are_the_users_events_of_the_target_up_to_its_query():
             past = [p for p in range(at + 1) if group.segment_RL[row, p] == group.segment_RL[row, at]]
             assert (found % 16).tolist() == [p for p in past if group.item_RL[row, p] == group.target_RL[row, column]]
             position_N = batch.places.position_Q[found // 16]
-            assert (position_N == 16 * (row + sum(batch.windows[:number])) + at).all()
+            assert (position_N == 16 * (row + sum(before.windows for before in batch.groups[:number])) + at).all()
     assert batch.copies_T.max() > 1
 
 
@@ -81,15 +80,16 @@ def test_a_group_without_targets_or_events_is_empty_not_an_error():
     windows = make_windows(PLAIN_FIELDS, rows=1, length=8)
     empty = np.full_like(windows.item_RL, -1)
     nothing = dataclasses.replace(windows, item_RL=empty, target_RL=empty, segment_RL=empty)
-    batch = make_batch([nothing])
-    assert batch.distinct_items == batch.targets == batch.queries == batch.candidates == batch.attended_pairs == (0,)
-    assert make_batch([windows, nothing]).candidates == (make_batch([windows]).candidates[0], 0)
+    (counts,) = make_batch([nothing]).groups
+    assert counts.items == counts.targets == counts.queries == counts.candidates == counts.attended_pairs == 0
+    full, empty = make_batch([windows, nothing]).groups
+    assert (full, empty.candidates) == (make_batch([windows]).groups[0], 0)
 
 
 def test_a_batch_needs_groups_and_one_index_for_each(groups):
     with pytest.raises(ValueError, match="at least one group"):
         make_batch([])
-    with pytest.raises(ValueError, match="3 groups, but 1"):
+    with pytest.raises(ValueError, match="longer"):
         make_batch(groups, "cpu", [4])
 
 
@@ -108,7 +108,8 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     valid_RL = windows.item_RL >= 0
     np.testing.assert_array_equal(batch.items_U[batch.item_RL].numpy()[valid_RL], windows.item_RL[valid_RL])
     assert len(batch.target_index_T) == len(batch.candidates_C) == len(batch.candidate_T) == 0
-    assert (batch.queries, batch.targets, batch.candidates, batch.windows) == ((4,), (0,), (0,), (3,))
+    (counts,) = batch.groups
+    assert (counts.queries, counts.targets, counts.candidates, counts.windows) == (4, 0, 0, 3)
 
 
 def test_attended_events_of_known_rows():

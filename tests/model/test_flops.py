@@ -44,7 +44,7 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
         v_UD = torch.randn(len(batch.items_U), model.shape.d_item)
     queries = model.contextualize(batch, v_UD)
     loss = anything_of(queries)
-    for group in range(batch.num_groups):
+    for group in range(len(batch.groups)):
         candidates = v_UD[batch.candidates_of(group)]
         h_QD = queries.h_QD[batch.queries_of(group)]
         loss = loss + head(model, h_QD, candidates if frozen_KD is None else frozen_KD)
@@ -76,12 +76,10 @@ def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, 
     frozen_KD = torch.randn(negatives, shape.d_item) if stage == 2 else None
     cost = ModelCost(shape, fields, TABLE_WIDTH, length, has_clock)
     formula = sum(
-        cost.group_flops(stage, distinct, queries, negatives or in_batch, windows)
-        for distinct, queries, in_batch, windows in zip(
-            batch.distinct_items, batch.queries, batch.candidates, batch.windows, strict=True
-        )
+        cost.group_flops(stage, group.items, group.queries, negatives or group.candidates, group.windows)
+        for group in batch.groups
     )
-    assert batch.queries < batch.targets or not baskets
+    assert all(group.queries < group.targets for group in batch.groups) or not baskets
     assert formula + cost.free_slot_flops(free_slots(batch)) == counted(lambda: train_step(model, batch, frozen_KD))
 
 
@@ -89,13 +87,14 @@ def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
     model = make_model(2e4, 0.3, ALL_FIELDS)
     batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
-    formula = cost.group_flops(1, *batch.distinct_items, *batch.queries, *batch.candidates, *batch.windows)
+    (group,) = batch.groups
+    formula = cost.group_flops(1, group.items, group.queries, group.candidates, group.windows)
     formula += cost.free_slot_flops(free_slots(batch))
     expected = {name: torch.empty(0) for name, _ in model.named_parameters()}
     for chunk in (1 << 14, 7):
         monkeypatch.setattr(two_part, "EMBED_CHUNK", chunk)
         model.zero_grad()
-        again = cost.recomputed_flops(*batch.distinct_items, 0) if chunk == 7 else 0
+        again = cost.recomputed_flops(group.items, 0) if chunk == 7 else 0
         assert counted(lambda: train_step(model, batch, None)) == formula + again
         for name, parameter in model.named_parameters():
             if chunk == 7 and parameter.grad is not None:
@@ -149,8 +148,9 @@ def test_useful_attention_counts_causal_pairs_inside_users():
         for row in range(3)
         for query in range(16)
     ]
-    assert batch.attended_pairs == (sum(attended),)
-    assert batch.query_pairs == (sum(attended[position] for position in batch.places.position_Q),)
+    (group,) = batch.groups
+    assert group.attended_pairs == sum(attended)
+    assert group.query_pairs == sum(attended[position] for position in batch.places.position_Q)
     cost = ModelCost(ATTENTION_HEAVY, PLAIN_FIELDS, TABLE_WIDTH, 16, True)
     assert cost.useful_attention_flops(1, 40, 100, 7) == 12 * (2 * 100 + 7) * 8
 

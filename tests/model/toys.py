@@ -130,7 +130,8 @@ def every_position(batch: ModelBatch) -> ModelBatch:
     """The batch with a query at every position, pads included."""
     positions = torch.arange(batch.item_RL.numel())
     places = QueryPlaces(positions, positions, batch.item_RL.shape[1])
-    return dataclasses.replace(batch, places=places, query_T=positions, query_offset=(0, len(positions)))
+    groups = (dataclasses.replace(batch.groups[0], queries=len(positions)),)
+    return dataclasses.replace(batch, places=places, query_T=positions, groups=groups)
 
 
 def parts(queries: Queries) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.objective.methods import CONSTANT_ONLY, METHODS, SHARE_ABOVE_BYTES, method_of_stage, shares_catalogue
+from bfm.objective.methods import CONSTANT_ONLY, METHODS, SHARE_ABOVE_BYTES, method_for_live, shares_catalogue
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -16,5 +16,4 @@ def test_only_a_catalogue_too_large_for_each_worker_is_shared_unasked(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stage_1_leaves_methods_of_frozen_candidates_to_stage_2(method):
-    assert method_of_stage(method, 1) == ("auto" if method in CONSTANT_ONLY else method)
-    assert method_of_stage(method, 2) == method
+    assert method_for_live(method) == ("auto" if method in CONSTANT_ONLY else method)

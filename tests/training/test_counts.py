@@ -86,7 +86,7 @@ def test_every_weight_of_the_component_learns(toy_shards):
     for name in learned:
         assert not torch.equal(weights[name], fresh[name]), name
     shape, without = COUNTS.shape(), dataclasses.replace(COUNTS, counts="none").shape()
-    assert shape.edge_params / shape.width == without.edge_params / without.width + 2
+    assert shape.edge == without.edge + 2
 
 
 def test_micro_batches_change_nothing(toy_shards):

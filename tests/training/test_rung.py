@@ -16,8 +16,7 @@ from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
-from bfm.training.row import code_version
-from bfm.training.rung import load_model, run_rung
+from bfm.training.rung import code_version, load_model, run_rung
 from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
@@ -195,7 +194,7 @@ def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, m
     assert {key: row[key] for key in same} == {key: whole[key] for key in same}
     redone_flops = row["task_flops"] - whole["task_flops"]
     assert redone_flops == broken[-1].path_flops - (broken[-2].path_flops if kill_at > 1 else 0)
-    assert not Store(tmp_path).exists(task("cut").name("progress-a") + "/meta.json")
+    assert not Store(tmp_path).exists(task("cut").name("progress") + "/meta.json")
 
 
 def test_sweep_task_is_understood():

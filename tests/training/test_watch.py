@@ -92,7 +92,7 @@ class Run:
         task = dataclasses.replace(TASK, config=config, evaluation_queries=queries)
         self.data, self.store = TrainingData.of(shards), Store(directory)
         self.trainer = Trainer(config, TASK.seed, self.data, CPU)
-        self.watch = Watch(task, self.store, self.data, writes=True)
+        self.watch = Watch(task, self.store, self.data)
 
     def see(
         self, flops: int, nll: float, train_loss: float, *, spread=0.1, queries=QUERIES, epochs=3.0, phase="trunk"
@@ -108,6 +108,7 @@ class Run:
                 path_flops=flops, step=flops, phase=phase, events=round(epochs * self.trainer.order.targets_per_epoch)
             ),
             order=self.trainer.order,
+            factory=CPU,
             recent_loss=train_loss,
             meta=self.trainer.meta,
         )

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bfm.objective.frozen import WholeItems
-from bfm.objective.sharded import DealtItems
+from bfm.objective.frozen import DealtItems, WholeItems
 from bfm.objective.tiled import log_sum_of_state, merge, softmax_state
 from tests.objective.cases import NAMES, errors, make_case, relative_error, unit
 
