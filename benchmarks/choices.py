@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 from common import machine, make_rows, publish, spread
 from variants import Variant
 
@@ -107,7 +108,7 @@ def learning_rate() -> Iterator[Run]:
         (2.5e3, 1.2e11, 8, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
         (4e4, 2e11, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
         (4e4, 3e11, 4, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-        (2e5, 5e11, 1, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+        (2e5, 5e11, 1, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
     ):
         for rate in rates:
             config = {**HISTORY, "window": 512, "params": params, "groups_per_step": groups, "learning_rate": rate}
@@ -181,6 +182,28 @@ def run(job: tuple[str, Run]) -> dict[str, Any]:
     return {"config": values, "variant": asdict(variant), **{key: row.get(key) for key in keys}}
 
 
+def rule_lines(rows: list[tuple[Run, dict[str, Any]]]) -> list[str]:
+    """Where a parabola in log rate is lowest at every corner, and the power law in (N, positions) through them."""
+    corners: dict[tuple[float, int], list[tuple[float, float]]] = {}
+    for (_, config, *_), row in rows:
+        positions = config["groups_per_step"] * config["group_windows"] * config["window"]
+        corners.setdefault((config["params"], positions), []).append((config["learning_rate"], row["metrics"]["nll"]))
+    lines, best = [], []
+    for (params, positions), found in corners.items():
+        log_rates, nll = np.log([rate for rate, _ in found]), np.array([value for _, value in found])
+        lowest = slice(max(0, nll.argmin() - 1), nll.argmin() + 2)
+        curvature, slope, _ = np.polyfit(log_rates[lowest], nll[lowest], 2)
+        best.append((np.log(params), np.log(positions), -slope / (2 * curvature)))
+        lines.append(f"- N = {params:g}, {positions} positions: best rate {np.exp(best[-1][-1]):.2g}")
+    log_N, log_positions, log_rate = np.array(best).T
+    design = np.stack([np.ones_like(log_N), log_N - np.log(5e4), log_positions - np.log(2048)], 1)
+    fitted, *_ = np.linalg.lstsq(design, log_rate)
+    missed = np.exp(np.abs(design @ fitted - log_rate).max())
+    law = f"{np.exp(fitted[0]):.2g} x (N / 5e4)^{fitted[1]:.2f} x (positions / 2048)^{fitted[2]:.2f}"
+    lines.append(f"\nRate {law}; it misses the corners by a factor of at most {missed:.2f}.")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
@@ -206,6 +229,8 @@ def main() -> None:
         values = " | ".join(spread([one["metrics"].get(name, float("nan")) for one in found]) for name in METRICS)
         what = f"{row['path_flops']:.3g} | {row['params']:,} | {row['steps']:,} | {len(found)}"
         lines.append(f"| {label} | {what} | {values} |")
+    if arguments.study == "learning_rate":
+        lines += ["", *rule_lines([(point, rows[point.label, point.seed]) for point in wanted])]
     publish(f"choices_{arguments.study}", "\n".join([*lines, "", machine("torch"), ""]))
 
 
