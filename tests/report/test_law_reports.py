@@ -101,6 +101,14 @@ def test_the_outlook_is_the_planted_surface_at_its_optimum_and_its_band_opens():
     assert (last.high - last.low) / last.estimate > (first.high - first.low) / first.estimate
 
 
+def test_a_space_that_varies_several_things_tells_the_envelope_of_its_curves():
+    laws = sweep_laws(planted.allocation_rows(), None)
+    (_, fit), *further = told(laws, "hull")
+    assert fit.parameters["N_exponent"].low < fit.parameters["N_exponent"].estimate < fit.parameters["N_exponent"].high
+    assert not further, "a hull is of the loss alone"
+    assert "envelope of the training curves" in law_parts(laws)
+
+
 def test_one_table_says_what_a_recipe_takes_from_every_law():
     table = headline_table([(axis, laws_of(axis)) for axis in ROWS])
     best = optimum("embedder_share", "share", "s_opt", -1)
