@@ -152,8 +152,9 @@ def budgets() -> Iterator[Run]:
     """What more compute buys on grocery baskets."""
     small = {**HISTORY, "window": 512}
     large = {**HISTORY, "params": 1e4, "window": 1024, "d_item": 32}
-    for flops, config in ((5e10, small), (1.8e11, large), (1e12, {**large, "group_windows": 4})):
-        for seed in range(3):
+    larger = {**large, "group_windows": 4}
+    for flops, config, seeds in ((5e10, small, 3), (1.8e11, large, 3), (1e12, larger, 3), (3e12, larger, 1)):
+        for seed in range(seeds):
             yield Run(f"C {flops:g}", config, flops, seed, queries=2_000)
 
 

@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bfm.errors import InfeasibleError, UserError
+from bfm.errors import InfeasibleError
 from bfm.events.neighbours import LAST_EVENTS
 
 _HIDDEN_RATIO = 8 / 3
@@ -111,11 +111,9 @@ def size_model(
     N and the embedder's size are met within the larger of 3 % and one width unit (2 channels).
     `embedder_depth` None chooses: an MLP for small embedders, a transformer once its single layer would be at least
     half as wide as d_item; 0 always takes the MLP, 1 and more a transformer of that depth.
-    Raises UserError for an odd d_item, InfeasibleError for 0 < s < s_min(N) and for N below the minimum of this d_item;
-    both messages name the bound. Ranges are checked with the configuration.
+    Raises InfeasibleError for 0 < s < s_min(N) and for N below the minimum of this d_item; both messages name the
+    bound. Ranges are checked with the configuration.
     """
-    if d_item % 2:
-        raise UserError(f"{d_item!r} is not an even width", key="d_item", fix="take 32, 64, 128, ...")
     embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
     embedder = dataclasses.replace(
         embedder, pointer_width=d_item // 2 if pointer else 0, counted_events=LAST_EVENTS if neighbours else 0

@@ -80,8 +80,6 @@ class FeasibleSet:
             cost = self.costs.of(config)
         except InfeasibleError as error:
             return _from_error("cannot be built", error)
-        except UserError as error:
-            return _from_error("is contradictory", error)
         verdict = self._rungs(config, cost)
         if limits and isinstance(verdict, Feasible):
             return self._ran_out(verdict, limits) or verdict

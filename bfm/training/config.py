@@ -39,11 +39,13 @@ def _number(low: float, high: float = math.inf, *, low_open: bool = False, high_
     return {"check": check}
 
 
-def _count(low: int, high: int) -> Metadata:
+def _count(low: int, high: int, *, even: bool = False) -> Metadata:
     def check(value: object, key: str) -> int:
         number = parse_count(value, key=key)
         if not low <= number <= high:
             raise UserError(f"{value!r} is out of range", key=key, fix=f"must be from {low} to {high}")
+        if even and number % 2:
+            raise UserError(f"{value!r} is odd", key=key, fix="take an even number: 32, 64, 128, ...")
         return number
 
     return {"check": check}
@@ -90,7 +92,7 @@ class TrainConfig:
     """L: events per training window."""
     group_windows: int = field(default=4, metadata=_count(1, 1 << 20))
     """G: windows per negative group."""
-    d_item: int = field(default=64, metadata=_count(2, 1 << 14))
+    d_item: int = field(default=64, metadata=_count(2, 1 << 14, even=True))
     """Retrieval width."""
     table_width: int = field(default=16, metadata=_count(1, 1 << 14))
     """Width of vocabulary and hash tables."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.errors import InfeasibleError, UserError
+from bfm.errors import InfeasibleError
 from bfm.model.sizing import Shape, size_model
 from tests.model.toys import make_model
 
@@ -122,11 +122,6 @@ def test_the_refusal_of_a_small_model_names_the_smallest_that_works(pointer, lea
         size_model(least - 1, 0.0, d_item=256, pointer=pointer)
     assert refusal.value.key == "params"
     assert size_model(least, 0.0, d_item=256, pointer=pointer).params == least
-
-
-def test_an_odd_retrieval_width_is_the_users_mistake():
-    with pytest.raises(UserError, match="even width"):
-        size_model(1e5, 0.1, d_item=33)
 
 
 @pytest.mark.parametrize("pointer", [True, False])

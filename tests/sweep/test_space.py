@@ -96,15 +96,12 @@ def toy_costs(toy_shards):
     return Costs(facts)
 
 
-def test_what_only_sizing_refuses_is_a_rejection(toy_costs):
-    feasible = FeasibleSet(make_spec(parameters={"d_item": {"values": [32, 33]}}), toy_costs)
-    for verdict in (
-        feasible.judge({"params": 3e4, "learning_rate": 1e-3, "d_item": 33}),
-        feasible.judge_config(TrainConfig(params=3e4, d_item=33)),
-    ):
-        assert isinstance(verdict, Rejection)
-        assert verdict.reason == "d_item is contradictory"
-        assert verdict.key == "parameters.d_item"
+def test_a_drawn_value_that_no_configuration_takes_is_a_rejection(toy_costs):
+    feasible = FeasibleSet(make_spec(parameters={"d_item": {"min": 32, "max": 64}}), toy_costs)
+    verdict = feasible.judge({"params": 3e4, "learning_rate": 1e-3, "d_item": 33})
+    assert isinstance(verdict, Rejection)
+    assert verdict.reason == "d_item is contradictory"
+    assert verdict.key == "parameters.d_item"
 
 
 def test_nominal_costs_are_the_models_at_the_expected_group(toy_shards, toy_costs):

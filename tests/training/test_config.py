@@ -50,6 +50,7 @@ def test_identity_depends_on_every_field(field):
         ({"params": 1e4, "groups_per_step": 1.5}, "groups_per_step", "whole number"),
         ({"params": 1e4, "copy": "paste"}, "copy", "write pointer or none"),
         ({"params": 1e4, "window": 1}, "window", "from 2"),
+        ({"params": 1e4, "d_item": 33}, "d_item", "even"),
         ({"params": 1e4, "aspect": 0}, "aspect", "> 0"),
         ({"params": 1e4, "depth": 0}, "depth", "from 1"),
         ({"params": 1e4, "embedder_depth": -1}, "embedder_depth", "from 0"),
