@@ -192,7 +192,12 @@ def rule_lines(rows: list[tuple[Run, dict[str, Any]]]) -> list[str]:
     lines, best = [], []
     for (params, positions), found in corners.items():
         log_rates, nll = np.log([rate for rate, _ in found]), np.array([value for _, value in found])
-        lowest = slice(max(0, nll.argmin() - 1), nll.argmin() + 2)
+        place = int(nll.argmin())
+        if place in (0, len(nll) - 1):
+            raise ValueError(
+                f"N = {params:g}, {positions} positions: no worse rate beyond the best, {found[place][0]:g}"
+            )
+        lowest = slice(place - 1, place + 2)
         curvature, slope, _ = np.polyfit(log_rates[lowest], nll[lowest], 2)
         best.append((np.log(params), np.log(positions), -slope / (2 * curvature)))
         lines.append(f"- N = {params:g}, {positions} positions: best rate {np.exp(best[-1][-1]):.2g}")

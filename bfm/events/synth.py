@@ -75,7 +75,7 @@ def write_synthetic(
     users: int,
     items: int,
     seed: int = 0,
-    interests: int = 16,
+    interests: int | None = None,
     repeat: float = WorldSpec.repeat,
     basket: float = WorldSpec.basket,
     progress: Callable[[int], None] = lambda done: None,
@@ -87,7 +87,7 @@ def write_synthetic(
         events: exact number of events, at least `users`; every user has one or more.
         users, items: numbers of users and of items that may occur.
         seed: everything is a function of the arguments.
-        interests: hidden interests; cut at `items`.
+        interests: hidden interests, at most `items`; None: 16, or `items` where there are fewer.
         repeat: probability that an item repeats one of the user's last purchases in its aisle, where there are some.
         basket: mean of the geometric law of basket sizes, cut at 1 + 4 (basket - 1) and at `items`; 1: no baskets.
         progress: called with the number of events written so far.
@@ -95,7 +95,8 @@ def write_synthetic(
     Raises:
         UserError: numbers that do not fit together, or a directory that already holds a log.
     """
-    spec = WorldSpec(items=items, seed=seed, interests=min(interests, items), repeat=repeat, basket=basket)
+    interests = min(WorldSpec.interests, items) if interests is None else interests
+    spec = WorldSpec(items=items, seed=seed, interests=interests, repeat=repeat, basket=basket)
     _check(path, events, users, spec)
     world = World(spec)
     path.mkdir(parents=True, exist_ok=True)
@@ -151,6 +152,8 @@ def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
             key="events",
             fix="give at least one user, one item and as many events as users",
         )
+    if not 1 <= spec.interests <= spec.items:
+        raise UserError(f"{spec.interests} interests, {spec.items} items", key="interests", fix="give from 1 to items")
     if not 0 <= spec.repeat <= 1:
         raise UserError(f"{spec.repeat} is no probability", key="repeat", fix="give from 0 to 1")
     if not 1 <= spec.basket < math.inf:

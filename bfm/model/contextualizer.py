@@ -74,8 +74,8 @@ def _start_at_the_item(inputs: nn.Linear, out: nn.Linear, generator: torch.Gener
     """Orthogonal maps, one the transpose of the other: a query begins near the vector of its own event's item.
 
     So what follows an item is first looked for around it, and a pair of neighbours in a history pulls the vectors of
-    both, which few events of an item need. A pointer finds the items of the history by itself,
-    and the softmax does better when it starts away from them.
+    both, which few events of an item need. A pointer finds the items of the history by itself, and the softmax does
+    better when it starts away from them.
     """
     width, d_item = inputs.weight.shape
     # Inputs of rms 1 stay so where the width is the larger of the two.

@@ -17,8 +17,8 @@ from bfm.laws.surface import Surface, fit_surface
 _WITHOUT_AXIS = ("isoflop", "hull", "agreement")
 """What rows of a space that varies several things may tell; they lie on no one surface in (N, D)."""
 _MOST_METRICS = 5
-_METRICS_OF_LAW = {"agreement": 1, "hull": 1, "surface": 2}
-"""Agreement is of the loss with all others, a hull of the loss alone; a surface takes seconds."""
+_METRICS_OF_LAW = {"agreement": 1, "surface": 2}
+"""Agreement is of the loss with all others; a surface takes seconds."""
 _OUTLOOK = 10.0
 """The surface is asked up to so many times the largest C."""
 _OUTLOOK_PLACES = 8

@@ -11,7 +11,7 @@ import time
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
-from bfm.training.checkpoint import load_checkpoint
+from bfm.training.checkpoint import read_meta
 from bfm.training.task import RungTask
 
 EVERY_S = 1.0
@@ -26,9 +26,9 @@ class Journal:
         self._noted_s = -math.inf
 
     def resumable(self) -> bool:
-        """Whether a checkpoint stands from which the task can go on; a damaged one is passed over."""
+        """Whether a checkpoint of this rung's way stands; its tensors are not looked at."""
         try:
-            meta = load_checkpoint(self.store, self.checkpoint).meta
+            meta = read_meta(self.store, self.checkpoint)
         except (UserError, CorruptError):
             return False
         # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).

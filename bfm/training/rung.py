@@ -6,6 +6,7 @@ goes on from it) and the cooled weights. The same code runs in one process and o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import bfm
-from bfm.errors import DivergedError, InfeasibleError, UserError
+from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.flops import FLOPS_VERSION
@@ -198,7 +199,9 @@ class _RungRun:
         """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
         if self.journal.resumable():
-            return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
+            # A damaged one is passed over.
+            with contextlib.suppress(CorruptError):
+                return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
         if task.stage1 is not None:

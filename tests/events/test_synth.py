@@ -337,12 +337,13 @@ def test_item_features_carry_the_interests(tmp_path):
         {"events": 5, "users": 6, "items": 3},
         {"events": 5, "users": 0, "items": 3},
         {"events": 5, "users": 5, "items": 0},
+        {"events": 50, "users": 5, "items": 10, "interests": 11},
         {"events": 50, "users": 5, "items": 20, "repeat": 1.1},
         {"events": 50, "users": 5, "items": 20, "basket": 0.5},
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path, sizes):
-    with pytest.raises(UserError, match=r"fit together|probability|mean size"):
+    with pytest.raises(UserError, match=r"fit together|interests|probability|mean size"):
         write_synthetic(tmp_path / "log", **sizes)
     assert not (tmp_path / "log").exists()
 

@@ -197,6 +197,21 @@ def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, m
     assert not Store(tmp_path).exists(task("cut").name("progress") + "/meta.json")
 
 
+@pytest.mark.parametrize("pattern", ["meta.json", "state-*.pt"])
+def test_a_damaged_checkpoint_inside_the_rung_is_passed_over(toy_shards, tmp_path, pattern):
+    def kill(record):
+        if record.step == 40:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_rung(task("cut"), toy_shards, CPU, Store(tmp_path), kill, save_every_s=0.0)
+    (damaged,) = (tmp_path / task("cut").name("progress")).glob(pattern)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    after = []
+    assert run_rung(task("cut"), toy_shards, CPU, Store(tmp_path), after.append)["status"] == "ok"
+    assert after[0].step == 1
+
+
 def test_sweep_task_is_understood():
     values = {
         "task_id": "t1",
