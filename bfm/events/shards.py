@@ -172,6 +172,12 @@ class Shards:
         return self.manifest.users
 
     @property
+    def history_length(self) -> float:
+        """Training events that the user of a training event has, on average."""
+        lengths = self.train_lengths.astype(np.float64)
+        return float(lengths @ lengths / lengths.sum())
+
+    @property
     def num_items(self) -> int:
         """Items, cold ones included (I)."""
         return self.manifest.items
