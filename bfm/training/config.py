@@ -208,10 +208,10 @@ def log_defaults(named: Collection[str], filter_seen: bool, history_length: floa
     """Values that a log decides for the settings that its user does not name.
 
     Nothing is copied where lists leave out seen items. A window is as long as the history that an event of the log
-    stands in on average, as a power of two from 64 to 1,024; a group has at least 1,024 positions.
+    stands in on average, as a power of two from 64 to 512; a group of them has 1,024 positions.
     """
-    window = 2 ** min(10, max(6, round(math.log2(history_length))))
-    decided: dict[str, Any] = {"window": window, "group_windows": max(2, 1024 // window)}
+    window = 2 ** min(9, max(6, round(math.log2(history_length))))
+    decided: dict[str, Any] = {"window": window, "group_windows": 1024 // window}
     if "window" in named:
         decided = {}
     if filter_seen:
