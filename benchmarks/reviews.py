@@ -123,14 +123,14 @@ def main() -> None:
     attributes = ATTRIBUTES.format(items=arguments.data.resolve() / "items.parquet")
     head = [f"| | {' | '.join(METRICS)} |", "|---" * (1 + len(METRICS)) + "|"]
     counted = {"counts": "neighbours"}
-    given = {**counted, "counts_share": 0.15}
+    given = {**counted, "counts_share": 0.2}
     with tempfile.TemporaryDirectory(prefix="bfm-reviews-") as name:
         folder = Path(name)
         full = prepare(folder, "attributes", SCHEMA.format(name="reviews") + attributes, events)
         ids = prepare(folder, "ids_only", SCHEMA.format(name="reviews_ids") + IDS_ONLY, events)
         jobs: dict[Key, Job] = {("network alone", seed): (full, REVIEWS, seed) for seed in SEEDS}
         jobs |= {("network with counts, gate learned", seed): (full, {**REVIEWS, **counted}, seed) for seed in SEEDS}
-        jobs |= {("network with counts, share 0.15", seed): (full, {**REVIEWS, **given}, seed) for seed in SEEDS}
+        jobs |= {("network with counts, share 0.2", seed): (full, {**REVIEWS, **given}, seed) for seed in SEEDS}
         jobs["network alone, ids only", 0] = ids, REVIEWS, 0
         movies = None
         if arguments.movielens:
@@ -138,7 +138,7 @@ def main() -> None:
             jobs |= {("films, network alone", seed): (movies, MOVIES, seed) for seed in SEEDS}
             jobs["films, network with counts, gate learned", 0] = movies, {**MOVIES, **counted}, 0
             jobs |= {
-                ("films, network with counts, share 0.15", seed): (movies, {**MOVIES, **given}, seed) for seed in SEEDS
+                ("films, network with counts, share 0.2", seed): (movies, {**MOVIES, **given}, seed) for seed in SEEDS
             }
         rows = make_rows("reviews", jobs, run, arguments.processes, METRICS)
         of_films = {key: row for key, row in rows.items() if str(key[0]).startswith("films")}
