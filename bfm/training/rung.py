@@ -25,7 +25,6 @@ from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.sampling import fixed_candidates
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, summarise
 from bfm.ranking.paired import scores_object
@@ -182,7 +181,7 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                candidates=fixed_candidates(self.trainer.objective.pi_V, self.data.shards.manifest.seed),
+                pi_V=self.trainer.objective.pi_V,
             )
         except DivergedError as error:
             # Only some ranks may hold such a query, and the others wait for this one.

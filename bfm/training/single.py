@@ -104,8 +104,7 @@ def evaluate_checkpoint(
     check_k(max(k), opened.num_catalogue)
     model, meta = load_model(checkpoint, opened)
     window = meta["config"]["window"]
-    seed = opened.manifest.seed
-    scores = evaluate(model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=seed)
+    scores = evaluate(model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives)
     return _beside_floors(opened, part, queries, k, scores)
 
 

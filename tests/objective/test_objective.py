@@ -13,7 +13,7 @@ from bfm.model.batch import make_batch
 from bfm.model.mixture import Queries
 from bfm.objective.frozen import WholeItems
 from bfm.objective.objective import Objective
-from bfm.objective.sampling import drawn_inclusion, fixed_candidates, group_rng
+from bfm.objective.sampling import drawn_inclusion, group_rng
 from tests.helpers import make_shards
 from tests.model.toys import ALL_FIELDS, make_model, make_windows, perturb
 
@@ -280,12 +280,3 @@ def test_more_negatives_than_items_is_a_users_mistake(world):
     shards, _ = world
     with pytest.raises(UserError, match="negatives"):
         frozen(shards, StandIn(shards.num_items), shards.num_catalogue + 1)
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_evaluation_candidates_are_a_fixed_sample_of_the_proposal(world, which):
-    shards, _ = world
-    objective = objectives(shards, StandIn(shards.num_items))[which]
-    fixed = fixed_candidates(objective.pi_V, seed=2)
-    np.testing.assert_array_equal(fixed.ids_K, fixed_candidates(objective.pi_V, seed=2).ids_K)
-    np.testing.assert_allclose(fixed.log_pi_K, objective.log_pi_V[fixed.ids_K], rtol=1e-5, atol=1e-6)
