@@ -20,8 +20,10 @@ from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
 from bfm.training.optimizer import STATE_KEYS, AveragingAdamW, set_rates
 
-Objective = Callable[[Any, ModelBatch], Tensor]
-"""(model, batch) -> scalar mean over the batch's groups."""
+Losses = tuple[Tensor, Tensor]
+"""The mean over a batch's groups (scalar), and what is told of its targets, without a gradient."""
+Objective = Callable[[Any, ModelBatch], Losses]
+"""(model, batch) -> losses."""
 
 
 @dataclass
@@ -62,13 +64,13 @@ class Engine(ABC):
     """Of every step."""
     steps: int
     """Made so far, those of the state that it started from included."""
-    called: Callable[[ModelBatch, Objective], Tensor]
+    called: Callable[[ModelBatch, Objective], Losses]
     """The model, or what is wrapped around it."""
 
-    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
-        """Loss of one micro-batch (scalar), under the engine's precision."""
+    def forward(self, batch: ModelBatch, objective: Objective) -> Losses:
+        """Losses of one micro-batch, under the engine's precision."""
 
-        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
+        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Losses:
             with _precision(self.model.device):
                 return objective(model, inner_batch)
 

@@ -26,7 +26,7 @@ from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
-from bfm.objective.methods import check_method, method_for_live
+from bfm.objective.methods import check_method
 from bfm.objective.objective import Objective
 from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bfm.training.config import TrainConfig
@@ -208,8 +208,7 @@ class Trainer:
             factory, dtype = self.factory, compute_dtype(self.factory.device)
             items = freeze_items(model, dtype, self.softmax, factory.rank, factory.world_size)
         log_pi_V, counts_V = self.data.log_pi(self.config).to(self.factory.device), self.data.shards.train_counts
-        method = method_for_live(self.softmax)
-        objective = Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=method)
+        objective = Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=self.softmax)
         self._built = self.factory.build(model, self.config, state, self.micro_batches), objective
         self._start = EngineState({})
         return self._built
@@ -276,9 +275,9 @@ class Trainer:
         """Accumulate the step's gradient; the losses over all workers."""
         parts = []
         for batch in batches:
-            loss = self.engine.forward(batch, self.objective)
+            loss, sums_2X2 = self.engine.forward(batch, self.objective)
             self.engine.backward(loss)
-            parts.append(torch.cat([loss.detach().reshape(1), self.objective.last.sums(batch).flatten()]))
+            parts.append(torch.cat([loss.detach().reshape(1), sums_2X2.flatten()]))
         # One wait for the device, one message between workers.
         own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
         loss_mean, *sums = self.factory.all_reduce_mean([own_loss / len(batches), *own_sums])
