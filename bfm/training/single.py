@@ -21,8 +21,8 @@ from bfm.ranking.metrics import QueryScores, check_k, summarise
 from bfm.ranking.paired import paired_gap, read_scores
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
+from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer
-from bfm.training.plain import PlainFactory
 from bfm.training.records import Observer
 from bfm.training.rung import load_model, run_rung
 from bfm.training.task import RungTask
@@ -80,7 +80,7 @@ def train_single(
             measure_floors(TrainingData.of(Shards.open(shards)), task.validation_queries)
         values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}
         return run_group(values, shards, storage)
-    return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)
+    return run_rung(task, Shards.open(shards), EngineFactory(), store, observer, save_every_s=SAVE_EVERY_S)
 
 
 def evaluate_checkpoint(
@@ -144,7 +144,7 @@ def _beside_floors(
 
 def measure_speed(config: TrainConfig, shards: Shards, measure_s: float) -> float:
     """Training FLOP/s of one plain worker on this machine for a configuration, over about `measure_s` seconds."""
-    trainer = Trainer(config, 0, TrainingData.of(shards), PlainFactory())
+    trainer = Trainer(config, 0, TrainingData.of(shards), EngineFactory())
     try:
         # The first step pays for caches and allocations.
         trainer.run_trunk(trainer.next_step_flops())
