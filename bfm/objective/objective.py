@@ -87,7 +87,7 @@ class Objective:
         return dataclasses.replace(batch, frozen=tuple(beside))
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> tuple[Tensor, Tensor]:
-        """Loss of a batch of `batch`, and the sums of its targets (`_sums`).
+        """Loss of what `batch` has made, and the sums of its targets (`_sums`).
 
         The loss is the mean over groups of the weighted mean over their targets; one without targets counts as zero.
         """

@@ -19,12 +19,13 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import QueryScores, check_k, summarise
 from bfm.ranking.paired import paired_gap, read_scores
+from bfm.training.checkpoint import load_model
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer
 from bfm.training.records import Observer
-from bfm.training.rung import load_model, run_rung
+from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from bfm.training.watch import measure_floors
 

@@ -42,7 +42,6 @@ class StepPlan:
 
     batches: list[ModelBatch]
     work: Work
-    save_due: bool
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class StepPlanner:
     softmax: str
     factory: EngineFactory
 
-    def plan(self, stage: int, cursor: int, objective: Objective, save_due: bool = False) -> StepPlan:
-        """The step that takes the groups from `cursor` on; `save_due` on one worker is so on all."""
+    def plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
+        """The step that takes the groups from `cursor` on."""
         factory, batches, work = self.factory, list[ModelBatch](), Work()
         own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
@@ -68,8 +67,7 @@ class StepPlanner:
             frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)
             for group, constant in zip(batch.groups, frozen, strict=True):
                 work.add(self._work(stage, group, constant, embeds_again))
-        *sums, saves = factory.all_reduce_sum([*vars(work).values(), int(save_due)])
-        return StepPlan(batches, Work(*sums), save_due=saves > 0)
+        return StepPlan(batches, Work(*factory.all_reduce_sum(list(vars(work).values()))))
 
     def _work(self, stage: int, group: Group, frozen: int, embeds_again: bool) -> Work:
         """Of a group with so many frozen candidates beside the live ones."""

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
+from bfm.training.checkpoint import resume
 from bfm.training.data import TrainingData
-from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker, resume
+from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker
 from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
 
 END = {1: 8e7, 2: 8e7}

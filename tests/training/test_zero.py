@@ -16,11 +16,11 @@ import torch.multiprocessing as mp
 from bfm.errors import DivergedError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.training.checkpoint import read_meta
+from bfm.training.checkpoint import read_meta, resume
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
-from bfm.training.loop import Trainer, resume
+from bfm.training.loop import Trainer
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from bfm.training.zero import ZeroFactory
