@@ -26,7 +26,7 @@ from variants import Variant
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.training.config import TrainConfig
-from bfm.training.plain import PlainFactory
+from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 
@@ -178,7 +178,7 @@ def run(job: tuple[str, Run]) -> dict[str, Any]:
     config = TrainConfig.from_dict(values)
     with tempfile.TemporaryDirectory(prefix="bfm-choices-") as folder:
         task = RungTask("run", "run", 0, flops, config, seed=seed, evaluation_queries=queries)
-        row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
+        row = run_rung(task, Shards.open(shards), EngineFactory(), Store(folder))
     keys = ("status", "params", "embedder_share", "path_flops", "events", "unique_events", "steps", "metrics")
     return {"config": values, "variant": asdict(variant), **{key: row.get(key) for key in keys}}
 

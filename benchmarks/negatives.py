@@ -25,8 +25,8 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
+from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer
-from bfm.training.plain import PlainFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 
@@ -51,7 +51,7 @@ def train_trunk(job: tuple[str, str, float]) -> None:
     """The stage-1 checkpoint that all K of a budget share."""
     shards, folder, budget_flops = job
     trainer = Trainer(
-        configuration(budget_flops, 0), 0, TrainingData.of(Shards.open(shards)), PlainFactory(), micro_groups=1
+        configuration(budget_flops, 0), 0, TrainingData.of(Shards.open(shards)), EngineFactory(), micro_groups=1
     )
     trainer.run_trunk(FREEZE_SHARE * budget_flops)
     trainer.save(Store(folder), f"{budget_flops:g}")
@@ -66,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
     task = RungTask("run", name, 0, budget_flops, config, 0, f"{budget_flops:g}", evaluation_queries=QUERIES)
     label = {"budget_flops": budget_flops, "negatives": negatives}
     try:
-        row = run_rung(task, Shards.open(shards), PlainFactory(), Store(folder))
+        row = run_rung(task, Shards.open(shards), EngineFactory(), Store(folder))
     except InfeasibleError as error:
         return {**label, "infeasible": str(error), "metrics": {}}
     kept = {key: row[key] for key in ("params", "path_flops", "steps", "events", "metrics")}

@@ -23,7 +23,7 @@ from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.spec import from_dict
-from bfm.training.plain import PlainFactory
+from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 
@@ -62,7 +62,7 @@ def run(job: tuple[str, int, argparse.Namespace]) -> dict[str, float]:
     costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        store, factory = Store(folder), PlainFactory(torch.device("cpu"))
+        store, factory = Store(folder), EngineFactory(torch.device("cpu"))
         driver = SweepDriver.start(spec, MemoryLedger(), costs)
         run_serial(driver, lambda task: run_rung(RungTask.from_task(task.as_dict()), shards, factory, store))
     state, found = driver.state, {}

@@ -72,8 +72,8 @@ def build_bfm(case: dict[str, Any]) -> Step:
     from bfm.events.shards import Shards
     from bfm.training.config import TrainConfig
     from bfm.training.data import TrainingData
+    from bfm.training.engine import EngineFactory
     from bfm.training.loop import Trainer
-    from bfm.training.plain import PlainFactory
 
     shards = Shards.open(case["shards"])
     width, window, sequences = case["width"], case["window"], case["sequences"]
@@ -94,7 +94,7 @@ def build_bfm(case: dict[str, Any]) -> Step:
         live_negatives=case["negatives"] or shards.num_catalogue,
     )
     assert config.shape().width == width, "sizing chose another width"
-    trainer = Trainer(config, 0, TrainingData.of(shards), PlainFactory(), micro_groups=config.groups_per_step)
+    trainer = Trainer(config, 0, TrainingData.of(shards), EngineFactory(), micro_groups=config.groups_per_step)
     counters = trainer.counters
 
     def step() -> tuple[int, int]:

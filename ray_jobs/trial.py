@@ -181,9 +181,9 @@ def _factory(scaling: dict[str, Any]) -> EngineFactory:
 
     device = torch.device("cuda" if scaling["gpus"] > 0 else "cpu")
     if scaling["engine"] == "plain":
-        from bfm.training.plain import PlainFactory
+        from bfm.training.engine import EngineFactory
 
-        return PlainFactory(device)
+        return EngineFactory(device)
     from bfm.training.zero import ZeroFactory
 
     return ZeroFactory(int(scaling["zero_stage"]), device)

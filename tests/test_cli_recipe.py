@@ -17,7 +17,7 @@ from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
-from bfm.training.plain import PlainFactory
+from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.helpers import make_shards
@@ -82,7 +82,7 @@ def swept(tmp_path, toy_shards):
 @pytest.mark.slow
 def test_foretold_trained_compared_and_written_down(bfm, tmp_path, toy_shards):
     def execute(task, store):
-        return run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, PlainFactory(), store)
+        return run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, EngineFactory(), store)
 
     swept = Sweep.over(toy_shards).run(tmp_path, execute)
     code, out, err = bfm("recipe", swept, "--flops", "1.2e8", "--json")

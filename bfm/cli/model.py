@@ -210,9 +210,9 @@ def doctor(
 
     if loss:
         from bfm.report.loss_check import check_losses, losses_text
-        from bfm.training.plain import PlainFactory
+        from bfm.training.engine import EngineFactory
 
-        rows = check_losses(PlainFactory().device.type)
+        rows = check_losses(EngineFactory().device.type)
         show([row.as_dict() for row in rows], as_json, lambda _: losses_text(rows))
         return
     findings = examine(storage.absolute())

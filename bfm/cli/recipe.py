@@ -31,7 +31,7 @@ def recipe(
     from bfm.report.matmul_peak import matmul_peak
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.check import check_recipe
-    from bfm.training.plain import PlainFactory
+    from bfm.training.engine import EngineFactory
     from bfm.training.records import Record, StepRecord
     from bfm.units import parse_number
 
@@ -40,7 +40,7 @@ def recipe(
     publish_recipe(folder, made, None)
     record = None
     if check:
-        peak = matmul_peak(PlainFactory().device.type)
+        peak = matmul_peak(EngineFactory().device.type)
         with Display("check") as display:
 
             def observe(record: Record) -> None:

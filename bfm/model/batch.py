@@ -117,6 +117,8 @@ class ModelBatch:
     """int64 ids of the last items at a target's query that have counted neighbours, -1 elsewhere; None: not counted."""
     share_TM: Tensor | None = None
     """float32 counted share of each target among the neighbours of those items; 0 in evaluation."""
+    frozen: tuple[Tensor, ...] = ()
+    """int64 ids of further candidates of each group, none of them live: their vectors are constants; stage 2 alone."""
 
     def queries_of(self, group: int) -> slice:
         """A group's queries."""
@@ -270,6 +272,7 @@ def _join(
         groups=tuple(counts),
         context={name: _tensor([group.context[name] for group in groups], device) for name in groups[0].context},
         places=_query_places(position_Q, groups[0].item_RL.shape[1], device),
+        frozen=(),
         **tensors,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,8 +127,8 @@ class TwoPartModel(nn.Module):
         """Where the weights are."""
         return self.scale_logit.device
 
-    def forward(self, batch: ModelBatch, objective: Callable[[TwoPartModel, ModelBatch], Tensor]) -> Tensor:
-        """The objective's loss. Engines wrap this call, so that every weight is used inside one forward."""
+    def forward(self, batch: ModelBatch, objective: Callable[[TwoPartModel, ModelBatch], Any]) -> Any:
+        """What the objective says. Engines wrap this call, so that every weight is used inside one forward."""
         return objective(self, batch)
 
     def embed_items(self, ids_U: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from bfm.errors import UserError
 Method = Literal["auto", "reference", "one_pass", "two_pass", "triton", "sharded"]
 METHODS: tuple[str, ...] = get_args(Method)
 CONSTANT_ONLY = ("one_pass", "triton", "sharded")
-"""Methods that need frozen candidates."""
+"""Methods that need frozen candidates; for live ones they stand for `auto`."""
 # Below this, looking up vectors and merging states over the network costs more than the memory is worth.
 SHARE_ABOVE_BYTES = 1 << 31
 
@@ -46,8 +46,3 @@ def shares_catalogue(method: str, workers: int, catalogue_bytes: int) -> bool:
     `auto` does so where a worker would otherwise hold more than SHARE_ABOVE_BYTES of it.
     """
     return method == "sharded" or (method == "auto" and workers > 1 and catalogue_bytes > SHARE_ABOVE_BYTES)
-
-
-def method_for_live(method: str) -> str:
-    """The method as softmax.log_sum takes it for candidates with a gradient: `auto` for those that give them none."""
-    return "auto" if method in CONSTANT_ONLY else method

@@ -21,7 +21,8 @@ G = windows of a group, X = sparse components of the mixture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.model.batch import NO_ITEMS, ModelBatch
+from bfm.events.windows import Windows
+from bfm.model.batch import ModelBatch, make_batch
 from bfm.model.blocks import look_up
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.two_part import TwoPartModel
@@ -38,29 +40,8 @@ from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng, mix_inc
 from bfm.objective.softmax import log_sum
 
 
-@dataclass(frozen=True)
-class TargetLosses:
-    """Loss and gates of a batch's targets, without a gradient."""
-
-    loss_T: Tensor
-    log_gate_TX1: Tensor
-
-    def sums(self, batch: ModelBatch) -> Tensor:
-        """Weighted sums of loss, one and gates over basket and over headline targets, [2, 2 + X + 1].
-
-        Headline targets have a later timestamp than their query, as those of headline queries in evaluation.
-        """
-        headline_T = batch.places.take(batch.later_RL)[batch.query_T].to(self.loss_T.dtype)
-        kind_2T = torch.stack([1.0 - headline_T, headline_T]) * batch.weight_T
-        one_T1 = torch.ones_like(headline_T)[:, None]
-        return kind_2T @ torch.cat([self.loss_T[:, None], one_T1, self.log_gate_TX1.exp()], 1)
-
-
 class Objective:
-    """The mean loss of a batch's groups, and its candidates."""
-
-    last: TargetLosses
-    """Of the last batch."""
+    """What is drawn for groups, and the mean loss of a batch of them."""
 
     def __init__(
         self,
@@ -76,8 +57,7 @@ class Objective:
         """Fix what is drawn for a group: `negatives` items, with pi = min(1, c * popularity^exponent).
 
         log_pi_batch_V: log of the chance that another window of the group has each catalogue item as a target, on the
-        model's device; items: the vectors of stage 2, None in stage 1; method: of `log_sum` over the group's targets
-        and over what is drawn in stage 1.
+        model's device; items: the vectors of stage 2, None in stage 1; method: of `log_sum` over the live candidates.
         Raises UserError where `negatives` is above V, or V below 2.
         """
         num_items = len(log_pi_batch_V)
@@ -92,23 +72,25 @@ class Objective:
         self.proposal = Proposal.of(drawn_pi_V)
         self.pi_V = mix_inclusion(log_pi_batch_V.double().exp().cpu().numpy(), drawn_pi_V)
         self.log_pi_V = torch.from_numpy(self.pi_V).log().to(log_pi_batch_V)
-        # Of groups that were counted and are still to be trained on: a draw passes over the whole catalogue.
-        self._counted: dict[int, Tensor] = {}
 
-    def embedded(self, group_index: int) -> NDArray[np.int64]:
-        """Item ids that are embedded with a group as further candidates."""
-        return NO_ITEMS if self.items is not None else self._draw(group_index)
-
-    def candidates(self, batch: ModelBatch) -> list[int]:
-        """Candidates of each group."""
+    def batch(self, groups: Sequence[Windows], indices: Sequence[int]) -> ModelBatch:
+        """A batch of whole groups with what is drawn for each, a function of the seed and its index in the order."""
+        device = self.log_pi_V.device
+        drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
         if self.items is None:
-            return [group.candidates for group in batch.groups]
-        drawn = {group.index: self._frozen_candidates(batch, place) for place, group in enumerate(batch.groups)}
-        self._counted |= drawn
-        return [group.candidates + len(drawn[group.index]) for group in batch.groups]
+            return make_batch(groups, device, indices, drawn)
+        batch = make_batch(groups, device, indices)
+        beside = []
+        for group, ids in enumerate(drawn):
+            ids_K, targets_K = torch.from_numpy(ids).to(device), batch.items_U[batch.candidates_of(group)]
+            beside.append(ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)])
+        return dataclasses.replace(batch, frozen=tuple(beside))
 
-    def __call__(self, model: TwoPartModel, batch: ModelBatch) -> Tensor:
-        """Mean over groups of the weighted mean over their targets; a group without targets counts as zero."""
+    def __call__(self, model: TwoPartModel, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        """Loss of what `batch` has made, and the sums of its targets (`_sums`).
+
+        The loss is the mean over groups of the weighted mean over their targets; one without targets counts as zero.
+        """
         v_UD = model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
         queries = model.contextualize(batch, v_UD)
         q_QD = model.scale * queries.h_QD
@@ -116,11 +98,11 @@ class Objective:
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
         softmax_T = look_up(log_sum_Q[:, None], batch.query_T).squeeze(-1) - score_T
         loss_T = mixture_loss(softmax_T, queries.log_gate_TX1, target_mass(batch, queries))
-        self.last = TargetLosses(loss_T.detach(), queries.log_gate_TX1.detach())
         # The last group of a small log may hold no target, and its mean would be NaN.
         weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
         groups = [batch.targets_of(group) for group in range(len(batch.groups))]
-        return torch.stack([weighted_T[own].sum() / weight_T[own].sum().clamp(min=1e-9) for own in groups]).mean()
+        loss = torch.stack([weighted_T[own].sum() / weight_T[own].sum().clamp(min=1e-9) for own in groups]).mean()
+        return loss, _sums(batch, loss_T.detach(), queries.log_gate_TX1.detach())
 
     def _log_sum(self, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
         """Log of a group's sum over its candidates, for each of its queries."""
@@ -128,9 +110,7 @@ class Objective:
         log_sum_Q = log_sum(q_QD, v_UD, batch.candidates_of(group), log_pi_GK, window_Q=line_Q, method=self.method)
         if self.items is None:
             return log_sum_Q
-        ids_K = self._counted.pop(batch.groups[group].index, None)
-        if ids_K is None:
-            ids_K = self._frozen_candidates(batch, group)
+        ids_K = batch.frozen[group]
         return torch.logaddexp(log_sum_Q, self.items.log_sum(q_QD, ids_K, self.log_pi_V[ids_K]))
 
     def _log_pi(self, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
@@ -139,15 +119,18 @@ class Objective:
         candidate_T, window_T = batch.candidate_T[batch.targets_of(group)], batch.window_T(group)
         return own_window_certain(log_pi_K, window_T, candidate_T, batch.groups[group].windows), batch.window_Q(group)
 
-    def _frozen_candidates(self, batch: ModelBatch, group: int) -> Tensor:
-        """Ascending ids of what is drawn from the frozen catalogue beside the group's targets."""
-        ids_K = torch.from_numpy(self._draw(batch.groups[group].index)).to(batch.items_U.device)
-        targets_K = batch.items_U[batch.candidates_of(group)]
-        return ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)]
 
-    def _draw(self, group_index: int) -> NDArray[np.int64]:
-        """Ascending item ids: a pure function of the seed and the group's index."""
-        return self.proposal.draw(group_rng(self.seed, group_index))
+def _sums(batch: ModelBatch, loss_T: Tensor, log_gate_TX1: Tensor) -> Tensor:
+    """Weighted sums of loss, one and gates over basket and over headline targets, [2, 2 + X + 1].
+
+    Headline targets have a later timestamp than their query, as those of headline queries in evaluation.
+    """
+    headline_T = batch.places.take(batch.later_RL)[batch.query_T].to(loss_T.dtype)
+    kind_2T = torch.stack([1.0 - headline_T, headline_T]) * batch.weight_T
+    told_T = torch.cat([loss_T[:, None], torch.ones_like(headline_T)[:, None], log_gate_TX1.exp()], 1)
+    # They are shown: half precision would round them.
+    with torch.autocast(loss_T.device.type, enabled=False):
+        return kind_2T @ told_T
 
 
 def own_window_certain(log_pi_K: Tensor, window_T: Tensor, candidate_T: Tensor, num_windows: int) -> Tensor:

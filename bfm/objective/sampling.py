@@ -29,14 +29,6 @@ _PLACES = 1 << 15
 _EMPTY, _EMPTY_PLACES = -1, 64
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """A fixed set of negatives: distinct item ids, ascending, with the log of their inclusion probabilities."""
-
-    ids_K: NDArray[np.int64]
-    log_pi_K: NDArray[np.float64]
-
-
 def group_rng(seed: int, group_index: int) -> np.random.Generator:
     """The generator of one group's draws: a pure function of (seed, group index), both non-negative."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([_STREAM, seed, group_index])))
@@ -155,11 +147,10 @@ def _prime_from(number: int) -> int:
     return candidate
 
 
-def fixed_candidates(pi_V: NDArray[np.float64], seed: int) -> Candidates:
-    """One seeded draw for evaluation, the same for every model that is scored with (pi_V, seed).
+def fixed_candidates(pi_V: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
+    """One seeded draw for evaluation (ascending ids), the same for every model that is scored with (pi_V, seed).
 
     pi_V is that of training (`Objective.pi_V`): a fixed sample of what it draws.
     """
     sequence = np.random.SeedSequence([_STREAM, _FIXED_SAMPLE, seed])
-    ids_K = Proposal.of(pi_V).draw(np.random.Generator(np.random.Philox(sequence)))
-    return Candidates(ids_K, np.log(pi_V[ids_K]))
+    return Proposal.of(pi_V).draw(np.random.Generator(np.random.Philox(sequence)))

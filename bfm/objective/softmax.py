@@ -20,11 +20,9 @@ from torch import Tensor
 
 from bfm.model.blocks import look_up
 from bfm.objective.fused import fused_softmax_state, prefers_fused
-from bfm.objective.methods import METHODS
+from bfm.objective.methods import CONSTANT_ONLY
 from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, softmax_state, two_pass_log_sum
 
-# All but `sharded`, which needs other ranks: bfm.objective.frozen.
-_METHODS = tuple(method for method in METHODS if method != "sharded")
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
 _BLOCK_SCORES = 1 << 22
@@ -47,22 +45,19 @@ def log_sum(
     `reference` and `two_pass`, the table.
 
     `reference` stores Q x K scores; the others keep one tile of them. A score that is not finite gives its query a log
-    sum of NaN or infinity. Raises ValueError for an unknown method, and for a table that needs a gradient or windows
-    that the method does not know; `triton` what fused_softmax_state raises where it cannot run.
+    sum of NaN or infinity. Where the table needs a gradient or there are windows, methods that serve neither
+    (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a method that is none of one process, and what
+    fused_softmax_state raises where `triton` cannot run.
     """
     live = window_Q is not None or (table_RD.requires_grad and torch.is_grad_enabled())
-    if method == "auto":
+    if method == "auto" or (live and method in CONSTANT_ONLY):
         method = choose_method(len(q_QD), len(ids_K), table_RD, live)
-    if method not in _METHODS:
-        raise ValueError(f"no method {method!r}: one of {', '.join(_METHODS)}")
     if method == "reference":
         return _reference_log_sum(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
     if method == "two_pass":
         return two_pass_log_sum(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
-    if live:
-        raise ValueError(
-            f"{method} gives the table no gradient and knows one window: use two_pass, or detach the table"
-        )
+    if method not in ("one_pass", "triton"):
+        raise ValueError(f"no method {method!r}")
     state_of = fused_softmax_state if method == "triton" else softmax_state
     return log_sum_of_state(q_QD, state_of(q_QD, table_RD, ids_K, log_pi_GK))
 
@@ -78,7 +73,7 @@ def choose_method(num_queries: int, num_candidates: int, table_RD: Tensor, live:
 
 def computes_scores_twice(num_queries: int, num_candidates: int, *, live: bool = True, method: str = "auto") -> bool:
     """Whether a method computes the scores again in the backward pass rather than keep them or their sum."""
-    if method == "auto":
+    if method == "auto" or (live and method in CONSTANT_ONLY):
         return live and num_queries * num_candidates > _DENSE_SCORES_LIVE
     return method == "two_pass"
 

@@ -6,8 +6,7 @@ and loss_sampled, the training objective at the headline queries on one fixed sa
 
 All items are embedded once, queries.py runs the contexts, the catalogue streams in blocks.
 
-Q = queries, D = retrieval width, I = all items, V = catalogue items, N = targets, T = targets of a block,
-K = negatives.
+Q = queries, V = catalogue items, N = targets, T = targets of a block, K = negatives.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
@@ -26,7 +24,7 @@ from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
-from bfm.objective.sampling import Candidates
+from bfm.objective.sampling import fixed_candidates
 from bfm.objective.softmax import fixed_sample_loss
 from bfm.ranking.metrics import QueryScores, query_mean, score_queries
 from bfm.ranking.queries import Answers, answer
@@ -47,52 +45,48 @@ def evaluate(
     queries: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    candidates: Candidates | None = None,
+    pi_V: NDArray[np.float64] | None = None,
     sampled_negatives: int | None = None,
-    seed: int = 0,
 ) -> QueryScores:
     """Metrics of this worker's share of a part's queries, on the model's device; its mode is left alone.
 
     `queries` takes the first so many of the protocol's table (headline queries stand first), None all. Worker `rank`
-    of `world_size` takes every world_size-th. `candidates` adds loss_sampled.
-    `sampled_negatives` adds ranks among so many items drawn by `seed`, under names such as sampled100.recall@10.
+    of `world_size` takes every world_size-th. pi_V, the catalogue's chances to be candidates in training, adds
+    loss_sampled. `sampled_negatives` adds ranks among so many drawn items, under names such as sampled100.recall@10.
     Raises UserError for an unknown part or a part without queries, DivergedError for scores that are not finite.
     """
     table = protocol.queries(part)[:queries]
     if len(table) == 0:
         raise UserError(f"the {part} part has no query", file=str(shards.path), fix="use a later or longer log")
     rows = np.arange(rank, len(table), world_size)
-    table, num_items = table[rows], shards.num_catalogue
+    table, num_items, seed = table[rows], shards.num_catalogue, shards.manifest.seed
     targets, seen = query_targets(shards, table), seen_items(shards, table)
-    vectors_ID = model.embed_all()
-    answers = answer(model, vectors_ID.__getitem__, shards, table, window, num_items)
-    catalogue_VD = vectors_ID[:num_items]
-    scorer = answers.scores(catalogue_VD)
+    answers = answer(model, model.embed_all(), shards, table, window, num_items)
+    scorer = answers.scores()
     ranked = rank_targets(scorer, targets, num_items, max(k), seen)
     scores = score_queries(ranked, targets, num_items, k, query_Q=rows, user_Q=table.user, basket_Q=table.basket)
     cost = ModelCost(model.shape, shards.manifest.fields, model.table_width, window, shards.manifest.has_clock)
     flops = cost.catalogue_flops(shards.num_items) + cost.eval_flops(answers.rows, len(table), num_items)
     pair_flops = 2 * model.shape.d_item
-    if candidates is not None:
-        loss_Q, rows_T = _sampled_loss(answers, catalogue_VD, targets, table, candidates)
+    if pi_V is not None:
+        ids_K = fixed_candidates(pi_V, seed)
+        loss_Q, rows_T = _sampled_loss(answers, targets, table, ids_K, np.log(pi_V[ids_K]))
         scores.values["loss_sampled"] = loss_Q
-        flops += pair_flops * rows_T * len(candidates.ids_K)
-        scores = dataclasses.replace(scores, loss_sampled_negatives=len(candidates.ids_K))
+        flops += pair_flops * rows_T * len(ids_K)
+        scores = dataclasses.replace(scores, loss_sampled_negatives=len(ids_K))
     if sampled_negatives is not None:
-        metrics = sampled_metrics(scorer.pairs, num_items, targets, seen, rows, k, sampled_negatives, seed)
-        scores.values.update(metrics)
-        flops += pair_flops * int((targets.ids < num_items).sum()) * (1 + sampled_negatives)
+        scores.values.update(sampled_metrics(scorer, num_items, targets, seen, rows, k, sampled_negatives, seed))
+        flops += pair_flops * len(table) * num_items
     return dataclasses.replace(scores, eval_flops=flops)
 
 
 def _sampled_loss(
-    answers: Answers, catalogue_VD: Tensor, targets: Ragged, table: QueryTable, candidates: Candidates
+    answers: Answers, targets: Ragged, table: QueryTable, ids: NDArray[np.int64], log_pi: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], int]:
     """loss_sampled of every headline query (mean over its warm targets; NaN elsewhere), and the rows it took."""
-    device = catalogue_VD.device
+    catalogue_VD, device = answers.catalogue_VD, answers.h_QD.device
     used_N = (targets.ids < len(catalogue_VD)) & ~table.basket[targets.rows]
-    ids_K = torch.from_numpy(candidates.ids_K).to(device)
-    log_pi_K = torch.from_numpy(candidates.log_pi_K).float().to(device)
+    ids_K, log_pi_K = torch.from_numpy(ids).to(device), torch.from_numpy(log_pi).float().to(device)
     loss_N = np.full(len(targets.ids), np.nan)
     rows = np.flatnonzero(used_N)
     for start in range(0, len(rows), _BLOCK_ROWS):

@@ -126,28 +126,27 @@ class MixtureScores:
 
     def __call__(self, rows: slice) -> Callable[[slice], Tensor]:
         """log p of some queries."""
-        softmax, sparse = self._softmax(rows), [component.of_rows(rows).by_item() for component in self._components]
-
-        def block(items: slice) -> Tensor:
-            log_p_RC = softmax(items) + self.shift_Q[rows, None]
-            for masses in sparse:
-                at, mass_P = masses.block(items)
-                log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
-            return log_p_RC
-
-        return block
-
-    def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
-        """log p of S items for each of T queries, [T, S]."""
-        softmax_TS = self._softmax.pairs(query_T, item_TS) + self.shift_Q[query_T, None]
-        return add_sparse(softmax_TS, self._components, query_T[:, None].expand_as(item_TS), item_TS)
+        masses = [component.of_rows(rows) for component in self._components]
+        return mixed_block(self._softmax(rows), self.shift_Q[rows], masses)
 
 
-def add_sparse(softmax_N: Tensor, components: Sequence[Component], query_N: Tensor, item_N: Tensor) -> Tensor:
-    """log p of pairs, softmax_N being the log of what the softmax gives them, its gate included."""
-    for component in components:
-        softmax_N = torch.logaddexp(softmax_N, component.at(query_N, item_N).log())
-    return softmax_N
+def mixed_block(
+    dense: Callable[[slice], Tensor], shift_R: Tensor, masses: Sequence[SparseMass]
+) -> Callable[[slice], Tensor]:
+    """log p of any items for a chunk of queries: e^(dense + shift), and the masses of the chunk beside it.
+
+    dense: items -> scores [R, C], or [C] where they are the same for all queries.
+    """
+    sparse = [mass.by_item() for mass in masses]
+
+    def block(items: slice) -> Tensor:
+        log_p_RC = dense(items) + shift_R[:, None]
+        for mass in sparse:
+            at, mass_P = mass.block(items)
+            log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
+        return log_p_RC
+
+    return block
 
 
 def _between(rising_P: Tensor, bounds: slice) -> slice:

@@ -6,17 +6,18 @@ over all events i of the query's known history whose item is in the catalogue; a
 them; pop are add-one smoothed training counts. A query without such an event has p = pop. It is a distribution, so it
 has an nll. Decay and the share m are those of a small grid with the best nll on the validation part.
 
-V = catalogue items, Q = queries, R = query rows of a chunk, C = items of a block, E = events of histories,
-P = distinct items of histories, N = targets.
+V = catalogue items, Q = queries, R = query rows of a chunk, E = events of histories, P = distinct items of histories,
+N = targets.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from bfm.events.ragged import chunks, runs
 from bfm.events.shards import Shards
 from bfm.files import canonical_json
 from bfm.ranking.metrics import query_mean
-from bfm.ranking.mixed_scores import SparseMass
+from bfm.ranking.mixed_scores import SparseMass, mixed_block
 from bfm.ranking.ranks import Scores
 
 VERSION = 1
@@ -52,17 +53,11 @@ class Personal:
         log_pop_V = torch.from_numpy(log_popularity(shards)).float()
 
         def scores(rows: slice) -> Callable[[slice], Tensor]:
-            shares = _shares(_events(shards, table[rows]), self.decay, shards.num_catalogue).by_item()
+            shares = _shares(_events(shards, table[rows]), self.decay, shards.num_catalogue)
             log_rest_R = torch.zeros(len(table[rows]))
             log_rest_R[shares.query_P] = math.log1p(-self.share)
-
-            def block(items: slice) -> Tensor:
-                log_p_RC = log_pop_V[items] + log_rest_R[:, None]
-                at, share_P = shares.block(items)
-                log_p_RC[at] = torch.logaddexp(log_p_RC[at], (self.share * share_P).log())
-                return log_p_RC
-
-            return block
+            own = dataclasses.replace(shares, mass_P=self.share * shares.mass_P)
+            return mixed_block(log_pop_V.__getitem__, log_rest_R, [own])
 
         return scores
 
@@ -77,7 +72,7 @@ def best_personal(shards: Shards, protocol: Protocol) -> Personal:
         for low, high in chunks(table.position + 1, _CHUNK_EVENTS):
             for way, loss in _losses(shards, table[low:high]).items():
                 losses[way] += loss
-        return canonical_json(asdict(min(losses, key=losses.__getitem__)))
+        return canonical_json(dataclasses.asdict(min(losses, key=losses.__getitem__)))
 
     return Personal(**json.loads(kept(shards, f"personal-v{VERSION}-{protocol.hash[:16]}", make)))
 

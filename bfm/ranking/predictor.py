@@ -152,10 +152,7 @@ class Predictor:
         """
         num_catalogue = self.encoding.catalogue
         check_k(k, num_catalogue)
-        answers = answer(
-            self.model, lambda ids_U: self.vectors_ID[ids_U].float(), shards, queries, self.window, num_catalogue
-        )
+        answers = answer(self.model, self.vectors_ID, shards, queries, self.window, num_catalogue)
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
-        scores = answers.scores(self.vectors_ID[:num_catalogue].float())
-        ranked = rank_targets(scores, no_targets, num_catalogue, k, seen_items(shards, queries))
+        ranked = rank_targets(answers.scores(), no_targets, num_catalogue, k, seen_items(shards, queries))
         return Top(ranked.top_Qk, ranked.top_score_Qk, answers.h_QD.cpu().numpy())

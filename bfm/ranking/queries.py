@@ -1,17 +1,17 @@
 """Evaluation queries through a model: contexts packed, run in batches of bounded size, and joined.
 
-Enters: a model, a way to item vectors, queries of a shard set. Leaves: `Answers`, what the output distribution of every
-query is made of, and the `Scores` (ranks.py) over a catalogue that follows from it.
+Enters: a model, item vectors, queries of a shard set. Leaves: `Answers`, what the output distribution of every query is
+made of, and the `Scores` (ranks.py) over the catalogue that follow from it.
 
-Q = queries, V = catalogue items, D = retrieval width, L = positions of a window, M = last events of a query,
-P = pairs of a query and an item.
+Q = queries, I = all items, V = catalogue items, D = retrieval width, L = positions of a window, M = last events of a
+query, P = pairs of a query and an item.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import ModelBatch, make_query_batch
 from bfm.model.two_part import TwoPartModel
-from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass, add_sparse
+from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
@@ -42,29 +42,29 @@ class Answers:
     components: Sequence[Component]
     """What else the distribution is made of."""
     scale: Tensor
+    catalogue_VD: Tensor
+    """Vectors of the catalogue, float32."""
     rows: int
     """Packed windows that were run."""
 
-    def scores(self, catalogue_VD: Tensor) -> DotScores | MixtureScores:
+    def scores(self) -> DotScores | MixtureScores:
         """log p of the catalogue; of a softmax alone the logits scale * <h, v>."""
-        softmax = DotScores(self.h_QD * self.scale, catalogue_VD)
+        softmax = DotScores(self.h_QD * self.scale, self.catalogue_VD)
         return MixtureScores(softmax, self.log_gate_Q, self.components) if self.components else softmax
 
     def mixed_loss(self, loss_T: Tensor, query_T: Tensor, item_T: Tensor) -> Tensor:
         """-log p of pairs whose loss under the softmax alone is loss_T."""
-        return -add_sparse(self.log_gate_Q[query_T] - loss_T, self.components, query_T, item_T)
+        log_p_T = self.log_gate_Q[query_T] - loss_T
+        for component in self.components:
+            log_p_T = torch.logaddexp(log_p_T, component.at(query_T, item_T).log())
+        return -log_p_T
 
 
 @torch.no_grad()
 def answer(
-    model: TwoPartModel,
-    vectors: Callable[[Tensor], Tensor],
-    shards: Shards,
-    table: QueryTable,
-    window: int,
-    num_catalogue: int,
+    model: TwoPartModel, vectors_ID: Tensor, shards: Shards, table: QueryTable, window: int, num_catalogue: int
 ) -> Answers:
-    """Run the contexts of all queries; `vectors` gives float32 vectors of item ids (int64) on the model's device."""
+    """Run the contexts of all queries; vectors_ID are those of all items, on the model's device."""
     none = torch.zeros(0, device=model.device)
     h, gates, rows = [none.new_zeros(0, model.shape.d_item)], [none], 0
     no_masses = none.new_zeros(0, model.shape.counted_events)
@@ -72,7 +72,7 @@ def answer(
     filled_Q = np.minimum(table.position + 1, window)
     for chosen in itertools.starmap(slice, chunks(filled_Q, _BATCH_POSITIONS)):
         batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
-        queries = model.contextualize(batch, vectors(batch.items_U))
+        queries = model.contextualize(batch, vectors_ID[batch.items_U].float())
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)
         h.append(queries.h_QD)
         gates.append(next(gate_X1Q))
@@ -93,7 +93,8 @@ def answer(
         components.append(NeighbourMass(model.neighbours, torch.cat(counted_items), mass_QM / total_Q[:, None]))
     if model.shape.pointer_width:
         components.append(dataclasses.replace(pointer, mass_P=pointer.mass_P / total_Q[pointer.query_P]))
-    return Answers(torch.cat(h), (gate_Q / total_Q).log(), components, model.scale, rows)
+    catalogue_VD = vectors_ID[:num_catalogue].float()
+    return Answers(torch.cat(h), (gate_Q / total_Q).log(), components, model.scale, catalogue_VD, rows)
 
 
 def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, first: int, num_catalogue: int) -> SparseMass:

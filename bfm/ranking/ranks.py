@@ -79,11 +79,6 @@ class DotScores:
         queries_RD = self._queries_QD[rows]
         return lambda items: queries_RD @ self._items_DV[:, items]
 
-    def pairs(self, query_T: Tensor, item_TS: Tensor) -> Tensor:
-        """Scores of S items for each of T queries, [T, S]."""
-        # Not a matmul: every score is summed in the same order, so equal items stay equal.
-        return (self._queries_QD[query_T][:, None] * self._items_DV.T[item_TS]).sum(-1)
-
 
 def rank_targets(
     scores: Scores,

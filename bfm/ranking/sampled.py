@@ -1,38 +1,36 @@
 """Ranks among a few sampled negatives, as papers that rank "1 against 100" report them. Not the full catalogue.
 
-Enters: scores of any query and item, and targets. Leaves: recall, NDCG and MRR per query under names of their own,
+Enters: scores (ranks.py) and targets. Leaves: recall, NDCG and MRR per query under names of their own,
 such as `sampled100.recall@10`: they are far above the full-catalogue ones and may order models differently (Krichene &
 Rendle, KDD 2020), so they only serve to compare with such papers.
 
 A target's competitors are drawn uniformly without replacement from the catalogue without the query's targets and, where
 the protocol filters them, its seen items; a seen target is a miss then, as in any list. They depend on the seed and the
-query alone: every model, and every division among workers, meets the same ones. Ties count half, so the place of the
-target among them does not matter.
+query alone: every model, and every division among workers, meets the same ones. Ties count half.
 
-Q = queries, N = targets, T = warm targets of a block, S = sampled negatives.
+Q = queries, R = query rows of a chunk, V = catalogue items, N = targets, T = warm targets of a chunk,
+S = sampled negatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bfm.errors import UserError
-from bfm.events.ragged import Ragged
+from bfm.events.ragged import Ragged, chunks
 from bfm.ranking.metrics import query_metrics
+from bfm.ranking.ranks import Scores
 
 # Scores made at a time.
-_BLOCK_PAIRS = 1 << 15
-PairScores = Callable[[Tensor, Tensor], Tensor]
-"""(queries [T], items [T, S]) -> scores [T, S]."""
+_CHUNK_SCORES = 1 << 20
 
 
 def sampled_metrics(
-    pair_scores: PairScores,
+    scores: Scores,
     num_items: int,
     targets: Ragged,
     seen: Ragged | None,
@@ -46,7 +44,7 @@ def sampled_metrics(
     Raises UserError where a query has fewer than num_negatives items to draw from.
     """
     negatives_QS = _draw(targets, seen, query_Q, num_items, num_negatives, seed)
-    rank_N = _ranks(pair_scores, num_items, targets, negatives_QS)
+    rank_N = _ranks(scores, num_items, targets, negatives_QS)
     if seen is not None:
         rank_N[targets.within(seen)] = np.inf
     metrics: dict[str, NDArray[np.float64]] = {}
@@ -77,19 +75,17 @@ def _draw(
     return negatives_QS
 
 
-def _ranks(
-    pair_scores: PairScores, num_items: int, targets: Ragged, negatives_QS: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _ranks(scores: Scores, num_items: int, targets: Ragged, negatives_QS: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 + #greater + 1/2 #equal among the query's negatives; inf for cold targets."""
     rank_N = np.full(len(targets.ids), np.inf)
-    warm = np.flatnonzero(targets.ids < num_items)
-    step = max(1, _BLOCK_PAIRS // (1 + negatives_QS.shape[1]))
-    for start in range(0, len(warm), step):
-        chosen_T = warm[start : start + step]
-        query_T = targets.rows[chosen_T]
-        items_TS = np.concatenate([targets.ids[chosen_T, None], negatives_QS[query_T]], axis=1)
-        score_TS = pair_scores(torch.from_numpy(query_T), torch.from_numpy(items_TS))
+    for low, high in chunks(np.full(len(targets), num_items), _CHUNK_SCORES):
+        score_RV = scores(slice(low, high))(slice(0, num_items))
+        place_T = np.arange(targets.offsets[low], targets.offsets[high])
+        place_T = place_T[targets.ids[place_T] < num_items]
+        query_T = targets.rows[place_T]
+        items_TS = np.concatenate([targets.ids[place_T, None], negatives_QS[query_T]], axis=1)
+        score_TS = score_RV[torch.from_numpy(query_T - low)[:, None], torch.from_numpy(items_TS)]
         target_T1, negative_TS = score_TS[:, :1], score_TS[:, 1:]
         better_T, equal_T = (negative_TS > target_T1).sum(1), (negative_TS == target_T1).sum(1)
-        rank_N[chosen_T] = (1.0 + better_T + 0.5 * equal_T).double().cpu().numpy()
+        rank_N[place_T] = (1.0 + better_T + 0.5 * equal_T).double().cpu().numpy()
     return rank_N

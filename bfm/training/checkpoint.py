@@ -16,8 +16,13 @@ from typing import Any
 import torch
 
 from bfm.errors import CorruptError, UserError
-from bfm.files import Store, sha256_bytes
+from bfm.events.shards import Shards
+from bfm.files import Store, parent_store, sha256_bytes
+from bfm.model.flops import FLOPS_VERSION
+from bfm.model.two_part import TwoPartModel
 from bfm.sealed import Sealed
+from bfm.training.config import TrainConfig
+from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
 
 CHECKPOINT = Sealed("checkpoint", "meta.json", version=2, fix="name a folder with a meta.json of this version")
@@ -83,6 +88,40 @@ def load_checkpoint(store: Store, name: str, expect: Mapping[str, Any] | None = 
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise CorruptError(f"{where}: not readable ({error})") from error
     return Checkpoint(EngineState(**tensors), meta)
+
+
+def run_identity(config: TrainConfig, seed: int, data: TrainingData) -> dict[str, Any]:
+    """What a checkpoint's run is known by, in its meta."""
+    run = {"config": config.as_dict(), "seed": seed}
+    return {**run, "shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
+
+
+def resume(
+    store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, cooled: bool = False
+) -> Checkpoint:
+    """Load a checkpoint of this run; a trunk's, unless `cooled` ones do as well.
+
+    Raises UserError where it is another run's or left its trunk, CorruptError where it is damaged.
+    """
+    checkpoint = load_checkpoint(store, name, run_identity(config, seed, data))
+    phase = checkpoint.meta["counters"]["phase"]
+    if phase != "trunk" and not cooled:
+        raise UserError(
+            f"this is a {phase} checkpoint, training goes on from a trunk only",
+            file=f"{store.uri}/{name}",
+            fix="name the trunk's checkpoint",
+        )
+    return checkpoint
+
+
+def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str, Any]]:
+    """The model of a checkpoint (a folder or URI), on the CPU, for evaluation, export or prediction, and its meta.
+
+    Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
+    """
+    found = load_checkpoint(*parent_store(checkpoint), {"shards_hash": shards.hash})
+    config, seed = TrainConfig.from_dict(found.meta["config"]), int(found.meta["seed"])
+    return TrainingData.of(shards).build_model(config, seed, found.state.weight).eval(), found.meta
 
 
 def _check_expected(where: str, meta: dict[str, Any], expect: Mapping[str, Any]) -> None:

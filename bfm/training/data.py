@@ -6,6 +6,7 @@ In: an opened shard set. Out: models, cost formulas and window orders of any con
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from functools import cached_property
 from typing import cast
 
@@ -59,12 +60,15 @@ class TrainingData:
     def _counted(self) -> Neighbours:
         return best_neighbours(self.shards, self.protocol)
 
-    @cached_property
-    def fields_hash(self) -> str:
-        """Identity of what the embedder reads beside its weights: fitted item fields and their encoded values."""
+    def embedder_hash(self, model: TwoPartModel) -> str:
+        """Identity of a frozen catalogue: the embedder's weights, fitted item fields and their encoded values."""
         files = {name: seal for name, seal in self.shards.manifest.files.items() if name.startswith("items/")}
         fields = [field.as_dict() for field in self.shards.item_fields]
-        return sha256_bytes(canonical_json({"fields": fields, "files": files}))
+        parameters = dict(model.named_parameters())
+        digests = [sha256_bytes(canonical_json({"fields": fields, "files": files}))]
+        for name in sorted(model.embedder_parameter_names()):
+            digests += [name, sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes())]
+        return sha256_bytes("\n".join(digests).encode())
 
     def log_pi(self, config: TrainConfig) -> Tensor:
         """Log chance that the other windows of a group bring a catalogue item, float32 [V], on the CPU."""
@@ -88,9 +92,9 @@ class TrainingData:
         manifest = self.shards.manifest
         return ModelCost(config.shape(), manifest.fields, config.table_width, config.window, manifest.has_clock)
 
-    def build_model(self, config: TrainConfig, seed: int) -> TwoPartModel:
-        """A freshly initialised model on the CPU: a function of (configuration, seed, fields)."""
-        return TwoPartModel(
+    def build_model(self, config: TrainConfig, seed: int, weight: Mapping[str, Tensor] | None = None) -> TwoPartModel:
+        """A model on the CPU with these weights, or with initial ones: a function of (configuration, seed, fields)."""
+        model = TwoPartModel(
             config.shape(),
             self.shards.manifest.fields,
             self.item_store,
@@ -101,12 +105,6 @@ class TrainingData:
             config.initial_scale,
             self.neighbours(config),
         )
-
-
-def embedder_hash(model: TwoPartModel, fields_hash: str) -> str:
-    """Identity of the frozen catalogue: weights of the embedder and what it reads."""
-    parameters = dict(model.named_parameters())
-    digests = [fields_hash]
-    for name in sorted(model.embedder_parameter_names()):
-        digests += [name, sha256_bytes(parameters[name].detach().cpu().contiguous().numpy().tobytes())]
-    return sha256_bytes("\n".join(digests).encode())
+        if weight:
+            model.load_state_dict(weight)
+        return model

@@ -1,12 +1,12 @@
-"""What the loop needs of an engine, and the engine-neutral state that moves between engines.
+"""The engine of one process, PyTorch's own AdamW, and the engine-neutral state that moves between engines.
 
-An engine owns a model whose weights are loaded and whose frozen part is marked, and makes optimizer steps on it.
-It is never re-pointed at other weights: to restore or to freeze, the loop exports, builds a new model and a new engine.
+An engine owns a model whose weights are loaded and whose frozen part is marked, and makes optimizer steps on it: fp32
+on CPU, bf16 autocast over fp32 weights on CUDA. It is never re-pointed at other weights: to restore or to freeze, the
+loop exports, builds a new model and a new engine. What several processes do otherwise stands in zero.py.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import STATE_KEYS, AveragingAdamW, set_rates
+from bfm.training.optimizer import STATE_KEYS, build_optimizer, set_rates
 
-Objective = Callable[[Any, ModelBatch], Tensor]
-"""(model, batch) -> scalar mean over the batch's groups."""
+Losses = tuple[Tensor, Tensor]
+"""The mean over a batch's groups (scalar), and what is told of its targets, without a gradient."""
+Objective = Callable[[Any, ModelBatch], Losses]
+"""(model, batch) -> losses."""
 
 
 @dataclass
@@ -53,30 +55,29 @@ class EngineState:
         return EngineState(self.weight, keep(self.moment1), keep(self.moment2), keep(self.average), self.steps)
 
 
-class Engine(ABC):
-    """Makes optimizer steps with averaged gradients over all workers."""
+class Engine:
+    """Makes optimizer steps with averaged gradients over all workers; `EngineFactory` builds it."""
 
-    model: TwoPartModel
-    optimizer: AveragingAdamW
-    micro_batches: int
-    """Of every step."""
-    steps: int
-    """Made so far, those of the state that it started from included."""
-    called: Callable[[ModelBatch, Objective], Tensor]
-    """The model, or what is wrapped around it."""
+    def __init__(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> None:
+        self.micro_batches, self.clip_norm, self.model = micro_batches, config.clip_norm, model
+        self.called: Callable[[ModelBatch, Objective], Losses] = model
+        """The model, or what is wrapped around it."""
+        self.optimizer = build_optimizer(model, config)
+        self.optimizer.start_state(self.trainable.values(), config.averaging)
+        self.load_state(state)
 
-    def forward(self, batch: ModelBatch, objective: Objective) -> Tensor:
-        """Loss of one micro-batch (scalar), under the engine's precision."""
+    def forward(self, batch: ModelBatch, objective: Objective) -> Losses:
+        """Losses of one micro-batch, under the engine's precision."""
 
-        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Tensor:
+        def precise(model: TwoPartModel, inner_batch: ModelBatch) -> Losses:
             with _precision(self.model.device):
                 return objective(model, inner_batch)
 
         return self.called(batch, precise)
 
-    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
+        (loss / self.micro_batches).backward()
 
     def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
         """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
@@ -90,13 +91,22 @@ class Engine(ABC):
         self.steps += 1
         return self.update()
 
-    @abstractmethod
     def update(self) -> float:
         """Clips and updates by the rates that are set; returns the norm of the averaged gradient before clipping."""
+        parameters = list(self.trainable.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                # AdamW would skip it, where ZeRO's flat partitions decay it and move its moments.
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     def load_state(self, state: EngineState) -> None:
         """Take up the optimizer's part of a state, once its own is laid out; before the first step."""
         self.steps = state.steps
+        """Made so far, those of the state included."""
         self.optimizer.set_steps(state.steps)
         parts = dict(zip(STATE_KEYS, (state.moment1, state.moment2, state.average), strict=True))
         for key in self._kept_keys:
@@ -136,17 +146,17 @@ class Engine(ABC):
     def close(self) -> None:
         """Frees what the engine holds; the model is not usable afterwards."""
         self.optimizer.state.clear()
+        self.model.zero_grad(set_to_none=True)
 
 
-class EngineFactory(ABC):
-    """Knows the workers and the device before any model exists, and builds engines. The base knows one worker."""
+class EngineFactory:
+    """Knows the workers and the device before any model exists, and builds engines: here one worker's."""
 
-    name: str
-    """`plain` or `zero`."""
-    zero_stage: int
-    """0 to 3."""
-    device: torch.device
-    """Where this worker's model lives."""
+    name, zero_stage = "plain", 0
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is where this worker's model lives; None: on a GPU where there is one."""
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def rank(self) -> int:
@@ -170,9 +180,12 @@ class EngineFactory(ABC):
         """The picklable values of all workers, by rank, on all workers."""
         return [value]
 
-    @abstractmethod
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> Engine:
-        """Collective. `model` is on the device with its weights, its frozen part marked; `micro_batches` per step."""
+        """An engine that goes on from `state`; collective.
+
+        `model` is on the device with its weights, its frozen part marked; `micro_batches` are of every step.
+        """
+        return Engine(model, config, state, micro_batches)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

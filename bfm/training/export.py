@@ -17,8 +17,8 @@ from bfm.files import write_atomic
 from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.predictor import DTYPES, Predictor
 from bfm.sealed import check_free, publish, staging
+from bfm.training.checkpoint import load_model
 from bfm.training.config import TrainConfig
-from bfm.training.rung import load_model
 
 _README = """\
 # {name}: an exported model

@@ -1,6 +1,7 @@
-"""The in-rung checkpoint of a task, and what it has spent, so that a killed one goes on and is charged rightly.
+"""What attempts at a task leave for the next one, so that a killed one goes on and is charged rightly.
 
-In: a task and its store. Out: the checkpoint's name, and the spend of earlier attempts.
+In: a task and its store. Out: the name of the in-rung checkpoint, what earlier attempts have spent, and whether one ran
+out of memory.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from typing import Any
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
@@ -18,11 +20,12 @@ EVERY_S = 1.0
 
 
 class Journal:
-    """The in-rung checkpoint of a task, and what it has spent, lost work included."""
+    """What attempts at a task have left."""
 
     def __init__(self, task: RungTask, store: Store) -> None:
         self.task, self.store = task, store
-        self.checkpoint, self.spent_name = task.name("progress"), task.name("progress-spent.json")
+        self.checkpoint = task.name("progress")
+        """Name of the in-rung checkpoint."""
         self._noted_s = -math.inf
 
     def resumable(self) -> bool:
@@ -42,15 +45,28 @@ class Journal:
         now_s = time.monotonic()
         if at_once or now_s - self._noted_s >= EVERY_S:
             self._noted_s = now_s
-            entry = {"task_id": self.task.task_id, "spent_flops": spent_flops}
-            self.store.put(self.spent_name, json.dumps(entry).encode())
+            self._write("progress-spent.json", spent_flops=spent_flops)
 
     def spent_before(self) -> int:
-        """What earlier attempts at this very task have spent: that of another that was lost is charged to that one."""
-        if not self.store.exists(self.spent_name):
-            return 0
-        entry = json.loads(self.store.get(self.spent_name))
-        return int(entry["spent_flops"]) if entry["task_id"] == self.task.task_id else 0
+        """What earlier attempts have spent, lost work included."""
+        return int(self._read("progress-spent.json").get("spent_flops", 0))
+
+    def note_out_of_memory(self) -> None:
+        """One of several workers could not allocate; the next attempt need not try."""
+        self._write("oom.json")
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether an earlier attempt did."""
+        return bool(self._read("oom.json"))
+
+    def _write(self, what: str, **entry: Any) -> None:
+        self.store.put(self.task.name(what), json.dumps({"task_id": self.task.task_id, **entry}).encode())
+
+    def _read(self, what: str) -> dict[str, Any]:
+        """What an attempt at this very task wrote, else nothing: that of another that was lost is that one's."""
+        name = self.task.name(what)
+        entry = json.loads(self.store.get(name)) if self.store.exists(name) else {}
+        return entry if entry.get("task_id") == self.task.task_id else {}
 
     def clear(self) -> None:
         """Drop the in-rung checkpoint; the row is in hand."""

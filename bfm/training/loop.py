@@ -22,15 +22,14 @@ from torch import Tensor
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
 from bfm.model.batch import ModelBatch
-from bfm.model.flops import FLOPS_VERSION
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import freeze_items
 from bfm.objective.fused import why_not_fused
-from bfm.objective.methods import check_method, method_for_live
+from bfm.objective.methods import check_method
 from bfm.objective.objective import Objective
-from bfm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bfm.training.checkpoint import Checkpoint, run_identity, save_checkpoint
 from bfm.training.config import TrainConfig
-from bfm.training.data import TrainingData, embedder_hash
+from bfm.training.data import TrainingData
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
@@ -72,6 +71,7 @@ class Trainer:
     ) -> None:
         """Begin at step 0, or where a loaded checkpoint stands.
 
+        `observer` is called on every worker after every step, and may save.
         `softmax` is how the loss is computed (bfm.objective.methods); its value does not depend on it.
         Raises UserError where the workers do not divide the groups of a step, or `softmax` is impossible here.
         """
@@ -89,24 +89,21 @@ class Trainer:
         self.counters = Counters() if start is None else Counters(**start.meta["counters"])
         self.spent_flops = 0
         """FLOPs trained by this object, a diverged step included."""
-        self.on_save_due: Callable[[], None] | None = None
-        self.save_every_s = math.inf
-        self._started_s = self._saved_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._plan: StepPlan | None = None
         self._recent = RecentSteps()
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self._start = EngineState({}) if start is None else start.state
-        self._built: tuple[Engine, Objective] | None = None
 
     @property
     def engine(self) -> Engine:
         """What steps; built when it is first needed, so that whoever asks may find that memory does not suffice."""
-        return self._build()[0]
+        return self._built[0]
 
     @property
     def objective(self) -> Objective:
         """What is minimised; built with the engine."""
-        return self._build()[1]
+        return self._built[1]
 
     @property
     def recent_loss(self) -> float | None:
@@ -165,7 +162,7 @@ class Trainer:
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""
         return {
-            **_identity(self.config, self.seed, self.data),
+            **run_identity(self.config, self.seed, self.data),
             "counters": dataclasses.asdict(self.counters),
             "embedder_hash": self._embedder_hash,
         }
@@ -179,40 +176,33 @@ class Trainer:
 
     def plain_model(self, weight: dict[str, Tensor]) -> TwoPartModel:
         """A model outside any engine with these weights."""
-        model = self.data.build_model(self.config, self.seed)
-        model.load_state_dict(weight)
-        return model.to(self.factory.device).eval()
+        return self.data.build_model(self.config, self.seed, weight).to(self.factory.device).eval()
 
     def close(self) -> None:
         """Free the engine."""
-        if self._built is not None:
-            self._built[0].close()
+        if "_built" in vars(self):
+            self.engine.close()
 
-    def _build(self) -> tuple[Engine, Objective]:
-        """A model with the state's weights, its objective, and an engine around it."""
-        if self._built is not None:
-            return self._built
-        state = self._start
-        model = self.data.build_model(self.config, self.seed)
-        if state.weight:
-            model.load_state_dict(state.weight)
-        model, items = model.to(self.factory.device), None
+    @functools.cached_property
+    def _built(self) -> tuple[Engine, Objective]:
+        """An engine around a model with the state's weights, and its objective."""
+        state, items = self._start, None
+        model = self.data.build_model(self.config, self.seed, state.weight).to(self.factory.device)
         negatives, exponent = self.config.live_negatives, self.config.live_exponent
         if self.counters.stage == 2:
             negatives, exponent = self.config.negatives, self.config.negatives_exponent
             model.freeze_embedder()
-            key = embedder_hash(model, self.data.fields_hash)
+            key = self.data.embedder_hash(model)
             if self._embedder_hash not in (None, key):
                 raise CorruptError("the frozen embedder or its fields are not those that stage 2 began with")
             self._embedder_hash = key
             factory, dtype = self.factory, compute_dtype(self.factory.device)
             items = freeze_items(model, dtype, self.softmax, factory.rank, factory.world_size)
         log_pi_V, counts_V = self.data.log_pi(self.config).to(self.factory.device), self.data.shards.train_counts
-        method = method_for_live(self.softmax)
-        objective = Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=method)
-        self._built = self.factory.build(model, self.config, state, self.micro_batches), objective
+        objective = Objective(log_pi_V, counts_V, negatives, exponent, self.seed, items=items, method=self.softmax)
+        engine = self.factory.build(model, self.config, state, self.micro_batches)
         self._start = EngineState({})
-        return self._built
+        return engine, objective
 
     def _freeze(self) -> None:
         """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
@@ -223,20 +213,15 @@ class Trainer:
         self.counters.stage = 2
         self.counters.add(Work(flops, hardware_flops=flops, undeduplicated_flops=flops))
         self.spent_flops += self.catalogue_flops
-        self._plan = self._built = None
+        self._plan = None
+        del self._built
 
     def _next_plan(self) -> StepPlan:
         if self._plan is None:
-            # Only rank 0's clock decides when to save, so that all workers save at the same step.
-            save_due = self.factory.rank == 0 and time.monotonic() - self._saved_s >= self.save_every_s
-            counters = self.counters
-            self._plan = self.planner.plan(counters.stage, counters.cursor, self.objective, save_due)
+            self._plan = self.planner.plan(self.counters.stage, self.counters.cursor, self.objective)
         return self._plan
 
     def _step(self, plan: StepPlan, lr_factor: float, weight_in_average: float) -> None:
-        if plan.save_due and self.on_save_due is not None:
-            self.on_save_due()
-            self._saved_s = time.monotonic()
         self._recent.begin(time.monotonic(), self.counters.events, self.counters.path_flops)
         self.spent_flops += plan.work.path_flops
         losses = self._forward_backward(plan.batches)
@@ -254,7 +239,7 @@ class Trainer:
             what = f"gradient norm {grad_norm}" if math.isfinite(losses.loss) else f"loss {losses.loss}"
             raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
         self._recent.end(counters.events, counters.path_flops, losses.loss)
-        if self.observer is not None and self.factory.rank == 0:
+        if self.observer is not None:
             events_per_s, flops_per_s = self._recent.rates()
             self.observer(
                 StepRecord(
@@ -276,9 +261,9 @@ class Trainer:
         """Accumulate the step's gradient; the losses over all workers."""
         parts = []
         for batch in batches:
-            loss = self.engine.forward(batch, self.objective)
+            loss, sums_2X2 = self.engine.forward(batch, self.objective)
             self.engine.backward(loss)
-            parts.append(torch.cat([loss.detach().reshape(1), self.objective.last.sums(batch).flatten()]))
+            parts.append(torch.cat([loss.detach().reshape(1), sums_2X2.flatten()]))
         # One wait for the device, one message between workers.
         own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
         loss_mean, *sums = self.factory.all_reduce_mean([own_loss / len(batches), *own_sums])
@@ -303,24 +288,3 @@ def groups_per_worker(config: TrainConfig, workers: int) -> int:
             fix=f"use one of {', '.join(map(str, allowed[:24]))} workers",
         )
     return config.groups_per_step // workers
-
-
-def _identity(config: TrainConfig, seed: int, data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint's run is known by, in its meta."""
-    run = {"config": config.as_dict(), "seed": seed}
-    return {**run, "shards_hash": data.shards.hash, "flops_version": FLOPS_VERSION}
-
-
-def resume(
-    store: Store, name: str, config: TrainConfig, seed: int, data: TrainingData, *, phase: Phase | None = "trunk"
-) -> Checkpoint:
-    """Load a checkpoint of this run. Raises UserError where it is another run's, CorruptError where it is damaged."""
-    checkpoint = load_checkpoint(store, name, _identity(config, seed, data))
-    found = checkpoint.meta["counters"]["phase"]
-    if phase is not None and found != phase:
-        raise UserError(
-            f"this is a {found} checkpoint, training goes on from a trunk only",
-            file=f"{store.uri}/{name}",
-            fix="name the trunk's checkpoint",
-        )
-    return checkpoint

@@ -34,7 +34,7 @@ class StepLoss:
 
     @staticmethod
     def of(loss: float, sums: Sequence[float], components: Sequence[str]) -> StepLoss:
-        """From `TargetLosses.sums`, flat: all may be divided by the same number."""
+        """From the sums of the objective, flat: all may be divided by the same number."""
         half = len(sums) // 2
         (basket, of_basket, *basket_gates), (headline, of_headline, *headline_gates) = sums[:half], sums[half:]
         weight = of_basket + of_headline

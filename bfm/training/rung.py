@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -24,17 +23,14 @@ from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
 from bfm.model.flops import FLOPS_VERSION
-from bfm.model.two_part import TwoPartModel
-from bfm.objective.sampling import fixed_candidates
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import Evaluation, QueryScores, merge, summarise
 from bfm.ranking.paired import scores_object
-from bfm.training.checkpoint import Checkpoint, load_checkpoint, read_meta, save_checkpoint
-from bfm.training.config import TrainConfig
+from bfm.training.checkpoint import Checkpoint, read_meta, resume, save_checkpoint
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState, compute_dtype
 from bfm.training.journal import Journal
-from bfm.training.loop import Trainer, resume
+from bfm.training.loop import Trainer
 from bfm.training.records import Observer, StepRecord
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, RungTask
@@ -105,12 +101,12 @@ class _RungRun:
             softmax=task.softmax,
             start=self._start(),
         )
-        self.trainer.on_save_due, self.trainer.save_every_s = self._save_progress, self.save_every_s
+        self.saved_s = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate, tell."""
         try:
-            if self._ran_out_of_memory():
+            if self.journal.ran_out_of_memory():
                 return self._row("rung", "oom", None)
             self._check_feasible()
             if self.task.validations:
@@ -124,7 +120,7 @@ class _RungRun:
                 raise
             if self.factory.world_size > 1:
                 # The other ranks wait in a collective: the group must die, and find this mark when it restarts.
-                self.store.put(self.task.name("oom.json"), json.dumps({"task_id": self.task.task_id}).encode())
+                self.journal.note_out_of_memory()
                 raise
             return self._row("rung", "oom", None)
         finally:
@@ -182,7 +178,7 @@ class _RungRun:
                 queries=queries,
                 rank=self.factory.rank,
                 world_size=self.factory.world_size,
-                candidates=fixed_candidates(self.trainer.objective.pi_V, self.data.shards.manifest.seed),
+                pi_V=self.trainer.objective.pi_V,
             )
         except DivergedError as error:
             # Only some ranks may hold such a query, and the others wait for this one.
@@ -201,7 +197,7 @@ class _RungRun:
         if self.journal.resumable():
             # A damaged one is passed over.
             with contextlib.suppress(CorruptError):
-                return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, phase=None)
+                return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, cooled=True)
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
         if task.stage1 is not None:
@@ -280,21 +276,19 @@ class _RungRun:
         return int(read_meta(self.store, self.task.name(what))["state_bytes"])
 
     def _observe(self, record: StepRecord) -> None:
-        self.journal.note(self._spent_flops())
-        if self.observer is not None:
-            self.observer(record)
-
-    def _save_progress(self) -> None:
+        """On every rank after every step; rank 0's clock decides for all of them when to save."""
+        save_due = False
         if self.factory.rank == 0:
-            self.journal.note(self._spent_flops(), at_once=True)
-        self.trainer.save(self.store, self.journal.checkpoint, {"rung_flops": self.task.rung_flops})
+            save_due = time.monotonic() - self.saved_s >= self.save_every_s
+            self.journal.note(self._spent_flops(), at_once=save_due)
+            if self.observer is not None:
+                self.observer(record)
+        if any(self.factory.all_reduce_sum([int(save_due)])):
+            self.trainer.save(self.store, self.journal.checkpoint, {"rung_flops": self.task.rung_flops})
+            self.saved_s = time.monotonic()
 
     def _spent_flops(self) -> int:
         return self.spent_before_flops + self.trainer.spent_flops
-
-    def _ran_out_of_memory(self) -> bool:
-        name = self.task.name("oom.json")
-        return self.store.exists(name) and json.loads(self.store.get(name))["task_id"] == self.task.task_id
 
 
 def _trained(trainer: Trainer) -> dict[str, Any]:
@@ -351,18 +345,6 @@ def code_version() -> str:
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
-
-
-def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str, Any]]:
-    """The model of a checkpoint (a folder or URI), on the CPU, for evaluation, export or prediction, and its meta.
-
-    Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
-    """
-    found = load_checkpoint(*parent_store(checkpoint), {"shards_hash": shards.hash})
-    config, seed = TrainConfig.from_dict(found.meta["config"]), int(found.meta["seed"])
-    model = TrainingData.of(shards).build_model(config, seed)
-    model.load_state_dict(found.state.weight)
-    return model.eval(), found.meta
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -19,12 +19,13 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import QueryScores, check_k, summarise
 from bfm.ranking.paired import paired_gap, read_scores
+from bfm.training.checkpoint import load_model
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
+from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer
-from bfm.training.plain import PlainFactory
 from bfm.training.records import Observer
-from bfm.training.rung import load_model, run_rung
+from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from bfm.training.watch import measure_floors
 
@@ -80,7 +81,7 @@ def train_single(
             measure_floors(TrainingData.of(Shards.open(shards)), task.validation_queries)
         values = {**dataclasses.asdict(task), "config": config.as_dict(), "scaling": dict(scaling)}
         return run_group(values, shards, storage)
-    return run_rung(task, Shards.open(shards), PlainFactory(), store, observer, save_every_s=SAVE_EVERY_S)
+    return run_rung(task, Shards.open(shards), EngineFactory(), store, observer, save_every_s=SAVE_EVERY_S)
 
 
 def evaluate_checkpoint(
@@ -104,8 +105,7 @@ def evaluate_checkpoint(
     check_k(max(k), opened.num_catalogue)
     model, meta = load_model(checkpoint, opened)
     window = meta["config"]["window"]
-    seed = opened.manifest.seed
-    scores = evaluate(model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives, seed=seed)
+    scores = evaluate(model, opened, protocol, part, window, k, queries, sampled_negatives=sampled_negatives)
     return _beside_floors(opened, part, queries, k, scores)
 
 
@@ -145,7 +145,7 @@ def _beside_floors(
 
 def measure_speed(config: TrainConfig, shards: Shards, measure_s: float) -> float:
     """Training FLOP/s of one plain worker on this machine for a configuration, over about `measure_s` seconds."""
-    trainer = Trainer(config, 0, TrainingData.of(shards), PlainFactory())
+    trainer = Trainer(config, 0, TrainingData.of(shards), EngineFactory())
     try:
         # The first step pays for caches and allocations.
         trainer.run_trunk(trainer.next_step_flops())

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from bfm.events.windows import WindowOrder
-from bfm.model.batch import Group, ModelBatch, make_batch
+from bfm.model.batch import Group, ModelBatch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import embeds_twice
-from bfm.objective.methods import method_for_live
 from bfm.objective.objective import Objective
 from bfm.objective.softmax import computes_scores_twice
 from bfm.training.config import TrainConfig
@@ -43,7 +42,6 @@ class StepPlan:
 
     batches: list[ModelBatch]
     work: Work
-    save_due: bool
 
 
 @dataclass(frozen=True)
@@ -57,29 +55,25 @@ class StepPlanner:
     softmax: str
     factory: EngineFactory
 
-    def plan(self, stage: int, cursor: int, objective: Objective, save_due: bool = False) -> StepPlan:
-        """The step that takes the groups from `cursor` on; `save_due` on one worker is so on all."""
-        factory, batches, work = self.factory, [], Work()
+    def plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
+        """The step that takes the groups from `cursor` on."""
+        factory, batches, work = self.factory, list[ModelBatch](), Work()
         own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
-            batch = make_batch(
-                [self.order.group(index) for index in indices],
-                factory.device,
-                indices,
-                [objective.embedded(index) for index in indices],
-            )
+            batch = objective.batch([self.order.group(index) for index in indices], indices)
             batches.append(batch)
             embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
-            for group, candidates in zip(batch.groups, objective.candidates(batch), strict=True):
-                work.add(self._work(stage, group, candidates, embeds_again))
-        *sums, saves = factory.all_reduce_sum([*vars(work).values(), int(save_due)])
-        return StepPlan(batches, Work(*sums), save_due=saves > 0)
+            frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)
+            for group, constant in zip(batch.groups, frozen, strict=True):
+                work.add(self._work(stage, group, constant, embeds_again))
+        return StepPlan(batches, Work(*factory.all_reduce_sum(list(vars(work).values()))))
 
-    def _work(self, stage: int, group: Group, candidates: int, embeds_again: bool) -> Work:
-        cost, pairs = self.cost, (group.attended_pairs, group.query_pairs)
+    def _work(self, stage: int, group: Group, frozen: int, embeds_again: bool) -> Work:
+        """Of a group with so many frozen candidates beside the live ones."""
+        cost, pairs, candidates = self.cost, (group.attended_pairs, group.query_pairs), group.candidates + frozen
         path_flops = cost.group_flops(stage, group.items, group.queries, candidates, group.windows)
-        again_flops = cost.recomputed_flops(group.items if embeds_again else 0, self._scores_again(group, candidates))
+        again_flops = cost.recomputed_flops(group.items if embeds_again else 0, self._scores_again(group, frozen))
         embedded = group.windows * self.config.window + self.config.live_negatives
         return Work(
             path_flops,
@@ -100,11 +94,10 @@ class StepPlanner:
                 flops += self.cost.group_flops(2, group.items, group.queries, candidates, group.windows)
         return self.factory.all_reduce_sum([flops])[0]
 
-    def _scores_again(self, group: Group, candidates: int) -> int:
+    def _scores_again(self, group: Group, frozen: int) -> int:
         """Scores that the backward pass computes again, since they were not kept."""
-        scores = 0
-        for part, live in ((group.candidates, True), (candidates - group.candidates, False)):
-            method = method_for_live(self.softmax) if live else self.softmax
-            if computes_scores_twice(group.queries, part, live=live, method=method):
-                scores += group.queries * part
-        return scores
+        return sum(
+            group.queries * part
+            for part, live in ((group.candidates, True), (frozen, False))
+            if computes_scores_twice(group.queries, part, live=live, method=self.softmax)
+        )

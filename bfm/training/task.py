@@ -6,7 +6,7 @@ In: a sweep's task as a dict, or fields. Out: a `RungTask`, and the names of its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from bfm.training.config import TrainConfig
@@ -44,21 +44,10 @@ class RungTask:
     @classmethod
     def from_task(cls, task: Mapping[str, Any]) -> RungTask:
         """From a sweep's task as a dict; what belongs to the sweep alone is left out."""
-        return cls(
-            task_id=str(task["task_id"]),
-            trial=str(task["trial"]),
-            rung=int(task["rung"]),
-            rung_flops=float(task["rung_flops"]),
-            config=TrainConfig.from_dict(task["config"]),
-            seed=int(task["seed"]),
-            resume_from=task.get("resume_from"),
-            stage1=task.get("stage1"),
-            probes=tuple(float(c) for c in task.get("probes", ())),
-            micro_groups=int(task.get("scaling", {}).get("micro_groups", 1)),
-            softmax=str(task.get("scaling", {}).get("softmax", "auto")),
-            evaluation_queries=task.get("evaluation_queries"),
-            validations=int(task.get("validations", 0)),
-        )
+        values = {**task, **task.get("scaling", {})}
+        own = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        numbers = {"rung_flops": float(task["rung_flops"]), "probes": tuple(map(float, task.get("probes", ())))}
+        return cls(**{**own, **numbers, "config": TrainConfig.from_dict(task["config"])})
 
     @property
     def trunk_flops(self) -> float:

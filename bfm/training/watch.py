@@ -21,10 +21,10 @@ from bfm.errors import UserError
 from bfm.files import Store
 from bfm.ranking.baselines import baseline_metrics
 from bfm.ranking.metrics import QueryScores, clustered_error, counted_values, summarise
-from bfm.training.checkpoint import save_checkpoint
+from bfm.training.checkpoint import resume, save_checkpoint
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineState
-from bfm.training.loop import Trainer, resume
+from bfm.training.loop import Trainer
 from bfm.training.records import Validation
 from bfm.training.task import RungTask
 
@@ -47,7 +47,7 @@ class Watch:
         self.best_nll_Q = np.zeros(0)
         self.floors = measure_floors(data, self.queries)
         if store.exists(f"{self.name}/meta.json"):
-            meta = resume(store, self.name, task.config, task.seed, data, phase=None).meta
+            meta = resume(store, self.name, task.config, task.seed, data, cooled=True).meta
             self.best, self.best_nll_Q = Validation(**meta["validation"]), np.array(meta["nll_Q"])
 
     def see(self, trainer: Trainer, scores: QueryScores, weight: dict[str, Tensor]) -> Validation:

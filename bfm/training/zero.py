@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,7 @@ _LARGEST_BUCKET = 12_288 * 4096
 
 
 class ZeroEngine(Engine):
-    """Engine over all processes of the default group; `ZeroFactory` builds it."""
+    """Engine over all processes of the default group; `ZeroFactory` builds it. DeepSpeed owns the model's weights."""
 
     def __init__(
         self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int, stage: int
@@ -52,14 +51,14 @@ class ZeroEngine(Engine):
         self.load_state(state)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
+        """DeepSpeed divides by micro_batches."""
         self.engine.backward(loss)
         # Before the boundary this only counts micro-batches; at the boundary `step` below updates.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
     def update(self) -> float:
-        """Clips and updates; returns the norm of the averaged gradient before clipping."""
+        """DeepSpeed clips and updates."""
         if self.stage == 0:
             # DeepSpeed clips here without telling the norm.
             norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.clip_norm))
@@ -82,7 +81,7 @@ class ZeroEngine(Engine):
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
     def get_weight(self, parameter: nn.Parameter) -> Tensor:
-        """A full fp32 copy on the CPU."""
+        """Gathered from all partitions."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -92,7 +91,7 @@ class ZeroEngine(Engine):
             return cpu_copy(parameter)
 
     def get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """A full fp32 copy, on the CPU, of what the optimizer keeps of a parameter."""
+        """Gathered from all partitions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage == 0:
@@ -100,7 +99,7 @@ class ZeroEngine(Engine):
         return cpu_copy(safe_get_full_optimizer_state(parameter, key))
 
     def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """The inverse of `get_state`."""
+        """Dealt out to all partitions."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
@@ -114,18 +113,17 @@ class ZeroEngine(Engine):
             safe_set_full_optimizer_state(parameter, value, key)
 
 
-@dataclass(frozen=True)
 class ZeroFactory(EngineFactory):
     """Builds ZeRO engines; joins the default process group, or makes one of a single process."""
 
-    zero_stage: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     name = "zero"
 
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise UserError(f"there is no ZeRO stage {self.zero_stage}", key="zero_stage", fix="use 0, 1, 2 or 3")
-        prepare_deepspeed(self.device)
+    def __init__(self, zero_stage: int = 1, device: torch.device | None = None) -> None:
+        super().__init__(device)
+        if zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"there is no ZeRO stage {zero_stage}", key="zero_stage", fix="use 0, 1, 2 or 3")
+        self.zero_stage = zero_stage
+        _prepare_deepspeed(self.device)
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -159,12 +157,12 @@ class ZeroFactory(EngineFactory):
         return values
 
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> ZeroEngine:
-        """An engine that goes on from `state`."""
+        """A ZeRO engine that goes on from `state`."""
         return ZeroEngine(model, config, state, micro_batches, self.zero_stage)
 
 
-def prepare_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed for this device, quietly; warm workers call it ahead of their first task."""
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed for this device, quietly."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed demands it even where the process group stands already.

@@ -10,10 +10,11 @@ from bfm.errors import UserError
 from bfm.events.statistics import inclusion_elsewhere
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
-from bfm.model.mixture import Queries
+from bfm.model.mixture import Queries, mixture_loss
+from bfm.objective import objective as objective_module
 from bfm.objective.frozen import WholeItems
 from bfm.objective.objective import Objective
-from bfm.objective.sampling import drawn_inclusion, fixed_candidates, group_rng
+from bfm.objective.sampling import drawn_inclusion, group_rng
 from tests.helpers import make_shards
 from tests.model.toys import ALL_FIELDS, make_model, make_windows, perturb
 
@@ -77,16 +78,26 @@ def objectives(shards, model):
     return [live(shards), live(shards, 9), frozen(shards, model, 7), frozen(shards, model, 0)]
 
 
-def live_batch(groups, indices, objective):
-    chosen = [groups[index] for index in indices]
-    return make_batch(chosen, group_indices=indices, drawn=[objective.embedded(index) for index in indices])
+def batch_of(groups, indices, objective):
+    return objective.batch([groups[index] for index in indices], indices)
+
+
+def loss_of(objective, model, groups, indices=(0,)):
+    return objective(model, batch_of(groups, indices, objective))[0]
+
+
+def candidates(batch):
+    """Numbers of live and frozen candidates, group by group."""
+    return [
+        group.candidates + sum(map(len, batch.frozen[place : place + 1])) for place, group in enumerate(batch.groups)
+    ]
 
 
 def value_and_gradient(model, objective, batches):
     model.zero_grad()
     losses = []
     for batch in batches:
-        loss = objective(model, batch)
+        loss, _ = objective(model, batch)
         (loss / len(batches)).backward()
         losses.append(loss.item())
     gradient = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -101,8 +112,8 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
     objective = objectives(shards, model)[which]
     results = []
     for size in (4, 2, 1):
-        batches = [live_batch(groups, range(start, start + size), objective) for start in range(0, 4, size)]
-        results.append((*value_and_gradient(model, objective, batches), [objective.candidates(b) for b in batches]))
+        batches = [batch_of(groups, range(start, start + size), objective) for start in range(0, 4, size)]
+        results.append((*value_and_gradient(model, objective, batches), [candidates(batch) for batch in batches]))
     for value, gradient, counts in results[1:]:
         assert value == pytest.approx(results[0][0], rel=1e-12)
         torch.testing.assert_close(gradient, results[0][1])
@@ -110,19 +121,21 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_losses_are_summed_by_whether_the_target_is_later(world, which):
+def test_losses_are_summed_by_whether_the_target_is_later(world, which, monkeypatch):
     shards, groups = world
     model = StandIn(shards.num_items)
     objective = objectives(shards, model)[which]
-    batch = live_batch(groups, range(4), objective)
-    objective(model, batch)
-    loss_T, gate_TX1 = objective.last.loss_T.tolist(), objective.last.log_gate_TX1.exp().tolist()
+    batch = batch_of(groups, range(4), objective)
+    told = []
+    monkeypatch.setattr(objective_module, "mixture_loss", lambda *given: told.append(given) or mixture_loss(*given))
+    _, sums_2X2 = objective(model, batch)
+    loss_T, gate_TX1 = mixture_loss(*told[0]).tolist(), told[0][1].exp().tolist()
     expected = np.zeros((2, 4))
     place_T = batch.places.position_Q[batch.query_T].tolist()
     for place, weight, loss, gates in zip(place_T, batch.weight_T.tolist(), loss_T, gate_TX1, strict=True):
         expected[int(batch.later_RL.flatten()[place])] += weight * np.array([loss, 1.0, *gates])
     assert expected[:, 1].min() > 1, "targets of both kinds"
-    np.testing.assert_allclose(objective.last.sums(batch).numpy(), expected)
+    np.testing.assert_allclose(sums_2X2.numpy(), expected)
 
 
 def plain_loss(model, group, candidate_ids, pi_V):
@@ -157,7 +170,7 @@ def test_in_batch_negatives_are_the_groups_other_distinct_targets(world, pointer
     expected = torch.stack(
         [plain_loss(model, group, np.unique(group.target_RL[group.target_RL >= 0]), log_pi_V.exp()) for group in groups]
     ).mean()
-    loss = live(shards)(model, make_batch(groups))
+    loss = loss_of(live(shards), model, groups, range(4))
     # The mean of the groups' means, not the mean over targets.
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
@@ -167,12 +180,11 @@ def test_every_item_drawn_is_the_exact_mixture_over_the_catalogue(world):
     shards, groups = world
     model = StandIn(shards.num_items)
     expected = plain_loss(model, groups[0], range(shards.num_catalogue), np.ones(shards.num_catalogue))
-    whole = live(shards, shards.num_catalogue)
-    loss = whole(model, live_batch(groups, [0], whole))
+    loss = loss_of(live(shards, shards.num_catalogue), model, groups)
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0.0)
     torch.testing.assert_close(gradients(model, loss), gradients(model, expected))
     constant = frozen(shards, model, shards.num_catalogue)
-    torch.testing.assert_close(constant(model, make_batch(groups[:1])), expected, rtol=1e-7, atol=0.0)
+    torch.testing.assert_close(loss_of(constant, model, groups), expected, rtol=1e-7, atol=0.0)
 
 
 def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(tmp_path):
@@ -183,7 +195,7 @@ def test_a_group_that_is_the_whole_stream_is_the_exact_mixture_over_its_targets(
     targets = np.unique(group.target_RL[group.target_RL >= 0])
     model = StandIn(shards.num_items)
     log_pi_V = torch.from_numpy(np.log(inclusion_elsewhere(shards, 16, num_windows)))
-    loss = Objective(log_pi_V, shards.train_counts, 0, 0.0, 0)(model, make_batch([group]))
+    loss = loss_of(Objective(log_pi_V, shards.train_counts, 0, 0.0, 0), model, [group])
     expected = plain_loss(model, group, targets, np.ones(shards.num_catalogue))
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0.0)
 
@@ -194,13 +206,13 @@ def test_the_loss_of_a_real_model_in_half_precision_is_near_single(autocast):
     groups = [make_windows(ALL_FIELDS, num_items=20, seed=seed) for seed in range(3)]
     objective = Objective(torch.linspace(-2, 0, 20), np.ones(20), 0, 0.0, 0)
     batch = make_batch(groups)
-    expected = objective(model, batch)
+    expected, _ = objective(model, batch)
     whole_D = torch.cat([part.flatten() for part in gradients(model, expected)])
     if not autocast:
         model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(batch, objective)
-    assert loss.dtype == torch.float32
+        loss, sums_2X2 = model(batch, objective)
+    assert loss.dtype == sums_2X2.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
     half_D = torch.cat([part.flatten() for part in gradients(model, loss)]).float()
     assert torch.nn.functional.cosine_similarity(half_D, whole_D, dim=0) > 0.97
@@ -217,20 +229,20 @@ def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     model = StandIn(shards.num_items)
     pi_batch_V = np.exp(in_batch_log_pi(shards).numpy())
     objective = live(shards, 9, exponent=0.0, seed=4)
-    ids = objective.embedded(1)
+    ids, others = (objective.proposal.draw(group_rng(4, index)) for index in (1, 0))
     assert len(ids) == 9
-    assert not np.array_equal(ids, objective.embedded(0))
+    assert not np.array_equal(ids, others)
     union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
     pi_V = 1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)
-    batch = live_batch(groups, [1], objective)
-    assert objective.candidates(batch) == [len(union)]
-    assert objective(model, batch).item() == pytest.approx(plain_loss(model, groups[1], union, pi_V).item())
+    assert candidates(batch_of(groups, [1], objective)) == [len(union)]
+    loss = loss_of(objective, model, groups, [1])
+    assert loss.item() == pytest.approx(plain_loss(model, groups[1], union, pi_V).item())
 
 
 def test_frozen_draws_join_the_targets_and_are_corrected_by_both(world):
     shards, groups = world
     model = StandIn(shards.num_items)
-    objective, batch = frozen(shards, model, 7), make_batch(groups[:1])
+    objective = frozen(shards, model, 7)
     targets = set(np.unique(groups[0].target_RL[groups[0].target_RL >= 0]).tolist())
     ids = set(objective.proposal.draw(group_rng(5, 0)).tolist())
     assert len(ids) == 7
@@ -238,54 +250,34 @@ def test_frozen_draws_join_the_targets_and_are_corrected_by_both(world):
     drawn_pi_V = drawn_inclusion(shards.train_counts, 7, 0.5)
     pi_V = 1 - (1 - np.exp(in_batch_log_pi(shards).numpy())) * (1 - drawn_pi_V)
     expected = plain_loss(model, groups[0], sorted(ids | targets), pi_V)
-    assert objective(model, batch).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert objective.candidates(batch) == [len(ids | targets)]
-    assert frozen(shards, model, 0).candidates(batch) == [len(targets)]
+    assert loss_of(objective, model, groups).item() == pytest.approx(expected.item(), rel=1e-6)
+    batch = batch_of(groups, [0], objective)
+    assert set(batch.frozen[0].tolist()) == ids - targets
+    assert candidates(batch) == [len(ids | targets)]
+    assert candidates(batch_of(groups, [0], frozen(shards, model, 0))) == [len(targets)]
 
 
 def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index(world):
     shards, groups = world
     model = StandIn(shards.num_items)
     objective = frozen(shards, model, 7)
-    first = objective(model, make_batch(groups[:1], group_indices=[0]))
+    first, again, other = (objective(model, objective.batch(groups[:1], [index]))[0] for index in (0, 0, 1))
     first.backward()
     assert model.table.grad is None
-    assert objective(model, make_batch(groups[:1], group_indices=[0])).item() == first.item()
-    assert objective(model, make_batch(groups[:1], group_indices=[1])).item() != first.item()
-
-
-def test_what_is_counted_before_a_step_is_not_drawn_again_for_it(world, monkeypatch):
-    shards, groups = world
-    model = StandIn(shards.num_items)
-    objective, batch = frozen(shards, model, 7), make_batch(groups[:2], group_indices=[4, 5])
-    uncounted = objective(model, batch).item()
-    drawn, draw = [], objective._draw
-    monkeypatch.setattr(objective, "_draw", lambda index: drawn.append(index) or draw(index))
-    for _ in range(2):
-        objective.candidates(batch)
-        assert objective(model, batch).item() == uncounted
-    assert drawn == [4, 5, 4, 5]
+    assert again.item() == first.item() != other.item()
 
 
 @pytest.mark.parametrize("method", ["reference", "one_pass", "two_pass"])
 def test_the_loss_does_not_depend_on_the_method(world, method):
     shards, groups = world
     model = StandIn(shards.num_items)
-    batch = make_batch(groups[:2])
-    expected, other = frozen(shards, model, 7), frozen(shards, model, 7, method=method)
-    assert other(model, batch).item() == pytest.approx(expected(model, batch).item(), rel=1e-6)
+    expected, other = (
+        loss_of(frozen(shards, model, 7, method=name), model, groups, [0, 1]) for name in ("auto", method)
+    )
+    assert other.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_more_negatives_than_items_is_a_users_mistake(world):
     shards, _ = world
     with pytest.raises(UserError, match="negatives"):
         frozen(shards, StandIn(shards.num_items), shards.num_catalogue + 1)
-
-
-@pytest.mark.parametrize("which", range(4))
-def test_evaluation_candidates_are_a_fixed_sample_of_the_proposal(world, which):
-    shards, _ = world
-    objective = objectives(shards, StandIn(shards.num_items))[which]
-    fixed = fixed_candidates(objective.pi_V, seed=2)
-    np.testing.assert_array_equal(fixed.ids_K, fixed_candidates(objective.pi_V, seed=2).ids_K)
-    np.testing.assert_allclose(fixed.log_pi_K, objective.log_pi_V[fixed.ids_K], rtol=1e-5, atol=1e-6)

@@ -118,9 +118,9 @@ def test_mixture_is_the_chance_to_be_in_either_sample():
     np.testing.assert_allclose(mix_inclusion(pi_batch_V, pi_drawn_V), [0.4, 0.65, 1.0, 2e-9], rtol=1e-8)
 
 
-def test_fixed_candidates_carry_their_own_correction():
+def test_fixed_candidates_are_one_draw():
     pi_V = drawn_inclusion(np.arange(1, 51), 20, 0.5)
     fixed = fixed_candidates(pi_V, seed=3)
-    assert len(fixed.ids_K) == 20
-    np.testing.assert_allclose(np.exp(fixed.log_pi_K), pi_V[fixed.ids_K])
-    np.testing.assert_array_equal(fixed.ids_K, fixed_candidates(pi_V, seed=3).ids_K)
+    assert len(fixed) == 20
+    np.testing.assert_array_equal(fixed, fixed_candidates(pi_V, seed=3))
+    assert fixed.tolist() != fixed_candidates(pi_V, seed=4).tolist()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bfm.objective.tiled as tiled
+from bfm.objective.methods import CONSTANT_ONLY
 from bfm.objective.softmax import choose_method, log_sum
 from bfm.objective.tiled import log_sum_of_state, merge, softmax_state
 from tests.objective.cases import NAMES, errors, make_case, results
@@ -187,15 +188,21 @@ def test_automatic_choice():
     assert choose_method(128, 1 << 20, frozen, live=True) == "two_pass"
 
 
-def test_a_method_that_cannot_serve_is_refused():
-    case = make_case("plain", num_queries=2)
+def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="no method"):
-        results(case, by("quick"))
-    with pytest.raises(ValueError, match="two_pass"):
-        results(case, by("one_pass"), live_table=True)
+        results(make_case("plain", num_queries=2), by("quick"))
+
+
+@pytest.mark.parametrize("method", CONSTANT_ONLY)
+def test_live_candidates_leave_methods_of_frozen_ones_aside(method):
+    case = make_case("plain", num_queries=2)
     windows, window_Q = with_windows(case)
-    with pytest.raises(ValueError, match="one window"):
-        results(windows, by("one_pass", window_Q))
+    for found, auto in (
+        (results(case, by(method), live_table=True), results(case, by("auto"), live_table=True)),
+        (results(windows, by(method, window_Q)), results(windows, by("auto", window_Q))),
+    ):
+        assert found.keys() == auto.keys()
+        assert all(torch.equal(found[name], auto[name]) for name in auto)
 
 
 @pytest.mark.parametrize("method", ["one_pass", "two_pass"])

@@ -63,18 +63,16 @@ def test_the_distribution_is_the_mixture(shop, copy):
     config, model = build(shop.shards, copy)
     shards, table = shop.shards, Protocol.load(shop.shards).queries("validation")
     num_items, v_ID = shards.num_catalogue, model.embed_all()
-    answers = answer(model, v_ID.__getitem__, shards, table, config.window, num_items)
-    scores, queries = answers.scores(v_ID[:num_items]), len(table)
+    answers = answer(model, v_ID, shards, table, config.window, num_items)
+    scores, queries = answers.scores(), len(table)
     expected_QV = plain_distribution(model, shards, table, config.window)
     p_QV = scores(slice(0, queries))(slice(0, num_items)).exp().numpy()
     np.testing.assert_allclose(p_QV, expected_QV, rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(p_QV.sum(1), 1.0, rtol=1e-5)
     pieces = [scores(slice(3, queries))(slice(low, min(low + 7, num_items))) for low in range(0, num_items, 7)]
     np.testing.assert_allclose(torch.cat(pieces, 1).exp().numpy(), p_QV[3:], rtol=1e-4)
-    query_T, item_TS = torch.arange(queries), torch.arange(num_items).expand(queries, -1)
-    np.testing.assert_allclose(scores.pairs(query_T, item_TS).exp().numpy(), p_QV, rtol=1e-4)
     softmax_QV = -torch.log_softmax(answers.h_QD * answers.scale @ v_ID[:num_items].T, 1)
-    loss_Q = answers.mixed_loss(softmax_QV[:, 5], query_T, torch.full((queries,), 5))
+    loss_Q = answers.mixed_loss(softmax_QV[:, 5], torch.arange(queries), torch.full((queries,), 5))
     np.testing.assert_allclose(torch.exp(-loss_Q).numpy(), p_QV[:, 5], rtol=1e-4)
 
 
@@ -89,8 +87,7 @@ def test_several_threads_rank_as_one_does(shop):
     try:
         for num_threads in (1, 4):
             torch.set_num_threads(num_threads)
-            answers = answer(model, v_ID.__getitem__, shards, table, config.window, shards.num_catalogue)
-            scores = answers.scores(v_ID[: shards.num_catalogue])
+            scores = answer(model, v_ID, shards, table, config.window, shards.num_catalogue).scores()
             ranked.append(rank_targets(scores, targets, shards.num_catalogue, 10))
     finally:
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from bfm.model.batch import make_query_batch
 from bfm.model.sizing import size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective import softmax as softmax_module
-from bfm.objective.sampling import Candidates, Proposal, drawn_inclusion, group_rng
+from bfm.objective.sampling import drawn_inclusion, fixed_candidates
 from bfm.ranking import evaluate as evaluate_module
 from bfm.ranking import queries as queries_module
 from bfm.ranking.evaluate import evaluate
@@ -137,13 +137,13 @@ def test_workers_together_equal_one(world, world_size):
 
 def test_a_worker_without_queries_adds_nothing(world):
     model, shards, protocol = world
-    sample = Candidates(np.arange(5), np.zeros(5))
+    pi_V = np.ones(shards.num_catalogue)
     parts = [
-        evaluate(model, shards, protocol, "test", WINDOW, queries=2, rank=rank, world_size=3, candidates=sample)
+        evaluate(model, shards, protocol, "test", WINDOW, queries=2, rank=rank, world_size=3, pi_V=pi_V)
         for rank in range(3)
     ]
     assert [len(part.query_Q) for part in parts] == [1, 1, 0]
-    alone = evaluate(model, shards, protocol, "test", WINDOW, queries=2, candidates=sample)
+    alone = evaluate(model, shards, protocol, "test", WINDOW, queries=2, pi_V=pi_V)
     assert summarise(merge(parts)).metrics == pytest.approx(summarise(alone).metrics, rel=1e-5)
 
 
@@ -157,8 +157,7 @@ def test_first_queries_are_a_subset(world):
 def test_loss_sampled_on_every_item_is_the_nll(world):
     model, shards, protocol = world
     num_items = shards.num_catalogue
-    everything = Candidates(np.arange(num_items), np.zeros(num_items))
-    evaluation = summarise(evaluate(model, shards, protocol, "validation", WINDOW, candidates=everything))
+    evaluation = summarise(evaluate(model, shards, protocol, "validation", WINDOW, pi_V=np.ones(num_items)))
     assert evaluation.metrics["loss_sampled"] == pytest.approx(evaluation.metrics["nll"], rel=1e-5)
     assert evaluation.metrics["loss_sampled_negatives"] == num_items
     assert "basket.loss_sampled" not in evaluation.metrics
@@ -169,9 +168,8 @@ def test_loss_sampled_equals_a_plain_sum_over_its_fixed_sample(world, monkeypatc
     monkeypatch.setattr(evaluate_module, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(softmax_module, "_BLOCK_SCORES", 100)
     pi_V = drawn_inclusion(shards.train_counts, 30, 0.5)
-    ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
-    sample = Candidates(ids_K, np.log(pi_V[ids_K]))
-    scores = evaluate(model, shards, protocol, "validation", WINDOW, candidates=sample)
+    ids_K = fixed_candidates(pi_V, shards.manifest.seed)
+    scores = evaluate(model, shards, protocol, "validation", WINDOW, pi_V=pi_V)
     assert summarise(scores).metrics["loss_sampled_negatives"] == 30
     table = protocol.queries("validation")
     _, rows, targets = plain_scores(model, shards, table)
@@ -190,11 +188,8 @@ def test_evaluation_flops_are_those_executed(world, share):
     _, shards, protocol = world
     model = build_model(shards, share)
     pi_V = np.full(shards.num_catalogue, 0.5)
-    ids_K = Proposal.of(pi_V).draw(group_rng(0, 0))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        scores = evaluate(
-            model, shards, protocol, "validation", WINDOW, candidates=Candidates(ids_K, np.log(pi_V[ids_K]))
-        )
+        scores = evaluate(model, shards, protocol, "validation", WINDOW, pi_V=pi_V)
     # Free slots of the queries are executed and not counted.
     assert 0.99 < counter.get_total_flops() / scores.eval_flops < 1.03
 
@@ -218,12 +213,12 @@ def test_sampled_ranks_only_when_asked_and_under_names_of_their_own(world):
     plain = summarise(evaluate(model, shards, protocol, "test", WINDOW)).metrics
     assert not any("sampled" in name for name in plain)
     parts = [
-        evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20, seed=1, rank=rank, world_size=3)
+        evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20, rank=rank, world_size=3)
         for rank in range(3)
     ]
     metrics = summarise(merge(parts)).metrics
     assert metrics == pytest.approx(
-        summarise(evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20, seed=1)).metrics, rel=1e-5
+        summarise(evaluate(model, shards, protocol, "test", WINDOW, sampled_negatives=20)).metrics, rel=1e-5
     )
     assert {name: metrics[name] for name in plain} == pytest.approx(plain, rel=1e-5)
     assert metrics["sampled20.recall@10"] > metrics["recall@10"]

@@ -56,8 +56,8 @@ def reference(shop, queries, k):
     """The ranking of evaluation: ids, scores and vectors."""
     model, shards = shop.model(), shop.shards
     vectors, num_items = model.embed_all(), shards.num_catalogue
-    answers = answer(model, vectors.__getitem__, shards, queries, CONFIG.window, num_items)
-    scores = answers.scores(vectors[:num_items])(slice(0, len(queries)))(slice(0, num_items))
+    answers = answer(model, vectors, shards, queries, CONFIG.window, num_items)
+    scores = answers.scores()(slice(0, len(queries)))(slice(0, num_items))
     top = rank_targets(
         lambda rows: lambda items: scores[rows, items].clone(), query_targets(shards, queries), num_items, k
     )

@@ -46,7 +46,7 @@ def test_metrics_equal_plain_counting_and_carry_the_label():
     v_VD[50:100] = v_VD[:50]  # exact ties
     targets = ragged([[[q], [q + 40, 300]][q % 2] for q in range(40)])
     rows = np.arange(40) + 5
-    metrics = sampled_metrics(DotScores(h_QD, v_VD).pairs, 200, targets, None, rows, (1, 5), 20, seed=0)
+    metrics = sampled_metrics(DotScores(h_QD, v_VD), 200, targets, None, rows, (1, 5), 20, seed=0)
     assert {name.split(".")[0] for name in metrics} == {"sampled20"}
     negatives = _draw(targets, None, rows, 200, 20, seed=0)
     for query in range(40):
@@ -65,16 +65,16 @@ def test_metrics_equal_plain_counting_and_carry_the_label():
 def test_a_constant_model_gains_nothing():
     v_VD = unit(1).repeat(500, 1)
     targets = ragged([[q] for q in range(50)])
-    pairs = DotScores(v_VD[:50], v_VD).pairs
-    metrics = sampled_metrics(pairs, 500, targets, None, np.arange(50), (10, 51), 100, seed=0)
+    scores = DotScores(v_VD[:50], v_VD)
+    metrics = sampled_metrics(scores, 500, targets, None, np.arange(50), (10, 51), 100, seed=0)
     assert metrics["sampled100.recall@10"].mean() == 0
     # All tie: the target stands in the middle of 101.
     assert metrics["sampled100.mrr@51"].tolist() == [1 / 51] * 50
 
 
 def test_too_many_negatives_are_a_users_mistake():
-    pairs, targets = DotScores(unit(1), unit(20)).pairs, ragged([[1]])
+    scores, targets = DotScores(unit(1), unit(20)), ragged([[1]])
     with pytest.raises(UserError, match="only 19 items"):
-        sampled_metrics(pairs, 20, targets, None, np.arange(1), (10,), 20, seed=0)
+        sampled_metrics(scores, 20, targets, None, np.arange(1), (10,), 20, seed=0)
     with pytest.raises(UserError, match="0 sampled negatives"):
-        sampled_metrics(pairs, 20, targets, None, np.arange(1), (10,), 0, seed=0)
+        sampled_metrics(scores, 20, targets, None, np.arange(1), (10,), 0, seed=0)

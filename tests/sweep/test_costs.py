@@ -11,8 +11,8 @@ from bfm.objective.sampling import Proposal, drawn_inclusion
 from bfm.sweep.costs import Costs, LogFacts, union_mean
 from bfm.sweep.settings import Tier
 from bfm.training.data import TrainingData
+from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer
-from bfm.training.plain import PlainFactory
 from bfm.training.task import PROBE_QUERIES
 from tests.training.common import STAGE_1
 
@@ -22,7 +22,7 @@ def test_a_step_costs_about_what_is_planned(toy_shards, negatives, exponent):
     data = TrainingData.of(toy_shards)
     config = dataclasses.replace(STAGE_1, live_negatives=negatives, live_exponent=exponent)
     planned = Costs(LogFacts.from_shards(toy_shards, data.protocol, None)).of(config)
-    trainer = Trainer(config, 0, data, PlainFactory())
+    trainer = Trainer(config, 0, data, EngineFactory())
     trainer.run_trunk(20 * planned.step_flops)
     counted = trainer.counters.path_flops / trainer.counters.step
     assert counted == pytest.approx(planned.step_flops, rel=0.05)

@@ -17,7 +17,7 @@ from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.spec import from_dict
-from bfm.training.plain import PlainFactory
+from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 
@@ -51,7 +51,7 @@ def test_a_sweep_of_real_models(toy_shards, tmp_path):
     driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
 
     def execute(task):
-        row = run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, PlainFactory(), store)
+        row = run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, EngineFactory(), store)
         assert row["task_flops"] <= task.reserved_flops
         nominal = costs.of(spec.config(task.config))
         assert row["params"] == nominal.params

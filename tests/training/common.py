@@ -8,9 +8,8 @@ import torch
 
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
-from bfm.training.engine import EngineState
+from bfm.training.engine import EngineFactory, EngineState
 from bfm.training.loop import Trainer
-from bfm.training.plain import PlainFactory
 from bfm.training.records import StepRecord
 
 STAGE_1 = TrainConfig(
@@ -26,7 +25,7 @@ STAGE_1 = TrainConfig(
     live_negatives=5,
 )
 STAGE_2 = dataclasses.replace(STAGE_1, freeze_at_flops=3e7, negatives=12, warmup_events=500.0)
-CPU = PlainFactory(torch.device("cpu"))
+CPU = EngineFactory(torch.device("cpu"))
 
 
 def train(config, shards, until_flops, *, factory=CPU, start=None, cooldown_flops=None, **options):

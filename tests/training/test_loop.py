@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from bfm.errors import CorruptError, DivergedError, UserError
 from bfm.files import Store
+from bfm.training.checkpoint import resume
 from bfm.training.data import TrainingData
-from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker, resume
+from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker
 from tests.training.common import CPU, STAGE_1, STAGE_2, assert_equal_states, losses, train
 
 END = {1: 8e7, 2: 8e7}
@@ -195,15 +196,14 @@ def test_non_finite_values_end_the_run(toy_shards, bad):
     objective = trainer.objective
 
     def broken(model, batch):
-        loss = objective(model, batch)
-        broken.last = objective.last
+        loss, sums_2X2 = objective(model, batch)
         if bad == "loss":
-            return loss * float("nan")
+            return loss * float("nan"), sums_2X2
         # Finite forward, infinite backward: the square root's slope at 0.
-        return loss + (model.scale_logit * 0).sum().abs().sqrt()
+        return loss + (model.scale_logit * 0).sum().abs().sqrt(), sums_2X2
 
     trainer._built = trainer.engine, broken
-    broken.candidates = objective.candidates
+    broken.batch = objective.batch
     with pytest.raises(DivergedError, match=bad):
         trainer.run_trunk(8e7)
     assert trainer.spent_flops == trainer.counters.path_flops

@@ -13,10 +13,10 @@ from bfm.laws.frontier import unpaired
 from bfm.ranking.metrics import summarise
 from bfm.ranking.paired import Pairing, read_scores
 from bfm.training import journal
-from bfm.training.checkpoint import load_checkpoint
+from bfm.training.checkpoint import load_checkpoint, load_model
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
-from bfm.training.rung import code_version, load_model, run_rung
+from bfm.training.rung import code_version, run_rung
 from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 

@@ -13,11 +13,11 @@ from bfm.files import Store
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.training import task as task_module
-from bfm.training.checkpoint import load_checkpoint
+from bfm.training.checkpoint import load_checkpoint, load_model
 from bfm.training.data import TrainingData
 from bfm.training.loop import Counters, Trainer
 from bfm.training.records import StepRecord, Validation
-from bfm.training.rung import load_model, run_rung
+from bfm.training.rung import run_rung
 from bfm.training.single import evaluate_checkpoint, train_single
 from bfm.training.task import RungTask
 from bfm.training.watch import Watch
