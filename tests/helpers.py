@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import pytest
 from bfm.events.fields import FittedField
 from bfm.events.protocol import build_protocol
 from bfm.events.shards import Manifest, Shards, finish, write_items, write_shard
-from bfm.events.statistics import fit_group_curve
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000  # 2024-01-01
@@ -84,7 +83,7 @@ def make_shards(
     )
     shards = Shards(directory, draft)
     build_protocol(shards, queries=queries, filter_seen=filter_seen, seed=seed)
-    finish(directory, replace(draft, group_curve=fit_group_curve(shards)))
+    finish(directory, draft)
     return Shards.open(directory)
 
 

@@ -3,7 +3,7 @@
 measure_partition per partition: partial statistics of items and fields over the training range
 fit_all           once: item ids, field values, fitted fields
 write_partition   per partition: one shard
-finish_set        once: evaluation protocol, distinct curve, manifest
+finish_set        once: evaluation protocol, manifest
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from bfm.events.protocol import build_protocol
 from bfm.events.schema import MAX_LENGTH, FieldSpec
 from bfm.events.shards import Shards, finish, write_items, write_shard
 from bfm.events.split import Split
-from bfm.events.statistics import fit_group_curve
 from bfm.events.ties import TieCounts
 
 # Share of training events whose item features are not the item's: above it, `describe` warns.
@@ -205,7 +204,7 @@ def write_partition(job: Job, split: Split, shard: int) -> None:
 
 
 def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
-    """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
+    """Choose the queries, publish the manifest in the staged shard set."""
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     fields = tuple(fitted.field for fitted in _fields(job))
     checks = _with_losses(job, fields, checks)
@@ -238,7 +237,7 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
     protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
     checks["seen_items"] = protocol.seen_rule
     checks = {name: check for name, check in checks.items() if check}
-    return finish(job.shard_set, dataclasses.replace(draft, group_curve=fit_group_curve(shards), checks=checks))
+    return finish(job.shard_set, dataclasses.replace(draft, checks=checks))
 
 
 def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:

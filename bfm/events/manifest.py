@@ -20,7 +20,7 @@ from bfm.files import Store
 from bfm.sealed import Files, Sealed, check_files, staging
 
 MANIFEST = "manifest.json"
-SHARD_SET = Sealed("shard set", MANIFEST, version=3, fix="prepare it with `bfm data prepare`")
+SHARD_SET = Sealed("shard set", MANIFEST, version=4, fix="prepare it with `bfm data prepare`")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,6 @@ class Manifest:
     """Reason -> rows."""
     schema: dict[str, Any] = field(default_factory=dict)
     """The resolved schema that prepared it."""
-    group_curve: dict[str, Any] = field(default_factory=dict)
-    """Distinct items and queries of a group as a function of (window, group_windows); see statistics.py."""
     checks: dict[str, Any] = field(default_factory=dict)
     """What `data describe` prints; see describe.py."""
     files: Files = field(default_factory=dict)
