@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
-from bfm.events.encoding import write_vocabulary
+from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField, Side
 from bfm.events.fitting import Fitted, Loss
 from bfm.events.items import (
@@ -37,7 +37,7 @@ from bfm.events.manifest import Manifest
 from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
 from bfm.events.schema import MAX_LENGTH, FieldSpec
-from bfm.events.shards import Shards, finish, write_items, write_shard
+from bfm.events.shards import Shards, finish, write_shard
 from bfm.events.split import Split
 from bfm.events.ties import TieCounts
 
@@ -121,13 +121,13 @@ def fit_all(job: Job) -> dict[str, Any]:
     fields += declared("context", job.schema.context_fields)
 
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
-    arrays = {name: array for name, (array, _) in encoded.items()}
-    write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), arrays)
+    write_items(
+        job.shard_set,
+        pa.table({**key_columns(job.schema, items), **counts, **raw}),
+        {name: array for name, (array, _) in encoded.items()},
+        {fitted.field.name: fitted.vocabulary for fitted in fields if fitted.vocabulary is not None},
+    )
     write_arrow(job.file("fitted", 0, "arrow"), pa.table({"key": items.keys, **counts}))
-    # Vocabularies stay in the shard set, for whoever encodes other events.
-    for fitted in fields:
-        if fitted.vocabulary is not None:
-            write_vocabulary(job.shard_set, fitted.field.name, fitted.vocabulary)
     job.save("fields", 0, fields)
     job.save("item-losses", 0, {name: loss for name, (_, loss) in encoded.items()})
     return {**checks, "no_value_in_training": [name for name, found in statistics.items() if found.known == 0]}
@@ -225,6 +225,7 @@ def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
         has_clock=job.schema.has_clock,
         split=split.as_dict(),
         fields=fields,
+        event_item_fields=tuple(job.event_item_fields),
         train_events=sum(events for events, _ in measured),
         train_targets=sum(targets for _, targets in measured),
         time_range=(min(first for first, _ in times), max(last for _, last in times)),

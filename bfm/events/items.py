@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.events.clean import field_values, item_key, to_text
+from bfm.events.encoding import KEY
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.schema import EventSchema, ItemPart
 
@@ -121,6 +122,6 @@ def join_item_table(
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:
     """The parts of the keys [I], one column per item column."""
     if len(schema.item) == 1:
-        return {f"key_{schema.item[0].column}": items.keys}
+        return {f"{KEY}{schema.item[0].column}": items.keys}
     parts = pc.split_pattern(items.keys, SEPARATOR)
-    return {f"key_{part.column}": pc.list_element(parts, index) for index, part in enumerate(schema.item)}
+    return {f"{KEY}{part.column}": pc.list_element(parts, index) for index, part in enumerate(schema.item)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,8 @@ class Manifest:
     has_clock: bool
     """Times are milliseconds since the epoch; else they are positions."""
     fields: tuple[FittedField, ...]
+    event_item_fields: tuple[str, ...] = ()
+    """Item fields that stand in the log itself; the others come from an item table."""
     split: dict[str, Any] = field(default_factory=dict)
     """{"by": "time", "valid_from": ms, "test_from": ms} or {"by": "leave_one_out"}."""
     train_events: int = 0
@@ -68,12 +70,31 @@ class Manifest:
         """Inverse of `as_dict`."""
         fields = tuple(FittedField.from_dict(f) for f in values["fields"])
         first, last = values["time_range"]
-        return cls(**{**values, "fields": fields, "time_range": (int(first), int(last))})
+        known = {
+            "fields": fields,
+            "event_item_fields": tuple(values["event_item_fields"]),
+            "time_range": (int(first), int(last)),
+            "schema": _in_order(values["schema"], fields),
+        }
+        return cls(**{**values, **known})
 
     @cached_property
     def hash(self) -> str:
         """The identity of the shard set."""
         return SHARD_SET.hash(self.as_dict())
+
+
+def _in_order(schema: Mapping[str, Any], fields: Sequence[FittedField]) -> dict[str, Any]:
+    """The schema with its fields in the order in which it was written, which JSON files do not keep.
+
+    The hash that orders ties runs over the columns in this order.
+    """
+    sides = {
+        side: {field.name: schema[side][field.name] for field in fields if field.name in schema[side]}
+        for side in ("item_fields", "context_fields")
+        if side in schema
+    }
+    return {**schema, **sides}
 
 
 def cache_root() -> Path:

@@ -17,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from bfm.events.cache import kept
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
 
@@ -71,7 +70,7 @@ def target_windows(shards: Shards, window: int) -> np.ndarray:
     def make() -> bytes:
         return _count_windows(shards, window, every).targets_I[: shards.num_catalogue].astype("<i8").tobytes()
 
-    return np.frombuffer(kept(shards, f"target-windows-L{window}", make), "<i8").astype(np.int64)
+    return np.frombuffer(shards.kept(f"target-windows-L{window}", make), "<i8").astype(np.int64)
 
 
 def group_means(shards: Shards, window: int, group_windows: int, targets: Targets = "next_event") -> GroupMeans:

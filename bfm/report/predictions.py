@@ -66,7 +66,7 @@ def predict_log(
     if out.is_dir():
         raise UserError("is a folder", file=str(out), key="--out", fix="name a file, e.g. predictions.parquet")
     predictor = Predictor.load(export, "cuda" if torch.cuda.is_available() else "cpu")
-    check_k(k, predictor.encoding.catalogue)
+    check_k(k, predictor.encoding.num_catalogue)
     filter_seen = predictor.filter_seen if filter_seen is None else filter_seen
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from bfm.events import statistics as module
-from bfm.events.cache import kept_path
 from bfm.events.shards import Shards
 from bfm.events.statistics import group_means, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
@@ -31,7 +30,7 @@ def test_target_windows_equal_brute_force(toy_shards, window):
     for item in range(toy_shards.num_catalogue):
         assert count_V[item] == (targets_RL == item).any(1).sum()
     # Cached or computed: the same numbers.
-    assert kept_path(toy_shards, f"target-windows-L{window}").exists()
+    assert toy_shards.kept_path(f"target-windows-L{window}").exists()
     assert np.array_equal(target_windows(toy_shards, window), count_V)
 
 
@@ -112,6 +111,6 @@ def test_a_damaged_cache_is_computed_again(toy_shards, tmp_path):
     shutil.copytree(toy_shards.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
     shards = Shards.open(tmp_path / "copy")
     first = target_windows(shards, 16)
-    path = kept_path(shards, "target-windows-L16")
+    path = shards.kept_path("target-windows-L16")
     path.write_bytes(path.read_bytes()[:-5])
     assert np.array_equal(target_windows(shards, 16), first)
