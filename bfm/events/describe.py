@@ -15,7 +15,7 @@ import pyarrow as pa
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.ragged import chunks
 from bfm.events.shards import Shards
-from bfm.events.ties import TieCounts, tie_monotonicity
+from bfm.events.ties import Ties, count_ties, tie_facts
 from bfm.units import format_count
 
 _CHUNK_EVENTS = 1 << 20
@@ -62,15 +62,15 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
-    first_times, ties = 0, TieCounts()
+    first_times, ties = 0, Ties()
     for low, high in chunks(shards.user_lengths, _CHUNK_EVENTS):
         starts = shards.user_starts[low : high + 1]
         located = shards.locate(np.arange(starts[0], starts[-1]))
         item = shards.take_item(located)
         user = np.repeat(np.arange(low, high), np.diff(starts))
         first_times += len(np.unique(user * np.int64(shards.num_items) + item))
-        ties += tie_monotonicity(user, shards.take_time(located), {"item": pa.array(item)})
-    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": ties.as_dict()}
+        ties += count_ties(user, shards.take_time(located), {"item": pa.array(item)})
+    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": tie_facts(ties)}
 
 
 def _split(shards: Shards) -> dict[str, Any]:

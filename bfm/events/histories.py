@@ -24,11 +24,10 @@ from pyarrow.dataset import dataset, write_dataset
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
+from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.fields import FittedField
-from bfm.events.fitting import Fitted
 from bfm.events.hashing import hash_strings, order_events
-from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values
+from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
@@ -74,10 +73,7 @@ class Histories:
         self.rows = 0
         self.unusable: Counter[str] = Counter()
         """Reason -> rows."""
-        self.repairs: Counter[tuple[str, str]] = Counter()
-        """(field, fault) -> values made missing."""
-        self.cuts: Counter[str] = Counter()
-        """Field -> values that are longer than the training log's."""
+        self.losses = Losses()
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
         self._scratch = scratch
@@ -95,7 +91,7 @@ class Histories:
 
     def new_item_arrays(self) -> dict[str, np.ndarray]:
         """Encoded item fields of the new items, in the order of their ids."""
-        return self.new.encode(self._encode)
+        return self.new.encode(self.losses)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
@@ -111,8 +107,8 @@ class Histories:
         for done, piece in enumerate(pieces):
             for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
                 self.rows += cleaned.table.num_rows
-                present.update(cleaned.columns)
-                self.repairs += cleaned.repairs
+                present.update(cleaned.raw.column_names)
+                self.losses += cleaned.losses
                 yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
         source.check_read(self.rows, columns, present)
@@ -137,17 +133,13 @@ class Histories:
             self.duplicates += int(repeated.sum())
             order = order[~repeated]
         offsets = np.searchsorted(codes[order], np.arange(len(user.dictionary) + 1))
-        context = {}
-        for field in self.encoding.context_fields:
-            values = plain(events[clean.context_column(field.name)]).take(pa.array(order))
-            context[field.name] = self._encode(field, values)
         none = np.zeros(len(user.dictionary), np.int64)
         write_shard(
             folder,
             0,
             item=events[clean.ITEM].to_numpy()[order],
             time=time[order],
-            context=context,
+            context=fitting.encode_context(events.take(pa.array(order)), self.encoding, self.losses),
             user_offsets=offsets,
             train_end=none,
             valid_end=none,
@@ -159,14 +151,6 @@ class Histories:
         manifest = replace(self.encoding.manifest, users=len(none), events=len(order), items=items, shards=1)
         return Part(Shards(folder, manifest), user.dictionary, without)
 
-    def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
-        array, loss = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-        if loss["missing"]:
-            self.repairs[field.name, fitting.LOST[field.kind]] += loss["missing"]
-        if loss["cut"]:
-            self.cuts[field.name] += loss["cut"]
-        return array
-
 
 class NewItems:
     """Ids of items, and the first known field values of those that the encoding does not know."""
@@ -177,7 +161,7 @@ class NewItems:
         """Key -> id of each new item."""
         self.events = 0
         """Events of new items."""
-        self._known = clean.join_key([plain(column) for column in encoding.item_keys.columns])
+        self._known = known_keys(encoding)
         self._values: dict[str, pa.Table] = {}
         """Field -> what `count_values` finds in the events of new items."""
 
@@ -199,7 +183,7 @@ class NewItems:
             self._values[name] = count_values(pa.concat_tables([*before, values], promote_options="default"))
         return item_E.astype(np.int32)
 
-    def encode(self, encode: Callable[[FittedField, pa.Array], np.ndarray]) -> dict[str, np.ndarray]:
+    def encode(self, losses: Losses) -> dict[str, np.ndarray]:
         """Encoded item fields [new items]; what an item table would have to say is missing."""
         keys, none = pa.array(list(self.ids), _TEXT), np.zeros(len(self.ids), np.int64)
         # The fields that every schema may have: the id itself, and a popularity that is zero so far.
@@ -209,7 +193,8 @@ class NewItems:
             if name in self._values:
                 texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
-        return {f.name: encode(f, values[f.name]) for f in self.encoding.item_fields}
+        words = self.encoding.vocabularies
+        return {f.name: fitting.encode(values[f.name], f, words.get(f.name), losses) for f in self.encoding.item_fields}
 
 
 def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
+from bfm.events.clean import repairs
 from bfm.events.histories import PART_ROWS, Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.metrics import check_k
@@ -141,8 +142,8 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
     return {
         "rows": histories.rows,
         "unusable": dict(sorted(histories.unusable.items())),
-        "repairs": {f"{name}: {fault}": count for (name, fault), count in sorted(histories.repairs.items())},
-        "cuts": dict(sorted(histories.cuts.items())),
+        "repairs": repairs(histories.losses),
+        "cuts": {name: count for (name, what), count in sorted(histories.losses.items()) if what == "cut" and count},
         "duplicates": histories.duplicates,
         "new_items": len(histories.new.ids),
         "new_item_events": histories.new.events,

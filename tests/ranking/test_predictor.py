@@ -313,7 +313,7 @@ def test_bags_are_cut_as_preparation_cuts_them(tmp_path):
     for user, key in enumerate(user_keys(shop.shards).to_pylist()):
         again = history_of(part.shards, place[key]).context["coupons"]
         np.testing.assert_array_equal(again, history_of(shop.shards, user).context["coupons"])
-    assert histories.cuts == {"coupons": cuts["coupons"]["cut"]}
+    assert histories.losses["coupons", "cut"] == cuts["coupons"]["cut"]
     shop.frame.assign(item=9000 + shop.frame["item"]).to_parquet(tmp_path / "new.parquet")
     _, summary = predict(export, [tmp_path / "new.parquet"], tmp_path / "out.parquet")
     assert summary["cuts"] == {"coupons": cuts["coupons"]["cut"], "words": summary["new_items"]}
