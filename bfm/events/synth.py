@@ -4,10 +4,9 @@ Writes <out>/events/part-*.parquet, <out>/items.parquet (features that carry the
 the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one chunk of users plus O(users + items).
 
 The truth answers the platform's prediction question, given the full history, what comes at the next later timestamp,
-for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
-recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
-protocol with about one query per user weighs them) over users' means. Context fields carry nothing, item fields nothing
-beyond what the item itself says, so the bound holds for models that use them.
+for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL and
+recall@10 over sampled users' histories, with user-clustered standard errors. Context fields carry nothing, item fields
+nothing beyond what the item itself says, so the bound holds for models that use them.
 
 Shapes: U users, E events, B baskets, Q queries, V items, K list length.
 """
@@ -35,7 +34,7 @@ from bfm.files import write_atomic, write_json
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000
 # A user's last purchases take the memory of about so many events.
-_USER_EVENTS = 10
+_USER_EVENTS = 3
 _TRUTH_USERS = 4_000
 _TRUTH_EVENTS = 400_000
 # Baskets times items: an evaluated basket asks for every item.
@@ -88,7 +87,7 @@ def write_synthetic(
         users, items: numbers of users and of items that may occur.
         seed: everything is a function of the arguments.
         interests: hidden interests, at most `items`; None: 16, or `items` where there are fewer.
-        repeat: probability that an item repeats one of the user's last purchases in its aisle, where there are some.
+        repeat: probability that an item repeats the user's last purchase in its aisle, where there is one.
         basket: mean of the geometric law of basket sizes, cut at 1 + 4 (basket - 1) and at `items`; 1: no baskets.
         progress: called with the number of events written so far.
 
@@ -121,28 +120,23 @@ def write_synthetic(
         progress(done)
     write_atomic(path / "schema.yaml", _SCHEMA.encode())
     result = {"events": events, "users": users, "world": asdict(spec), **_truth(sums)}
-    result["marginal_nll"] = world.marginal_nll
+    # Of a predictor that ignores the history: a repeated item has the marginal of the purchase it repeats.
+    result["marginal_nll"] = float(entr(BayesFilter(world, 1).probability()).sum())
     write_json(path / TRUTH, result)
     return result
 
 
-def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Expected metrics [Q] of the optimal predictor, given the numbers of distinct targets.
-
-    One of n targets is item i with probability n q(i), so ndcg@k = n sum_j q(i_j) / log2(1 + j) / (the ideal of n).
-    """
-    discount_K = 1 / np.log2(2.0 + np.arange(k))
-    scale_Q = targets_Q / np.cumsum(discount_K)[np.clip(targets_Q, 1, k) - 1]
-    nll_Q, recall_Q, gain_Q = np.zeros((3, len(targets_Q)))
-    num_items = predictor.world.spec.items
+def _expected(predictor: BayesFilter, k: int) -> dict[str, np.ndarray]:
+    """Expected nll and recall@k [N] of the optimal predictor."""
+    num_users, num_items = len(predictor.belief_NM), predictor.world.spec.items
+    nll_N, recall_N = np.zeros((2, num_users))
     step = max(1, _PIECE_NUMBERS // num_items)
-    for start in range(0, len(targets_Q), step):
+    for start in range(0, num_users, step):
         rows = slice(start, start + step)
-        q_QV = predictor.subset(rows).probability()
-        top_QK = -np.sort(np.partition(-q_QV, min(k, num_items) - 1)[:, :k])
-        nll_Q[rows], recall_Q[rows] = entr(q_QV).sum(axis=1), top_QK.sum(axis=1)
-        gain_Q[rows] = top_QK @ discount_K[: top_QK.shape[1]]
-    return {"nll": nll_Q, f"recall@{k}": recall_Q, f"ndcg@{k}": scale_Q * gain_Q}
+        q_NV = predictor.probability(rows)
+        nll_N[rows] = entr(q_NV).sum(axis=1)
+        recall_N[rows] = -np.partition(-q_NV, min(k, num_items) - 1)[:, :k].sum(axis=1)
+    return {"nll": nll_N, f"recall@{k}": recall_N}
 
 
 def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
@@ -239,7 +233,7 @@ def _truth_sums(
     late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
     query_Q = np.flatnonzero(np.repeat(chosen_U, baskets_U) & late_B & (np.arange(len(first_B)) > first_B))
     predictor = filter_at(world, item_E, size_B, first_B[query_Q], query_Q)
-    metrics = {"queries": np.ones(len(query_Q)), **_expected(predictor, size_B[query_Q], _TOP)}
+    metrics = {"queries": np.ones(len(query_Q)), **_expected(predictor, _TOP)}
     user_Q = np.unique(first_B[query_Q], return_inverse=True)[1]
     return {name: np.bincount(user_Q, value_Q) for name, value_Q in metrics.items()}
 
@@ -255,5 +249,4 @@ def _truth(chunks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         deviation = None if mean is None else float(np.sqrt(np.sum((sum_U - mean * queries_U) ** 2)) / count)
         figures[f"bayes_{name}"] = mean
         figures[f"bayes_{name}_error"] = deviation
-        figures[f"bayes_{name}_user_mean"] = float((sum_U / queries_U).mean()) if count else None
     return figures
