@@ -51,10 +51,6 @@ class Statistics:
     """text, list: length of the longest bag."""
     histogram: Histogram | None = None
     """numeric: of the ordered bits of x'."""
-    total: float = 0.0
-    """numeric: sum of x'."""
-    squares: float = 0.0
-    """numeric: sum of squares of x'."""
 
 
 def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
@@ -69,7 +65,9 @@ def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
         return Statistics(known)
     kept, kept_weights = values.filter(pa.array(used)), weights[used]
     if kind == "numeric":
-        return _measure_numbers(kept.to_numpy(zero_copy_only=False), kept_weights, known)
+        numbers = kept.to_numpy(zero_copy_only=False).astype(np.float64)
+        squashed = np.sign(numbers) * np.log1p(np.abs(numbers))
+        return Statistics(known, histogram=Histogram.of(ordered_bits(squashed), kept_weights))
     if kind == "categorical":
         counts = _count(kept, kept_weights)
         return Statistics(known, counts if counts.num_rows <= MAX_VALUES else None)
@@ -90,8 +88,6 @@ def merge(parts: list[Statistics]) -> Statistics:
         counts=summed(pa.concat_tables(counts), ["value"], {"count": "sum"}) if len(counts) == len(parts) else None,
         longest=max(part.longest for part in parts),
         histogram=functools.reduce(Histogram.merged, histograms) if histograms else None,
-        total=float(sum(part.total for part in parts)),
-        squares=float(sum(part.squares for part in parts)),
     )
 
 
@@ -189,24 +185,16 @@ def _words(texts: pa.Array) -> pa.Array:
     return pc.split_pattern(spaced, " ").cast(pa.large_list(_TEXT))
 
 
-def _measure_numbers(values: np.ndarray, weights: np.ndarray, known: int) -> Statistics:
-    values = values.astype(np.float64)
-    squashed = np.sign(values) * np.log1p(np.abs(values))
-    histogram = Histogram.of(ordered_bits(squashed), weights)
-    total, squares = ((weights * squashed**power).sum() for power in (1, 2))
-    return Statistics(known, histogram=histogram, total=float(total), squares=float(squares))
-
-
 def _fit_numbers(name: str, side: Side, statistics: Statistics) -> FittedField:
     if statistics.known == 0 or statistics.histogram is None:
         return FittedField(name, side, "numeric")
-    quantiles = statistics.histogram.quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
-    edges = np.unique(from_ordered_bits(quantiles))
-    mean = statistics.total / statistics.known
-    variance = max(statistics.squares / statistics.known - mean**2, 0.0)
-    # Below the rounding of the sums the column is constant.
-    std = variance**0.5 if variance > 1e-12 * max(mean**2, 1e-12) else 1.0
-    return FittedField(name, side, "numeric", edges=tuple(float(edge) for edge in edges), mean=mean, std=std)
+    histogram = statistics.histogram
+    quantiles = histogram.quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
+    edges = tuple(np.unique(from_ordered_bits(quantiles)).astype(float).tolist())
+    values, shares = from_ordered_bits(histogram.starts).astype(np.float64), histogram.counts / histogram.total
+    mean = float(values @ shares)
+    std = float(np.sqrt((values - mean) ** 2 @ shares)) if len(values) > 1 else 1.0
+    return FittedField(name, side, "numeric", edges=edges, mean=mean, std=std)
 
 
 def _ids(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from bfm.errors import UserError
+from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.files import open_filesystem
 from bfm.yaml import did_you_mean
@@ -109,7 +111,8 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
         if form == "parquet":
             file = _open_parquet(path)
             present = file.schema_arrow.names
-            groups = _grouped([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
+            num_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            groups = [tuple(range(low, high)) for low, high in chunks(np.array(num_rows), CHUNK_ROWS)]
         else:
             present = [] if form == "jsonl" else _csv_header(path, form)
         if present:
@@ -137,12 +140,12 @@ def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
 
 def read_table(path: str, columns: list[str]) -> pa.Table:
     """A whole file as one table (item tables)."""
-    chunks = [
+    tables = [
         chunk.table.select(columns) for piece in make_pieces([path], columns) for chunk in read_piece(piece, columns)
     ]
-    if not chunks:
+    if not tables:
         raise UserError("has no rows", file=path, fix="give an item table with rows")
-    return pa.concat_tables(chunks, promote_options="permissive")
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def table_columns(path: str) -> list[str]:
@@ -235,19 +238,6 @@ def check_read(rows: int, columns: list[str], present: set[str]) -> None:
         raise UserError("the log has no rows", key="LOG", fix="check the files")
     if present:
         require_columns(columns, sorted(present), "LOG")
-
-
-def _grouped(rows: list[int]) -> list[tuple[int, ...]]:
-    """Runs of row groups with about CHUNK_ROWS rows each."""
-    runs: list[list[int]] = []
-    filled = CHUNK_ROWS
-    for group, num_rows in enumerate(rows):
-        if filled >= CHUNK_ROWS:
-            runs.append([])
-            filled = 0
-        runs[-1].append(group)
-        filled += num_rows
-    return [tuple(run) for run in runs]
 
 
 # ---------------------------------------------------------------- text formats

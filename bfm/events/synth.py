@@ -166,16 +166,9 @@ def _history_lengths(seed: int, events: int, users: int) -> np.ndarray:
 
 def _times(rng: np.random.Generator, baskets_U: np.ndarray) -> np.ndarray:
     """Milliseconds [B]: each user's baskets are sorted uniform draws over the span, a millisecond apart at least."""
-    # Normalised partial sums of exponentials are sorted uniforms, without sorting.
-    gaps = rng.exponential(size=int(baskets_U.sum()) + len(baskets_U))
-    ends = np.cumsum(baskets_U + 1)
-    total = np.cumsum(gaps)
-    last = total[ends - 1]
-    before = np.concatenate([[0.0], last[:-1]])
-    fraction = (total - np.repeat(before, baskets_U + 1)) / np.repeat(last - before, baskets_U + 1)
-    keep = np.ones(len(gaps), np.bool_)
-    keep[ends - 1] = False
-    return _START_MS + np.floor(fraction[keep] * _SPAN_MS).astype(np.int64) + runs(np.zeros_like(baskets_U), baskets_U)
+    user_B, fraction_B = np.repeat(np.arange(len(baskets_U)), baskets_U), rng.random(int(baskets_U.sum()))
+    fraction_B = fraction_B[np.lexsort((fraction_B, user_B))]
+    return _START_MS + np.floor(fraction_B * _SPAN_MS).astype(np.int64) + runs(0, baskets_U)
 
 
 def _event_table(rng: np.random.Generator, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> pa.Table:
