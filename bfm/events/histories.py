@@ -89,10 +89,6 @@ class Histories:
             fix = "check that the log has the columns and formats of the training log"
             raise UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
-    def new_item_arrays(self) -> dict[str, np.ndarray]:
-        """Encoded item fields of the new items, in the order of their ids."""
-        return self.new.encode(self.losses)
-
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
         for table in self._tables:

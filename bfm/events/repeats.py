@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.events.shards import Shards, training_events
+from bfm.events.shards import Shards, user_events
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
@@ -22,11 +22,12 @@ NOISE = 0.01
 def training_repeats(shards: Shards) -> dict[str, int]:
     """Targets of the training range, and how many of them were `seen`, over all users."""
     targets = seen = 0
-    for user_E, inside_E, located in training_events(shards, shards.num_users):
+    for user_E, position_E in user_events(shards.train_lengths):
+        located = shards.locate(shards.user_starts[user_E] + position_E)
         item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
-        moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (inside_E == 0))
+        moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))
         moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
-        targets += len(moment_B) - int(np.isin(moment_B, moment_E[inside_E == 0]).sum())
+        targets += len(moment_B) - int(np.isin(moment_B, moment_E[position_E == 0]).sum())
         # Of all the timestamps at which a user had an item, every one but the earliest is a repeat.
         seen += len(moment_B) - len(np.unique(user_E * shards.num_items + item_E))
     return {"targets": targets, "seen": seen}

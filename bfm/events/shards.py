@@ -208,15 +208,14 @@ class Shards(Encoding):
         return data
 
 
-def training_events(shards: Shards, users: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
-    """The first so many users' training events, whole users at a time, about a million events per chunk.
+def user_events(length_U: np.ndarray, first_U: np.ndarray | int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places in the histories of the first U users, whole users at a time, about a million per chunk.
 
-    Yields user [E], place in the user's history [E], and the events located.
+    Yields user [E] and position in the user's history [E]: length_U of each user, from first_U on.
     """
-    for low, high in chunks(shards.train_lengths[:users], _CHUNK_EVENTS):
-        length_U = shards.train_lengths[low:high]
-        user_E = np.repeat(np.arange(low, high), length_U)
-        yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
+    first_U = np.broadcast_to(first_U, length_U.shape)
+    for low, high in chunks(length_U, _CHUNK_EVENTS):
+        yield np.repeat(np.arange(low, high), length_U[low:high]), runs(first_U[low:high], length_U[low:high])
 
 
 def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:

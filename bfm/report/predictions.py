@@ -83,7 +83,7 @@ def predict_log(
             part_rows=part_rows,
         )
         if histories.new.ids:
-            predictor.add_items(histories.new_item_arrays())
+            predictor.add_items(histories.new.encode(histories.losses))
         events = 0
         with pq.ParquetWriter(made, _schema(predictor, vectors)) as writer:
             for part in histories.parts():

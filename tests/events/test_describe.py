@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bfm.events import describe as module
 from bfm.events.describe import describe, format_description
 from bfm.events.ties import Ties, count_ties, tie_facts
 from bfm.units import format_count
@@ -14,7 +13,7 @@ from tests.helpers import history_of, make_shards
 
 
 def test_figures_equal_brute_force(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_EVENTS", 100)
+    monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 100)
     shards = make_shards(tmp_path, users=50, num_shards=3)
     found = describe(shards)
     json.dumps(found, allow_nan=False)

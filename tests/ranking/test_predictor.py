@@ -174,7 +174,7 @@ def test_new_items_are_embedded_as_preparation_embeds_late_ones(shop, predictor,
     late = full.item_keys["item"].to_pylist()[known:]
     assert sorted(histories.new.ids) == sorted(late)
     assert histories.new.events == shop.frame["item"].astype(str).isin(late).sum()
-    arrays = histories.new_item_arrays()
+    arrays = histories.new.encode(histories.losses)
     for place, key in enumerate(histories.new.ids):
         for name in ("item_id", "popularity", "words", "tags", "look"):
             np.testing.assert_array_equal(arrays[name][place], full.item_arrays[name][full_id(full, key)])
