@@ -19,18 +19,18 @@ and an aisle is visited with probability n / A:
 the belief over the next z being the forward filter's. So the optimal NLL and recall@k are averages of exact values over
 histories, free of the next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
 
-Shapes: N users, A aisles, M interests or clusters, V items, E events, B baskets, Q queries. last_NA: the item that a
+Shapes: U users, N of them, A aisles, M interests or clusters, V items, E events, B baskets. last_NA: the item that a
 user bought last in an aisle, -1 none.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.ragged import runs
 from bfm.events.randomness import stream_key
 
 _WORLD_STREAM = 0x3017D
@@ -107,48 +107,36 @@ class World:
 
     # ---------------------------------------------------------------- drawing
 
-    def draw_histories(self, rng: np.random.Generator, lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Histories of so many events (at least 1), one user after the other; the last basket is cut to fit.
+    def draw_sizes(self, rng: np.random.Generator, lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes [B] of the baskets of histories of so many events (at least 1), one user after the other.
 
         Returns:
-            int32 [E] items, in random order inside a basket, and bool [E]: the event is the first of its basket.
+            the sizes, a user's last one cut to fit, and int64 [N]: how many baskets each user has.
         """
-        spec = self.spec
-        end_N = np.cumsum(lengths_N)
-        next_N = end_N - lengths_N
-        items, opens = np.empty(int(lengths_N.sum()), np.int32), np.zeros(int(lengths_N.sum()), np.bool_)
-        interest_N = rng.choice(spec.interests, len(lengths_N), p=self.prior_M)
-        last_NA = no_purchases(spec, len(lengths_N))
-        active = np.arange(len(lengths_N))
-        while len(active):
-            size = 1 + rng.choice(spec.aisles, len(active), p=self.size_A)
-            size = np.minimum(size, end_N[active] - next_N[active])
-            shuffled = rng.random((len(active), spec.aisles)).argsort(axis=1)
-            aisle_E = shuffled[np.arange(spec.aisles) < size[:, None]]
-            user_E = np.repeat(active, size)
-            item_E = self._draw(rng, interest_N[user_E], aisle_E, last_NA[user_E, aisle_E])
-            last_NA[user_E, aisle_E] = item_E
-            opens[next_N[active]] = True
-            items[runs(next_N[active], size)] = item_E
-            next_N[active] += size
-            active = active[next_N[active] < end_N[active]]
-            switched = active[rng.random(len(active)) < spec.switch]
-            interest_N[switched] = rng.choice(spec.interests, len(switched), p=self.prior_M)
-        return items, opens
+        start_N = np.cumsum(lengths_N) - lengths_N
+        # One size per event is enough; those that would begin behind the history are left out.
+        drawn_E = 1 + rng.choice(self.spec.aisles, int(lengths_N.sum()), p=self.size_A)
+        begin_E = np.cumsum(drawn_E) - drawn_E
+        left_E = np.repeat(lengths_N + begin_E[start_N], lengths_N) - begin_E
+        return np.minimum(drawn_E, left_E)[left_E > 0], np.add.reduceat(left_E > 0, start_N, dtype=np.int64)
 
-    def _draw(
-        self, rng: np.random.Generator, interest_E: np.ndarray, aisle_E: np.ndarray, last_E: np.ndarray
+    def draw_baskets(
+        self, rng: np.random.Generator, interest_N: np.ndarray, last_NA: np.ndarray, size_N: np.ndarray
     ) -> np.ndarray:
-        """Items [E] ~ p(i | a, z)."""
+        """Items [E] of a basket of each user, in random order: aisles, then p(i | a, z)."""
         spec = self.spec
-        first_E = aisle_E * spec.interests
+        shuffled_NA = rng.random(last_NA.shape).argsort(axis=1)
+        user_E, place_E = np.nonzero(np.arange(spec.aisles) < size_N[:, None])
+        aisle_E, interest_E = shuffled_NA[user_E, place_E], interest_N[user_E]
         leaked_E = rng.random(len(aisle_E)) < self.leak_AM[aisle_E, interest_E]
+        first_E = aisle_E * spec.interests
         start_E = self.start_C[first_E + np.where(leaked_E, 0, interest_E)]
         stop_E = self.start_C[first_E + np.where(leaked_E, spec.interests, interest_E + 1)]
         low_E, high_E = self.cumulative_V[start_E], self.cumulative_V[stop_E]
         place_E = np.searchsorted(self.cumulative_V, low_E + rng.random(len(aisle_E)) * (high_E - low_E), "right") - 1
         # A product that is rounded up must not leave the range.
         place_E = np.clip(place_E, start_E, stop_E - 1)
+        last_E = last_NA[user_E, aisle_E]
         return np.where(rng.random(len(aisle_E)) < self.repeat(last_E), last_E, self.order_V[place_E])
 
 
@@ -160,7 +148,7 @@ class BayesFilter:
         self.world = world
         self.belief_NM: np.ndarray = np.tile(world.prior_M, (num_users, 1))
         """Over the interest of the next basket."""
-        self.last_NA = no_purchases(world.spec, num_users)
+        self.last_NA: np.ndarray = np.full((num_users, world.spec.aisles), -1, np.int32)
 
     def observe(self, user_N: np.ndarray, item_E: np.ndarray, size_N: np.ndarray) -> None:
         """Take in the next baskets of some users: one basket's items after the other's, size_N (at least 1) of each."""
@@ -186,34 +174,27 @@ class BayesFilter:
         return sum_NV / world.spec.aisles
 
 
-def filter_at(
-    world: World, item_E: np.ndarray, size_B: np.ndarray, first_Q: np.ndarray, basket_Q: np.ndarray
-) -> BayesFilter:
-    """The optimal predictor of each query, one row each, as it is before a basket.
+def histories(
+    world: World, rng: np.random.Generator, size_B: np.ndarray, baskets_U: np.ndarray
+) -> Iterator[tuple[BayesFilter, np.ndarray, np.ndarray, np.ndarray]]:
+    """Draw the baskets of users side by side: first all first ones, then all second ones, ...
 
     Args:
-        item_E, size_B: items of all baskets, one basket after the other, and their sizes.
-        first_Q, basket_Q: numbers of the first basket of the query's user and of a later one, which is to come.
+        size_B, baskets_U: as `World.draw_sizes` gives them.
+
+    Yields the predictor as it is before these baskets, their users [N], their numbers [N], and their items [E].
     """
-    first_N, slot_Q = np.unique(first_Q, return_inverse=True)
-    known_Q = basket_Q - first_Q
-    known_N = np.zeros(len(first_N), np.int64)
-    np.maximum.at(known_N, slot_Q, known_Q)
-    start_B = np.cumsum(size_B) - size_B
-    predictor, asked = BayesFilter(world, len(first_N)), BayesFilter(world, len(first_Q))
-    for step in range(int(known_N.max(initial=0)) + 1):
-        now = np.flatnonzero(known_Q == step)
-        asked.belief_NM[now] = predictor.belief_NM[slot_Q[now]]
-        asked.last_NA[now] = predictor.last_NA[slot_Q[now]]
-        going_on = np.flatnonzero(known_N > step)
-        basket = first_N[going_on] + step
-        predictor.observe(going_on, item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
-    return asked
-
-
-def no_purchases(spec: WorldSpec, num_users: int) -> np.ndarray:
-    """Int32 [N, A] of users without a history."""
-    return np.full((num_users, spec.aisles), -1, np.int32)
+    predictor = BayesFilter(world, len(baskets_U))
+    interest_U = rng.choice(world.spec.interests, len(baskets_U), p=world.prior_M)
+    first_U = np.cumsum(baskets_U) - baskets_U
+    for step in range(int(baskets_U.max(initial=0))):
+        user_N = np.flatnonzero(baskets_U > step)
+        basket_N = first_U[user_N] + step
+        item_E = world.draw_baskets(rng, interest_U[user_N], predictor.last_NA[user_N], size_B[basket_N])
+        yield predictor, user_N, basket_N, item_E
+        predictor.observe(user_N, item_E, size_B[basket_N])
+        switched = user_N[rng.random(len(user_N)) < world.spec.switch]
+        interest_U[switched] = rng.choice(world.spec.interests, len(switched), p=world.prior_M)
 
 
 def _partition(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
