@@ -153,7 +153,7 @@ def budgets() -> Iterator[Run]:
     small = {**HISTORY, "learning_rate": 4.4e-3, "window": 512}
     large = {**HISTORY, "learning_rate": 3.9e-3, "params": 1e4, "window": 1024, "d_item": 32}
     larger = {**large, "learning_rate": 5.4e-3, "group_windows": 4}
-    for flops, config in ((5e10, small), (1.8e11, large), (1e12, larger)):
+    for flops, config in ((5e10, small), (1.8e11, large), (1e12, larger), (3e12, {**larger, "params": 2e4})):
         for seed in range(3):
             yield Run(f"C {flops:g}", config, flops, seed, queries=2_000)
 

@@ -1,4 +1,4 @@
-"""One configuration, the same for every log, beside the strongest floor of each metric.
+"""One configuration, with what each log decides by default, beside the strongest floor of each metric.
 
     python benchmarks/floors.py NAME=SHARDS ... [--flops 1e11] [--processes 2]
 
@@ -17,13 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import machine, publish, spread
 
+from bfm.events.protocol import Protocol
+from bfm.events.shards import Shards
 from bfm.report.floors import strongest
-from bfm.training.config import TrainConfig
+from bfm.training.config import TrainConfig, log_defaults
 from bfm.training.single import row_evaluation, train_single
 from bfm.units import format_flops, parse_number
 
 SEEDS = (0, 1, 2)
-CONFIG = {"params": 1e4, "embedder_share": 0.05, "group_windows": 2, "d_item": 32}
+CONFIG = {"params": 1e4, "embedder_share": 0.05, "d_item": 32}
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 Job = tuple[str, str, float, int]
 """Name, shards, C, seed."""
@@ -32,7 +34,9 @@ Job = tuple[str, str, float, int]
 def run(job: Job) -> tuple[str, dict[str, Any]]:
     """One seed: its row's evaluation beside the floors, in a process of its own."""
     name, shards, flops, seed = job
-    config = TrainConfig.from_dict(CONFIG)
+    opened = Shards.open(shards)
+    decided = log_defaults(CONFIG, Protocol.load(opened).filter_seen, opened.history_length)
+    config = TrainConfig.from_dict({**CONFIG, **decided})
     with tempfile.TemporaryDirectory(prefix="bfm-floors-") as folder:
         row = train_single(
             config, seed, shards, folder, flops=flops, queries=None, scaling={"micro_groups": 1}, validations=0

@@ -53,8 +53,9 @@ def train(
     from bfm.yaml import load_yaml
 
     limit_flops = parse_number(flops, key="--flops")
-    decided = log_defaults(Protocol.load(Shards.open(shards)).filter_seen)
-    checked = TrainConfig.from_dict({**decided, **load_yaml(config)}, file=str(config))
+    opened, values = Shards.open(shards), load_yaml(config)
+    decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
+    checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
     writer = trial_writer(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:

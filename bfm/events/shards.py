@@ -148,6 +148,12 @@ class Shards(Encoding):
         """Users over all shards."""
         return self.manifest.users
 
+    @property
+    def history_length(self) -> float:
+        """Training events that the user of a training event has, on average."""
+        lengths = self.train_lengths.astype(np.float64)
+        return float(lengths @ lengths / lengths.sum())
+
     @cached_property
     def train_counts(self) -> np.ndarray:
         """Int64 [V]: training events of each catalogue item, falling."""

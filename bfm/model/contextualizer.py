@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bfm.model.batch import ModelBatch
 from bfm.model.blocks import Block, GroupDropout, look_up, make_linear, make_rotation, rms_norm, unit
-from bfm.model.mixture import NeighbourAttention, Pointer, Queries
+from bfm.model.mixture import NeighbourAttention, Pointer, Queries, mix_counts
 from bfm.model.sizing import Shape
 
 
@@ -34,7 +34,8 @@ class Contextualizer(nn.Module):
         if not shape.pointer_width:
             _start_at_the_item(self.item_inputs, self.out, generator)
         self.pointer = Pointer(shape.width, shape.pointer_width, generator) if shape.pointer_width else None
-        self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.counted_events else None
+        self.neighbours = NeighbourAttention(shape.width, shape.counted_events) if shape.learns_counts else None
+        self.counts_share = shape.counts_share
 
     def forward(
         self, v_RLD: Tensor, context_RLD: Tensor, batch: ModelBatch, drop: GroupDropout | None = None
@@ -66,7 +67,10 @@ class Contextualizer(nn.Module):
         if self.neighbours is not None:
             gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
             gates.append(gate_T1)
-        return Queries(h_QD, F.log_softmax(torch.cat(gates, 1), -1), pointer_QL, weight_TM)
+        log_gate_TX1 = F.log_softmax(torch.cat(gates, 1), -1)
+        if self.counts_share and batch.counted_TM is not None:
+            log_gate_TX1, weight_TM = mix_counts(log_gate_TX1, batch.counted_TM, self.counts_share)
+        return Queries(h_QD, log_gate_TX1, pointer_QL, weight_TM)
 
 
 @torch.no_grad()

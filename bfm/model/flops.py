@@ -95,7 +95,7 @@ class ModelCost:
         shape, positions = self.shape, rows * self.window
         inputs = self._context_tables + self._context_dense + 2 * shape.d_item * shape.width
         # A mixture needs the sum over the catalogue before it can score an item: two passes.
-        passes = 2 if len(shape.components) > 1 else 1
+        passes = 2 if shape.pointer_width or shape.counted_events else 1
         scores = 2 * passes * queries * catalogue * shape.d_item
         return 2 * positions * inputs + self._contextualize(rows, queries) + scores
 
@@ -122,7 +122,7 @@ class ModelCost:
         at_queries = block - keys_values + width * (shape.d_item + shape.pointer_width)
         if shape.pointer_width:
             at_queries += width
-        if shape.counted_events:
+        if shape.learns_counts:
             at_positions, at_queries = at_positions + width, at_queries + width
         products = positions * at_positions + queries * at_queries + queries * self.window * shape.pointer_width
         attended = (shape.depth - 1) * windows * self.window**2 + queries * self.window

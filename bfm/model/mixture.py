@@ -9,6 +9,8 @@ cost that does not grow with the catalogue. There are two, both attention over t
     neighbours  each of the last M events stands for the counted neighbours of its item (bfm/events/neighbours.py):
                 rare transitions, which a factorised score forgets, as n-gram models interpolate them. Trained together,
                 the network learns what counts do not know; its targets' own events must be left out of the counts.
+                With a share that is given, the network is trained alone and mixed where it is asked: where it knows
+                training events by heart, a gate learned on these leaves the counts too little.
 
 Enters: what the contextualizer knows at every position. Leaves: gates and probabilities. All but the neighbours of a
 target, whose own event their counts leave out, is the same for the targets of one query.
@@ -31,6 +33,8 @@ from bfm.model.blocks import look_up, make_linear, rms_norm
 
 _STEPS = 96
 """Half powers of two up to 2^47: events, or 4,000 years in milliseconds."""
+_AGE_DECAY = 0.8
+"""Of counted events, per event: between what the two ways of counting do well with."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,16 @@ class Pointer(nn.Module):
         return self.gate(x_QW).float() + self.gate_bias, F.softmax(score_QL, -1)
 
 
+def mix_counts(log_gate_TX: Tensor, counted_TM: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """log g [T, X + 1] with a given share for counted neighbours, and the probabilities of the events they are of."""
+    known_TM = counted_TM >= 0
+    share_T1 = known_TM.any(1, keepdim=True) * share
+    age_M = torch.arange(known_TM.shape[1], device=counted_TM.device)
+    weight_TM = known_TM * _AGE_DECAY**age_M
+    weight_TM = weight_TM / weight_TM.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.cat([log_gate_TX + torch.log1p(-share_T1), share_T1.log()], 1), weight_TM
+
+
 class NeighbourAttention(nn.Module):
     """Attention over the last M events that have counted neighbours, and its gate.
 
@@ -110,8 +124,7 @@ class NeighbourAttention(nn.Module):
         self.key = make_linear(width, 1, None)
         self.gate = make_linear(width, 1, None)
         self.gate_bias = nn.Parameter(torch.zeros(1))
-        # Weights fall by a fifth per event: between what the two ways of counting do well with.
-        self.age_bias = nn.Parameter(torch.arange(num_events) * math.log(0.8))
+        self.age_bias = nn.Parameter(torch.arange(num_events) * math.log(_AGE_DECAY))
 
     def forward(self, x_RLW: Tensor, x_QW: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Gate logits [T, 1] and probabilities [T, M], float32. A target none of whose items is known has gate 0."""

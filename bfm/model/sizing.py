@@ -6,7 +6,7 @@ exactly. Norms have no parameters and nothing has a bias, so N is the sum of the
 
     contextualizer  2 d_item w (item and context inputs) + depth (4 w^2 + 3 w hidden) + w d_item (output)
     pointer         w (2 key width + 1), of the contextualizer; the key width is half of d_item
-    neighbours      2 w (key and gate), of the contextualizer
+    neighbours      2 w (key and gate), of the contextualizer; none where their share is given
     MLP embedder    2 d_item hidden, on the pooled vector, added to the path of s = 0
     transformer     2 d_item w + depth (4 w^2 + 3 w hidden), on the field tokens, pooled, added to the same path
 
@@ -51,6 +51,8 @@ class Shape:
     """Hidden width of the MLP, or SwiGLU width of the embedder's blocks."""
     counted_events: int = 0
     """Last events whose counted neighbours are mixed in; 0: none."""
+    counts_share: float = 0.0
+    """Share of these in the mixture; 0: learned."""
 
     @property
     def embedder_params(self) -> int:
@@ -71,12 +73,17 @@ class Shape:
     def edge(self) -> int:
         """Weights of the contextualizer outside its blocks, per channel: inputs, output and sparse components."""
         pointer = 2 * self.pointer_width + 1 if self.pointer_width else 0
-        return 3 * self.d_item + pointer + (2 if self.counted_events else 0)
+        return 3 * self.d_item + pointer + (2 if self.learns_counts else 0)
+
+    @property
+    def learns_counts(self) -> bool:
+        """Whether the network decides how much counted neighbours say."""
+        return self.counted_events > 0 and self.counts_share == 0.0
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of what the output distribution mixes, in the order of its gates."""
-        sparse = (("pointer", self.pointer_width), ("neighbours", self.counted_events))
+        """Names of what the network mixes, in the order of its gates."""
+        sparse = (("pointer", self.pointer_width), ("neighbours", self.learns_counts))
         return ("softmax", *(name for name, size in sparse if size))
 
     @property
@@ -105,6 +112,7 @@ def size_model(
     embedder_depth: int | None = None,
     pointer: bool = True,
     neighbours: bool = False,
+    counts_share: float = 0.0,
 ) -> Shape:
     """The model of N = `params` with embedder share s = `embedder_share`, and the sparse components asked for.
 
@@ -116,7 +124,10 @@ def size_model(
     """
     embedder = _size_embedder(params, embedder_share, d_item, aspect, embedder_depth)
     embedder = dataclasses.replace(
-        embedder, pointer_width=d_item // 2 if pointer else 0, counted_events=LAST_EVENTS if neighbours else 0
+        embedder,
+        pointer_width=d_item // 2 if pointer else 0,
+        counted_events=LAST_EVENTS if neighbours else 0,
+        counts_share=counts_share,
     )
     smallest = _smallest_stack(embedder.edge, depth or 1)
     if params * (1 - embedder_share) < smallest:

@@ -17,7 +17,7 @@ from bfm.training.config import log_defaults
 def on_log(spec: SweepSpec, shards: Shards, protocol: Protocol) -> SweepSpec:
     """The space with a constant for every value that it leaves to the log; raises what with_stage1 raises."""
     named = {parameter.name for parameter in spec.parameters}
-    decided = log_defaults(protocol.filter_seen)
-    added = [Parameter(name, "constant", (value,)) for name, value in decided.items() if name not in named]
+    decided = log_defaults(named, protocol.filter_seen, shards.history_length)
+    added = [Parameter(name, "constant", (value,)) for name, value in decided.items()]
     parameters = tuple(sorted((*spec.parameters, *added), key=lambda parameter: parameter.name))
     return with_stage1(replace(spec, parameters=parameters), shards.hash)

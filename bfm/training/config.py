@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,8 @@ class TrainConfig:
     lists leave out seen items `none` is the default (log_defaults)."""
     counts: str = field(default="none", metadata=_choice("neighbours", "none"))
     """`neighbours`: what stood near the last items in training histories is mixed in, too; `none`: it is not."""
+    counts_share: float = field(default=0.0, metadata=_number(0, 1, high_open=True))
+    """Share of `counts` in the mixture of a network that is trained without them; 0: a gate learned with it."""
     targets: str = field(default="next_basket", metadata=_choice("next_basket", "next_event"))
     """`next_basket`: items are predicted from the last event at an earlier time, as headline queries are scored;
     `next_event`: from the event before, every event of weight 1."""
@@ -149,6 +151,10 @@ class TrainConfig:
                         key="group_windows",
                         fix=f"use 2 or more, or set `{drawn}`",
                     )
+        if self.counts_share and self.counts == "none":
+            raise UserError(
+                "a share of counts, but nothing is counted", key="counts_share", fix="set `counts: neighbours`"
+            )
         if self.negatives and not freezes:
             raise UserError(
                 "sampled negatives are of stage 2, which this configuration never enters",
@@ -194,12 +200,23 @@ class TrainConfig:
             embedder_depth=self.embedder_depth,
             pointer=self.copy == "pointer",
             neighbours=self.counts == "neighbours",
+            counts_share=self.counts_share,
         )
 
 
-def log_defaults(filter_seen: bool) -> dict[str, Any]:
-    """Values that a log decides where its user does not: nothing to copy from where lists leave out seen items."""
-    return {"copy": "none"} if filter_seen else {}
+def log_defaults(named: Collection[str], filter_seen: bool, history_length: float) -> dict[str, Any]:
+    """Values that a log decides for the settings that its user does not name.
+
+    Nothing is copied where lists leave out seen items. A window is as long as the history that an event of the log
+    stands in on average, as a power of two from 64 to 512; a group of them has 1,024 positions.
+    """
+    window = 2 ** min(9, max(6, round(math.log2(history_length))))
+    decided: dict[str, Any] = {"window": window, "group_windows": 1024 // window}
+    if "window" in named:
+        decided = {}
+    if filter_seen:
+        decided["copy"] = "none"
+    return {name: value for name, value in decided.items() if name not in named}
 
 
 def check_value(name: str, value: object, key: str) -> Any:

@@ -76,7 +76,9 @@ class TrainingData:
 
     def order(self, config: TrainConfig, seed: int) -> WindowOrder:
         """The endless order of groups of a run."""
-        neighbours, targets = self.neighbours(config), cast(Targets, config.targets)
+        # A network whose counts have a given share is trained without them.
+        neighbours = None if config.counts_share else self.neighbours(config)
+        targets = cast(Targets, config.targets)
         return WindowOrder(
             self.shards, config.window, config.group_windows, seed, neighbours, targets, config.basket_power
         )

@@ -12,12 +12,14 @@ import torch
 
 from bfm.events.neighbours import Neighbours
 from bfm.events.shards import Shards
+from bfm.events.windows import eval_windows
 from bfm.files import Store
 from bfm.model.batch import make_batch
 from bfm.objective.frozen import freeze_items
 from bfm.objective.objective import Objective
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import summarise
+from bfm.ranking.queries import answer
 from bfm.training.checkpoint import load_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -102,6 +104,33 @@ def test_a_run_goes_on_where_it_was_and_enters_stage_2(toy_shards, tmp_path):
     again, _ = train(config, toy_shards, 5e7, start=load_checkpoint(Store(tmp_path), "half"))
     assert again.counters.stage == 2
     assert_equal_states(whole.engine.export_state(), again.engine.export_state())
+
+
+def test_a_given_share_is_mixed_into_a_network_that_was_trained_alone(toy_shards):
+    share, without = 0.3, dataclasses.replace(COUNTS, copy="none", counts="none")
+    config, data = dataclasses.replace(COUNTS, copy="none", counts_share=share), TrainingData.of(toy_shards)
+    (mixed, mixed_steps), (alone, alone_steps) = (train(each, toy_shards, 2e7) for each in (config, without))
+    assert losses(mixed_steps) == losses(alone_steps)
+    assert mixed.engine.export_state().weight.keys() == alone.engine.export_state().weight.keys()
+
+    table, num_items = data.protocol.queries("validation"), toy_shards.num_catalogue
+
+    def probabilities(trainer):
+        model = trainer.plain_model(trainer.engine.export_state().weight)
+        v_ID, every = model.embed_all(), slice(0, len(table))
+        answers = answer(model, v_ID.__getitem__, toy_shards, table, config.window, num_items)
+        return answers.scores(v_ID[:num_items])(every)(slice(0, num_items)).softmax(1)
+
+    neighbours = data.neighbours(config)
+    windows = eval_windows(toy_shards, table, config.window, neighbours)
+    last_QM = windows.windows.counted.item_RLM[windows.row, windows.column]
+    assert (last_QM >= 0).any()
+    for item_M, found_V, alone_V in zip(last_QM, probabilities(mixed), probabilities(alone), strict=True):
+        ages, expected_V = np.flatnonzero(item_M >= 0), alone_V
+        if len(ages):
+            counted_V = 0.8**ages @ neighbours.shares(item_M[ages, None], np.arange(num_items)) / (0.8**ages).sum()
+            expected_V = (1 - share) * alone_V + share * counted_V
+        np.testing.assert_allclose(found_V, expected_V, rtol=1e-4, atol=1e-7)
 
 
 # ---------------------------------------------------------------- leaks
