@@ -53,7 +53,7 @@ class Cleaned:
     table: pa.Table
     losses: Losses
     raw: pa.Table
-    """The rows as read, with all columns that they have; none where they could not be read."""
+    """The rows as read (JSON lines with all their columns); none where they could not be read."""
 
 
 def item_column(name: str) -> str:
