@@ -101,15 +101,15 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         ).materialize()
     del cleaned, assigned
     split = prepare.choose_split(job)
-    shards = prepare.num_shards(job)
-    with _watched(job, "measure", shards, progress, folder="measured"):
-        _over(shards, functools.partial(build.measure_partition, job, split))
+    partitions = prepare.sorted_partitions(job)
+    with _watched(job, "measure", len(partitions), progress, folder="measured"):
+        _over(partitions, functools.partial(build.measure_partition, job, split))
     with _watched(job, "fit", 0, progress):
-        checks = build.fit_all(job)
-    with _watched(job, "write", shards, progress, folder="written"):
-        _over(shards, functools.partial(build.write_partition, job, split))
+        build.fit_all(job, split)
+    with _watched(job, "write", len(partitions), progress, folder="written"):
+        _over(partitions, functools.partial(build.write_partition, job, split))
     with _watched(job, "finish", 0, progress):
-        return build.finish_set(job, split, checks)
+        return build.finish_set(job)
 
 
 def _clean(job: Job, pieces: list[Piece], batch: dict[str, Any]) -> Iterator[pa.Table]:
@@ -123,15 +123,15 @@ def _sort(job: Job, table: pa.Table) -> pa.Table:
     return pa.table({"done": [index]})
 
 
-def _over(shards: int, stage: Callable[[int], None]) -> None:
-    """Run a stage for each shard in the making."""
+def _over(partitions: list[Path], stage: Callable[[int, Path], None]) -> None:
+    """Run a stage for each shard in the making and its sorted partition."""
 
     def run(batch: dict[str, Any]) -> dict[str, Any]:
         for shard in batch["shard"]:
-            stage(int(shard))
+            stage(int(shard), partitions[shard])
         return {"done": batch["shard"]}
 
-    items = [{"shard": shard} for shard in range(shards)]
+    items = [{"shard": shard} for shard in range(len(partitions))]
     ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1).materialize()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField
 from bfm.events.protocol import build_protocol
-from bfm.events.shards import Manifest, Shards, finish, write_items, write_shard
-from bfm.events.statistics import fit_group_curve
+from bfm.events.shards import Manifest, Shards, finish, write_shard
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000  # 2024-01-01
@@ -65,7 +65,7 @@ def make_shards(
     first_time = np.full(len(raw_of_item), np.iinfo(np.int64).max)
     np.minimum.at(first_time, item, log.time)
     table = {"item": pa.array([f"item-{raw}" for raw in raw_of_item]), "train_count": train_count}
-    write_items(directory, pa.table({**table, "first_time": first_time}), encoded)
+    write_items(directory, pa.table({**table, "first_time": first_time}), encoded, {})
     draft = Manifest(
         name="toy",
         seed=seed,
@@ -84,7 +84,7 @@ def make_shards(
     )
     shards = Shards(directory, draft)
     build_protocol(shards, queries=queries, filter_seen=filter_seen, seed=seed)
-    finish(directory, replace(draft, group_curve=fit_group_curve(shards)))
+    finish(directory, draft)
     return Shards.open(directory)
 
 

@@ -81,7 +81,7 @@ def synth(
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Write a synthetic log with known structure and its Bayes-optimal NLL, recall@10 and NDCG@10."""
+    """Write a synthetic log with known structure and its Bayes-optimal NLL and recall@10."""
     from bfm.events.synth import write_synthetic
     from bfm.report.console import Display
     from bfm.units import format_count, parse_count

@@ -6,33 +6,31 @@ whatever came before. Each user carries a hidden interest z in 1..M that follows
 probability 1 - switch, else z' ~ prior. Given z, the history before the basket and the aisles, its items are
 independent. In aisle a
 
-    p(i | a, z) = r_a * c_i + (1 - r_a) * f(i | a, z)
+    p(i | a, z) = r_a * 1{i = c_a} + (1 - r_a) * f(i | a, z)
     f(i | a, z) = (1 - leak) * pop_i * [cluster(i) = z] / P_az + leak * pop_i / P_a,        pop ~ rank^-zipf,
 
-P_a, P_az the sums of pop over the aisle and its part in cluster z (where that is empty, all leaks). r_a = repeat where
-the user has bought in the aisle before, else 0, and c weighs the last `recent` purchases there: one is worth `decay`
-times the next later one. A protocol scores a query by the mean over its distinct targets T, and the best distribution
-for that is E[1{i in T} / |T|]. Here it does not depend on n, as |T| = n and an aisle is visited with probability n / A:
+P_a, P_az the sums of pop over the aisle and its part in cluster z (where that is empty, all leaks). c_a is what the
+user bought last in the aisle, r_a = repeat where there is any, else 0. A protocol scores a query by the mean over its
+distinct targets T, and the best distribution for that is E[1{i in T} / |T|]. Here it does not depend on n, as |T| = n
+and an aisle is visited with probability n / A:
 
-    q(i) = p(i | a_i, belief) / A = r c_i / A + pop_i * w,   w a number per aisle and cluster,
+    q(i) = p(i | a_i, belief) / A = r 1{i = c_a} / A + pop_i * w,   w a number per aisle and cluster,
 
-the belief over the next z being the forward filter's. So the optimal NLL, recall@k and NDCG@k are averages of exact
-values over histories, free of the next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
+the belief over the next z being the forward filter's. So the optimal NLL and recall@k are averages of exact values over
+histories, free of the next basket's noise. Baskets of one item (basket = 1) have one aisle and n = 1.
 
-Shapes: N users, A aisles, M interests or clusters, V items, W recent purchases of an aisle (newest first, -1 none),
-E events, B baskets, Q queries.
+Shapes: U users, N of them, A aisles, M interests or clusters, V items, E events, B baskets. last_NA: the item that a
+user bought last in an aisle, -1 none.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from scipy.special import entr
 
-from bfm.events.ragged import runs
 from bfm.events.randomness import stream_key
 
 _WORLD_STREAM = 0x3017D
@@ -50,11 +48,7 @@ class WorldSpec:
     switch: float = 0.05
     """Probability that the interest is drawn anew before a basket."""
     repeat: float = 0.3
-    """Probability that an item is one of the user's last purchases, where its aisle has some."""
-    recent: int = 5
-    """How many of the last purchases of an aisle can be repeated."""
-    decay: float = 0.7
-    """Weight of a purchase against that of the next later one in its aisle."""
+    """Probability that an item is what the user bought last in its aisle, where there is any."""
     basket: float = 10.0
     """Mean of the geometric law of basket sizes before it is cut at the number of aisles; 1: no baskets."""
     leak: float = 0.1
@@ -98,159 +92,109 @@ class World:
         size_A = (1 - 1 / spec.basket) ** np.arange(spec.aisles)
         self.size_A: np.ndarray = size_A / size_A.sum()
         """Probability of a basket of 1..A items."""
-        self.weight_W: np.ndarray = spec.decay ** np.arange(spec.recent)
 
-    def likelihood(self, item_E: np.ndarray, recent_EW: np.ndarray) -> np.ndarray:
-        """[E, M]: p(item | its aisle, z), given the recent purchases of that aisle."""
+    def likelihood(self, item_E: np.ndarray, last_E: np.ndarray) -> np.ndarray:
+        """[E, M]: p(item | its aisle, z), given the last purchase in that aisle."""
         aisle_E, cluster_E = self.aisle_V[item_E], self.cluster_V[item_E]
         fresh_EM = self.common_AM[aisle_E]
         fresh_EM[np.arange(len(item_E)), cluster_E] += self.own_AM[aisle_E, cluster_E]
-        fresh_EM *= ((1 - self.repeat(recent_EW)) * self.popularity_V[item_E])[:, None]
-        again_EW = np.where(recent_EW == item_E[:, None], self.repeated(recent_EW), 0.0)
-        return fresh_EM + again_EW.sum(axis=1, keepdims=True)
+        fresh_EM *= ((1 - self.repeat(last_E)) * self.popularity_V[item_E])[:, None]
+        return fresh_EM + self.spec.repeat * (last_E == item_E)[:, None]
 
-    def repeat(self, recent_W: np.ndarray) -> np.ndarray:
-        """[...]: r of aisles with the recent purchases [..., W]."""
-        return np.where(recent_W[..., 0] >= 0, self.spec.repeat, 0.0)
-
-    def repeated(self, recent_W: np.ndarray) -> np.ndarray:
-        """[..., W]: the part of r * c that is due to each of the recent purchases [..., W]."""
-        weight_W = np.where(recent_W >= 0, self.weight_W, 0.0)
-        return self.spec.repeat * weight_W / np.maximum(weight_W.sum(axis=-1, keepdims=True), 1.0)
-
-    @cached_property
-    def marginal_nll(self) -> float:
-        """Entropy of an event's marginal in nats: the best NLL of a predictor that ignores the history."""
-        # A repeated item has the marginal of the purchase it repeats.
-        return float(entr(BayesFilter.start(self, 1).probability()).sum())
+    def repeat(self, last: np.ndarray) -> np.ndarray:
+        """r of aisles with these last purchases, of any shape."""
+        return np.where(last >= 0, self.spec.repeat, 0.0)
 
     # ---------------------------------------------------------------- drawing
 
-    def draw_histories(self, rng: np.random.Generator, lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Histories of so many events (at least 1), one user after the other; the last basket is cut to fit.
+    def draw_sizes(self, rng: np.random.Generator, lengths_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes [B] of the baskets of histories of so many events (at least 1), one user after the other.
 
         Returns:
-            int32 [E] items, in random order inside a basket, and bool [E]: the event is the first of its basket.
+            the sizes, a user's last one cut to fit, and int64 [N]: how many baskets each user has.
         """
-        spec = self.spec
-        end_N = np.cumsum(lengths_N)
-        next_N = end_N - lengths_N
-        items, opens = np.empty(int(lengths_N.sum()), np.int32), np.zeros(int(lengths_N.sum()), np.bool_)
-        interest_N = rng.choice(spec.interests, len(lengths_N), p=self.prior_M)
-        recent_NAW = no_purchases(spec, len(lengths_N))
-        active = np.arange(len(lengths_N))
-        while len(active):
-            size = 1 + rng.choice(spec.aisles, len(active), p=self.size_A)
-            size = np.minimum(size, end_N[active] - next_N[active])
-            shuffled = rng.random((len(active), spec.aisles)).argsort(axis=1)
-            aisle_E = shuffled[np.arange(spec.aisles) < size[:, None]]
-            user_E = np.repeat(active, size)
-            item_E = self._draw(rng, interest_N[user_E], aisle_E, recent_NAW[user_E, aisle_E])
-            remember(recent_NAW, user_E, aisle_E, item_E)
-            opens[next_N[active]] = True
-            items[runs(next_N[active], size)] = item_E
-            next_N[active] += size
-            active = active[next_N[active] < end_N[active]]
-            switched = active[rng.random(len(active)) < spec.switch]
-            interest_N[switched] = rng.choice(spec.interests, len(switched), p=self.prior_M)
-        return items, opens
+        start_N = np.cumsum(lengths_N) - lengths_N
+        # One size per event is enough; those that would begin behind the history are left out.
+        drawn_E = 1 + rng.choice(self.spec.aisles, int(lengths_N.sum()), p=self.size_A)
+        begin_E = np.cumsum(drawn_E) - drawn_E
+        left_E = np.repeat(lengths_N + begin_E[start_N], lengths_N) - begin_E
+        return np.minimum(drawn_E, left_E)[left_E > 0], np.add.reduceat(left_E > 0, start_N, dtype=np.int64)
 
-    def _draw(
-        self, rng: np.random.Generator, interest_E: np.ndarray, aisle_E: np.ndarray, recent_EW: np.ndarray
+    def draw_baskets(
+        self, rng: np.random.Generator, interest_N: np.ndarray, last_NA: np.ndarray, size_N: np.ndarray
     ) -> np.ndarray:
-        """Items [E] ~ p(i | a, z)."""
+        """Items [E] of a basket of each user, in random order: aisles, then p(i | a, z)."""
         spec = self.spec
-        first_E = aisle_E * spec.interests
+        shuffled_NA = rng.random(last_NA.shape).argsort(axis=1)
+        user_E, place_E = np.nonzero(np.arange(spec.aisles) < size_N[:, None])
+        aisle_E, interest_E = shuffled_NA[user_E, place_E], interest_N[user_E]
         leaked_E = rng.random(len(aisle_E)) < self.leak_AM[aisle_E, interest_E]
+        first_E = aisle_E * spec.interests
         start_E = self.start_C[first_E + np.where(leaked_E, 0, interest_E)]
         stop_E = self.start_C[first_E + np.where(leaked_E, spec.interests, interest_E + 1)]
         low_E, high_E = self.cumulative_V[start_E], self.cumulative_V[stop_E]
         place_E = np.searchsorted(self.cumulative_V, low_E + rng.random(len(aisle_E)) * (high_E - low_E), "right") - 1
         # A product that is rounded up must not leave the range.
         place_E = np.clip(place_E, start_E, stop_E - 1)
-        item_E = self.order_V[place_E]
-        repeated = np.flatnonzero(rng.random(len(aisle_E)) < self.repeat(recent_EW))
-        total_W = np.cumsum(self.weight_W)
-        known = (recent_EW[repeated] >= 0).sum(axis=1)
-        age = np.searchsorted(total_W, rng.random(len(repeated)) * total_W[known - 1], "right")
-        item_E[repeated] = recent_EW[repeated, np.minimum(age, known - 1)]
-        return item_E
+        last_E = last_NA[user_E, aisle_E]
+        return np.where(rng.random(len(aisle_E)) < self.repeat(last_E), last_E, self.order_V[place_E])
 
 
 class BayesFilter:
     """The optimal predictor of N users side by side: predict, observe a basket, predict, ..."""
 
-    def __init__(self, world: World, belief_NM: np.ndarray, recent_NAW: np.ndarray) -> None:
-        """The belief over the interest of the next basket, and what each user bought last in every aisle."""
-        self.world, self.belief_NM, self.recent_NAW = world, belief_NM, recent_NAW
-
-    @classmethod
-    def start(cls, world: World, num_users: int) -> BayesFilter:
+    def __init__(self, world: World, num_users: int) -> None:
         """Before the first basket of every user."""
-        return cls(world, np.tile(world.prior_M, (num_users, 1)), no_purchases(world.spec, num_users))
+        self.world = world
+        self.belief_NM: np.ndarray = np.tile(world.prior_M, (num_users, 1))
+        """Over the interest of the next basket."""
+        self.last_NA: np.ndarray = np.full((num_users, world.spec.aisles), -1, np.int32)
 
     def observe(self, user_N: np.ndarray, item_E: np.ndarray, size_N: np.ndarray) -> None:
         """Take in the next baskets of some users: one basket's items after the other's, size_N (at least 1) of each."""
         world, switch = self.world, self.world.spec.switch
         user_E, aisle_E = np.repeat(user_N, size_N), world.aisle_V[item_E]
-        likelihood_EM = world.likelihood(item_E, self.recent_NAW[user_E, aisle_E])
+        likelihood_EM = world.likelihood(item_E, self.last_NA[user_E, aisle_E])
         # Only ratios count; scaled, products over a basket do not underflow.
         likelihood_EM /= likelihood_EM.max(axis=1, keepdims=True)
         belief_NM = self.belief_NM[user_N] * np.multiply.reduceat(likelihood_EM, np.cumsum(size_N) - size_N, axis=0)
         belief_NM /= belief_NM.sum(axis=1, keepdims=True)
         self.belief_NM[user_N] = (1 - switch) * belief_NM + switch * world.prior_M
-        remember(self.recent_NAW, user_E, aisle_E, item_E)
+        self.last_NA[user_E, aisle_E] = item_E
 
-    def subset(self, rows: np.ndarray | slice) -> BayesFilter:
-        """The predictor of some of the users."""
-        return BayesFilter(self.world, self.belief_NM[rows], self.recent_NAW[rows])
-
-    def probability(self) -> np.ndarray:
-        """[N, V]: q of every item."""
-        world, recent_NAW = self.world, self.recent_NAW
+    def probability(self, users: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """[N, V]: q of every item, for all users or some."""
+        world, belief_NM, last_NA = self.world, self.belief_NM[users], self.last_NA[users]
         # f of an aisle's items by cluster, over pop, expected under the belief.
-        weight_NAM = world.own_AM * self.belief_NM[:, None, :] + (self.belief_NM @ world.common_AM.T)[:, :, None]
-        weight_NAM *= (1 - world.repeat(recent_NAW))[:, :, None]
+        weight_NAM = world.own_AM * belief_NM[:, None, :] + (belief_NM @ world.common_AM.T)[:, :, None]
+        weight_NAM *= (1 - world.repeat(last_NA))[:, :, None]
         sum_NV = world.popularity_V * weight_NAM[:, world.aisle_V, world.cluster_V]
-        known = recent_NAW >= 0
-        np.add.at(sum_NV, (np.nonzero(known)[0], recent_NAW[known]), world.repeated(recent_NAW)[known])
+        user_X, aisle_X = np.nonzero(last_NA >= 0)
+        sum_NV[user_X, last_NA[user_X, aisle_X]] += world.spec.repeat
         return sum_NV / world.spec.aisles
 
 
-def filter_at(
-    world: World, item_E: np.ndarray, size_B: np.ndarray, first_Q: np.ndarray, basket_Q: np.ndarray
-) -> BayesFilter:
-    """The optimal predictor of each query, one row each, as it is before a basket.
+def histories(
+    world: World, rng: np.random.Generator, size_B: np.ndarray, baskets_U: np.ndarray
+) -> Iterator[tuple[BayesFilter, np.ndarray, np.ndarray, np.ndarray]]:
+    """Draw the baskets of users side by side: first all first ones, then all second ones, ...
 
     Args:
-        item_E, size_B: items of all baskets, one basket after the other, and their sizes.
-        first_Q, basket_Q: numbers of the first basket of the query's user and of a later one, which is to come.
+        size_B, baskets_U: as `World.draw_sizes` gives them.
+
+    Yields the predictor as it is before these baskets, their users [N], their numbers [N], and their items [E].
     """
-    first_N, slot_Q = np.unique(first_Q, return_inverse=True)
-    known_Q = basket_Q - first_Q
-    known_N = np.zeros(len(first_N), np.int64)
-    np.maximum.at(known_N, slot_Q, known_Q)
-    start_B = np.cumsum(size_B) - size_B
-    predictor, asked = BayesFilter.start(world, len(first_N)), BayesFilter.start(world, len(first_Q))
-    for step in range(int(known_N.max(initial=0)) + 1):
-        now = np.flatnonzero(known_Q == step)
-        asked.belief_NM[now] = predictor.belief_NM[slot_Q[now]]
-        asked.recent_NAW[now] = predictor.recent_NAW[slot_Q[now]]
-        going_on = np.flatnonzero(known_N > step)
-        basket = first_N[going_on] + step
-        predictor.observe(going_on, item_E[runs(start_B[basket], size_B[basket])], size_B[basket])
-    return asked
-
-
-def no_purchases(spec: WorldSpec, num_users: int) -> np.ndarray:
-    """Int32 [N, A, W] of users without a history."""
-    return np.full((num_users, spec.aisles, spec.recent), -1, np.int32)
-
-
-def remember(recent_NAW: np.ndarray, user_E: np.ndarray, aisle_E: np.ndarray, item_E: np.ndarray) -> None:
-    """Put items in front of the recent purchases of their aisles, in place; a user's aisles are different ones."""
-    recent_NAW[user_E, aisle_E, 1:] = recent_NAW[user_E, aisle_E, :-1]
-    recent_NAW[user_E, aisle_E, 0] = item_E
+    predictor = BayesFilter(world, len(baskets_U))
+    interest_U = rng.choice(world.spec.interests, len(baskets_U), p=world.prior_M)
+    first_U = np.cumsum(baskets_U) - baskets_U
+    for step in range(int(baskets_U.max(initial=0))):
+        user_N = np.flatnonzero(baskets_U > step)
+        basket_N = first_U[user_N] + step
+        item_E = world.draw_baskets(rng, interest_U[user_N], predictor.last_NA[user_N], size_B[basket_N])
+        yield predictor, user_N, basket_N, item_E
+        predictor.observe(user_N, item_E, size_B[basket_N])
+        switched = user_N[rng.random(len(user_N)) < world.spec.switch]
+        interest_U[switched] = rng.choice(world.spec.interests, len(switched), p=world.prior_M)
 
 
 def _partition(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:

@@ -1,15 +1,15 @@
 """From sorted partitions to a finished shard set: statistics, fit, shards, protocol, manifest (see prepare.py).
 
 measure_partition per partition: partial statistics of items and fields over the training range
-fit_all           once: item ids, field values, fitted fields
+fit_all           once: item ids, field values, fitted fields; a draft of the manifest
 write_partition   per partition: one shard
-finish_set        once: evaluation protocol, distinct curve, manifest
+finish_set        once: evaluation protocol, manifest
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from bfm.errors import UserError
-from bfm.events import clean, fitting, source
-from bfm.events.encoding import write_vocabulary
-from bfm.events.fields import FittedField, Side
-from bfm.events.fitting import Fitted, Loss
+from bfm.events import clean, fitting
+from bfm.events.clean import Losses
+from bfm.events.encoding import Encoding, write_items
+from bfm.events.fields import FittedField
 from bfm.events.items import (
     ITEM_ID,
     POPULARITY,
@@ -29,18 +29,20 @@ from bfm.events.items import (
     choose_values,
     count_items,
     count_values,
+    item_ids,
     join_item_table,
     key_columns,
+    known_keys,
     merge_items,
 )
 from bfm.events.manifest import Manifest
 from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
-from bfm.events.schema import MAX_LENGTH, FieldSpec
-from bfm.events.shards import Shards, finish, write_items, write_shard
+from bfm.events.ragged import runs
+from bfm.events.schema import MAX_LENGTH
+from bfm.events.shards import Shards, finish, write_shard
 from bfm.events.split import Split
-from bfm.events.statistics import fit_group_curve
-from bfm.events.ties import TieCounts
+from bfm.events.ties import Ties, tie_facts
 
 # Share of training events whose item features are not the item's: above it, `describe` warns.
 _MANY_CONFLICTS = 0.05
@@ -49,216 +51,193 @@ _MANY_CONFLICTS = 0.05
 # ---------------------------------------------------------------- statistics
 
 
-def measure_partition(job: Job, split: Split, shard: int) -> None:
+def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
     """Write partial statistics of a shard in the making over the training range, one file per field."""
-    table = read_arrow(job.files("sorted", "arrow")[shard])
-    time = table[clean.TIME].to_numpy()
-    offsets = user_offsets(table)
+    table = read_arrow(partition)
+    time, offsets = table[clean.TIME].to_numpy(), user_offsets(table)
     train_end, _ = split.ends(time, offsets)
-    train = np.arange(len(time)) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(train_end, np.diff(offsets))
-    item = _column(table, clean.ITEM)
-    columns = {"item": item, "train_count": train.astype(np.int64), "first_time": time, "first_hash": table[ROW_HASH]}
-    events = pa.table(columns)
+    lengths = np.diff(offsets)
+    train = (runs(0, lengths) < np.repeat(train_end, lengths)).astype(np.int64)
+    item = table[clean.ITEM].combine_chunks()
+    events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[ROW_HASH]})
     write_arrow(job.file("items", shard, "arrow"), count_items(events))
     for name in job.event_item_fields:
-        values = events.append_column("value", _column(table, clean.item_column(name)))
+        values = events.append_column("value", table[clean.item_column(name)])
         write_arrow(job.file(f"values-{name}", shard, "arrow"), count_values(values))
     for name, spec in job.schema.context_fields.items():
-        values = _column(table, clean.context_column(name))
-        statistics = fitting.measure(values, spec.kind, train.astype(np.int64))
-        job.save(f"context-{name}", shard, statistics)
+        values = table[clean.context_column(name)].combine_chunks()
+        job.save(f"context-{name}", shard, fitting.measure(values, spec.kind, train))
     job.save("measured", shard, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
     """Int64 [U+1]: first row of each user of a sorted partition."""
-    user = _column(table, clean.USER)
+    user = table[clean.USER].combine_chunks()
     return np.searchsorted(user.indices.to_numpy(), np.arange(len(user.dictionary) + 1)).astype(np.int64)
-
-
-def _column(table: pa.Table, name: str) -> pa.Array:
-    column = table[name]
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 # ---------------------------------------------------------------- fit
 
 
-def fit_all(job: Job) -> dict[str, Any]:
-    """Number the items, choose their values, fit all fields; writes items and vocabularies into the shard set.
-
-    Returns:
-        Checks for the manifest.
+def fit_all(job: Job, split: Split) -> None:
+    """Number the items, choose their values, fit all fields; writes items, vocabularies and a draft of the manifest.
 
     Raises:
         UserError: a single item, nothing to train on, or a vector field without values.
     """
-    items = merge_items(_partials(job, "items"))
-    if len(items.keys) == 1:
-        raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
-    if sum(targets for _, targets in job.load("measured")) == 0:
-        fix = "check the split and the user column"
-        raise UserError("no user has two events in the training range", key="split", fix=fix)
-    texts, checks = _item_texts(job, items)
-    raw = {name: clean.from_text(texts[name], spec.kind) for name, spec in job.schema.item_fields.items()}
+    schema, items, losses = job.schema, merge_items(_partials(job, "items")), Losses()
+    draft = _draft(job, split, items)
+    texts, checks = _item_texts(job, items, losses)
+    raw = {name: clean.from_text(texts[name], spec.kind) for name, spec in schema.item_fields.items()}
     popularity = pa.array(items.train_count.astype(np.float64))
     statistics = {
-        name: fitting.measure(raw[name], spec.kind, items.train_count) for name, spec in job.schema.item_fields.items()
+        name: fitting.measure(raw[name], spec.kind, items.train_count) for name, spec in schema.item_fields.items()
     }
-    statistics |= {name: fitting.merge(list(job.load(f"context-{name}"))) for name in job.schema.context_fields}
+    statistics |= {name: fitting.merge(list(job.load(f"context-{name}"))) for name in schema.context_fields}
+    checks["no_value_in_training"] = [name for name, found in statistics.items() if found.known == 0]
 
-    def declared(side: Side, specs: dict[str, FieldSpec]) -> list[Fitted]:
-        return [fitting.fit(name, side, spec.kind, statistics[name], spec.max_length) for name, spec in specs.items()]
-
-    fields = declared("item", job.schema.item_fields)
-    if job.schema.id_field:
-        rows = job.schema.hash_rows or fitting.id_table_rows(items.catalogue)
-        fields.append(Fitted(fitting.hashed_field(ITEM_ID, "item", rows)))
-    if job.schema.popularity_field:
+    fitted = [
+        fitting.fit(name, "item", spec.kind, statistics[name], spec.max_length)
+        for name, spec in schema.item_fields.items()
+    ]
+    if schema.id_field:
+        rows = schema.hash_rows or fitting.id_table_rows(items.catalogue)
+        fitted.append((fitting.hashed_field(ITEM_ID, "item", rows), None))
+    if schema.popularity_field:
         of_catalogue = fitting.measure(popularity, "numeric", (items.train_count > 0).astype(np.int64))
-        fields.append(fitting.fit(POPULARITY, "item", "numeric", of_catalogue))
+        fitted.append(fitting.fit(POPULARITY, "item", "numeric", of_catalogue))
     values = {**raw, ITEM_ID: items.keys, POPULARITY: popularity}
-    encoded = {each.field.name: fitting.encode(values[each.field.name], each) for each in fields}
-    fields += declared("context", job.schema.context_fields)
-
+    arrays = {field.name: fitting.encode(values[field.name], field, vocabulary, losses) for field, vocabulary in fitted}
+    fitted += [
+        fitting.fit(name, "context", spec.kind, statistics[name], spec.max_length)
+        for name, spec in schema.context_fields.items()
+    ]
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
-    arrays = {name: array for name, (array, _) in encoded.items()}
-    write_items(job.shard_set, pa.table({**key_columns(job.schema, items), **counts, **raw}), arrays)
-    write_arrow(job.file("fitted", 0, "arrow"), pa.table({"key": items.keys, **counts}))
-    # Vocabularies stay in the shard set, for whoever encodes other events.
-    for fitted in fields:
-        if fitted.vocabulary is not None:
-            write_vocabulary(job.shard_set, fitted.field.name, fitted.vocabulary)
-    job.save("fields", 0, fields)
-    job.save("item-losses", 0, {name: loss for name, (_, loss) in encoded.items()})
-    return {**checks, "no_value_in_training": [name for name, found in statistics.items() if found.known == 0]}
+    table = pa.table({**key_columns(schema, items), **counts, **raw})
+    write_items(job.shard_set, table, arrays, {field.name: words for field, words in fitted if words is not None})
+    job.save("item-losses", 0, losses)
+    job.save("draft", 0, dataclasses.replace(draft, fields=tuple(field for field, _ in fitted), checks=checks))
 
 
 def _partials(job: Job, stage: str) -> list[pa.Table]:
     return [read_arrow(path) for path in job.files(stage, "arrow")]
 
 
-def _item_texts(job: Job, items: Items) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-    """Field values as text [I], and what the checks say about reading and joining."""
+def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """Field values as text [I], and what the checks say about conflicts and joining."""
     train_events = int(items.train_count.sum())
-    repairs: Counter[tuple[str, str]] = Counter()
-    ties = TieCounts()
-    for piece in job.load("read"):
-        repairs.update(piece.repairs)
-        ties += piece.ties
-    checks: dict[str, Any] = {"ties_raw": ties.as_dict(), "item_conflicts": {}}
-    texts = {}
+    texts, conflicts = {}, dict[str, Any]()
     for name in job.event_item_fields:
-        texts[name], conflicts = choose_values(_partials(job, f"values-{name}"), items)
-        checks["item_conflicts"][name] = conflicts / train_events
-    if job.item_table is not None:
-        raw = source.read_table(job.item_table, job.table_columns)
-        joined, misfits = join_item_table(job.schema, raw, job.table_item_fields, items, repairs)
-        texts |= joined
-        checks |= misfits
-    many = [name for name, share in checks["item_conflicts"].items() if share > _MANY_CONFLICTS]
-    if many:
-        shown = ", ".join(f"{name} in {checks['item_conflicts'][name]:.1%} of training events" for name in many)
-        what = f"item fields that are not unique to the item: {shown}; what varies per event should be a context field"
-        checks["item_conflicts"]["warning"] = what
-    checks["repairs"] = {f"{name}: {fault}": count for (name, fault), count in sorted(repairs.items())}
-    return texts, checks
-
-
-def _fields(job: Job) -> list[Fitted]:
-    return next(job.load("fields"))
-
-
-# ---------------------------------------------------------------- write
-
-
-@lru_cache(maxsize=1)
-def _items(job_folder: Path) -> Items:
-    # One worker writes many partitions; the item keys are its largest table.
-    table = read_arrow(job_folder / "work" / "fitted" / "00000.arrow")
-    keys, counts, first = (table[name].combine_chunks() for name in table.column_names)
-    return Items(keys, counts.to_numpy(), first.to_numpy())
-
-
-def write_partition(job: Job, split: Split, shard: int) -> None:
-    """Encode the sorted partition that becomes this shard, and write it."""
-    table = read_arrow(job.files("sorted", "arrow")[shard])
-    offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
-    encoded = {
-        fitted.field.name: fitting.encode(_column(table, clean.context_column(fitted.field.name)), fitted)
-        for fitted in _fields(job)
-        if fitted.field.side == "context"
-    }
-    train_end, valid_end = split.ends(time, offsets)
-    write_shard(
-        job.shard_set,
-        shard,
-        item=_items(job.folder).ids(_column(table, clean.ITEM)),
-        time=time,
-        context={name: array for name, (array, _) in encoded.items()},
-        user_offsets=offsets,
-        train_end=train_end,
-        valid_end=valid_end,
-        users=_column(table, clean.USER).dictionary,
+        texts[name], count = choose_values(_partials(job, f"values-{name}"), items)
+        conflicts[name] = count / train_events
+    many = ", ".join(
+        f"{name} in {share:.1%} of training events" for name, share in conflicts.items() if share > _MANY_CONFLICTS
     )
-    job.save("written", shard, {name: loss for name, (_, loss) in encoded.items()})
+    if many:
+        what = f"item fields that are not unique to the item: {many}; what varies per event should be a context field"
+        conflicts["warning"] = what
+    misfits = dict[str, int]()
+    if job.item_table is not None:
+        joined, misfits = join_item_table(job.schema, job.item_table, job.table_item_fields, items, losses)
+        texts |= joined
+    return texts, {"item_conflicts": conflicts, **misfits}
 
 
-def finish_set(job: Job, split: Split, checks: dict[str, Any]) -> Manifest:
-    """Choose the queries, fit the curve of distinct items, publish the manifest in the staged shard set."""
+def _draft(job: Job, split: Split, items: Items) -> Manifest:
+    """The manifest without fields, checks and files. Raises UserError: a single item, nothing to train on."""
+    if len(items.keys) == 1:
+        raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
     partitions: list[PartitionFacts] = list(job.load("sorted"))
-    fields = tuple(fitted.field for fitted in _fields(job))
-    checks = _with_losses(job, fields, checks)
-    users = sum(partition.users for partition in partitions)
-    if users == 1:
-        checks["users"] = {"warning": "there is a single user: standard errors over users do not exist"}
-    measured = list(job.load("measured"))
     times = [partition.time_range for partition in partitions if partition.events]
-    items = _items(job.folder)
-    draft = Manifest(
+    train_events, train_targets = map(sum, zip(*job.load("measured"), strict=True))
+    if train_targets == 0:
+        fix = "check the split and the user column"
+        raise UserError("no user has two events in the training range", key="split", fix=fix)
+    return Manifest(
         name=job.schema.name,
         seed=job.seed,
-        users=users,
+        users=sum(partition.users for partition in partitions),
         events=sum(partition.events for partition in partitions),
         items=len(items.keys),
         catalogue=items.catalogue,
         shards=len(partitions),
         has_clock=job.schema.has_clock,
         split=split.as_dict(),
-        fields=fields,
-        train_events=sum(events for events, _ in measured),
-        train_targets=sum(targets for _, targets in measured),
+        fields=(),
+        event_item_fields=tuple(job.event_item_fields),
+        train_events=train_events,
+        train_targets=train_targets,
         time_range=(min(first for first, _ in times), max(last for _, last in times)),
         rows_read=rows_read(job),
         rows_quarantined=quarantined(partitions),
         schema=job.schema.model_dump(mode="json", exclude_none=True),
     )
-    shards = Shards(job.shard_set, draft)
+
+
+# ---------------------------------------------------------------- write
+
+
+@lru_cache(maxsize=1)
+def _fitted(shard_set: Path, draft: Path) -> tuple[Encoding, pa.Array]:
+    # One worker writes many partitions; the item keys are its largest table.
+    encoding = Encoding(shard_set, pickle.loads(draft.read_bytes()))
+    return encoding, known_keys(encoding)
+
+
+def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
+    """Encode the sorted partition that becomes this shard, and write it."""
+    table, losses = read_arrow(partition), Losses()
+    offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
+    train_end, valid_end = split.ends(time, offsets)
+    encoding, keys = _fitted(job.shard_set, job.file("draft", 0, "pickle"))
+    write_shard(
+        job.shard_set,
+        shard,
+        item=item_ids(table[clean.ITEM].combine_chunks(), keys),
+        time=time,
+        context=fitting.encode_context(table, encoding, losses),
+        user_offsets=offsets,
+        train_end=train_end,
+        valid_end=valid_end,
+        users=table[clean.USER].combine_chunks().dictionary,
+    )
+    job.save("written", shard, losses)
+
+
+def finish_set(job: Job) -> Manifest:
+    """Choose the queries, publish the manifest in the staged shard set."""
+    shards = Shards(job.shard_set, next(job.load("draft")))
     asked = job.schema.evaluation
     protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    checks["seen_items"] = protocol.seen_rule
+    ties, losses = Ties(), sum([*job.load("item-losses"), *job.load("written")], Losses())
+    for piece in job.load("read"):
+        losses += piece.losses
+        ties += piece.ties
+    checks = {
+        **shards.manifest.checks,
+        "ties_raw": tie_facts(ties),
+        "repairs": clean.repairs(losses),
+        "cuts": _cuts(job, shards.manifest.fields, losses),
+        "seen_items": protocol.seen_rule,
+    }
+    if shards.num_users == 1:
+        checks["users"] = {"warning": "there is a single user: standard errors over users do not exist"}
     checks = {name: check for name, check in checks.items() if check}
-    return finish(job.shard_set, dataclasses.replace(draft, group_curve=fit_group_curve(shards), checks=checks))
+    return finish(job.shard_set, dataclasses.replace(shards.manifest, checks=checks))
 
 
-def _with_losses(job: Job, fields: tuple[FittedField, ...], checks: dict[str, Any]) -> dict[str, Any]:
-    """The checks of `fit_all`, and what encoding made missing or cut."""
-    repairs, cuts = Counter(checks["repairs"]), {}
-    found = [*job.load("item-losses"), *job.load("written")]
+def _cuts(job: Job, fields: tuple[FittedField, ...], losses: Losses) -> dict[str, Any]:
+    """What encoding cut of texts and lists."""
+    cuts = {}
     for field in fields:
-        loss = sum((losses[field.name] for losses in found if field.name in losses), Loss())
-        if loss["missing"]:
-            repairs[f"{field.name}: {fitting.LOST[field.kind]}"] += loss["missing"]
-        if loss["cut"]:
-            specs, of = (
-                (job.schema.item_fields, "items") if field.side == "item" else (job.schema.context_fields, "events")
-            )
+        if losses[field.name, "cut"]:
+            specs = job.schema.item_fields if field.side == "item" else job.schema.context_fields
             limit = specs[field.name].max_length or MAX_LENGTH[field.kind]
             cuts[field.name] = {
-                "of": of,
+                "of": "items" if field.side == "item" else "events",
                 "unit": "words" if field.kind == "text" else "elements",
                 "kept": field.columns,
                 "by_max_length": field.columns == limit,
-                **{name: loss[name] for name in ("values", "cut", "lost")},
+                **{what: losses[field.name, what] for what in clean.BAG_COUNTS},
             }
-    return {**checks, "repairs": dict(sorted(repairs.items())), "cuts": cuts}
+    return cuts

@@ -3,7 +3,7 @@
 A row is *quarantined* when it cannot be an event: its user, an item column, or its time (position) is missing, not
 readable, infinite or of a nested type, or the row itself could not be read. A *field value* that cannot be used (text
 where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
-such repairs are counted per field and fault. NaN is missing.
+such losses are counted per field and fault. NaN is missing.
 
 A cleaned table has the columns of `cleaned_schema`. Item fields travel as text (`to_text`): which value an item has is
 decided by counting equal texts.
@@ -39,19 +39,21 @@ _CONTEXT_TYPE = {
 _RAW_SLICE_ROWS = 4096
 Faults = list[tuple[str, np.ndarray]]
 """Reasons and the rows (bool [n]) that they are true of, the graver first."""
+Losses = Counter[tuple[str, str]]
+"""(field, what) -> what cleaning and encoding leave out of a log's values; counts of parts add up. `what` is the fault
+of values made missing; or of texts and lists one of BAG_COUNTS: `values` with at least one word or element, how many of
+these are `cut`, and how many words or elements are `lost`."""
+BAG_COUNTS = ("values", "cut", "lost")
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """One cleaned table, and what was repaired in it."""
+    """One cleaned table."""
 
     table: pa.Table
-    repairs: Counter[tuple[str, str]]
-    """(field, fault) -> values made missing."""
+    losses: Losses
     raw: pa.Table
-    """The rows as read; none where they could not be read."""
-    columns: Sequence[str] = ()
-    """Columns that some of the rows have, read or not."""
+    """The rows as read (JSON lines with all their columns); none where they could not be read."""
 
 
 def item_column(name: str) -> str:
@@ -87,41 +89,38 @@ def read_cleaned(piece: Piece, schema: EventSchema, event_item_fields: Sequence[
         if chunk.unreadable:
             yield _unreadable(chunk, schema, event_item_fields)
         if chunk.table.num_rows:
-            yield clean_table(chunk.table, schema, event_item_fields, chunk.names)
+            yield clean_table(chunk.table, schema, event_item_fields)
 
 
-def clean_table(
-    raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str], names: Sequence[str] = ()
-) -> Cleaned:
-    """Clean one table that has the `log_columns` (a column that the file lacks may be left out: all missing).
+def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
+    """Clean rows as read, with columns of any type.
 
-    Args:
-        raw: rows as read, any column types.
-        names: all columns that the rows have, where those read are not all.
+    Of the `log_columns`, one that the rows lack is missing in all of them; further columns are left out.
     """
     faults: Faults = []
     user = _key(_column(raw, schema.user), "user", faults)
     item = item_key(raw, schema.item, faults)
     time = _order(raw, schema, faults)
-    repairs: Counter[tuple[str, str]] = Counter()
+    losses = Losses()
     columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
     for name in event_item_fields:
-        values = field_values(_column(raw, schema.item_fields[name].column), schema.item_fields[name], name, repairs)
+        values = field_values(_column(raw, schema.item_fields[name].column), schema.item_fields[name], name, losses)
         columns[item_column(name)] = to_text(values)
     for name, spec in schema.context_fields.items():
-        columns[context_column(name)] = field_values(_column(raw, spec.column), spec, name, repairs)
+        columns[context_column(name)] = field_values(_column(raw, spec.column), spec, name, losses)
     columns[FAULT] = _first_fault(faults)
-    columns[RAW] = _raw_text(raw, parse.to_mask(columns[FAULT].is_valid()))
+    wanted = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
+    columns[RAW] = _raw_text(raw.select(wanted), parse.to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, repairs, raw, names or raw.column_names)
+    return Cleaned(table, losses, raw)
 
 
 def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
     target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
     content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
     table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
-    return Cleaned(table, Counter(), pa.table({}))
+    return Cleaned(table, Losses(), pa.table({}))
 
 
 def usable(cleaned: pa.Table, seed: int) -> tuple[pa.Table, dict[str, pa.Array], np.ndarray]:
@@ -155,8 +154,8 @@ def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
     return join_key(texts)
 
 
-def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[tuple[str, str]]) -> pa.Array:
-    """A field's values in the type of its kind; unusable ones are null and counted in `repairs`."""
+def field_values(column: pa.Array, spec: FieldSpec, name: str, losses: Losses) -> pa.Array:
+    """A field's values in the type of its kind; unusable ones are null and counted in `losses`."""
     faults: Faults
     values: pa.Array
     if spec.kind == "time":
@@ -181,8 +180,14 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, repairs: Counter[
         faults = [("infinite", infinite)]
     for fault, mask in faults:
         if mask.any():
-            repairs[name, fault] += int(mask.sum())
+            losses[name, fault] += int(mask.sum())
     return values
+
+
+def repairs(losses: Losses) -> dict[str, int]:
+    """Values made missing, as people read it: `field: fault` -> count."""
+    found = sorted((key, count) for key, count in losses.items() if count and key[1] not in BAG_COUNTS)
+    return {f"{name}: {fault}": count for (name, fault), count in found}
 
 
 def to_text(values: pa.Array) -> pa.Array:

@@ -13,12 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from bfm.events.protocol import PARTS, Protocol
-from bfm.events.ragged import chunks
-from bfm.events.shards import Shards
-from bfm.events.ties import TieCounts, tie_monotonicity
+from bfm.events.shards import Shards, user_events
+from bfm.events.ties import Ties, count_ties, tie_facts
 from bfm.units import format_count
 
-_CHUNK_EVENTS = 1 << 20
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 _FACTS = ("name", "users", "events", "items", "catalogue", "has_clock", "rows_read", "rows_quarantined", "checks")
 
@@ -62,15 +60,13 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
-    first_times, ties = 0, TieCounts()
-    for low, high in chunks(shards.user_lengths, _CHUNK_EVENTS):
-        starts = shards.user_starts[low : high + 1]
-        located = shards.locate(np.arange(starts[0], starts[-1]))
+    first_times, ties = 0, Ties()
+    for user, position in user_events(shards.user_lengths):
+        located = shards.locate(shards.user_starts[user] + position)
         item = shards.take_item(located)
-        user = np.repeat(np.arange(low, high), np.diff(starts))
         first_times += len(np.unique(user * np.int64(shards.num_items) + item))
-        ties += tie_monotonicity(user, shards.take_time(located), {"item": pa.array(item)})
-    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": ties.as_dict()}
+        ties += count_ties(user, shards.take_time(located), {"item": pa.array(item)})
+    return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": tie_facts(ties)}
 
 
 def _split(shards: Shards) -> dict[str, Any]:

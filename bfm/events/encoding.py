@@ -1,14 +1,18 @@
-"""What of a shard set encodes other logs in the same way: schema, seed, item keys, fitted fields, their vocabularies.
+"""What of a shard set encodes other logs in the same way: schema, items, fitted fields and their vocabularies.
 
-Enters: a shard set. Leaves: a few small files (items.parquet, vocabulary/<field>.parquet and a JSON object) that stand
-on their own, without the events; and the same back from them. histories.py reads logs by it. No schema is parsed here:
-whoever only ranks needs no more than numpy and pyarrow.
+    items.parquet                row i = item i: key columns (`key_<column>`, strings), in a shard set also train_count,
+                                 first_time and raw field values
+    items/<field>.npy            encoded item field, row = item id
+    vocabulary/<field>.parquet   values behind the ids of the fields that have ids
+
+An exported model keeps these files without the events; histories.py reads logs by them. No schema is parsed here:
+whoever only ranks needs no more than numpy and pyarrow. I = all items, V = the catalogue among them: ids 0..V-1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,141 +20,101 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bfm.errors import UserError
 from bfm.events.fields import FittedField
-from bfm.events.shards import Shards
+from bfm.events.manifest import Manifest
 
-ITEMS = "items.parquet"
-_KEY, _ENCODED = "key_", "encoded_"
+KEY = "key_"
 
 
-@dataclass(frozen=True)
+def write_items(
+    directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarray], vocabularies: Mapping[str, pa.Array]
+) -> None:
+    """Write the items in id order.
+
+    Args:
+        directory: the shard set or export.
+        table: items.parquet; of a shard set it must have int64 columns train_count (falling over the catalogue, 0 for
+            cold items) and first_time, besides key columns and raw values.
+        encoded: item fields by name, [I] or [I, M].
+        vocabularies: item and context fields by name, large strings; entry i has the id i + 2.
+    """
+    pq.write_table(table, directory / "items.parquet")
+    for name, values in encoded.items():
+        save_array(directory / "items" / f"{name}.npy", values, values.dtype)
+    for name, vocabulary in vocabularies.items():
+        path = _vocabulary(directory, name)
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"value": vocabulary}), path)
+
+
 class Encoding:
-    """How a log is read and encoded. I = all items, V = the catalogue among them: ids 0..V-1."""
+    """The files above, as the manifest describes them, memory-mapped."""
 
-    schema: dict[str, Any]
-    """The resolved schema, its fields in the order of the file."""
-    seed: int
-    """Of the order inside ties."""
-    event_item_fields: tuple[str, ...]
-    """Item fields that stand in the log itself; the others came from an item table."""
-    fields: tuple[FittedField, ...]
-    catalogue: int
-    """V."""
-    item_keys: pa.Table
-    """[I]: one column of large strings per column of the item."""
-    item_arrays: Mapping[str, np.ndarray]
-    """Encoded item fields [I] or [I, M]."""
-    vocabularies: Mapping[str, pa.Array]
-    """Values behind the ids of the fields that have ids."""
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
 
-    @classmethod
-    def of(cls, shards: Shards) -> Encoding:
-        """That of a shard set. Raises UserError where the set does not say by which schema it was prepared."""
-        manifest = shards.manifest
-        if not manifest.schema:
-            raise UserError("does not hold its schema", file=str(shards.path), fix="prepare it with `bfm data prepare`")
-        schema = _in_order(manifest.schema, manifest.fields)
-        names = [f"{_KEY}{part['column']}" for part in schema["item"]]
-        keys = shards.items_table(names).cast(pa.schema([(name, pa.large_string()) for name in names]))
-        # The check of conflicting values is made for exactly the fields that stand in the log.
-        in_log = manifest.checks.get("item_conflicts", {})
-        event_fields = tuple(name for name in schema.get("item_fields", {}) if name in in_log)
-        return cls(
-            schema,
-            manifest.seed,
-            event_fields,
-            manifest.fields,
-            shards.num_catalogue,
-            keys.rename_columns([name.removeprefix(_KEY) for name in names]),
-            shards.item_arrays,
-            read_vocabularies(shards.path, manifest.fields),
-        )
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process maps the files again; pickling a memory map would copy it.
+        return type(self), (self.path, self.manifest)
 
     @property
     def num_items(self) -> int:
-        """I."""
-        return self.item_keys.num_rows
+        """Items, cold ones included (I)."""
+        return self.manifest.items
 
     @property
-    def has_clock(self) -> bool:
-        """Times are milliseconds since the epoch; else positions."""
-        return "time" in self.schema
+    def num_catalogue(self) -> int:
+        """Items known in training (V)."""
+        return self.manifest.catalogue
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write the files; returns what `read` needs besides."""
-        columns = {f"{_KEY}{name}": self.item_keys[name] for name in self.item_keys.column_names}
-        columns |= {f"{_ENCODED}{name}": _to_column(values) for name, values in self.item_arrays.items()}
-        pq.write_table(pa.table(columns), folder / ITEMS)
-        for name, values in self.vocabularies.items():
-            write_vocabulary(folder, name, values)
-        return {
-            "schema": self.schema,
-            "seed": self.seed,
-            "event_item_fields": list(self.event_item_fields),
-            "fields": [field.as_dict() for field in self.fields],
-            "catalogue": self.catalogue,
-        }
+    @cached_property
+    def item_fields(self) -> tuple[FittedField, ...]:
+        """Fields that say what an item is."""
+        return tuple(f for f in self.manifest.fields if f.side == "item")
 
-    @classmethod
-    def read(cls, folder: Path, facts: Mapping[str, Any]) -> Encoding:
-        """Inverse of `write`."""
-        table = pq.read_table(folder / ITEMS)
-        fields = tuple(FittedField.from_dict(values) for values in facts["fields"])
-        names = [name for name in table.column_names if name.startswith(_KEY)]
-        return cls(
-            _in_order(facts["schema"], fields),
-            int(facts["seed"]),
-            tuple(facts["event_item_fields"]),
-            fields,
-            int(facts["catalogue"]),
-            table.select(names).rename_columns([name.removeprefix(_KEY) for name in names]),
-            {f.name: _to_array(table[f"{_ENCODED}{f.name}"]) for f in fields if f.side == "item"},
-            read_vocabularies(folder, fields),
-        )
+    @cached_property
+    def context_fields(self) -> tuple[FittedField, ...]:
+        """Fields that say what happened."""
+        return tuple(f for f in self.manifest.fields if f.side == "context")
 
+    @cached_property
+    def item_arrays(self) -> dict[str, np.ndarray]:
+        """Encoded item fields; row = item id."""
+        return {f.name: map_array(self.path / "items" / f"{f.name}.npy") for f in self.item_fields}
 
-def _in_order(schema: Mapping[str, Any], fields: Sequence[FittedField]) -> dict[str, Any]:
-    """The schema with its fields in the order in which it was written, which JSON files do not keep.
+    @cached_property
+    def vocabularies(self) -> dict[str, pa.Array]:
+        """Values behind the ids of the fields that have ids."""
+        paths = {field.name: _vocabulary(self.path, field.name) for field in self.manifest.fields}
+        return {name: pq.read_table(path)["value"].combine_chunks() for name, path in paths.items() if path.is_file()}
 
-    The hash that orders ties runs over the columns in this order.
-    """
-    sides = {
-        side: {field.name: schema[side][field.name] for field in fields if field.name in schema[side]}
-        for side in ("item_fields", "context_fields")
-        if side in schema
-    }
-    return {**schema, **sides}
+    @cached_property
+    def item_keys(self) -> pa.Table:
+        """[I]: one column of large strings per column of the item."""
+        columns = [part["column"] for part in self.manifest.schema["item"]]
+        return self.items_table([f"{KEY}{column}" for column in columns]).rename_columns(columns)
+
+    def items_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """items.parquet; row = item id."""
+        return pq.read_table(self.path / "items.parquet", columns=list(columns) if columns else None)
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the files into another folder, of the items' table only the keys."""
+        keys = self.item_keys.rename_columns([f"{KEY}{column}" for column in self.item_keys.column_names])
+        write_items(folder, keys, self.item_arrays, self.vocabularies)
 
 
-def write_vocabulary(folder: Path, name: str, values: pa.Array) -> None:
-    """The values behind the ids of a field."""
-    path = _vocabulary(folder, name)
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"value": values}), path)
+def save_array(path: Path, values: np.ndarray, dtype: Any) -> None:
+    """Write an array as a file that `map_array` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.ascontiguousarray(values, dtype=dtype), allow_pickle=False)
 
 
-def read_vocabularies(folder: Path, fields: Sequence[FittedField]) -> dict[str, pa.Array]:
-    """Field -> what `write_vocabulary` wrote, of the fields that have any."""
-    paths = {field.name: _vocabulary(folder, field.name) for field in fields}
-    return {
-        name: pq.read_table(path)["value"].cast(pa.large_string()).combine_chunks()
-        for name, path in paths.items()
-        if path.is_file()
-    }
+def map_array(path: Path) -> np.ndarray:
+    """A file's array, memory-mapped and read-only."""
+    # A plain view of the map: np.memmap's own indexing is several times slower.
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 
 def _vocabulary(folder: Path, name: str) -> Path:
     return folder / "vocabulary" / f"{name}.parquet"
-
-
-def _to_column(values: np.ndarray) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def _to_array(column: pa.ChunkedArray) -> np.ndarray:
-    values = column.combine_chunks()
-    if not pa.types.is_fixed_size_list(values.type):
-        return values.to_numpy(zero_copy_only=False)
-    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)

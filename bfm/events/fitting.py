@@ -13,7 +13,6 @@ hashed instead: two hashes into one table of 65,536 rows.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
+from bfm.events.clean import BAG_COUNTS, Losses, context_column
+from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_strings
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
@@ -35,8 +36,6 @@ _NUM_EDGES = 31
 _KEPT_TOKENS = 1 << 18
 _LEAST_HASH_ROWS = 1 << 10
 _TEXT = pa.large_string()
-LOST = {"vector": "another length", "time": "missing, written as the epoch"}
-"""Why `encode` makes values missing, by kind."""
 _HASH_SEEDS = (0x68617368_31, 0x68617368_32)
 
 
@@ -52,25 +51,6 @@ class Statistics:
     """text, list: length of the longest bag."""
     histogram: Histogram | None = None
     """numeric: of the ordered bits of x'."""
-    total: float = 0.0
-    """numeric: sum of x'."""
-    squares: float = 0.0
-    """numeric: sum of squares of x'."""
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A fitted field and the values behind its ids."""
-
-    field: FittedField
-    vocabulary: pa.Array | None = None
-    """Large strings; entry i has the id i + 2. None for kinds without ids or with hashed ids."""
-
-
-Loss = Counter[str]
-"""What an encoded column leaves out. `missing`: known values that had to become missing; `LOST` says why. Of text and
-lists, `values` with at least one word or element, how many of these are `cut`, and how many words or elements `lost`.
-"""
 
 
 def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
@@ -85,7 +65,9 @@ def measure(values: pa.Array, kind: str, weights: np.ndarray) -> Statistics:
         return Statistics(known)
     kept, kept_weights = values.filter(pa.array(used)), weights[used]
     if kind == "numeric":
-        return _measure_numbers(kept.to_numpy(zero_copy_only=False), kept_weights, known)
+        numbers = kept.to_numpy(zero_copy_only=False).astype(np.float64)
+        squashed = np.sign(numbers) * np.log1p(np.abs(numbers))
+        return Statistics(known, histogram=Histogram.of(ordered_bits(squashed), kept_weights))
     if kind == "categorical":
         counts = _count(kept, kept_weights)
         return Statistics(known, counts if counts.num_rows <= MAX_VALUES else None)
@@ -106,37 +88,39 @@ def merge(parts: list[Statistics]) -> Statistics:
         counts=summed(pa.concat_tables(counts), ["value"], {"count": "sum"}) if len(counts) == len(parts) else None,
         longest=max(part.longest for part in parts),
         histogram=functools.reduce(Histogram.merged, histograms) if histograms else None,
-        total=float(sum(part.total for part in parts)),
-        squares=float(sum(part.squares for part in parts)),
     )
 
 
-def fit(name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None) -> Fitted:
-    """The field as its training values say.
+def fit(
+    name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None
+) -> tuple[FittedField, pa.Array | None]:
+    """The field as its training values say, and the values behind its ids.
 
     Args:
         max_length: words or elements that are kept of a value, at most; None: the default of the kind.
+
+    Returns:
+        the field; large strings, entry i with the id i + 2, or None for kinds without ids or with hashed ids.
 
     Raises:
         UserError: a vector field without a single vector.
     """
     if kind == "time":
-        return Fitted(FittedField(name, side, "time"))
+        return FittedField(name, side, "time"), None
     if kind == "numeric":
-        return Fitted(_fit_numbers(name, side, statistics))
+        return _fit_numbers(name, side, statistics), None
     counts = statistics.counts
     if counts is None or (kind == "categorical" and counts.num_rows > MAX_VALUES):
-        return Fitted(hashed_field(name, side, MAX_VALUES))
+        return hashed_field(name, side, MAX_VALUES), None
     if kind == "vector":
         if counts.num_rows == 0:
             fix = "remove the field, or check its column and separator"
             raise UserError("has no vector in the training range", key=f"{side}_fields.{name}", fix=fix)
-        return Fitted(FittedField(name, side, "vector", columns=_most_frequent(counts, 1)["value"][0].as_py()))
+        return FittedField(name, side, "vector", columns=_most_frequent(counts, 1)["value"][0].as_py()), None
     limit = MAX_VALUES if kind == "categorical" else MAX_VALUES - _FIRST_ID
     vocabulary = plain(_most_frequent(counts, limit)["value"])
     longest = 1 if kind == "categorical" else min(statistics.longest, max_length or MAX_LENGTH[kind])
-    field = FittedField(name, side, kind, rows=len(vocabulary) + _FIRST_ID, columns=max(1, longest))
-    return Fitted(field, vocabulary)
+    return FittedField(name, side, kind, rows=len(vocabulary) + _FIRST_ID, columns=max(1, longest)), vocabulary
 
 
 def hashed_field(name: str, side: Side, rows: int) -> FittedField:
@@ -153,22 +137,28 @@ def id_table_rows(num_values: int) -> int:
     return max(_LEAST_HASH_ROWS, 1 << max(num_values - 1, 0).bit_length())
 
 
-def encode(values: pa.Array, fitted: Fitted) -> tuple[np.ndarray, Loss]:
-    """A column (as in `measure`) as the model reads it (see fields.py), and what that left out."""
-    field = fitted.field
+def encode(values: pa.Array, field: FittedField, vocabulary: pa.Array | None, losses: Losses) -> np.ndarray:
+    """A column (as in `measure`) as the model reads it (see fields.py); what that leaves out is added to `losses`."""
     if field.kind == "numeric":
-        return values.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float32), Loss()
+        return values.fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float32)
     if field.kind == "time":
         # The kind has no missing value; the epoch stands for it.
-        return values.fill_null(0).to_numpy(zero_copy_only=False), Loss(missing=values.null_count)
+        losses[field.name, "missing, written as the epoch"] += values.null_count
+        return values.fill_null(0).to_numpy(zero_copy_only=False)
     if field.kind == "vector":
-        return _encode_vectors(values, field.columns)
+        return _encode_vectors(values, field, losses)
     if field.kind == "hashed":
-        return _hash_ids(values, field.rows), Loss()
-    assert fitted.vocabulary is not None
+        return _hash_ids(values, field.rows)
+    assert vocabulary is not None
     if field.kind == "categorical":
-        return _ids(values, fitted.vocabulary), Loss()
-    return _encode_bags(_words(values) if field.kind == "text" else values, fitted.vocabulary, field.columns)
+        return _ids(values, vocabulary)
+    return _encode_bags(_words(values) if field.kind == "text" else values, field, vocabulary, losses)
+
+
+def encode_context(table: pa.Table, encoding: Encoding, losses: Losses) -> dict[str, np.ndarray]:
+    """The context fields of cleaned rows, encoded."""
+    columns = {field: table[context_column(field.name)].combine_chunks() for field in encoding.context_fields}
+    return {f.name: encode(values, f, encoding.vocabularies.get(f.name), losses) for f, values in columns.items()}
 
 
 # ---------------------------------------------------------------- inside
@@ -195,24 +185,16 @@ def _words(texts: pa.Array) -> pa.Array:
     return pc.split_pattern(spaced, " ").cast(pa.large_list(_TEXT))
 
 
-def _measure_numbers(values: np.ndarray, weights: np.ndarray, known: int) -> Statistics:
-    values = values.astype(np.float64)
-    squashed = np.sign(values) * np.log1p(np.abs(values))
-    histogram = Histogram.of(ordered_bits(squashed), weights)
-    total, squares = ((weights * squashed**power).sum() for power in (1, 2))
-    return Statistics(known, histogram=histogram, total=float(total), squares=float(squares))
-
-
 def _fit_numbers(name: str, side: Side, statistics: Statistics) -> FittedField:
     if statistics.known == 0 or statistics.histogram is None:
         return FittedField(name, side, "numeric")
-    quantiles = statistics.histogram.quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
-    edges = np.unique(from_ordered_bits(quantiles))
-    mean = statistics.total / statistics.known
-    variance = max(statistics.squares / statistics.known - mean**2, 0.0)
-    # Below the rounding of the sums the column is constant.
-    std = variance**0.5 if variance > 1e-12 * max(mean**2, 1e-12) else 1.0
-    return FittedField(name, side, "numeric", edges=tuple(float(edge) for edge in edges), mean=mean, std=std)
+    histogram = statistics.histogram
+    quantiles = histogram.quantiles(np.arange(1, _NUM_EDGES + 1) / (_NUM_EDGES + 1))
+    edges = tuple(np.unique(from_ordered_bits(quantiles)).astype(float).tolist())
+    values, shares = from_ordered_bits(histogram.starts).astype(np.float64), histogram.counts / histogram.total
+    mean = float(values @ shares)
+    std = float(np.sqrt((values - mean) ** 2 @ shares)) if len(values) > 1 else 1.0
+    return FittedField(name, side, "numeric", edges=edges, mean=mean, std=std)
 
 
 def _ids(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:
@@ -231,22 +213,25 @@ def _hash_ids(values: pa.Array, rows: int) -> np.ndarray:
     return table[distinct.indices.fill_null(len(distinct.dictionary)).to_numpy(zero_copy_only=False)]
 
 
-def _encode_bags(bags: pa.Array, vocabulary: pa.Array, columns: int) -> tuple[np.ndarray, Loss]:
+def _encode_bags(bags: pa.Array, field: FittedField, vocabulary: pa.Array, losses: Losses) -> np.ndarray:
     """Int32 [n, columns]: the first ids of each bag, then zeros."""
     ids = _ids(plain(pc.list_flatten(bags)), vocabulary)
     parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
     lengths = np.bincount(parents, minlength=len(bags))
     place = runs(0, lengths)
-    inside = place < columns
-    table = np.zeros((len(bags), columns), np.int32)
+    inside = place < field.columns
+    table = np.zeros((len(bags), field.columns), np.int32)
     table[parents[inside], place[inside]] = ids[inside]
-    values, cut, lost = (int(flags.sum()) for flags in (lengths > 0, lengths > columns, ~inside))
-    return table, Loss(values=values, cut=cut, lost=lost)
+    for what, flags in zip(BAG_COUNTS, (lengths > 0, lengths > field.columns, ~inside), strict=True):
+        losses[field.name, what] += int(flags.sum())
+    return table
 
 
-def _encode_vectors(values: pa.Array, columns: int) -> tuple[np.ndarray, Loss]:
+def _encode_vectors(values: pa.Array, field: FittedField, losses: Losses) -> np.ndarray:
     lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
-    fits = lengths == columns
-    table = np.zeros((len(values), columns), np.float32)
-    table[fits] = pc.list_flatten(values.filter(pa.array(fits))).to_numpy(zero_copy_only=False).reshape(-1, columns)
-    return table, Loss(missing=int(((lengths > 0) & ~fits).sum()))
+    fits = lengths == field.columns
+    table = np.zeros((len(values), field.columns), np.float32)
+    flat = pc.list_flatten(values.filter(pa.array(fits))).to_numpy(zero_copy_only=False)
+    table[fits] = flat.reshape(-1, field.columns)
+    losses[field.name, "another length"] += int(((lengths > 0) & ~fits).sum())
+    return table

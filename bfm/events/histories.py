@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,12 +24,10 @@ from pyarrow.dataset import dataset, write_dataset
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting, source
+from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.fields import FittedField
-from bfm.events.fitting import Fitted
 from bfm.events.hashing import hash_strings, order_events
-from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values
-from bfm.events.manifest import Manifest
+from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
@@ -71,19 +69,16 @@ class Histories:
         Raises UserError where a file is missing, unreadable or lacks a column, or no row is usable.
         """
         self.encoding = encoding
-        self.schema = validate(EventSchema, encoding.schema, file="the export's schema")
+        self.schema = validate(EventSchema, encoding.manifest.schema, file="the export's schema")
         self.rows = 0
         self.unusable: Counter[str] = Counter()
         """Reason -> rows."""
-        self.repairs: Counter[tuple[str, str]] = Counter()
-        """(field, fault) -> values made missing."""
-        self.cuts: Counter[str] = Counter()
-        """Field -> values that are longer than the training log's."""
+        self.losses = Losses()
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
         self._scratch = scratch
         self.new = NewItems(encoding, self.schema)
-        columns = clean.log_columns(self.schema, encoding.event_item_fields)
+        columns = clean.log_columns(self.schema, encoding.manifest.event_item_fields)
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
         tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
         # The whole log is read before the first one comes.
@@ -93,10 +88,6 @@ class Histories:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.unusable.items()))
             fix = "check that the log has the columns and formats of the training log"
             raise UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
-
-    def new_item_arrays(self) -> dict[str, np.ndarray]:
-        """Encoded item fields of the new items, in the order of their ids."""
-        return self.new.encode(self._encode)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
@@ -110,10 +101,10 @@ class Histories:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
         for done, piece in enumerate(pieces):
-            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.event_item_fields):
+            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
                 self.rows += cleaned.table.num_rows
-                present.update(cleaned.columns)
-                self.repairs += cleaned.repairs
+                present.update(cleaned.raw.column_names)
+                self.losses += cleaned.losses
                 yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
         source.check_read(self.rows, columns, present)
@@ -121,7 +112,7 @@ class Histories:
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
         self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
-        good, columns, row_hash = clean.usable(cleaned, self.encoding.seed)
+        good, columns, row_hash = clean.usable(cleaned, self.encoding.manifest.seed)
         item = self.new.number(good, columns[clean.ITEM], row_hash)
         kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
         events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
@@ -138,18 +129,13 @@ class Histories:
             self.duplicates += int(repeated.sum())
             order = order[~repeated]
         offsets = np.searchsorted(codes[order], np.arange(len(user.dictionary) + 1))
-        context = {}
-        for field in self.encoding.fields:
-            if field.side == "context":
-                values = plain(events[clean.context_column(field.name)]).take(pa.array(order))
-                context[field.name] = self._encode(field, values)
         none = np.zeros(len(user.dictionary), np.int64)
         write_shard(
             folder,
             0,
             item=events[clean.ITEM].to_numpy()[order],
             time=time[order],
-            context=context,
+            context=fitting.encode_context(events.take(pa.array(order)), self.encoding, self.losses),
             user_offsets=offsets,
             train_end=none,
             valid_end=none,
@@ -157,29 +143,9 @@ class Histories:
         )
         users = plain(table[clean.USER]).unique()
         without = users.filter(pc.invert(pc.is_in(users, value_set=user.dictionary)))
-        return Part(Shards(folder, self._manifest(len(none), len(order))), user.dictionary, without)
-
-    def _encode(self, field: FittedField, values: pa.Array) -> np.ndarray:
-        array, loss = fitting.encode(values, Fitted(field, self.encoding.vocabularies.get(field.name)))
-        if loss["missing"]:
-            self.repairs[field.name, fitting.LOST[field.kind]] += loss["missing"]
-        if loss["cut"]:
-            self.cuts[field.name] += loss["cut"]
-        return array
-
-    def _manifest(self, users: int, events: int) -> Manifest:
-        encoding = self.encoding
-        return Manifest(
-            name=self.schema.name,
-            seed=encoding.seed,
-            users=users,
-            events=events,
-            items=encoding.num_items + len(self.new.ids),
-            catalogue=encoding.catalogue,
-            shards=1,
-            has_clock=self.schema.has_clock,
-            fields=encoding.fields,
-        )
+        items = self.encoding.num_items + len(self.new.ids)
+        manifest = replace(self.encoding.manifest, users=len(none), events=len(order), items=items, shards=1)
+        return Part(Shards(folder, manifest), user.dictionary, without)
 
 
 class NewItems:
@@ -191,7 +157,7 @@ class NewItems:
         """Key -> id of each new item."""
         self.events = 0
         """Events of new items."""
-        self._known = clean.join_key([plain(column) for column in encoding.item_keys.columns])
+        self._known = known_keys(encoding)
         self._values: dict[str, pa.Table] = {}
         """Field -> what `count_values` finds in the events of new items."""
 
@@ -207,13 +173,13 @@ class NewItems:
         count = np.zeros(len(item_E), np.int64)
         columns = {"item": good[clean.ITEM], "train_count": count, "first_time": good[clean.TIME]}
         events = pa.table({**columns, "first_hash": row_hash}).filter(new)
-        for name in self.encoding.event_item_fields if len(events) else ():
+        for name in self.encoding.manifest.event_item_fields if len(events) else ():
             values = events.append_column("value", good[clean.item_column(name)].filter(new))
             before = [self._values[name]] if name in self._values else []
             self._values[name] = count_values(pa.concat_tables([*before, values], promote_options="default"))
         return item_E.astype(np.int32)
 
-    def encode(self, encode: Callable[[FittedField, pa.Array], np.ndarray]) -> dict[str, np.ndarray]:
+    def encode(self, losses: Losses) -> dict[str, np.ndarray]:
         """Encoded item fields [new items]; what an item table would have to say is missing."""
         keys, none = pa.array(list(self.ids), _TEXT), np.zeros(len(self.ids), np.int64)
         # The fields that every schema may have: the id itself, and a popularity that is zero so far.
@@ -223,7 +189,8 @@ class NewItems:
             if name in self._values:
                 texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
-        return {f.name: encode(f, values[f.name]) for f in self.encoding.fields if f.side == "item"}
+        words = self.encoding.vocabularies
+        return {f.name: fitting.encode(values[f.name], f, words.get(f.name), losses) for f in self.encoding.item_fields}
 
 
 def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:

@@ -8,16 +8,17 @@ row per (item, value), never per event. Keys compare as UTF-8 bytes.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bfm.events.clean import field_values, item_key, to_text
+from bfm.events.clean import Losses, field_values, item_key, join_key, to_text
+from bfm.events.encoding import KEY, Encoding
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.schema import EventSchema, ItemPart
+from bfm.events.source import read_table
 
 ITEM_ID, POPULARITY = "item_id", "popularity"
 """The item fields that every schema may have."""
@@ -39,13 +40,14 @@ class Items:
         """V: items with a training event."""
         return int(np.count_nonzero(self.train_count))
 
-    def ids(self, keys: pa.Array) -> np.ndarray:
-        """Int32 ids of keys (or of dictionary codes); every key must be known."""
-        if pa.types.is_dictionary(keys.type):
-            return self.ids(keys.dictionary)[keys.indices.to_numpy(zero_copy_only=False)]
-        found = pc.index_in(keys, value_set=self.keys)
-        assert found.null_count == 0, "an event's item is missing from the item statistics"
-        return found.to_numpy(zero_copy_only=False)
+
+def item_ids(keys: pa.Array, known: pa.Array) -> np.ndarray:
+    """Int32 places of keys (or of dictionary codes) among the keys [I] of all items; every key must be there."""
+    if pa.types.is_dictionary(keys.type):
+        return item_ids(keys.dictionary, known)[keys.indices.to_numpy(zero_copy_only=False)]
+    found = pc.index_in(keys, value_set=known)
+    assert found.null_count == 0, "an event's item is missing from the item statistics"
+    return found.to_numpy(zero_copy_only=False)
 
 
 def count_items(events: pa.Table) -> pa.Table:
@@ -84,7 +86,7 @@ def choose_values(partials: list[pa.Table], items: Items) -> tuple[pa.Array, int
         events whose known value is not the chosen one.
     """
     table = count_values(pa.concat_tables(partials))
-    item, count = items.ids(plain(table["item"])), table["train_count"].to_numpy()
+    item, count = item_ids(plain(table["item"]), items.keys), table["train_count"].to_numpy()
     first = {name: np.where(count > 0, 0, table[name].to_numpy()) for name in ("first_time", "first_hash")}
     found = pa.table({"item": item, "count": count, **first, "value": table["value"]})
     # What only later events say of a catalogue item does not count.
@@ -100,7 +102,7 @@ def choose_values(partials: list[pa.Table], items: Items) -> tuple[pa.Array, int
 
 
 def join_item_table(
-    schema: EventSchema, raw: pa.Table, names: list[str], items: Items, repairs: Counter[tuple[str, str]]
+    schema: EventSchema, path: str, names: list[str], items: Items, losses: Losses
 ) -> tuple[dict[str, pa.Array], dict[str, int]]:
     """Values of the fields that an item table holds; of rows with one key, the first counts.
 
@@ -108,12 +110,14 @@ def join_item_table(
         field -> large strings [I], and what did not fit together, for the manifest's checks.
     """
     assert schema.items is not None
+    columns = [*schema.items.key, *(schema.item_fields[name].column for name in names)]
+    raw = read_table(path, list(dict.fromkeys(columns)))
     keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], [])
     found = pc.index_in(items.keys, value_set=keys)
     texts = {}
     for name in names:
         spec = schema.item_fields[name]
-        texts[name] = to_text(field_values(plain(raw[spec.column]), spec, name, repairs)).take(found)
+        texts[name] = to_text(field_values(plain(raw[spec.column]), spec, name, losses)).take(found)
     used_twice = len(keys) - keys.null_count - pc.count_distinct(keys, mode="only_valid").as_py()
     return texts, {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
 
@@ -121,6 +125,11 @@ def join_item_table(
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:
     """The parts of the keys [I], one column per item column."""
     if len(schema.item) == 1:
-        return {f"key_{schema.item[0].column}": items.keys}
+        return {f"{KEY}{schema.item[0].column}": items.keys}
     parts = pc.split_pattern(items.keys, SEPARATOR)
-    return {f"key_{part.column}": pc.list_element(parts, index) for index, part in enumerate(schema.item)}
+    return {f"{KEY}{part.column}": pc.list_element(parts, index) for index, part in enumerate(schema.item)}
+
+
+def known_keys(encoding: Encoding) -> pa.Array:
+    """Large strings [I]: the whole key of each item of an encoding."""
+    return join_key([plain(column) for column in encoding.item_keys.columns])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from bfm.files import Store
 from bfm.sealed import Files, Sealed, check_files, staging
 
 MANIFEST = "manifest.json"
-SHARD_SET = Sealed("shard set", MANIFEST, version=3, fix="prepare it with `bfm data prepare`")
+SHARD_SET = Sealed("shard set", MANIFEST, version=4, fix="prepare it with `bfm data prepare`")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Manifest:
     has_clock: bool
     """Times are milliseconds since the epoch; else they are positions."""
     fields: tuple[FittedField, ...]
+    event_item_fields: tuple[str, ...] = ()
+    """Item fields that stand in the log itself; the others come from an item table."""
     split: dict[str, Any] = field(default_factory=dict)
     """{"by": "time", "valid_from": ms, "test_from": ms} or {"by": "leave_one_out"}."""
     train_events: int = 0
@@ -51,8 +53,6 @@ class Manifest:
     """Reason -> rows."""
     schema: dict[str, Any] = field(default_factory=dict)
     """The resolved schema that prepared it."""
-    group_curve: dict[str, Any] = field(default_factory=dict)
-    """Distinct items and queries of a group as a function of (window, group_windows); see statistics.py."""
     checks: dict[str, Any] = field(default_factory=dict)
     """What `data describe` prints; see describe.py."""
     files: Files = field(default_factory=dict)
@@ -70,12 +70,31 @@ class Manifest:
         """Inverse of `as_dict`."""
         fields = tuple(FittedField.from_dict(f) for f in values["fields"])
         first, last = values["time_range"]
-        return cls(**{**values, "fields": fields, "time_range": (int(first), int(last))})
+        known = {
+            "fields": fields,
+            "event_item_fields": tuple(values["event_item_fields"]),
+            "time_range": (int(first), int(last)),
+            "schema": _in_order(values["schema"], fields),
+        }
+        return cls(**{**values, **known})
 
     @cached_property
     def hash(self) -> str:
         """The identity of the shard set."""
         return SHARD_SET.hash(self.as_dict())
+
+
+def _in_order(schema: Mapping[str, Any], fields: Sequence[FittedField]) -> dict[str, Any]:
+    """The schema with its fields in the order in which it was written, which JSON files do not keep.
+
+    The hash that orders ties runs over the columns in this order.
+    """
+    sides = {
+        side: {field.name: schema[side][field.name] for field in fields if field.name in schema[side]}
+        for side in ("item_fields", "context_fields")
+        if side in schema
+    }
+    return {**schema, **sides}
 
 
 def cache_root() -> Path:

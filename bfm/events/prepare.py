@@ -34,7 +34,7 @@ from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
-from bfm.events.ties import TieCounts, tie_monotonicity
+from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
 PARTITION = "partition"
@@ -53,12 +53,6 @@ class Job:
     table_item_fields: list[str]
     """Item fields that stand in the item table."""
     item_table: str | None
-
-    @property
-    def table_columns(self) -> list[str]:
-        """Columns read from the item table."""
-        keys = self.schema.items.key if self.schema.items else []
-        return list(dict.fromkeys([*keys, *(self.schema.item_fields[name].column for name in self.table_item_fields)]))
 
     @property
     def shard_set(self) -> Path:
@@ -91,9 +85,8 @@ class PieceFacts:
 
     rows: int
     columns: set[str]
-    repairs: Counter[tuple[str, str]]
-    """(field, fault) -> values made missing."""
-    ties: TieCounts
+    losses: clean.Losses
+    ties: Ties
     """In the raw order."""
 
 
@@ -142,19 +135,17 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 
 def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
     """Cleaned tables of bounded size; what was read, repaired and tied is reported in a file."""
-    rows, seen = 0, set[str]()
-    repairs: Counter[tuple[str, str]] = Counter()
-    ties = TieCounts()
+    rows, seen, losses, ties = 0, set[str](), clean.Losses(), Ties()
     for cleaned in clean.read_cleaned(piece, job.schema, job.event_item_fields):
         rows += cleaned.table.num_rows
-        seen.update(cleaned.columns)
-        repairs += cleaned.repairs
+        seen.update(cleaned.raw.column_names)
+        losses += cleaned.losses
         ties += _raw_ties(job.schema, cleaned.raw, cleaned.table)
         yield cleaned.table
-    job.save("read", piece.index, PieceFacts(rows, seen, repairs, ties))
+    job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
 
 
-def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCounts:
+def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> Ties:
     """Order inside ties as the log has it, in the columns of the item and the context."""
     good = np.flatnonzero(to_mask(cleaned[clean.FAULT].is_null()))
     user = plain(cleaned[clean.USER]).take(pa.array(good)).dictionary_encode().indices.to_numpy()
@@ -170,7 +161,7 @@ def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> TieCount
             columns[name] = as_number
         elif pa.types.is_large_string(values.type):
             columns[name] = values
-    return tie_monotonicity(user[order], time[order], columns)
+    return count_ties(user[order], time[order], columns)
 
 
 def rows_read(job: Job) -> int:
@@ -256,9 +247,9 @@ def choose_split(job: Job) -> Split:
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
 
 
-def num_shards(job: Job) -> int:
-    """Partitions that some row fell into: each becomes a shard, in their order."""
-    return len(job.files("sorted", "arrow"))
+def sorted_partitions(job: Job) -> list[Path]:
+    """Files of the partitions that some row fell into: each becomes a shard, in their order."""
+    return job.files("sorted", "arrow")
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:

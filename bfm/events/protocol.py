@@ -20,10 +20,10 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, chunks, place_in_run, runs
+from bfm.events.ragged import Ragged, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards
+from bfm.events.shards import Shards, user_events
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
@@ -31,7 +31,7 @@ PROTOCOL = "protocol.json"
 PARTS = ("validation", "test")
 BASKET_DIVISOR = 4
 TARGET_RULE = "distinct items of all events of the next timestamp, inside the part"
-_CHUNK_EVENTS = 1 << 20
+_SPARE_CANDIDATES = 1 << 20
 _CHUNK_QUERIES = 1 << 16
 
 
@@ -179,25 +179,18 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
     first_U, count_U = _part_bounds(shards, part)
     limit = int(count_U.sum()) if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
-    for low, high in chunks(count_U, _CHUNK_EVENTS):
-        found = _candidates(shards, first_U[low:high], count_U[low:high], low, basket)
+    for user, position in user_events(count_U, first_U):
+        event = shards.user_starts[user] + position
+        now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
+        wanted = (now == following) if basket else (now < following)
+        found = np.stack([user[wanted], position[wanted]])
         num_found += found.shape[1]
         kept.append(_ranked(found, key))
-        if sum(part.shape[1] for part in kept) > 2 * limit + _CHUNK_EVENTS:
+        if sum(part.shape[1] for part in kept) > 2 * limit + _SPARE_CANDIDATES:
             kept = [_first(np.concatenate(kept, axis=1), key, limit)]
     chosen = _first(np.concatenate(kept, axis=1), key, limit)
     flags = np.full((1, chosen.shape[1]), basket, np.int64)
     return np.concatenate([chosen[:2], flags]), num_found
-
-
-def _candidates(shards: Shards, first: np.ndarray, count: np.ndarray, low: int, basket: bool) -> np.ndarray:
-    """Int64 [2, n]: (user, position) of the wanted kind among users low..low+len(first)."""
-    user = np.repeat(np.arange(low, low + len(first)), count)
-    position = runs(first, count)
-    event = shards.user_starts[user] + position
-    now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
-    wanted = (now == following) if basket else (now < following)
-    return np.stack([user[wanted], position[wanted]])
 
 
 def _ranked(found: np.ndarray, key: np.uint64) -> np.ndarray:

@@ -9,63 +9,49 @@ U = users, E = training events, B = distinct (user, timestamp, item).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from bfm.events.shards import Located, Shards, training_events
+from bfm.events.shards import Shards, user_events
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
 
 
-@dataclass(frozen=True)
-class Repeats:
-    """Targets of the training range, and how many of them the user had before."""
-
-    targets: int
-    seen: int
-
-    @property
-    def are_noise(self) -> bool:
-        """Whether so few targets were seen that lists are better without; never of a log without targets."""
-        return self.seen < NOISE * self.targets
-
-
-def training_repeats(shards: Shards) -> Repeats:
-    """Count over all users."""
-    found = np.zeros(2, np.int64)
-    for user_E, inside_E, located in training_events(shards, shards.num_users):
-        found += _count(shards, user_E, inside_E, located)
-    return Repeats(*found.tolist())
+def training_repeats(shards: Shards) -> dict[str, int]:
+    """Targets of the training range, and how many of them were `seen`, over all users."""
+    targets = seen = 0
+    for user_E, position_E in user_events(shards.train_lengths):
+        located = shards.locate(shards.user_starts[user_E] + position_E)
+        item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
+        moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))
+        moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
+        targets += len(moment_B) - int(np.isin(moment_B, moment_E[position_E == 0]).sum())
+        # Of all the timestamps at which a user had an item, every one but the earliest is a repeat.
+        seen += len(moment_B) - len(np.unique(user_E * shards.num_items + item_E))
+    return {"targets": targets, "seen": seen}
 
 
-def _count(shards: Shards, user_E: np.ndarray, inside_E: np.ndarray, located: Located) -> tuple[int, int]:
-    """Targets and seen targets of whole users."""
-    item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
-    moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (inside_E == 0))
-    moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
-    in_first_moments = int(np.isin(moment_B, moment_E[inside_E == 0]).sum())
-    # Of all the timestamps at which a user had an item, every one but the earliest is a repeat.
-    different = len(np.unique(user_E * shards.num_items + item_E))
-    return len(moment_B) - in_first_moments, len(moment_B) - different
+def are_noise(repeats: Mapping[str, int]) -> bool:
+    """Whether so few targets were seen that lists are better without; never of a log without targets."""
+    return repeats["seen"] < NOISE * repeats["targets"]
 
 
-def rule_facts(repeats: Repeats, given: bool | None) -> dict[str, Any]:
+def rule_facts(repeats: Mapping[str, int], given: bool | None) -> dict[str, Any]:
     """What a protocol says of seen items: the schema's choice, or without one that of the log."""
     return {
-        "filter_seen": repeats.are_noise if given is None else given,
+        "filter_seen": are_noise(repeats) if given is None else given,
         "filter_seen_by": "log" if given is None else "schema",
-        "training_repeats": asdict(repeats),
+        "training_repeats": dict(repeats),
     }
 
 
 def rule_words(protocol: Mapping[str, Any]) -> str:
     """The rule of a protocol about seen items and its reason, as one line for people."""
-    repeats = Repeats(**protocol["training_repeats"])
-    share = repeats.seen / max(repeats.targets, 1)
+    repeats = protocol["training_repeats"]
+    share = repeats["seen"] / max(repeats["targets"], 1)
     what = "are filtered out of lists" if protocol["filter_seen"] else "stay in lists"
-    default = f"by default, as that is {'under' if repeats.are_noise else 'not under'} {NOISE:.0%}"
+    default = f"by default, as that is {'under' if are_noise(repeats) else 'not under'} {NOISE:.0%}"
     why = default if protocol["filter_seen_by"] == "log" else "the schema's choice"
     return f"{what} ({share:.2%} of training targets are items that the user had before; {why})"

@@ -1,15 +1,14 @@
-"""The shard set on disk: low-level writers (nothing but numpy and pyarrow), the manifest, the memory-mapping reader.
+"""The shard set on disk: low-level writers (nothing but numpy and pyarrow), the memory-mapping reader.
 
 Layout of a shard set (one directory):
 
     manifest.json        written last by `finish`: a directory without it is not a shard set
     protocol.json, protocol-<part>.npy
-    items.parquet        row i = item i: key columns (strings), train_count, first_time, raw field values
-    items/<field>.npy    encoded item field, row = item id
+    items.parquet, items/*.npy, vocabulary/*.parquet       see encoding.py
     shard-00000/         item.npy time.npy context/<field>.npy user_offsets.npy train_end.npy valid_end.npy
                          users.parquet
     quarantine/*.parquet
-    .cache/              see cache.py; not in the manifest, may be deleted at any time
+    .cache/              see `Shards.kept`; not in the manifest, may be deleted at any time
 
 How to write one: `write_shard` per partition, `write_items`, then `Shards(path, draft_manifest)` reads what stands
 already (for the protocol and the checks), then `finish(path, manifest)` hashes every file and publishes manifest.json.
@@ -18,23 +17,25 @@ already (for the protocol and the checks), then `finish(path, manifest)` hashes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import errno
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bfm.errors import CorruptError
-from bfm.events.fields import FittedField
+from bfm.events.encoding import Encoding, map_array, save_array
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
 from bfm.events.ragged import chunks, runs
-from bfm.files import Store
+from bfm.files import Store, sha256_bytes, write_atomic
 from bfm.sealed import check_files, list_files
 
 _CHUNK_EVENTS = 1 << 20
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+_DIGEST_BYTES = 64
 
 # ---------------------------------------------------------------- writers
 
@@ -71,29 +72,13 @@ def write_shard(
     ends = (train_end >= 0) & (train_end <= valid_end) & (valid_end <= np.diff(user_offsets))
     assert ends.all(), f"parts of shard {index}"
     base = directory / shard_name(index)
-    (base / "context").mkdir(parents=True, exist_ok=True)
-    _save(base / "item.npy", item, np.int32)
+    save_array(base / "item.npy", item, np.int32)
     columns = {"time": time, "user_offsets": user_offsets, "train_end": train_end, "valid_end": valid_end}
     for name, values in columns.items():
-        _save(base / f"{name}.npy", values, np.int64)
+        save_array(base / f"{name}.npy", values, np.int64)
     for name, values in context.items():
-        _save(base / "context" / f"{name}.npy", values, values.dtype)
+        save_array(base / "context" / f"{name}.npy", values, values.dtype)
     pq.write_table(pa.table({"user": users}), base / "users.parquet")
-
-
-def write_items(directory: Path, table: pa.Table, encoded: Mapping[str, np.ndarray]) -> None:
-    """Write the items in id order.
-
-    Args:
-        directory: the shard set.
-        table: items.parquet; must have int64 columns train_count (falling over the catalogue, 0 for cold items) and
-            first_time, besides key columns and raw values.
-        encoded: item fields by name, [I] or [I, M].
-    """
-    (directory / "items").mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, directory / "items.parquet")
-    for name, values in encoded.items():
-        _save(directory / "items" / f"{name}.npy", values, values.dtype)
 
 
 def finish(directory: Path, manifest: Manifest) -> Manifest:
@@ -104,10 +89,6 @@ def finish(directory: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _save(path: Path, values: np.ndarray, dtype: Any) -> None:
-    np.save(path, np.ascontiguousarray(values, dtype=dtype), allow_pickle=False)
-
-
 # ---------------------------------------------------------------- reader
 
 
@@ -116,17 +97,17 @@ Located = list[tuple[int, np.ndarray | slice, np.ndarray]]
 the shard)."""
 
 
-class Shards:
+class Shards(Encoding):
     """A shard set, memory-mapped and read-only. Events have a global index: shards one after the other."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Map the files that stand under `path` as the manifest describes them, without verification."""
-        self.path, self.manifest = path, manifest
+        super().__init__(path, manifest)
         bases = [path / shard_name(index) for index in range(manifest.shards)]
-        self._item = [_map(base / "item.npy") for base in bases]
-        self._time = [_map(base / "time.npy") for base in bases]
+        self._item = [map_array(base / "item.npy") for base in bases]
+        self._time = [map_array(base / "time.npy") for base in bases]
         self._context = {
-            f.name: [_map(base / "context" / f"{f.name}.npy") for base in bases] for f in self.context_fields
+            f.name: [map_array(base / "context" / f"{f.name}.npy") for base in bases] for f in self.context_fields
         }
         self._first_event = np.cumsum([0] + [len(items) for items in self._item])
         offsets = [np.load(base / "user_offsets.npy") for base in bases]
@@ -139,10 +120,6 @@ class Shards:
         """[U] events of each user up to the end of validation."""
         if len(self.train_lengths) != manifest.users or self._first_event[-1] != manifest.events:
             raise CorruptError(f"{path}: users or events differ from what {MANIFEST} says")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Another process maps the files again; pickling a memory map would copy it.
-        return type(self), (self.path, self.manifest)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Shards:
@@ -177,31 +154,6 @@ class Shards:
         lengths = self.train_lengths.astype(np.float64)
         return float(lengths @ lengths / lengths.sum())
 
-    @property
-    def num_items(self) -> int:
-        """Items, cold ones included (I)."""
-        return self.manifest.items
-
-    @property
-    def num_catalogue(self) -> int:
-        """Items known in training (V)."""
-        return self.manifest.catalogue
-
-    @cached_property
-    def item_fields(self) -> tuple[FittedField, ...]:
-        """Fields that say what an item is."""
-        return tuple(f for f in self.manifest.fields if f.side == "item")
-
-    @cached_property
-    def context_fields(self) -> tuple[FittedField, ...]:
-        """Fields that say what happened."""
-        return tuple(f for f in self.manifest.fields if f.side == "context")
-
-    @cached_property
-    def item_arrays(self) -> dict[str, np.ndarray]:
-        """Encoded item fields, memory-mapped; row = item id."""
-        return {f.name: _map(self.path / "items" / f"{f.name}.npy") for f in self.item_fields}
-
     @cached_property
     def train_counts(self) -> np.ndarray:
         """Int64 [V]: training events of each catalogue item, falling."""
@@ -216,10 +168,6 @@ class Shards:
     def user_lengths(self) -> np.ndarray:
         """Int64 [U]: events of each user."""
         return np.diff(self.user_starts)
-
-    def items_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """items.parquet (keys, counts and raw values); row = item id."""
-        return pq.read_table(self.path / "items.parquet", columns=list(columns) if columns else None)
 
     def locate(self, index_N: np.ndarray) -> Located:
         """Split global event indices by shard."""
@@ -244,21 +192,36 @@ class Shards:
         """A context field [N] or [N, M] of the located events."""
         return _take(self._context[name], located)
 
+    def kept_path(self, name: str) -> Path:
+        """Where a kept value lies. The name is bound to this set's hash: nothing of an older preparation is read."""
+        return self.path / ".cache" / f"{name}-{self.hash[:16]}"
 
-def training_events(shards: Shards, users: int) -> Iterator[tuple[np.ndarray, np.ndarray, Located]]:
-    """The first so many users' training events, whole users at a time, about a million events per chunk.
+    def kept(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """The value of `make`, a function of this set; called where none is kept on disk, or a damaged one.
 
-    Yields user [E], place in the user's history [E], and the events located.
+        Where the disk is read-only or full the value is simply made again next time.
+        """
+        path = self.kept_path(name)
+        raw = path.read_bytes() if path.is_file() else b""
+        if raw[:_DIGEST_BYTES] == sha256_bytes(raw[_DIGEST_BYTES:]).encode():
+            return raw[_DIGEST_BYTES:]
+        data = make()
+        try:
+            write_atomic(path, sha256_bytes(data).encode() + data)
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+        return data
+
+
+def user_events(length_U: np.ndarray, first_U: np.ndarray | int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places in the histories of the first U users, whole users at a time, about a million per chunk.
+
+    Yields user [E] and position in the user's history [E]: length_U of each user, from first_U on.
     """
-    for low, high in chunks(shards.train_lengths[:users], _CHUNK_EVENTS):
-        length_U = shards.train_lengths[low:high]
-        user_E = np.repeat(np.arange(low, high), length_U)
-        yield user_E, runs(0, length_U), shards.locate(runs(shards.user_starts[low:high], length_U))
-
-
-def _map(path: Path) -> np.ndarray:
-    # A plain view of the map: np.memmap's own indexing is several times slower.
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    first_U = np.broadcast_to(first_U, length_U.shape)
+    for low, high in chunks(length_U, _CHUNK_EVENTS):
+        yield np.repeat(np.arange(low, high), length_U[low:high]), runs(first_U[low:high], length_U[low:high])
 
 
 def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from bfm.errors import UserError
+from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.files import open_filesystem
 from bfm.yaml import did_you_mean
@@ -55,8 +57,6 @@ class RawChunk:
     table: pa.Table
     unreadable: tuple[str, ...] = ()
     reason: str = ""
-    names: tuple[str, ...] = ()
-    """JSON lines: all columns of the rows, wanted or not."""
 
 
 def find_logs(schema: EventSchema, logs: list[str]) -> list[str]:
@@ -111,7 +111,8 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
         if form == "parquet":
             file = _open_parquet(path)
             present = file.schema_arrow.names
-            groups = _grouped([file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)])
+            num_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            groups = [tuple(range(low, high)) for low, high in chunks(np.array(num_rows), CHUNK_ROWS)]
         else:
             present = [] if form == "jsonl" else _csv_header(path, form)
         if present:
@@ -121,7 +122,10 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
 
 
 def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
-    """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
+    """Rows of a piece in chunks of bounded size; of JSON lines with all their columns.
+
+    Raises UserError where the file cannot be read.
+    """
     form = file_format(piece.path)
     with _readable(piece.path):
         if form == "parquet":
@@ -129,17 +133,19 @@ def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
             for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
                 yield RawChunk(pa.Table.from_batches([batch]))
         elif form == "jsonl":
-            yield from _read_json(piece.path, columns)
+            yield from _read_json(piece.path)
         elif _csv_header(piece.path, form):
             yield from _read_csv(piece.path, form, columns)
 
 
 def read_table(path: str, columns: list[str]) -> pa.Table:
     """A whole file as one table (item tables)."""
-    chunks = [chunk.table for piece in make_pieces([path], columns) for chunk in read_piece(piece, columns)]
-    if not chunks:
+    tables = [
+        chunk.table.select(columns) for piece in make_pieces([path], columns) for chunk in read_piece(piece, columns)
+    ]
+    if not tables:
         raise UserError("has no rows", file=path, fix="give an item table with rows")
-    return pa.concat_tables(chunks, promote_options="permissive")
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def table_columns(path: str) -> list[str]:
@@ -149,9 +155,7 @@ def table_columns(path: str) -> list[str]:
         return list(_open_parquet(path).schema_arrow.names)
     if form in ("csv", "tsv"):
         return _csv_header(path, form)
-    with _open_stream(path) as stream:
-        first = next(_line_blocks(stream), b"")
-    return [name for table in _parse_json(first)[0] for name in table.column_names]
+    return list(next(_read_json(path), RawChunk(pa.table({}))).table.column_names)
 
 
 def file_format(path: str) -> str:
@@ -236,19 +240,6 @@ def check_read(rows: int, columns: list[str], present: set[str]) -> None:
         require_columns(columns, sorted(present), "LOG")
 
 
-def _grouped(rows: list[int]) -> list[tuple[int, ...]]:
-    """Runs of row groups with about CHUNK_ROWS rows each."""
-    runs: list[list[int]] = []
-    filled = CHUNK_ROWS
-    for group, num_rows in enumerate(rows):
-        if filled >= CHUNK_ROWS:
-            runs.append([])
-            filled = 0
-        runs[-1].append(group)
-        filled += num_rows
-    return [tuple(run) for run in runs]
-
-
 # ---------------------------------------------------------------- text formats
 
 
@@ -298,13 +289,11 @@ def _line_blocks(stream: Any) -> Iterator[bytes]:
         yield block
 
 
-def _read_json(path: str, columns: list[str]) -> Iterator[RawChunk]:
+def _read_json(path: str) -> Iterator[RawChunk]:
     with _open_stream(path) as stream:
         for block in _line_blocks(stream):
             tables, lines = _parse_json(block)
-            for table in tables:
-                wanted = table.select([name for name in columns if name in table.column_names])
-                yield RawChunk(wanted, names=tuple(table.column_names))
+            yield from map(RawChunk, tables)
             if lines:
                 yield RawChunk(pa.table({}), tuple(lines), "not a JSON object of plain values")
 

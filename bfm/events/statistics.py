@@ -5,33 +5,25 @@ number of windows that hold item v:
 
     P(no window of G holds v) = prod_{i < G} (1 - n_v / (W - i))
 
-and the mean number of distinct items is the sum over items of one minus that. The manifest keeps those sums on a grid
-of L and G, from a sample of windows where the log is large (rarefaction: the formula with the sample in the place of
-the stream has the mean of a group of the stream, Hurlbert 1971); between its knots they are interpolated linearly in
-logarithms. A query belongs to one window, so queries are a share of the targets that depends on L alone.
+and the mean number of distinct items is the sum over items of one minus that. Of a large log a sample of windows is
+counted: with the sample in the place of the stream the formula has the same mean (rarefaction, Hurlbert 1971).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
-from bfm.events.cache import kept
-from bfm.events.manifest import Manifest
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
 
-_LARGEST_WINDOW = 1 << 16
-_SAMPLE_POSITIONS = 1 << 18
+_SAMPLE_POSITIONS = 1 << 17
 _PIECE_POSITIONS = 1 << 18
-_KINDS = ("items", "targets")
 # The product over so few draws is quick; differences of log factorials cancel where it is near one.
 _EXACT_DRAWS = 256
-_SMALLEST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,18 @@ class GroupMeans:
     """Positions with a target."""
     queries_mean: float
     """Positions from which targets are predicted."""
-    relative_error: float
-    """Largest relative error of the interpolation, as measured between the knots."""
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What some windows hold."""
+
+    items_I: np.ndarray
+    """Int64: windows among whose inputs and targets each item is."""
+    targets_I: np.ndarray
+    """Int64: windows among whose targets each item is."""
+    queries_share: float
+    """Queries per target where baskets are predicted whole; 1 where there is no target."""
 
 
 def inclusion_elsewhere(shards: Shards, window: int, group_windows: int) -> np.ndarray:
@@ -66,72 +68,48 @@ def target_windows(shards: Shards, window: int) -> np.ndarray:
     every = np.arange(shards.manifest.windows_per_epoch(window))
 
     def make() -> bytes:
-        return _count_windows(shards, window, every)[0]["targets"][: shards.num_catalogue].astype("<i8").tobytes()
+        return _count_windows(shards, window, every).targets_I[: shards.num_catalogue].astype("<i8").tobytes()
 
-    return np.frombuffer(kept(shards, f"target-windows-L{window}", make), "<i8").astype(np.int64)
-
-
-def fit_group_curve(shards: Shards) -> dict[str, Any]:
-    """The grid for the manifest: per window length the knots of G with the mean distinct items and targets."""
-    lengths = [2]
-    while lengths[-1] < min(shards.manifest.train_events, _LARGEST_WINDOW):
-        lengths.append(2 * lengths[-1])
-    curve: dict[str, Any] = {"max_relative_error": 0.0, "windows": {str(L): _knots(shards, L) for L in lengths}}
-    worst = 0.0
-    for low, high in itertools.pairwise(lengths):
-        middle = round(math.sqrt(low * high))
-        if low < middle < high:
-            measured, largest = _knots(shards, middle), curve["windows"][str(high)]["groups"][-1]
-            for kind, groups in itertools.product(_KINDS, range(len(measured["groups"]))):
-                drawn, value = measured["groups"][groups], measured[kind][groups]
-                if drawn <= largest and value > 0:
-                    worst = max(worst, abs(_interpolate(curve, kind, middle, drawn) / value - 1))
-    return {**curve, "max_relative_error": round(worst, 6)}
+    return np.frombuffer(shards.kept(f"target-windows-L{window}", make), "<i8").astype(np.int64)
 
 
-def group_means(manifest: Manifest, window: int, group_windows: int, targets: Targets = "next_event") -> GroupMeans:
-    """Evaluate the manifest's grid at (L, G); groups beyond the largest knot hold what that one does."""
-    curve = manifest.group_curve
-    distinct_items, distinct_targets = (_interpolate(curve, kind, window, group_windows) for kind in _KINDS)
-    targets_mean = group_windows * manifest.train_targets / manifest.windows_per_epoch(window)
-    share = _interpolate(curve, "baskets", window, 1) if targets == "next_basket" else 1.0
-    error = float(curve["max_relative_error"])
-    return GroupMeans(distinct_items, distinct_targets, targets_mean, share * targets_mean, error)
-
-
-def _knots(shards: Shards, window: int) -> dict[str, list[float]]:
-    """Knots of G (powers of two, and the whole sample), the mean distinct counts there, and baskets per target."""
+def group_means(shards: Shards, window: int, group_windows: int, targets: Targets = "next_event") -> GroupMeans:
+    """Means of groups of G windows of L events; those of more windows than an epoch has hold what an epoch holds."""
     num_windows = shards.manifest.windows_per_epoch(window)
-    sampled = min(num_windows, max(1, _SAMPLE_POSITIONS // window))
-    spaced = np.arange(sampled) * num_windows // sampled
-    groups = sorted({*(2**power for power in range(sampled.bit_length())), sampled})
-    found: dict[str, list[float]] = {"groups": [float(g) for g in groups]}
-    counts, baskets_per_target = _count_windows(shards, window, spaced)
-    for kind, count in counts.items():
-        distinct, times = np.unique(count, return_counts=True)
-        found[kind] = [float(-np.expm1(_log_absent(distinct, sampled, g)) @ times) for g in groups]
-    return {**found, "baskets": [baskets_per_target] * len(groups)}
+    sampled = min(num_windows, max(group_windows, _SAMPLE_POSITIONS // window))
+    counted = _count_sample(shards, window, sampled)
+
+    def distinct(count_I: np.ndarray) -> float:
+        number, items = np.unique(count_I, return_counts=True)
+        return float(-np.expm1(_log_absent(number, sampled, min(group_windows, sampled))) @ items)
+
+    targets_mean = group_windows * shards.manifest.train_targets / num_windows
+    queries_mean = targets_mean * (counted.queries_share if targets == "next_basket" else 1.0)
+    return GroupMeans(distinct(counted.items_I), distinct(counted.targets_I), targets_mean, queries_mean)
 
 
-def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
-    """How many of these windows hold each item [I], as input or target (`items`) and as target (`targets`).
+@lru_cache(maxsize=8)
+def _count_sample(shards: Shards, window: int, sampled: int) -> _Counted:
+    """Count so many windows, evenly spaced over the stream. A plan asks for groups of many sizes of one window."""
+    return _count_windows(shards, window, np.arange(sampled) * shards.manifest.windows_per_epoch(window) // sampled)
 
-    And the queries per target where baskets are predicted whole, 1 in a window without a target.
-    """
+
+def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> _Counted:
+    """Count these windows of the stream."""
     order = WindowOrder(shards, window, 1, shards.manifest.seed, targets="next_basket")
     num_targets, num_queries = 0, 0
-    counts = {kind: np.zeros(shards.num_items, np.int64) for kind in _KINDS}
+    items_I, targets_I = np.zeros((2, shards.num_items), np.int64)
     step = max(1, _PIECE_POSITIONS // window)
     for start in range(0, len(window_R), step):
         read = order.windows(window_R[start : start + step])
-        for kind, ids_RX in (("items", np.hstack([read.item_RL, read.target_RL])), ("targets", read.target_RL)):
+        for count_I, ids_RX in ((items_I, np.hstack([read.item_RL, read.target_RL])), (targets_I, read.target_RL)):
             row_P, place_P = np.nonzero(ids_RX >= 0)
             pairs = np.unique(row_P * shards.num_items + ids_RX[row_P, place_P])
-            counts[kind] += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
+            count_I += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
         row_T, place_T = np.nonzero(read.target_RL >= 0)
         num_targets += len(row_T)
         num_queries += len(np.unique(row_T * window + read.query_RL[row_T, place_T]))
-    return counts, num_queries / num_targets if num_targets else 1.0
+    return _Counted(items_I, targets_I, num_queries / num_targets if num_targets else 1.0)
 
 
 def _log_absent(count_X: np.ndarray, num_windows: int, drawn: int) -> np.ndarray:
@@ -150,14 +128,3 @@ def _log_absent(count_X: np.ndarray, num_windows: int, drawn: int) -> np.ndarray
 
 def _log_factorial(numbers_X: np.ndarray) -> np.ndarray:
     return np.array([math.lgamma(number + 1) for number in numbers_X.tolist()])
-
-
-def _interpolate(curve: dict[str, Any], kind: str, window: int, group_windows: float) -> float:
-    lengths = np.array(sorted(map(int, curve["windows"])))
-    values = []
-    for length in lengths:
-        knots = curve["windows"][str(length)]
-        values.append(
-            np.interp(math.log(group_windows), np.log(knots["groups"]), np.log(np.maximum(knots[kind], _SMALLEST)))
-        )
-    return float(np.exp(np.interp(math.log(window), np.log(lengths), values)))

@@ -4,12 +4,11 @@ Writes <out>/events/part-*.parquet, <out>/items.parquet (features that carry the
 the log) and, last, <out>/truth.json. The world is that of bayes.py. Memory: one chunk of users plus O(users + items).
 
 The truth answers the platform's prediction question, given the full history, what comes at the next later timestamp,
-for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL,
-recall@10 and NDCG@10 over sampled users' histories, with user-clustered standard errors: over baskets, and (as a
-protocol with about one query per user weighs them) over users' means. Context fields carry nothing, item fields nothing
-beyond what the item itself says, so the bound holds for models that use them.
+for baskets in the last 20 % of the time range. Its values are averages of exact expectations of the protocol's NLL and
+recall@10 over sampled users' histories, with user-clustered standard errors. Context fields carry nothing, item fields
+nothing beyond what the item itself says, so the bound holds for models that use them.
 
-Shapes: U users, E events, B baskets, Q queries, V items, K list length.
+Shapes: U users, E events, B baskets, N users at one step, V items, K values of a field.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ import pyarrow.parquet as pq
 from scipy.special import entr
 
 from bfm.errors import UserError
-from bfm.events.bayes import BayesFilter, World, WorldSpec, filter_at
+from bfm.events.bayes import BayesFilter, World, WorldSpec, histories
 from bfm.events.ragged import chunks, runs
 from bfm.events.randomness import stream_key
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000
-# A user's last purchases take the memory of about so many events.
-_USER_EVENTS = 10
+# A user's last purchases and belief take the memory of about so many events.
+_USER_EVENTS = 5
 _TRUTH_USERS = 4_000
 _TRUTH_EVENTS = 400_000
 # Baskets times items: an evaluated basket asks for every item.
@@ -43,6 +42,7 @@ _TRUTH_NUMBERS = 500_000_000
 _PIECE_NUMBERS = 1 << 21
 _EVALUATED_SHARE = 0.2
 _TOP = 10
+_METRICS = ("nll", f"recall@{_TOP}")
 _START_MS = 1_672_531_200_000  # 2023-01-01
 _SPAN_MS = 365 * 86_400_000
 _LENGTH_STREAM, _CHUNK_STREAM, _ITEM_STREAM = 1, 2, 3
@@ -88,7 +88,7 @@ def write_synthetic(
         users, items: numbers of users and of items that may occur.
         seed: everything is a function of the arguments.
         interests: hidden interests, at most `items`; None: 16, or `items` where there are fewer.
-        repeat: probability that an item repeats one of the user's last purchases in its aisle, where there are some.
+        repeat: probability that an item repeats the user's last purchase in its aisle, where there is one.
         basket: mean of the geometric law of basket sizes, cut at 1 + 4 (basket - 1) and at `items`; 1: no baskets.
         progress: called with the number of events written so far.
 
@@ -104,45 +104,59 @@ def write_synthetic(
     lengths_U = _history_lengths(seed, events, users)
     numbers = int(events / basket * items)
     stride = max(1, users // _TRUTH_USERS, events // _TRUTH_EVENTS, numbers // _TRUTH_NUMBERS)
-    sums: list[dict[str, np.ndarray]] = []
+    sums = []
     done = 0
     (path / "events").mkdir()
     for chunk, (low, high) in enumerate(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS)):
         rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
         lengths = lengths_U[low:high]
-        item_E, opens_E = world.draw_histories(rng, lengths)
-        baskets_U = np.add.reduceat(opens_E, np.cumsum(lengths) - lengths, dtype=np.int64)
-        time_B, size_B = _times(rng, baskets_U), np.diff(np.flatnonzero(opens_E), append=len(opens_E))
+        size_B, baskets_U = world.draw_sizes(rng, lengths)
+        time_B = _times(rng, baskets_U)
+        item_E, of_chunk = _draw(world, rng, size_B, baskets_U, time_B, np.arange(low, high) % stride == 0)
         table = _event_table(rng, np.repeat(np.arange(low, high), lengths), item_E, np.repeat(time_B, size_B))
         pq.write_table(table, path / "events" / f"part-{chunk:05d}.parquet")
-        chosen_U = np.arange(low, high) % stride == 0
-        sums.append(_truth_sums(world, chosen_U, baskets_U, item_E, size_B, time_B))
+        sums.append(of_chunk)
         done += len(item_E)
         progress(done)
     write_atomic(path / "schema.yaml", _SCHEMA.encode())
-    result = {"events": events, "users": users, "world": asdict(spec), **_truth(sums)}
-    result["marginal_nll"] = world.marginal_nll
+    result = {"events": events, "users": users, "world": asdict(spec), **_truth(np.hstack(sums))}
+    # Of a predictor that ignores the history: a repeated item has the marginal of the purchase it repeats.
+    result["marginal_nll"] = float(entr(BayesFilter(world, 1).probability()).sum())
     write_json(path / TRUTH, result)
     return result
 
 
-def _expected(predictor: BayesFilter, targets_Q: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    """Expected metrics [Q] of the optimal predictor, given the numbers of distinct targets.
+def _draw(
+    world: World,
+    rng: np.random.Generator,
+    size_B: np.ndarray,
+    baskets_U: np.ndarray,
+    time_B: np.ndarray,
+    chosen_U: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items [E] of all baskets, and [3, U]: number of each chosen user's evaluated baskets, sums of their metrics."""
+    start_B, first_U = np.cumsum(size_B) - size_B, np.cumsum(baskets_U) - baskets_U
+    late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
+    item_E, sums_U = np.empty(int(size_B.sum()), np.int32), np.zeros((1 + len(_METRICS), len(baskets_U)))
+    for predictor, user_N, basket_N, bought_E in histories(world, rng, size_B, baskets_U):
+        item_E[runs(start_B[basket_N], size_B[basket_N])] = bought_E
+        asked = user_N[chosen_U[user_N] & late_B[basket_N] & (basket_N > first_U[user_N])]
+        sums_U[0, asked] += 1
+        sums_U[1:, asked] += expected(predictor, asked)
+    return item_E, sums_U
 
-    One of n targets is item i with probability n q(i), so ndcg@k = n sum_j q(i_j) / log2(1 + j) / (the ideal of n).
-    """
-    discount_K = 1 / np.log2(2.0 + np.arange(k))
-    scale_Q = targets_Q / np.cumsum(discount_K)[np.clip(targets_Q, 1, k) - 1]
-    nll_Q, recall_Q, gain_Q = np.zeros((3, len(targets_Q)))
+
+def expected(predictor: BayesFilter, users: np.ndarray, k: int = _TOP) -> np.ndarray:
+    """[2, N]: nll and recall@k that the optimal predictor expects of users' next baskets."""
     num_items = predictor.world.spec.items
+    nll_N, recall_N = np.zeros((2, len(users)))
     step = max(1, _PIECE_NUMBERS // num_items)
-    for start in range(0, len(targets_Q), step):
+    for start in range(0, len(users), step):
         rows = slice(start, start + step)
-        q_QV = predictor.subset(rows).probability()
-        top_QK = -np.sort(np.partition(-q_QV, min(k, num_items) - 1)[:, :k])
-        nll_Q[rows], recall_Q[rows] = entr(q_QV).sum(axis=1), top_QK.sum(axis=1)
-        gain_Q[rows] = top_QK @ discount_K[: top_QK.shape[1]]
-    return {"nll": nll_Q, f"recall@{k}": recall_Q, f"ndcg@{k}": scale_Q * gain_Q}
+        q_NV = predictor.probability(users[rows])
+        nll_N[rows] = entr(q_NV).sum(axis=1)
+        recall_N[rows] = -np.partition(-q_NV, min(k, num_items) - 1)[:, :k].sum(axis=1)
+    return np.stack([nll_N, recall_N])
 
 
 def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
@@ -172,16 +186,9 @@ def _history_lengths(seed: int, events: int, users: int) -> np.ndarray:
 
 def _times(rng: np.random.Generator, baskets_U: np.ndarray) -> np.ndarray:
     """Milliseconds [B]: each user's baskets are sorted uniform draws over the span, a millisecond apart at least."""
-    # Normalised partial sums of exponentials are sorted uniforms, without sorting.
-    gaps = rng.exponential(size=int(baskets_U.sum()) + len(baskets_U))
-    ends = np.cumsum(baskets_U + 1)
-    total = np.cumsum(gaps)
-    last = total[ends - 1]
-    before = np.concatenate([[0.0], last[:-1]])
-    fraction = (total - np.repeat(before, baskets_U + 1)) / np.repeat(last - before, baskets_U + 1)
-    keep = np.ones(len(gaps), np.bool_)
-    keep[ends - 1] = False
-    return _START_MS + np.floor(fraction[keep] * _SPAN_MS).astype(np.int64) + runs(np.zeros_like(baskets_U), baskets_U)
+    user_B, fraction_B = np.repeat(np.arange(len(baskets_U)), baskets_U), rng.random(int(baskets_U.sum()))
+    fraction_B = fraction_B[np.lexsort((fraction_B, user_B))]
+    return _START_MS + np.floor(fraction_B * _SPAN_MS).astype(np.int64) + runs(0, baskets_U)
 
 
 def _event_table(rng: np.random.Generator, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> pa.Table:
@@ -226,34 +233,13 @@ def _named(prefix: str, numbers: np.ndarray) -> pa.Array:
     return pc.binary_join_element_wise(prefix, pa.array(numbers).cast(pa.string()), "")
 
 
-def _truth_sums(
-    world: World,
-    chosen_U: np.ndarray,
-    baskets_U: np.ndarray,
-    item_E: np.ndarray,
-    size_B: np.ndarray,
-    time_B: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Number of each chosen user's evaluated baskets, and sums of their expected metrics: [U] each."""
-    first_B = np.repeat(np.cumsum(baskets_U) - baskets_U, baskets_U)
-    late_B = time_B >= _START_MS + (1 - _EVALUATED_SHARE) * _SPAN_MS
-    query_Q = np.flatnonzero(np.repeat(chosen_U, baskets_U) & late_B & (np.arange(len(first_B)) > first_B))
-    predictor = filter_at(world, item_E, size_B, first_B[query_Q], query_Q)
-    metrics = {"queries": np.ones(len(query_Q)), **_expected(predictor, size_B[query_Q], _TOP)}
-    user_Q = np.unique(first_B[query_Q], return_inverse=True)[1]
-    return {name: np.bincount(user_Q, value_Q) for name, value_Q in metrics.items()}
-
-
-def _truth(chunks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+def _truth(sums_U: np.ndarray) -> dict[str, Any]:
     """Means over evaluated baskets with user-clustered standard errors; None where none was evaluated."""
-    sums = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    queries_U = sums.pop("queries")
+    queries_U, *values = sums_U[:, sums_U[0] > 0]
     count = queries_U.sum()
     figures: dict[str, Any] = {"evaluated_queries": int(count), "evaluated_users": len(queries_U)}
-    for name, sum_U in sums.items():
+    for name, sum_U in zip(_METRICS, values, strict=True):
         mean = float(sum_U.sum() / count) if count else None
         deviation = None if mean is None else float(np.sqrt(np.sum((sum_U - mean * queries_U) ** 2)) / count)
-        figures[f"bayes_{name}"] = mean
-        figures[f"bayes_{name}_error"] = deviation
-        figures[f"bayes_{name}_user_mean"] = float((sum_U / queries_U).mean()) if count else None
+        figures |= {f"bayes_{name}": mean, f"bayes_{name}_error": deviation}
     return figures

@@ -82,20 +82,6 @@ class EvalWindows:
     """Int64 [Q]."""
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the positions of windows lie among the shards' events; all int64 [R, L]."""
-
-    event_RL: np.ndarray
-    """Global event index; -1 where padded."""
-    segment_RL: np.ndarray
-    """As in Windows."""
-    first_RL: np.ndarray
-    """Global index of the user's first event."""
-    stop_RL: np.ndarray
-    """Global index after the user's last event that may be known; 0 where padded."""
-
-
 class WindowOrder:
     """The endless order of training windows and groups of one (shard set, L, G, seed)."""
 
@@ -156,31 +142,42 @@ class WindowOrder:
         stop_RL = first_RL + shards.train_lengths[user_RL]
         event_RL = stop_RL - (shards.train_stops[user_RL] - position_RL)
         segment_RL = np.cumsum(np.diff(user_RL, axis=1, prepend=user_RL[:, :1]) != 0, axis=1)
-        places = _Places(
-            event_RL=np.where(filled_RL, event_RL, -1),
-            segment_RL=np.where(filled_RL, segment_RL, -1),
-            first_RL=np.where(filled_RL, first_RL, 0),
-            stop_RL=np.where(filled_RL, stop_RL, 0),
-        )
-        windows = _gather(shards, places, with_targets=True)
+        event_RL, segment_RL = (np.where(filled_RL, of, -1) for of in (event_RL, segment_RL))
+        windows = _gather(shards, event_RL, segment_RL, first_RL, stop_RL, with_targets=True)
         if self.targets == "next_basket":
             windows = _from_the_basket_before(windows, self.basket_power)
         if self.neighbours is None:
             return windows
-        counted_RL = user_RL < self.neighbours.users
-        return dataclasses.replace(windows, counted=_left_out(self.neighbours, shards, windows, places, counted_RL))
+        target = windows.target_RL >= 0
+        around_TJ = _items_around(shards, event_RL[target], first_RL[target], stop_RL[target])
+        counted_T = user_RL[target] < self.neighbours.users
+        return dataclasses.replace(windows, counted=_left_out(self.neighbours, windows, around_TJ, counted_T))
 
 
-def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
-    """Read the events of windows; the following event is known where it lies before `stop_RL`."""
-    filled_RL = places.event_RL >= 0
-    event_N = places.event_RL[filled_RL]
+def _gather(
+    shards: Shards,
+    event_RL: np.ndarray,
+    segment_RL: np.ndarray,
+    first_RL: np.ndarray,
+    stop_RL: np.ndarray,
+    *,
+    with_targets: bool,
+) -> Windows:
+    """Read the events of windows.
+
+    Args:
+        event_RL: global event index, -1 where padded. segment_RL: as in Windows.
+        first_RL: global index of the user's first event.
+        stop_RL: global index after the user's last event that may be known.
+    """
+    filled_RL = event_RL >= 0
+    event_N = event_RL[filled_RL]
     located = shards.locate(event_N)
     time_N = shards.take_time(located)
-    followed_N = event_N + 1 < places.stop_RL[filled_RL]
+    followed_N = event_N + 1 < stop_RL[filled_RL]
     following = shards.locate(event_N + followed_N)
     later_N = shards.take_time(following) > time_N
-    previous = shards.locate(np.maximum(event_N - 1, places.first_RL[filled_RL]))
+    previous = shards.locate(np.maximum(event_N - 1, first_RL[filled_RL]))
     gap_N = (time_N - shards.take_time(previous)).astype(np.float64)
     if shards.manifest.has_clock:
         gap_N /= 1000.0
@@ -200,7 +197,7 @@ def _gather(shards: Shards, places: _Places, *, with_targets: bool) -> Windows:
     return Windows(
         item_RL=spread(shards.take_item(located), -1, np.int32),
         target_RL=spread(target_N, -1, np.int32),
-        segment_RL=places.segment_RL.astype(np.int32),
+        segment_RL=segment_RL.astype(np.int32),
         query_RL=np.broadcast_to(columns, filled_RL.shape),
         weight_RL=spread(target_N >= 0, 0.0, np.float32),
         later_RL=spread(later_N, False, np.bool_),
@@ -238,21 +235,24 @@ def _last_items(windows: Windows) -> np.ndarray:
     return np.where(segment_RLM == windows.segment_RL[:, :, None], item_RLM, np.int64(-1))
 
 
-def _left_out(
-    neighbours: Neighbours, shards: Shards, windows: Windows, places: _Places, counted_RL: np.ndarray
-) -> Counted:
+def _items_around(shards: Shards, event_T: np.ndarray, first_T: np.ndarray, stop_T: np.ndarray) -> np.ndarray:
+    """Int64 [T, J]: items 1..REACH events before and then after the targets of positions; -1 beyond the user's."""
+    # The target is the event after its position.
+    away_J = np.arange(1, REACH + 1)
+    around_TJ = event_T[:, None] + 1 + np.concatenate([-away_J, away_J])
+    inside_TJ = (around_TJ >= first_T[:, None]) & (around_TJ < stop_T[:, None])
+    items_TJ = np.full(around_TJ.shape, -1, np.int64)
+    items_TJ[inside_TJ] = shards.take_item(shards.locate(around_TJ[inside_TJ]))
+    return items_TJ
+
+
+def _left_out(neighbours: Neighbours, windows: Windows, around_TJ: np.ndarray, counted_T: np.ndarray) -> Counted:
     """What the table says at the query of every position, the event of the position's own target left out."""
     last_RLM = np.take_along_axis(_last_items(windows), windows.query_RL[:, :, None].astype(np.int64), axis=1)
     target = windows.target_RL >= 0
-    # The target is the event after its position.
-    away_J = np.arange(1, REACH + 1)
-    around_TJ = places.event_RL[target][:, None] + 1 + np.concatenate([-away_J, away_J])
-    inside_TJ = (around_TJ >= places.first_RL[target][:, None]) & (around_TJ < places.stop_RL[target][:, None])
-    items_TJ = np.full(around_TJ.shape, -1, np.int64)
-    items_TJ[inside_TJ] = shards.take_item(shards.locate(around_TJ[inside_TJ]))
     share_RLM = np.zeros(last_RLM.shape, np.float32)
     last_RLM[target], share_RLM[target] = neighbours.left_out(
-        windows.target_RL[target], last_RLM[target], items_TJ, counted_RL[target]
+        windows.target_RL[target], last_RLM[target], around_TJ, counted_T
     )
     return Counted(last_RLM, share_RLM)
 
@@ -276,14 +276,15 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: N
         out[place] = values
         return out.reshape(-1, window)
 
-    # Inside a context the following event is known up to the query's own position.
-    places = _Places(
+    windows = _gather(
+        shards,
         event_RL=spread(runs(first + position + 1 - length, length), -1),
         segment_RL=spread(np.repeat(place_among_equal(row, np.lexsort((column, row))), length), -1),
         first_RL=spread(np.repeat(first, length), 0),
+        # Inside a context the following event is known up to the query's own position.
         stop_RL=spread(np.repeat(first + position + 1, length), 0),
+        with_targets=False,
     )
-    windows = _gather(shards, places, with_targets=False)
     last = column + length - 1
     windows.later_RL[row, last] = ~queries.basket
     if neighbours is not None:

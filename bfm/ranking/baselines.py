@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bfm.events.cache import kept
 from bfm.events.neighbours import COUNTINGS, LAST_EVENTS, Neighbours, count_neighbours
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
 from bfm.events.shards import Shards
@@ -58,7 +57,7 @@ def baseline_scores(
         "personal": lambda: to_npz(_measure(best_personal(shards, protocol).scores(shards, table), shards, table, k)),
     }
     name = f"baselines-v{VERSION}-{protocol.hash[:16]}-{part}-{len(table)}-at-{'-'.join(map(str, k))}"
-    return {floor: from_npz(kept(shards, f"{name}-{floor}", make)) for floor, make in makers.items()}
+    return {floor: from_npz(shards.kept(f"{name}-{floor}", make)) for floor, make in makers.items()}
 
 
 def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
@@ -71,7 +70,7 @@ def best_neighbours(shards: Shards, protocol: Protocol) -> Neighbours:
     def make() -> bytes:
         return max(count_neighbours(shards, COUNTINGS), key=worth).to_bytes()
 
-    return Neighbours.from_bytes(kept(shards, f"neighbours-v{VERSION}-{protocol.hash[:16]}", make))
+    return Neighbours.from_bytes(shards.kept(f"neighbours-v{VERSION}-{protocol.hash[:16]}", make))
 
 
 def _neighbour_scores(neighbours: Neighbours, shards: Shards, table: QueryTable, k: Sequence[int]) -> QueryScores:

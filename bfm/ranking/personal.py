@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bfm.events.cache import kept
 from bfm.events.protocol import Protocol, QueryTable, query_targets
 from bfm.events.ragged import chunks, runs
 from bfm.events.shards import Shards
@@ -74,7 +73,7 @@ def best_personal(shards: Shards, protocol: Protocol) -> Personal:
                 losses[way] += loss
         return canonical_json(dataclasses.asdict(min(losses, key=losses.__getitem__)))
 
-    return Personal(**json.loads(kept(shards, f"personal-v{VERSION}-{protocol.hash[:16]}", make)))
+    return Personal(**json.loads(shards.kept(f"personal-v{VERSION}-{protocol.hash[:16]}", make)))
 
 
 def log_popularity(shards: Shards) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@
     weights.safetensors   all weights, float32
     catalogue.safetensors vectors of all items, float32 or bfloat16
     neighbours.npz        counted neighbours of the catalogue's items, where the model mixes them in
-    items.parquet         row i = item i: its key, its encoded fields
+    items.parquet items/  row i = item i: its key, its encoded fields
     vocabulary/*.parquet  values behind the ids of fields
 
 Enters: queries of a shard set, or of a log encoded like it (bfm/events/histories.py). Leaves: lists of item ids with
@@ -29,6 +29,7 @@ from torch import Tensor
 import bfm
 from bfm.errors import CorruptError, UserError
 from bfm.events.encoding import Encoding
+from bfm.events.manifest import Manifest
 from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import QueryTable, seen_items
 from bfm.events.ragged import Ragged
@@ -41,7 +42,7 @@ from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.sealed import Sealed, check_files, list_files
 
-EXPORT = Sealed("exported model", "export.json", version=4, fix="write one with `bfm export`")
+EXPORT = Sealed("exported model", "export.json", version=5, fix="write one with `bfm export`")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHTS, _CATALOGUE, _NEIGHBOURS = "weights.safetensors", "catalogue.safetensors", "neighbours.npz"
 _VECTORS = "vectors"
@@ -80,8 +81,9 @@ class Predictor:
             "window": self.window,
             "table_width": self.model.table_width,
             "filter_seen": self.filter_seen,
-            "encoding": self.encoding.write(folder),
+            "shard_set": dataclasses.replace(self.encoding.manifest, files={}, checks={}).as_dict(),
         }
+        self.encoding.copy_to(folder)
         weights = {name: values.cpu().contiguous() for name, values in self.model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / _WEIGHTS)
         safetensors.torch.save_file({_VECTORS: self.vectors_ID.cpu().contiguous()}, folder / _CATALOGUE)
@@ -100,15 +102,15 @@ class Predictor:
         folder = Path(folder)
         facts = EXPORT.read(Store(folder))
         check_files(folder, facts["files"])
-        encoding = Encoding.read(folder, facts["encoding"])
+        encoding = Encoding(folder, Manifest.from_dict(facts["shard_set"]))
         try:
             shape = Shape(**facts["shape"])
             counted = Neighbours.from_bytes((folder / _NEIGHBOURS).read_bytes()) if shape.counted_events else None
             model = TwoPartModel(
                 shape,
-                encoding.fields,
-                ItemStore(encoding.fields, encoding.item_arrays),
-                encoding.has_clock,
+                encoding.manifest.fields,
+                ItemStore(encoding.item_fields, encoding.item_arrays),
+                encoding.manifest.has_clock,
                 facts["table_width"],
                 seed=0,
                 neighbours=counted,
@@ -140,7 +142,7 @@ class Predictor:
 
     def add_items(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Embed items that histories may hold beside the export's: their ids follow it. They are never recommended."""
-        new_ND = self.model.embed_all(store=ItemStore(self.encoding.fields, arrays))
+        new_ND = self.model.embed_all(store=ItemStore(self.encoding.item_fields, arrays))
         self.vectors_ID = torch.cat([self.vectors_ID[: self.encoding.num_items], new_ND.to(self.vectors_ID.dtype)])
 
     @torch.no_grad()
@@ -150,7 +152,7 @@ class Predictor:
         Memory grows with the queries: k items and one vector each, and the items of their histories where filtered.
         Raises DivergedError where a score is not finite.
         """
-        num_catalogue = self.encoding.catalogue
+        num_catalogue = self.encoding.num_catalogue
         check_k(k, num_catalogue)
         answers = answer(self.model, self.vectors_ID, shards, queries, self.window, num_catalogue)
         no_targets = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
+from bfm.events.clean import repairs
 from bfm.events.histories import PART_ROWS, Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.metrics import check_k
@@ -66,7 +67,7 @@ def predict_log(
     if out.is_dir():
         raise UserError("is a folder", file=str(out), key="--out", fix="name a file, e.g. predictions.parquet")
     predictor = Predictor.load(export, "cuda" if torch.cuda.is_available() else "cpu")
-    check_k(k, predictor.encoding.catalogue)
+    check_k(k, predictor.encoding.num_catalogue)
     filter_seen = predictor.filter_seen if filter_seen is None else filter_seen
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def predict_log(
             part_rows=part_rows,
         )
         if histories.new.ids:
-            predictor.add_items(histories.new_item_arrays())
+            predictor.add_items(histories.new.encode(histories.losses))
         events = 0
         with pq.ParquetWriter(made, _schema(predictor, vectors)) as writer:
             for part in histories.parts():
@@ -141,8 +142,8 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
     return {
         "rows": histories.rows,
         "unusable": dict(sorted(histories.unusable.items())),
-        "repairs": {f"{name}: {fault}": count for (name, fault), count in sorted(histories.repairs.items())},
-        "cuts": dict(sorted(histories.cuts.items())),
+        "repairs": repairs(histories.losses),
+        "cuts": {name: count for (name, what), count in sorted(histories.losses.items()) if what == "cut" and count},
         "duplicates": histories.duplicates,
         "new_items": len(histories.new.ids),
         "new_item_events": histories.new.events,

@@ -64,7 +64,7 @@ class LogFacts:
 
     @classmethod
     def from_shards(cls, shards: Shards, protocol: EvaluationProtocol, evaluation_queries: int | None) -> LogFacts:
-        """Of a shard set; distinct items from the curve in its manifest."""
+        """Of a shard set; distinct items as its windows hold them."""
         manifest = shards.manifest
         return cls(
             fields=manifest.fields,
@@ -75,7 +75,7 @@ class LogFacts:
             train_counts=shards.train_counts,
             context_lengths=protocol.queries("validation").position + 1,
             evaluation_queries=evaluation_queries,
-            groups=functools.partial(group_means, manifest),
+            groups=functools.partial(group_means, shards),
         )
 
 
@@ -111,12 +111,10 @@ class ConfigCost:
     freeze_at_flops: float | None = None
     catalogue_flops: int = 0
     """Embedding the catalogue at the freeze."""
-    relative_error: float = 0.0
-    """Stated error of the step's cost."""
 
     def steps(self, rung_flops: float, cooldown_fraction: float) -> int:
-        """Steps to a rung, fewer by the margin and the stated error. Raises InfeasibleError (see `check_rung`)."""
-        caution = 1.0 + STEP_MARGIN + self.relative_error
+        """Steps to a rung, fewer by the margin. Raises InfeasibleError (see `check_rung`)."""
+        caution = 1.0 + STEP_MARGIN
         return check_rung(
             rung_flops,
             step_flops=self.step_flops * caution,
@@ -199,7 +197,6 @@ class Costs:
             stage2_step_flops=None if second_flops is None else second_flops * config.groups_per_step,
             freeze_at_flops=config.freeze_at_flops,
             catalogue_flops=cost.catalogue_flops(self.facts.num_items) if freezes else 0,
-            relative_error=groups.relative_error,
         )
 
     def _statistics(self, config: TrainConfig) -> GroupMeans:

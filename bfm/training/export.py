@@ -10,7 +10,6 @@ from typing import Any
 
 import bfm
 from bfm.errors import UserError
-from bfm.events.encoding import Encoding
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import write_atomic
@@ -32,7 +31,7 @@ Top {few} items for every user of a log that has the columns of the training log
 | export.json | shape, window, schema, fitted fields, versions; sha256 of the other files |
 | weights.safetensors | all weights, float32 |
 | catalogue.safetensors | vectors of all {items:,} items, {dtype}; the first {catalogue:,} are the catalogue |
-{neighbours}| items.parquet | row i = item i: its key (key_*) and its encoded fields (encoded_*) |
+{neighbours}| items.parquet, items/ | row i = item i: its key, its encoded fields |
 | vocabulary/ | values behind the ids of fields |
 
 {params:,} weights beside the tables, trained over {events:,} events; bfm {version}.
@@ -55,7 +54,7 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
     check_free(out)
     opened = Shards.open(shards)
     model, meta = load_model(checkpoint, opened)
-    config, encoding, protocol = TrainConfig.from_dict(meta["config"]), Encoding.of(opened), Protocol.load(opened)
+    config, protocol = TrainConfig.from_dict(meta["config"]), Protocol.load(opened)
     vectors_ID = model.embed_all().to(DTYPES[catalogue_dtype])
     origin = {
         "name": opened.manifest.name,
@@ -65,15 +64,15 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
     }
     facts = {
         "params": model.shape.params,
-        "items": encoding.num_items,
-        "catalogue": encoding.catalogue,
+        "items": opened.num_items,
+        "catalogue": opened.num_catalogue,
         "dtype": catalogue_dtype,
     }
     words = _README.format(
         **facts,
         name=opened.manifest.name,
         folder=out.name,
-        few=min(10, encoding.catalogue),
+        few=min(10, opened.num_catalogue),
         events=meta["counters"]["events"],
         neighbours=_NEIGHBOURS_LINE if model.neighbours else "",
         version=bfm.__version__,
@@ -81,7 +80,7 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
     with staging(out) as scratch:
         made = scratch / "export"
         write_atomic(made / "README.md", words.encode())
-        Predictor(model, vectors_ID, encoding, config.window, protocol.filter_seen).save(made, origin)
+        Predictor(model, vectors_ID, opened, config.window, protocol.filter_seen).save(made, origin)
         publish(made, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {"export": str(out), "bytes": size, **facts}

@@ -36,13 +36,13 @@ def prepare_serially(
             if part.num_rows:
                 prepare.sort_partition(job, index, part)
         split = prepare.choose_split(job)
-        shards = range(prepare.num_shards(job))
-        for shard in shards:
-            build.measure_partition(job, split, shard)
-        checks = build.fit_all(job)
-        for shard in shards:
-            build.write_partition(job, split, shard)
-        manifest = build.finish_set(job, split, checks)
+        partitions = prepare.sorted_partitions(job)
+        for shard, partition in enumerate(partitions):
+            build.measure_partition(job, split, shard, partition)
+        build.fit_all(job, split)
+        for shard, partition in enumerate(partitions):
+            build.write_partition(job, split, shard, partition)
+        manifest = build.finish_set(job)
         publish(job.shard_set, out)
     return manifest
 

@@ -219,7 +219,7 @@ def test_a_good_row():
             "fault": None, "raw": None,
         }
     ]  # fmt: skip
-    assert not cleaned.repairs
+    assert not cleaned.losses
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_bad_field_values_become_missing_and_are_counted():
     assert cleaned.table["c.quantity"].to_pylist() == [None, None, None]
     assert cleaned.table["c.place"].to_pylist() == [None, [1.0, 2.0], None]
     assert cleaned.table["i.size"].to_pylist() == [None, None, "1"]
-    assert dict(cleaned.repairs) == {
+    assert dict(cleaned.losses) == {
         ("quantity", "not a number"): 1,
         ("quantity", "infinite"): 1,
         ("shop", "infinite"): 1,

@@ -6,15 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bfm.events import describe as module
 from bfm.events.describe import describe, format_description
-from bfm.events.ties import TieCounts, tie_monotonicity
+from bfm.events.ties import Ties, count_ties, tie_facts
 from bfm.units import format_count
 from tests.helpers import history_of, make_shards
 
 
 def test_figures_equal_brute_force(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_EVENTS", 100)
+    monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 100)
     shards = make_shards(tmp_path, users=50, num_shards=3)
     found = describe(shards)
     json.dumps(found, allow_nan=False)
@@ -41,7 +40,7 @@ def test_figures_equal_brute_force(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"clock": False, "split": "leave_one_out"}])
 def test_text_has_the_figures_and_the_warnings(tmp_path, options):
     shards = make_shards(tmp_path, users=50, every_kind=True, **options)
-    sorted_ties = tie_monotonicity(np.zeros(200), np.zeros(200), {"product": pa.array(np.arange(200))}).as_dict()
+    sorted_ties = tie_facts(count_ties(np.zeros(200), np.zeros(200), {"product": pa.array(np.arange(200))}))
     checks = {"ties": sorted_ties, "conflicts": {"price": 0.25, "category": 0.0}}
     shards.manifest = dataclasses.replace(shards.manifest, checks=checks)
     text = format_description(describe(shards))
@@ -65,14 +64,14 @@ def test_ties_are_counted_per_user_and_column():
         "same": pa.array(np.zeros(7)),
         "text": pa.array(["b", "a", "c", "z", None, "x", "y"]),
     }
-    counts = tie_monotonicity(user, time, columns)
-    assert (counts.pairs, counts.neighbours) == (4, 5)
-    assert counts.ascending_share() == {"up": 1.0, "down": 0.0, "text": pytest.approx(2 / 3)}
-    half = tie_monotonicity(user[:4], time[:4], {k: v[:4] for k, v in columns.items()})
-    rest = tie_monotonicity(user[4:], time[4:], {k: v[4:] for k, v in columns.items()})
-    assert half + rest == counts
-    assert TieCounts() + counts == counts
-    assert counts.warning() is None, "too few pairs to say anything"
+    ties = count_ties(user, time, columns)
+    assert (ties["tied", ""], ties["neighbours", ""]) == (4, 5)
+    facts = tie_facts(ties)
+    assert facts["ascending_share"] == {"up": 1.0, "down": 0.0, "text": pytest.approx(2 / 3, abs=1e-6)}
+    half = count_ties(user[:4], time[:4], {k: v[:4] for k, v in columns.items()})
+    rest = count_ties(user[4:], time[4:], {k: v[4:] for k, v in columns.items()})
+    assert half + rest == ties == Ties() + ties
+    assert facts["warning"] is None, "too few pairs to say anything"
 
 
 def test_only_monotone_columns_are_warned_of():
@@ -80,11 +79,11 @@ def test_only_monotone_columns_are_warned_of():
     user, time = np.repeat(np.arange(100), 10), np.zeros(1000)
     rising = np.tile(np.arange(10), 100)
     columns = {"sorted": pa.array(rising), "falling": pa.array(-rising), "free": pa.array(rng.random(1000))}
-    warning = tie_monotonicity(user, time, columns).warning()
+    warning = tie_facts(count_ties(user, time, columns))["warning"]
     assert "sorted rises" in warning
     assert "falling falls" in warning
     assert "free" not in warning
-    assert tie_monotonicity(user, time, {"free": columns["free"]}).warning() is None
+    assert tie_facts(count_ties(user, time, {"free": columns["free"]}))["warning"] is None
 
 
 def test_stored_order_of_honest_shards_raises_no_warning(toy_shards):

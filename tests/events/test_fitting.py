@@ -1,4 +1,5 @@
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 
 from bfm.errors import UserError
 from bfm.events import fitting
+from bfm.events.clean import Losses
+from bfm.events.fields import FittedField
 from bfm.events.hashing import hash_column, hash_rows, hash_strings
-from bfm.events.items import choose_values, count_items, count_values, merge_items
+from bfm.events.items import choose_values, count_items, count_values, item_ids, merge_items
 
 
 def text(values):
@@ -20,10 +23,22 @@ def ones(values):
     return np.ones(len(values), np.int64)
 
 
+class Fit(NamedTuple):
+    field: FittedField
+    vocabulary: pa.Array | None = None
+
+
+def encode(values, fit):
+    """The encoded array, and what was lost: what -> count."""
+    losses = Losses()
+    array = fitting.encode(values, *fit, losses)
+    return array, {what: count for (_, what), count in losses.items()}
+
+
 def fitted(values, kind, weights=None, max_length=None):
     weights = ones(values) if weights is None else np.asarray(weights)
     statistics = fitting.measure(values, kind, weights)
-    return fitting.fit("f", "context", kind, fitting.merge([statistics]), max_length)
+    return Fit(*fitting.fit("f", "context", kind, fitting.merge([statistics]), max_length))
 
 
 # ---------------------------------------------------------------- hashes
@@ -66,15 +81,15 @@ def test_categories_by_falling_training_frequency():
     field = fitted(values, "categorical", [1, 1, 1, 1, 1, 1, 0])
     assert field.vocabulary.to_pylist() == ["a", "b", "c"]
     assert (field.field.kind, field.field.rows, field.field.columns) == ("categorical", 5, 1)
-    found = fitting.encode(values, field)
-    assert (found[0].tolist(), found[0].dtype, found[1]["missing"]) == ([3, 3, 2, 4, 2, 0, 1], np.int32, 0)
+    found = encode(values, field)
+    assert (found[0].tolist(), found[0].dtype, found[1]) == ([3, 3, 2, 4, 2, 0, 1], np.int32, {})
 
 
 def test_many_categories_are_hashed():
     values = text([f"v{n}" for n in range(fitting.MAX_VALUES + 1)])
     field = fitted(values, "categorical")
     assert (field.field.kind, field.field.rows, field.field.columns, field.vocabulary) == ("hashed", 65536, 2, None)
-    ids = fitting.encode(pa.chunked_array([values, text([None])]).combine_chunks(), field)[0]
+    ids = encode(pa.chunked_array([values, text([None])]).combine_chunks(), field)[0]
     assert ids.shape == (len(values) + 1, 2)
     assert ids[-1].tolist() == [0, 0]
     assert 2 <= ids[:-1].min() <= ids.max() < 65536
@@ -83,7 +98,7 @@ def test_many_categories_are_hashed():
     assert abs(np.corrcoef(ids[:-1].T)[0, 1]) < 0.02
     part = fitting.measure(values.slice(0, 40_000), "categorical", ones(values[:40_000]))
     rest = fitting.measure(values.slice(40_000), "categorical", ones(values[40_000:]))
-    assert fitting.fit("f", "item", "categorical", fitting.merge([part, rest])).field.kind == "hashed"
+    assert fitting.fit("f", "item", "categorical", fitting.merge([part, rest]))[0].kind == "hashed"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +112,7 @@ def test_rows_of_a_hashed_table(values, rows):
 def test_two_hashes_tell_the_items_of_any_catalogue_apart(values):
     rows = fitting.id_table_rows(values)
     keys = text([f"item {n}" for n in range(values)])
-    ids = fitting.encode(keys, fitting.Fitted(fitting.hashed_field("item_id", "item", rows)))[0]
+    ids = encode(keys, Fit(fitting.hashed_field("item_id", "item", rows)))[0]
     # At most one pair of items is expected to share both rows; seven or more happen once in 10,000 tables.
     assert values - len(np.unique(np.sort(ids, axis=1), axis=0)) < 7
     assert 2 <= ids.min() <= ids.max() < rows
@@ -114,7 +129,7 @@ def test_numbers_keep_their_raw_value_and_know_their_quantiles():
     np.testing.assert_allclose(field.edges, expected, rtol=2e-4)
     assert np.all(np.diff(field.edges) > 0)
     assert (field.mean, field.std) == (pytest.approx(squashed.mean()), pytest.approx(squashed.std()))
-    array = fitting.encode(values, fitting.Fitted(field))[0]
+    array = encode(values, Fit(field))[0]
     assert array.dtype == np.float32
     np.testing.assert_allclose(array[:-1], raw, rtol=1e-6)
     assert np.isnan(array[-1])
@@ -131,9 +146,9 @@ def test_text_is_a_bag_of_words():
     values = text(["Café au lait", "AU REVOIR!", "", None, " - ", "unseen"])
     field = fitted(values, "text", [1, 1, 1, 1, 1, 0])
     assert field.vocabulary.to_pylist() == ["au", "café", "lait", "revoir"]
-    ids = fitting.encode(values, field)[0]
+    ids = encode(values, field)[0]
     assert ids.tolist() == [[3, 2, 4], [2, 5, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
-    assert (fitting.encode(values.dictionary_encode(), field)[0] == ids).all()
+    assert (encode(values.dictionary_encode(), field)[0] == ids).all()
     long = fitted(text([" ".join(f"w{n}" for n in range(50))]), "text").field
     assert (long.columns, long.rows) == (32, 52)
 
@@ -142,7 +157,7 @@ def test_lists_are_padded():
     values = pa.array([["b", "a"], ["b"], None, ["new"] * 20], pa.large_list(pa.large_string()))
     field = fitted(values, "list", [1, 1, 1, 0])
     assert (field.field.rows, field.field.columns) == (4, 2)
-    found = fitting.encode(values, field)
+    found = encode(values, field)
     assert found[0].tolist() == [[2, 3], [2, 0], [0, 0], [1, 1]]
     assert found[1] == {"values": 3, "cut": 1, "lost": 18}
 
@@ -155,13 +170,13 @@ def test_what_a_bag_loses_is_counted(bags, max_length):
     ids = {}
     for kind, values in (("list", lists), ("text", texts), ("text", texts.dictionary_encode())):
         field = fitted(values, kind, max_length=max_length)
-        found = fitting.encode(values, field)
+        found = encode(values, field)
         names = [None, None, *field.vocabulary.to_pylist()]
         kept = [[names[place] for place in row if place] for row in found[0].tolist()]
         assert kept == [(bag or [])[:max_length] for bag in bags]
         lengths = [len(bag or []) for bag in bags]
         over = [length - max_length for length in lengths if length > max_length]
-        assert found[1] == fitting.Loss(values=sum(length > 0 for length in lengths), cut=len(over), lost=sum(over))
+        assert found[1] == dict(values=sum(length > 0 for length in lengths), cut=len(over), lost=sum(over))
         assert found[0].shape[1] == max(1, min(max_length, max(lengths)))
         ids.setdefault(kind, found[0].tolist())
         assert found[0].tolist() == ids[kind]
@@ -171,16 +186,16 @@ def test_vectors_have_the_most_frequent_length():
     values = pa.array([[1.0, 2.0], [3.0, 4.0], [5.0], None], pa.large_list(pa.float32()))
     field = fitted(values, "vector")
     assert field.field.columns == 2
-    found = fitting.encode(values, field)
-    assert (found[0].tolist(), found[1]["missing"]) == ([[1, 2], [3, 4], [0, 0], [0, 0]], 1)
+    found = encode(values, field)
+    assert (found[0].tolist(), found[1]) == ([[1, 2], [3, 4], [0, 0], [0, 0]], {"another length": 1})
     with pytest.raises(UserError, match="no vector"):
         fitted(pa.array([None], pa.large_list(pa.float32())), "vector")
 
 
 def test_times_stay_milliseconds():
     values = pa.array([5, None], pa.int64())
-    found = fitting.encode(values, fitted(values, "time"))
-    assert (found[0].tolist(), found[0].dtype, found[1]["missing"]) == ([5, 0], np.int64, 1)
+    found = encode(values, fitted(values, "time"))
+    assert (found[0].tolist(), found[0].dtype, found[1]) == ([5, 0], np.int64, {"missing, written as the epoch": 1})
 
 
 @pytest.mark.parametrize("kind", ["categorical", "numeric", "text", "list", "vector"])
@@ -195,10 +210,10 @@ def test_merged_parts_fit_like_the_whole(kind):
         "vector": pa.array([[1.0, 2.0]] * num, pa.large_list(pa.float32())),
     }
     values, weights = columns[kind], rng.integers(0, 3, num)
-    whole = fitting.fit("f", "item", kind, fitting.measure(values, kind, weights))
+    whole = Fit(*fitting.fit("f", "item", kind, fitting.measure(values, kind, weights)))
     spans = itertools.pairwise([0, 100, 101, num])
     parts = [fitting.measure(values.slice(a, b - a), kind, weights[a:b]) for a, b in spans]
-    merged = fitting.fit("f", "item", kind, fitting.merge(parts))
+    merged = Fit(*fitting.fit("f", "item", kind, fitting.merge(parts)))
     assert merged.vocabulary == whole.vocabulary
     assert merged.field.edges == whole.field.edges
     assert (merged.field.rows, merged.field.columns) == (whole.field.rows, whole.field.columns)
@@ -258,4 +273,4 @@ def test_items_against_a_plain_count(seed):
     assert items.catalogue == sum(count > 0 for count in counts.values())
     assert texts.to_pylist() == chosen
     assert counted == conflicts
-    assert items.ids(text(["i1", ids[-1]])).tolist() == [ids.index("i1"), len(ids) - 1]
+    assert item_ids(text(["i1", ids[-1]]), items.keys).tolist() == [ids.index("i1"), len(ids) - 1]

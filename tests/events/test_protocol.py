@@ -76,7 +76,8 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
 def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
     shards = make_shards(tmp_path, users=60)
     usual = build_protocol(shards, queries=20, filter_seen=None, seed=9)
-    monkeypatch.setattr(module, "_CHUNK_EVENTS", 3)
+    monkeypatch.setattr(module, "_SPARE_CANDIDATES", 3)
+    monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 3)
     assert build_protocol(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
 
 

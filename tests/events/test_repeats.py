@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from bfm.events.protocol import Protocol, build_protocol
-from bfm.events.repeats import NOISE, Repeats, rule_facts, rule_words, training_repeats
+from bfm.events.repeats import NOISE, rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards
 from tests.events.serial import prepare_serially
 from tests.helpers import history_of, make_shards
 
 
-def brute_force(shards) -> Repeats:
+def brute_force(shards) -> dict[str, int]:
     targets = seen = 0
     for user in range(shards.num_users):
         history = history_of(shards, user)
@@ -23,14 +23,14 @@ def brute_force(shards) -> Repeats:
                 targets += len(bought)
                 seen += len(bought & before)
             before |= bought
-    return Repeats(targets, seen)
+    return {"targets": targets, "seen": seen}
 
 
 @pytest.mark.parametrize("options", [{"num_shards": 3}, {"split": "leave_one_out", "clock": False}])
 def test_repeats_equal_brute_force_in_chunks_of_any_size(tmp_path, monkeypatch, options):
     shards = make_shards(tmp_path, users=50, **options)
     expected = brute_force(shards)
-    assert 0 < expected.seen < expected.targets
+    assert 0 < expected["seen"] < expected["targets"]
     for chunk in (1, 100, 1 << 20):
         monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", chunk)
         assert training_repeats(shards) == expected
@@ -38,7 +38,7 @@ def test_repeats_equal_brute_force_in_chunks_of_any_size(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(("seen", "noise"), [(0, True), (9, True), (10, False), (900, False)])
 def test_lists_leave_out_seen_items_where_repeats_are_noise_unless_the_schema_says_otherwise(seen, noise):
-    found = Repeats(int(10 / NOISE), seen)
+    found = {"targets": int(10 / NOISE), "seen": seen}
     assert rule_facts(found, None)["filter_seen"] == noise
     for given in (True, False):
         facts = rule_facts(found, given)
@@ -47,7 +47,7 @@ def test_lists_leave_out_seen_items_where_repeats_are_noise_unless_the_schema_sa
 
 
 def test_a_log_without_targets_says_nothing_and_filters_nothing():
-    facts = rule_facts(Repeats(0, 0), None)
+    facts = rule_facts({"targets": 0, "seen": 0}, None)
     assert not facts["filter_seen"]
     assert "0.00%" in rule_words(facts)
 
@@ -74,6 +74,6 @@ def test_the_default_follows_the_log_whatever_the_split(tmp_path, order, repeats
 def test_the_rule_of_the_toy_log_is_in_its_protocol(tmp_path):
     shards = make_shards(tmp_path, users=50)
     by_log = build_protocol(shards, queries=None, filter_seen=None, seed=0)
-    assert Repeats(**by_log.info["training_repeats"]) == brute_force(shards)
+    assert by_log.info["training_repeats"] == brute_force(shards)
     assert by_log.info["filter_seen_by"] == "log"
     assert not by_log.filter_seen

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from bfm.errors import CorruptError, UserError
-from bfm.events.cache import kept, kept_path
 from bfm.events.manifest import MANIFEST, Manifest
 from bfm.events.shards import Shards, write_shard
 from tests.helpers import history_of, make_shards, user_keys
@@ -159,10 +158,10 @@ def test_what_is_kept_is_checked_and_never_needed(copied):
         made.append(1)
         return b"value"
 
-    assert [kept(shards, "x", make) for _ in range(2)] == [b"value"] * 2
+    assert [shards.kept("x", make) for _ in range(2)] == [b"value"] * 2
     assert len(made) == 1
-    kept_path(shards, "x").write_bytes(kept_path(shards, "x").read_bytes()[:-1])
-    assert kept(shards, "x", make) == b"value"
+    shards.kept_path("x").write_bytes(shards.kept_path("x").read_bytes()[:-1])
+    assert shards.kept("x", make) == b"value"
     assert len(made) == 2
     assert Shards.open(copied, verify=True).hash == shards.hash
 
@@ -171,6 +170,6 @@ def test_a_directory_that_cannot_be_written_only_costs_the_cache(toy_shards, mon
     def refuse(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("bfm.events.cache.write_atomic", refuse)
-    assert kept(toy_shards, "never", lambda: b"value") == b"value"
-    assert not kept_path(toy_shards, "never").exists()
+    monkeypatch.setattr("bfm.events.shards.write_atomic", refuse)
+    assert toy_shards.kept("never", lambda: b"value") == b"value"
+    assert not toy_shards.kept_path("never").exists()

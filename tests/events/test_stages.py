@@ -15,7 +15,7 @@ from bfm.errors import UserError
 from bfm.events import build, prepare, source
 from bfm.events.describe import describe
 from bfm.events.shards import Shards
-from bfm.events.ties import tie_monotonicity
+from bfm.events.ties import count_ties, tie_facts
 from tests.events.serial import PROJECT, contents, prepare_serially, shared_data
 from tests.helpers import history_of, user_keys
 
@@ -157,8 +157,8 @@ def _worst_order(shards):
     time = np.concatenate([history_of(shards, user).time for user in range(shards.num_users)])
     user = np.repeat(np.arange(shards.num_users), shards.user_lengths)
     key = shards.items_table().column(0).to_numpy()[item].astype(np.int64)
-    counts = tie_monotonicity(user, time, {"key": pa.array(key), "id": pa.array(item)})
-    return max(abs(share - 0.5) for share in counts.ascending_share().values())
+    facts = tie_facts(count_ties(user, time, {"key": pa.array(key), "id": pa.array(item)}))
+    return max(abs(share - 0.5) for share in facts["ascending_share"].values())
 
 
 def test_complete_journey_does_not_show_the_order_inside_baskets(tmp_path):

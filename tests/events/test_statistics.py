@@ -4,9 +4,9 @@ import shutil
 import numpy as np
 import pytest
 
-from bfm.events.cache import kept_path
+from bfm.events import statistics as module
 from bfm.events.shards import Shards
-from bfm.events.statistics import fit_group_curve, group_means, inclusion_elsewhere, target_windows
+from bfm.events.statistics import group_means, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
 from bfm.model.batch import make_batch
 from tests.helpers import make_shards
@@ -14,7 +14,7 @@ from tests.helpers import make_shards
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Enough events and items for a curve with a small error."""
+    """Enough events and items for groups of many sizes."""
     return make_shards(tmp_path_factory.mktemp("many") / "shards", users=300, items=800, max_events=90, num_shards=2)
 
 
@@ -30,7 +30,7 @@ def test_target_windows_equal_brute_force(toy_shards, window):
     for item in range(toy_shards.num_catalogue):
         assert count_V[item] == (targets_RL == item).any(1).sum()
     # Cached or computed: the same numbers.
-    assert kept_path(toy_shards, f"target-windows-L{window}").exists()
+    assert toy_shards.kept_path(f"target-windows-L{window}").exists()
     assert np.array_equal(target_windows(toy_shards, window), count_V)
 
 
@@ -78,36 +78,39 @@ def test_group_means_counts_equal_those_of_groups(many, window, group_windows):
     rows = [(group.target_RL >= 0).sum() for group in groups]
     baskets = WindowOrder(many, window, group_windows, seed=3, targets="next_basket")
     queries = [make_batch([baskets.group(index)]).groups[0].queries for index in range(200)]
-    expected = group_means(many.manifest, window, group_windows, "next_basket")
-    allowed = expected.relative_error + 0.01
-    assert 0 < expected.relative_error < 0.08
-    assert expected.distinct_items_mean == pytest.approx(np.mean(items), rel=allowed)
-    assert expected.distinct_targets_mean == pytest.approx(np.mean(targets), rel=allowed)
+    expected = group_means(many, window, group_windows, "next_basket")
+    assert expected.distinct_items_mean == pytest.approx(np.mean(items), rel=0.01)
+    assert expected.distinct_targets_mean == pytest.approx(np.mean(targets), rel=0.01)
     assert expected.targets_mean == pytest.approx(np.mean(rows), rel=0.02)
-    assert expected.queries_mean == pytest.approx(np.mean(queries), rel=allowed)
+    assert expected.queries_mean == pytest.approx(np.mean(queries), rel=0.01)
     assert expected.queries_mean < expected.targets_mean
-    plain = group_means(many.manifest, window, group_windows)
+    plain = group_means(many, window, group_windows)
     assert plain.queries_mean == plain.targets_mean == expected.targets_mean
 
 
-def test_the_curve_is_exact_for_an_epoch_and_beyond(many):
+def test_an_epoch_and_beyond(many):
     num_windows = WindowOrder(many, 32, 1, 0).windows_per_epoch
-    whole = group_means(many.manifest, 32, num_windows)
+    whole = group_means(many, 32, num_windows)
     assert whole.distinct_items_mean == pytest.approx(many.num_catalogue)
     assert whole.targets_mean == pytest.approx(many.manifest.train_targets)
-    twice = group_means(many.manifest, 32, 2 * num_windows)
+    twice = group_means(many, 32, 2 * num_windows)
     assert twice.distinct_items_mean == pytest.approx(many.num_catalogue)
     assert twice.targets_mean == pytest.approx(2 * many.manifest.train_targets)
 
 
-def test_curve_is_a_function_of_the_shards(many):
-    assert fit_group_curve(many) == many.manifest.group_curve
+def test_a_sample_of_the_windows_is_enough(many, monkeypatch):
+    whole = group_means(many, 8, 4, "next_basket")
+    monkeypatch.setattr(module, "_SAMPLE_POSITIONS", many.manifest.train_events // 3)
+    sampled = group_means(many, 8, 4, "next_basket")
+    assert sampled != whole
+    for name, mean in vars(whole).items():
+        assert getattr(sampled, name) == pytest.approx(mean, rel=0.03)
 
 
 def test_a_damaged_cache_is_computed_again(toy_shards, tmp_path):
     shutil.copytree(toy_shards.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
     shards = Shards.open(tmp_path / "copy")
     first = target_windows(shards, 16)
-    path = kept_path(shards, "target-windows-L16")
+    path = shards.kept_path("target-windows-L16")
     path.write_bytes(path.read_bytes()[:-5])
     assert np.array_equal(target_windows(shards, 16), first)

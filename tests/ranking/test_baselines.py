@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from bfm.events.cache import kept_path
 from bfm.events.neighbours import COUNTINGS, count_neighbours
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
@@ -29,10 +28,10 @@ def test_floors_are_cached_and_a_read_only_directory_is_tolerated(tmp_path, monk
     shards = make_shards(tmp_path / "toy", users=40)
     protocol = Protocol.load(shards)
     with monkeypatch.context() as patch:
-        patch.setattr("bfm.events.cache.write_atomic", refuse)
+        patch.setattr("bfm.events.shards.write_atomic", refuse)
         first = baseline_metrics(shards, protocol, "validation")
     assert baseline_metrics(shards, protocol, "validation") == first
-    assert list(kept_path(shards, "x").parent.glob("baselines-*"))
+    assert list(shards.kept_path("x").parent.glob("baselines-*"))
     with monkeypatch.context() as patch:
         patch.setattr(baselines, "_measure", lambda *_, **__: pytest.fail("the cache was not read"))
         assert baseline_metrics(shards, protocol, "validation") == first
@@ -62,7 +61,7 @@ def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_sh
     assert len({metrics["ndcg@10"] for metrics in worth.values()}) == len(COUNTINGS)
     for _ in range(2):  # chosen, and read from the cache
         assert best_neighbours(toy_shards, protocol).counting == best
-    assert list(kept_path(toy_shards, "x").parent.glob("neighbours-*"))
+    assert list(toy_shards.kept_path("x").parent.glob("neighbours-*"))
     assert counted[1].weight_P.tolist() == count_neighbours(toy_shards, COUNTINGS[1:])[0].weight_P.tolist()
 
 

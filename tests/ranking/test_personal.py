@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-from bfm.events.cache import kept_path
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines, personal
 from bfm.ranking.metrics import summarise
@@ -83,6 +82,6 @@ def test_decay_and_share_are_those_of_the_best_nll(tmp_path, monkeypatch):
     assert best == min(losses, key=losses.__getitem__)
     measured = baselines._measure(best.scores(shards, table), shards, table, (10,))
     assert summarise(measured).metrics["nll"] == pytest.approx(losses[best], rel=1e-5)
-    assert list(kept_path(shards, "x").parent.glob("personal-*"))
+    assert list(shards.kept_path("x").parent.glob("personal-*"))
     monkeypatch.setattr(personal, "_losses", lambda *_: pytest.fail("the cache was not read"))
     assert best_personal(shards, protocol) == best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bfm.errors import CorruptError, UserError
-from bfm.events.encoding import Encoding
+from bfm.events.encoding import Encoding, write_items
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
 from bfm.files import Store
@@ -162,20 +163,18 @@ def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, 
 
 
 def test_new_items_are_embedded_as_preparation_embeds_late_ones(shop, predictor, tmp_path):
-    full, known = predictor.encoding, predictor.encoding.catalogue
-    cut = Encoding(
-        **{
-            **vars(full),
-            "item_keys": full.item_keys.slice(0, known),
-            "item_arrays": {name: values[:known] for name, values in full.item_arrays.items()},
-        }
-    )
+    full, known = predictor.encoding, predictor.encoding.num_catalogue
+    cut = Encoding(tmp_path / "cut", replace(full.manifest, items=known))
+    shutil.copytree(full.path, cut.path)
+    arrays = {name: values[:known] for name, values in full.item_arrays.items()}
+    write_items(cut.path, full.items_table().slice(0, known), arrays, {})
     assert full.num_items - known > 0
-    histories = Histories(cut, [str(shop.folder / "log.parquet")], tmp_path)
+    (tmp_path / "scratch").mkdir()
+    histories = Histories(cut, [str(shop.folder / "log.parquet")], tmp_path / "scratch")
     late = full.item_keys["item"].to_pylist()[known:]
     assert sorted(histories.new.ids) == sorted(late)
     assert histories.new.events == shop.frame["item"].astype(str).isin(late).sum()
-    arrays = histories.new_item_arrays()
+    arrays = histories.new.encode(histories.losses)
     for place, key in enumerate(histories.new.ids):
         for name in ("item_id", "popularity", "words", "tags", "look"):
             np.testing.assert_array_equal(arrays[name][place], full.item_arrays[name][full_id(full, key)])
@@ -314,7 +313,7 @@ def test_bags_are_cut_as_preparation_cuts_them(tmp_path):
     for user, key in enumerate(user_keys(shop.shards).to_pylist()):
         again = history_of(part.shards, place[key]).context["coupons"]
         np.testing.assert_array_equal(again, history_of(shop.shards, user).context["coupons"])
-    assert histories.cuts == {"coupons": cuts["coupons"]["cut"]}
+    assert histories.losses["coupons", "cut"] == cuts["coupons"]["cut"]
     shop.frame.assign(item=9000 + shop.frame["item"]).to_parquet(tmp_path / "new.parquet")
     _, summary = predict(export, [tmp_path / "new.parquet"], tmp_path / "out.parquet")
     assert summary["cuts"] == {"coupons": cuts["coupons"]["cut"], "words": summary["new_items"]}

@@ -107,7 +107,7 @@ def test_a_drawn_value_that_no_configuration_takes_is_a_rejection(toy_costs):
 def test_nominal_costs_are_the_models_at_the_expected_group(toy_shards, toy_costs):
     config = TrainConfig(params=3e4, window=16, group_windows=4, groups_per_step=3, d_item=16)
     cost = toy_costs.of(config)
-    stats = group_means(toy_shards.manifest, 16, 4, "next_basket")
+    stats = group_means(toy_shards, 16, 4, "next_basket")
     model = ModelCost(config.shape(), toy_shards.manifest.fields, 16, 16, toy_shards.manifest.has_clock)
     group = model.group_flops(
         1, round(stats.distinct_items_mean), round(stats.queries_mean), round(stats.distinct_targets_mean), 4
@@ -133,7 +133,7 @@ def test_stage_2_costs_follow_the_freeze(toy_costs):
 
 def test_the_candidates_of_stage_2_are_the_targets_and_what_is_drawn(toy_shards, toy_costs):
     config = TrainConfig(params=3e4, window=16, d_item=16, freeze_at_flops=1e9, negatives=20)
-    means = group_means(toy_shards.manifest, 16, config.group_windows, "next_basket")
+    means = group_means(toy_shards, 16, config.group_windows, "next_basket")
     more = toy_costs.of(dataclasses.replace(config, negatives=50)).stage2_step_flops
     per_candidate = 4 * round(means.queries_mean) * config.d_item * config.groups_per_step
     assert more - toy_costs.of(config).stage2_step_flops == 30 * per_candidate
