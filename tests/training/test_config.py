@@ -23,9 +23,10 @@ def test_number_types_do_not_change_identity():
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(TrainConfig)])
 def test_identity_depends_on_every_field(field):
-    base = TrainConfig(params=1e5, freeze_at_flops=1e9, negatives=8, depth=1, embedder_depth=1, warmup_events=10)
+    stage_2 = {"freeze_at_flops": 1e9, "negatives": 8}
+    base = TrainConfig(params=1e5, counts="neighbours", depth=1, embedder_depth=1, warmup_events=10, **stage_2)
     value = getattr(base, field)
-    other = {"copy": "none", "counts": "neighbours", "targets": "next_event"}.get(field)
+    other = {"copy": "none", "counts": "none", "targets": "next_event"}.get(field)
     if other is not None:
         assert dataclasses.replace(base, **{field: other}).fingerprint != base.fingerprint
         return
@@ -47,6 +48,7 @@ def test_identity_depends_on_every_field(field):
         ({"params": 1e4, "embedder_share": -0.1}, "embedder_share", ">= 0"),
         ({"params": 1e4, "learning_rate": -1}, "learning_rate", ">= 0"),
         ({"params": 1e4, "groups_per_step": 0}, "groups_per_step", "from 1"),
+        ({"params": 1e4, "counts_share": 0.2}, "counts_share", "nothing is counted"),
         ({"params": 1e4, "groups_per_step": 1.5}, "groups_per_step", "whole number"),
         ({"params": 1e4, "copy": "paste"}, "copy", "write pointer or none"),
         ({"params": 1e4, "window": 1}, "window", "from 2"),

@@ -119,8 +119,8 @@ def test_a_given_share_is_mixed_into_a_network_that_was_trained_alone(toy_shards
     def probabilities(trainer):
         model = trainer.plain_model(trainer.engine.export_state().weight)
         v_ID, every = model.embed_all(), slice(0, len(table))
-        answers = answer(model, v_ID.__getitem__, toy_shards, table, config.window, num_items)
-        return answers.scores(v_ID[:num_items])(every)(slice(0, num_items)).softmax(1)
+        answers = answer(model, v_ID, toy_shards, table, config.window, num_items)
+        return answers.scores()(every)(slice(0, num_items)).softmax(1)
 
     neighbours = data.neighbours(config)
     windows = eval_windows(toy_shards, table, config.window, neighbours)
