@@ -29,6 +29,10 @@ class DivergedError(ArithmeticError):
     """Training produced a non-finite loss or gradient: a result of the configuration, never retried."""
 
 
+class PausedError(RuntimeError):
+    """A sweep stopped itself over a fault that is nobody's configuration; mended, the same command goes on. Exit 1."""
+
+
 class OutOfMemoryError(MemoryError):
     """A configuration does not fit its worker: infeasible there, not a bad loss."""
 

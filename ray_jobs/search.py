@@ -19,12 +19,17 @@ from typing import Any, Protocol, TypeVar
 
 from ray.tune.search import Searcher
 
+from bfm.errors import PausedError
 from bfm.sweep.task import Finished, Task, Wait
-from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW
+from bfm.training.task import Account
+from ray_jobs.signals import Interrupted, Signals
+from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW, YIELDED
 
 IDLE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
 WAIT_POLL_S = 1.0
+YIELD_LIMIT_S = 45.0
+"""A sweep that ends waits so long for the checkpoints of its running tasks."""
 Answer = TypeVar("Answer")
 
 
@@ -43,10 +48,14 @@ class Driver(Protocol):
         """A task ended without a row."""
         ...
 
+    def yielded(self, task_id: str, account: Account) -> bool:
+        """A task ended early, with a checkpoint."""
+        ...
+
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is imported, assigned, row, lost or finished."""
+    """Something a display may show: `kind` is imported, assigned, row, lost, yielded or finished."""
 
     kind: str
     task: Task | None = None
@@ -67,7 +76,8 @@ class _Live:
 class DriverSearcher(Searcher):
     """suggest -> next_task; a trial's result or death -> report or lost. At most `slots` trials at a time.
 
-    `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it.
+    `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it. A signal
+    and a PausedError end it too, once the running tasks have left their checkpoints.
     """
 
     def __init__(
@@ -76,13 +86,17 @@ class DriverSearcher(Searcher):
         slots: int,
         *,
         on_event: Callable[[SweepEvent], None] | None = None,
+        signals: Signals | None = None,
+        ask_to_yield: Callable[[Task], None] = lambda task: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.driver, self.slots = driver, slots
         self.failure: Exception | None = None
         self._on_event = on_event or (lambda event: None)
-        self._clock = clock
+        self._clock, self._signals, self._ask_to_yield = clock, signals or Signals(), ask_to_yield
+        self._paused: PausedError | None = None
+        self._ends_at_s: float | None = None
         self._live: dict[str, _Live] = {}
         self._next: Task | None = None
         # Actors given back and not yet taken by another trial.
@@ -97,6 +111,8 @@ class DriverSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A configuration for a new Tune trial, None while there is nothing to start, FINISHED at the end."""
+        if self._ends():
+            return None if self._live else Searcher.FINISHED
         if len(self._live) >= self.slots:
             return None
         task = self._peek()
@@ -121,7 +137,7 @@ class DriverSearcher(Searcher):
         live = self._live[trial_id]
         if live.settled_at_s is None:
             return False
-        if self.failure is not None:
+        if self.failure is not None or self._ends():
             return True
         if self._slots_are_starting():
             return False
@@ -150,6 +166,21 @@ class DriverSearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Tune's restore is not used: a sweep is resumed from its ledger."""
         raise RuntimeError("resume the sweep from its ledger, not from Ray Tune's snapshot")
+
+    def _ends(self) -> bool:
+        """Whether the run is on its way to its end. Raises Interrupted when all tasks have yielded or were too slow."""
+        if self._signals.received is None and self._paused is None:
+            return False
+        running = [live.task for live in self._live.values() if live.settled_at_s is None]
+        if self._ends_at_s is None:
+            self._ends_at_s = self._clock() + YIELD_LIMIT_S
+            for task in running:
+                self._ask_to_yield(task)
+        if not running or self._clock() > self._ends_at_s:
+            if self._signals.received is not None:
+                raise Interrupted(self._signals.received)
+            self.failure = self.failure or self._paused
+        return True
 
     def _peek(self) -> Task | None:
         now_s = self._clock()
@@ -186,11 +217,17 @@ class DriverSearcher(Searcher):
 
     def _settle(self, trial_id: str, result: dict[str, Any]) -> None:
         live = self._live[trial_id]
-        if live.settled_at_s is not None or not {ROW, LOST, FATAL} & result.keys():
+        if live.settled_at_s is not None or not {ROW, LOST, YIELDED, FATAL} & result.keys():
             return
         live.settled_at_s = self._clock()
         if LOST in result:
             self._lose(live.task, result[LOST], retry=result["retry"])
+            return
+        if YIELDED in result:
+            account = Account(**json.loads(result[YIELDED]))
+            self._ask_again_at_s = float("-inf")
+            self._guard(lambda: self.driver.yielded(live.task.task_id, account))
+            self._on_event(SweepEvent("yielded", task=live.task))
             return
         if FATAL in result:
             self.failure = self.failure or FATAL_ERRORS[result[FATAL]](result["message"])
@@ -210,7 +247,9 @@ class DriverSearcher(Searcher):
             return None
         try:
             return call()
+        except PausedError as error:
+            self._paused = error
         except Exception as error:
             # Tune would bury it in a TuneError's text; the sweep's entry point raises it after the run has ended.
             self.failure = error
-            return None
+        return None

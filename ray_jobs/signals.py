@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception in the main thread, so that a sweep ends by unwinding: ledger, lease, Ray."""
+"""SIGINT and SIGTERM: a sweep ends by unwinding, and may ask its tasks for checkpoints before."""
 
 from __future__ import annotations
 
@@ -17,25 +17,38 @@ class Interrupted(BaseException):
         self.number = number
 
 
+class Signals:
+    """What has been received inside `signals_raise`."""
+
+    def __init__(self) -> None:
+        self.waits = False
+        """Whether the first signal is only noted, for somebody who looks at `received`."""
+        self.received: int | None = None
+
+
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """The first SIGINT or SIGTERM leaves the block as Interrupted; a second one ends the process."""
+def signals_raise() -> Iterator[Signals]:
+    """The first SIGINT or SIGTERM leaves the block as Interrupted, or is noted where the block says so; the next one
+    leaves it in any case, and a third ends the process."""
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-    received = [signal.SIGINT]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        noted = signals.waits and signals.received is None
+        signals.received = signal.Signals(number)
+        if noted:
+            return
         signal.signal(number, signal.SIG_DFL)
-        received[0] = signal.Signals(number)
         # The one exception that Ray's native code lets through.
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     except KeyboardInterrupt:
-        raise Interrupted(received[0]) from None
+        raise Interrupted(signals.received or signal.SIGINT) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
@@ -35,6 +35,9 @@ from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT, SweepState
+from bfm.sweep.task import Task
+from bfm.training.journal import settle, stop_task
+from bfm.training.task import Account, RungTask
 from bfm.units import format_flops
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
 from ray_jobs.search import SweepEvent
@@ -101,6 +104,7 @@ def run_sweep(
         UserError: the space is infeasible on the shards, the sweep does not fit the machine, another one holds the
             ledger, or `resume` or `extend` disagree with what stands. Nothing is running then.
         CorruptError: shards, checkpoint or ledger are damaged.
+        PausedError: tasks are lost to a fault that is nobody's configuration; the sweep can be resumed.
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
@@ -119,8 +123,20 @@ def run_sweep(
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
                 floors = publish_floors(store, opened, spec.evaluation_queries)
-                with ray_session(spec), signals_raise(), _curves(store, driver, floors, progress) as on_event:
-                    run_tasks(driver, spec.slots, execute or workplace, on_event)
+                with (
+                    ray_session(spec),
+                    signals_raise() as signals,
+                    _curves(store, driver, floors, progress) as on_event,
+                ):
+                    signals.waits = True
+                    run_tasks(
+                        driver,
+                        spec.slots,
+                        execute or workplace,
+                        on_event,
+                        signals=signals,
+                        ask_to_yield=lambda task: stop_task(_rung_task(task), store, at_once=False),
+                    )
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
             raise
@@ -149,9 +165,18 @@ def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, *
     facts = LogFacts.from_shards(shards, protocol, spec.evaluation_queries)
     lease = Lease.acquire(store)
     try:
-        yield SweepDriver.start(spec, Ledger(store, lease), Costs(facts), protocol_hash=protocol.hash, **options)
+        ledger, costs = Ledger(store, lease), Costs(facts)
+
+        def account(task: Task) -> Account:
+            return settle(_rung_task(task), store)
+
+        yield SweepDriver.start(spec, ledger, costs, settle=account, protocol_hash=protocol.hash, **options)
     finally:
         lease.release()
+
+
+def _rung_task(task: Task) -> RungTask:
+    return RungTask.from_task(task.as_dict())
 
 
 @contextmanager
@@ -208,8 +233,8 @@ def sweep_verb(
                 display.say(_row_line(event.row, spec.metric.name, state, compare))
             elif event.kind == "imported":
                 display.say(event.reason)
-            elif event.kind == "lost" and event.task is not None:
-                display.say(f"lost {event.task.task_id}: {event.reason}")
+            elif event.kind in ("lost", "yielded") and event.task is not None:
+                display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))
             rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
             words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"
             display.show(words, state.spent_flops / spec.budget.total_flops)
@@ -253,6 +278,9 @@ def exit_code(verb: Callable[[], int]) -> int:
     except UserError as error:
         print(f"bfm: {error}", file=sys.stderr)
         return 2
+    except PausedError as error:
+        print(f"bfm: {error}", file=sys.stderr)
+        return 1
     except (CorruptError, OSError) as error:
         print(f"bfm: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

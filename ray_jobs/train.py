@@ -24,8 +24,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.training.records import Observer
+from ray_jobs.preemption import Notice
 
 MakeObserver = Callable[[dict[str, Any]], Observer]
 """task -> what rank 0 calls after every step. Must pickle."""
@@ -77,6 +79,7 @@ def train_on_workers(
     Raises:
         UserError, InfeasibleError: as run_rung.
         CorruptError: a shard set or checkpoint is damaged.
+        YieldError: it was asked to end, and its checkpoint stands.
         ray.train.TrainingFailedError: the group failed more often than allowed.
     """
     scaling = task["scaling"]
@@ -116,15 +119,38 @@ def train_on_workers(
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         damage = _find_damage(error)
-        if damage is None:
+        if damage is not None:
+            raise damage from error
+        row = _out_of_memory_row(task, shards, store)
+        if row is None:
             raise
-        raise damage from error
+        return row
     finally:
         store.delete_folder(f"{trial_folder}/{run_name}")
     answer = json.loads(store.get(answer_name))
+    if "yielded" in answer:
+        from bfm.training.journal import YieldError
+        from bfm.training.task import Account
+
+        raise YieldError(Account(**answer["yielded"]))
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
     return answer["row"]
+
+
+def _out_of_memory_row(task: Mapping[str, Any], shards: str, store: Store) -> dict[str, Any] | None:
+    """That of a group whose workers left the mark; None where they left none."""
+    from bfm.training.engine import EngineFactory
+    from bfm.training.journal import Journal
+    from bfm.training.rung import run_rung
+    from bfm.training.task import RungTask
+
+    rung_task = RungTask.from_task(task)
+    if not Journal(rung_task, store).ran_out_of_memory():
+        return None
+    # A try that finds the mark tells so and trains nothing.
+    row = run_rung(rung_task, Shards.open(shards), EngineFactory(), store)
+    return {**row, "engine": "zero", **{name: task["scaling"][name] for name in ("workers", "zero_stage")}}
 
 
 @contextmanager
@@ -150,7 +176,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     """What every rank runs. Imports live here: the controller and the driver need neither torch nor DeepSpeed."""
     import torch
 
-    from bfm.events.shards import Shards
+    from bfm.training.journal import YieldError
     from bfm.training.rung import run_rung
     from bfm.training.task import RungTask
     from bfm.training.zero import ZeroFactory
@@ -172,8 +198,11 @@ def _rank_main(config: dict[str, Any]) -> None:
             observer,
             save_every_s=config["settings"]["save_every_s"],
             assigned_at_s=config["assigned_at_s"],
+            should_yield=Notice(),
         )
         answer: dict[str, Any] = {"row": row}
+    except YieldError as end:
+        answer = {"yielded": asdict(end.account)}
     except UserError as error:
         # The same on every rank and at every attempt, so the group ends in peace and the driver raises it.
         kind = "InfeasibleError" if isinstance(error, InfeasibleError) else "UserError"

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.training.journal import YieldError
+from ray_jobs.preemption import Notice
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
-ROW, LOST, FATAL = "row", "lost", "fatal"
+ROW, LOST, YIELDED, FATAL = "row", "lost", "yielded", "fatal"
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
 FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
 STANDBY_S = 0.1
@@ -62,6 +66,7 @@ class RungTrial(Trainable):
 
         assert execute is not None, "bind the executor with tune.with_parameters"
         self._execute = execute
+        notice().take_sigterm()
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -72,13 +77,17 @@ class RungTrial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"row": JSON}, {"lost": reason} or {"fatal": kind of error} once; afterwards an empty standby result."""
+        """{"row": JSON}, {"yielded": JSON}, {"lost": reason} or {"fatal": kind} once; afterwards standby: empty."""
         if self._delivered:
             time.sleep(STANDBY_S)
+            if notice().terminated:
+                os._exit(128 + signal.SIGTERM)
             return {}
         self._delivered = True
         try:
             row = self._execute(self._task, self._assigned_at_s)
+        except YieldError as end:
+            return {YIELDED: json.dumps(asdict(end.account))}
         except Exception as error:
             # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
@@ -164,9 +173,16 @@ class Workplace:
                 writer.take,
                 save_every_s=SAVE_EVERY_S,
                 assigned_at_s=assigned_at_s,
+                should_yield=notice(),
             )
             writer.row(row)
         return row
+
+
+@functools.cache
+def notice() -> Notice:
+    """That of this process."""
+    return Notice()
 
 
 @functools.lru_cache(maxsize=1)

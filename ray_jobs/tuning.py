@@ -15,17 +15,28 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback, Stopper
 
+from bfm.sweep.task import Task
 from ray_jobs.search import Driver, DriverSearcher, SweepEvent
+from ray_jobs.signals import Signals
 from ray_jobs.trial import Executor, RungTrial
 
 
 def run_tasks(
-    driver: Driver, slots: int, execute: Executor, on_event: Callable[[SweepEvent], None] | None = None
+    driver: Driver,
+    slots: int,
+    execute: Executor,
+    on_event: Callable[[SweepEvent], None] | None = None,
+    *,
+    signals: Signals | None = None,
+    ask_to_yield: Callable[[Task], None] = lambda task: None,
 ) -> None:
-    """Give out tasks until the driver says Finished. Raises what the driver or a fatal task raised."""
+    """Give out tasks until the driver says Finished. Raises what the driver or a fatal task raised.
+
+    After a signal running tasks are asked for their checkpoints; then Interrupted is raised.
+    """
     # Without it Tune asks for one trial at a time, and a new actor's start holds up all others.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    searcher = DriverSearcher(driver, slots, on_event=on_event)
+    searcher = DriverSearcher(driver, slots, on_event=on_event, signals=signals, ask_to_yield=ask_to_yield)
     folder = tempfile.mkdtemp(prefix="bfm-tune-")
     try:
         tune.Tuner(

@@ -1,9 +1,9 @@
 """The driver of a sweep: asks the policy, reserves under the cap, journals, and can be killed at any point.
 
 Enters: `next_task` for a free slot, `report` of rows, `lost` of dead tasks. Leaves: tasks, and ledger records; nothing
-is true before it stands in the ledger. A driver that resumes charges the tasks it finds open as lost and starts them
-again first; with one worker its decisions then equal those of the unbroken run. No Ray here: `run_serial` is a whole
-executor.
+is true before it stands in the ledger. A driver that resumes charges the tasks it finds open with what they may have
+trained, and starts them again first, from their in-rung checkpoints; with one worker its decisions then equal those of
+the unbroken run. No Ray here: `run_serial` is a whole executor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_version, past_parameters
 from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
@@ -26,8 +27,9 @@ from bfm.sweep.quota import evictions
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
+from bfm.sweep.state import DRIVER, WORKER, Attempt, Record, SweepState
 from bfm.sweep.task import Finished, Task, Wait
+from bfm.training.task import Account
 from bfm.units import format_flops
 
 __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
@@ -35,6 +37,15 @@ __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
 Row = Mapping[str, Any]
 STATUSES = ("ok", "diverged", "oom")
 _NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
+
+
+Settle = Callable[[Task], Account]
+"""What a task that ended without a row may have trained; afterwards it can train nothing more."""
+
+
+def charge_all(task: Task) -> Account:
+    """Where nothing is known of a task: its whole reservation."""
+    return Account(task.reserved_flops)
 
 
 class SweepDriver:
@@ -47,6 +58,7 @@ class SweepDriver:
         policy: Policy,
         arena: Arena,
         *,
+        settle: Settle = charge_all,
         extend: bool = False,
         runs: RunTable | None = None,
     ) -> None:
@@ -55,6 +67,8 @@ class SweepDriver:
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
         self._can_propose = True
+        self._settle = settle
+        self._breaker = Breaker(self.state)
         self.import_words = ""
         """What came of the import, for a person."""
         self._open(extend, runs)
@@ -66,6 +80,7 @@ class SweepDriver:
         ledger: Ledger | MemoryLedger,
         costs: CostModel,
         *,
+        settle: Settle = charge_all,
         extend: bool = False,
         runs: str | Path | None = None,
         protocol_hash: str | None = None,
@@ -74,6 +89,7 @@ class SweepDriver:
 
         Args:
             spec, ledger, costs: what is swept, where it is written down, what it costs.
+            settle: tells what a lost task may have trained.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
             runs: table of runs to import (see bfm.sweep.imports).
             protocol_hash: the protocol by which tasks are scored; imported runs that name another are left out.
@@ -85,7 +101,7 @@ class SweepDriver:
         past = past_parameters(ledger.replay.records)
         arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
         table = None if runs is None else read_runs(runs, spec, arena.feasible, protocol_hash)
-        return cls(spec, ledger, make_policy(spec, arena), arena, extend=extend, runs=table)
+        return cls(spec, ledger, make_policy(spec, arena), arena, settle=settle, extend=extend, runs=table)
 
     @property
     def available_flops(self) -> int:
@@ -133,20 +149,36 @@ class SweepDriver:
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
             record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
+        attempt = self.state.attempts[self.state.open_tasks[task_id]]
         self._write(record)
+        self._breaker.row()
+        self._drop_progress(attempt)
         self._keep_quota()
         return True
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
-        """A task ended without a row: its reservation is charged. False for a task that is already closed.
+        """A task ended without a row: what it may have trained is charged. False for a task that is already closed.
 
         `retry` False: it would end so again (an infeasible configuration, say), so it is given up at once.
+        Raises PausedError, once all is written, where the losses are nobody's configuration (bfm.sweep.breaker).
         """
         if not self._is_open(task_id):
             return False
         loss = self._loss(task_id, reason, WORKER)
         given_up = {"kind": "abandoned", "trial": loss["trial"], "rung": loss["rung"], "reason": reason}
         self._write(loss, *([] if retry else [given_up]))
+        if retry:
+            self._breaker.loss(loss)
+        return True
+
+    def yielded(self, task_id: str, account: Account) -> bool:
+        """A task ended early because it was asked to: what it trained is charged, and it is owed the rest.
+
+        False for a task that is already closed.
+        """
+        if not self._is_open(task_id):
+            return False
+        self._write(self._ended("yielded", task_id, account))
         return True
 
     def close(self) -> None:
@@ -179,6 +211,11 @@ class SweepDriver:
             for record in records:
                 self._ledger.drop(record["checkpoint"])
 
+    def _drop_progress(self, attempt: Attempt) -> None:
+        """The task is done with, and so is the in-rung checkpoint of its earlier tries."""
+        if attempt.progress is not None:
+            self._ledger.drop(attempt.progress)
+
     def _write(self, *records: Record) -> None:
         self._ledger.append(records)
         for record in records:
@@ -190,26 +227,48 @@ class SweepDriver:
         return task_id in self.state.open_tasks
 
     def _loss(self, task_id: str, reason: str, fault: str) -> Record:
+        attempt = self.state.attempts[self.state.open_tasks[task_id]]
+        account = self._settle(Task.from_dict(attempt.task))
+        if account.progress is None:
+            # It got no further than where it began.
+            account = replace(account, progress=attempt.progress, progress_flops=attempt.progress_flops)
+        return {**self._ended("lost", task_id, account), "reason": reason, "fault": fault}
+
+    def _ended(self, kind: str, task_id: str, account: Account) -> Record:
+        """The record of a try without a row."""
         task = self.state.attempts[self.state.open_tasks[task_id]].task
-        charged = {"charged_flops": task["reserved_flops"], "reason": reason, "fault": fault}
-        return {"kind": "lost", "task_id": task_id, "trial": task["trial"], "rung": task["rung"], **charged}
+        return {
+            "kind": kind,
+            "task_id": task_id,
+            "trial": task["trial"],
+            "rung": task["rung"],
+            # An account is ahead of the work, also where the work ends.
+            "charged_flops": min(account.spent_flops, task["reserved_flops"]),
+            "progress": account.progress,
+            "progress_flops": account.progress_flops,
+        }
 
     def _again(self, place: tuple[str, int]) -> Task | Wait | None:
         """Start a lost task again; None after giving it up."""
         attempt = self.state.attempts[place]
         trial, rung = place
         old = Task.from_dict(attempt.task)
+        task = self._task(trial, rung, old.from_rung, attempt.tries)
+        if attempt.progress is not None:
+            left = task.rung_flops - attempt.progress_flops
+            ahead = tuple(flops for flops in task.probes if flops > attempt.progress_flops)
+            task = replace(task, progress=attempt.progress, reserved_flops=left, probes=ahead)
         if attempt.lost > self.spec.max_retries:
-            reason = f"its worker died {attempt.lost} times"
-        elif old.reserved_flops > self.available_flops:
+            reason = f"it was lost {attempt.lost} times and got no further"
+        elif task.reserved_flops > self.available_flops:
             if self.state.open_tasks:
                 return Wait("running tasks may leave room under the cap for a lost one")
             reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
         else:
-            task = self._task(trial, rung, old.from_rung, attempt.tries)
             self._write({"kind": "task", "task": task.as_dict(), "reason": f"try {attempt.tries + 1}"})
             return task
         self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
+        self._drop_progress(attempt)
         return None
 
     def _promote(self, decision: Promote) -> Task:

@@ -90,6 +90,7 @@ class SpaceArena:
         rung_flops = spec.budget.ladder_flops[rung]
         return Task(
             task_id=f"{trial}-r{rung}-a{tries}",
+            attempt=tries,
             trial=trial,
             rung=rung,
             rung_flops=rung_flops,

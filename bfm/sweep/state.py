@@ -1,10 +1,10 @@
 """The state of a sweep: a pure fold over the records of its ledger, nothing else.
 
-Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a reservation
-charged without a row), abandoned (a task that will not be tried again), evicted (a trunk that is kept no longer),
-imported (rows that were trained elsewhere), check (a recipe's prediction against its run), finished. Unknown fields are
-carried, unknown kinds refused. What a task's place in the ladder is called is its integer rung index, never a FLOP
-count.
+Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a task that
+ended without a row, and what it is charged), yielded (the same of one that was asked to end early), abandoned (a task
+that will not be tried again), evicted (a trunk that is kept no longer), imported (rows that were trained elsewhere),
+check (a recipe's prediction against its run), finished. Unknown fields are carried, unknown kinds refused. What a
+task's place in the ladder is called is its integer rung index, never a FLOP count.
 """
 
 from __future__ import annotations
@@ -46,14 +46,25 @@ class Attempt:
 
     task: Record
     lost: int = 0
-    """How often its worker died (ends of the driver itself are not held against it)."""
+    """How often running it failed since it last got further (ends of the driver itself are not held against it)."""
     tries: int = 1
     is_open: bool = True
     """False: it is owed, to be started again."""
     meant_for: int = 0
     """The rung that the trial is on its way to."""
+    nominal_flops: int = 0
+    """What was reserved first: decisions rest on this, whatever is lost or yielded later."""
     redone_flops: int = 0
     """The part of its reservation that an evicted trunk would have spared."""
+    progress: str | None = None
+    """In-rung checkpoint that its next try goes on from."""
+    progress_flops: int = 0
+    """path_flops there."""
+
+    def gain(self, record: Record) -> int:
+        """How much further than before it got by a lost or yielded try."""
+        begun_flops = self.task["rung_flops"] - self.task["reserved_flops"]
+        return max(0, record["progress_flops"] - begun_flops) if record["progress"] else 0
 
 
 @dataclass
@@ -82,9 +93,9 @@ class SweepState:
     """Ids of tasks that have a row or are lost."""
     open_tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
     spent_flops: int = 0
-    """Everything trained: task_flops of rows and reservations of lost tasks."""
+    """Everything trained: task_flops of rows, and what lost and yielded tasks were charged."""
     lost_flops: int = 0
-    """The part of spent_flops that gave no row."""
+    """The part of spent_flops that was lost: neither a row nor a checkpoint came of it."""
     redone_flops: int = 0
     """The part of spent_flops that evicted trunks would have spared."""
     reserved_flops: int = 0
@@ -183,9 +194,12 @@ class SweepState:
         attempt = self.attempts.get(place)
         if attempt is None:
             meant_for, redone_flops = record.get("meant_for", task["rung"]), record.get("redone_flops", 0)
-            self.attempts[place] = Attempt(task, meant_for=meant_for, redone_flops=redone_flops)
-            self.nominal_flops[task["rung"]] += task["reserved_flops"] - redone_flops
-            decision = {"task_id": task["task_id"], "reserved_flops": task["reserved_flops"], "meant_for": meant_for}
+            nominal_flops = task["reserved_flops"]
+            self.attempts[place] = Attempt(
+                task, meant_for=meant_for, nominal_flops=nominal_flops, redone_flops=redone_flops
+            )
+            self.nominal_flops[task["rung"]] += nominal_flops - redone_flops
+            decision = {"task_id": task["task_id"], "reserved_flops": nominal_flops, "meant_for": meant_for}
             self.decisions = [*self.decisions, {**decision, "reason": record.get("reason")}][-LAST_DECISIONS:]
         else:
             attempt.task, attempt.is_open = task, True
@@ -218,12 +232,22 @@ class SweepState:
             self.eval_flops += probe["eval_flops"]
 
     def _lose(self, record: Record) -> None:
+        self.losses.append(record)
+        attempt, gained = self._suspend(record)
+        attempt.lost = 0 if gained else attempt.lost + (record["fault"] == WORKER)
+
+    def _yield(self, record: Record) -> None:
+        self._suspend(record)
+
+    def _suspend(self, record: Record) -> tuple[Attempt, int]:
+        """A try ended without a row; the attempt, and how much further it got."""
         _, attempt = self._close(record["task_id"])
         attempt.is_open = False
-        attempt.lost += record["fault"] == WORKER
+        gained = attempt.gain(record)
+        attempt.progress, attempt.progress_flops = record["progress"], record["progress_flops"]
         self.spent_flops += record["charged_flops"]
-        self.lost_flops += record["charged_flops"]
-        self.losses.append(record)
+        self.lost_flops += max(0, record["charged_flops"] - gained)
+        return attempt, gained
 
     def _abandon(self, record: Record) -> None:
         place = record["trial"], record["rung"]
@@ -264,6 +288,7 @@ _HANDLERS = {
     "task": SweepState._reserve,
     "row": SweepState._take_row,
     "lost": SweepState._lose,
+    "yielded": SweepState._yield,
     "abandoned": SweepState._abandon,
     "evicted": SweepState._evict,
     "imported": SweepState._import,

@@ -27,6 +27,10 @@ class Task:
     """Upper bound of what the task trains, reserved under the cap."""
     scaling: dict[str, Any]
     """engine, workers, zero_stage, cpus, gpus, micro_groups, softmax."""
+    attempt: int = 0
+    """How often it was started before."""
+    progress: str | None = None
+    """Name of the in-rung checkpoint that an earlier attempt left; it goes before `resume_from`."""
     probes: tuple[int, ...] = ()
     """C on the way at which the trunk is evaluated."""
     evaluation_queries: int | None = None

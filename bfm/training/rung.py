@@ -6,11 +6,11 @@ goes on from it) and the cooled weights. The same code runs in one process and o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,11 @@ from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, read_meta, resume, save_checkpoint
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState, compute_dtype
-from bfm.training.journal import Journal
+from bfm.training.journal import Journal, YieldError
 from bfm.training.loop import Trainer
 from bfm.training.records import Observer, StepRecord
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
-from bfm.training.task import PROBE_QUERIES, RungTask
+from bfm.training.task import PROBE_QUERIES, Account, RungTask
 from bfm.training.watch import Watch
 from bfm.units import format_flops
 
@@ -49,19 +49,24 @@ def run_rung(
     *,
     save_every_s: float = math.inf,
     assigned_at_s: float | None = None,
+    should_yield: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train and evaluate one task; collective over the factory's workers, rank 0 writes and calls the observer.
 
     Checkpoints go into the store under trials/<trial>/checkpoints/, every `save_every_s` also inside the rung, so that
     a killed worker group goes on from there. `warm_start_s` counts from `assigned_at_s` (wall clock; default: now).
+    `should_yield` is asked on every worker after every step; where one says yes, or the task's `stop` object asks for
+    it (bfm.training.journal), the task ends after a checkpoint.
 
     Returns the ledger row (equal on all ranks, timings apart); its key `probes` holds the probe rows. Of a task with
     validations it also has these, and `best`, the one with the lowest nll.
 
     Raises InfeasibleError where the rung is not 100 steps or cannot be met within 1 %, UserError where the checkpoint
-    to resume from is another run's or the workers do not divide the batch, CorruptError where one is damaged.
+    to resume from is another run's or the workers do not divide the batch, CorruptError where one is damaged,
+    YieldError where the task was asked to end, FencedError where it was given up.
     """
-    return _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s or time.time()).run()
+    assigned_at_s = assigned_at_s or time.time()
+    return _RungRun(task, shards, factory, store, observer, save_every_s, assigned_at_s, should_yield).run()
 
 
 @dataclass
@@ -75,6 +80,7 @@ class _RungRun:
     observer: Observer | None
     save_every_s: float
     assigned_at_s: float
+    should_yield: Callable[[], bool]
     warm_start_s: float = 0.0
     """From assignment to the first optimizer step."""
     begun_s: float = field(default_factory=time.monotonic)
@@ -90,7 +96,6 @@ class _RungRun:
             raise UserError("probes score averaged weights", key="averaging", fix="set `averaging: true`")
         self.data = TrainingData.of(self.shards)
         self.journal = Journal(task, self.store)
-        self.spent_before_flops = self.journal.spent_before()
         self.trainer = Trainer(
             task.config,
             task.seed,
@@ -111,6 +116,7 @@ class _RungRun:
             self._check_feasible()
             if self.task.validations:
                 self.watch = Watch(self.task, self.store, self.data)
+            self._allow_next_step()
             self.warm_start_s, self.begun_s = time.time() - self.assigned_at_s, time.monotonic()
             return self._train_and_evaluate()
         except DivergedError:
@@ -125,6 +131,8 @@ class _RungRun:
             return self._row("rung", "oom", None)
         finally:
             self.trainer.close()
+            if self.factory.rank == 0:
+                self.journal.close(self._spent_flops())
 
     def _train_and_evaluate(self) -> dict[str, Any]:
         task, trainer = self.task, self.trainer
@@ -192,17 +200,38 @@ class _RungRun:
         return merge(parts)
 
     def _start(self) -> Checkpoint | None:
-        """In-rung progress of this very task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
+        """In-rung progress of this task if there is any, else the lower rung's trunk, stage 1's, or nothing."""
         task = self.task
-        if self.journal.resumable():
-            # A damaged one is passed over.
-            with contextlib.suppress(CorruptError):
-                return resume(self.store, self.journal.checkpoint, task.config, task.seed, self.data, cooled=True)
+        own = self._progress(self.journal.checkpoint)
+        if own is not None:
+            return own
+        if task.progress is not None:
+            earlier = self._progress(task.progress)
+            if earlier is None:
+                # No more was reserved than what that checkpoint had left to do, so the driver must decide anew.
+                raise YieldError(Account())
+            return earlier
         if task.resume_from is not None:
             return resume(self.store, task.resume_from, task.config, task.seed, self.data)
         if task.stage1 is not None:
             return resume(*parent_store(task.stage1), task.config, task.seed, self.data)
         return None
+
+    def _progress(self, name: str) -> Checkpoint | None:
+        """An in-rung checkpoint of this rung's way; None where there is none or it is damaged."""
+        try:
+            meta = read_meta(self.store, name)
+        except (UserError, CorruptError):
+            return None
+        # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
+        if meta["counters"]["phase"] != "trunk" and meta["rung_flops"] != self.task.rung_flops:
+            return None
+        try:
+            found = resume(self.store, name, self.task.config, self.task.seed, self.data, cooled=True)
+        except CorruptError:
+            return None
+        self.probe_rows = found.meta["probes"]
+        return found
 
     def _check_feasible(self) -> None:
         trainer, config = self.trainer, self.task.config
@@ -256,10 +285,11 @@ class _RungRun:
             "warm_start_s": self.warm_start_s,
             "task_flops": self._spent_flops(),
             "checkpoint": task.name("trunk") if succeeded else None,
+            "checkpoint_sha256": self._kept("trunk")["state_sha256"] if succeeded else None,
             "model": task.name("model") if succeeded else None,
             "scores": self._publish_scores(scores) if succeeded and scores is not None else None,
-            "checkpoint_bytes": self._kept_bytes("trunk") if succeeded else 0,
-            "model_bytes": self._kept_bytes("model") if succeeded else 0,
+            "checkpoint_bytes": self._kept("trunk")["state_bytes"] if succeeded else 0,
+            "model_bytes": self._kept("model")["state_bytes"] if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
             **(self.watch.as_dict() if kind == "rung" and self.watch is not None else {}),
         }
@@ -271,24 +301,42 @@ class _RungRun:
             self.store.put(name, data)
         return name
 
-    def _kept_bytes(self, what: str) -> int:
-        """Size of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""
-        return int(read_meta(self.store, self.task.name(what))["state_bytes"])
+    def _kept(self, what: str) -> dict[str, Any]:
+        """Size and hash of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""
+        return read_meta(self.store, self.task.name(what))
 
     def _observe(self, record: StepRecord) -> None:
         """On every rank after every step; rank 0's clock decides for all of them when to save."""
-        save_due = False
+        save_due, stop_due = False, self.should_yield()
         if self.factory.rank == 0:
             save_due = time.monotonic() - self.saved_s >= self.save_every_s
-            self.journal.note(self._spent_flops(), at_once=save_due)
+            stop_due = stop_due or self.journal.stop_asked.is_set()
             if self.observer is not None:
                 self.observer(record)
-        if any(self.factory.all_reduce_sum([int(save_due)])):
-            self.trainer.save(self.store, self.journal.checkpoint, {"rung_flops": self.task.rung_flops})
-            self.saved_s = time.monotonic()
+        saves, stops = self.factory.all_reduce_sum([int(save_due), int(stop_due)])
+        if saves or stops:
+            self._save_progress()
+        if stops:
+            path_flops = self.trainer.counters.path_flops
+            raise YieldError(Account(self._spent_flops(), self.journal.checkpoint, path_flops))
+        self._allow_next_step(record.flops_per_s)
+
+    def _save_progress(self) -> None:
+        extra = {"rung_flops": self.task.rung_flops, "probes": self.probe_rows}
+        self.trainer.save(self.store, self.journal.checkpoint, extra)
+        if self.factory.rank == 0:
+            self.journal.saved(self.trainer.counters.path_flops)
+        self.saved_s = time.monotonic()
+
+    def _allow_next_step(self, flops_per_s: float = 0.0) -> None:
+        """Nothing is trained before rank 0's account covers it; the others wait for rank 0 in the step."""
+        freezes = self.trainer.counters.stage == 1 and self.task.config.freeze_at_flops is not None
+        next_flops = self.trainer.next_step_flops() + (self.trainer.catalogue_flops if freezes else 0)
+        if self.factory.rank == 0:
+            self.journal.allow(self._spent_flops() + next_flops, flops_per_s)
 
     def _spent_flops(self) -> int:
-        return self.spent_before_flops + self.trainer.spent_flops
+        return self.journal.found.spent_flops + self.trainer.spent_flops
 
 
 def _trained(trainer: Trainer) -> dict[str, Any]:

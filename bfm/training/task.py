@@ -17,6 +17,18 @@ PROBE_QUERIES = 1_000
 
 
 @dataclass(frozen=True)
+class Account:
+    """What an attempt at a task leaves behind, however it ended."""
+
+    spent_flops: int = 0
+    """It has trained no more than this."""
+    progress: str | None = None
+    """Its in-rung checkpoint."""
+    progress_flops: int = 0
+    """path_flops there."""
+
+
+@dataclass(frozen=True)
 class RungTask:
     """What to train. `config` and `seed` say what the trunk is, `rung_flops` where the row is taken."""
 
@@ -26,8 +38,12 @@ class RungTask:
     rung_flops: float
     config: TrainConfig
     seed: int
+    attempt: int | None = None
+    """Of a sweep: what this try's objects are named by, so that an earlier one can replace nothing of them."""
     resume_from: str | None = None
     """Trunk checkpoint of a lower rung (a name in the store); None starts at `stage1`."""
+    progress: str | None = None
+    """In-rung checkpoint of an earlier attempt, which goes before the trunk of a lower rung."""
     stage1: str | None = None
     """Stage-1 trunk of another run (a folder or URI) that stage 2 begins with; None starts at step 0."""
     probes: tuple[float, ...] = ()
@@ -66,4 +82,5 @@ class RungTask:
 
     def name(self, what: str) -> str:
         """Name of an object of this task in the store."""
-        return f"trials/{self.trial}/checkpoints/rung{self.rung}-{what}"
+        attempt = "" if self.attempt is None else f"-a{self.attempt}"
+        return f"trials/{self.trial}/checkpoints/rung{self.rung}{attempt}-{what}"

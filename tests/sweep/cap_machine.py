@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from bfm.sweep.driver import Finished, SweepDriver, Task, Wait, run_serial
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
+from bfm.training.task import Account
 from tests.sweep.world import execute, in_memory, make_spec
 
 
@@ -19,8 +20,18 @@ class CapMachine(RuleBasedStateMachine):
 
     def open_with(self, **changes):
         self.spec = make_spec(**changes)
-        self.driver = in_memory(self.spec)
+        self.fates: dict[str, Account] = {}
+        self.driver = in_memory(self.spec, settle=self.settle)
         self.closed: list[Task] = []
+
+    def settle(self, task):
+        return self.fates.get(task.task_id, Account(task.reserved_flops))
+
+    def account(self, task, used, saved):
+        """Of a task that has trained a share of its reservation, and kept a share of that."""
+        spent_flops = int(used * task.reserved_flops)
+        progress_flops = task.rung_flops - task.reserved_flops + int(saved * spent_flops)
+        return Account(spent_flops, f"{task.task_id}-progress" if saved else None, progress_flops if saved else 0)
 
     def open(self):
         state = self.driver.state
@@ -61,11 +72,24 @@ class CapMachine(RuleBasedStateMachine):
         self.closed.append(task)
 
     @precondition(lambda self: self.open())
-    @rule(which=st.integers(0, 9))
-    def death(self, which):
+    @rule(which=st.integers(0, 9), used=st.floats(0.1, 1), saved=st.sampled_from([0.0, 0.5, 1.0]))
+    def death(self, which, used, saved):
         tasks = self.open()
         task = tasks[which % len(tasks)]
+        self.fates[task.task_id] = self.account(task, used, saved)
+        spent_flops = self.driver.state.spent_flops
         assert self.driver.lost(task.task_id, "killed")
+        assert self.driver.state.spent_flops - spent_flops == int(used * task.reserved_flops)
+        self.closed.append(task)
+
+    @precondition(lambda self: self.open())
+    @rule(which=st.integers(0, 9), used=st.floats(0, 1))
+    def yields(self, which, used):
+        tasks = self.open()
+        task = tasks[which % len(tasks)]
+        lost_flops = self.driver.state.lost_flops
+        assert self.driver.yielded(task.task_id, self.account(task, used, 1.0))
+        assert self.driver.state.lost_flops == lost_flops, "what a yield has trained is not lost"
         self.closed.append(task)
 
     @precondition(lambda self: self.closed)
@@ -75,12 +99,13 @@ class CapMachine(RuleBasedStateMachine):
         before = len(self.driver._ledger.records)
         assert not self.driver.report(task.task_id, execute(task))
         assert not self.driver.lost(task.task_id, "again")
+        assert not self.driver.yielded(task.task_id, Account(1))
         assert len(self.driver._ledger.records) == before
 
     @rule()
     def crash(self):
         self.closed += self.open()
-        self.driver = in_memory(self.spec, self.driver._ledger.records)
+        self.driver = in_memory(self.spec, self.driver._ledger.records, settle=self.settle)
         assert not self.driver.state.open_tasks
 
     @invariant()

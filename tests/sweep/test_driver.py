@@ -15,6 +15,7 @@ from bfm.sweep.driver import Finished, Task, Wait, run_serial
 from bfm.sweep.ledger import read_ledger, read_state
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
+from bfm.training.task import Account
 from tests.sweep.cap_machine import CapMachine
 from tests.sweep.world import GRID, execute, first_tries, in_memory, make_spec, rows_of, start, unbroken
 
@@ -51,7 +52,7 @@ class DriverMachine(CapMachine):
         budget["total_flops"] = self.spec.budget.total_flops + more * 10**9
         self.changes |= {"scheduler": {"type": policy}, "seeds": max(seeds, len(self.spec.seeds)), "budget": budget}
         self.spec = make_spec(**self.changes)
-        self.driver = in_memory(self.spec, self.driver._ledger.records, extend=True)
+        self.driver = in_memory(self.spec, self.driver._ledger.records, extend=True, settle=self.settle)
 
 
 DriverMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
@@ -134,7 +135,71 @@ def test_a_task_whose_worker_dies_again_and_again_is_given_up():
         driver.lost(first.task_id, "out of luck")
         first = driver.next_task()
     assert first.trial == "t00001"
-    assert driver.state.abandoned == {("t00000", 0): "its worker died 3 times"}
+    assert driver.state.abandoned == {("t00000", 0): "it was lost 3 times and got no further"}
+
+
+def test_a_lost_task_is_charged_what_it_may_have_trained_and_reserves_the_rest():
+    account = Account(700_000_000, "trials/t00000/checkpoints/rung0-a0-progress", 600_000_000)
+    driver = in_memory(make_spec(), settle=lambda task: account)
+    task = driver.next_task()
+    assert task.reserved_flops == 10**9
+    driver.lost(task.task_id, "its worker process died")
+    assert (driver.state.spent_flops, driver.state.lost_flops) == (700_000_000, 100_000_000)
+    again = driver.next_task()
+    assert (again.task_id, again.progress) == ("t00000-r0-a1", account.progress)
+    assert again.reserved_flops == 400_000_000
+    driver.report(again.task_id, execute(again))
+    assert driver._ledger.dropped == [account.progress], "the row is there, so the checkpoint on its way is not needed"
+
+
+def test_a_task_that_gets_further_every_time_is_never_given_up():
+    saved = iter(range(100, 10_000, 100))
+
+    def settle(task):
+        flops = next(saved) * 10**6
+        return Account(task.reserved_flops // 2, f"{task.task_id}-progress", flops)
+
+    driver = in_memory(make_spec(scaling={"max_retries": 1}), settle=settle)
+    for tries in range(8):
+        task = driver.next_task()
+        assert (task.trial, task.attempt) == ("t00000", tries)
+        driver.lost(task.task_id, "its node is gone")
+
+
+def test_what_a_retry_does_not_reach_stays_what_it_was():
+    """A retry that dies before its first checkpoint goes on from that of the try before it."""
+    first = Account(500_000_000, "a0-progress", 500_000_000)
+    accounts = {"t00000-r0-a0": first, "t00000-r0-a1": Account(1_000_000)}
+    driver = in_memory(make_spec(), settle=lambda task: accounts[task.task_id])
+    for _ in range(2):
+        driver.lost(driver.next_task().task_id, "killed")
+    assert driver.next_task().progress == "a0-progress"
+    assert driver.state.lost_flops == 1_000_000
+
+
+def test_a_yielded_task_is_owed_the_rest_and_has_no_strike():
+    driver = in_memory(make_spec(scaling={"max_retries": 0}))
+    for tries in range(4):
+        task = driver.next_task()
+        assert (task.trial, task.attempt) == ("t00000", tries)
+        flops = (tries + 1) * 200_000_000
+        assert driver.yielded(task.task_id, Account(200_000_000, f"a{tries}-progress", flops))
+    assert driver.state.spent_flops == 800_000_000
+    assert driver.state.lost_flops == 0
+    assert driver.next_task().reserved_flops == 200_000_000
+    # One whose checkpoint was damaged comes back as it went: it begins again.
+    driver.yielded("t00000-r0-a4", Account())
+    assert driver.next_task().reserved_flops == 10**9
+
+
+def test_a_resumed_driver_charges_open_tasks_by_their_accounts():
+    driver = in_memory(make_spec(scaling={"slots": 3}))
+    for _ in range(3):
+        driver.next_task()
+    account = Account(10_000_000, "progress", 9_000_000)
+    again = in_memory(driver.spec, driver._ledger.records, settle=lambda task: account)
+    assert (again.state.spent_flops, again.state.lost_flops) == (30_000_000, 3_000_000)
+    assert {again.next_task().reserved_flops for _ in range(3)} == {991_000_000}
 
 
 def test_deaths_of_the_driver_are_not_held_against_a_task():

@@ -85,7 +85,8 @@ def execute(task: Task) -> dict:
     """The row of a task: a pure function of configuration, seed and rung."""
     loss = planted_loss(task.config, task.rung_flops, task.seed)
     ok = math.isfinite(loss)
-    start_flops = 0 if task.from_rung is None else task.rung_flops - task.reserved_flops
+    begins = task.from_rung is None and task.progress is None
+    start_flops = 0 if begins else task.rung_flops - task.reserved_flops
     path_flops = round(task.rung_flops * 0.997)
     return {
         "kind": "rung",

@@ -12,7 +12,6 @@ from bfm.files import Store
 from bfm.laws.frontier import unpaired
 from bfm.ranking.metrics import summarise
 from bfm.ranking.paired import Pairing, read_scores
-from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint, load_model
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
@@ -23,7 +22,7 @@ from tests.training.common import CPU, STAGE_1, STAGE_2
 C0, C1 = 2.5e8, 4e8
 ROW_KEYS = {
     *("trial", "rung", "rung_flops", "seed", "config", "kind", "status", "checkpoint", "model", "scores"),
-    *("checkpoint_bytes", "model_bytes"),
+    *("checkpoint_sha256", "checkpoint_bytes", "model_bytes"),
     *("params", "embedder_share", "embedder_params", "contextualizer_params", "stem_params", "table_params", "shape"),
     *("path_flops", "task_flops", "eval_flops", "hardware_flops", "useful_attention_flops", "undeduplicated_flops"),
     *("steps", "events", "unique_events", "epochs", "batch_events", "groups", "metrics", "errors"),
@@ -31,7 +30,17 @@ ROW_KEYS = {
     *("engine", "workers", "zero_stage", "device", "dtype", "micro_groups", "softmax", "threads"),
     *("train_s", "eval_s", "warm_start_s"),
 }
-ASKED = {"trial", "checkpoint", "model", "scores", "task_flops", "train_s", "eval_s", "warm_start_s"}
+ASKED = {
+    "trial",
+    "checkpoint",
+    "checkpoint_sha256",
+    "model",
+    "scores",
+    "task_flops",
+    "train_s",
+    "eval_s",
+    "warm_start_s",
+}
 
 
 def task(trial="a", rung=0, flops=C0, config=STAGE_1, **changes):
@@ -173,9 +182,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill_at", [1, 40, 105])
-def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, monkeypatch, kill_at):
+def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, kill_at):
     """In-rung checkpoints at every step; the kill comes in the trunk or in the cooldown branch (step 105)."""
-    monkeypatch.setattr(journal, "EVERY_S", 0.0)
     curve, broken = [], []
     whole = run_rung(task("whole"), toy_shards, CPU, Store(tmp_path), curve.append)
 

@@ -166,7 +166,7 @@ class FrontierPolicy:
         if left > _SCARCE * self.spec.slots * task_flops:
             return None
         attempts = view.state.attempts.values()
-        cheap = [attempt for attempt in attempts if attempt.task["reserved_flops"] <= _PATIENCE * task_flops]
+        cheap = [attempt for attempt in attempts if attempt.nominal_flops <= _PATIENCE * task_flops]
         if not cheap:
             return None
         return Wait(f"{len(cheap)} much cheaper tasks are running that may change what is chosen for rung {rung}")

@@ -226,6 +226,7 @@ class TableArena:
         """Its rung_flops are those of the row."""
         return Task(
             task_id=f"{trial}-r{rung}-a{tries}",
+            attempt=tries,
             trial=trial,
             rung=rung,
             rung_flops=round(self.row_flops(proposal.config, rung)),

@@ -1,0 +1,59 @@
+"""Notices that this machine or process will go: a drained Ray node (a spot notice is forwarded as one), or SIGTERM.
+
+Enters: nothing but what Ray and the system say. Leaves: a flag that training looks at after every step, so that it
+leaves a checkpoint and ends before it is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType
+
+import ray
+
+LOOK_S = 5.0
+_GRACE_S = 60.0
+"""A process that got SIGTERM ends by itself after so long, whatever it is doing."""
+_log = logging.getLogger(__name__)
+
+
+class Notice:
+    """Whether this process shall end; looks at its node from the first question on."""
+
+    def __init__(self) -> None:
+        self._given = threading.Event()
+        self.terminated = False
+        """Whether it was SIGTERM."""
+        self._watch: threading.Thread | None = None
+
+    def __call__(self) -> bool:
+        """Whether a notice was given."""
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._look, name="preemption", daemon=True)
+            self._watch.start()
+        return self._given.is_set()
+
+    def take_sigterm(self) -> None:
+        """Only in the main thread: SIGTERM is a notice from here on."""
+
+        def terminate(number: int, frame: FrameType | None) -> None:
+            self.terminated = True
+            self._given.set()
+            threading.Timer(_GRACE_S, os._exit, [128 + number]).start()
+
+        signal.signal(signal.SIGTERM, terminate)
+
+    def _look(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        while not self._given.wait(LOOK_S):
+            try:
+                # What Ray Train's own watcher asks; there is no public call.
+                draining = ray._private.state.state.get_draining_nodes()
+            except Exception as error:
+                _log.warning("cannot ask which nodes are drained: %s", error)
+                continue
+            if node in draining:
+                self._given.set()

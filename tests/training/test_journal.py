@@ -1,0 +1,141 @@
+"""What a task may have trained is known before it trains it; a task that is asked to stop loses nothing."""
+
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from bfm.files import Store
+from bfm.training import journal
+from bfm.training.journal import FencedError, Journal, YieldError, read_account, settle, stop_task
+from bfm.training.rung import run_rung
+from bfm.training.task import Account, RungTask
+from tests.training.common import CPU, STAGE_1, STAGE_2
+
+FLOPS = 2.5e8
+
+
+def task(attempt=0, config=STAGE_1, **changes):
+    return RungTask(f"t-r0-a{attempt}", "t", 0, FLOPS, config, seed=3, micro_groups=4, attempt=attempt, **changes)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Accounts reach a few steps ahead, and `stop` is read all the time."""
+    monkeypatch.setattr(journal, "NOTE_S", 0.02)
+    monkeypatch.setattr(journal, "STOP_S", 0.01)
+
+
+@pytest.mark.parametrize("config", [STAGE_1, STAGE_2], ids=["stage1", "stage2"])
+def test_no_step_is_trained_before_an_account_covers_it(toy_shards, tmp_path, hasty, config):
+    store, accounts = Store(tmp_path), []
+
+    def look(record):
+        accounts.append((record.path_flops, read_account(task(), store).spent_flops))
+
+    row = run_rung(task(config=config), toy_shards, CPU, store, look)
+    assert all(trained <= allowed for trained, allowed in accounts)
+    assert len({allowed for _, allowed in accounts}) > 3, "the account is renewed on the way"
+    assert read_account(task(), store).spent_flops == row["task_flops"], "at the end it is exact"
+
+
+def test_a_task_that_was_given_up_trains_nothing_beyond_its_account(toy_shards, tmp_path, hasty):
+    store, seen, given_up = Store(tmp_path), [], []
+
+    def give_up(record):
+        seen.append(record.path_flops)
+        if record.step == 30:
+            given_up.append(settle(task(), store))
+
+    with pytest.raises(FencedError):
+        run_rung(task(), toy_shards, CPU, store, give_up)
+    assert seen[-1] <= given_up[0].spent_flops < FLOPS
+
+
+@pytest.mark.parametrize("stop_at", [20, 105], ids=["trunk", "cooldown"])
+def test_a_task_that_yields_goes_on_elsewhere_and_equals_the_unbroken_one(toy_shards, tmp_path, stop_at):
+    curve, parts, after = [], [], []
+    probes = (1e7, 1.5e8)
+    whole = run_rung(task(probes=probes), toy_shards, CPU, Store(tmp_path / "whole"), curve.append)
+    store = Store(tmp_path / "cut")
+    with pytest.raises(YieldError) as end:
+        run_rung(task(probes=probes), toy_shards, CPU, store, parts.append, should_yield=lambda: len(parts) == stop_at)
+    account = end.value.account
+    assert (account.spent_flops, account.progress_flops) == (parts[-1].path_flops, parts[-1].path_flops)
+    assert settle(task(), store) == account, "whoever finds it dead reads the same"
+    left = tuple(flops for flops in probes if flops > account.progress_flops)
+    row = run_rung(task(1, progress=account.progress, probes=left), toy_shards, CPU, store, after.append)
+    assert [record.loss for record in parts + after] == [record.loss for record in curve]
+    assert account.spent_flops + row["task_flops"] == whole["task_flops"]
+    assert row["metrics"] == whole["metrics"]
+    assert [probe["metrics"] for probe in row["probes"]] == [probe["metrics"] for probe in whole["probes"]]
+
+
+def test_a_task_yields_when_its_store_says_so(toy_shards, tmp_path, hasty):
+    store = Store(tmp_path)
+
+    def ask(record):
+        if record.step == 10:
+            stop_task(task(), store, at_once=False)
+        time.sleep(0.005)
+
+    with pytest.raises(YieldError) as end:
+        run_rung(task(), toy_shards, CPU, store, ask)
+    assert 0 < end.value.account.progress_flops < FLOPS
+
+
+def test_progress_that_is_damaged_is_given_back_untrained(toy_shards, tmp_path):
+    store, seen = Store(tmp_path), []
+    with pytest.raises(YieldError) as end:
+        run_rung(task(), toy_shards, CPU, store, seen.append, should_yield=lambda: len(seen) == 5)
+    (state,) = (tmp_path / end.value.account.progress).glob("state-*.pt")
+    state.write_bytes(state.read_bytes()[:-9])
+    again = []
+    with pytest.raises(YieldError) as given_back:
+        run_rung(task(1, progress=end.value.account.progress), toy_shards, CPU, store, again.append)
+    assert given_back.value.account == Account()
+    assert not again
+
+
+class Slow(Store):
+    """Accounts stand only when they are let through."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.open = threading.Event()
+        self.full = False
+
+    def put(self, name, data):
+        self.open.wait()
+        if self.full:
+            raise OSError(28, "No space left on device")
+        super().put(name, data)
+
+
+def test_training_waits_for_a_storage_that_is_away(tmp_path):
+    store = Slow(tmp_path)
+    found = Journal(task(), store)
+    threading.Timer(0.2, store.open.set).start()
+    begin_s = time.monotonic()
+    found.allow(100, 0.0)
+    assert time.monotonic() - begin_s > 0.15
+    assert read_account(task(), store).spent_flops == 100
+    found.close(60)
+    assert read_account(task(), store).spent_flops == 60
+
+
+def test_a_full_disk_is_told_before_a_step_is_trained(toy_shards, tmp_path):
+    store, seen = Slow(tmp_path), []
+    store.open.set()
+    store.full = True
+    with pytest.raises(OSError, match="No space left"):
+        run_rung(task(), toy_shards, CPU, store, seen.append)
+    assert not seen
+
+
+def test_accounts_of_another_task_are_not_taken_for_this_one(tmp_path):
+    store = Store(tmp_path)
+    Journal(task(), store).close(70)
+    assert read_account(task(), store) == Account(70)
+    assert read_account(dataclasses.replace(task(), task_id="another"), store) == Account()
