@@ -63,17 +63,12 @@ def machine_capacity() -> dict[str, float]:
 
 
 def joins_a_cluster() -> bool:
-    """Whether the sweep will run on a Ray that stands already. Raises UserError for an address of another kind."""
+    """Whether the sweep will run on a Ray that stands already. Raises UserError where its address is wrong."""
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", "")
-    if "://" in address and not ray.is_initialized():
-        raise UserError(
-            f"{address} is not the address of a cluster's head",
-            key="RAY_ADDRESS",
-            fix="submit with `ray job submit`, or unset it to run on this machine",
-        )
-    return bool(address) or ray.is_initialized()
+    from ray_jobs.cluster_session import cluster_address
+
+    return ray.is_initialized() or bool(cluster_address())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import ray
 
+from bfm.errors import UserError
+
 # Ray's sockets live below the temporary folder, and their paths may have 107 bytes.
 _LONGEST_TEMP = 40
+_ANSWER_S = 5.0
 
 
 @contextmanager
@@ -26,13 +30,18 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
     Args:
         num_cpus: of the local session; None takes all.
         dashboard: needed for job submission and for freeing the resources of stopped trials.
+
+    Raises UserError where RAY_ADDRESS is not that of a cluster that answers.
     """
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise _no_cluster(address, str(error).splitlines()[0]) from error
         try:
             yield
         finally:
@@ -52,6 +61,32 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def cluster_address() -> str:
+    """RAY_ADDRESS, or an empty string; asks whether somebody listens there, because Ray would try for many minutes.
+
+    Raises UserError for an address of another kind, or one where nobody does.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, colon, port = address.rpartition(":")
+    if "://" in address:
+        raise UserError(
+            f"{address} is not the address of a cluster's head",
+            key="RAY_ADDRESS",
+            fix="submit with `ray job submit`, or unset it to run on this machine",
+        )
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        except OSError as error:
+            raise _no_cluster(address, str(error)) from error
+    return address
+
+
+def _no_cluster(address: str, why: str) -> UserError:
+    fix = "start the cluster's head, correct it, or unset it to run on this machine"
+    return UserError(f"no cluster answers at {address} ({why})", key="RAY_ADDRESS", fix=fix)
 
 
 def short_temp_folder() -> Path:

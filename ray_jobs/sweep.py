@@ -170,7 +170,8 @@ def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, *
         def account(task: Task) -> Account:
             return settle(_rung_task(task), store)
 
-        yield SweepDriver.start(spec, ledger, costs, settle=account, protocol_hash=protocol.hash, **options)
+        log = {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
+        yield SweepDriver.start(spec, ledger, costs, settle=account, log=log, **options)
     finally:
         lease.release()
 

@@ -25,6 +25,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.events.shards import Shards
+from bfm.events.verified import Verification
 from bfm.files import Store
 from bfm.training.records import Observer
 from ray_jobs.preemption import Notice
@@ -184,6 +185,8 @@ def _rank_main(config: dict[str, Any]) -> None:
     task, scaling = config["task"], config["task"]["scaling"]
     torch.set_num_threads(max(1, int(scaling["cpus"])))
     store = Store(config["storage"])
+    shards = Shards.open(config["shards"])
+    verification = Verification(shards)
     device = ray.train.torch.get_device()
     factory = ZeroFactory(int(scaling["zero_stage"]), device)
     observer = None
@@ -192,7 +195,7 @@ def _rank_main(config: dict[str, Any]) -> None:
     try:
         row = run_rung(
             RungTask.from_task(task),
-            Shards.open(config["shards"]),
+            shards,
             factory,
             store,
             observer,
@@ -200,7 +203,7 @@ def _rank_main(config: dict[str, Any]) -> None:
             assigned_at_s=config["assigned_at_s"],
             should_yield=Notice(),
         )
-        answer: dict[str, Any] = {"row": row}
+        answer: dict[str, Any] = {"row": {**row, "verified_shards": verification.result()}}
     except YieldError as end:
         answer = {"yielded": asdict(end.account)}
     except UserError as error:

@@ -26,6 +26,7 @@ from ray_jobs.preemption import Notice
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
+    from bfm.events.verified import Verification
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Observer, Record
@@ -164,10 +165,11 @@ class Workplace:
         from bfm.training.task import RungTask
 
         torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
+        shards, verification = _open_shards(self.shards)
         with closing(self.writer(task)) as writer:
             row = run_rung(
                 RungTask.from_task(task),
-                _open_shards(self.shards),
+                shards,
                 _factory(task["scaling"]),
                 Store(self.storage),
                 writer.take,
@@ -175,6 +177,7 @@ class Workplace:
                 assigned_at_s=assigned_at_s,
                 should_yield=notice(),
             )
+            row["verified_shards"] = verification.result()
             writer.row(row)
         return row
 
@@ -186,10 +189,12 @@ def notice() -> Notice:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_shards(path: str) -> Shards:
+def _open_shards(path: str) -> tuple[Shards, Verification]:
     from bfm.events.shards import Shards
+    from bfm.events.verified import Verification
 
-    return Shards.open(path)
+    shards = Shards.open(path)
+    return shards, Verification(shards)
 
 
 def _factory(scaling: dict[str, Any]) -> EngineFactory:

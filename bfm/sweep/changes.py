@@ -17,8 +17,9 @@ from bfm.sweep.settings import Parameter, SweepSpec
 from bfm.sweep.spec import from_dict
 
 Record = Mapping[str, Any]
-RESUMED = ("budget.total_flops", "budget.max_trials", "scaling.", "stage1.checkpoint")
-"""More to spend, other machines, or the same trunk elsewhere: no decision so far would have been another one."""
+RESUMED = ("budget.total_flops", "budget.max_trials", "scaling.", "stage1.checkpoint", "data.shards")
+"""More to spend, other machines, or the same trunk or shards elsewhere (`check_rows` tells whether they are the same):
+no decision so far would have been another one."""
 EXTENDED = (
     *RESUMED,
     "budget.ladder_flops",
@@ -63,17 +64,41 @@ def check_changes(before: Record | None, now: SweepSpec, *, extend: bool) -> lis
     return changed
 
 
-def check_version(rows: Iterable[Record]) -> None:
-    """Raise UserError where a sweep's rows were trained with another objective or count C in another way."""
-    other = Counter(row["flops_version"] for row in rows if row.get("flops_version", FLOPS_VERSION) != FLOPS_VERSION)
-    if other:
-        version, count = other.most_common(1)[0]
-        raise UserError(
-            f"{count} rows of the sweep are of version {version} of the objective and of C, this code trains "
-            f"version {FLOPS_VERSION}",
-            key="name",
-            fix="give the sweep another name, or go on with the bfm that began it",
-        )
+def check_rows(rows: Iterable[Record], log: Mapping[str, str]) -> None:
+    """Raise UserError where a sweep's rows cannot be compared with those that would be trained now.
+
+    `log`: shards_hash and protocol_hash of what it would be trained and scored on; what is not there is not asked for.
+    """
+    rows = list(rows)
+    for key, wanted, what, mended in (
+        (
+            "flops_version",
+            FLOPS_VERSION,
+            "version {found} of the objective and of C, this code trains version {wanted}",
+            "go on with the bfm that began it",
+        ),
+        (
+            "shards_hash",
+            log.get("shards_hash"),
+            "shard set {found}, these are {wanted}",
+            "name the shards it began with",
+        ),
+        (
+            "protocol_hash",
+            log.get("protocol_hash"),
+            "protocol {found}, this is {wanted}",
+            "name the shards it began with",
+        ),
+    ):
+        other = Counter(row[key] for row in rows if None not in (wanted, row.get(key)) and row[key] != wanted)
+        if other:
+            found, count = other.most_common(1)[0]
+            words = what.format(found=str(found)[:12], wanted=str(wanted)[:12])
+            raise UserError(
+                f"{count} rows of the sweep are of {words}",
+                key="name" if key == "flops_version" else "data.shards",
+                fix=f"give the sweep another name, or {mended}",
+            )
 
 
 def past_parameters(records: Iterable[Record]) -> list[tuple[Parameter, ...]]:

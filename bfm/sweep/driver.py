@@ -17,7 +17,7 @@ from typing import Any
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.breaker import Breaker
-from bfm.sweep.changes import check_changes, check_version, past_parameters
+from bfm.sweep.changes import check_changes, check_rows, past_parameters
 from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
@@ -61,6 +61,7 @@ class SweepDriver:
         settle: Settle = charge_all,
         extend: bool = False,
         runs: RunTable | None = None,
+        log: Mapping[str, str] | None = None,
     ) -> None:
         self.spec, self.policy, self.arena = spec, policy, arena
         with collector_paused():
@@ -71,7 +72,7 @@ class SweepDriver:
         self._breaker = Breaker(self.state)
         self.import_words = ""
         """What came of the import, for a person."""
-        self._open(extend, runs)
+        self._open(extend, runs, log or {})
 
     @classmethod
     def start(
@@ -83,7 +84,7 @@ class SweepDriver:
         settle: Settle = charge_all,
         extend: bool = False,
         runs: str | Path | None = None,
-        protocol_hash: str | None = None,
+        log: Mapping[str, str] | None = None,
     ) -> SweepDriver:
         """With the policy and proposals that the spec names.
 
@@ -92,7 +93,8 @@ class SweepDriver:
             settle: tells what a lost task may have trained.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
             runs: table of runs to import (see bfm.sweep.imports).
-            protocol_hash: the protocol by which tasks are scored; imported runs that name another are left out.
+            log: shards_hash and protocol_hash of what tasks are trained and scored on; rows of a ledger that name
+                others are refused, imported runs that name another protocol are left out.
 
         Raises:
             InfeasibleError: the space has no point.
@@ -100,8 +102,9 @@ class SweepDriver:
         """
         past = past_parameters(ledger.replay.records)
         arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        table = None if runs is None else read_runs(runs, spec, arena.feasible, protocol_hash)
-        return cls(spec, ledger, make_policy(spec, arena), arena, settle=settle, extend=extend, runs=table)
+        table = None if runs is None else read_runs(runs, spec, arena.feasible, (log or {}).get("protocol_hash"))
+        policy = make_policy(spec, arena)
+        return cls(spec, ledger, policy, arena, settle=settle, extend=extend, runs=table, log=log)
 
     @property
     def available_flops(self) -> int:
@@ -185,9 +188,9 @@ class SweepDriver:
         """Give the lease back; the sweep can be resumed."""
         self._ledger.close()
 
-    def _open(self, extend: bool, runs: RunTable | None) -> None:
+    def _open(self, extend: bool, runs: RunTable | None, log: Mapping[str, str]) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
-        check_version(row for trial in self.state.trials.values() for row in trial.rows.values())
+        check_rows((row for trial in self.state.trials.values() for row in trial.rows.values()), log)
         changed = check_changes(self.state.spec, self.spec, extend=extend)
         if self.state.spec is None or changed:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})

@@ -6,9 +6,11 @@ goes on from it) and the cooled weights. The same code runs in one process and o
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ from bfm.training.watch import Watch
 from bfm.units import format_flops
 
 Status = Literal["ok", "diverged", "oom"]
+_BYTES_PER_NUMBER = 36
+"""Trunk and in-rung checkpoint (weight, its average, two moments), and the cooled weights."""
 
 
 def run_rung(
@@ -116,6 +120,7 @@ class _RungRun:
             self._check_feasible()
             if self.task.validations:
                 self.watch = Watch(self.task, self.store, self.data)
+            self._check_room()
             self._allow_next_step()
             self.warm_start_s, self.begun_s = time.time() - self.assigned_at_s, time.monotonic()
             return self._train_and_evaluate()
@@ -327,6 +332,20 @@ class _RungRun:
         if self.factory.rank == 0:
             self.journal.saved(self.trainer.counters.path_flops)
         self.saved_s = time.monotonic()
+
+    def _check_room(self) -> None:
+        """Raise OSError where the disk has no room for the task's checkpoints, before anything is trained."""
+        if self.factory.rank or not self.store.is_local:
+            return
+        cost = self.trainer.cost
+        numbers = self.task.config.shape().params + cost.stem_params + cost.table_params
+        needed_bytes = _BYTES_PER_NUMBER * numbers
+        folder = self.store.path("")
+        folder.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
+        if free_bytes < needed_bytes:
+            what = f"{free_bytes:,} bytes are free, the task's checkpoints need {needed_bytes:,}"
+            raise OSError(errno.ENOSPC, what, str(folder))
 
     def _allow_next_step(self, flops_per_s: float = 0.0) -> None:
         """Nothing is trained before rank 0's account covers it; the others wait for rank 0 in the step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,15 @@ def test_a_dashboard_s_address_is_not_a_cluster(tmp_path, toy_shards, no_ray, mo
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
     assert "ray job submit" in capsys.readouterr().err
+
+
+def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
+    with socket.socket() as taken:
+        # Bound, and nobody listens.
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
+    assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:" in capsys.readouterr().err
 
 
 def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:

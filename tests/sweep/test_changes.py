@@ -45,7 +45,6 @@ def test_what_extends_a_sweep_asks_for_the_flag(done, changes, key):
     ("changes", "key"),
     [
         ({"metric": {"name": "recall@10"}}, "metric.goal"),
-        ({"data": {"shards": "elsewhere"}}, "data.shards"),
         ({"data": {"evaluation_queries": 5}}, "data.evaluation_queries"),
         ({"budget": {"tolerance": 0.005}}, "budget.tolerance"),
         ({"budget": {"ladder_flops": ["1e9", "5e9", "16e9"]}}, "budget.ladder_flops"),
@@ -61,6 +60,20 @@ def test_what_would_spoil_rows_or_trunks_is_refused_even_then(done, changes, key
         in_memory(make_spec(**changes), done, extend=True)
     assert caught.value.key == key
     assert caught.value.fix
+
+
+LOG = {"shards_hash": "s" * 64, "protocol_hash": "p" * 64}
+
+
+@pytest.mark.parametrize("key", [*LOG, "flops_version"])
+def test_rows_of_another_log_or_version_are_refused_and_counted(done, key):
+    rows = sum(record["kind"] == "row" for record in done)
+    trained = [{**record, "row": {**record["row"], **LOG}} if record["kind"] == "row" else record for record in done]
+    moved = in_memory(make_spec(data={"shards": "elsewhere"}), trained, log=LOG)
+    assert moved.state.spec["data"]["shards"] == "elsewhere", "the same shards at another path are the same"
+    other = [{**record, "row": {**record["row"], key: 1}} if record["kind"] == "row" else record for record in trained]
+    with pytest.raises(UserError, match=f"{rows} rows of the sweep are of"):
+        in_memory(make_spec(), other, log=LOG)
 
 
 def test_nothing_to_extend_is_said():

@@ -101,7 +101,7 @@ def test_what_is_of_no_use_is_counted_and_told(table):
 def test_runs_of_another_protocol_are_left_out(table, suffix):
     runs = [run(700, 0.004, protocol_hash="here"), run(800, 0.004, protocol_hash="there"), run(900, 0.004)]
     runs[2]["protocol_hash"] = "" if suffix == ".csv" else None
-    driver = in_memory(make_spec(), runs=table(runs, suffix), protocol_hash="here")
+    driver = in_memory(make_spec(), runs=table(runs, suffix), log={"protocol_hash": "here"})
     assert [trial.config["params"] for trial in driver.state.trials.values()] == [700, 900]
     assert "scored by another protocol (1)" in driver.import_words
 

@@ -1,8 +1,10 @@
 """What a task may have trained is known before it trains it; a task that is asked to stop loses nothing."""
 
 import dataclasses
+import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,3 +141,11 @@ def test_accounts_of_another_task_are_not_taken_for_this_one(tmp_path):
     Journal(task(), store).close(70)
     assert read_account(task(), store) == Account(70)
     assert read_account(dataclasses.replace(task(), task_id="another"), store) == Account()
+
+
+def test_a_disk_without_room_for_checkpoints_is_told_before_training(toy_shards, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"1,000 bytes are free, the task's checkpoints need"):
+        run_rung(task(), toy_shards, CPU, Store(tmp_path), seen.append)
+    assert not seen
