@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 from bfm.errors import PausedError
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
+from ray_jobs.room import Holding, Room, fits, total_of
 from ray_jobs.signals import Interrupted, Signals
 from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW, YIELDED
 
@@ -36,8 +37,8 @@ Answer = TypeVar("Answer")
 class Driver(Protocol):
     """What the searcher needs of bfm.sweep.driver.SweepDriver."""
 
-    def next_task(self) -> Task | Wait | Finished:
-        """The next task, with its cost reserved."""
+    def next_task(self, fits: Callable[[Task], bool]) -> Task | Wait | Finished:
+        """The next task, with its cost reserved, if there is room for it."""
         ...
 
     def report(self, task_id: str, row: dict[str, Any]) -> bool:
@@ -55,7 +56,7 @@ class Driver(Protocol):
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is imported, assigned, row, lost, yielded or finished."""
+    """Something a display may show: `kind` is imported, assigned, row, lost, yielded, waiting or finished."""
 
     kind: str
     task: Task | None = None
@@ -86,6 +87,7 @@ class DriverSearcher(Searcher):
         slots: int,
         *,
         on_event: Callable[[SweepEvent], None] | None = None,
+        room: Room | None = None,
         signals: Signals | None = None,
         ask_to_yield: Callable[[Task], None] = lambda task: None,
         clock: Callable[[], float] = time.monotonic,
@@ -95,6 +97,9 @@ class DriverSearcher(Searcher):
         self.failure: Exception | None = None
         self._on_event = on_event or (lambda event: None)
         self._clock, self._signals, self._ask_to_yield = clock, signals or Signals(), ask_to_yield
+        self._room = room
+        self._waiting: Task | None = None
+        """What does not fit beside what runs."""
         self._paused: PausedError | None = None
         self._ends_at_s: float | None = None
         self._live: dict[str, _Live] = {}
@@ -117,7 +122,7 @@ class DriverSearcher(Searcher):
             return None
         task = self._peek()
         if task is None:
-            return None if self._live else Searcher.FINISHED
+            return None if self._live or self._waiting is not None else Searcher.FINISHED
         if self._freed <= self._starting() and self._standing_by():
             # A warm actor waits for it: `may_end` will free that one.
             return None
@@ -142,6 +147,10 @@ class DriverSearcher(Searcher):
         if self._slots_are_starting():
             return False
         in_hand = self._peek() is not None
+        if self._waiting is not None:
+            # What an idle actor holds may be what the next task lacks.
+            live.ending = True
+            return True
         if in_hand or self._starting():
             # One trial ends per task that waits for an actor; the others stand by for the next one.
             freed = self._freed + sum(other.ending for other in self._live.values())
@@ -186,18 +195,34 @@ class DriverSearcher(Searcher):
         now_s = self._clock()
         if self._next is not None or self._finished or self.failure is not None or now_s < self._ask_again_at_s:
             return self._next
-        answer = self._guard(self.driver.next_task)
+        answer = self._guard(lambda: self.driver.next_task(self._fits))
+        self._wait_for_room(answer.task if isinstance(answer, Wait) else None)
         if isinstance(answer, Task):
             self._next = answer
         elif isinstance(answer, Finished):
             self._finished = True
             self._on_event(SweepEvent("finished", reason=answer.reason))
-        elif isinstance(answer, Wait) and not self._live:
+        elif isinstance(answer, Wait) and answer.task is None and not self._live:
             # A driver that waits with nothing running waits for ever; that must not look like work.
             self.failure = RuntimeError(f"nothing is running, and yet the sweep waits: {answer.reason}")
         else:
             self._ask_again_at_s = now_s + WAIT_POLL_S
         return self._next
+
+    def _fits(self, task: Task) -> bool:
+        if self._room is None:
+            return True
+        holdings = [Holding(live.task, live.settled_at_s is not None) for live in self._live.values()]
+        return fits(task, holdings, self._room.total())
+
+    def _wait_for_room(self, task: Task | None) -> None:
+        if self._room is not None:
+            running = [live.task for live in self._live.values() if live.settled_at_s is None]
+            self._room.ask(running, task, self.slots - len(running))
+        if task is not None and self._waiting is None:
+            needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount > 0)
+            self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
+        self._waiting = task
 
     def _starting(self) -> int:
         return sum(not live.started for live in self._live.values())

@@ -8,6 +8,7 @@ Ray runs the tasks and knows nothing else: the ledger is the truth, and the same
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ from bfm.sweep.task import Task
 from bfm.training.journal import settle, stop_task
 from bfm.training.task import Account, RungTask
 from bfm.units import format_flops
-from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, ray_session
+from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
+from ray_jobs.room import ClusterRoom
 from ray_jobs.search import SweepEvent
 from ray_jobs.signals import Interrupted, signals_raise
 from ray_jobs.trial import Executor, Workplace
@@ -113,7 +115,8 @@ def run_sweep(
     protocol = Protocol.load(opened)
     spec = on_log(spec, opened, protocol)
     workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
-    if not joins_a_cluster():
+    joins = joins_a_cluster()
+    if not joins:
         check_fits(spec, machine_capacity())
     with signals_raise(), _driver(spec, store, opened, protocol, extend=extend, runs=runs) as driver:
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
@@ -124,7 +127,7 @@ def run_sweep(
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
                 floors = publish_floors(store, opened, spec.evaluation_queries)
                 with (
-                    ray_session(spec),
+                    quiet_session(os.cpu_count()),
                     signals_raise() as signals,
                     _curves(store, driver, floors, progress) as on_event,
                 ):
@@ -134,6 +137,7 @@ def run_sweep(
                         spec.slots,
                         execute or workplace,
                         on_event,
+                        room=ClusterRoom(grows=joins),
                         signals=signals,
                         ask_to_yield=lambda task: stop_task(_rung_task(task), store, at_once=False),
                     )
@@ -234,7 +238,7 @@ def sweep_verb(
                 display.say(_row_line(event.row, spec.metric.name, state, compare))
             elif event.kind == "imported":
                 display.say(event.reason)
-            elif event.kind in ("lost", "yielded") and event.task is not None:
+            elif event.kind in ("lost", "yielded", "waiting") and event.task is not None:
                 display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))
             rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
             words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"

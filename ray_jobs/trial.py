@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ COORDINATOR_CPUS = 1.0
 SAVE_EVERY_S = 60.0
 
 
-def slot_resources(scaling: dict[str, Any]) -> dict[str, float]:
+def slot_resources(scaling: Mapping[str, Any]) -> dict[str, float]:
     """What the trial's own actor holds while it has the task.
 
     One worker: the actor trains, and holds that worker's CPUs and GPUs. Several: the actor only coordinates, the

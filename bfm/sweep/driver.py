@@ -111,8 +111,11 @@ class SweepDriver:
         """What may still be reserved."""
         return self.spec.budget.total_flops - self.state.spent_flops - self.state.reserved_flops
 
-    def next_task(self) -> Task | Wait | Finished:
-        """The next task, its cost reserved in the ledger; Wait only while tasks are running."""
+    def next_task(self, fits: Callable[[Task], bool] = lambda task: True) -> Task | Wait | Finished:
+        """The next task, its cost reserved in the ledger; Wait only while tasks are running or it does not fit.
+
+        `fits`: whether there is a place that can start it now. Nothing is reserved or proposed for one that has none.
+        """
         if self.state.finished is not None:
             return Finished(self.state.finished)
         if len(self.state.open_tasks) >= self.spec.slots:
@@ -120,7 +123,7 @@ class SweepDriver:
         while True:
             owed = self.state.owed()
             if owed:
-                again = self._again(owed[0])
+                again = self._again(owed[0], fits)
                 if again is not None:
                     return again
                 continue
@@ -134,8 +137,8 @@ class SweepDriver:
                 self._write({"kind": "finished", "reason": decision.reason})
                 return Finished(decision.reason)
             if isinstance(decision, Promote):
-                return self._promote(decision)
-            task = self._propose(decision)
+                return self._promote(decision, fits)
+            task = self._propose(decision, fits)
             if task is not None:
                 return task
 
@@ -251,7 +254,7 @@ class SweepDriver:
             "progress_flops": account.progress_flops,
         }
 
-    def _again(self, place: tuple[str, int]) -> Task | Wait | None:
+    def _again(self, place: tuple[str, int], fits: Callable[[Task], bool]) -> Task | Wait | None:
         """Start a lost task again; None after giving it up."""
         attempt = self.state.attempts[place]
         trial, rung = place
@@ -267,6 +270,8 @@ class SweepDriver:
             if self.state.open_tasks:
                 return Wait("running tasks may leave room under the cap for a lost one")
             reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
+        elif not fits(task):
+            return Wait("a lost task waits for a place", task)
         else:
             self._write({"kind": "task", "task": task.as_dict(), "reason": f"try {attempt.tries + 1}"})
             return task
@@ -274,12 +279,11 @@ class SweepDriver:
         self._drop_progress(attempt)
         return None
 
-    def _promote(self, decision: Promote) -> Task:
+    def _promote(self, decision: Promote, fits: Callable[[Task], bool]) -> Task | Wait:
         task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
-        self._reserve(task, decision)
-        return task
+        return self._reserve(task, decision, fits)
 
-    def _propose(self, decision: Propose) -> Task | None:
+    def _propose(self, decision: Propose, fits: Callable[[Task], bool]) -> Task | Wait | None:
         number = self.state.num_proposals
         seed, proposal = decision.seed, decision.proposal
         if seed is None:
@@ -292,8 +296,7 @@ class SweepDriver:
         record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
         record |= asdict(proposal)
         task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
-        self._reserve(task, decision, record)
-        return task
+        return self._reserve(task, decision, fits, record)
 
     def _next_seed(self) -> tuple[int, Proposal | None]:
         """The next seed of the last configuration; the first one, and no proposal, where that has all of them."""
@@ -305,7 +308,11 @@ class SweepDriver:
         last = begun[-1]
         return missing[0], Proposal(last.config, last.params, last.source)
 
-    def _reserve(self, task: Task, decision: Promote | Propose, *before: Record) -> None:
+    def _reserve(
+        self, task: Task, decision: Promote | Propose, fits: Callable[[Task], bool], *before: Record
+    ) -> Task | Wait:
+        if not fits(task):
+            return Wait("the next task waits for a place", task)
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
         also = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
         trained = self.state.trunk_below(task.trial, task.rung, or_evicted=True)
@@ -313,6 +320,7 @@ class SweepDriver:
             spared = self.arena.reserve_flops(task.config, task.rung, trained)
             also["redone_flops"] = task.reserved_flops - spared
         self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
+        return task
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]

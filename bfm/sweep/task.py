@@ -50,9 +50,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to start before a running task ends."""
+    """Nothing to start now."""
 
     reason: str
+    task: Task | None = None
+    """What would be started if there were room for it; None: a running task must end first."""
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,29 @@ goes on from it) and the cooled weights. The same code runs in one process and o
 from __future__ import annotations
 
 import errno
-import functools
-import hashlib
 import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-import bfm
 from bfm.errors import CorruptError, DivergedError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store, parent_store
-from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.evaluate import evaluate
-from bfm.ranking.metrics import Evaluation, QueryScores, merge, summarise
+from bfm.ranking.metrics import QueryScores, merge
 from bfm.ranking.paired import scores_object
 from bfm.training.checkpoint import Checkpoint, read_meta, resume, save_checkpoint
 from bfm.training.data import TrainingData
-from bfm.training.engine import EngineFactory, EngineState, compute_dtype
+from bfm.training.engine import EngineFactory, EngineState
 from bfm.training.journal import Journal, YieldError
 from bfm.training.loop import Trainer
 from bfm.training.records import Observer, StepRecord
+from bfm.training.row import measured, trained
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, Account, RungTask
 from bfm.training.watch import Watch
@@ -283,8 +279,8 @@ class _RungRun:
             "config": task.config.as_dict(),
             "kind": kind,
             "status": status,
-            **_trained(self.trainer),
-            **_measured(scores),
+            **trained(self.trainer),
+            **measured(scores),
             "train_s": time.monotonic() - self.begun_s - self.eval_s,
             "eval_s": self.eval_s,
             "warm_start_s": self.warm_start_s,
@@ -356,62 +352,6 @@ class _RungRun:
 
     def _spent_flops(self) -> int:
         return self.journal.found.spent_flops + self.trainer.spent_flops
-
-
-def _trained(trainer: Trainer) -> dict[str, Any]:
-    """What a row says of a run as it stands: counts, and what identifies the code, the data and the machine."""
-    counters, config, factory = trainer.counters, trainer.config, trainer.factory
-    shape, cost, data, device = config.shape(), trainer.cost, trainer.data, factory.device
-    unique_events = min(counters.events, trainer.order.targets_per_epoch)
-    return {
-        "params": shape.params,
-        "embedder_share": shape.embedder_share,
-        "embedder_params": shape.embedder_params,
-        "contextualizer_params": shape.contextualizer_params,
-        "stem_params": cost.stem_params,
-        "table_params": cost.table_params,
-        "shape": shape.as_dict(),
-        "path_flops": counters.path_flops,
-        "hardware_flops": counters.hardware_flops,
-        "useful_attention_flops": counters.useful_attention_flops,
-        "undeduplicated_flops": counters.undeduplicated_flops,
-        "steps": counters.step,
-        "events": counters.events,
-        "unique_events": unique_events,
-        "epochs": counters.events / max(unique_events, 1),
-        "batch_events": counters.events / max(counters.step, 1),
-        "groups": counters.cursor,
-        "code_version": code_version(),
-        "flops_version": FLOPS_VERSION,
-        "protocol_hash": data.protocol.hash,
-        "shards_hash": data.shards.hash,
-        "engine": factory.name,
-        "workers": factory.world_size,
-        "zero_stage": factory.zero_stage,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(compute_dtype(device)).removeprefix("torch."),
-        "micro_groups": trainer.micro_groups,
-        "softmax": trainer.softmax,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _measured(scores: QueryScores | None) -> dict[str, Any]:
-    """What a row says of an evaluation; no metrics where nothing was scored."""
-    evaluation = Evaluation({}, {}) if scores is None else summarise(scores)
-    eval_flops = 0 if scores is None else scores.eval_flops
-    return {"eval_flops": eval_flops, "metrics": evaluation.metrics, "errors": evaluation.errors}
-
-
-@functools.cache
-def code_version() -> str:
-    """Version and content of the code: `0.1.0+` and a hash of bfm's sources."""
-    root = Path(bfm.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        digest.update(path.read_bytes())
-    return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from bfm.sweep.task import Finished, Task, Wait
+from bfm.training.task import Account
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import FATAL, LOST, ROW
 
@@ -35,21 +37,27 @@ def make_task(number: int, scaling: dict[str, Any] = CPU_SCALING) -> Task:
 class FakeDriver:
     """Hands out `num_tasks` tasks; every `batch` tasks it waits until all that are running have ended."""
 
-    def __init__(self, num_tasks: int, slots: int, batch: int = 10**9, scaling: dict[str, Any] = CPU_SCALING) -> None:
+    def __init__(
+        self, num_tasks: int, slots: int, batch: int = 10**9, scaling: Sequence[dict[str, Any]] = (CPU_SCALING,)
+    ) -> None:
         self.left, self.slots, self.batch, self.scaling = num_tasks, slots, batch, scaling
         self.open: dict[str, Task] = {}
         self.rows: dict[str, Any] = {}
         self.losses: dict[str, str] = {}
+        self.yields: dict[str, Account] = {}
         self.given = 0
 
-    def next_task(self) -> Task | Wait | Finished:
+    def next_task(self, fits: Callable[[Task], bool]) -> Task | Wait | Finished:
         barrier = self.given and self.given % self.batch == 0 and self.open
         if len(self.open) >= self.slots or barrier or (self.left == 0 and self.open):
             return Wait("others are running")
         if self.left == 0:
             return Finished("all done")
+        scaling = self.scaling[self.given % len(self.scaling)]
+        task = make_task(self.given, scaling)
+        if not fits(task):
+            return Wait("no room", task)
         self.left -= 1
-        task = make_task(self.given, self.scaling)
         self.given += 1
         self.open[task.task_id] = task
         return task
@@ -57,6 +65,11 @@ class FakeDriver:
     def report(self, task_id: str, row: Any) -> bool:
         del self.open[task_id]
         self.rows[task_id] = row
+        return True
+
+    def yielded(self, task_id: str, account: Account) -> bool:
+        del self.open[task_id]
+        self.yields[task_id] = account
         return True
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:

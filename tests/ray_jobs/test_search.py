@@ -134,7 +134,7 @@ def test_damaged_input_ends_the_run() -> None:
 
 def test_a_driver_that_waits_for_nothing_is_a_failure_not_a_hang() -> None:
     driver, tune = world(3, 1)
-    driver.next_task = lambda: Wait("Godot")  # type: ignore[method-assign, assignment]
+    driver.next_task = lambda fits: Wait("Godot")  # type: ignore[method-assign, assignment]
     tune.run()
     assert "Godot" in str(tune.searcher.failure)
 

@@ -28,7 +28,7 @@ from bfm.sweep.ledger import read_ledger
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import SweepState
 from ray_jobs import capacity, sweep
-from ray_jobs.capacity import check_fits, demand
+from ray_jobs.capacity import check_fits
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.sweep import main, run_sweep
 from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
@@ -57,7 +57,7 @@ def no_ray(monkeypatch):
         ({"budget": {"total_flops": "much"}}, "budget.total_flops"),
         ({"budget": {"ladder_flops": [1e3, 2e3]}}, ""),
         ({"data": {"shards": "nowhere"}}, "nowhere"),
-        ({"scaling": {"slots": 4000}}, "slots"),
+        ({"scaling": {"tiers": [{"cpus": 4000}]}}, "scaling.tiers[0]"),
         ({"stage1": {"checkpoint": "nowhere/trunk"}}, "nowhere/trunk: there is no checkpoint"),
     ],
 )
@@ -123,20 +123,19 @@ def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_r
 
 
 @pytest.mark.parametrize(
-    ("slots", "tiers", "cpus", "gpus"),
+    ("tiers", "cpus", "gpus"),
     [
-        (2, [SINGLE], 1.0, 0.0),
-        (2, [SINGLE, PAIR], 2.0, 0.0),
-        (3, [{"cpus": 2}, {**PAIR, "workers": 4, "cpus": 4}], 2 * 2 + 1 + 16, 0.0),
-        (4, [{"cpus": 1, "gpus": 0.25}, {**PAIR, "gpus": 1}], 3 + 1.5, 3 * 0.25 + 2.0),
+        ([SINGLE], 0.5, 0.0),
+        ([SINGLE, PAIR], 1.5, 0.0),
+        ([{"cpus": 2}, {**PAIR, "workers": 4, "cpus": 4}], 17.0, 0.0),
+        ([{"cpus": 1, "gpus": 0.25}, {**PAIR, "gpus": 1}], 1.5, 2.0),
     ],
 )
-def test_demand_is_every_slot_and_one_group(tmp_path, toy_shards, slots, tiers, cpus, gpus) -> None:
-    spec = resolve(write_space(tmp_path, toy_shards.path, scaling={"slots": slots, "tiers": tiers}))
-    assert demand(spec) == {"CPU": cpus, "GPU": gpus}
+def test_every_tier_must_fit_by_itself_however_many_slots(tmp_path, toy_shards, tiers, cpus, gpus) -> None:
+    spec = resolve(write_space(tmp_path, toy_shards.path, scaling={"slots": 64, "tiers": tiers}))
     check_fits(spec, {"CPU": cpus, "GPU": gpus})
-    with pytest.raises(UserError, match=f"need {cpus:g} CPUs"):
-        check_fits(spec, {"CPU": cpus - 0.5, "GPU": gpus})
+    with pytest.raises(UserError, match=f"needs {cpus:g} CPUs"):
+        check_fits(spec, {"CPU": cpus - 0.25, "GPU": gpus})
 
 
 def test_a_sweep_on_a_small_ray(tmp_path, toy_shards, monkeypatch) -> None:

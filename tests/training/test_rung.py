@@ -15,7 +15,8 @@ from bfm.ranking.paired import Pairing, read_scores
 from bfm.training.checkpoint import load_checkpoint, load_model
 from bfm.training.loop import Trainer
 from bfm.training.records import StepLoss
-from bfm.training.rung import code_version, run_rung
+from bfm.training.row import code_version
+from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
 
