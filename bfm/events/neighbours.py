@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.events.ragged import Ragged, chunks, place_in_run, runs
-from bfm.events.shards import Shards, user_events
+from bfm.events.shards import Shards
 
 REACH = 10
 LAST_EVENTS = 20
@@ -282,8 +282,8 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     Each pair of events comes both ways round.
     """
     yield np.zeros(0, np.int64)
-    for user_E, position_E in user_events(shards.train_lengths[: counted_users(shards)]):
-        item_E = shards.take_item(shards.locate(shards.user_starts[user_E] + position_E)).astype(np.int64)
+    for user_E, _, event_E in shards.user_events(shards.train_lengths[: counted_users(shards)]):
+        item_E = shards.at(event_E).item.astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]
             early, late = item_E[:-lag][together], item_E[lag:][together]
