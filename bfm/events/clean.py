@@ -138,17 +138,7 @@ def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
     """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
-    texts = []
-    for part in parts:
-        column = _column(raw, part.column)
-        if part.buckets is None:
-            texts.append(_key(column, "item", faults))
-            continue
-        values, wrong, infinite = parse.numbers(column)
-        faults.append(("item is not a number", wrong))
-        faults.append(("item is infinite", infinite))
-        faults.append(("missing item", parse.to_mask(values.is_null())))
-        texts.append(parse.bucket_names(values, part.buckets))
+    texts = [_key(_column(raw, part.column), "item", faults, part.buckets) for part in parts]
     for text in texts if len(texts) > 1 else ():
         faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
     return join_key(texts)
@@ -172,12 +162,9 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, losses: Losses) -
     elif spec.kind == "vector":
         values, wrong = parse.vectors(column, spec.separator)
         faults = [("not a vector of finite numbers", wrong)]
-    elif not parse.is_plain(column.type):
-        values = pa.nulls(len(column), _TEXT)
-        faults = [("not a plain value", parse.to_mask(column.is_valid()))]
     else:
-        values, infinite = parse.keys(column)
-        faults = [("infinite", infinite)]
+        values, wrong, infinite = parse.keys(column)
+        faults = [("not a plain value", wrong), ("infinite", infinite)]
     for fault, mask in faults:
         if mask.any():
             losses[name, fault] += int(mask.sum())
@@ -222,15 +209,12 @@ def _column(raw: pa.Table, name: str) -> pa.Array:
     return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
-def _key(column: pa.Array, role: str, faults: Faults) -> pa.Array:
-    if not parse.is_plain(column.type):
-        faults.append((f"wrong type of {role}", parse.to_mask(column.is_valid())))
-        faults.append((f"missing {role}", parse.to_mask(column.is_null())))
-        return pa.nulls(len(column), _TEXT)
-    values, infinite = parse.keys(column)
+def _key(column: pa.Array, role: str, faults: Faults, buckets: list[float] | None = None) -> pa.Array:
+    values, wrong, infinite = parse.keys(column) if buckets is None else parse.numbers(column)
+    faults.append((f"wrong type of {role}" if buckets is None else f"{role} is not a number", wrong))
     faults.append((f"{role} is infinite", infinite))
     faults.append((f"missing {role}", parse.to_mask(values.is_null())))
-    return values
+    return values if buckets is None else parse.bucket_names(values, buckets)
 
 
 def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
