@@ -13,6 +13,7 @@ hashed instead: two hashes into one table of 65,536 rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from bfm.errors import UserError
 from bfm.events.clean import BAG_COUNTS, Losses, context_column
 from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField, Kind, Side
-from bfm.events.hashing import hash_strings
+from bfm.events.hashing import hash_column
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
 from bfm.events.items import summed
 from bfm.events.parse import encoded, plain, to_mask
@@ -91,16 +92,16 @@ def merge(parts: list[Statistics]) -> Statistics:
     )
 
 
-def fit(
-    name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None
-) -> tuple[FittedField, pa.Array | None]:
-    """The field as its training values say, and the values behind its ids.
+Fit = tuple[FittedField, pa.Array | None]
+"""A field, and the values behind its ids: large strings, entry i with the id i + 2; None where ids are hashed, or there
+are none."""
+
+
+def fit(name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None) -> Fit:
+    """The field as its training values say.
 
     Args:
         max_length: words or elements that are kept of a value, at most; None: the default of the kind.
-
-    Returns:
-        the field; large strings, entry i with the id i + 2, or None for kinds without ids or with hashed ids.
 
     Raises:
         UserError: a vector field without a single vector.
@@ -155,10 +156,18 @@ def encode(values: pa.Array, field: FittedField, vocabulary: pa.Array | None, lo
     return _encode_bags(_words(values) if field.kind == "text" else values, field, vocabulary, losses)
 
 
+def encode_fields(
+    values: Mapping[str, pa.Array], fields: Iterable[FittedField], vocabularies: Mapping[str, pa.Array], losses: Losses
+) -> dict[str, np.ndarray]:
+    """The columns of several fields, each as in `encode`."""
+    return {field.name: encode(values[field.name], field, vocabularies.get(field.name), losses) for field in fields}
+
+
 def encode_context(table: pa.Table, encoding: Encoding, losses: Losses) -> dict[str, np.ndarray]:
     """The context fields of cleaned rows, encoded."""
-    columns = {field: table[context_column(field.name)].combine_chunks() for field in encoding.context_fields}
-    return {f.name: encode(values, f, encoding.vocabularies.get(f.name), losses) for f, values in columns.items()}
+    fields = encoding.context_fields
+    values = {field.name: table[context_column(field.name)].combine_chunks() for field in fields}
+    return encode_fields(values, fields, encoding.vocabularies, losses)
 
 
 # ---------------------------------------------------------------- inside
@@ -208,7 +217,7 @@ def _hash_ids(values: pa.Array, rows: int) -> np.ndarray:
     distinct = encoded(values)
     table = np.zeros((len(distinct.dictionary) + 1, 2), np.int32)
     for column, seed in enumerate(_HASH_SEEDS):
-        hashed = hash_strings(distinct.dictionary, seed) % np.uint64(rows - _FIRST_ID)
+        hashed = hash_column(distinct.dictionary, seed) % np.uint64(rows - _FIRST_ID)
         table[:-1, column] = hashed.astype(np.int32) + _FIRST_ID
     return table[distinct.indices.fill_null(len(distinct.dictionary)).to_numpy(zero_copy_only=False)]
 

@@ -26,7 +26,7 @@ from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.hashing import hash_strings, order_events
+from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
 from bfm.events.ragged import chunks
@@ -189,8 +189,7 @@ class NewItems:
             if name in self._values:
                 texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
-        words = self.encoding.vocabularies
-        return {f.name: fitting.encode(values[f.name], f, words.get(f.name), losses) for f in self.encoding.item_fields}
+        return fitting.encode_fields(values, self.encoding.item_fields, self.encoding.vocabularies, losses)
 
 
 def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:
@@ -199,7 +198,7 @@ def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, leve
 
     def batches() -> Iterator[pa.RecordBatch]:
         for table in tables:
-            bucket = (hash_strings(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
+            bucket = (hash_column(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
             num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
             yield from table.append_column("bucket", pa.array(bucket)).to_batches()
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_strings, order_events
+from bfm.events.hashing import hash_column, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
@@ -185,9 +185,9 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
     """Append the column PARTITION (int32): by user, for unusable rows by their content."""
     user, raw = plain(table[clean.USER]), plain(table[clean.RAW])
     faulty = to_mask(table[clean.FAULT].is_valid())
-    hashed = hash_strings(user, job.seed)
+    hashed = hash_column(user, job.seed)
     if faulty.any():
-        hashed = np.where(faulty, hash_strings(raw, job.seed), hashed)
+        hashed = np.where(faulty, hash_column(raw, job.seed), hashed)
     ids = (hashed % np.uint64(partitions)).astype(np.int32)
     return table.append_column(PARTITION, pa.array(ids))
 
@@ -217,7 +217,7 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
     """Keys in the shard's user order (seeded hash, then key), and each row's place in it (int32 [n])."""
-    by_hash = pa.table({"hash": hash_strings(user.dictionary, seed), "key": user.dictionary})
+    by_hash = pa.table({"hash": hash_column(user.dictionary, seed), "key": user.dictionary})
     order = pc.sort_indices(by_hash, sort_keys=[("hash", "ascending"), ("key", "ascending")]).to_numpy()
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
