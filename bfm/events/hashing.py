@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bfm.events.parse import per_distinct
 from bfm.events.ragged import runs
 from bfm.events.randomness import mix64, stream_key
 
@@ -20,8 +21,7 @@ def hash_column(values: pa.Array, seed: int = 0) -> np.ndarray:
     """Uint64 [n] hash of a column of strings, numbers, lists or dictionaries of either; nulls share one hash."""
     kind = values.type
     if pa.types.is_dictionary(kind):
-        codes = values.indices.fill_null(len(values.dictionary)).to_numpy(zero_copy_only=False)
-        return np.append(hash_column(values.dictionary, seed), stream_key(seed, _NULL))[codes]
+        return per_distinct(values, lambda distinct: hash_column(distinct, seed), stream_key(seed, _NULL))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         hashed = _hash_lists(values, seed)
     elif pa.types.is_floating(kind) or pa.types.is_integer(kind):

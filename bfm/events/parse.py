@@ -7,6 +7,8 @@ blocks. Every parser returns the values (null where there is none) and boolean m
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,14 @@ def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
 def encoded(values: pa.Array) -> pa.Array:
     """Text as a dictionary, so that each distinct one is looked at once; other types as they are."""
     return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
+
+
+def per_distinct(values: pa.Array, make: Callable[[pa.Array], np.ndarray], missing: Any) -> np.ndarray:
+    """What `make` says of texts: [n] or [n, M], asked of each distinct one once; `missing` for nulls."""
+    distinct = encoded(values)
+    made = make(distinct.dictionary)
+    table = np.append(made, np.full((1, *made.shape[1:]), missing, made.dtype), axis=0)
+    return table[distinct.indices.fill_null(len(made)).to_numpy(zero_copy_only=False)]
 
 
 def is_plain(kind: pa.DataType) -> bool:
