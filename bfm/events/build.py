@@ -38,7 +38,7 @@ from bfm.events.items import (
     merge_items,
 )
 from bfm.events.manifest import Manifest
-from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
+from bfm.events.prepare import Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
 from bfm.events.protocol import build_protocol
 from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH, FieldSpec
@@ -61,7 +61,7 @@ def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> No
     lengths = np.diff(offsets)
     train = (runs(0, lengths) < np.repeat(train_end, lengths)).astype(np.int64)
     item = table[clean.ITEM].combine_chunks()
-    events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[ROW_HASH]})
+    events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[clean.HASH]})
     write_arrow(job.file("items", shard, "arrow"), count_items(events))
     for name in job.event_item_fields:
         values = events.append_column("value", table[clean.item_column(name)])
@@ -138,7 +138,8 @@ def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Ar
         conflicts["warning"] = what
     misfits = dict[str, int]()
     if job.item_table is not None:
-        joined, misfits = join_item_table(job.schema, job.item_table, job.table_item_fields, items, losses)
+        names = [name for name in job.schema.item_fields if name not in texts]
+        joined, misfits = join_item_table(job.schema, job.item_table, names, items, losses)
         texts |= joined
     return texts, {"item_conflicts": conflicts, **misfits}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bfm.errors import UserError
 from bfm.events import parse
 from bfm.events.hashing import hash_rows
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
 from bfm.events.source import Piece, RawChunk, read_piece
 
-USER, TIME, ITEM, FAULT, RAW = "user", "time", "item", "fault", "raw"
+USER, TIME, ITEM, FAULT, RAW, HASH = "user", "time", "item", "fault", "raw", "hash"
 _TEXT = pa.large_string()
 _CONTEXT_TYPE = {
     "categorical": _TEXT,
@@ -123,17 +124,23 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequenc
     return Cleaned(table, Losses(), pa.table({}))
 
 
-def usable(cleaned: pa.Table, seed: int) -> tuple[pa.Table, dict[str, pa.Array], np.ndarray]:
-    """The rows without a fault, their columns (text as dictionaries), and the hash of each whole row: uint64 [n]."""
+def usable(cleaned: pa.Table, seed: int) -> pa.Table:
+    """The rows without a fault in columns of one chunk, text as dictionaries, with the hash of the whole row: HASH."""
     rows = cleaned.filter(cleaned[FAULT].is_null()).drop_columns([FAULT, RAW])
     columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
-    return rows, columns, hash_rows(list(columns.values()), seed)
+    return pa.table({**columns, HASH: hash_rows(list(columns.values()), seed)})
 
 
-def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
+def as_quarantined(rows: pa.Table, reason: str) -> pa.Table:
     """Fault and content of usable rows that are left out all the same."""
-    texts = pa.array(list(_json_lines(cleaned)), _TEXT)
-    return pa.table({FAULT: pa.array([reason] * cleaned.num_rows, _TEXT), RAW: texts})
+    texts = pa.array(list(_json_lines(rows.drop_columns([HASH]))), _TEXT)
+    return pa.table({FAULT: pa.array([reason] * rows.num_rows, _TEXT), RAW: texts})
+
+
+def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
+    """What to raise for a log all of whose rows are unusable: reason -> rows."""
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:

@@ -26,7 +26,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bfm.errors import UserError
 from bfm.events import clean, source
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.histogram import Histogram
@@ -38,7 +37,6 @@ from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
 PARTITION = "partition"
-ROW_HASH = "hash"
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,8 @@ class Job:
     folder: Path
     event_item_fields: list[str]
     """Item fields that stand in the log itself."""
-    table_item_fields: list[str]
-    """Item fields that stand in the item table."""
     item_table: str | None
+    """Holds the other ones."""
 
     @property
     def shard_set(self) -> Path:
@@ -122,12 +119,11 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
         item_table = source.find_item_table(checked, file, paths)
         present = source.table_columns(item_table)
         source.require_columns(checked.items.key, present, item_table)
-    from_table = [name for name, spec in checked.item_fields.items() if spec.column in present]
-    from_events = [name for name in checked.item_fields if name not in from_table]
+    from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
     pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
     (folder / "set").mkdir(parents=True)
     seed = checked.seed if seed is None else seed
-    return Job(checked, seed, folder, from_events, from_table, item_table), pieces
+    return Job(checked, seed, folder, from_events, item_table), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -195,21 +191,18 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
 def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     """Write the partition's quarantine and its events in their final order."""
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good, columns, row_hash = clean.usable(table.drop_columns([PARTITION]), job.seed)
-    time = columns[clean.TIME].to_numpy()
-    users, user = _ranked_users(columns[clean.USER], job.seed)
-    order, repeated = order_events(user, time, row_hash)
+    good = clean.usable(table.drop_columns([PARTITION]), job.seed)
+    users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
+    order, repeated = order_events(user, good[clean.TIME].to_numpy(), good[clean.HASH].to_numpy())
     if job.schema.clean.drop_duplicates and repeated.any():
         doubles = good.take(pa.array(np.sort(order[repeated])))
         unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
         order = order[~repeated]
     reasons = _write_quarantine(job, index, unusable)
-    taken = pa.array(order)
-    columns = {name: values.take(taken) for name, values in columns.items()}
-    columns[clean.USER] = pa.DictionaryArray.from_arrays(pa.array(user[order]), users)
-    columns[ROW_HASH] = pa.array(row_hash[order])
-    write_arrow(job.file("sorted", index, "arrow"), pa.table(columns))
-    time = time[order]
+    ranked = pa.DictionaryArray.from_arrays(pa.array(user), users)
+    events = good.set_column(0, clean.USER, ranked).take(pa.array(order))
+    write_arrow(job.file("sorted", index, "arrow"), events)
+    time = events[clean.TIME].to_numpy()
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
     job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
@@ -241,7 +234,8 @@ def choose_split(job: Job) -> Split:
     """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     if not any(partition.events for partition in partitions):
-        raise _nothing_usable(job, partitions)
+        example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
+        raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
@@ -256,13 +250,6 @@ def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
     """Reason -> rows of all partitions."""
     reasons = sum((Counter(partition.reasons) for partition in partitions), Counter[str]())
     return dict(sorted(reasons.items()))
-
-
-def _nothing_usable(job: Job, partitions: list[PartitionFacts]) -> UserError:
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in quarantined(partitions).items())
-    example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
-    fix = f"check the schema's columns; a row: {example:.200}"
-    return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
 
 # ---------------------------------------------------------------- files
