@@ -69,7 +69,7 @@ def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> No
     for name, spec in job.schema.context_fields.items():
         values = table[clean.context_column(name)].combine_chunks()
         job.save(f"context-{name}", shard, fitting.measure(values, spec.kind, train))
-    job.save("measured", shard, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
+    job.save("measured", shard, int(np.maximum(train_end - 1, 0).sum()))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -125,11 +125,10 @@ def _partials(job: Job, stage: str) -> list[pa.Table]:
 
 def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """Field values as text [I], and what the checks say about conflicts and joining."""
-    train_events = int(items.train_count.sum())
     texts, conflicts = {}, dict[str, Any]()
     for name in job.event_item_fields:
         texts[name], count = choose_values(_partials(job, f"values-{name}"), items)
-        conflicts[name] = count / train_events
+        conflicts[name] = count / items.train_events
     many = ", ".join(
         f"{name} in {share:.1%} of training events" for name, share in conflicts.items() if share > _MANY_CONFLICTS
     )
@@ -150,7 +149,7 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
         raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     times = [partition.time_range for partition in partitions if partition.events]
-    train_events, train_targets = map(sum, zip(*job.load("measured"), strict=True))
+    train_targets = sum(job.load("measured"))
     if train_targets == 0:
         fix = "check the split and the user column"
         raise UserError("no user has two events in the training range", key="split", fix=fix)
@@ -166,7 +165,7 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
         split=split.as_dict(),
         fields=(),
         event_item_fields=tuple(job.event_item_fields),
-        train_events=train_events,
+        train_events=items.train_events,
         train_targets=train_targets,
         time_range=(min(first for first, _ in times), max(last for _, last in times)),
         rows_read=rows_read(job),
