@@ -9,7 +9,6 @@ finish_set        once: evaluation protocol, manifest
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +37,7 @@ from bfm.events.items import (
     merge_items,
 )
 from bfm.events.manifest import Manifest
-from bfm.events.prepare import Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
+from bfm.events.prepare import Job, PartitionFacts, load_file, quarantined, rows_read
 from bfm.events.protocol import build_protocol
 from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH, FieldSpec
@@ -55,17 +54,17 @@ _MANY_CONFLICTS = 0.05
 
 def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
     """Write partial statistics of a shard in the making over the training range, one file per field."""
-    table = read_arrow(partition)
+    table = load_file(partition)
     time, offsets = table[clean.TIME].to_numpy(), user_offsets(table)
     train_end, _ = split.ends(time, offsets)
     lengths = np.diff(offsets)
     train = (runs(0, lengths) < np.repeat(train_end, lengths)).astype(np.int64)
     item = table[clean.ITEM].combine_chunks()
     events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[clean.HASH]})
-    write_arrow(job.file("items", shard, "arrow"), count_items(events))
+    job.save("items", shard, count_items(events))
     for name in job.event_item_fields:
         values = events.append_column("value", table[clean.item_column(name)])
-        write_arrow(job.file(f"values-{name}", shard, "arrow"), count_values(values))
+        job.save(f"values-{name}", shard, count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = table[clean.context_column(name)].combine_chunks()
         job.save(f"context-{name}", shard, fitting.measure(values, spec.kind, train))
@@ -87,7 +86,7 @@ def fit_all(job: Job, split: Split) -> None:
     Raises:
         UserError: a single item, nothing to train on, or a vector field without values.
     """
-    schema, items, losses = job.schema, merge_items(_partials(job, "items")), Losses()
+    schema, items, losses = job.schema, merge_items(list(job.load("items"))), Losses()
     draft = _draft(job, split, items)
     texts, checks = _item_texts(job, items, losses)
     raw = {name: clean.from_text(texts[name], spec.kind) for name, spec in schema.item_fields.items()}
@@ -119,15 +118,11 @@ def fit_all(job: Job, split: Split) -> None:
     job.save("fitted", 0, (draft, losses))
 
 
-def _partials(job: Job, stage: str) -> list[pa.Table]:
-    return [read_arrow(path) for path in job.files(stage, "arrow")]
-
-
 def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """Field values as text [I], and what the checks say about conflicts and joining."""
     texts, conflicts = {}, dict[str, Any]()
     for name in job.event_item_fields:
-        texts[name], count = choose_values(_partials(job, f"values-{name}"), items)
+        texts[name], count = choose_values(list(job.load(f"values-{name}")), items)
         conflicts[name] = count / items.train_events
     many = ", ".join(
         f"{name} in {share:.1%} of training events" for name, share in conflicts.items() if share > _MANY_CONFLICTS
@@ -180,17 +175,17 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
 @lru_cache(maxsize=1)
 def _encoding(shard_set: Path, fitted: Path) -> tuple[Encoding, pa.Array]:
     # One worker writes many partitions; the item keys are its largest table.
-    draft, _ = pickle.loads(fitted.read_bytes())
+    draft, _ = load_file(fitted)
     encoding = Encoding(shard_set, draft)
     return encoding, known_keys(encoding)
 
 
 def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
     """Encode the sorted partition that becomes this shard, and write it."""
-    table, losses = read_arrow(partition), Losses()
+    table, losses = load_file(partition), Losses()
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     train_end, valid_end = split.ends(time, offsets)
-    encoding, keys = _encoding(job.shard_set, job.file("fitted", 0, "pickle"))
+    encoding, keys = _encoding(job.shard_set, job.files("fitted")[0])
     write_shard(
         job.shard_set,
         shard,

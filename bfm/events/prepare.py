@@ -56,24 +56,31 @@ class Job:
         """The shard set in the making."""
         return self.folder / "set"
 
-    def file(self, stage: str, index: int, ending: str) -> Path:
-        """An intermediate file."""
-        path = self.folder / "work" / stage / f"{index:05d}.{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def files(self, stage: str, ending: str) -> list[Path]:
-        """The intermediate files of a stage, in the order of their indices."""
-        return sorted((self.folder / "work" / stage).glob(f"*.{ending}"))
-
     def save(self, stage: str, index: int, value: Any) -> None:
-        """Keep what a task of a stage found."""
-        self.file(stage, index, "pickle").write_bytes(pickle.dumps(value))
+        """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
+        path = self.folder / "work" / stage / f"{index:05d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(value, pa.Table):
+            path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
+            return
+        table = value.combine_chunks()
+        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    def files(self, stage: str) -> list[Path]:
+        """Files of what the tasks of a stage made, in the order of their indices."""
+        return sorted((self.folder / "work" / stage).glob("*"))
 
     def load(self, stage: str) -> Iterator[Any]:
-        """What the tasks of a stage found, in the order of their indices."""
-        for path in self.files(stage, "pickle"):
-            yield pickle.loads(path.read_bytes())
+        """What the tasks of a stage made, in the order of their indices."""
+        return map(load_file, self.files(stage))
+
+
+def load_file(path: Path) -> Any:
+    """What `Job.save` kept; a table is memory-mapped."""
+    if path.suffix == ".arrow":
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pickle.loads(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,7 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     reasons = _write_quarantine(job, index, unusable)
     ranked = pa.DictionaryArray.from_arrays(pa.array(user), users)
     events = good.set_column(0, clean.USER, ranked).take(pa.array(order))
-    write_arrow(job.file("sorted", index, "arrow"), events)
+    job.save("partitions", index, events)
     time = events[clean.TIME].to_numpy()
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
@@ -243,25 +250,10 @@ def choose_split(job: Job) -> Split:
 
 def sorted_partitions(job: Job) -> list[Path]:
     """Files of the partitions that some row fell into: each becomes a shard, in their order."""
-    return job.files("sorted", "arrow")
+    return job.files("partitions")
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
     """Reason -> rows of all partitions."""
     reasons = sum((Counter(partition.reasons) for partition in partitions), Counter[str]())
     return dict(sorted(reasons.items()))
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_arrow(path: Path, table: pa.Table) -> None:
-    """An intermediate table, memory-mappable, as one record batch."""
-    table = table.combine_chunks()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_arrow(path: Path) -> pa.Table:
-    """Inverse of `write_arrow`, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
