@@ -201,10 +201,10 @@ class History:
 
 def history_of(shards: Shards, user: int) -> History:
     """All events of one user."""
-    located = shards.locate(np.arange(shards.user_starts[user], shards.user_starts[user + 1]))
-    context = {field.name: shards.take_context(field.name, located) for field in shards.context_fields}
+    events = shards.at(np.arange(shards.user_starts[user], shards.user_starts[user + 1]))
+    context = {field.name: events.context(field.name) for field in shards.context_fields}
     ends = int(shards.train_lengths[user]), int(shards.valid_lengths[user])
-    return History(shards.take_item(located), shards.take_time(located), context, *ends)
+    return History(events.item, events.time, context, *ends)
 
 
 def user_keys(shards: Shards) -> pa.ChunkedArray:

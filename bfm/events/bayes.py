@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.randomness import stream_key
+from bfm.events.randomness import generator
 
 _WORLD_STREAM = 0x3017D
 # Aisles per event that an average basket has beyond its first: the law of sizes is cut where 2 % of it are left.
@@ -68,7 +68,7 @@ class World:
     def __init__(self, spec: WorldSpec) -> None:
         """Draw the world; O(items)."""
         self.spec = spec
-        rng = np.random.Generator(np.random.Philox(key=int(stream_key(spec.seed, _WORLD_STREAM))))
+        rng = generator(spec.seed, _WORLD_STREAM)
         rank_V = rng.permutation(spec.items)
         popularity_V = (1.0 + rank_V) ** -spec.zipf
         self.popularity_V: np.ndarray = popularity_V / popularity_V.sum()

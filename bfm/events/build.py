@@ -9,7 +9,7 @@ finish_set        once: evaluation protocol, manifest
 from __future__ import annotations
 
 import dataclasses
-import pickle
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from bfm.errors import UserError
 from bfm.events import clean, fitting
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding, write_items
-from bfm.events.fields import FittedField
+from bfm.events.fields import FittedField, Side
+from bfm.events.fitting import Fit
 from bfm.events.items import (
     ITEM_ID,
     POPULARITY,
@@ -36,10 +37,10 @@ from bfm.events.items import (
     merge_items,
 )
 from bfm.events.manifest import Manifest
-from bfm.events.prepare import ROW_HASH, Job, PartitionFacts, quarantined, read_arrow, rows_read, write_arrow
+from bfm.events.prepare import Job, PartitionFacts, load_file, quarantined, rows_read
 from bfm.events.protocol import build_protocol
 from bfm.events.ragged import runs
-from bfm.events.schema import MAX_LENGTH
+from bfm.events.schema import MAX_LENGTH, FieldSpec
 from bfm.events.shards import Shards, finish, write_shard
 from bfm.events.split import Split
 from bfm.events.ties import Ties, tie_facts
@@ -53,21 +54,21 @@ _MANY_CONFLICTS = 0.05
 
 def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
     """Write partial statistics of a shard in the making over the training range, one file per field."""
-    table = read_arrow(partition)
+    table = load_file(partition)
     time, offsets = table[clean.TIME].to_numpy(), user_offsets(table)
     train_end, _ = split.ends(time, offsets)
     lengths = np.diff(offsets)
     train = (runs(0, lengths) < np.repeat(train_end, lengths)).astype(np.int64)
     item = table[clean.ITEM].combine_chunks()
-    events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[ROW_HASH]})
-    write_arrow(job.file("items", shard, "arrow"), count_items(events))
+    events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[clean.HASH]})
+    job.save("items", shard, count_items(events))
     for name in job.event_item_fields:
         values = events.append_column("value", table[clean.item_column(name)])
-        write_arrow(job.file(f"values-{name}", shard, "arrow"), count_values(values))
+        job.save(f"values-{name}", shard, count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = table[clean.context_column(name)].combine_chunks()
         job.save(f"context-{name}", shard, fitting.measure(values, spec.kind, train))
-    job.save("measured", shard, (int(train_end.sum()), int(np.maximum(train_end - 1, 0).sum())))
+    job.save("measured", shard, int(np.maximum(train_end - 1, 0).sum()))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -85,51 +86,44 @@ def fit_all(job: Job, split: Split) -> None:
     Raises:
         UserError: a single item, nothing to train on, or a vector field without values.
     """
-    schema, items, losses = job.schema, merge_items(_partials(job, "items")), Losses()
+    schema, items, losses = job.schema, merge_items(list(job.load("items"))), Losses()
     draft = _draft(job, split, items)
     texts, checks = _item_texts(job, items, losses)
     raw = {name: clean.from_text(texts[name], spec.kind) for name, spec in schema.item_fields.items()}
-    popularity = pa.array(items.train_count.astype(np.float64))
+    values = {**raw, ITEM_ID: items.keys, POPULARITY: pa.array(items.train_count.astype(np.float64))}
     statistics = {
         name: fitting.measure(raw[name], spec.kind, items.train_count) for name, spec in schema.item_fields.items()
     }
     statistics |= {name: fitting.merge(list(job.load(f"context-{name}"))) for name in schema.context_fields}
     checks["no_value_in_training"] = [name for name, found in statistics.items() if found.known == 0]
 
-    fitted = [
-        fitting.fit(name, "item", spec.kind, statistics[name], spec.max_length)
-        for name, spec in schema.item_fields.items()
-    ]
+    def declared(side: Side, specs: Mapping[str, FieldSpec]) -> list[Fit]:
+        return [fitting.fit(name, side, spec.kind, statistics[name], spec.max_length) for name, spec in specs.items()]
+
+    fitted = declared("item", schema.item_fields)
     if schema.id_field:
         rows = schema.hash_rows or fitting.id_table_rows(items.catalogue)
         fitted.append((fitting.hashed_field(ITEM_ID, "item", rows), None))
     if schema.popularity_field:
-        of_catalogue = fitting.measure(popularity, "numeric", (items.train_count > 0).astype(np.int64))
+        of_catalogue = fitting.measure(values[POPULARITY], "numeric", (items.train_count > 0).astype(np.int64))
         fitted.append(fitting.fit(POPULARITY, "item", "numeric", of_catalogue))
-    values = {**raw, ITEM_ID: items.keys, POPULARITY: popularity}
-    arrays = {field.name: fitting.encode(values[field.name], field, vocabulary, losses) for field, vocabulary in fitted}
-    fitted += [
-        fitting.fit(name, "context", spec.kind, statistics[name], spec.max_length)
-        for name, spec in schema.context_fields.items()
-    ]
+    item_fields = [field for field, _ in fitted]
+    fitted += declared("context", schema.context_fields)
+    vocabularies = {field.name: words for field, words in fitted if words is not None}
     counts = {"train_count": pa.array(items.train_count), "first_time": pa.array(items.first_time)}
     table = pa.table({**key_columns(schema, items), **counts, **raw})
-    write_items(job.shard_set, table, arrays, {field.name: words for field, words in fitted if words is not None})
-    job.save("item-losses", 0, losses)
-    job.save("draft", 0, dataclasses.replace(draft, fields=tuple(field for field, _ in fitted), checks=checks))
-
-
-def _partials(job: Job, stage: str) -> list[pa.Table]:
-    return [read_arrow(path) for path in job.files(stage, "arrow")]
+    arrays = fitting.encode_fields(values, item_fields, vocabularies, losses)
+    write_items(job.shard_set, table, arrays, vocabularies)
+    draft = dataclasses.replace(draft, fields=tuple(field for field, _ in fitted), checks=checks)
+    job.save("fitted", 0, (draft, losses))
 
 
 def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """Field values as text [I], and what the checks say about conflicts and joining."""
-    train_events = int(items.train_count.sum())
     texts, conflicts = {}, dict[str, Any]()
     for name in job.event_item_fields:
-        texts[name], count = choose_values(_partials(job, f"values-{name}"), items)
-        conflicts[name] = count / train_events
+        texts[name], count = choose_values(list(job.load(f"values-{name}")), items)
+        conflicts[name] = count / items.train_events
     many = ", ".join(
         f"{name} in {share:.1%} of training events" for name, share in conflicts.items() if share > _MANY_CONFLICTS
     )
@@ -138,7 +132,8 @@ def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Ar
         conflicts["warning"] = what
     misfits = dict[str, int]()
     if job.item_table is not None:
-        joined, misfits = join_item_table(job.schema, job.item_table, job.table_item_fields, items, losses)
+        names = [name for name in job.schema.item_fields if name not in texts]
+        joined, misfits = join_item_table(job.schema, job.item_table, names, items, losses)
         texts |= joined
     return texts, {"item_conflicts": conflicts, **misfits}
 
@@ -149,7 +144,7 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
         raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     times = [partition.time_range for partition in partitions if partition.events]
-    train_events, train_targets = map(sum, zip(*job.load("measured"), strict=True))
+    train_targets = sum(job.load("measured"))
     if train_targets == 0:
         fix = "check the split and the user column"
         raise UserError("no user has two events in the training range", key="split", fix=fix)
@@ -165,7 +160,7 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
         split=split.as_dict(),
         fields=(),
         event_item_fields=tuple(job.event_item_fields),
-        train_events=train_events,
+        train_events=items.train_events,
         train_targets=train_targets,
         time_range=(min(first for first, _ in times), max(last for _, last in times)),
         rows_read=rows_read(job),
@@ -178,18 +173,19 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
 
 
 @lru_cache(maxsize=1)
-def _fitted(shard_set: Path, draft: Path) -> tuple[Encoding, pa.Array]:
+def _encoding(shard_set: Path, fitted: Path) -> tuple[Encoding, pa.Array]:
     # One worker writes many partitions; the item keys are its largest table.
-    encoding = Encoding(shard_set, pickle.loads(draft.read_bytes()))
+    draft, _ = load_file(fitted)
+    encoding = Encoding(shard_set, draft)
     return encoding, known_keys(encoding)
 
 
 def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
     """Encode the sorted partition that becomes this shard, and write it."""
-    table, losses = read_arrow(partition), Losses()
+    table, losses = load_file(partition), Losses()
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     train_end, valid_end = split.ends(time, offsets)
-    encoding, keys = _fitted(job.shard_set, job.file("draft", 0, "pickle"))
+    encoding, keys = _encoding(job.shard_set, job.files("fitted")[0])
     write_shard(
         job.shard_set,
         shard,
@@ -206,24 +202,24 @@ def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None
 
 def finish_set(job: Job) -> Manifest:
     """Choose the queries, publish the manifest in the staged shard set."""
-    shards = Shards(job.shard_set, next(job.load("draft")))
-    asked = job.schema.evaluation
+    draft, of_items = next(job.load("fitted"))
+    shards, asked = Shards(job.shard_set, draft), job.schema.evaluation
     protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    ties, losses = Ties(), sum([*job.load("item-losses"), *job.load("written")], Losses())
+    ties, losses = Ties(), sum(job.load("written"), of_items)
     for piece in job.load("read"):
         losses += piece.losses
         ties += piece.ties
     checks = {
-        **shards.manifest.checks,
+        **draft.checks,
         "ties_raw": tie_facts(ties),
         "repairs": clean.repairs(losses),
-        "cuts": _cuts(job, shards.manifest.fields, losses),
+        "cuts": _cuts(job, draft.fields, losses),
         "seen_items": protocol.seen_rule,
     }
     if shards.num_users == 1:
         checks["users"] = {"warning": "there is a single user: standard errors over users do not exist"}
     checks = {name: check for name, check in checks.items() if check}
-    return finish(job.shard_set, dataclasses.replace(shards.manifest, checks=checks))
+    return finish(job.shard_set, dataclasses.replace(draft, checks=checks))
 
 
 def _cuts(job: Job, fields: tuple[FittedField, ...], losses: Losses) -> dict[str, Any]:

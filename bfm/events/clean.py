@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bfm.errors import UserError
 from bfm.events import parse
 from bfm.events.hashing import hash_rows
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
 from bfm.events.source import Piece, RawChunk, read_piece
 
-USER, TIME, ITEM, FAULT, RAW = "user", "time", "item", "fault", "raw"
+USER, TIME, ITEM, FAULT, RAW, HASH = "user", "time", "item", "fault", "raw", "hash"
 _TEXT = pa.large_string()
 _CONTEXT_TYPE = {
     "categorical": _TEXT,
@@ -123,32 +124,28 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequenc
     return Cleaned(table, Losses(), pa.table({}))
 
 
-def usable(cleaned: pa.Table, seed: int) -> tuple[pa.Table, dict[str, pa.Array], np.ndarray]:
-    """The rows without a fault, their columns (text as dictionaries), and the hash of each whole row: uint64 [n]."""
+def usable(cleaned: pa.Table, seed: int) -> pa.Table:
+    """The rows without a fault in columns of one chunk, text as dictionaries, with the hash of the whole row: HASH."""
     rows = cleaned.filter(cleaned[FAULT].is_null()).drop_columns([FAULT, RAW])
     columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
-    return rows, columns, hash_rows(list(columns.values()), seed)
+    return pa.table({**columns, HASH: hash_rows(list(columns.values()), seed)})
 
 
-def as_quarantined(cleaned: pa.Table, reason: str) -> pa.Table:
+def as_quarantined(rows: pa.Table, reason: str) -> pa.Table:
     """Fault and content of usable rows that are left out all the same."""
-    texts = pa.array(list(_json_lines(cleaned)), _TEXT)
-    return pa.table({FAULT: pa.array([reason] * cleaned.num_rows, _TEXT), RAW: texts})
+    texts = pa.array(list(_json_lines(rows.drop_columns([HASH]))), _TEXT)
+    return pa.table({FAULT: pa.array([reason] * rows.num_rows, _TEXT), RAW: texts})
+
+
+def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
+    """What to raise for a log all of whose rows are unusable: reason -> rows."""
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+    return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
     """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
-    texts = []
-    for part in parts:
-        column = _column(raw, part.column)
-        if part.buckets is None:
-            texts.append(_key(column, "item", faults))
-            continue
-        values, wrong, infinite = parse.numbers(column)
-        faults.append(("item is not a number", wrong))
-        faults.append(("item is infinite", infinite))
-        faults.append(("missing item", parse.to_mask(values.is_null())))
-        texts.append(parse.bucket_names(values, part.buckets))
+    texts = [_key(_column(raw, part.column), "item", faults, part.buckets) for part in parts]
     for text in texts if len(texts) > 1 else ():
         faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
     return join_key(texts)
@@ -172,12 +169,9 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, losses: Losses) -
     elif spec.kind == "vector":
         values, wrong = parse.vectors(column, spec.separator)
         faults = [("not a vector of finite numbers", wrong)]
-    elif not parse.is_plain(column.type):
-        values = pa.nulls(len(column), _TEXT)
-        faults = [("not a plain value", parse.to_mask(column.is_valid()))]
     else:
-        values, infinite = parse.keys(column)
-        faults = [("infinite", infinite)]
+        values, wrong, infinite = parse.keys(column)
+        faults = [("not a plain value", wrong), ("infinite", infinite)]
     for fault, mask in faults:
         if mask.any():
             losses[name, fault] += int(mask.sum())
@@ -222,15 +216,12 @@ def _column(raw: pa.Table, name: str) -> pa.Array:
     return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
-def _key(column: pa.Array, role: str, faults: Faults) -> pa.Array:
-    if not parse.is_plain(column.type):
-        faults.append((f"wrong type of {role}", parse.to_mask(column.is_valid())))
-        faults.append((f"missing {role}", parse.to_mask(column.is_null())))
-        return pa.nulls(len(column), _TEXT)
-    values, infinite = parse.keys(column)
+def _key(column: pa.Array, role: str, faults: Faults, buckets: list[float] | None = None) -> pa.Array:
+    values, wrong, infinite = parse.keys(column) if buckets is None else parse.numbers(column)
+    faults.append((f"wrong type of {role}" if buckets is None else f"{role} is not a number", wrong))
     faults.append((f"{role} is infinite", infinite))
     faults.append((f"missing {role}", parse.to_mask(values.is_null())))
-    return values
+    return values if buckets is None else parse.bucket_names(values, buckets)
 
 
 def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:

@@ -13,6 +13,7 @@ hashed instead: two hashes into one table of 65,536 rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,10 @@ from bfm.errors import UserError
 from bfm.events.clean import BAG_COUNTS, Losses, context_column
 from bfm.events.encoding import Encoding
 from bfm.events.fields import FittedField, Kind, Side
-from bfm.events.hashing import hash_strings
+from bfm.events.hashing import hash_column
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
 from bfm.events.items import summed
-from bfm.events.parse import encoded, plain, to_mask
+from bfm.events.parse import per_distinct, plain, to_mask
 from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH
 
@@ -91,16 +92,16 @@ def merge(parts: list[Statistics]) -> Statistics:
     )
 
 
-def fit(
-    name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None
-) -> tuple[FittedField, pa.Array | None]:
-    """The field as its training values say, and the values behind its ids.
+Fit = tuple[FittedField, pa.Array | None]
+"""A field, and the values behind its ids: large strings, entry i with the id i + 2; None where ids are hashed, or there
+are none."""
+
+
+def fit(name: str, side: Side, kind: Kind, statistics: Statistics, max_length: int | None = None) -> Fit:
+    """The field as its training values say.
 
     Args:
         max_length: words or elements that are kept of a value, at most; None: the default of the kind.
-
-    Returns:
-        the field; large strings, entry i with the id i + 2, or None for kinds without ids or with hashed ids.
 
     Raises:
         UserError: a vector field without a single vector.
@@ -148,17 +149,25 @@ def encode(values: pa.Array, field: FittedField, vocabulary: pa.Array | None, lo
     if field.kind == "vector":
         return _encode_vectors(values, field, losses)
     if field.kind == "hashed":
-        return _hash_ids(values, field.rows)
+        return per_distinct(values, lambda distinct: _hash_ids(distinct, field.rows), 0)
     assert vocabulary is not None
     if field.kind == "categorical":
-        return _ids(values, vocabulary)
+        return per_distinct(values, lambda distinct: _ids(distinct, vocabulary), 0)
     return _encode_bags(_words(values) if field.kind == "text" else values, field, vocabulary, losses)
+
+
+def encode_fields(
+    values: Mapping[str, pa.Array], fields: Iterable[FittedField], vocabularies: Mapping[str, pa.Array], losses: Losses
+) -> dict[str, np.ndarray]:
+    """The columns of several fields, each as in `encode`."""
+    return {field.name: encode(values[field.name], field, vocabularies.get(field.name), losses) for field in fields}
 
 
 def encode_context(table: pa.Table, encoding: Encoding, losses: Losses) -> dict[str, np.ndarray]:
     """The context fields of cleaned rows, encoded."""
-    columns = {field: table[context_column(field.name)].combine_chunks() for field in encoding.context_fields}
-    return {f.name: encode(values, f, encoding.vocabularies.get(f.name), losses) for f, values in columns.items()}
+    fields = encoding.context_fields
+    values = {field.name: table[context_column(field.name)].combine_chunks() for field in fields}
+    return encode_fields(values, fields, encoding.vocabularies, losses)
 
 
 # ---------------------------------------------------------------- inside
@@ -197,25 +206,21 @@ def _fit_numbers(name: str, side: Side, statistics: Statistics) -> FittedField:
     return FittedField(name, side, "numeric", edges=edges, mean=mean, std=std)
 
 
-def _ids(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:
-    distinct = encoded(values)
-    found = pc.index_in(distinct.dictionary, value_set=vocabulary).fill_null(-1).to_numpy(zero_copy_only=False)
-    ids = np.append(np.where(found < 0, 1, found + _FIRST_ID), 0).astype(np.int32)
-    return ids[distinct.indices.fill_null(len(distinct.dictionary)).to_numpy(zero_copy_only=False)]
+def _ids(texts: pa.Array, vocabulary: pa.Array) -> np.ndarray:
+    """Int32 [n]."""
+    found = pc.index_in(texts, value_set=vocabulary).fill_null(1 - _FIRST_ID).to_numpy(zero_copy_only=False)
+    return found + np.int32(_FIRST_ID)
 
 
-def _hash_ids(values: pa.Array, rows: int) -> np.ndarray:
-    distinct = encoded(values)
-    table = np.zeros((len(distinct.dictionary) + 1, 2), np.int32)
-    for column, seed in enumerate(_HASH_SEEDS):
-        hashed = hash_strings(distinct.dictionary, seed) % np.uint64(rows - _FIRST_ID)
-        table[:-1, column] = hashed.astype(np.int32) + _FIRST_ID
-    return table[distinct.indices.fill_null(len(distinct.dictionary)).to_numpy(zero_copy_only=False)]
+def _hash_ids(texts: pa.Array, rows: int) -> np.ndarray:
+    """Int32 [n, 2]."""
+    hashes = np.stack([hash_column(texts, seed) for seed in _HASH_SEEDS], axis=1)
+    return (hashes % np.uint64(rows - _FIRST_ID)).astype(np.int32) + np.int32(_FIRST_ID)
 
 
 def _encode_bags(bags: pa.Array, field: FittedField, vocabulary: pa.Array, losses: Losses) -> np.ndarray:
     """Int32 [n, columns]: the first ids of each bag, then zeros."""
-    ids = _ids(plain(pc.list_flatten(bags)), vocabulary)
+    ids = per_distinct(plain(pc.list_flatten(bags)), lambda distinct: _ids(distinct, vocabulary), 0)
     parents = pc.list_parent_indices(bags).to_numpy(zero_copy_only=False)
     lengths = np.bincount(parents, minlength=len(bags))
     place = runs(0, lengths)

@@ -9,17 +9,43 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from bfm.events.parse import per_distinct
+from bfm.events.ragged import runs
 from bfm.events.randomness import mix64, stream_key
 
 _NULL = 0x6E756C6C
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
-    """Uint64 [n] hash of each string (of each dictionary value, where encoded); nulls share one hash."""
-    if pa.types.is_dictionary(values.type):
-        codes = values.indices.fill_null(len(values.dictionary)).to_numpy(zero_copy_only=False)
-        return np.append(hash_strings(values.dictionary, seed), stream_key(seed, _NULL))[codes]
+def hash_column(values: pa.Array, seed: int = 0) -> np.ndarray:
+    """Uint64 [n] hash of a column of strings, numbers, lists or dictionaries of either; nulls share one hash."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return per_distinct(values, lambda distinct: hash_column(distinct, seed), stream_key(seed, _NULL))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        hashed = _hash_lists(values, seed)
+    elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        bits = values.fill_null(0).to_numpy(zero_copy_only=False)
+        if pa.types.is_floating(kind):
+            # Adding zero turns -0.0 into 0.0.
+            bits = (bits.astype(np.float64) + 0.0).view(np.uint64)
+        hashed = mix64(mix64(bits) ^ stream_key(seed))
+    else:
+        hashed = _hash_strings(values, seed)
+    if values.null_count:
+        hashed[values.is_null().to_numpy(zero_copy_only=False)] = stream_key(seed, _NULL)
+    return hashed
+
+
+def _hash_lists(values: pa.Array, seed: int) -> np.ndarray:
+    offsets = values.offsets.to_numpy().astype(np.int64)
+    flat = hash_column(values.values.slice(offsets[0], offsets[-1] - offsets[0]), seed)
+    lengths = np.diff(offsets)
+    summed = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mix64(flat ^ mix64(runs(0, lengths))), dtype=np.uint64)])
+    return mix64(np.diff(summed[offsets - offsets[0]]) ^ mix64(lengths))
+
+
+def _hash_strings(values: pa.Array, seed: int) -> np.ndarray:
     binary = values.cast(pa.large_string()).cast(pa.large_binary())
     _, offset_buffer, data_buffer = binary.buffers()
     num = len(binary)
@@ -43,32 +69,6 @@ def hash_strings(values: pa.Array, seed: int = 0) -> np.ndarray:
         hashed[rows] = mix64(hashed[rows] ^ words) + _STEP
         done += 8
         rows = rows[lengths[rows] > done]
-    if values.null_count:
-        hashed[values.is_null().to_numpy(zero_copy_only=False)] = stream_key(seed, _NULL)
-    return hashed
-
-
-def hash_column(values: pa.Array, seed: int = 0) -> np.ndarray:
-    """Uint64 [n] hash of a column of strings (plain or dictionary), numbers, or lists of either."""
-    kind = values.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        offsets = values.offsets.to_numpy().astype(np.int64)
-        flat = hash_column(values.values.slice(offsets[0], offsets[-1] - offsets[0]), seed)
-        lengths = np.diff(offsets)
-        place = np.arange(len(flat)) - np.repeat(offsets[:-1] - offsets[0], lengths)
-        summed = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mix64(flat ^ mix64(place)), dtype=np.uint64)])
-        hashed = mix64(np.diff(summed[offsets - offsets[0]]) ^ mix64(lengths))
-    elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        filled = values.fill_null(0).to_numpy(zero_copy_only=False)
-        # Adding zero turns -0.0 into 0.0.
-        bits = (
-            (filled.astype(np.float64) + 0.0).view(np.uint64) if filled.dtype.kind == "f" else filled.astype(np.int64)
-        )
-        hashed = mix64(mix64(bits) ^ stream_key(seed))
-    else:
-        return hash_strings(values, seed)
-    if values.null_count:
-        hashed[values.is_null().to_numpy(zero_copy_only=False)] = stream_key(seed, _NULL)
     return hashed
 
 

@@ -69,8 +69,8 @@ def _coarsened(shift: int, bins: np.ndarray, counts: np.ndarray) -> Histogram:
     """The histogram of counts in bins of any order, equal ones among them."""
     while True:
         bins, place = np.unique(bins, return_inverse=True)
-        summed = np.zeros(len(bins), np.int64)
-        np.add.at(summed, place, counts)
+        # Sums of whole numbers below 2^53 are exact.
+        summed = np.bincount(place, counts, len(bins)).astype(np.int64)
         if len(bins) <= MAX_BINS:
             return Histogram(shift, bins, summed)
         shift, bins, counts = shift + 1, bins >> 1, summed

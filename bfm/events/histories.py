@@ -22,11 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.dataset import dataset, write_dataset
 
-from bfm.errors import UserError
 from bfm.events import clean, fitting, source
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.hashing import hash_strings, order_events
+from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
 from bfm.events.ragged import chunks
@@ -36,7 +35,6 @@ from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
 _BUCKETS = 32
-_HASH = "hash"
 _TEXT = pa.large_string()
 
 
@@ -85,9 +83,8 @@ class Histories:
         first = next(tables, None)
         self._tables = itertools.chain([] if first is None else [first], tables)
         if sum(self.unusable.values()) == self.rows:
-            counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.unusable.items()))
             fix = "check that the log has the columns and formats of the training log"
-            raise UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
+            raise clean.nothing_usable(self.unusable, fix)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
@@ -112,10 +109,9 @@ class Histories:
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
         self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
-        good, columns, row_hash = clean.usable(cleaned, self.encoding.manifest.seed)
-        item = self.new.number(good, columns[clean.ITEM], row_hash)
-        kept = [clean.USER, clean.TIME, *(name for name in columns if name.startswith(clean.context_column("")))]
-        events = good.select(kept).append_column(clean.ITEM, pa.array(item)).append_column(_HASH, pa.array(row_hash))
+        good = clean.usable(cleaned, self.encoding.manifest.seed)
+        kept = [clean.USER, clean.TIME, clean.HASH, *map(clean.context_column, self.schema.context_fields)]
+        events = pa.table({**{name: plain(good[name]) for name in kept}, clean.ITEM: self.new.number(good)})
         idle = plain(cleaned.filter(cleaned[clean.FAULT].is_valid())[clean.USER]).drop_null().unique()
         nulls = {f.name: pa.nulls(len(idle), f.type) for f in events.schema}
         return pa.concat_tables([events, pa.table({**nulls, clean.USER: idle}, schema=events.schema)])
@@ -124,7 +120,7 @@ class Histories:
         events = table.filter(table[clean.ITEM].is_valid())
         user = plain(events[clean.USER]).dictionary_encode()
         codes, time = user.indices.to_numpy(), events[clean.TIME].to_numpy()
-        order, repeated = order_events(codes, time, events[_HASH].to_numpy())
+        order, repeated = order_events(codes, time, events[clean.HASH].to_numpy())
         if self.schema.clean.drop_duplicates:
             self.duplicates += int(repeated.sum())
             order = order[~repeated]
@@ -161,8 +157,9 @@ class NewItems:
         self._values: dict[str, pa.Table] = {}
         """Field -> what `count_values` finds in the events of new items."""
 
-    def number(self, good: pa.Table, item: pa.DictionaryArray, row_hash: np.ndarray) -> np.ndarray:
-        """Int32 ids of a chunk's events."""
+    def number(self, good: pa.Table) -> np.ndarray:
+        """Int32 ids of a chunk's events (as `clean.usable` gives them)."""
+        item = good[clean.ITEM].combine_chunks()
         found = pc.index_in(item.dictionary, value_set=self._known)
         ids = found.fill_null(-1).to_numpy(zero_copy_only=False).copy()
         for code in np.flatnonzero(ids < 0):
@@ -171,12 +168,12 @@ class NewItems:
         new = pa.array(item_E >= self.encoding.num_items)
         self.events += new.true_count
         count = np.zeros(len(item_E), np.int64)
-        columns = {"item": good[clean.ITEM], "train_count": count, "first_time": good[clean.TIME]}
-        events = pa.table({**columns, "first_hash": row_hash}).filter(new)
+        columns = {"item": item, "train_count": count, "first_time": good[clean.TIME], "first_hash": good[clean.HASH]}
+        events = pa.table(columns).filter(new)
         for name in self.encoding.manifest.event_item_fields if len(events) else ():
-            values = events.append_column("value", good[clean.item_column(name)].filter(new))
+            values = count_values(events.append_column("value", good[clean.item_column(name)].filter(new)))
             before = [self._values[name]] if name in self._values else []
-            self._values[name] = count_values(pa.concat_tables([*before, values], promote_options="default"))
+            self._values[name] = count_values(pa.concat_tables([*before, values]))
         return item_E.astype(np.int32)
 
     def encode(self, losses: Losses) -> dict[str, np.ndarray]:
@@ -189,8 +186,7 @@ class NewItems:
             if name in self._values:
                 texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
-        words = self.encoding.vocabularies
-        return {f.name: fitting.encode(values[f.name], f, words.get(f.name), losses) for f in self.encoding.item_fields}
+        return fitting.encode_fields(values, self.encoding.item_fields, self.encoding.vocabularies, losses)
 
 
 def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:
@@ -199,7 +195,7 @@ def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, leve
 
     def batches() -> Iterator[pa.RecordBatch]:
         for table in tables:
-            bucket = (hash_strings(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
+            bucket = (hash_column(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
             num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
             yield from table.append_column("bucket", pa.array(bucket)).to_batches()
 

@@ -40,6 +40,11 @@ class Items:
         """V: items with a training event."""
         return int(np.count_nonzero(self.train_count))
 
+    @property
+    def train_events(self) -> int:
+        """Training events of all items."""
+        return int(self.train_count.sum())
+
 
 def item_ids(keys: pa.Array, known: pa.Array) -> np.ndarray:
     """Int32 places of keys (or of dictionary codes) among the keys [I] of all items; every key must be there."""

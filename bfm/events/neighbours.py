@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.events.ragged import Ragged, chunks, place_in_run, runs
-from bfm.events.shards import Shards, user_events
+from bfm.events.shards import Shards
 
 REACH = 10
 LAST_EVENTS = 20
@@ -225,16 +225,16 @@ def count_neighbours(shards: Shards, countings: Sequence[Counting]) -> list[Neig
     Memory: a bounded number of pairs, and the tables themselves.
     """
     num_items, counts_V = shards.num_catalogue, shards.train_counts
-    runs: list[list[_Run]] = [[] for _ in countings]
+    found: list[list[_Lists]] = [[] for _ in countings]
     # No item has more pairs than this; a pass takes a run of items that fits.
     for low, high in chunks(2 * REACH * counts_V, _PASS_PAIRS):
         key_P, times_P = np.unique(np.concatenate(list(_pairs(shards, low, high))), return_counts=True)
-        for of_counting, counting in zip(runs, countings, strict=True):
+        for of_counting, counting in zip(found, countings, strict=True):
             first_P, second_P, count_P = _totals(key_P, times_P, num_items, counting)
             weight_P = count_P / counts_V[second_P].astype(np.float64) ** counting.damping
             of_counting.append(_strongest(first_P - low, second_P, count_P, weight_P, high - low))
     users, tables = counted_users(shards), []
-    for of_counting, counting in zip(runs, countings, strict=True):
+    for of_counting, counting in zip(found, countings, strict=True):
         ids, counts, lengths = (np.concatenate(parts) for parts in zip(*of_counting, strict=True))
         lists = Ragged(ids, np.concatenate([[0], np.cumsum(lengths)]))
         tables.append(Neighbours(lists, counts, counts_V, users, counting))
@@ -252,7 +252,7 @@ def _totals(
     return first, second, np.add.reduceat(counted_P, starts)
 
 
-_Run = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
+_Lists = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
 """Neighbours of consecutive items one after the other, their counts, and how many each item has."""
 
 
@@ -262,7 +262,7 @@ def _strongest(
     count_P: NDArray[np.float64],
     weight_P: NDArray[np.float64],
     num_rows: int,
-) -> _Run:
+) -> _Lists:
     """The first NEIGHBOURS of each row by weight; row_P rises."""
     # One key instead of two: pairs stand by their row already, a weight below 1 orders inside it.
     order = np.argsort(row_P - weight_P / (2.0 * weight_P.max(initial=1.0)), kind="stable")
@@ -282,8 +282,8 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     Each pair of events comes both ways round.
     """
     yield np.zeros(0, np.int64)
-    for user_E, position_E in user_events(shards.train_lengths[: counted_users(shards)]):
-        item_E = shards.take_item(shards.locate(shards.user_starts[user_E] + position_E)).astype(np.int64)
+    for user_E, _, event_E in shards.user_events(shards.train_lengths[: counted_users(shards)]):
+        item_E = shards.at(event_E).item.astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]
             early, late = item_E[:-lag][together], item_E[lag:][together]

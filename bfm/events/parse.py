@@ -7,6 +7,8 @@ blocks. Every parser returns the values (null where there is none) and boolean m
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +48,14 @@ def encoded(values: pa.Array) -> pa.Array:
     return values.dictionary_encode() if pa.types.is_large_string(values.type) else values
 
 
+def per_distinct(values: pa.Array, make: Callable[[pa.Array], np.ndarray], missing: Any) -> np.ndarray:
+    """What `make` says of texts: [n] or [n, M], asked of each distinct one once; `missing` for nulls."""
+    distinct = encoded(values)
+    made = make(distinct.dictionary)
+    table = np.append(made, np.full((1, *made.shape[1:]), missing, made.dtype), axis=0)
+    return table[distinct.indices.fill_null(len(made)).to_numpy(zero_copy_only=False)]
+
+
 def is_plain(kind: pa.DataType) -> bool:
     """Text, numbers, booleans, dates and times: what has a text form (after `plain`)."""
     numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
@@ -58,14 +68,16 @@ def to_mask(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return values.fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
 
 
-def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
+def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     """Ids and categories as text. Whole floats lose their `.0` (pandas writes integers with gaps as floats).
 
     Returns:
-        large strings, null where missing (null, NaN, blank text); mask of infinite numbers (null too).
+        large strings, null where missing (null, NaN, blank text); mask of values of a nested type; mask of infinities.
     """
     kind = column.type
-    infinite = np.zeros(len(column), bool)
+    wrong = infinite = np.zeros(len(column), bool)
+    if not is_plain(kind):
+        return pa.nulls(len(column), pa.large_string()), to_mask(column.is_valid()), infinite
     if pa.types.is_decimal(kind) and kind.scale > 0:
         column, kind = column.cast(pa.float64()), pa.float64()
     elif pa.types.is_float16(kind):
@@ -78,12 +90,12 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
         as_int = pc.if_else(pa.array(whole), kept, None).cast(pa.int64()).cast(pa.large_string())
         # The shortest text of a float32 is not that of the same value as float64.
         exact = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
-        return pc.coalesce(as_int, exact), infinite
+        return pc.coalesce(as_int, exact), wrong, infinite
     text = column.cast(pa.large_string())
     if pa.types.is_large_string(kind):
         text = pc.utf8_trim_whitespace(text)
         text = pc.if_else(pc.equal(text, ""), None, text)
-    return text, infinite
+    return text, wrong, infinite
 
 
 def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
@@ -156,7 +168,7 @@ def lists(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray
         column = pa.LargeListArray.from_arrays(pa.array(np.arange(len(column) + 1)), keys(column)[0])
     elif not _is_list(kind) or not is_plain(plain(pc.list_flatten(column)).type):
         return pa.nulls(len(column), pa.large_list(pa.large_string())), to_mask(column.is_valid())
-    elements, _ = keys(plain(pc.list_flatten(column)))
+    elements, _, _ = keys(plain(pc.list_flatten(column)))
     kept = to_mask(elements.is_valid())
     parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[kept]
     return _relist(elements.filter(pa.array(kept)), parents, len(column)), np.zeros(len(column), bool)

@@ -26,9 +26,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_strings, order_events
+from bfm.events.hashing import hash_column, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
@@ -38,7 +37,6 @@ from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
 PARTITION = "partition"
-ROW_HASH = "hash"
 
 
 @dataclass(frozen=True)
@@ -50,33 +48,39 @@ class Job:
     folder: Path
     event_item_fields: list[str]
     """Item fields that stand in the log itself."""
-    table_item_fields: list[str]
-    """Item fields that stand in the item table."""
     item_table: str | None
+    """Holds the other ones."""
 
     @property
     def shard_set(self) -> Path:
         """The shard set in the making."""
         return self.folder / "set"
 
-    def file(self, stage: str, index: int, ending: str) -> Path:
-        """An intermediate file."""
-        path = self.folder / "work" / stage / f"{index:05d}.{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def files(self, stage: str, ending: str) -> list[Path]:
-        """The intermediate files of a stage, in the order of their indices."""
-        return sorted((self.folder / "work" / stage).glob(f"*.{ending}"))
-
     def save(self, stage: str, index: int, value: Any) -> None:
-        """Keep what a task of a stage found."""
-        self.file(stage, index, "pickle").write_bytes(pickle.dumps(value))
+        """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
+        path = self.folder / "work" / stage / f"{index:05d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(value, pa.Table):
+            path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
+            return
+        table = value.combine_chunks()
+        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    def files(self, stage: str) -> list[Path]:
+        """Files of what the tasks of a stage made, in the order of their indices."""
+        return sorted((self.folder / "work" / stage).glob("*"))
 
     def load(self, stage: str) -> Iterator[Any]:
-        """What the tasks of a stage found, in the order of their indices."""
-        for path in self.files(stage, "pickle"):
-            yield pickle.loads(path.read_bytes())
+        """What the tasks of a stage made, in the order of their indices."""
+        return map(load_file, self.files(stage))
+
+
+def load_file(path: Path) -> Any:
+    """What `Job.save` kept; a table is memory-mapped."""
+    if path.suffix == ".arrow":
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return pickle.loads(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,11 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
         item_table = source.find_item_table(checked, file, paths)
         present = source.table_columns(item_table)
         source.require_columns(checked.items.key, present, item_table)
-    from_table = [name for name, spec in checked.item_fields.items() if spec.column in present]
-    from_events = [name for name in checked.item_fields if name not in from_table]
+    from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
     pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
     (folder / "set").mkdir(parents=True)
     seed = checked.seed if seed is None else seed
-    return Job(checked, seed, folder, from_events, from_table, item_table), pieces
+    return Job(checked, seed, folder, from_events, item_table), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -185,9 +188,9 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
     """Append the column PARTITION (int32): by user, for unusable rows by their content."""
     user, raw = plain(table[clean.USER]), plain(table[clean.RAW])
     faulty = to_mask(table[clean.FAULT].is_valid())
-    hashed = hash_strings(user, job.seed)
+    hashed = hash_column(user, job.seed)
     if faulty.any():
-        hashed = np.where(faulty, hash_strings(raw, job.seed), hashed)
+        hashed = np.where(faulty, hash_column(raw, job.seed), hashed)
     ids = (hashed % np.uint64(partitions)).astype(np.int32)
     return table.append_column(PARTITION, pa.array(ids))
 
@@ -195,21 +198,18 @@ def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
 def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     """Write the partition's quarantine and its events in their final order."""
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good, columns, row_hash = clean.usable(table.drop_columns([PARTITION]), job.seed)
-    time = columns[clean.TIME].to_numpy()
-    users, user = _ranked_users(columns[clean.USER], job.seed)
-    order, repeated = order_events(user, time, row_hash)
+    good = clean.usable(table.drop_columns([PARTITION]), job.seed)
+    users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
+    order, repeated = order_events(user, good[clean.TIME].to_numpy(), good[clean.HASH].to_numpy())
     if job.schema.clean.drop_duplicates and repeated.any():
         doubles = good.take(pa.array(np.sort(order[repeated])))
         unusable = pa.concat_tables([unusable, clean.as_quarantined(doubles, "duplicate row")])
         order = order[~repeated]
     reasons = _write_quarantine(job, index, unusable)
-    taken = pa.array(order)
-    columns = {name: values.take(taken) for name, values in columns.items()}
-    columns[clean.USER] = pa.DictionaryArray.from_arrays(pa.array(user[order]), users)
-    columns[ROW_HASH] = pa.array(row_hash[order])
-    write_arrow(job.file("sorted", index, "arrow"), pa.table(columns))
-    time = time[order]
+    ranked = pa.DictionaryArray.from_arrays(pa.array(user), users)
+    events = good.set_column(0, clean.USER, ranked).take(pa.array(order))
+    job.save("partitions", index, events)
+    time = events[clean.TIME].to_numpy()
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
     job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
@@ -217,7 +217,7 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
     """Keys in the shard's user order (seeded hash, then key), and each row's place in it (int32 [n])."""
-    by_hash = pa.table({"hash": hash_strings(user.dictionary, seed), "key": user.dictionary})
+    by_hash = pa.table({"hash": hash_column(user.dictionary, seed), "key": user.dictionary})
     order = pc.sort_indices(by_hash, sort_keys=[("hash", "ascending"), ("key", "ascending")]).to_numpy()
     place = np.empty(len(order), np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)
@@ -241,7 +241,8 @@ def choose_split(job: Job) -> Split:
     """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
     partitions: list[PartitionFacts] = list(job.load("sorted"))
     if not any(partition.events for partition in partitions):
-        raise _nothing_usable(job, partitions)
+        example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
+        raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
@@ -249,32 +250,10 @@ def choose_split(job: Job) -> Split:
 
 def sorted_partitions(job: Job) -> list[Path]:
     """Files of the partitions that some row fell into: each becomes a shard, in their order."""
-    return job.files("sorted", "arrow")
+    return job.files("partitions")
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
     """Reason -> rows of all partitions."""
     reasons = sum((Counter(partition.reasons) for partition in partitions), Counter[str]())
     return dict(sorted(reasons.items()))
-
-
-def _nothing_usable(job: Job, partitions: list[PartitionFacts]) -> UserError:
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in quarantined(partitions).items())
-    example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
-    fix = f"check the schema's columns; a row: {example:.200}"
-    return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_arrow(path: Path, table: pa.Table) -> None:
-    """An intermediate table, memory-mappable, as one record batch."""
-    table = table.combine_chunks()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_arrow(path: Path) -> pa.Table:
-    """Inverse of `write_arrow`, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -23,7 +23,7 @@ from bfm.events.manifest import SHARD_SET
 from bfm.events.ragged import Ragged, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards, user_events
+from bfm.events.shards import Shards
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
@@ -179,9 +179,8 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
     first_U, count_U = _part_bounds(shards, part)
     limit = int(count_U.sum()) if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
-    for user, position in user_events(count_U, first_U):
-        event = shards.user_starts[user] + position
-        now, following = shards.take_time(shards.locate(event)), shards.take_time(shards.locate(event + 1))
+    for user, position, event in shards.user_events(count_U, first_U):
+        now, following = shards.at(event).time, shards.at(event + 1).time
         wanted = (now == following) if basket else (now < following)
         found = np.stack([user[wanted], position[wanted]])
         num_found += found.shape[1]
@@ -218,13 +217,13 @@ def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
     bounds = np.stack([shards.train_lengths[user], shards.valid_lengths[user], shards.user_starts[user + 1] - start])
     end = start + bounds.min(axis=0, initial=np.iinfo(np.int64).max, where=bounds > following)
     first = start + following
-    time = shards.take_time(shards.locate(first))
+    time = shards.at(first).time
     length = np.ones(len(user), np.int64)
     active = np.arange(len(user))
     while len(active):
         candidate = first[active] + length[active]
         active, candidate = active[candidate < end[active]], candidate[candidate < end[active]]
-        same = shards.take_time(shards.locate(candidate)) == time[active]
+        same = shards.at(candidate).time == time[active]
         active = active[same]
         length[active] += 1
     return distinct_items(shards, first, length)
@@ -240,7 +239,7 @@ def seen_items(shards: Shards, queries: QueryTable) -> Ragged | None:
 def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
-    item = shards.take_item(shards.locate(runs(first, length))).astype(np.int64)
+    item = shards.at(runs(first, length)).item.astype(np.int64)
     pair = np.unique(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))

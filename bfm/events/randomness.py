@@ -33,6 +33,11 @@ def stream_key(*words: int) -> np.uint64:
     return key[0]
 
 
+def generator(*words: int) -> np.random.Generator:
+    """Random numbers of a tuple of whole numbers."""
+    return np.random.Generator(np.random.Philox(key=int(stream_key(*words))))
+
+
 def keyed(key: np.uint64, values: np.ndarray) -> np.ndarray:
     """Uint64 of each value under a key: distinct where the values are."""
     return mix64(mix64(values) ^ key)

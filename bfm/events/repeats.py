@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.events.shards import Shards, user_events
+from bfm.events.shards import Shards
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""
@@ -22,9 +22,9 @@ NOISE = 0.01
 def training_repeats(shards: Shards) -> dict[str, int]:
     """Targets of the training range, and how many of them were `seen`, over all users."""
     targets = seen = 0
-    for user_E, position_E in user_events(shards.train_lengths):
-        located = shards.locate(shards.user_starts[user_E] + position_E)
-        item_E, time_E = shards.take_item(located).astype(np.int64), shards.take_time(located)
+    for user_E, position_E, event_E in shards.user_events(shards.train_lengths):
+        events = shards.at(event_E)
+        item_E, time_E = events.item.astype(np.int64), events.time
         moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))
         moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
         targets += len(moment_B) - int(np.isin(moment_B, moment_E[position_E == 0]).sum())

@@ -92,11 +92,6 @@ def finish(directory: Path, manifest: Manifest) -> Manifest:
 # ---------------------------------------------------------------- reader
 
 
-Located = list[tuple[int, np.ndarray | slice, np.ndarray]]
-"""Global event indices split by shard once, so that several columns can be taken: (shard, where in the output, row in
-the shard)."""
-
-
 class Shards(Encoding):
     """A shard set, memory-mapped and read-only. Events have a global index: shards one after the other."""
 
@@ -104,12 +99,9 @@ class Shards(Encoding):
         """Map the files that stand under `path` as the manifest describes them, without verification."""
         super().__init__(path, manifest)
         bases = [path / shard_name(index) for index in range(manifest.shards)]
-        self._item = [map_array(base / "item.npy") for base in bases]
-        self._time = [map_array(base / "time.npy") for base in bases]
-        self._context = {
-            f.name: [map_array(base / "context" / f"{f.name}.npy") for base in bases] for f in self.context_fields
-        }
-        self._first_event = np.cumsum([0] + [len(items) for items in self._item])
+        names = ["item", "time", *(f"context/{field.name}" for field in self.context_fields)]
+        self._columns = {name: [map_array(base / f"{name}.npy") for base in bases] for name in names}
+        self._first_event = np.cumsum([0] + [len(items) for items in self._columns["item"]])
         offsets = [np.load(base / "user_offsets.npy") for base in bases]
         starts = [values[:-1] + first for values, first in zip(offsets, self._first_event, strict=False)]
         self.user_starts: np.ndarray = np.concatenate([*starts, self._first_event[-1:]])
@@ -169,28 +161,23 @@ class Shards(Encoding):
         """Int64 [U]: events of each user."""
         return np.diff(self.user_starts)
 
-    def locate(self, index_N: np.ndarray) -> Located:
-        """Split global event indices by shard."""
-        if len(self._item) == 1:
-            return [(0, slice(None), index_N)]
-        shard_N = np.searchsorted(self._first_event, index_N, side="right") - 1
-        located: Located = []
-        for shard in np.flatnonzero(np.bincount(shard_N, minlength=len(self._item))):
-            where = np.flatnonzero(shard_N == shard)
-            located.append((int(shard), where, index_N[where] - self._first_event[shard]))
-        return located
+    def at(self, index_N: np.ndarray) -> Events:
+        """The events with these global indices."""
+        return Events(self._columns, self._first_event, index_N)
 
-    def take_item(self, located: Located) -> np.ndarray:
-        """Item ids int32 [N] of the located events."""
-        return _take(self._item, located)
+    def user_events(
+        self, length_U: np.ndarray, first_U: np.ndarray | int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Walk through the histories of the first U users, whole users at a time, about a million events per chunk.
 
-    def take_time(self, located: Located) -> np.ndarray:
-        """Times int64 [N] of the located events."""
-        return _take(self._time, located)
-
-    def take_context(self, name: str, located: Located) -> np.ndarray:
-        """A context field [N] or [N, M] of the located events."""
-        return _take(self._context[name], located)
+        Yields user [E], position in the user's history [E] and global index [E] of events: length_U of each user, from
+        position first_U on.
+        """
+        first_U = np.broadcast_to(first_U, length_U.shape)
+        for low, high in chunks(length_U, _CHUNK_EVENTS):
+            user_E = np.repeat(np.arange(low, high), length_U[low:high])
+            position_E = runs(first_U[low:high], length_U[low:high])
+            yield user_E, position_E, self.user_starts[user_E] + position_E
 
     def kept_path(self, name: str) -> Path:
         """Where a kept value lies. The name is bound to this set's hash: nothing of an older preparation is read."""
@@ -214,21 +201,38 @@ class Shards(Encoding):
         return data
 
 
-def user_events(length_U: np.ndarray, first_U: np.ndarray | int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places in the histories of the first U users, whole users at a time, about a million per chunk.
+class Events:
+    """Some events of a shard set: split by shard once, every column read when it is asked for."""
 
-    Yields user [E] and position in the user's history [E]: length_U of each user, from first_U on.
-    """
-    first_U = np.broadcast_to(first_U, length_U.shape)
-    for low, high in chunks(length_U, _CHUNK_EVENTS):
-        yield np.repeat(np.arange(low, high), length_U[low:high]), runs(first_U[low:high], length_U[low:high])
+    def __init__(self, columns: Mapping[str, list[np.ndarray]], first_event: np.ndarray, index_N: np.ndarray) -> None:
+        self._columns, self._first_event, self._index_N = columns, first_event, index_N
 
+    @cached_property
+    def _by_shard(self) -> list[tuple[np.intp, np.ndarray, np.ndarray]]:
+        """Shard, places among the N events, rows in the shard."""
+        shard_N = np.searchsorted(self._first_event, self._index_N, side="right") - 1
+        places = ((shard, np.flatnonzero(shard_N == shard)) for shard in np.flatnonzero(np.bincount(shard_N)))
+        return [(shard, place, self._index_N[place] - self._first_event[shard]) for shard, place in places]
 
-def _take(columns: list[np.ndarray], located: Located) -> np.ndarray:
-    if len(columns) == 1:
-        return columns[0][located[0][2]]
-    count = sum(len(rows) for _, _, rows in located)
-    out = np.empty((count, *columns[0].shape[1:]), columns[0].dtype)
-    for shard, where, rows in located:
-        out[where] = columns[shard][rows]
-    return out
+    @property
+    def item(self) -> np.ndarray:
+        """Int32 [N]: item ids."""
+        return self._read("item")
+
+    @property
+    def time(self) -> np.ndarray:
+        """Int64 [N]: milliseconds or positions."""
+        return self._read("time")
+
+    def context(self, name: str) -> np.ndarray:
+        """A context field [N] or [N, M]."""
+        return self._read(f"context/{name}")
+
+    def _read(self, name: str) -> np.ndarray:
+        of_shards = self._columns[name]
+        if len(of_shards) == 1:
+            return of_shards[0][self._index_N]
+        out = np.empty((len(self._index_N), *of_shards[0].shape[1:]), of_shards[0].dtype)
+        for shard, place, row in self._by_shard:
+            out[place] = of_shards[shard][row]
+        return out

@@ -28,7 +28,7 @@ from scipy.special import entr
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec, histories
 from bfm.events.ragged import chunks, runs
-from bfm.events.randomness import stream_key
+from bfm.events.randomness import generator
 from bfm.files import write_atomic, write_json
 
 TRUTH = "truth.json"
@@ -108,7 +108,7 @@ def write_synthetic(
     done = 0
     (path / "events").mkdir()
     for chunk, (low, high) in enumerate(chunks(lengths_U + _USER_EVENTS, _CHUNK_EVENTS)):
-        rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _CHUNK_STREAM, chunk))))
+        rng = generator(seed, _CHUNK_STREAM, chunk)
         lengths = lengths_U[low:high]
         size_B, baskets_U = world.draw_sizes(rng, lengths)
         time_B = _times(rng, baskets_U)
@@ -178,8 +178,7 @@ def _check(path: Path, events: int, users: int, spec: WorldSpec) -> None:
 
 def _history_lengths(seed: int, events: int, users: int) -> np.ndarray:
     """Int64 [U], log-normal, at least 1, with the exact sum."""
-    rng = np.random.Generator(np.random.Philox(key=int(stream_key(seed, _LENGTH_STREAM))))
-    total = np.cumsum(rng.lognormal(0.0, 1.0, users))
+    total = np.cumsum(generator(seed, _LENGTH_STREAM).lognormal(0.0, 1.0, users))
     ends = np.floor(total / total[-1] * (events - users) + 0.5).astype(np.int64)
     return 1 + np.diff(ends, prepend=0)
 
@@ -207,7 +206,7 @@ def _event_table(rng: np.random.Generator, user: np.ndarray, item: np.ndarray, t
 def _item_table(world: World) -> pa.Table:
     """Features: category is the cluster in nine of ten items; brand, price, tags and title lean to it."""
     spec, cluster_V = world.spec, world.cluster_V
-    rng = np.random.Generator(np.random.Philox(key=int(stream_key(spec.seed, _ITEM_STREAM))))
+    rng = generator(spec.seed, _ITEM_STREAM)
     astray = rng.random(spec.items) < 0.1
     category = np.where(astray, rng.integers(0, spec.interests, spec.items), cluster_V)
     brand = cluster_V * 8 + rng.integers(0, 8, spec.items)

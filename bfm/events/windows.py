@@ -172,13 +172,13 @@ def _gather(
     """
     filled_RL = event_RL >= 0
     event_N = event_RL[filled_RL]
-    located = shards.locate(event_N)
-    time_N = shards.take_time(located)
+    events = shards.at(event_N)
+    item_N, time_N = events.item, events.time
     followed_N = event_N + 1 < stop_RL[filled_RL]
-    following = shards.locate(event_N + followed_N)
-    later_N = shards.take_time(following) > time_N
-    previous = shards.locate(np.maximum(event_N - 1, first_RL[filled_RL]))
-    gap_N = (time_N - shards.take_time(previous)).astype(np.float64)
+    following = shards.at(event_N + followed_N)
+    later_N = following.time > time_N
+    previous = shards.at(np.maximum(event_N - 1, first_RL[filled_RL]))
+    gap_N = (time_N - previous.time).astype(np.float64)
     if shards.manifest.has_clock:
         gap_N /= 1000.0
 
@@ -189,13 +189,13 @@ def _gather(
 
     context = {}
     for field in shards.context_fields:
-        values = shards.take_context(field.name, located)
+        values = events.context(field.name)
         missing = np.nan if field.kind == "numeric" else 0
         context[field.name] = spread(values, missing, values.dtype.type)
-    target_N = np.where(followed_N & with_targets, shards.take_item(following), -1)
+    target_N = np.where(followed_N & with_targets, following.item, -1)
     columns = np.arange(filled_RL.shape[1], dtype=np.int32)
     return Windows(
-        item_RL=spread(shards.take_item(located), -1, np.int32),
+        item_RL=spread(item_N, -1, np.int32),
         target_RL=spread(target_N, -1, np.int32),
         segment_RL=segment_RL.astype(np.int32),
         query_RL=np.broadcast_to(columns, filled_RL.shape),
@@ -242,7 +242,7 @@ def _items_around(shards: Shards, event_T: np.ndarray, first_T: np.ndarray, stop
     around_TJ = event_T[:, None] + 1 + np.concatenate([-away_J, away_J])
     inside_TJ = (around_TJ >= first_T[:, None]) & (around_TJ < stop_T[:, None])
     items_TJ = np.full(around_TJ.shape, -1, np.int64)
-    items_TJ[inside_TJ] = shards.take_item(shards.locate(around_TJ[inside_TJ]))
+    items_TJ[inside_TJ] = shards.at(around_TJ[inside_TJ]).item
     return items_TJ
 
 

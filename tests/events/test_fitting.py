@@ -11,7 +11,7 @@ from bfm.errors import UserError
 from bfm.events import fitting
 from bfm.events.clean import Losses
 from bfm.events.fields import FittedField
-from bfm.events.hashing import hash_column, hash_rows, hash_strings
+from bfm.events.hashing import hash_column, hash_rows
 from bfm.events.items import choose_values, count_items, count_values, item_ids, merge_items
 
 
@@ -47,16 +47,16 @@ def fitted(values, kind, weights=None, max_length=None):
 @given(st.lists(st.text(max_size=40), max_size=20), st.integers(0, 2**31))
 def test_a_hash_depends_on_the_text_alone(values, seed):
     values = [value.encode("utf-8", "replace").decode() for value in values]
-    together = hash_strings(text(values), seed)
-    assert [int(h) for h in together] == [int(hash_strings(text([value]), seed)[0]) for value in values]
-    assert (hash_strings(text(["x", *values]).slice(1), seed) == together).all()
-    assert (hash_strings(text(values).dictionary_encode(), seed) == together).all()
+    together = hash_column(text(values), seed)
+    assert [int(h) for h in together] == [int(hash_column(text([value]), seed)[0]) for value in values]
+    assert (hash_column(text(["x", *values]).slice(1), seed) == together).all()
+    assert (hash_column(text(values).dictionary_encode(), seed) == together).all()
     assert len(set(together.tolist())) == len(set(values))
 
 
 def test_hashes_are_fixed_for_ever():
     """A change of these numbers would make every shard set and every hashed field another one."""
-    assert hash_strings(text(["", "a", "item 17 of the catalogue", None]), 1).tolist() == FIXED
+    assert hash_column(text(["", "a", "item 17 of the catalogue", None]), 1).tolist() == FIXED
 
 
 FIXED = [9014103220790814445, 4683418683685793008, 6330020383263801243, 5261602799308482815]
