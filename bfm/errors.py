@@ -30,11 +30,7 @@ class DivergedError(ArithmeticError):
 
 
 class PausedError(RuntimeError):
-    """A sweep stopped itself over a fault that is nobody's configuration; mended, the same command goes on. Exit 1."""
-
-
-class OutOfMemoryError(MemoryError):
-    """A configuration does not fit its worker: infeasible there, not a bad loss."""
+    """Work stopped by itself over something that is nobody's configuration; later the same command goes on. Exit 1."""
 
 
 def _rebuild_user_error(

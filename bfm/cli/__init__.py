@@ -8,7 +8,7 @@ import typer
 
 from bfm.cli import data, laws, model, recipe, simulate, sweep
 from bfm.cli.common import fail
-from bfm.errors import CorruptError, DivergedError, UserError
+from bfm.errors import CorruptError, DivergedError, PausedError, UserError
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
@@ -24,7 +24,7 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         fail(error, 2)
-    except (CorruptError, DivergedError, OSError) as error:
+    except (CorruptError, DivergedError, PausedError, OSError) as error:
         fail(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
@@ -24,7 +24,7 @@ def fail(error: Exception, code: int) -> None:
 
     if os.environ.get("BFM_DEBUG"):
         raise error
-    line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    line = str(error) if isinstance(error, (UserError, PausedError)) else f"{type(error).__name__}: {error}"
     print(f"bfm: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from bfm.errors import PausedError
 from bfm.files import Store
 from bfm.training.task import Account, RungTask
 
@@ -26,12 +27,15 @@ STOP_S = 5.0
 """How often a task looks whether it shall stop."""
 
 
-class YieldError(Exception):
+class YieldError(PausedError):
     """A task ended early because it was asked to; its checkpoint stands."""
 
     def __init__(self, account: Account) -> None:
-        super().__init__("the task was asked to stop")
+        super().__init__("stopped, because this process or its machine is to go; the same command goes on from here")
         self.account = account
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.account,)
 
 
 class FencedError(Exception):
