@@ -34,6 +34,11 @@ class Notice:
         if self._watch is None:
             self._watch = threading.Thread(target=self._look, name="preemption", daemon=True)
             self._watch.start()
+        return self.given
+
+    @property
+    def given(self) -> bool:
+        """Whether one was given so far."""
         return self._given.is_set()
 
     def take_sigterm(self) -> None:

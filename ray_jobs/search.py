@@ -180,7 +180,8 @@ class DriverSearcher(Searcher):
         """Whether the run is on its way to its end. Raises Interrupted when all tasks have yielded or were too slow."""
         if self._signals.received is None and self._paused is None:
             return False
-        running = [live.task for live in self._live.values() if live.settled_at_s is None]
+        # One that has not started trained nothing; the next driver finds that in its account.
+        running = [live.task for live in self._live.values() if live.started and live.settled_at_s is None]
         if self._ends_at_s is None:
             self._ends_at_s = self._clock() + YIELD_LIMIT_S
             for task in running:

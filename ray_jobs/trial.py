@@ -71,7 +71,9 @@ class RungTrial(Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next task."""
+        """Take the next task; not on an actor that is to go."""
+        if notice().given:
+            return False
         self._task = json.loads(new_config["task"])
         self._assigned_at_s = float(new_config["assigned_at_s"])
         self._delivered = False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import signal
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.task import Wait
-from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
-from ray_jobs.trial import ROW, slot_resources
+from bfm.training.task import Account
+from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, YIELD_LIMIT_S, DriverSearcher
+from ray_jobs.signals import Interrupted, Signals
+from ray_jobs.trial import LOST, ROW, YIELDED, slot_resources
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeTune, make_task
 
 
@@ -162,3 +167,62 @@ def test_one_worker_s_actor_holds_its_gpu_and_a_coordinator_holds_none(workers, 
 def test_a_task_survives_the_way_through_tune() -> None:
     task = make_task(7)
     assert type(task).from_dict(task.as_dict()) == task
+
+
+def stopping(num_tasks: int = 9, slots: int = 3):
+    """Three running tasks of a sweep that has received SIGTERM, and which of them were asked to yield."""
+    asked: list[str] = []
+    driver, clock, signals = FakeDriver(num_tasks, slots), Clock(), Signals()
+    searcher = DriverSearcher(
+        driver, slots, signals=signals, ask_to_yield=lambda task: asked.append(task.task_id), clock=clock
+    )
+    for trial in "abc":
+        searcher.suggest(trial)
+        searcher.started(trial)
+    signals.received = signal.SIGTERM
+    return driver, searcher, clock, asked
+
+
+YIELD = {YIELDED: json.dumps(asdict(Account(70, "progress", 60)))}
+
+
+def test_a_stopped_sweep_asks_its_tasks_once_and_ends_when_all_have_answered() -> None:
+    driver, searcher, _, asked = stopping()
+    for _ in range(3):
+        assert searcher.suggest("d") is None
+    assert sorted(asked) == ["t0-r0-a0", "t1-r0-a0", "t2-r0-a0"]
+    assert searcher.may_end("a", YIELD)
+    assert searcher.may_end("b", {ROW: "{}"}), "a row that was nearly there counts"
+    searcher.on_trial_complete("c", error=True)
+    with pytest.raises(Interrupted) as end:
+        searcher.suggest("d")
+    assert end.value.number == signal.SIGTERM
+    assert driver.yields == {"t0-r0-a0": Account(70, "progress", 60)}
+    assert (list(driver.rows), list(driver.losses)) == (["t1-r0-a0"], ["t2-r0-a0"])
+    assert driver.given == 3, "nothing new was begun"
+
+
+def test_a_task_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    driver, searcher, clock, _ = stopping()
+    assert searcher.suggest("d") is None
+    clock.now_s += YIELD_LIMIT_S + 1
+    with pytest.raises(Interrupted):
+        searcher.suggest("d")
+    assert len(driver.open) == 3, "the next driver settles them"
+
+
+def test_a_paused_sweep_lets_its_tasks_yield_and_then_tells_why() -> None:
+    driver, searcher, _, _ = stopping()
+    searcher._signals.received = None
+
+    def pause(task_id: str, reason: str, *, retry: bool = True) -> bool:
+        raise PausedError("paused: the disk is full")
+
+    driver.lost = pause  # type: ignore[method-assign]
+    searcher.may_end("a", {LOST: "OSError: full", "retry": True})
+    assert searcher.failure is None
+    for trial in "bc":
+        assert searcher.may_end(trial, YIELD)
+    searcher.suggest("d")
+    assert isinstance(searcher.failure, PausedError)
+    assert len(driver.yields) == 2

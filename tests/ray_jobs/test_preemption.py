@@ -1,0 +1,77 @@
+"""A notice is a flag that training sees; an actor that is to go takes no further task."""
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+
+from ray_jobs import preemption, trial
+from ray_jobs.preemption import Notice
+from ray_jobs.trial import RungTrial
+
+
+class Node:
+    """This process's node, and those that are drained."""
+
+    draining: dict[str, int]
+
+    def get_node_id(self):
+        return "here"
+
+    def get_draining_nodes(self):
+        return self.draining
+
+
+@pytest.fixture
+def node(monkeypatch):
+    node = Node()
+    node.draining = {}
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: node)
+    monkeypatch.setattr(ray._private.state, "state", node)
+    monkeypatch.setattr(preemption, "LOOK_S", 0.01)
+    return node
+
+
+def test_a_drain_of_this_node_is_a_notice_and_of_another_is_none(node) -> None:
+    notice = Notice()
+    assert not notice()
+    node.draining = {"there": 0}
+    time.sleep(0.1)
+    assert not notice()
+    node.draining = {"there": 0, "here": 5}
+    deadline_s = time.monotonic() + 5
+    while not notice():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert not notice.terminated
+
+
+def test_sigterm_is_a_notice(node, monkeypatch) -> None:
+    started = []
+    monkeypatch.setattr(preemption.threading, "Timer", lambda *arguments: started.append(arguments) or Ended())
+    before = signal.getsignal(signal.SIGTERM)
+    notice = Notice()
+    try:
+        notice.take_sigterm()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert notice.terminated
+    assert started[0][1:] == (os._exit, [143]), "it ends by itself in any case"
+
+
+class Ended:
+    def start(self):
+        pass
+
+
+def test_an_actor_that_is_to_go_takes_no_task(monkeypatch) -> None:
+    notice = Notice()
+    monkeypatch.setattr(trial, "notice", lambda: notice)
+    actor = RungTrial.__new__(RungTrial)
+    assert actor.reset_config({"task": "{}", "assigned_at_s": 0})
+    notice._given.set()
+    assert not actor.reset_config({"task": "{}", "assigned_at_s": 0})
