@@ -19,7 +19,7 @@ from bfm.laws.frontier import Row, rung_rows
 from bfm.report.law_fits import Fitted
 from bfm.report.law_text import interval_text
 from bfm.report.study import Chapter, chapters, read_study
-from bfm.sweep.checks import check_text
+from bfm.sweep.recipe.verdicts import check_text
 
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10")
 COLUMNS = ("sweep", "trial", "seed", "rung_flops", "params", "embedder_share", "events", "batch_events", "negatives")

@@ -19,8 +19,8 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.sweep.costs import Costs, LogFacts
-from bfm.sweep.evidence import STUDY_FILE, study_folders
 from bfm.sweep.on_log import on_log
+from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve

@@ -21,7 +21,7 @@ from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.helpers import make_shards
-from tests.sweep.planted_sizes import row
+from tests.sweep.recipe.planted_sizes import row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ def recipe(
     from bfm.report.console import Display, step_words
     from bfm.report.matmul_peak import matmul_peak
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
-    from bfm.sweep.check import check_recipe
+    from bfm.sweep.recipe.check import check_recipe
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Record, StepRecord
     from bfm.units import parse_number

@@ -17,7 +17,7 @@ from bfm.report.law_curves import agreements, hardest_groups, ranked_metrics
 from bfm.report.law_fits import Fitted
 from bfm.report.style import power_text
 from bfm.report.template import Cell, escape, paragraph, table
-from bfm.sweep.checks import calibration_text
+from bfm.sweep.recipe.verdicts import calibration_text
 from bfm.units import format_count
 
 HEADINGS = {

@@ -22,7 +22,7 @@ from bfm.report.page import shown_figure
 from bfm.report.style import svg_text
 from bfm.report.sweep_view import SweepView, publish_report, read_recipe, read_sweep
 from bfm.report.template import escape, page, paragraph, section
-from bfm.sweep.evidence import STUDY_FILE, study_folders
+from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders
 
 
 @dataclass(frozen=True)

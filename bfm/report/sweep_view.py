@@ -19,8 +19,8 @@ from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
-from bfm.sweep.checks import checks_lines
 from bfm.sweep.ledger import read_state
+from bfm.sweep.recipe.verdicts import checks_lines
 from bfm.sweep.spec import from_dict
 from bfm.sweep.status import life_text, summarise
 

@@ -16,7 +16,6 @@ import numpy as np
 from bfm.sweep.costs import FLOAT_BYTES, GIB, STATE_COPIES, CostModel
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
-from bfm.sweep.policies.strata import StrataPolicy
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet, memory_bytes
 from bfm.training.config import TrainConfig
@@ -35,7 +34,7 @@ class RungPlan:
     rung: int
     rung_flops: int
     trials: int
-    """Rows: configurations times seeds."""
+    """Rows, of one seed: the others are trained only of near-ties at the top."""
     params: Range
     """Of the feasible points that have a row there."""
     events: Range
@@ -199,8 +198,6 @@ def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
         ends_flops = np.cumsum([sum(_task_flops(spec, point, rung) for rung in point.rungs) for point in points])
         number = min(int(np.sum(ends_flops <= spec.budget.total_flops)), spec.budget.max_trials)
         return [sum(rung in point.rungs for point in points[:number]) for rung in rungs]
-    if spec.scheduler.type == "strata":
-        return StrataPolicy(spec, feasible).places
     costs = [_mean_task_flops(spec, feasible, rung) for rung in rungs]
     if spec.scheduler.type == "random":
         return [min(spec.budget.max_trials, max(1, spec.budget.total_flops // sum(costs)))] * len(rungs)
@@ -214,11 +211,9 @@ def _mean_task_flops(spec: SweepSpec, feasible: FeasibleSet, rung: int) -> int:
 
 
 def _rung_plan(
-    spec: SweepSpec, points: Sequence[Feasible], rung: int, configurations: int, speeds: Sequence[tuple[int, float]]
+    spec: SweepSpec, points: Sequence[Feasible], rung: int, trials: int, speeds: Sequence[tuple[int, float]]
 ) -> RungPlan:
     rung_flops = spec.budget.ladder_flops[rung]
-    # The other policies train one seed, and the others only of near-ties at the top.
-    trials = configurations * (len(spec.seeds) if spec.scheduler.type == "strata" else 1)
     points = [point for point in points if rung in point.rungs]
     task_flops = [_task_flops(spec, point, rung) for point in points]
     evaluation_flops = [

@@ -17,7 +17,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 
 RANGES = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values")
-POLICIES = ("frontier", "strata", "asha-promote", "asha-stop", "isoflop-window", "random", "grid")
+POLICIES = ("frontier", "asha-promote", "asha-stop", "isoflop-window", "random", "grid")
 DISTRIBUTIONS = ("constant", "categorical", *RANGES)
 _LOGIT_EDGE = 1e-5
 Scalar = float | int | bool | str | None
@@ -179,9 +179,7 @@ class Scheduler:
     type: str = "frontier"
     """One of POLICIES."""
     eta: float = 3.0
-    """Strata and ASHA: one of eta trials of a rung goes on to the next."""
-    strata: int = 3
-    """Strata: classes of model size that are compared only among themselves (fewer where a rung is too small)."""
+    """ASHA: one of eta trials of a rung goes on to the next."""
     shares: tuple[float, ...] | None = None
     """Share of the spend per rung, summing to 1; None: the policy's own."""
 
@@ -257,7 +255,7 @@ class SweepSpec:
     evaluation_queries: int | None
     """The first so many queries of the validation part; None: all."""
     seeds: tuple[int, ...]
-    """Every configuration is trained once per seed; the first one also seeds the proposals."""
+    """The first one seeds the proposals and explores; the others are of near-ties at the top (frontier policy)."""
     probes: tuple[int, ...]
     """C at which the trunk is evaluated on its way."""
     other_metrics: tuple[Metric, ...] = ()

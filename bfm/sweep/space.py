@@ -1,10 +1,9 @@
 """The feasible set: which points of the space can be trained to every rung, and why the others cannot.
 
-Enters: a SweepSpec and a cost model. Leaves: verdicts with a counted reason, feasible samples, size strata.
+Enters: a SweepSpec and a cost model. Leaves: verdicts with a counted reason, feasible samples.
 Steps follow from C and the configuration; a rung is feasible for a point if it has at least 100 steps within the
 tolerance, D/N is sensible, its workers can share the batch and its memory suffices. A point enters at the first such
-rung and goes up to the last one without a gap: a large model has no place on the lowest rungs. The strata policy
-compares rung by rung, so there every rung must be feasible.
+rung and goes up to the last one without a gap: a large model has no place on the lowest rungs.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class FeasibleSet:
     def _rungs(self, config: TrainConfig, cost: ConfigCost) -> Feasible | Rejection:
         rejections = [self._at(config, cost, rung) for rung in range(len(self.spec.budget.ladder_flops))]
         refused = [rejection for rejection in rejections if rejection is not None]
-        if refused and (len(refused) == len(rejections) or self.spec.scheduler.type == "strata"):
+        if len(refused) == len(rejections):
             return refused[0]
         entry = rejections.index(None)
         after = next((rung for rung in range(entry, len(rejections)) if rejections[rung]), len(rejections))
@@ -166,11 +165,6 @@ class FeasibleSet:
                 here = (self._at(point.config, point.cost, rung) for point in feasible)
                 raise binding_bound([rejection for rejection in here if rejection is not None])
         return tuple(feasible), tuple(rejected)
-
-    def size_edges(self, strata: int) -> tuple[float, ...]:
-        """Inner edges of `strata` classes of model size: quantiles of log N over the feasible set, as N."""
-        log_params = np.log([point.cost.params for point in self.sample[0]])
-        return tuple(float(np.exp(edge)) for edge in np.quantile(log_params, np.arange(1, strata) / strata))
 
     def _steps(self, config: TrainConfig, cost: ConfigCost, rung_flops: int) -> Rejection | None:
         tolerance = self.spec.budget.tolerance

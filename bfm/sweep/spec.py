@@ -76,7 +76,6 @@ class _BudgetKeys(_Section):
 class _SchedulerKeys(_Section):
     type: Literal[*POLICIES] = "frontier"  # type: ignore[valid-type]
     eta: Number = 3.0
-    strata: Count = 3
     shares: list[Number] | None = None
 
 
@@ -291,8 +290,7 @@ def _scheduler(keys: _SchedulerKeys, num_rungs: int) -> Scheduler:
             )
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise UserError("are not parts of one", key="scheduler.shares", fix="write shares above 0 that sum to 1")
-    strata = _at_least(keys.strata, 1, "scheduler.strata")
-    return Scheduler(keys.type, keys.eta, strata, tuple(shares) if shares else None)
+    return Scheduler(keys.type, keys.eta, tuple(shares) if shares else None)
 
 
 def _tier(keys: _TierKeys, key: str) -> Tier:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from bfm.sweep.checks import calibration, checks_lines
 from bfm.sweep.costs import GIB
 from bfm.sweep.policies.replicas import winner
+from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.spec import METRICS, from_dict
 from bfm.sweep.state import SweepState, metric_value

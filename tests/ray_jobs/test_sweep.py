@@ -150,8 +150,8 @@ def test_sweeps_with_losses_and_damage(tmp_path, toy_shards, monkeypatch) -> Non
     """One Ray for several short sweeps, because it takes longer to start than they take to run."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with local_ray(2, dashboard=True):
-        # Strata begin a number of trials that is known beforehand.
-        space = write_space(tmp_path, toy_shards.path, scheduler={"type": "strata"})
+        # Successive halving begins a number of trials that is known beforehand.
+        space = write_space(tmp_path, toy_shards.path, scheduler={"type": "asha-promote"})
         check_lost_tasks_are_tried_again(tmp_path, space)
         check_a_sweep_of_which_nothing_came(tmp_path, space, monkeypatch)
         check_damage_ends_the_sweep(tmp_path, space)

@@ -39,7 +39,7 @@ def write_space(folder: Path, shards: Path | str, **changes: Any) -> Path:
             "d_item": {"value": 8},
         },
         "budget": {"ladder_flops": [1e8, 2e8], "total_flops": 1e9, "max_trials": 4, "events_per_param": [0, 1e9]},
-        "scheduler": {"type": "frontier", "eta": 2, "strata": 1},
+        "scheduler": {"type": "frontier", "eta": 2},
         "scaling": {"slots": 2, "tiers": [SINGLE]},
         "data": {"shards": str(shards), "evaluation_queries": 50},
     }

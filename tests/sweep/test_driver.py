@@ -28,7 +28,7 @@ class DriverMachine(CapMachine):
         seeds=st.integers(1, 2),
         total=st.integers(21, 120),
         method=st.sampled_from(["random", "grid"]),
-        policy=st.sampled_from(["strata", "asha-promote", "random", "isoflop-window"]),
+        policy=st.sampled_from(["asha-promote", "asha-stop", "random", "isoflop-window"]),
         quota=st.sampled_from([None, 0.5, 2]),
     )
     def begin(self, slots, seeds, total, method, policy, quota):
@@ -44,7 +44,9 @@ class DriverMachine(CapMachine):
         self.open_with(**self.changes)
 
     @rule(
-        more=st.integers(60, 90), policy=st.sampled_from(["strata", "asha-promote", "random"]), seeds=st.integers(2, 3)
+        more=st.integers(60, 90),
+        policy=st.sampled_from(["asha-promote", "asha-stop", "random"]),
+        seeds=st.integers(2, 3),
     )
     def extend(self, more, policy, seeds):
         self.closed += self.open()

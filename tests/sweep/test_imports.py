@@ -16,7 +16,7 @@ from bfm.sweep.driver import Task, run_serial
 from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, in_memory, make_spec, planted_loss
 
-POLICIES = ["frontier", "strata", "asha-promote", "asha-stop", "random", "isoflop-window"]
+POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]
 RUNGS = (10**9, 4 * 10**9, 16 * 10**9)
 
 

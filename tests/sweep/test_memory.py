@@ -10,7 +10,7 @@ from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, in_memory, make_spec
 
 TIERS = {"tiers": [{"workers": 1}, {"from_rung_flops": "4e9", "micro_groups": 2}]}
-POLICIES = ["frontier", "strata", "asha-promote", "asha-stop", "random", "isoflop-window"]
+POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]
 
 
 def too_small(limit, rungs):

@@ -13,7 +13,7 @@ from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, in_memory, make_spec, start
 
 GIB = 1 << 30
-POLICIES = ["frontier", "strata", "asha-promote", "asha-stop", "random", "isoflop-window"]
+POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]
 
 
 def sized(task):

@@ -39,7 +39,7 @@ SPACE = {
         "max_trials": 3,
         "events_per_param": [0, 1e6],
     },
-    "scheduler": {"eta": 2, "strata": 1},
+    "scheduler": {"eta": 2},
     "probes": ["5e7"],
     "data": {"shards": "toy", "evaluation_queries": 50},
 }

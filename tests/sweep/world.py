@@ -57,7 +57,7 @@ def make_spec(**changes) -> SweepSpec:
             "learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
         },
         "budget": {"ladder_flops": ["1e9", "4e9", "16e9"], "total_flops": "150e9", "events_per_param": [0, 1e6]},
-        "scheduler": {"type": "strata", "eta": 3, "strata": 2},
+        "scheduler": {"type": "asha-promote", "eta": 3},
         "data": {"shards": "nowhere"},
     }
     for key, value in changes.items():

@@ -141,12 +141,6 @@ def test_no_policy_is_a_slip():
     assert caught.value.key == "--policy"
 
 
-def test_strata_need_a_space():
-    with pytest.raises(UserError, match="strata need a space") as caught:
-        enter(SMALL, "strata", 0)
-    assert caught.value.key == "policy"
-
-
 @pytest.mark.parametrize("policy", TABLE_POLICIES)
 def test_a_subset_in_which_no_run_reaches_the_top_has_nothing_to_regret_there(policy):
     curves = (*(curve(f"s{n}", [3.0 + n, 2.0 + n]) for n in range(9)), curve("tall", [3.0, 2.0, 1.0]))

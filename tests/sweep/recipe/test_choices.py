@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from bfm.sweep.choices import choose_batch, choose_negatives, choose_share
-from bfm.sweep.evidence import Swept
-from bfm.sweep.recipe import make_recipe
-from tests.sweep.planted_sizes import RUNGS, LogCosts, best_size, evidence, planted, row, rows, sizes_sweep
+from bfm.sweep.recipe.choices import choose_batch, choose_negatives, choose_share
+from bfm.sweep.recipe.evidence import Swept
+from bfm.sweep.recipe.recipe import make_recipe
+from tests.sweep.recipe.planted_sizes import RUNGS, LogCosts, best_size, evidence, planted, row, rows, sizes_sweep
 
 BEST_SHARE = 0.05
 

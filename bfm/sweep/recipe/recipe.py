@@ -1,7 +1,7 @@
 """The recipe: what to train with a C that was not spent yet, what will come of it, and how far that can be trusted.
 
-Enters: sweeps (bfm.sweep.evidence), the cost model of their log, C, a metric. Leaves: a configuration that can be
-built and trained at that C, the predicted metric with its interval, and in words whatever the runs could not tell.
+Enters: sweeps (bfm.sweep.recipe.evidence), the cost model of their log, C, a metric. Leaves: a configuration that can
+be built and trained at that C, the predicted metric with its interval, and in words whatever the runs could not tell.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from bfm.errors import UserError
 from bfm.laws.frontier import Row, measured, metric_error
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, from_rows
-from bfm.sweep.candidates import Candidates, Settings
-from bfm.sweep.choices import NEGATIVES, Choice, choose_batch, choose_negatives, choose_rate, choose_share
 from bfm.sweep.costs import CostModel
-from bfm.sweep.evidence import ALLOCATION, Evidence, Swept, envelope, seed_noise
-from bfm.sweep.expectation import Expectation, Shift, by_surface, by_trend, surface_of
+from bfm.sweep.recipe.choices import (
+    NEGATIVES,
+    Choice,
+    Chosen,
+    Configurations,
+    choose_batch,
+    choose_negatives,
+    choose_rate,
+    choose_share,
+)
+from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, Swept, envelope, seed_noise
+from bfm.sweep.recipe.expectation import Expectation, Shift, by_surface, by_trend, surface_of
 from bfm.units import format_flops
 
 MANY_EPOCHS = 4.0
@@ -108,12 +116,12 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
     rate = choose_rate(sizes, metric)
     law = choose_negatives(evidence, sizes, metric, flops)
 
-    def candidates(stage: Row, negatives: float) -> Candidates:
+    def configurations(stage: Row, negatives: float) -> Configurations:
         froze = stage if stage["config"].get("freeze_at_flops") is not None else None
-        settings = Settings(share.value, rule, rate.value, round(negatives), froze)
-        return Candidates(sizes, rungs[highest][0], settings, costs, flops)
+        chosen = Chosen(share.value, rule, rate.value, round(negatives), froze)
+        return Configurations(sizes, rungs[highest][0], chosen, costs, flops)
 
-    negatives, found = _expect(evidence, sizes, runs, law, candidates, flops)
+    negatives, found = _expect(evidence, sizes, runs, law, configurations, flops)
     batch = dataclasses.replace(batch, value=found.point.cost.step_events)
     return _recipe(evidence, sizes, runs, (share, batch, negatives, rate), found, flops)
 
@@ -123,7 +131,7 @@ def _expect(
     sizes: Swept,
     runs: Runs,
     law: Choice,
-    candidates: Callable[[Row, float], Candidates],
+    configurations: Callable[[Row, float], Configurations],
     flops: float,
 ) -> tuple[Choice, Expectation]:
     """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
@@ -131,15 +139,15 @@ def _expect(
     best, sweep = sizes.top_runs(metric)[0], evidence.on(NEGATIVES)
     own = float(best["config"].get("negatives") or 0)
     surface, reason = surface_of(runs)
-    plain = reason if surface is None else by_surface(surface, runs, candidates(best, own), flops, Shift())
+    plain = reason if surface is None else by_surface(surface, runs, configurations(best, own), flops, Shift())
     if surface is None or isinstance(plain, str):
-        found = by_trend(sizes, runs, candidates(best, own), flops, str(plain))
+        found = by_trend(sizes, runs, configurations(best, own), flops, str(plain))
         kept = _kept(law, own, "what a second stage brings cannot be held against one stage")
         return kept if law.by_law else law, found
     if not law.by_law or sweep is None:
         return law, plain
     rows = sweep.top_runs(metric)
-    two = by_surface(surface, runs, candidates(rows[0], law.value), flops, Shift.measured(surface, rows, metric))
+    two = by_surface(surface, runs, configurations(rows[0], law.value), flops, Shift.measured(surface, rows, metric))
     if isinstance(two, str) or not two.beats(plain, metric):
         return _kept(law, own, "a second stage promises no better value"), plain
     note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"

@@ -10,13 +10,13 @@ from bfm.errors import CorruptError
 from bfm.files import Store
 from bfm.report.law_sections import recipe_part
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.check import check_record
-from bfm.sweep.checks import calibration, checks_lines
 from bfm.sweep.driver import run_serial
 from bfm.sweep.ledger import read_state
-from bfm.sweep.recipe import make_recipe
+from bfm.sweep.recipe.check import check_record
+from bfm.sweep.recipe.recipe import make_recipe
+from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.state import SweepState
-from tests.sweep.planted_sizes import RUNGS, LogCosts, evidence, row, rows, sizes_sweep
+from tests.sweep.recipe.planted_sizes import RUNGS, LogCosts, evidence, row, rows, sizes_sweep
 from tests.sweep.world import execute, in_memory, make_spec, mortal_ledger, start
 
 

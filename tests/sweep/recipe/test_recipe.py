@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from bfm.errors import InfeasibleError, UserError
-from bfm.sweep.evidence import envelope, seed_noise
-from bfm.sweep.recipe import make_recipe
+from bfm.sweep.recipe.evidence import envelope, seed_noise
+from bfm.sweep.recipe.recipe import make_recipe
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
-from tests.sweep.planted_sizes import (
+from tests.sweep.recipe.planted_sizes import (
     NOISE,
     RUNGS,
     SHARE,

@@ -1,8 +1,8 @@
 """A recipe's settings beside N: embedder share, batch, negatives, learning rate at a C that was not spent yet.
 
-Enters: sweeps by axis (bfm.sweep.evidence), a metric, C. Leaves: one Choice per setting with its source. A law decides
-where its sweep was run and the runs identify it; otherwise the best runs of the top rung do, and the choice says so.
-No setting leaves the range that was swept.
+Enters: sweeps by axis (bfm.sweep.recipe.evidence), a metric, C. Leaves: one Choice per setting with its source, and the
+configurations that they make of every N. A law decides where its sweep was run and the runs identify it; otherwise the
+best runs of the top rung do, and the choice says so. No setting leaves the range that was swept.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bfm.errors import UserError
+from bfm.errors import InfeasibleError, UserError
 from bfm.laws.batch import fit_batch
 from bfm.laws.frontier import Row
 from bfm.laws.negatives import fit_negatives
@@ -24,13 +24,18 @@ from bfm.laws.result import LawFit
 from bfm.laws.runs import Runs, from_rows
 from bfm.laws.share import fit_share
 from bfm.laws.targets import events_to_target
-from bfm.sweep.evidence import Evidence, Swept, best_quarter
+from bfm.sweep.costs import CostModel
+from bfm.sweep.recipe.evidence import Evidence, Swept, best_quarter
+from bfm.sweep.space import Feasible, FeasibleSet, Rejection
+from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
 from bfm.units import format_flops
 
 SHARE, BATCH, NEGATIVES = "embedder_share", "batch", "negatives"
 _TOP_RUNGS = 2
 """Rungs from which the ratio of the best rates to the rule is taken."""
+_STAGE_2 = ("freeze_at_flops", "negatives", "negatives_exponent")
+_ONE_STAGE = {"freeze_at_flops": None, "negatives": 0}
 
 
 @dataclass(frozen=True)
@@ -206,3 +211,84 @@ def _fit_batch(sweep: Swept, metric: str) -> tuple[LawFit, tuple[str, ...]]:
     """The critical batch from events to a target, on probe rows."""
     runs = events_to_target(from_rows(sweep.rows, metric, source=sweep.folder, probes=True))
     return fit_batch(runs), runs.names
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is the same at every N."""
+
+    embedder_share: float
+    batch: BatchRule
+    rate_ratio: float
+    """Learning rate over the rule in (N, B)."""
+    negatives: int
+    """K."""
+    second_stage: Row | None
+    """The run that stage 2 is taken from; None: one stage."""
+
+
+class Configurations:
+    """The configurations that a C allows, by model size.
+
+    A base configuration (that of a sweep's best run) with what was chosen for the C. Verdicts are by the bounds of the
+    sweep's own points: steps, D/N, epochs, memory of the tier.
+    """
+
+    def __init__(self, sizes: Swept, best: Row, chosen: Chosen, costs: CostModel, flops: float) -> None:
+        self.flops, self.chosen = flops, chosen
+        budget = dataclasses.replace(sizes.spec.budget, ladder_flops=(round(flops),))
+        self._spec = dataclasses.replace(sizes.spec, budget=budget)
+        self._feasible = FeasibleSet(self._spec, costs)
+        self._base = {**best["config"], **self._depths(sizes, best), **self._stage_2()}
+        probe = costs.of(TrainConfig.from_dict(best["config"]))
+        self._group_events = probe.step_events / best["config"]["groups_per_step"]
+
+    def at(self, params: float) -> Feasible | Rejection:
+        """The verdict on a size; widths, depths, steps and D follow from it."""
+        return self._feasible.judge_config(self.config(params))
+
+    def config(self, params: float) -> TrainConfig:
+        """The configuration of a size, feasible or not."""
+        workers = self._spec.tier(self.flops, params).workers
+        groups = workers * max(1, round(self.chosen.batch.at(params) / self._group_events / workers))
+        positions = groups * self._base["group_windows"] * self._base["window"]
+        rate = self.chosen.rate_ratio * rule_learning_rate(params, positions)
+        sized = {"params": params, "embedder_share": self.chosen.embedder_share}
+        return TrainConfig.from_dict({**self._base, **sized, "groups_per_step": groups, "learning_rate": rate})
+
+    def grid(self, low: float, high: float, per_decade: int) -> tuple[list[Feasible], list[tuple[float, Rejection]]]:
+        """Feasible sizes between two N, ascending, and the others. Raises InfeasibleError where there is none."""
+        steps = max(2, math.ceil(per_decade * math.log10(high / low)))
+        feasible: list[Feasible] = []
+        rejected: list[tuple[float, Rejection]] = []
+        for step in range(steps + 1):
+            params = low * (high / low) ** (step / steps)
+            verdict = self.at(params)
+            if isinstance(verdict, Feasible):
+                feasible.append(verdict)
+            else:
+                rejected.append((params, verdict))
+        if not feasible:
+            params, first = rejected[len(rejected) // 2]
+            raise InfeasibleError(
+                f"no model size can be trained at {format_flops(self.flops)} FLOPs; N = {params:.3g}: {first.reason} "
+                f"({first.detail})",
+                key=first.key,
+                fix=first.fix,
+            )
+        return feasible, rejected
+
+    def _depths(self, sizes: Swept, best: Row) -> dict[str, Any]:
+        """A depth that was searched belongs to its own N; its width per layer goes on to others."""
+        if not sizes.searched("depth") or best["config"].get("depth") is None:
+            return {}
+        return {"depth": None, "aspect": best["shape"]["width"] / best["shape"]["depth"]}
+
+    def _stage_2(self) -> Mapping[str, Any]:
+        """Stage 2 begins at the same share of C as in the run that it is taken from."""
+        row = self.chosen.second_stage
+        if row is None:
+            return _ONE_STAGE
+        share = row["config"]["freeze_at_flops"] / float(row["rung_flops"])
+        taken = {name: row["config"][name] for name in _STAGE_2}
+        return {**taken, "freeze_at_flops": share * self.flops, "negatives": self.chosen.negatives}

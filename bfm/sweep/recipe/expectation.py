@@ -1,7 +1,7 @@
 """Which N is best at a C, and what comes of it: the surface L(N, D) where the runs identify it, else cruder laws.
 
-Enters: the rows of the sweep of sizes, the configurations that C allows (bfm.sweep.candidates). Leaves: one of them,
-with the predicted metric, its 95 % prediction interval, and what was taken where a law could not be identified.
+Enters: the rows of the sweep of sizes, the configurations that C allows (bfm.sweep.recipe.choices). Leaves: one of
+them, with the predicted metric, its 95 % prediction interval, and what was taken where a law could not be identified.
 """
 
 from __future__ import annotations
@@ -9,29 +9,31 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws.frontier import Row, goal_of, metric_value
 from bfm.laws.isoflop import fit_isoflop
-from bfm.laws.result import Estimate
+from bfm.laws.result import CONFIDENCE, Estimate
 from bfm.laws.runs import Runs
 from bfm.laws.surface import Surface, fit_surface
 from bfm.laws.transform import from_loss, to_loss
-from bfm.sweep.candidates import Candidates
-from bfm.sweep.evidence import Swept
+from bfm.sweep.recipe.choices import Configurations
+from bfm.sweep.recipe.evidence import Swept
 from bfm.sweep.settings import Metric
 from bfm.sweep.space import Feasible, Rejection
-from bfm.sweep.trend import Trend
 from bfm.units import format_count
 
 SIZES_PER_DECADE = 40
 _BEYOND = 4.0
 """Sizes are tried so far beyond the fitted ones, and further up as C exceeds the highest rung."""
 _COARSE = 8
+MIN_RUNGS = 3
+"""A line through two rungs has no residual to judge it by."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,55 @@ class Shift:
         return float(from_loss(metric, self.factor * _loss(metric, value)))
 
 
+@dataclass(frozen=True)
+class Trend:
+    """A line through the best values of the rungs: log of a loss, logit of a bounded metric, against log C.
+
+    For runs that no surface fits. Its intervals are wide, because a trend in C knows neither N nor D nor where the
+    metric saturates.
+    """
+
+    metric: Metric
+    intercept: float
+    slope: float
+    spread: float
+    """Standard deviation of the residuals."""
+    log_flops_R: np.ndarray
+    top: float
+    """Best value at the top rung, on the line's scale."""
+
+    @classmethod
+    def through(cls, metric: Metric, best: Mapping[float, Row], *, folder: str) -> Trend:
+        """Through the best row of each rung. Raises UserError for fewer than 3 rungs."""
+        if len(best) < MIN_RUNGS:
+            raise UserError(
+                f"too few rungs have {metric.name} to foretell it ({len(best)} of {MIN_RUNGS})",
+                file=folder,
+                fix=f"extend the sweep by {MIN_RUNGS - len(best)} above, best with 5 or more sizes at each rung",
+            )
+        log_flops_R = np.log(list(best))
+        value_R = np.array([_to_line(metric, metric_value(row, metric.name)) for row in best.values()])
+        slope, intercept = np.polyfit(log_flops_R, value_R, 1)
+        residual_R = value_R - intercept - slope * log_flops_R
+        spread = math.sqrt(float((residual_R**2).sum()) / (len(best) - 2))
+        return cls(metric, float(intercept), float(slope), spread, log_flops_R, float(value_R[-1]))
+
+    def at(self, flops: float) -> Estimate:
+        """The best run's value at a C; beyond the top rung the interval also holds that more C brings nothing."""
+        log_flops = math.log(flops)
+        runs = len(self.log_flops_R)
+        centred_R = self.log_flops_R - self.log_flops_R.mean()
+        lever = (log_flops - self.log_flops_R.mean()) ** 2 / float((centred_R**2).sum())
+        reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, runs - 2)) * self.spread
+        middle = self.intercept + self.slope * log_flops
+        half = reach * math.sqrt(1 + 1 / runs + lever)
+        ends = [middle - half, middle + half]
+        if log_flops > self.log_flops_R.max():
+            ends += [self.top - reach, self.top + reach]
+        low, high = sorted(_from_line(self.metric, end) for end in (min(ends), max(ends)))
+        return Estimate(_from_line(self.metric, middle), low, high)
+
+
 def surface_of(runs: Runs) -> tuple[Surface | None, str]:
     """The surface, or why there is none."""
     try:
@@ -89,10 +140,12 @@ def surface_of(runs: Runs) -> tuple[Surface | None, str]:
         return None, f"{error.what}; {error.fix}" if error.fix else error.what
 
 
-def by_surface(surface: Surface, runs: Runs, candidates: Candidates, flops: float, shift: Shift) -> Expectation | str:
+def by_surface(
+    surface: Surface, runs: Runs, configurations: Configurations, flops: float, shift: Shift
+) -> Expectation | str:
     """The size of best expected metric; or why the surface cannot say it."""
     metric = runs.metric
-    points, rejected = _sizes(runs, candidates, flops)
+    points, rejected = _sizes(runs, configurations, flops)
     sign = 1.0 if goal_of(metric) == "minimize" else -1.0
 
     @functools.cache
@@ -121,7 +174,7 @@ def by_surface(surface: Surface, runs: Runs, candidates: Candidates, flops: floa
     )
 
 
-def by_trend(sizes: Swept, runs: Runs, candidates: Candidates, flops: float, reason: str) -> Expectation:
+def by_trend(sizes: Swept, runs: Runs, configurations: Configurations, flops: float, reason: str) -> Expectation:
     """N from the iso-FLOP law, else from the top rung's best runs; the metric from the frontier's trend in C.
 
     Raises UserError where the trend has too few rungs.
@@ -130,7 +183,7 @@ def by_trend(sizes: Swept, runs: Runs, candidates: Candidates, flops: float, rea
     best = {rung: rows[0] for rung, rows in sizes.rungs(metric).items()}
     trend = Trend.through(Metric(metric, goal_of(metric)), best, folder=sizes.folder)
     wanted, source, notes = _size_without_surface(sizes, runs, flops)
-    points, _ = _sizes(runs, candidates, flops)
+    points, _ = _sizes(runs, configurations, flops)
     point = min(points, key=lambda point: abs(math.log(point.cost.params / wanted.estimate)))
     if abs(math.log(point.cost.params / wanted.estimate)) > 2 / SIZES_PER_DECADE * math.log(10):
         notes = (
@@ -166,10 +219,12 @@ def _size_without_surface(sizes: Swept, runs: Runs, flops: float) -> tuple[Estim
     return Estimate(params, 0.0, math.inf), f"{taken} at the top rung", (note,)
 
 
-def _sizes(runs: Runs, candidates: Candidates, flops: float) -> tuple[list[Feasible], list[tuple[float, Rejection]]]:
+def _sizes(
+    runs: Runs, configurations: Configurations, flops: float
+) -> tuple[list[Feasible], list[tuple[float, Rejection]]]:
     beyond = _BEYOND * max(1.0, flops / float(runs["flops"].max()))
     low, high = float(runs["params"].min()) / _BEYOND, float(runs["params"].max()) * beyond
-    return candidates.grid(low, high, SIZES_PER_DECADE)
+    return configurations.grid(low, high, SIZES_PER_DECADE)
 
 
 def _data(point: Feasible, flops: float) -> tuple[float, float, float]:
@@ -211,3 +266,11 @@ def _size_notes(size: Estimate) -> list[str]:
 
 def _loss(metric: str, value: float) -> float:
     return float(to_loss(metric, np.array([value]))[0])
+
+
+def _to_line(metric: Metric, value: float) -> float:
+    return -metric.to_model(metric.loss(value)) if metric.is_bounded else math.log(value)
+
+
+def _from_line(metric: Metric, line: float) -> float:
+    return metric.from_model(-line) if metric.is_bounded else math.exp(line)

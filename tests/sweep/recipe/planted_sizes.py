@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.sweep.evidence import ALLOCATION, Evidence, Swept
+from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, Swept
 from bfm.training.config import TrainConfig
 from tests.sweep.world import EVENTS_PER_GROUP, PlantedCosts, make_spec
 
