@@ -1,4 +1,4 @@
-"""Files that survive: atomic publish, checksums, canonical JSON, and one small object store over local paths and URIs.
+"""Files that survive: checksums, canonical JSON, and one small store of objects over local paths and URIs.
 
 Everything the platform must not lose is written through this module and nowhere else.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import fsspec.core
-import pyarrow.fs
-
-from bfm.errors import CorruptError, UserError
+from bfm.disk import Disk
+from bfm.errors import CorruptError
+from bfm.objects import READ_BYTES, Objects, ObjectStream, buffered
+from bfm.patience import PATIENCE_S, Result, patiently
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -38,23 +35,7 @@ def canonical_json(value: Any) -> bytes:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Publish a file whole or not at all; a full disk leaves the old file and raises OSError."""
-    with _written_beside(path, data) as temporary:
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A durable temporary file in the folder of `path`, with the permissions of any new file; gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+    Store(path.parent).put(path.name, data)
 
 
 def readable_json(value: Any) -> bytes:
@@ -76,97 +57,111 @@ def read_json(path: Path) -> Any:
 
 
 class Store:
-    """Named byte objects under one prefix, on a local path or any URI that pyarrow (or fsspec) knows.
+    """Named byte objects under one prefix, on a local path or an object store's URI (bfm/disk.py, bfm/objects.py).
 
-    Objects are immutable by convention: `put` publishes whole objects, `put_new` only where none stands.
+    Objects are immutable by convention: `put` publishes whole objects, `put_new` only where none stands. A storage
+    that is away is waited for (bfm/patience.py). Every method raises UserError where bucket, credentials or access
+    are wanting, and OSError where the storage refuses or was away for longer than `patience_s`.
     """
 
-    def __init__(self, uri: str | Path) -> None:
-        self.uri = str(uri)
-        self.filesystem, self.prefix = open_filesystem(self.uri)
-        self.is_local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+    def __init__(self, uri: str | Path, *, patience_s: float = PATIENCE_S) -> None:
+        self.uri, self.patience_s = _tidy(str(uri)), patience_s
+        self.is_local = "://" not in self.uri
+        self._place: Disk | Objects = Disk(Path(self.uri).absolute()) if self.is_local else Objects(self.uri)
 
     def child(self, name: str) -> Store:
         """The store under `name/`."""
-        return Store(f"{self.uri.rstrip('/')}/{name}")
+        if isinstance(self._place, Disk):
+            return Store(f"{self.uri}/{name}", patience_s=self.patience_s)
+        return self._with(f"{self.uri}/{name}", self._place.child(name), self.patience_s)
 
-    def path(self, name: str) -> Path:
-        """The local path of an object; only where `is_local`."""
-        assert self.is_local, f"{self.uri} is not local"
-        return Path(self.prefix) / name
+    def with_patience(self, patience_s: float) -> Store:
+        """The same store that waits so long for storage that is away; 0 tries once."""
+        return self._with(self.uri, self._place, patience_s)
+
+    @staticmethod
+    def _with(uri: str, place: Disk | Objects, patience_s: float) -> Store:
+        other = object.__new__(Store)
+        other.uri, other._place, other.patience_s = uri, place, patience_s
+        other.is_local = isinstance(place, Disk)
+        return other
+
+    def path(self, name: str = "") -> Path:
+        """The local path of an object, or of the store itself; only where `is_local`."""
+        assert isinstance(self._place, Disk), f"{self.uri} is not local"
+        return self._place.folder / name
 
     def put(self, name: str, data: bytes) -> None:
         """Publish an object whole or not at all."""
-        if self.is_local:
-            write_atomic(self.path(name), data)
-            return
-        # Object stores publish on close; there is no partial object to see.
-        with self.filesystem.open_output_stream(f"{self.prefix}/{name}") as stream:
-            stream.write(data)
+        self._patiently(name, lambda _: self._place.put(name, data))
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Publish an object only where none stands; False if one does (exact on local disks, best effort elsewhere)."""
-        if not self.is_local:
-            if self.exists(name):
-                return False
-            self.put(name, data)
-            return self.get(name) == data
-        path = self.path(name)
-        try:
-            with _written_beside(path, data) as temporary:
-                # A hard link fails where the name is taken, and shows the whole content at once.
-                os.link(temporary, path)
-        except FileExistsError:
-            return False
-        return True
+        """Publish an object only where none stands; False if one does. Of many callers exactly one succeeds.
+
+        Callers that compete must bring different data.
+        """
+
+        def create(failed: int) -> bool:
+            if self._place.create(name, data):
+                return True
+            # Of an attempt that seemed to fail only the answer may have been lost.
+            return failed > 0 and self._place.get(name) == data
+
+        return self._patiently(name, create)
 
     def get(self, name: str) -> bytes:
         """Read an object; FileNotFoundError where there is none."""
-        with self.filesystem.open_input_file(f"{self.prefix}/{name}") as stream:
-            return stream.read()
+        return self._patiently(name, lambda _: self._place.get(name))
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable stream of an object, to be read in parts; FileNotFoundError where there is none."""
+        place = self._place
+        if isinstance(place, Disk):
+            return self._patiently(name, lambda _: place.open(name))
+        size = self._patiently(name, lambda _: place.size(name))
+        return buffered(
+            ObjectStream(size, lambda low, high: self._patiently(name, lambda _: place.read(name, low, high)))
+        )
 
     def exists(self, name: str) -> bool:
         """Whether an object stands."""
-        return self.filesystem.get_file_info(f"{self.prefix}/{name}").type == pyarrow.fs.FileType.File
+        return self._patiently(name, lambda _: self._place.exists(name))
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names of the objects directly in a folder, relative to the store."""
-        base = f"{self.prefix}/{folder}".rstrip("/")
-        selector = pyarrow.fs.FileSelector(base, allow_not_found=True)
-        found = [info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file]
-        return sorted(f"{folder}/{name}" if folder else name for name in found if not name.startswith("."))
+        """Sorted names of the objects directly in a folder, relative to the store; hidden ones are left out."""
+        return self._visible(folder, self._patiently(folder, lambda _: self._place.list(folder)[0]))
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names of the folders directly in a folder, relative to the store; hidden ones are left out."""
+        return self._visible(folder, self._patiently(folder, lambda _: self._place.list(folder)[1]))
+
+    def walk(self, folder: str = "") -> list[str]:
+        """Sorted names of all objects below a folder, relative to the store."""
+        return sorted(self._patiently(folder, lambda _: self._place.walk(folder)))
+
+    def delete(self, name: str) -> None:
+        """Remove an object if it stands."""
+        self._patiently(name, lambda _: self._place.delete(name))
 
     def delete_folder(self, folder: str) -> None:
         """Remove a folder of objects if it stands."""
-        if self.filesystem.get_file_info(f"{self.prefix}/{folder}").type == pyarrow.fs.FileType.Directory:
-            self.filesystem.delete_dir(f"{self.prefix}/{folder}")
+        self._patiently(folder, lambda _: self._place.delete_folder(folder))
+
+    def _patiently(self, name: str, action: Callable[[int], Result]) -> Result:
+        return patiently(action, f"{self.uri}/{name}".rstrip("/"), self.patience_s)
+
+    @staticmethod
+    def _visible(folder: str, names: list[str]) -> list[str]:
+        return sorted(f"{folder}/{name}" if folder else name for name in names if not name.startswith("."))
 
 
 def parent_store(uri: str) -> tuple[Store, str]:
-    """The store that a folder of objects lies in, and its name there."""
+    """The store that a folder or an object lies in, and its name there."""
     folder, slash, name = uri.rstrip("/").rpartition("/")
     return Store(folder or slash or "."), name
 
 
-def open_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system and path of a local path or URI. Raises UserError where it is not known.
-
-    Schemes unknown to pyarrow are asked of fsspec.
-    """
-    if "://" not in uri:
-        return pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
-    try:
-        return pyarrow.fs.FileSystem.from_uri(uri)
-    except pyarrow.ArrowInvalid:
-        pass
-    except OSError as error:
-        raise _cannot_open(uri, error) from error
-    try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError) as error:
-        raise _cannot_open(uri, error) from error
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
-
-
-def _cannot_open(uri: str, error: Exception) -> UserError:
-    return UserError(f"cannot open {uri!r} ({error})", fix="use a local path or a URI such as s3://...")
+def _tidy(uri: str) -> str:
+    """Without slashes at its end; file:// URIs as the paths that they are."""
+    uri = uri.removeprefix("file://")
+    return uri.rstrip("/") or uri

@@ -18,6 +18,22 @@ def toy_shards(tmp_path_factory):
     return make_shards(tmp_path_factory.mktemp("shards") / "toy")
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 server on loopback; the environment names it from then on, as a user's would."""
+    from tests.buckets import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server):
+    """The URI of a new bucket."""
+    s3_server.faults.clear()
+    return s3_server.bucket()
+
+
 @pytest.fixture
 def bfm(monkeypatch, capsys):
     """Run a verb; (exit code, stdout, stderr)."""

@@ -12,7 +12,7 @@ FACTS = {"name": "première", "count": 17, "share": 0.25, "files": {"a": [1, 2]}
 
 @pytest.fixture(params=["local", "object store"])
 def store(request, tmp_path):
-    return Store(f"memory://{tmp_path.name}" if request.param == "object store" else tmp_path)
+    return Store(request.getfixturevalue("s3") if request.param == "object store" else tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["", "some/where"])

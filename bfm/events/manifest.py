@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
-
+from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
-from bfm.files import Store
+from bfm.files import READ_BYTES, Store
 from bfm.sealed import Files, Sealed, check_files, staging
 
 MANIFEST = "manifest.json"
@@ -111,7 +111,8 @@ def fetch(uri: str) -> Path:
     if (target / MANIFEST).exists():
         return target
     with staging(target) as folder:
-        pyarrow.fs.copy_files(store.prefix, str(folder), source_filesystem=store.filesystem)
+        for name in [*manifest.files, MANIFEST]:
+            _download(store, name, folder / name)
         check_files(folder, manifest.files)
         try:
             folder.rename(target)
@@ -120,3 +121,12 @@ def fetch(uri: str) -> Path:
             if not (target / MANIFEST).exists():
                 raise
     return target
+
+
+def _download(store: Store, name: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with store.open(name) as source, open(path, "wb") as target:
+            shutil.copyfileobj(source, target, READ_BYTES)
+    except FileNotFoundError:
+        raise CorruptError(f"{store.uri}/{name}: is missing") from None

@@ -7,6 +7,7 @@ depends on where a file is cut; empty text, NULL, NaN, nan, null, N/A and \\N ar
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import io
 import json
@@ -21,12 +22,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
-from fsspec.implementations.arrow import ArrowFSWrapper
 
 from bfm.errors import UserError
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
-from bfm.files import open_filesystem
+from bfm.files import Store, parent_store
 from bfm.yaml import did_you_mean
 
 CHUNK_ROWS = 1 << 18
@@ -36,7 +36,7 @@ _FORMATS = {
     ".csv": "csv", ".tsv": "tsv",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
-_COMPRESSED = (".gz", ".bz2", ".zst")
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _CSV_NULLS = ["", "NULL", "null", "NaN", "nan", "N/A", "\\N"]
 
 
@@ -92,8 +92,7 @@ def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> 
     if schema.builtin is not None and importlib.util.find_spec(schema.builtin.package):
         folders.append(str(package_folder(schema)))
     for folder in (folders := list(dict.fromkeys(folders))):
-        filesystem, inner = open_filesystem(f"{folder}/{name}")
-        if filesystem.get_file_info(inner).is_file:
+        if Store(folder).exists(name):
             return f"{folder}/{name}"
     fix = f"looked in {', '.join(folders)}"
     raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=fix)
@@ -180,21 +179,40 @@ def _suffix(path: str) -> str:
 
 def _expand(log: str) -> list[str]:
     """Files of a path, folder or glob, local or of a URI."""
-    filesystem, inner = open_filesystem(log)
-    root = log.removesuffix(inner) if log.endswith(inner) else log[: log.find("://") + 3] if "://" in log else ""
-    files = ArrowFSWrapper(filesystem)
-    if any(mark in inner for mark in "*?["):
-        found = files.glob(inner)
-    elif files.isfile(inner):
-        return [root + inner]
-    elif files.isdir(inner):
-        found = files.find(inner)
+    parts = log.split("/")
+    fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts))
+    store = Store("/".join(parts[:fixed]) or ("/" if log.startswith("/") else "."))
+    if fixed < len(parts):
+        found = [name for name in store.walk() if _matches(name.split("/"), parts[fixed:])]
+    elif _is_file(log):
+        return [log]
     else:
-        raise UserError("there is no such file", file=log, fix="check the path")
-    paths = [root + path for path in found if _is_log(path.rpartition("/")[2]) and files.isfile(path)]
+        found = store.walk()
+        if not found and not (store.is_local and store.path().is_dir()):
+            raise UserError("there is no such file", file=log, fix="check the path")
+    paths = [_joined(store, name) for name in found if _is_log(name.rpartition("/")[2])]
     if not paths:
         raise UserError("no log files found", file=log, fix=f"expected files ending in {', '.join(_FORMATS)}")
     return paths
+
+
+def _is_file(path: str) -> bool:
+    store, name = parent_store(path)
+    return store.exists(name)
+
+
+def _joined(store: Store, name: str) -> str:
+    """The place of an object as its own path or URI."""
+    return str(store.path(name)) if store.is_local else f"{store.uri}/{name}"
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether a relative path is one of a glob: `*` stays inside a folder, `**` does not."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _is_log(name: str) -> bool:
@@ -202,14 +220,17 @@ def _is_log(name: str) -> bool:
 
 
 def _open_stream(path: str) -> Any:
-    filesystem, inner = open_filesystem(path)
-    return filesystem.open_input_stream(inner, compression="detect")
+    """Bytes of a file, uncompressed."""
+    store, name = parent_store(path)
+    codec = _COMPRESSED.get(Path(name.lower()).suffix)
+    stream = store.open(name)
+    return pa.CompressedInputStream(stream, codec) if codec else pa.PythonFile(stream, "r")
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
-    filesystem, inner = open_filesystem(path)
+    store, name = parent_store(path)
     with _readable(path):
-        return pq.ParquetFile(filesystem.open_input_file(inner))
+        return pq.ParquetFile(store.path(name) if store.is_local else store.open(name))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def save_checkpoint(store: Store, name: str, state: EngineState, meta: dict[str,
     CHECKPOINT.write(store, {**meta, "state_sha256": digest, "state_bytes": len(data)}, name)
     for old in store.names(name):
         if old not in (state_name, f"{name}/{CHECKPOINT.file}"):
-            store.filesystem.delete_file(f"{store.prefix}/{old}")
+            store.delete(old)
 
 
 def _state_name(name: str, digest: str) -> str:
