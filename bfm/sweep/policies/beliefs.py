@@ -3,8 +3,8 @@
 Enters: Views of a growing ledger. Leaves: expected improvements at a rung. A surrogate is fitted to at most MAX_ROWS
 rows, the best of each rung first, and only when somebody asks. All hypotheses are weighed again when the rows have
 grown by a quarter, on the rows that stood then (so that a resumed sweep weighs the same ones); in between only the
-likely ones are. Of more than CLOSELY candidates for a rung GLANCED are looked at, chosen by Surrogate.glance, which is
-an approximation (5,000 candidates cost twice what 1,200 do, not four times).
+likely ones are. Of the candidates for a rung only CLOSELY are judged by all of them: the most promising at a glance
+(Surrogate.glance, an approximation that is cheap for very many).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -30,12 +29,8 @@ _MAX_LIKELY = 6
 _UNSEEN_MARGIN = 0.05
 """Where a rung has no row its frontier is taken to lie so many spreads above the best prediction."""
 _OTHER_AXES = 0.3
-CLOSELY = 640
-"""So many candidates for a rung are all looked at."""
-GLANCED = 256
-
-Care = Literal["glance", "quick", "whole"]
-"""Of a prediction: by one hypothesis in part, by the likeliest alone, by all that are left."""
+CLOSELY = 64
+"""So many candidates for a rung are looked at closely; of more, the most promising at a glance."""
 
 
 @dataclass(frozen=True)
@@ -85,31 +80,26 @@ class Beliefs:
         """A loss of the first metric as a user knows it."""
         return self.spec.metric.from_model(loss)
 
-    def screen(self, ways: Ways, count: int) -> Ways:
-        """The most promising candidates for a rung per FLOP, by the likeliest hypothesis alone."""
-        stages: list[tuple[int, int, Care]] = [(CLOSELY, GLANCED, "glance"), (count, count, "quick")]
-        for most, kept, care in stages:
-            if len(ways) > most:
-                rate_M = self._judge(ways, care).improvement_M / ways.cost_M.astype(float)
-                ways = ways.take(np.sort(np.argsort(-rate_M, kind="stable")[:kept]))
-        return ways
+    def screen(self, ways: Ways) -> Ways:
+        """The candidates for a rung that are worth a close look: at most CLOSELY, those that promise most per FLOP."""
+        if len(ways) <= CLOSELY:
+            return ways
+        rate_M = self.judge(ways, at_a_glance=True).improvement_M / ways.cost_M.astype(float)
+        return ways.take(np.sort(np.argsort(-rate_M, kind="stable")[:CLOSELY]))
 
-    def judge(self, ways: Ways) -> Judged:
-        """What candidates for one rung are worth there."""
-        return self._judge(ways, "whole")
-
-    def _judge(self, ways: Ways, care: Care) -> Judged:
+    def judge(self, ways: Ways, at_a_glance: bool = False) -> Judged:
+        """What candidates for one rung are worth there, by all hypotheses or roughly."""
         places, rung = ways.places, ways.rung
         first: tuple[Prediction, float] | None = None
         keeps_M, improvement_M = self._survival.chance_M(ways), np.zeros(len(ways))
         for model, constraint in self._bounds:
             if model.num_rows:
                 at = replace(places, log_flops_M=places.log_flops_M + model.judged_below(rung, constraint.loss_bound))
-                keeps_M = keeps_M * model.predict(at, care).below_M(constraint.loss_bound)
+                keeps_M = keeps_M * model.predict(at, at_a_glance).below_M(constraint.loss_bound)
         for model in self._models:
             if not model.num_rows:
                 continue
-            prediction = model.predict(places, care)
+            prediction = model.predict(places, at_a_glance)
             best = model.best(rung, prediction, keeps_M)
             improvement_M += prediction.improvement_M(best) / model.spread
             first = first or (prediction, best)
@@ -297,12 +287,10 @@ class _Model:
     def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
         return self.beliefs.places([view.state.trials[trial] for trial, _ in places], [rung for _, rung in places])
 
-    def predict(self, places: Places, care: Care) -> Prediction:
+    def predict(self, places: Places, at_a_glance: bool) -> Prediction:
         """At candidates."""
         surrogate = self._fitted.surrogate
-        if care == "glance":
-            return surrogate.glance(places)
-        return surrogate.predict(places, hypotheses=1 if care == "quick" else None)
+        return surrogate.glance(places) if at_a_glance else surrogate.predict(places)
 
     def judged_below(self, rung: int, bound: float) -> float:
         """Where a bound on this metric is judged, in log C from a rung: there, or where no row is there, lower.

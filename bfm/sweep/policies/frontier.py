@@ -36,7 +36,6 @@ OPENING_ROWS = 4
 """Before so many rows there is nothing to predict from: sizes are spread."""
 _RATE_FLOOR = 0.2
 """A lower rung is served while it improves at this part of the best rate above it."""
-_SCREENED = 24
 _PATIENCE = 0.5
 """A step waits for running tasks that cost at most this part of it..."""
 _SCARCE = 2.0
@@ -180,7 +179,7 @@ class FrontierPolicy:
         return {rung: ways for rung, ways in found.items() if len(ways)}
 
     def _offer(self, ways: Ways) -> Offer:
-        kept = self._beliefs.screen(ways, _SCREENED)
+        kept = self._beliefs.screen(ways)
         judged = self._beliefs.judge(kept)
         rates = judged.improvement_M / (kept.cost_M.astype(float) / self.spec.budget.total_flops)
         top = int(np.argmax(rates))

@@ -32,15 +32,14 @@ def test_a_glance_at_very_many_candidates_finds_what_a_look_at_all_does(monkeypa
     agreed = []
     screen = Beliefs.screen
 
-    def compared(self, ways, count):
+    def compared(self, ways):
         best = []
-        for most in (math.inf, 60):
+        for most in (math.inf, 30):
             monkeypatch.setattr(beliefs, "CLOSELY", most)
-            monkeypatch.setattr(beliefs, "GLANCED", 50)
-            kept = screen(self, ways, count)
-            assert len(kept) == min(count, len(ways))
+            kept = screen(self, ways)
+            assert len(kept) == min(most, len(ways))
             best.append(kept.slots_M[np.argmax(self.judge(kept).improvement_M / kept.cost_M.astype(float))])
-        if len(ways) > 60:
+        if len(ways) > 30:
             agreed.append(best[0] == best[1])
         return kept
 
