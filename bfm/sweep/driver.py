@@ -27,7 +27,7 @@ from bfm.sweep.quota import evictions
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.state import DRIVER, WORKER, Attempt, Record, SweepState
+from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from bfm.units import format_flops
@@ -155,10 +155,8 @@ class SweepDriver:
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
             record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
-        attempt = self.state.attempts[self.state.open_tasks[task_id]]
-        self._write(record)
+        self._write_end(record)
         self._breaker.row()
-        self._drop_progress(attempt)
         self._keep_quota()
         return True
 
@@ -172,7 +170,7 @@ class SweepDriver:
             return False
         loss = self._loss(task_id, reason, WORKER)
         given_up = {"kind": "abandoned", "trial": loss["trial"], "rung": loss["rung"], "reason": reason}
-        self._write(loss, *([] if retry else [given_up]))
+        self._write_end(loss, *([] if retry else [given_up]))
         if retry:
             self._breaker.loss(loss)
         return True
@@ -184,7 +182,7 @@ class SweepDriver:
         """
         if not self._is_open(task_id):
             return False
-        self._write(self._ended("yielded", task_id, account))
+        self._write_end(self._ended("yielded", task_id, account))
         return True
 
     def close(self) -> None:
@@ -217,10 +215,14 @@ class SweepDriver:
             for record in records:
                 self._ledger.drop(record["checkpoint"])
 
-    def _drop_progress(self, attempt: Attempt) -> None:
-        """The task is done with, and so is the in-rung checkpoint of its earlier tries."""
-        if attempt.progress is not None:
-            self._ledger.drop(attempt.progress)
+    def _write_end(self, end: Record, *more: Record) -> None:
+        """A try is over; the in-rung checkpoint that it went on from goes, unless the next try goes on from it, too."""
+        place = self.state.open_tasks[end["task_id"]]
+        before = self.state.attempts[place].progress
+        self._write(end, *more)
+        attempt = self.state.attempts.get(place)
+        if before is not None and (attempt is None or attempt.progress != before):
+            self._ledger.drop(before)
 
     def _write(self, *records: Record) -> None:
         self._ledger.append(records)
@@ -276,7 +278,8 @@ class SweepDriver:
             self._write({"kind": "task", "task": task.as_dict(), "reason": f"try {attempt.tries + 1}"})
             return task
         self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
-        self._drop_progress(attempt)
+        if attempt.progress is not None:
+            self._ledger.drop(attempt.progress)
         return None
 
     def _promote(self, decision: Promote, fits: Callable[[Task], bool]) -> Task | Wait:

@@ -186,6 +186,7 @@ def test_a_yielded_task_is_owed_the_rest_and_has_no_strike():
         assert (task.trial, task.attempt) == ("t00000", tries)
         flops = (tries + 1) * 200_000_000
         assert driver.yielded(task.task_id, Account(200_000_000, f"a{tries}-progress", flops))
+    assert driver._ledger.dropped == [f"a{tries}-progress" for tries in range(3)], "only the last one is gone on from"
     assert driver.state.spent_flops == 800_000_000
     assert driver.state.lost_flops == 0
     assert driver.next_task().reserved_flops == 200_000_000
