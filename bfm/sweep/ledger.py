@@ -27,6 +27,7 @@ import pyarrow as pa
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
 from bfm.sweep.lease import Lease
+from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
 
 FOLDER = "ledger"
@@ -61,6 +62,7 @@ class Replay:
     """That hold all records, in order."""
     sums: dict[int, str] = field(default_factory=dict)
     """Number -> checksum of the segments that were read."""
+    repeats: Repeats = field(default_factory=Repeats)
 
 
 class Ledger:
@@ -95,7 +97,8 @@ class Ledger:
 
     def _publish(self, records: Sequence[dict[str, Any]]) -> bool:
         number = self._number + 1
-        lines = b"".join(canonical_json(record) + b"\n" for record in records)
+        short, new = self.replay.repeats.shorten(records)
+        lines = b"".join(canonical_json(record) + b"\n" for record in short)
         older, pack = _packed(self._packs, _Pack(1, lines), _covered(number))
         header = {
             "segment": number,
@@ -112,6 +115,7 @@ class Ledger:
         data = first + body + (pack.data if pack.covers > 1 else b"")
         if not self.store.put_new(_name(number), data):
             return False
+        self.replay.repeats.keep(new)
         self._number, self._packs = number, (*older, pack)
         # Later segments refer to this one and to those before the packs that still stand alone.
         ends = [number]
@@ -228,6 +232,7 @@ def _read(store: Store) -> Replay:
     replay.packs = tuple(reversed(packs))
     lines = b"".join(_plain(pack) for pack in replay.packs)
     replay.records = json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+    replay.repeats.restore(replay.records)
     return replay
 
 

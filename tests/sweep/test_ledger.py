@@ -21,6 +21,7 @@ from bfm.files import Store, canonical_json
 from bfm.sweep import ledger as module
 from bfm.sweep.lease import RENEWALS, STALE_S, Holder, Lease, latest_epoch
 from bfm.sweep.ledger import Ledger, read_ledger, read_state
+from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, make_spec, mortal_ledger, start
 
@@ -62,6 +63,25 @@ def test_records_come_back_in_order(tmp_path_factory, batches):
     for batch in batches:
         ledger.append(batch)
     assert read_ledger(store).records == [record for batch in batches for record in batch]
+
+
+def test_what_records_repeat_is_written_once_and_read_whole(store):
+    def record(kind, trial, **parts):
+        return {"kind": kind, kind: {"trial": trial, **parts}}
+
+    config = {"params": 3.0}
+    batches = [
+        [{"kind": "proposal", "trial": "a", "config": config}, record("task", "a", config=config, scaling={"cpus": 1})],
+        [record("row", "a", config=config, shape={"width": 4}), {"kind": "proposal", "trial": "b", "config": config}],
+        [record("task", "a", config={"params": 3}, scaling={"cpus": 1})],
+        [record("row", "a", config={"params": 3}, shape={"width": 4}), record("row", "b", config=config)],
+        [record("task", "a", config=config, scaling=None), record("row", "c")],
+    ]
+    for number, batch in enumerate(batches):
+        mortal_ledger(store, 7200.0 * number).append(batch)
+    replay = read_ledger(store)
+    assert canonical_json(replay.records) == canonical_json([record for batch in batches for record in batch])
+    assert b"".join(module._plain(pack) for pack in replay.packs).count(b'"scaling":{"cpus":1}') == 1
 
 
 def test_numbers_that_json_has_not_are_refused_before_anything_is_written(store):
@@ -435,6 +455,7 @@ def test_replaying_many_rows_takes_little_more_than_parsing_them(store, monkeypa
     monkeypatch.setattr(
         "bfm.sweep.ledger.canonical_json", lambda value: value if isinstance(value, bytes) else canonical_json(value)
     )
+    monkeypatch.setattr("bfm.sweep.ledger.Repeats.shorten", lambda self, records: (records, Repeats()))
     for batch in range(60):
         numbers = range(1 + batch * 500, 501 + batch * 500)
         lines = [template.replace(b"t99999", b"t%05d" % n).replace(b"88888", b"%d" % n) for n in numbers]
