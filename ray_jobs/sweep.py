@@ -164,7 +164,7 @@ def _curves(
 
     def listen(event: SweepEvent) -> None:
         if event.kind == "row":
-            writer.update(sweep_rows(driver.state), sweep_summary(driver.state))
+            writer.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
         if progress is not None:
             progress(event, driver)
 
