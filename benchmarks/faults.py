@@ -25,7 +25,7 @@ import yaml
 from common import ROOT, machine, publish
 
 from bfm.files import Store
-from bfm.sweep.ledger import read_ledger
+from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.state import SweepState
 from bfm.training.journal import read_account
 from bfm.training.task import RungTask
@@ -136,7 +136,7 @@ def _state(store: Store) -> SweepState:
 
 def _on_their_way(store: Store) -> bool:
     """Whether both tasks have trained a quarter of their rung."""
-    if not store.names("ledger"):
+    if not has_begun(store):
         return False
     state = _state(store)
     tasks = [RungTask.from_task(state.attempts[place].task) for place in state.open_tasks.values()]

@@ -30,8 +30,7 @@ from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import FOLDER as LEDGER
-from bfm.sweep.ledger import Ledger
+from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
@@ -154,7 +153,7 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
         raise UserError("never goes on, but --extend must", key="--resume", fix="leave out one of the two")
     base = storage if "://" in storage else str(Path(storage).absolute())
     store = Store(base).child(name)
-    begun = bool(store.names(LEDGER))
+    begun = has_begun(store)
     if begun and resume == "never":
         raise UserError("there is a sweep already", file=store.uri, fix="give another --name, or --resume auto")
     if not begun and extend:
@@ -195,7 +194,7 @@ def _curves(
 
     def listen(event: SweepEvent) -> None:
         if event.kind == "row":
-            writer.update(sweep_rows(driver.state), sweep_summary(driver.state))
+            writer.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
         if progress is not None:
             progress(event, driver)
 

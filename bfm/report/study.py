@@ -22,6 +22,7 @@ from bfm.report.page import shown_figure
 from bfm.report.style import svg_text
 from bfm.report.sweep_view import SweepView, publish_report, read_recipe, read_sweep
 from bfm.report.template import escape, page, paragraph, section
+from bfm.sweep.ledger import has_begun
 from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders
 
 
@@ -164,4 +165,4 @@ def _about(member: Member) -> str:
 
 
 def _begun(store: Store) -> SweepView | None:
-    return read_sweep(store.uri) if store.names("ledger") else None
+    return read_sweep(store.uri) if has_begun(store) else None

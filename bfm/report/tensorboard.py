@@ -39,7 +39,8 @@ from bfm.training.records import Record, StepRecord, Validation
 from bfm.training.watch import WATCHED
 from bfm.units import format_flops
 
-# A point is worth writing when C has grown by this factor, or after this long, and within this share of the run's time.
+# A point is worth writing when C (of a sweep, the number of results) has grown by this factor, or after this long, and
+# within this share of the run's time.
 POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.005, 10.0, 0.01
 _TAGS = {
     "trunk": {
@@ -64,6 +65,7 @@ _TAGS = {
         "cooldown/events_per_s": "events_per_s",
     },
 }
+Standing = Callable[[], tuple[Sequence[Row], Mapping[str, Any]]]
 HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 """Metrics that the HParams tab shows."""
 _MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
@@ -204,21 +206,45 @@ class SweepWriter:
     The floors stand beside the frontier of each metric.
     """
 
-    def __init__(self, log_dir: str | Path, baselines: Baselines) -> None:
-        self._file = EventFile(log_dir)
-        self._baselines = baselines
+    def __init__(
+        self, log_dir: str | Path, baselines: Baselines, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file = EventFile(log_dir, clock)
+        self._baselines, self._clock = baselines, clock
+        self._written_s, self._writing_s = -math.inf, 0.0
+        self._waiting: Standing | None = None
         self._last_step = -1
         for event in stored_events(self._file.store):
             if any(value.tag == "spend/total" for value in event.summary.value):
                 self._last_step = max(self._last_step, event.step)
 
-    def update(self, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
-        """After a commit: frontier per metric and rung, spend and occupancy per rung.
+    def update(self, results: int, standing: Standing) -> None:
+        """After a commit: frontier per metric and rung, spend and occupancy per rung, where a point is worth writing.
 
-        summary: spent_flops, cap_flops and running (tasks now), each of which may be missing.
+        A point looks at all rows, so they are asked for only then: few points are written of many thousand results.
+
+        results: rung rows so far; standing: gives all rows, and a summary with spent_flops, cap_flops and running
+        (tasks now), each of which may be missing.
         """
+        if results <= self._last_step:
+            return
+        self._waiting = standing
+        grown = results >= POINT_GROWTH * self._last_step
+        if grown or self._clock() - self._written_s >= self._writing_s / WRITING_SHARE:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        standing, self._waiting = self._waiting, None
+        if standing is None:
+            return
+        began_s = self._clock()
+        self._point(*standing())
+        self._written_s = self._clock()
+        self._writing_s = self._written_s - began_s
+
+    def _point(self, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
         found = rung_rows(rows)
-        if len(found) <= self._last_step or not found:
+        if not found:
             return
         self._last_step = len(found)
         best = {
@@ -239,6 +265,7 @@ class SweepWriter:
 
     def finish(self, rows: Sequence[Row], overview_png: bytes | None = None, compare: Compare = unpaired) -> None:
         """The frontier as a text table and, where given, the overview figure; closes the file."""
+        self._write_waiting()
         self._file.summary(
             text("frontier", f"<pre>\n{frontier_text(rows, self._baselines, compare)}\n</pre>"), len(rung_rows(rows))
         )
@@ -247,7 +274,8 @@ class SweepWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits and close the file."""
+        self._write_waiting()
         self._file.close()
 
 

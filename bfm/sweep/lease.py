@@ -2,8 +2,8 @@
 
 One object `lease/<epoch>.json` per holder, published only where none stands; the holder of the highest epoch is the
 writer. A holder that is dead does not block: on the same machine its process is looked up, elsewhere its heartbeat
-grows old. A holder that lost its lease without knowing is fenced: it finds the higher epoch before it writes, and the
-ledger ignores what it wrote after its successor had read it.
+grows old, and a driver that was submitted again waits for that. A holder that lost its lease without knowing cannot
+write: its successor has taken the ledger's next number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ from bfm.units import format_seconds
 FOLDER = "lease"
 HEARTBEAT_S = 15.0
 STALE_S = 120.0
+WAIT_S = STALE_S + 2 * HEARTBEAT_S
+"""A holder that has died is stale by then."""
+LOOK_S = 2.0
+RENEWALS = 3
+"""So many heartbeats while one waits are those of a holder that lives on, not the last ones of a dying one."""
 _log = logging.getLogger(__name__)
 
 
@@ -76,17 +82,25 @@ class Lease:
         cls,
         store: Store,
         *,
+        wait_s: float = WAIT_S,
         holder: Holder | None = None,
         clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
         heartbeat_s: float | None = HEARTBEAT_S,
     ) -> Lease:
-        """Take the next epoch. Raises UserError while another holder lives. `heartbeat_s` None: no thread."""
+        """Take the next epoch, waiting for a holder elsewhere that may be dead. `heartbeat_s` None: no thread.
+
+        Raises UserError where another holder lives: a process of this machine, one that goes on renewing its
+        heartbeat, or one whose heartbeat is fresh after `wait_s`.
+        """
         me = holder or Holder.this_process()
         last = latest_epoch(store)
         if last:
-            _refuse_if_live(store, last, me, clock())
+            _wait_for_end(store, last, me, wait_s, clock, sleep)
         epoch = last + 1
-        if not store.put_new(_name(epoch), canonical_json({**asdict(me), "at_s": clock()})):
+        # No two contenders bring the same bytes, so that none takes another's object for its own.
+        taken = {**asdict(me), "at_s": clock(), "nonce": uuid.uuid4().hex}
+        if not store.put_new(_name(epoch), canonical_json(taken)):
             raise UserError("another sweep is starting here", file=store.uri, fix="give this one another name")
         return cls(store, epoch, clock, heartbeat_s)
 
@@ -97,7 +111,9 @@ class Lease:
 
     def renew(self) -> None:
         """Publish a heartbeat."""
-        self.store.put(_alive(self.epoch), canonical_json({"at_s": self._clock()}))
+        # A heartbeat that has to wait would be old when it arrives: the next one is tried instead.
+        impatient = self.store.with_patience(0)
+        impatient.put(_alive(self.epoch), canonical_json({"at_s": self._clock()}))
 
     def release(self) -> None:
         """Give the lease up, so that the next holder need not wait."""
@@ -120,21 +136,34 @@ def latest_epoch(store: Store) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def _refuse_if_live(store: Store, epoch: int, me: Holder, now_s: float) -> None:
-    if store.exists(_released(epoch)):
-        return
+def _wait_for_end(
+    store: Store, epoch: int, me: Holder, wait_s: float, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> None:
+    """Return once the holder of an epoch is gone; raises UserError where it lives."""
     taken = _read(store, _name(epoch))
     holder = Holder(**{name: taken[name] for name in ("host", "machine", "pid", "started_at_s")})
-    beat = _read(store, _alive(epoch)) if store.exists(_alive(epoch)) else taken
-    age_s = now_s - float(beat["at_s"])
-    lives = holder.runs() if holder.machine == me.machine else age_s < STALE_S
-    if lives:
-        raise UserError(
-            f"another sweep is running here (process {holder.pid} on {holder.host}, "
-            f"last seen {format_seconds(max(age_s, 0.0))} ago)",
-            file=store.uri,
-            fix=f"stop it, or give this one another name; a dead one is given up after {format_seconds(STALE_S)}",
-        )
+    began_s, told, beats = clock(), False, list[float]()
+    while not store.exists(_released(epoch)):
+        beat = _read(store, _alive(epoch)) if store.exists(_alive(epoch)) else taken
+        beats += [float(beat["at_s"])] if float(beat["at_s"]) not in beats else []
+        age_s, here = clock() - beats[-1], holder.machine == me.machine
+        if (not holder.runs()) if here else age_s >= STALE_S:
+            return
+        waited_s = clock() - began_s
+        if here or len(beats) > RENEWALS or waited_s >= wait_s:
+            raise UserError(
+                f"another sweep is running here (process {holder.pid} on {holder.host}, "
+                f"last seen {format_seconds(max(age_s, 0.0))} ago)",
+                file=store.uri,
+                fix=f"stop it, or give this one another name; a dead one is given up after {format_seconds(STALE_S)}",
+            )
+        if not told:
+            told = True
+            _log.warning(
+                "%s: process %d on %s held this sweep %s ago; waiting up to %s for it to be gone",
+                store.uri, holder.pid, holder.host, format_seconds(max(age_s, 0.0)), format_seconds(STALE_S - age_s),
+            )  # fmt: skip
+        sleep(LOOK_S)
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

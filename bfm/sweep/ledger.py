@@ -1,9 +1,13 @@
 """The ledger: the only truth of a sweep, as immutable checksummed segments under one prefix.
 
-Enters: batches of JSON records; each `append` publishes one new object `ledger/<lease epoch>-<number>.jsonl`, whole or
-not at all. Leaves: all records in order. A segment's first line is the sha256 of the rest, its second line a header
-that names the previous segment and its sha256, so segments form a chain: an altered, truncated or missing one is
-found and named, and what a fenced writer appended after its successor had read it is off the chain and ignored.
+Enters: batches of JSON records; each `append` creates the next object `ledger/<thousand>/<number>.jsonl`, whole or not
+at all. Numbers run from 1 without gaps, and creating one is what decides between writers: who finds the next number
+taken has lost the sweep, and no acknowledged record is ever left out. Leaves: all records in order.
+
+Segments are read in few requests however many there are: segment n also brings a pack, the records of the last
+`_covered(n)` segments, itself included (n = 12 covers 9..12), so the binary digits of the last number name all that has
+to be read. A pack is a copy: where one is damaged, the segments that it covers are read instead. A segment names the
+checksums of the one before it and of the one before its pack, so an altered, truncated or missing one is found.
 """
 
 from __future__ import annotations
@@ -18,24 +22,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
 from bfm.sweep.lease import Lease
+from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
 
 FOLDER = "ledger"
-VERSION = 1
-_NAME = re.compile(r"ledger/(\d{6})-(\d{8})\.jsonl")
+VERSION = 2
+PER_FOLDER = 1000
+"""Segments in a folder: one page of an object store's listing."""
+COMPRESSED_FROM = 64
+"""Packs of fewer segments are plain JSON lines."""
+_NAME = re.compile(r"ledger/\d{5}/(\d{8})\.jsonl")
 _READERS = 8
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Link:
-    """A segment as its successor refers to it."""
+class _Pack:
+    """The records of consecutive segments, encoded."""
 
-    name: str
-    sha256: str
+    covers: int
+    data: bytes
+    """JSON lines, compressed from COMPRESSED_FROM segments on."""
 
 
 @dataclass
@@ -43,10 +55,14 @@ class Replay:
     """What a ledger holds."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    fenced: list[str] = field(default_factory=list)
-    """Segments of writers that had lost their lease; their records are left out."""
     segments: int = 0
-    last: _Link | None = None
+    epoch: int = 0
+    """Of the lease under which the last segment was written."""
+    packs: tuple[_Pack, ...] = ()
+    """That hold all records, in order."""
+    sums: dict[int, str] = field(default_factory=dict)
+    """Number -> checksum of the segments that were read."""
+    repeats: Repeats = field(default_factory=Repeats)
 
 
 class Ledger:
@@ -54,9 +70,14 @@ class Ledger:
 
     def __init__(self, store: Store, lease: Lease) -> None:
         self.store, self.lease = store, lease
-        self.replay = read_ledger(store)
-        self._last = self.replay.last
-        self._next_number = 0
+        while True:
+            self.replay = read_ledger(store)
+            if self.replay.epoch > self.epoch:
+                raise self._lost()
+            self._number, self._packs, self._sums = self.replay.segments, self.replay.packs, self.replay.sums
+            # An empty segment shuts out the last holder; what it had appended until then is read.
+            if self._publish([]):
+                return
 
     @property
     def epoch(self) -> int:
@@ -64,15 +85,44 @@ class Ledger:
         return self.lease.epoch
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Publish records together. Raises UserError after the lease was lost, OSError if the storage refuses."""
-        if not self.lease.is_held:
-            raise UserError("another sweep has taken over here", file=self.store.uri, fix="resume from its ledger")
-        name = f"{FOLDER}/{self.lease.epoch:06d}-{self._next_number:08d}.jsonl"
-        data = _encode(name, records, self._last)
-        if not self.store.put_new(name, data):
-            raise UserError("another sweep writes here", file=f"{self.store.uri}/{name}", fix="stop one of them")
-        self._last = _Link(name, sha256_bytes(data))
-        self._next_number += 1
+        """Publish records together, in one request.
+
+        Raises UserError where another driver has taken over, OSError if the storage refuses.
+        """
+        if not self._publish(records):
+            raise self._lost()
+
+    def _lost(self) -> UserError:
+        return UserError("another sweep has taken over here", file=self.store.uri, fix="resume from its ledger")
+
+    def _publish(self, records: Sequence[dict[str, Any]]) -> bool:
+        number = self._number + 1
+        short, new = self.replay.repeats.shorten(records)
+        lines = b"".join(canonical_json(record) + b"\n" for record in short)
+        older, pack = _packed(self._packs, _Pack(1, lines), _covered(number))
+        header = {
+            "segment": number,
+            "version": VERSION,
+            "epoch": self.epoch,
+            "records": len(records),
+            "previous": self._sums.get(number - 1),
+            "before_pack": self._sums.get(number - pack.covers),
+            "pack": {"sha256": sha256_bytes(pack.data), "bytes": len(pack.data)} if pack.covers > 1 else None,
+        }
+        body = canonical_json(header) + b"\n" + lines
+        checksum = sha256_bytes(body)
+        first = canonical_json({"sha256": checksum, "bytes": len(body)}) + b"\n"
+        data = first + body + (pack.data if pack.covers > 1 else b"")
+        if not self.store.put_new(_name(number), data):
+            return False
+        self.replay.repeats.keep(new)
+        self._number, self._packs = number, (*older, pack)
+        # Later segments refer to this one and to those before the packs that still stand alone.
+        ends = [number]
+        for standing in reversed(self._packs):
+            ends.append(ends[-1] - standing.covers)
+        self._sums = {end: self._sums[end] for end in ends[1:] if end} | {number: checksum}
+        return True
 
     def drop(self, folder: str) -> None:
         """Delete a folder of the sweep that the ledger says is kept no longer; a failure is left to the next resume."""
@@ -121,85 +171,164 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def has_begun(store: Store) -> bool:
+    """Whether anything was ever written into a ledger here."""
+    return bool(store.folders(FOLDER) or store.names(FOLDER))
+
+
 def read_ledger(store: Store) -> Replay:
-    """All records, verified; needs no lease. Raises CorruptError that names the damaged segment."""
+    """All records, verified; needs no lease.
+
+    Raises CorruptError that names the damaged segment, UserError for a ledger of another version.
+    """
     with collector_paused():
         return _read(store)
 
 
 def read_state(store: Store) -> SweepState:
-    """The state of a sweep as its ledger stands; needs no lease. Raises CorruptError as `read_ledger`."""
+    """The state of a sweep as its ledger stands; needs no lease. Raises as `read_ledger`."""
     with collector_paused():
         return SweepState.fold(_read(store).records)
 
 
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment as read, verified but for its pack."""
+
+    epoch: int
+    checksum: str
+    previous: str | None
+    before_pack: str | None
+    lines: bytes
+    pack: bytes | None
+    """None: damaged."""
+
+
 def _read(store: Store) -> Replay:
-    names = [name for name in store.names(FOLDER) if _NAME.fullmatch(name)]
-    chain: list[tuple[_Link, list[dict[str, Any]]]] = []
-    places: dict[_Link, int] = {}
-    replay = Replay()
-    for name, data in zip(names, _fetch(store, names), strict=True):
-        previous, records = _decode(f"{store.uri}/{name}", name, data)
-        kept = _place(previous, places, chain, name)
-        for link, _ in chain[kept:]:
-            replay.fenced.append(link.name)
-            del places[link]
-        del chain[kept:]
-        link = _Link(name, sha256_bytes(data))
-        places[link] = len(chain)
-        chain.append((link, records))
-    for _, records in chain:
-        replay.records += records
-    replay.segments = len(chain)
-    replay.last = chain[-1][0] if chain else None
+    last = _last_number(store)
+    numbers = [last]
+    while numbers[-1]:
+        numbers.append(numbers[-1] - _covered(numbers[-1]))
+    ahead = dict(zip(numbers[:-1], _fetch(store, [_name(number) for number in numbers[:-1]]), strict=True))
+    packs: list[_Pack] = []
+    replay = Replay(segments=last)
+    number, expected = last, None
+    while number:
+        segment = _decode(store, number, ahead.get(number) or _get(store, _name(number)))
+        if expected is not None and segment.checksum != expected:
+            raise CorruptError(f"{store.uri}/{_name(number)}: was altered (its successor knows another checksum)")
+        replay.sums[number] = segment.checksum
+        replay.epoch = max(replay.epoch, segment.epoch)
+        if segment.pack is None:
+            _log.warning("%s/%s: its pack is damaged; reading what it covers", store.uri, _name(number))
+            packs.append(_Pack(1, segment.lines))
+            number, expected = number - 1, segment.previous
+        else:
+            packs.append(_Pack(_covered(number), segment.pack))
+            number, expected = number - _covered(number), segment.before_pack
+    replay.packs = tuple(reversed(packs))
+    lines = b"".join(_plain(pack) for pack in replay.packs)
+    replay.records = json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+    replay.repeats.restore(replay.records)
     return replay
 
 
-def _place(
-    previous: _Link | None, places: dict[_Link, int], chain: list[tuple[_Link, list[dict[str, Any]]]], name: str
-) -> int:
-    """How many segments of the chain stay when `name` is put behind `previous`."""
-    kept = 0 if previous is None else places.get(previous, -1) + 1
-    if previous is not None and kept == 0:
-        raise CorruptError(f"{previous.name}: is missing or was altered ({name} follows it)")
-    if any(_epoch(link.name) >= _epoch(name) for link, _ in chain[kept:]):
-        raise CorruptError(f"{name}: does not follow {chain[-1][0].name}; a segment between them is missing")
-    return kept
-
-
-def _encode(name: str, records: Sequence[dict[str, Any]], previous: _Link | None) -> bytes:
-    header = {
-        "segment": name,
-        "version": VERSION,
-        "records": len(records),
-        "previous": None if previous is None else [previous.name, previous.sha256],
-    }
-    body = b"".join(canonical_json(line) + b"\n" for line in (header, *records))
-    return canonical_json({"sha256": sha256_bytes(body)}) + b"\n" + body
-
-
-def _decode(place: str, name: str, data: bytes) -> tuple[_Link | None, list[dict[str, Any]]]:
-    checksum, _, body = data.partition(b"\n")
-    if checksum != canonical_json({"sha256": sha256_bytes(body)}):
-        raise CorruptError(f"{place}: truncated or altered (its checksum does not fit); restore it from a copy")
-    header, *records = json.loads(b"[" + b",".join(body.splitlines()) + b"]")
-    if header["version"] != VERSION:
-        raise UserError(f"ledger version {header['version']}", file=place, fix="read it with the bfm that wrote it")
-    if header["segment"] != name or header["records"] != len(records):
-        raise CorruptError(f"{place}: is a copy of {header['segment']}")
-    previous = header["previous"]
-    return (None if previous is None else _Link(*previous)), records
+def _last_number(store: Store) -> int:
+    """The number of the last segment; 0 if none. Raises CorruptError where one beside it is missing."""
+    folders = store.folders(FOLDER)
+    if not folders:
+        if store.names(FOLDER):
+            place = f"{store.uri}/{FOLDER}"
+            raise UserError(f"is not of version {VERSION}", file=place, fix="read it with the bfm that wrote it")
+        return 0
+    found = sorted(int(match[1]) for name in store.names(folders[-1]) if (match := _NAME.fullmatch(name)))
+    due = max(1, int(folders[-1].rpartition("/")[2]) * PER_FOLDER)
+    for number in found:
+        if number != due:
+            raise CorruptError(f"{store.uri}/{_name(due)}: is missing")
+        due += 1
+    return due - 1
 
 
 def _fetch(store: Store, names: Sequence[str]) -> list[bytes]:
     if store.is_local:
-        return [store.path(name).read_bytes() for name in names]
-    # One request per segment: object stores answer slowly, but many at once.
+        return [_get(store, name) for name in names]
+    # Object stores answer slowly, but many at once.
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(store.get, names))
+        return list(pool.map(lambda name: _get(store, name), names))
 
 
-def _epoch(name: str) -> int:
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
+def _get(store: Store, name: str) -> bytes:
+    try:
+        return store.get(name)
+    except FileNotFoundError:
+        raise CorruptError(f"{store.uri}/{name}: is missing") from None
+
+
+def _decode(store: Store, number: int, data: bytes) -> _Segment:
+    place = f"{store.uri}/{_name(number)}"
+    first, _, rest = data.partition(b"\n")
+    try:
+        told = json.loads(first)
+        body, pack = rest[: told["bytes"]], rest[told["bytes"] :]
+        whole = canonical_json({"sha256": sha256_bytes(body), "bytes": len(body)}) == first
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CorruptError(f"{place}: truncated or altered (its checksum does not fit); restore it from a copy")
+    head, _, lines = body.partition(b"\n")
+    header = json.loads(head)
+    if header["version"] != VERSION:
+        raise UserError(f"ledger version {header['version']}", file=place, fix="read it with the bfm that wrote it")
+    if header["segment"] != number or header["records"] != lines.count(b"\n"):
+        raise CorruptError(f"{place}: is a copy of segment {header['segment']}")
+    kept: bytes | None = lines
+    if header["pack"] is not None:
+        kept = pack if {"sha256": sha256_bytes(pack), "bytes": len(pack)} == header["pack"] else None
+    return _Segment(header["epoch"], told["sha256"], header["previous"], header["before_pack"], lines, kept)
+
+
+# ---------------------------------------------------------------- packs
+
+
+def _name(number: int) -> str:
+    return f"{FOLDER}/{number // PER_FOLDER:05d}/{number:08d}.jsonl"
+
+
+def _covered(number: int) -> int:
+    """How many segments the pack of one holds: the lowest binary digit of its number."""
+    return number & -number
+
+
+def _packed(packs: tuple[_Pack, ...], own: _Pack, covers: int) -> tuple[tuple[_Pack, ...], _Pack]:
+    """The packs that stay, and one of so many segments from the others and `own`."""
+    total, first = own.covers, len(packs)
+    while total < covers:
+        first -= 1
+        total += packs[first].covers
+    joined = [*packs[first:], own]
+    if covers < COMPRESSED_FROM:
+        return packs[:first], _Pack(covers, b"".join(pack.data for pack in joined))
+    parts, plain = [], b""
+    for pack in joined:
+        if pack.covers < COMPRESSED_FROM:
+            plain += pack.data
+            continue
+        parts += [_compressed(plain), pack.data]
+        plain = b""
+    return packs[:first], _Pack(covers, b"".join([*parts, _compressed(plain)]))
+
+
+def _compressed(lines: bytes) -> bytes:
+    """One zstd frame; frames that follow each other are read as one."""
+    return pa.compress(lines, codec="zstd", asbytes=True) if lines else b""
+
+
+def _plain(pack: _Pack) -> bytes:
+    if pack.covers < COMPRESSED_FROM or not pack.data:
+        return pack.data
+    with pa.CompressedInputStream(pa.BufferReader(pack.data), "zstd") as stream:
+        return stream.read()

@@ -24,7 +24,7 @@ from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import read_ledger
+from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import SweepState
 from ray_jobs import capacity, sweep
@@ -413,7 +413,7 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(
 
 
 def has_rows(path: Path, number: int) -> bool:
-    return bool(Store(path).names("ledger")) and len(rows(path)) >= number
+    return has_begun(Store(path)) and len(rows(path)) >= number
 
 
 def test_capacity_counts_this_machine(monkeypatch) -> None:

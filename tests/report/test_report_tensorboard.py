@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from bfm.files import Store
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.figures import overview_png
-from bfm.report.tensorboard import TrialWriter, sweep_writer, trial_writer
+from bfm.report.tensorboard import SweepWriter, TrialWriter, sweep_writer, trial_writer
 from bfm.training.records import StepRecord
 from tests.report.planted import VALIDATION, planted_sweep
 
@@ -257,10 +257,10 @@ def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     rows = sweep["rows"]
     writer = sweep_writer(tmp_path, sweep["baselines"])
     for count in range(1, len(rows)):
-        writer.update(rows[:count], {"cap_flops": 2.4e13, "running": 2})
+        writer.update(count, lambda n=count: (rows[:n], {"cap_flops": 2.4e13, "running": 2}))
     again = sweep_writer(tmp_path, sweep["baselines"])
     for count in range(len(rows) - 3, len(rows) + 1):
-        again.update(rows[:count], sweep["summary"])
+        again.update(count, lambda n=count: (rows[:n], sweep["summary"]))
     again.finish(rows, overview_png(rows, {}))
     board = read(tmp_path)
     total = board.Scalars("spend/total")
@@ -279,3 +279,53 @@ def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     assert board.Scalars("by_flops/frontier/nll/C=1e11")
     assert len(board.Images("overview")) == 1
     assert b"at most" in board.Tensors("frontier/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_long_sweep_is_looked_at_whole_only_now_and_then(tmp_path):
+    rows, looks, clock = planted_sweep()["rows"], [], Clock()
+    writer = SweepWriter(tmp_path, {}, clock)
+
+    def standing(count):
+        looks.append(count)
+        clock.now_s += 0.6
+        return [{**rows[0], "trial": str(number)} for number in range(count)], {}
+
+    for count in range(1, 3001):
+        clock.now_s += 0.1
+        writer.update(count, lambda n=count: standing(n))
+    # Every result up to 200, then log(3000 / 200) / log(1.005) = 543, and those that a hundredth of the time allows.
+    assert len(looks) < 800
+    writer.close()
+    assert looks[-1] == 3000
+
+
+def test_on_an_object_store_a_running_sweep_is_seen_in_few_requests(s3_server, s3):
+    clock = Clock()
+    writer = TrialWriter(s3 + "/logs", CONFIG, METRICS, clock)
+    with s3_server.counted() as requests:
+        for step in range(1, 401):
+            clock.now_s += 1.0
+            writer.step(record(step))
+            if step == 200:
+                seen = [value.tag for event in stored_events(Store(s3 + "/logs")) for value in event.summary.value]
+                assert seen.count("train/loss") > 100
+                assert not requests
+    assert requests["PUT"] == 6
+    s3_server.faults[:] = ["503"]
+    clock.now_s += 61.0
+    writer.step(record(500))
+    writer.step(record(501))
+    writer.close()
+    again = TrialWriter(s3 + "/logs", CONFIG, METRICS, clock)
+    again.step(record(501))
+    again.step(record(502))
+    again.close()
+    steps = [
+        event.step
+        for event in stored_events(Store(s3 + "/logs"))
+        for value in event.summary.value
+        if value.tag == "train/loss"
+    ]
+    assert sorted(set(steps)) == steps
+    assert steps[-3:] == [500, 501, 502]
+    assert "train/loss" in [v.tag for e in stored_events(Store(s3 + "/logs")) for v in e.summary.value]

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json
-from bfm.sweep.lease import STALE_S, Holder, Lease, latest_epoch
+from bfm.sweep import ledger as module
+from bfm.sweep.lease import RENEWALS, STALE_S, Holder, Lease, latest_epoch
 from bfm.sweep.ledger import Ledger, read_ledger, read_state
+from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, make_spec, mortal_ledger, start
 
@@ -61,86 +65,161 @@ def test_records_come_back_in_order(tmp_path_factory, batches):
     assert read_ledger(store).records == [record for batch in batches for record in batch]
 
 
+def test_what_records_repeat_is_written_once_and_read_whole(store):
+    def record(kind, trial, **parts):
+        return {"kind": kind, kind: {"trial": trial, **parts}}
+
+    config = {"params": 3.0}
+    batches = [
+        [{"kind": "proposal", "trial": "a", "config": config}, record("task", "a", config=config, scaling={"cpus": 1})],
+        [record("row", "a", config=config, shape={"width": 4}), {"kind": "proposal", "trial": "b", "config": config}],
+        [record("task", "a", config={"params": 3}, scaling={"cpus": 1})],
+        [record("row", "a", config={"params": 3}, shape={"width": 4}), record("row", "b", config=config)],
+        [record("task", "a", config=config, scaling=None), record("row", "c")],
+    ]
+    for number, batch in enumerate(batches):
+        mortal_ledger(store, 7200.0 * number).append(batch)
+    replay = read_ledger(store)
+    assert canonical_json(replay.records) == canonical_json([record for batch in batches for record in batch])
+    assert b"".join(module._plain(pack) for pack in replay.packs).count(b'"scaling":{"cpus":1}') == 1
+
+
 def test_numbers_that_json_has_not_are_refused_before_anything_is_written(store):
     ledger = mortal_ledger(store, 0)
     with pytest.raises(ValueError, match="JSON"):
         ledger.append([{"value": float("nan")}])
-    assert read_ledger(store).segments == 0
+    assert read_ledger(store).records == []
 
 
-@pytest.mark.parametrize("keep", ["0", "1", "half", "-1"])
-def test_a_truncated_segment_is_named(three, keep):
-    name = three.names("ledger")[1]
-    path = three.path(name)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2 if keep == "half" else int(keep)])
-    with pytest.raises(CorruptError, match="000001-00000001"):
+def segment_names(store):
+    return [name for folder in store.folders("ledger") for name in store.names(folder)]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 300])
+def test_a_truncated_last_segment_is_named(three, keep):
+    path = three.path(segment_names(three)[-1])
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptError, match=r"ledger/00000/00000004.jsonl: truncated"):
         read_ledger(three)
 
 
-@pytest.mark.parametrize("place", [0, 20, 90, 160, -3])
+@pytest.mark.parametrize("place", [0, 20, 90, 160, 300])
 def test_a_flipped_byte_is_found(three, place):
-    path = three.path(three.names("ledger")[2])
+    path = three.path(segment_names(three)[-1])
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptError, match="000001-00000002"):
+    with pytest.raises(CorruptError, match="00000004"):
         read_ledger(three)
 
 
-def test_a_segment_rewritten_with_a_right_checksum_breaks_the_chain(three):
-    from bfm.sweep import ledger as module
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_segments_that_a_pack_covers_may_be_damaged(three, number):
+    three.path(segment_names(three)[number]).write_bytes(b"nonsense")
+    assert epochs(three) == [1, 2, 3]
 
-    name = three.names("ledger")[1]
-    first = three.get(three.names("ledger")[0])
-    link = module._Link(three.names("ledger")[0], module.sha256_bytes(first))
-    three.path(name).write_bytes(module._encode(name, records(99), link))
-    with pytest.raises(CorruptError, match=r"000001-00000001.*altered"):
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("count", [3, 69, 255])
+def test_a_damaged_pack_loses_no_record(store, damage, count, caplog):
+    ledger = mortal_ledger(store, 0)
+    for number in range(1, count + 1):
+        ledger.append(records(number))
+    name = next(n for n in reversed(segment_names(store)) if int(n[-14:-6]) % 4 == 0)
+    path = store.path(name)
+    data = path.read_bytes()
+    own_bytes = data.index(b"\n") + 1 + json.loads(data.split(b"\n")[0])["bytes"]
+    path.write_bytes({"flipped": data[:-1] + b"!", "cut": data[:-5], "gone": data[:own_bytes]}[damage])
+    assert epochs(store) == list(range(1, count + 1))
+    assert "its pack is damaged" in caplog.text
+    mortal_ledger(store, 7200).append(records(0))
+    assert epochs(store) == [*range(1, count + 1), 0]
+
+
+def test_a_damaged_pack_over_a_damaged_segment_is_named(three):
+    path = three.path(segment_names(three)[-1])
+    path.write_bytes(path.read_bytes()[:-1])
+    three.path(segment_names(three)[2]).write_bytes(b"nonsense")
+    with pytest.raises(CorruptError, match="00000003"):
         read_ledger(three)
 
 
-@pytest.mark.parametrize("missing", [0, 1])
+def test_a_segment_rewritten_with_right_checksums_breaks_the_chain(tmp_path):
+    stores = [Store(tmp_path / name) for name in ("one", "other")]
+    for store in stores:
+        ledger = mortal_ledger(store, 0)
+        for number in range(6):
+            ledger.append(records(number + 10 * (store is stores[1])))
+    # Seven segments: the last one knows the sixth, which is read with it.
+    sixth = segment_names(stores[0])[5]
+    stores[0].path(sixth).write_bytes(stores[1].get(sixth))
+    with pytest.raises(CorruptError, match=r"00000006.*altered"):
+        read_ledger(stores[0])
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_missing_segment_is_named(three, missing):
-    name = three.names("ledger")[missing]
+    name = segment_names(three)[missing]
     three.path(name).unlink()
-    with pytest.raises(CorruptError, match=name.removeprefix("ledger/")):
+    with pytest.raises(CorruptError, match=name):
         read_ledger(three)
 
 
 def test_a_copied_segment_is_refused(three):
-    first, *_ = three.names("ledger")
-    three.path("ledger/000001-00000009.jsonl").write_bytes(three.get(first))
+    first, *_ = segment_names(three)
+    three.path("ledger/00000/00000005.jsonl").write_bytes(three.get(first))
     with pytest.raises(CorruptError, match="is a copy of"):
         read_ledger(three)
 
 
 def test_leftovers_of_a_crash_while_writing_are_not_segments(three):
-    three.path("ledger/.000001-00000003.jsonl.abc").write_bytes(b"half")
+    three.path("ledger/00000/.00000005.jsonl.abc").write_bytes(b"half")
     assert epochs(three) == [1, 2, 3]
 
 
+def test_a_ledger_of_an_older_version_is_refused(store):
+    store.put("ledger/000001-00000000.jsonl", b"{}")
+    with pytest.raises(UserError, match="not of version 2"):
+        read_ledger(store)
+
+
 def test_a_fenced_writer_cannot_append(three):
-    old = Ledger(three, Lease(three, 1, time.time, None))
-    mortal_ledger(three, 7200)
+    old = mortal_ledger(three, 7200)
+    heir = mortal_ledger(three, 14400)
     with pytest.raises(UserError, match="taken over"):
         old.append(records(9))
+    heir.append(records(4))
+    with pytest.raises(UserError, match="taken over"):
+        old.append(records(9))
+    assert epochs(three) == [1, 2, 3, 4]
 
 
-def test_what_a_fenced_writer_appended_after_takeover_is_ignored(store):
-    """The zombie has passed the check of its lease when its successor reads the ledger, and writes then."""
-    zombie = mortal_ledger(store, 0)
-    zombie.append(records(1))
+def test_what_a_fenced_writer_appends_before_its_successor_stands_is_read_by_it(three, monkeypatch):
+    """The old driver, alive after all, appends between its successor's reading and its successor's first segment."""
+    old = mortal_ledger(three, 7200)
+    read = module.read_ledger
+
+    def read_then_written(store):
+        replay = read(store)
+        monkeypatch.undo()
+        old.append(records(9))
+        return replay
+
+    monkeypatch.setattr(module, "read_ledger", read_then_written)
+    heir = mortal_ledger(three, 14400)
+    assert [record["epoch"] for record in heir.replay.records] == [1, 2, 3, 9]
+    with pytest.raises(UserError, match="taken over"):
+        old.append(records(10))
+    heir.append(records(4))
+    assert epochs(three) == [1, 2, 3, 9, 4]
+
+
+def test_a_driver_that_lost_its_lease_before_it_began_shuts_no_one_out(store):
+    late = Lease.acquire(store, holder=Holder("here", "machine", 1, 0.0), clock=lambda: 0.0, heartbeat_s=None)
     heir = mortal_ledger(store, 7200)
-    zombie.lease.__class__ = type("Deaf", (Lease,), {"is_held": property(lambda self: True)})
-    zombie.append(records(66))
-    zombie.append(records(67))
-    heir.append(records(2))
-    zombie.append(records(68))
-    assert epochs(store) == [1, 2]
-    assert len(read_ledger(store).fenced) == 3
-    third = mortal_ledger(store, 14400)
-    third.append(records(3))
-    assert epochs(store) == [1, 2, 3]
+    with pytest.raises(UserError, match="taken over"):
+        Ledger(store, late)
+    heir.append(records(1))
 
 
 def test_takeovers_that_wrote_nothing_leave_no_hole(store):
@@ -151,6 +230,96 @@ def test_takeovers_that_wrote_nothing_leave_no_hole(store):
     last.append(records(4))
     assert epochs(store) == [1, 4]
     assert latest_epoch(store) == 4
+
+
+def test_an_append_is_one_request_and_many_are_read_in_few(s3_server, s3):
+    store = Store(s3)
+    ledger = mortal_ledger(store, 0)
+    with s3_server.counted() as requests:
+        for number in range(510):
+            ledger.append(records(number))
+    assert requests == {"PUT": 510}
+    with s3_server.counted() as requests:
+        assert epochs(store) == list(range(510))
+    assert requests.total() <= 2 + (511).bit_count()
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "lost"])
+def test_an_append_whose_answer_is_lost_is_no_other_sweep(s3_server, s3, fault):
+    store = Store(s3, patience_s=20.0)
+    ledger = mortal_ledger(store, 0)
+    for number in range(3):
+        s3_server.faults[:] = [fault]
+        ledger.append(records(number))
+    assert epochs(store) == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- contests
+
+
+def contest(store, round_number, pool):
+    """Twenty drivers start at once: the winner's acknowledged records."""
+    hour_s = 7200.0 * round_number
+
+    def start_one(number):
+        holder = Holder("here", f"machine-{round_number}-{number}", 1, 0.0)
+        try:
+            lease = Lease.acquire(store, wait_s=0, holder=holder, clock=lambda: hour_s, heartbeat_s=None)
+        except UserError:
+            return None
+        ledger = Ledger(store, lease)
+        ledger.append(records(round_number))
+        return ledger
+
+    return [ledger for ledger in pool.map(start_one, range(20)) if ledger is not None]
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_of_twenty_drivers_that_start_at_once_one_wins(place, rounds, tmp_path, request):
+    store = Store(tmp_path if place == "local" else request.getfixturevalue("s3"))
+    last = None
+    with ThreadPoolExecutor(20) as pool:
+        for number in range(1, rounds + 1):
+            won = contest(store, number, pool)
+            assert len(won) == 1
+            if last is not None:
+                with pytest.raises(UserError, match="taken over"):
+                    last.append(records(-1))
+            (last,) = won
+    assert epochs(store) == list(range(1, rounds + 1))
+
+
+@pytest.mark.parametrize("place", ["local", "object store"])
+def test_two_drivers_never_both_append_with_acknowledgement(place, tmp_path, request):
+    """Drivers that take the sweep from each other while both write: every acknowledged record is read, in order."""
+    store = Store(tmp_path if place == "local" else request.getfixturevalue("s3"))
+    acknowledged = []
+
+    def drive(number, lease):
+        kept = []
+        try:
+            ledger = Ledger(store, lease)
+            for count in range(60):
+                ledger.append(records([number, count]))
+                kept.append([number, count])
+        except UserError:
+            pass
+        acknowledged.append(kept)
+
+    threads = []
+    for number in range(1, 6):
+        holder, now_s = Holder("here", f"machine-{number}", 1, 0.0), 7200.0 * number
+        lease = Lease.acquire(store, holder=holder, clock=lambda at_s=now_s: at_s, heartbeat_s=None)
+        threads.append(threading.Thread(target=drive, args=(number, lease)))
+        threads[-1].start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    found = epochs(store)
+    assert all([record for record in found if record[0] == kept[0][0]] == kept for kept in acknowledged if kept)
+    assert len(found) == sum(map(len, acknowledged))
+    assert [number for number, _ in found] == sorted(number for number, _ in found)
 
 
 def test_a_full_disk_loses_nothing(store, monkeypatch):
@@ -181,7 +350,7 @@ def test_a_dead_process_of_this_machine_does_not_block(store):
         "import sys, os; from bfm.files import Store; from bfm.sweep.lease import Lease;"
         "Lease.acquire(Store(sys.argv[1])); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(store.prefix)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(store.path())], check=False)
     assert latest_epoch(store) == 1
     assert Lease.acquire(store, heartbeat_s=None).epoch == 2
 
@@ -192,16 +361,57 @@ def test_a_process_id_that_is_used_again_is_not_the_holder(store):
     assert Lease.acquire(store, heartbeat_s=None).epoch == 2
 
 
-def test_a_holder_elsewhere_is_judged_by_its_heartbeat(store):
-    there = replace(Holder.this_process(), machine="another")
-    lease = Lease.acquire(store, holder=there, clock=lambda: 1000.0, heartbeat_s=None)
+class Elsewhere:
+    """A driver on another machine, seen over time that only waiting moves: it beats until it dies."""
+
+    def __init__(self, store, dies_at_s):
+        self.now_s, self.dies_at_s, self._beaten_s = 1000.0, dies_at_s, 1000.0
+        there = replace(Holder.this_process(), machine="another")
+        self._lease = Lease.acquire(store, holder=there, clock=lambda: self.now_s, heartbeat_s=None)
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+        if self.now_s < self.dies_at_s and self.now_s - self._beaten_s >= 15:
+            self._beaten_s = self.now_s
+            self._lease.renew()
+
+
+def test_a_driver_submitted_again_waits_for_the_dead_one(store, caplog):
+    elsewhere = Elsewhere(store, dies_at_s=1040.0)
+    elsewhere.sleep(30.0)
+    lease = Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=elsewhere.sleep, heartbeat_s=None)
+    assert lease.epoch == 2
+    assert 1030 + STALE_S <= elsewhere.now_s <= 1040 + STALE_S + 5
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "waiting up to" in caplog.text
+
+
+def test_a_driver_that_lives_on_elsewhere_is_not_waited_for_long(store):
+    elsewhere = Elsewhere(store, dies_at_s=1e9)
+    with pytest.raises(UserError, match="another sweep is running here"):
+        Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=elsewhere.sleep, heartbeat_s=None)
+    assert elsewhere.now_s - 1000 < 20 * RENEWALS
+
+
+def test_a_driver_that_is_released_while_one_waits_is_followed_at_once(store):
+    elsewhere = Elsewhere(store, dies_at_s=1e9)
+
+    def sleep(seconds):
+        elsewhere.now_s += seconds
+        elsewhere._lease.release()
+
+    Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=sleep, heartbeat_s=None)
+    assert elsewhere.now_s < 1005
+
+
+def test_a_driver_that_may_not_wait_is_refused_while_the_heartbeat_is_fresh(store):
+    elsewhere = Elsewhere(store, dies_at_s=1e9)
     with pytest.raises(UserError, match="running here"):
-        Lease.acquire(store, clock=lambda: 1000.0 + STALE_S - 1, heartbeat_s=None)
-    lease._clock = lambda: 1100.0
-    lease.renew()
+        Lease.acquire(store, wait_s=0, clock=lambda: 1000.0 + STALE_S - 1, heartbeat_s=None)
+    elsewhere.sleep(100.0)
     with pytest.raises(UserError, match="running here"):
-        Lease.acquire(store, clock=lambda: 1000.0 + STALE_S + 1, heartbeat_s=None)
-    assert Lease.acquire(store, clock=lambda: 1100.0 + STALE_S, heartbeat_s=None).epoch == 2
+        Lease.acquire(store, wait_s=0, clock=lambda: 1000.0 + STALE_S + 1, heartbeat_s=None)
+    assert Lease.acquire(store, wait_s=0, clock=lambda: 1100.0 + STALE_S, heartbeat_s=None).epoch == 2
 
 
 def test_the_heartbeat_thread_beats_and_ends(store):
@@ -245,6 +455,7 @@ def test_replaying_many_rows_takes_little_more_than_parsing_them(store, monkeypa
     monkeypatch.setattr(
         "bfm.sweep.ledger.canonical_json", lambda value: value if isinstance(value, bytes) else canonical_json(value)
     )
+    monkeypatch.setattr("bfm.sweep.ledger.Repeats.shorten", lambda self, records: (records, Repeats()))
     for batch in range(60):
         numbers = range(1 + batch * 500, 501 + batch * 500)
         lines = [template.replace(b"t99999", b"t%05d" % n).replace(b"88888", b"%d" % n) for n in numbers]
@@ -253,8 +464,9 @@ def test_replaying_many_rows_takes_little_more_than_parsing_them(store, monkeypa
     state = read_state(store)
     elapsed_s = time.process_time() - begin_s
     begin_s = time.process_time()
-    for name in store.names("ledger"):
-        for line in store.get(name).splitlines():
+    for name in segment_names(store):
+        own = store.get(name).partition(b"\n")
+        for line in own[2][: json.loads(own[0])["bytes"]].splitlines():
             json.loads(line)
     parse_s = time.process_time() - begin_s
     store.delete_folder("ledger")

@@ -1,0 +1,157 @@
+"""What a ledger of a long sweep costs: bytes and requests per append, requests and seconds to open it again.
+
+The rows are of the size of real ones, their numbers random. The ledger is written on this machine's disk by the
+platform's own driver-side class, two appends per row as a sweep makes them, and the segments that reading needs are then
+copied to an S3 server on loopback, where the requests are counted. `bfm status` is timed as a person waits for it: a
+process of its own on one core. Run with `python benchmarks/ledger.py [TRIALS]`; writes benchmarks/results/ledger.md.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import machine, publish  # noqa: E402
+
+from bfm.files import Store  # noqa: E402
+from bfm.sweep.lease import Lease  # noqa: E402
+from bfm.sweep.ledger import Ledger, collector_paused, read_ledger  # noqa: E402
+from bfm.sweep.state import SweepState  # noqa: E402
+from bfm.training.config import TrainConfig  # noqa: E402
+from tests.buckets import s3_server  # noqa: E402
+from tests.sweep.world import make_spec  # noqa: E402
+
+RUNGS = 5
+METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10", "loss_sampled")
+PEOPLE_WAIT_S = 3.0
+
+
+def main(trials: int = 10_000) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        appends, slowest_s, total_s = _write(store, trials)
+        size = sum(path.stat().st_size for path in store.path().rglob("*.jsonl"))
+        begun_s = time.perf_counter()
+        replay = read_ledger(store)
+        read_s = time.perf_counter() - begun_s
+        begun_s = time.perf_counter()
+        with collector_paused():
+            state = SweepState.fold(replay.records)
+        fold_s = time.perf_counter() - begun_s
+        status_s = min(_status(folder) for _ in range(3))
+        requests, bytes_read = _requests(store, replay.segments)
+        rows = len(state.arrivals)
+    publish("ledger", f"""# A ledger of {rows:,} rows ({trials:,} trials x {RUNGS} rungs)
+
+| what | figure |
+|---|---|
+| appends | {appends:,}, two per row; one storage request each |
+| bytes stored per row | {size / rows:,.0f} |
+| mean append on a local disk | {total_s / appends * 1e3:.2f} ms |
+| slowest append (it packs half of all) | {slowest_s:.2f} s |
+| requests to read it, of an object store | {requests} |
+| bytes read | {bytes_read / 1e6:.1f} MB |
+| read and verified | {read_s:.2f} s |
+| folded into the state | {fold_s:.2f} s |
+| `bfm status` as a process of its own, one core | {status_s:.2f} s |
+
+{machine("pyarrow", "obstore")}
+""")
+
+
+def _write(store: Store, trials: int) -> tuple[int, float, float]:
+    """Appends, the slowest of them in seconds, all in seconds."""
+    lease = Lease.acquire(store)
+    ledger, dice = Ledger(store, lease), random.Random(0)
+    spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
+    took_s: list[float] = []
+
+    def append(records: list[dict[str, Any]]) -> None:
+        begun_s = time.perf_counter()
+        ledger.append(records)
+        took_s.append(time.perf_counter() - begun_s)
+
+    append([{"kind": "opened", "epoch": 1}, {"kind": "spec", "spec": spec.as_dict(), "hash": spec.hash}])
+    for number in range(trials):
+        proposal = _proposal(number, dice)
+        for rung in range(RUNGS):
+            task = _task(proposal, rung)
+            append([*([proposal] if rung == 0 else []), {"kind": "task", "task": task, "reason": "size 1", "meant_for": 0}])
+            row = _row(proposal, task, dice)
+            append([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
+    lease.release()
+    return len(took_s), max(took_s), sum(took_s)
+
+
+def _proposal(number: int, dice: random.Random) -> dict[str, Any]:
+    config = TrainConfig(params=dice.uniform(1e3, 1e6), learning_rate=dice.uniform(1e-4, 1e-2)).as_dict()
+    values = {"number": number, "seed": 0, "params": round(config["params"]), "source": "random", "rejected": {}}
+    return {"kind": "proposal", "trial": f"t{number:05d}", "config": config, **values}
+
+
+def _task(proposal: dict[str, Any], rung: int) -> dict[str, Any]:
+    trial = proposal["trial"]
+    scaling = {"cpus": 0.5, "engine": "plain", "gpus": 0.0, "micro_groups": 2, "workers": 1, "zero_stage": 0}
+    return {
+        "task_id": f"{trial}-r{rung}-a0", "trial": trial, "rung": rung, "rung_flops": 4**rung * 10**9,
+        "config": proposal["config"], "seed": 0, "resume_from": None, "from_rung": None, "probes": [],
+        "reserved_flops": 4**rung * 10**9, "scaling": scaling, "stage1": None, "evaluation_queries": 2000,
+    }  # fmt: skip
+
+
+def _row(proposal: dict[str, Any], task: dict[str, Any], dice: random.Random) -> dict[str, Any]:
+    numbers = {name: dice.uniform(0, 9) for name in METRICS}
+    shape = {f"{part}_{name}": 64 for part in ("embedder", "trunk") for name in ("width", "depth", "heads", "hidden")}
+    folder = f"trials/{task['trial']}/checkpoints/rung{task['rung']}"
+    names = ("batch_events", "eval_s", "train_s", "epochs", "wait_s", "read_s", "step_s", "start_s")
+    counts = ("events", "groups", "steps", "stem_params", "table_params", "embedder_params", "contextualizer_params")
+    return {
+        **{name: task[name] for name in ("trial", "rung", "rung_flops", "seed", "config")},
+        **{name: dice.uniform(0, 1e3) for name in names}, **{name: dice.randrange(10**6) for name in counts},
+        "kind": "rung", "status": "ok", "params": proposal["params"], "embedder_share": 0.2, "shape": shape,
+        "path_flops": task["rung_flops"], "task_flops": task["rung_flops"], "eval_flops": 10**6,
+        "hardware_flops": task["rung_flops"], "metrics": numbers | {f"warm.{name}": numbers[name] / 3 for name in METRICS},
+        "errors": {name: value / 7 for name, value in numbers.items()}, "protocol_hash": "c5" * 32, "shards_hash": "71" * 32,
+        "checkpoint": f"{folder}-trunk", "checkpoint_bytes": 14296130, "model": f"{folder}-model", "model_bytes": 4765912,
+        "scores": None, "engine": "plain", "workers": 1, "zero_stage": 0, "device": "cpu",
+        "dtype": "float32", "threads": 1, "softmax": "auto", "micro_groups": 2, "flops_version": 3, "code_version": "0.1.0",
+    }  # fmt: skip
+
+
+def _status(folder: str) -> float:
+    begun_s = time.perf_counter()
+    command = [sys.executable, "-c", "from bfm.cli import main; main()", "status", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    one_core = lambda: os.sched_setaffinity(0, {0})  # noqa: E731
+    subprocess.run(command, check=True, capture_output=True, env=environment, preexec_fn=one_core)
+    return time.perf_counter() - begun_s
+
+
+def _requests(store: Store, segments: int) -> tuple[int, int]:
+    """Requests and bytes of reading the ledger from an object store."""
+    names, number = set(store.names(store.folders("ledger")[-1])), segments
+    bytes_read = 0
+    while number:
+        name = f"ledger/{number // 1000:05d}/{number:08d}.jsonl"
+        names.add(name)
+        bytes_read += store.path(name).stat().st_size
+        number &= number - 1
+    with s3_server() as server:
+        there = Store(server.bucket())
+        for name in sorted(names):
+            there.put(name, store.get(name))
+        with server.counted() as requests:
+            assert read_ledger(there).segments == segments
+    return requests.total(), bytes_read
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

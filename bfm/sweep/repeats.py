@@ -1,0 +1,66 @@
+"""Records without what they repeat: a task and a row carry the configuration that their trial's proposal has brought.
+
+Enters: records in ledger order. Leaves: the same with `SAME` for a part that is that of the trial's record before, and
+back. Half of a long ledger is such parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bfm.files import canonical_json
+
+SAME = "as before"
+_PARTS = ("config", "scaling", "shape")
+_HOLDERS = ("row", "task")
+Record = dict[str, Any]
+
+
+class Repeats:
+    """What trials have brought so far."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[Any, str], Any] = {}
+
+    def shorten(self, records: Sequence[Record]) -> tuple[list[Record], Repeats]:
+        """The records without repeats, and what `keep` takes once they are written."""
+        new, short = Repeats(), []
+        for record in records:
+            holder, inside = _holder(record)
+            kept = dict(inside)
+            for part in _PARTS:
+                place = inside.get("trial"), part
+                if not isinstance(inside.get(part), dict):
+                    continue
+                known = new._last.get(place, self._last.get(place))
+                # Numbers of other types are equal, but not as JSON.
+                if known is not None and canonical_json(known) == canonical_json(inside[part]):
+                    kept[part] = SAME
+                else:
+                    new._last[place] = inside[part]
+            short.append(record if kept == inside else {**record, holder: kept} if holder else kept)
+        return short, new
+
+    def keep(self, new: Repeats) -> None:
+        """Take what was written."""
+        self._last |= new._last
+
+    def restore(self, records: Sequence[Record]) -> None:
+        """Put back, in place, what `shorten` left out of the records that follow those seen before."""
+        for record in records:
+            _, inside = _holder(record)
+            for part in _PARTS:
+                value = inside.get(part)
+                if value == SAME:
+                    inside[part] = self._last[inside["trial"], part]
+                elif isinstance(value, dict):
+                    self._last[inside.get("trial"), part] = value
+
+
+def _holder(record: Record) -> tuple[str, Record]:
+    """The key of the part that speaks of a trial (empty: the record itself), and that part."""
+    for key in _HOLDERS:
+        if isinstance(record.get(key), dict):
+            return key, record[key]
+    return "", record
