@@ -31,7 +31,7 @@ class Repeats:
             kept = dict(inside)
             for part in _PARTS:
                 place = inside.get("trial"), part
-                if not isinstance(inside.get(part), dict):
+                if "trial" not in inside or not isinstance(inside.get(part), dict):
                     continue
                 known = new._last.get(place, self._last.get(place))
                 # Numbers of other types are equal, but not as JSON.
@@ -50,12 +50,12 @@ class Repeats:
         """Put back, in place, what `shorten` left out of the records that follow those seen before."""
         for record in records:
             _, inside = _holder(record)
-            for part in _PARTS:
+            for part in _PARTS if "trial" in inside else ():
                 value = inside.get(part)
                 if value == SAME:
                     inside[part] = self._last[inside["trial"], part]
                 elif isinstance(value, dict):
-                    self._last[inside.get("trial"), part] = value
+                    self._last[inside["trial"], part] = value
 
 
 def _holder(record: Record) -> tuple[str, Record]:
