@@ -67,7 +67,6 @@ class SweepDriver:
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
-        self._can_propose = True
         self._settle = settle
         self._breaker = Breaker(self.state)
         self.import_words = ""
@@ -127,7 +126,7 @@ class SweepDriver:
                 if again is not None:
                     return again
                 continue
-            decision = self.policy.decide(self.state, self.available_flops, self._can_propose)
+            decision = self.policy.decide(self.state, self.available_flops)
             if isinstance(decision, Wait):
                 assert self.state.open_tasks, "a policy waits although nothing is running"
                 return decision
@@ -138,9 +137,7 @@ class SweepDriver:
                 return Finished(decision.reason)
             if isinstance(decision, Promote):
                 return self._promote(decision, fits)
-            task = self._propose(decision, fits)
-            if task is not None:
-                return task
+            return self._propose(decision, fits)
 
     def report(self, task_id: str, row: Row) -> bool:
         """Commit a task's rung row; its key `probes`, if any, holds the probe rows of the way.
@@ -286,30 +283,12 @@ class SweepDriver:
         task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
         return self._reserve(task, decision, fits)
 
-    def _propose(self, decision: Propose, fits: Callable[[Task], bool]) -> Task | Wait | None:
-        number = self.state.num_proposals
-        seed, proposal = decision.seed, decision.proposal
-        if seed is None:
-            seed, proposal = self._next_seed()
-        if proposal is None:
-            proposal = self.arena.propose(self.state, number)
-        if proposal is None:
-            self._can_propose = False
-            return None
+    def _propose(self, decision: Propose, fits: Callable[[Task], bool]) -> Task | Wait:
+        number, proposal, seed = self.state.num_proposals, decision.proposal, decision.seed
         record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
         record |= asdict(proposal)
         task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
         return self._reserve(task, decision, fits, record)
-
-    def _next_seed(self) -> tuple[int, Proposal | None]:
-        """The next seed of the last configuration; the first one, and no proposal, where that has all of them."""
-        begun = [trial for trial in self.state.trials.values() if trial.number is not None]
-        used = {trial.seed for trial in begun if trial.config == begun[-1].config}
-        missing = [seed for seed in self.spec.seeds if seed not in used]
-        if not begun or not missing or not self.arena.fits(begun[-1].config, 0, self.state.memory_limits):
-            return self.spec.seeds[0], None
-        last = begun[-1]
-        return missing[0], Proposal(last.config, last.params, last.source)
 
     def _reserve(
         self, task: Task, decision: Promote | Propose, fits: Callable[[Task], bool], *before: Record
@@ -317,7 +296,7 @@ class SweepDriver:
         if not fits(task):
             return Wait("the next task waits for a place", task)
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
-        also = {} if decision.meant_for is None else {"meant_for": decision.meant_for}
+        also = {"meant_for": decision.meant_for}
         trained = self.state.trunk_below(task.trial, task.rung, or_evicted=True)
         if trained != task.from_rung:
             spared = self.arena.reserve_flops(task.config, task.rung, trained)

@@ -23,8 +23,8 @@ class Promote:
     trial: str
     rung: int
     reason: str
-    meant_for: int | None = None
-    """The rung that it is trained on for, step by step; None: this one."""
+    meant_for: int
+    """The rung that it is trained on for, step by step."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,10 @@ class Propose:
 
     rung: int
     reason: str
-    proposal: Proposal | None = None
-    """None: whatever the arena proposes next."""
-    meant_for: int | None = None
+    proposal: Proposal
+    meant_for: int
     """As of Promote."""
-    seed: int | None = None
-    """None: every seed of the sweep in turn, one configuration after the other."""
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,8 @@ Decision = Promote | Propose | Wait | Stop
 class Policy(Protocol):
     """What the driver asks for every free slot."""
 
-    def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
-        """The next step. Its reservation must not exceed `available_flops`; Wait only while tasks are pending.
-
-        `can_propose`: the space has another point.
-        """
+    def decide(self, state: SweepState, available_flops: int) -> Decision:
+        """The next step. Its reservation must not exceed `available_flops`; Wait only while tasks are pending."""
         ...
 
 

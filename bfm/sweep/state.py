@@ -63,8 +63,9 @@ class Attempt:
 
     def gain(self, record: Record) -> int:
         """How much further than before it got by a lost or yielded try."""
-        begun_flops = self.task["rung_flops"] - self.task["reserved_flops"]
-        return max(0, record["progress_flops"] - begun_flops) if record["progress"] else 0
+        if record["progress"] is None:
+            return 0
+        return max(0, record["progress_flops"] - (self.task["rung_flops"] - self.task["reserved_flops"]))
 
 
 @dataclass

@@ -24,6 +24,7 @@ def test_rows_and_summary_follow_the_ledger():
         records.append({"kind": "task", "task": task})
         if place == 2:
             lost = {"kind": "lost", "task_id": "task-2", "fault": "worker", "charged_flops": 10**11, "reason": "killed"}
+            lost |= {"progress": None, "progress_flops": 0}
             records += [lost, {"kind": "task", "task": task | {"task_id": "task-2b"}}]
         task_id = "task-2b" if place == 2 else f"task-{place}"
         records.append({"kind": "row", "task_id": task_id, "row": row, "probes": []})

@@ -30,14 +30,13 @@ class _Baseline(ABC):
     def __init__(self, spec: SweepSpec, arena: Arena) -> None:
         self.spec, self.arena = spec, arena
 
-    def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
+    def decide(self, state: SweepState, available_flops: int) -> Decision:
         """See Policy."""
         view = View(self.spec, self.arena, state, available_flops)
-        can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
-        return self._next(view, can_propose) or self._idle(view)
+        return self._next(view) or self._idle(view)
 
     @abstractmethod
-    def _next(self, view: View, can_propose: bool) -> Decision | None:
+    def _next(self, view: View) -> Decision | None:
         """The step that the rule asks for; None where it has none now."""
 
     def _idle(self, view: View) -> Decision:
@@ -46,13 +45,17 @@ class _Baseline(ABC):
             return Wait(f"its rule has no further step before a task ends; {left} FLOPs may be reserved")
         return Stop(f"its rule has no further step that the cap allows; {left} FLOPs are left")
 
+    def _may_begin(self, view: View) -> bool:
+        """Whether one more trial is allowed."""
+        return view.state.num_proposals < self.spec.budget.max_trials
+
     def _entry(self, proposal: Proposal) -> int:
         """The rung of a new trial's first row."""
         return self.arena.rungs(proposal.config)[0]
 
-    def _start(self, view: View, can_propose: bool, why: str) -> Decision | None:
+    def _start(self, view: View, why: str) -> Decision | None:
         """The arena's next point at its entry rung."""
-        if not can_propose:
+        if not self._may_begin(view):
             return None
         proposal = self.arena.propose(view.state, view.state.num_proposals)
         if proposal is None:
@@ -65,14 +68,14 @@ class _Baseline(ABC):
 class FullLength(_Baseline):
     """Every configuration to its last rung, in the arena's order: a random search, or a grid. Imported runs stay."""
 
-    def _next(self, view: View, can_propose: bool) -> Decision | None:
+    def _next(self, view: View) -> Decision | None:
         own = [trial for trial in view.paused if trial.number is not None]
         for step in affordable((step for trial in own for step in view.climbs(trial)[:1]), view.available_flops):
-            return step.decision("every configuration is trained to the end")
+            return step.decision("every configuration is trained to the end", self.spec.seeds[0])
         owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
             return None
-        return self._start(view, can_propose, "the next configuration, to be trained to the end")
+        return self._start(view, "the next configuration, to be trained to the end")
 
     def _entry(self, proposal: Proposal) -> int:
         rungs = self.arena.rungs(proposal.config)
@@ -86,7 +89,7 @@ class FullLength(_Baseline):
 class AshaStop(_Baseline):
     """The stopping rule of Ray's AsyncHyperBand: go on unless worse than the best 1/eta recorded there so far."""
 
-    def _next(self, view: View, can_propose: bool) -> Decision | None:
+    def _next(self, view: View) -> Decision | None:
         eta = self.spec.scheduler.eta
         for trial in view.paused:
             for step in affordable(view.climbs(trial)[:1], view.available_flops):
@@ -96,14 +99,16 @@ class AshaStop(_Baseline):
                 arrived = list(view.state.rungs[rung])
                 before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
                 if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
-                    return step.decision(f"within the best 1/{eta:g} of the {len(before)} rows before it")
-        return self._start(view, can_propose, "no trial goes on; a new one")
+                    return step.decision(
+                        f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
+                    )
+        return self._start(view, "no trial goes on; a new one")
 
 
 class AshaPromote(_Baseline):
     """Asynchronous successive halving by promotion: the best 1/eta of a rung so far go on, highest rung first."""
 
-    def _next(self, view: View, can_propose: bool) -> Decision | None:
+    def _next(self, view: View) -> Decision | None:
         eta = self.spec.scheduler.eta
         paused = {trial.trial for trial in view.paused}
         for rung in range(view.num_rungs - 2, -1, -1):
@@ -113,15 +118,17 @@ class AshaPromote(_Baseline):
                 trial = view.state.trials[name]
                 if name in paused and max(trial.rows) == rung:
                     for step in affordable(view.climbs(trial)[:1], view.available_flops):
-                        return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}")
-        return self._start(view, can_propose, "no row is among the best of its rung; a new trial")
+                        return step.decision(
+                            f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0]
+                        )
+        return self._start(view, "no row is among the best of its rung; a new trial")
 
 
 class IsoflopWindow(_Baseline):
     """At every rung the configurations nearest to N = sqrt(C / 120), within a factor of three: D about 20 N."""
 
-    def _next(self, view: View, can_propose: bool) -> Decision | None:
-        pool = self.arena.pool(view.state, view.state.num_proposals) if can_propose else ()
+    def _next(self, view: View) -> Decision | None:
+        pool = self.arena.pool(view.state, view.state.num_proposals) if self._may_begin(view) else ()
         best: tuple[int, int, Step] | None = None
         for rung in range(view.num_rungs):
             done, step = self._nearest(view, pool, rung)

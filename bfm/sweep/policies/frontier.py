@@ -72,10 +72,10 @@ class FrontierPolicy:
         self._beliefs = Beliefs(spec, arena)
         self._candidates = Candidates(arena, self._beliefs.coordinates, len(spec.budget.ladder_flops))
 
-    def decide(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
+    def decide(self, state: SweepState, available_flops: int) -> Decision:
         """See Policy."""
         kept = kept_flops(self.spec, state)
-        decision = self._explore(state, available_flops - kept, can_propose)
+        decision = self._explore(state, available_flops - kept)
         if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1 or self._beliefs.num_rows == 0:
             return decision
         if any(state.trials[name].source != REPLICA for name, _ in state.attempts):
@@ -84,11 +84,11 @@ class FrontierPolicy:
         if replica is not None or state.attempts:
             return replica or decision
         # There is no tie to settle: what was kept for it goes where all else goes.
-        return self._explore(state, available_flops, can_propose)
+        return self._explore(state, available_flops)
 
-    def _explore(self, state: SweepState, available_flops: int, can_propose: bool) -> Decision:
+    def _explore(self, state: SweepState, available_flops: int) -> Decision:
         view = View(self.spec, self.arena, state, available_flops)
-        can_propose = can_propose and state.num_proposals < self.spec.budget.max_trials
+        can_propose = state.num_proposals < self.spec.budget.max_trials
         pool = self.arena.pool(state, state.num_proposals) if can_propose else ()
         self._beliefs.take(view)
         self._candidates.take(view, pool)

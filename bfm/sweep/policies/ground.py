@@ -53,10 +53,11 @@ class Step:
         """Who it is: a new proposal is nobody yet."""
         return "" if self.trial is None else self.trial.trial
 
-    def decision(self, reason: str, seed: int | None = None) -> Promote | Propose:
-        """Start its first task."""
+    def decision(self, reason: str, seed: int) -> Promote | Propose:
+        """Start its first task; a new proposal's with a seed."""
         if self.trial is not None:
             return Promote(self.trial.trial, self.first, reason, self.rung)
+        assert self.proposal is not None, "a step is of a trial or of a proposal"
         return Propose(self.first, reason, self.proposal, self.rung, seed)
 
 
