@@ -1,4 +1,4 @@
-"""From log to export with everything on an S3 server: logs, shards, a sweep's ledger, checkpoints, curves and report."""
+"""From log to export with everything on an S3 server: logs, shards, a sweep's ledger, checkpoints, curves, report."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
             with s3_server.counted() as requests:
                 driver.report(task.task_id, row)
             assert requests.total() == 1
-            curves.update(
-                len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state))
-            )
+            curves.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
         curves.close()
         return driver
 
