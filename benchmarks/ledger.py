@@ -1,9 +1,9 @@
 """What a ledger of a long sweep costs: bytes and requests per append, requests and seconds to open it again.
 
-The rows are of the size of real ones, their numbers random. The ledger is written on this machine's disk by the
-platform's own driver-side class, two appends per row as a sweep makes them, and the segments that reading needs are then
-copied to an S3 server on loopback, where the requests are counted. `bfm status` is timed as a person waits for it: a
-process of its own on one core. Run with `python benchmarks/ledger.py [TRIALS]`; writes benchmarks/results/ledger.md.
+The rows are of the size of real ones, their numbers random. The ledger is written to a folder by the class that drivers
+use, two appends per row as a sweep makes them, and the segments that reading needs are then copied to an S3 server on
+loopback, where the requests are counted. `bfm status` is timed as a person waits for it: a process of its own. Run with
+`python benchmarks/ledger.py [TRIALS]`; writes benchmarks/results/ledger.md.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import machine, publish  # noqa: E402
+from common import machine, publish
 
-from bfm.files import Store  # noqa: E402
-from bfm.sweep.lease import Lease  # noqa: E402
-from bfm.sweep.ledger import Ledger, collector_paused, read_ledger  # noqa: E402
-from bfm.sweep.state import SweepState  # noqa: E402
-from bfm.training.config import TrainConfig  # noqa: E402
-from tests.buckets import s3_server  # noqa: E402
-from tests.sweep.world import make_spec  # noqa: E402
+from bfm.files import Store
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
+from bfm.sweep.state import SweepState
+from bfm.training.config import TrainConfig
+from tests.buckets import s3_server
+from tests.sweep.world import make_spec
 
 RUNGS = 5
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10", "loss_sampled")
-PEOPLE_WAIT_S = 3.0
 
 
 def main(trials: int = 10_000) -> None:
@@ -49,7 +48,9 @@ def main(trials: int = 10_000) -> None:
         status_s = min(_status(folder) for _ in range(3))
         requests, bytes_read = _requests(store, replay.segments)
         rows = len(state.arrivals)
-    publish("ledger", f"""# A ledger of {rows:,} rows ({trials:,} trials x {RUNGS} rungs)
+    publish(
+        "ledger",
+        f"""# A ledger of {rows:,} rows ({trials:,} trials x {RUNGS} rungs)
 
 | what | figure |
 |---|---|
@@ -64,7 +65,8 @@ def main(trials: int = 10_000) -> None:
 | `bfm status` as a process of its own, one core | {status_s:.2f} s |
 
 {machine("pyarrow", "obstore")}
-""")
+""",
+    )
 
 
 def _write(store: Store, trials: int) -> tuple[int, float, float]:
@@ -84,7 +86,9 @@ def _write(store: Store, trials: int) -> tuple[int, float, float]:
         proposal = _proposal(number, dice)
         for rung in range(RUNGS):
             task = _task(proposal, rung)
-            append([*([proposal] if rung == 0 else []), {"kind": "task", "task": task, "reason": "size 1", "meant_for": 0}])
+            append(
+                [*([proposal] if rung == 0 else []), {"kind": "task", "task": task, "reason": "size 1", "meant_for": 0}]
+            )
             row = _row(proposal, task, dice)
             append([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
     lease.release()
@@ -118,11 +122,15 @@ def _row(proposal: dict[str, Any], task: dict[str, Any], dice: random.Random) ->
         **{name: dice.uniform(0, 1e3) for name in names}, **{name: dice.randrange(10**6) for name in counts},
         "kind": "rung", "status": "ok", "params": proposal["params"], "embedder_share": 0.2, "shape": shape,
         "path_flops": task["rung_flops"], "task_flops": task["rung_flops"], "eval_flops": 10**6,
-        "hardware_flops": task["rung_flops"], "metrics": numbers | {f"warm.{name}": numbers[name] / 3 for name in METRICS},
-        "errors": {name: value / 7 for name, value in numbers.items()}, "protocol_hash": "c5" * 32, "shards_hash": "71" * 32,
-        "checkpoint": f"{folder}-trunk", "checkpoint_bytes": 14296130, "model": f"{folder}-model", "model_bytes": 4765912,
+        "hardware_flops": task["rung_flops"],
+        "metrics": numbers | {f"warm.{name}": numbers[name] / 3 for name in METRICS},
+        "errors": {name: value / 7 for name, value in numbers.items()},
+        "protocol_hash": "c5" * 32, "shards_hash": "71" * 32,
+        "checkpoint": f"{folder}-trunk", "checkpoint_bytes": 14296130,
+        "model": f"{folder}-model", "model_bytes": 4765912,
         "scores": None, "engine": "plain", "workers": 1, "zero_stage": 0, "device": "cpu",
-        "dtype": "float32", "threads": 1, "softmax": "auto", "micro_groups": 2, "flops_version": 3, "code_version": "0.1.0",
+        "dtype": "float32", "threads": 1, "softmax": "auto", "micro_groups": 2, "flops_version": 3,
+        "code_version": "0.1.0",
     }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Disk:
         """Whether an object stands."""
         return (self.folder / name).is_file()
 
-    def list(self, folder: str) -> tuple[list[str], list[str]]:
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Objects and folders directly in a folder, by their last part."""
         try:
             with os.scandir(self.folder / folder) as entries:

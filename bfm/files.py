@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from bfm.disk import Disk
 from bfm.errors import CorruptError
-from bfm.objects import READ_BYTES, Objects, ObjectStream, buffered
+from bfm.objects import Objects, ObjectStream, buffered
 from bfm.patience import PATIENCE_S, Result, patiently
 
 
@@ -129,11 +129,11 @@ class Store:
 
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the objects directly in a folder, relative to the store; hidden ones are left out."""
-        return self._visible(folder, self._patiently(folder, lambda _: self._place.list(folder)[0]))
+        return self._visible(folder, self._patiently(folder, lambda _: self._place.entries(folder)[0]))
 
     def folders(self, folder: str = "") -> list[str]:
         """Sorted names of the folders directly in a folder, relative to the store; hidden ones are left out."""
-        return self._visible(folder, self._patiently(folder, lambda _: self._place.list(folder)[1]))
+        return self._visible(folder, self._patiently(folder, lambda _: self._place.entries(folder)[1]))
 
     def walk(self, folder: str = "") -> list[str]:
         """Sorted names of all objects below a folder, relative to the store."""

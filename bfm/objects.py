@@ -87,7 +87,7 @@ class Objects:
             return False
         return True
 
-    def list(self, folder: str) -> tuple[list[str], list[str]]:
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Objects and folders directly in a folder, by their last part."""
         prefix = f"{self._prefix}{folder}".rstrip("/")
         with self._plain_errors(folder):

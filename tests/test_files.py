@@ -233,7 +233,7 @@ def test_a_bucket_that_does_not_exist_is_named(s3):
         lambda: store.put("a", b"x"),
         lambda: store.put_new("a", b"x"),
     ):
-        with pytest.raises(UserError, match="s3://no-such-bucket.*no such bucket"):
+        with pytest.raises(UserError, match=r"s3://no-such-bucket.*no such bucket"):
             action()
 
 

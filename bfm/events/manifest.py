@@ -16,7 +16,8 @@ from typing import Any
 
 from bfm.errors import CorruptError
 from bfm.events.fields import FittedField
-from bfm.files import READ_BYTES, Store
+from bfm.files import Store
+from bfm.objects import READ_BYTES
 from bfm.sealed import Files, Sealed, check_files, staging
 
 MANIFEST = "manifest.json"

@@ -206,9 +206,7 @@ class SweepWriter:
     The floors stand beside the frontier of each metric.
     """
 
-    def __init__(
-        self, log_dir: str | Path, baselines: Baselines, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, log_dir: str | Path, baselines: Baselines, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = EventFile(log_dir, clock)
         self._baselines, self._clock = baselines, clock
         self._written_s, self._writing_s = -math.inf, 0.0

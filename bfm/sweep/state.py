@@ -138,14 +138,6 @@ class SweepState:
             raise CorruptError(f"ledger record {self.num_records} ({record['kind']}): no {error}") from error
         self.num_records += 1
 
-    def members(self, rung: int) -> set[str]:
-        """Trials that have a row at a rung, are on their way to one, or were given up there."""
-        return {
-            *self.rungs.get(rung, ()),
-            *(trial for trial, at in self.attempts if at == rung),
-            *(trial for trial, at in self.abandoned if at == rung),
-        }
-
     @property
     def given_up(self) -> set[str]:
         """Trials with a task that will not be tried again."""

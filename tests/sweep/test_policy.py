@@ -122,7 +122,7 @@ def test_decisions_are_pure():
         state = SweepState.fold(records[:cut])
         if state.open_tasks:
             continue
-        decisions = {str(driver.policy.decide(state, 10**11, True)) for _ in range(2)}
+        decisions = {str(driver.policy.decide(state, 10**11)) for _ in range(2)}
         assert len(decisions) == 1
 
 
