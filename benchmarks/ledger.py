@@ -2,7 +2,8 @@
 
 The rows are of the size of real ones, their numbers random. The ledger is written to a folder by the class that drivers
 use, two appends per row as a sweep makes them, and the segments that reading needs are then copied to an S3 server on
-loopback, where the requests are counted. `bfm status` is timed as a person waits for it: a process of its own. Run with `python benchmarks/ledger.py [TRIALS]`; writes benchmarks/results/ledger.md.
+loopback, where the requests are counted. `bfm status` is timed as a person waits for it: a process of its own.
+Run with `python benchmarks/ledger.py [TRIALS]`; writes benchmarks/results/ledger.md.
 """
 
 from __future__ import annotations
