@@ -30,7 +30,7 @@ from bfm.sweep.state import SweepState
 from bfm.training.journal import read_account
 from bfm.training.task import RungTask
 
-RUNG_FLOPS = 4e11
+RUNG_FLOPS = 2e11
 LIMIT_S = 900.0
 SPACE: dict[str, Any] = {
     "name": "faults",
