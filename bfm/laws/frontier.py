@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from bfm.errors import UserError
 
 Row = Mapping[str, Any]
@@ -131,25 +133,60 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
 def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> list[FrontierPoint]:
     """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N."""
-    found = measured(rows, metric)
+    rungs = _by_rung(rows, metric)
     points: list[FrontierPoint] = []
-    for flops in sorted({float(row["rung_flops"]) for row in found}):
-        best = best_row([row for row in found if row["rung_flops"] <= flops], metric)
-        here = [row for row in found if row["rung_flops"] in (flops, best["rung_flops"]) and row is not best]
-        gaps = [(row, compare(row, best, metric)) for row in here if _may_be_within_error(row, best, metric)]
-        below = points[-1].row if points else best
+    for flops, here in rungs.items():
+        below = points[-1].row if points else None
+        best = best_row([*([] if below is None else [below]), *here.rows], metric)
+        rivals = here.near(best, metric)
+        if best is below:
+            rivals = rungs[float(best["rung_flops"])].near(best, metric) + rivals
+        gaps = [(row, compare(row, best, metric)) for row in rivals]
         points.append(
             FrontierPoint(
                 flops=flops,
                 value=metric_value(best, metric),
                 error=metric_error(best, metric),
                 row=best,
-                rows=sum(row["rung_flops"] == flops for row in found),
-                change=None if best is below else compare(best, below, metric),
+                rows=len(here.rows),
+                change=None if below is None or best is below else compare(best, below, metric),
                 rivals=tuple((row, gap) for row, gap in gaps if gap.within_error),
             )
         )
     return points
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """The rows of a rung that have a value of a metric."""
+
+    rows: list[Row]
+    value_R: np.ndarray
+    error_R: np.ndarray
+
+    def near(self, best: Row, metric: str) -> list[Row]:
+        """Rows beside `best` for which it takes a comparison to tell whether they are within error of it.
+
+        No difference has a larger error than both values' errors together.
+        """
+        most_R = self.error_R + metric_error(best, metric)
+        near_R = np.abs(self.value_R - metric_value(best, metric)) <= 2 * most_R
+        return [row for row in map(self.rows.__getitem__, np.flatnonzero(near_R).tolist()) if row is not best]
+
+
+def _by_rung(rows: Iterable[Row], metric: str) -> dict[float, _Rung]:
+    """The measured rows of every rung, ascending in C."""
+    groups: dict[float, list[Row]] = {}
+    for row in measured(rows, metric):
+        groups.setdefault(float(row["rung_flops"]), []).append(row)
+    return {
+        flops: _Rung(
+            groups[flops],
+            np.array([metric_value(row, metric) for row in groups[flops]]),
+            np.array([metric_error(row, metric) for row in groups[flops]]),
+        )
+        for flops in sorted(groups)
+    }
 
 
 def best_row(rows: Iterable[Row], metric: str) -> Row:
@@ -160,16 +197,7 @@ def best_row(rows: Iterable[Row], metric: str) -> Row:
 
 def rung_bests(rows: Iterable[Row], metric: str) -> dict[float, Row]:
     """The best row measured at each rung (C), whatever lower rungs have."""
-    groups: dict[float, list[Row]] = {}
-    for row in measured(rows, metric):
-        groups.setdefault(float(row["rung_flops"]), []).append(row)
-    return {flops: best_row(groups[flops], metric) for flops in sorted(groups)}
-
-
-def _may_be_within_error(row: Row, best: Row, metric: str) -> bool:
-    """Whether it takes a comparison to tell: no difference has a larger error than both values' errors together."""
-    most = metric_error(row, metric) + metric_error(best, metric)
-    return abs(metric_value(row, metric) - metric_value(best, metric)) <= 2 * most
+    return {flops: best_row(rung.rows, metric) for flops, rung in _by_rung(rows, metric).items()}
 
 
 def _number(value: object) -> float:

@@ -16,7 +16,7 @@ from typing import Literal
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, frontier, goal_of, metric_names, metric_value, unpaired
+from bfm.laws.frontier import Compare, Gap, Row, best_row, goal_of, measured, metric_names, metric_value, unpaired
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.metrics import summarise
 from bfm.ranking.paired import scores_object
@@ -116,6 +116,6 @@ def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: 
 
 def sweep_verdict(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
     """The verdict on the best of a sweep, metric by metric."""
-    points = {metric: frontier(rows, metric) for metric in metric_names(rows)}
-    best = {metric: found[-1].row for metric, found in points.items() if found}
+    found = {metric: measured(rows, metric) for metric in metric_names(rows)}
+    best = {metric: best_row(here, metric) for metric, here in found.items() if here}
     return verdict("The best of the sweep", best, baselines, compare)
