@@ -30,9 +30,9 @@ class Repeats:
             holder, inside = _holder(record)
             kept = dict(inside)
             for part in _PARTS:
-                place = inside.get("trial"), part
                 if "trial" not in inside or not isinstance(inside.get(part), dict):
                     continue
+                place = inside["trial"], part
                 known = new._last.get(place, self._last.get(place))
                 # Numbers of other types are equal, but not as JSON.
                 if known is not None and canonical_json(known) == canonical_json(inside[part]):
@@ -50,12 +50,13 @@ class Repeats:
         """Put back, in place, what `shorten` left out of the records that follow those seen before."""
         for record in records:
             _, inside = _holder(record)
-            for part in _PARTS if "trial" in inside else ():
-                value = inside.get(part)
-                if value == SAME:
+            for part in _PARTS:
+                if "trial" not in inside or part not in inside:
+                    continue
+                if inside[part] == SAME:
                     inside[part] = self._last[inside["trial"], part]
-                elif isinstance(value, dict):
-                    self._last[inside["trial"], part] = value
+                elif isinstance(inside[part], dict):
+                    self._last[inside["trial"], part] = inside[part]
 
 
 def _holder(record: Record) -> tuple[str, Record]:

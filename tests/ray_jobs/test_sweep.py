@@ -90,10 +90,10 @@ def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
     spec = resolve(write_space(tmp_path, toy_shards.path))
     with pytest.raises(UserError, match="no sweep to resume"):
         run_sweep(spec, str(tmp_path), resume="must")
-    Store(tmp_path / "tiny").put("ledger/000001-00000000.jsonl", b"something")
+    Store(tmp_path / "tiny").put("ledger/00000/00000001.jsonl", b"something")
     with pytest.raises(UserError, match="a sweep already"):
         run_sweep(spec, str(tmp_path), resume="never")
-    with pytest.raises(CorruptError, match="000001-00000000"):
+    with pytest.raises(CorruptError, match="00000001"):
         run_sweep(spec, str(tmp_path), resume="must")
     with pytest.raises(UserError, match="leave out one"):
         run_sweep(spec, str(tmp_path), resume="never", extend=True)

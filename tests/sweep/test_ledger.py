@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +16,7 @@ from hypothesis import strategies as st
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json
 from bfm.sweep import ledger as module
-from bfm.sweep.lease import RENEWALS, STALE_S, Holder, Lease, latest_epoch
+from bfm.sweep.lease import Holder, Lease, latest_epoch
 from bfm.sweep.ledger import Ledger, read_ledger, read_state
 from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
@@ -75,7 +72,8 @@ def test_what_records_repeat_is_written_once_and_read_whole(store):
         [record("row", "a", config=config, shape={"width": 4}), {"kind": "proposal", "trial": "b", "config": config}],
         [record("task", "a", config={"params": 3}, scaling={"cpus": 1})],
         [record("row", "a", config={"params": 3}, shape={"width": 4}), record("row", "b", config=config)],
-        [record("task", "a", config=config, scaling=None), record("row", "c")],
+        [record("task", "a", config=config, scaling=None), record("row", "c"), {"kind": "check", "config": config}],
+        [{"kind": "check", "config": config}],
     ]
     for number, batch in enumerate(batches):
         mortal_ledger(store, 7200.0 * number).append(batch)
@@ -334,100 +332,6 @@ def test_a_full_disk_loses_nothing(store, monkeypatch):
     driver.report(task.task_id, execute(task))
     assert canonical_json(SweepState.fold(read_ledger(store).records).spec) == before
     assert not SweepState.fold(read_ledger(store).records).open_tasks
-
-
-def test_a_second_sweep_on_the_folder_is_refused(store):
-    lease = Lease.acquire(store, heartbeat_s=None)
-    with pytest.raises(UserError, match=f"another sweep is running here .process {os.getpid()}"):
-        Lease.acquire(store, heartbeat_s=None)
-    lease.release()
-    assert not lease.is_held
-    assert Lease.acquire(store, heartbeat_s=None).epoch == 2
-
-
-def test_a_dead_process_of_this_machine_does_not_block(store):
-    code = (
-        "import sys, os; from bfm.files import Store; from bfm.sweep.lease import Lease;"
-        "Lease.acquire(Store(sys.argv[1])); os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(store.path())], check=False)
-    assert latest_epoch(store) == 1
-    assert Lease.acquire(store, heartbeat_s=None).epoch == 2
-
-
-def test_a_process_id_that_is_used_again_is_not_the_holder(store):
-    me = Holder.this_process()
-    Lease.acquire(store, holder=replace(me, started_at_s=me.started_at_s - 1000), heartbeat_s=None)
-    assert Lease.acquire(store, heartbeat_s=None).epoch == 2
-
-
-class Elsewhere:
-    """A driver on another machine, seen over time that only waiting moves: it beats until it dies."""
-
-    def __init__(self, store, dies_at_s):
-        self.now_s, self.dies_at_s, self._beaten_s = 1000.0, dies_at_s, 1000.0
-        there = replace(Holder.this_process(), machine="another")
-        self._lease = Lease.acquire(store, holder=there, clock=lambda: self.now_s, heartbeat_s=None)
-
-    def sleep(self, seconds):
-        self.now_s += seconds
-        if self.now_s < self.dies_at_s and self.now_s - self._beaten_s >= 15:
-            self._beaten_s = self.now_s
-            self._lease.renew()
-
-
-def test_a_driver_submitted_again_waits_for_the_dead_one(store, caplog):
-    elsewhere = Elsewhere(store, dies_at_s=1040.0)
-    elsewhere.sleep(30.0)
-    lease = Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=elsewhere.sleep, heartbeat_s=None)
-    assert lease.epoch == 2
-    assert 1030 + STALE_S <= elsewhere.now_s <= 1040 + STALE_S + 5
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "waiting up to" in caplog.text
-
-
-def test_a_driver_that_lives_on_elsewhere_is_not_waited_for_long(store):
-    elsewhere = Elsewhere(store, dies_at_s=1e9)
-    with pytest.raises(UserError, match="another sweep is running here"):
-        Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=elsewhere.sleep, heartbeat_s=None)
-    assert elsewhere.now_s - 1000 < 20 * RENEWALS
-
-
-def test_a_driver_that_is_released_while_one_waits_is_followed_at_once(store):
-    elsewhere = Elsewhere(store, dies_at_s=1e9)
-
-    def sleep(seconds):
-        elsewhere.now_s += seconds
-        elsewhere._lease.release()
-
-    Lease.acquire(store, clock=lambda: elsewhere.now_s, sleep=sleep, heartbeat_s=None)
-    assert elsewhere.now_s < 1005
-
-
-def test_a_driver_that_may_not_wait_is_refused_while_the_heartbeat_is_fresh(store):
-    elsewhere = Elsewhere(store, dies_at_s=1e9)
-    with pytest.raises(UserError, match="running here"):
-        Lease.acquire(store, wait_s=0, clock=lambda: 1000.0 + STALE_S - 1, heartbeat_s=None)
-    elsewhere.sleep(100.0)
-    with pytest.raises(UserError, match="running here"):
-        Lease.acquire(store, wait_s=0, clock=lambda: 1000.0 + STALE_S + 1, heartbeat_s=None)
-    assert Lease.acquire(store, wait_s=0, clock=lambda: 1100.0 + STALE_S, heartbeat_s=None).epoch == 2
-
-
-def test_the_heartbeat_thread_beats_and_ends(store):
-    lease = Lease.acquire(store, heartbeat_s=0.01)
-    deadline_s = time.monotonic() + 5
-    while not store.exists("lease/000001-alive.json") and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert json.loads(store.get("lease/000001-alive.json"))["at_s"] > 0
-    lease.release()
-
-
-def test_a_damaged_lease_is_named(store):
-    Lease.acquire(store, heartbeat_s=None)
-    store.put("lease/000001.json", b"{")
-    with pytest.raises(CorruptError, match=r"000001\.json"):
-        Lease.acquire(store, heartbeat_s=None)
 
 
 def test_replaying_many_rows_takes_little_more_than_parsing_them(store, monkeypatch):
