@@ -71,7 +71,8 @@ def _kill_worker(sweep: subprocess.Popen[bytes]) -> None:
 
 
 def _is_actor(process: psutil.Process) -> bool:
-    return "RungTrial" in " ".join(process.cmdline())
+    # Tune wraps a trainable that is bound to parameters; Ray writes the class into the process's title.
+    return " ".join(process.cmdline()).startswith("ray::_Inner")
 
 
 CASES = (
@@ -102,10 +103,12 @@ def run(case: Case, shards: str) -> str:
     rows = [row for rung in state.rungs.values() for row in rung.values()]
     flops_per_s = sum(row["task_flops"] for row in rows) / sum(row["train_s"] for row in rows)
     lost = state.lost_flops
-    return (
+    line = (
         f"| {case.name} | {len(state.losses)} | {lost:.2g} | {lost / flops_per_s:.1f} | {lost / reserved_flops:.1%} | "
         f"{whole_s:.0f} |"
     )
+    print(line, flush=True)
+    return line
 
 
 def _begin(space: Path, folder: str) -> subprocess.Popen[bytes]:
