@@ -88,6 +88,8 @@ class _RungRun:
     eval_s: float = 0.0
     """Of `begun_s` to now; the rest is training, checkpoints included."""
     watch: Watch | None = None
+    trunk: str | None = None
+    """Name of the checkpoint at the trunk's end, once it stands; an earlier attempt may have written it."""
     probe_rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,7 +146,8 @@ class _RungRun:
                     trainer.run_trunk(stop_flops)
                     score()
             trainer.run_trunk(task.trunk_flops)
-            trainer.save(self.store, task.name("trunk"))
+            self.trunk = task.name("trunk")
+            trainer.save(self.store, self.trunk)
         trainer.run_cooldown(task.rung_flops)
         self._check_met()
         state = trainer.engine.export_state()
@@ -231,7 +234,7 @@ class _RungRun:
             found = resume(self.store, name, self.task.config, self.task.seed, self.data, cooled=True)
         except CorruptError:
             return None
-        self.probe_rows = found.meta["probes"]
+        self.probe_rows, self.trunk = found.meta["probes"], found.meta["trunk"]
         return found
 
     def _check_feasible(self) -> None:
@@ -285,12 +288,12 @@ class _RungRun:
             "eval_s": self.eval_s,
             "warm_start_s": self.warm_start_s,
             "task_flops": self._spent_flops(),
-            "checkpoint": task.name("trunk") if succeeded else None,
-            "checkpoint_sha256": self._kept("trunk")["state_sha256"] if succeeded else None,
+            "checkpoint": self.trunk if succeeded else None,
+            "checkpoint_sha256": self._kept(self.trunk)["state_sha256"] if succeeded else None,
             "model": task.name("model") if succeeded else None,
             "scores": self._publish_scores(scores) if succeeded and scores is not None else None,
-            "checkpoint_bytes": self._kept("trunk")["state_bytes"] if succeeded else 0,
-            "model_bytes": self._kept("model")["state_bytes"] if succeeded else 0,
+            "checkpoint_bytes": self._kept(self.trunk)["state_bytes"] if succeeded else 0,
+            "model_bytes": self._kept(task.name("model"))["state_bytes"] if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
             **(self.watch.as_dict() if kind == "rung" and self.watch is not None else {}),
         }
@@ -302,9 +305,10 @@ class _RungRun:
             self.store.put(name, data)
         return name
 
-    def _kept(self, what: str) -> dict[str, Any]:
+    def _kept(self, name: str | None) -> dict[str, Any]:
         """Size and hash of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""
-        return read_meta(self.store, self.task.name(what))
+        assert name is not None, "a rung's row comes after its trunk"
+        return read_meta(self.store, name)
 
     def _observe(self, record: StepRecord) -> None:
         """On every rank after every step; rank 0's clock decides for all of them when to save."""
@@ -323,7 +327,7 @@ class _RungRun:
         self._allow_next_step(record.flops_per_s)
 
     def _save_progress(self) -> None:
-        extra = {"rung_flops": self.task.rung_flops, "probes": self.probe_rows}
+        extra = {"rung_flops": self.task.rung_flops, "probes": self.probe_rows, "trunk": self.trunk}
         self.trainer.save(self.store, self.journal.checkpoint, extra)
         if self.factory.rank == 0:
             self.journal.saved(self.trainer.counters.path_flops)

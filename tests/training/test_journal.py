@@ -10,6 +10,7 @@ import pytest
 
 from bfm.files import Store
 from bfm.training import journal
+from bfm.training.checkpoint import load_checkpoint
 from bfm.training.journal import FencedError, Journal, YieldError, read_account, settle, stop_task
 from bfm.training.rung import run_rung
 from bfm.training.task import Account, RungTask
@@ -55,14 +56,16 @@ def test_a_task_that_was_given_up_trains_nothing_beyond_its_account(toy_shards, 
     assert seen[-1] <= given_up[0].spent_flops < FLOPS
 
 
-@pytest.mark.parametrize("stop_at", [20, 105], ids=["trunk", "cooldown"])
-def test_a_task_that_yields_goes_on_elsewhere_and_equals_the_unbroken_one(toy_shards, tmp_path, stop_at):
+@pytest.mark.parametrize("phase", ["trunk", "cooldown"])
+def test_a_task_that_yields_goes_on_elsewhere_and_equals_the_unbroken_one(toy_shards, tmp_path, phase):
     curve, parts, after = [], [], []
     probes = (1e7, 1.5e8)
     whole = run_rung(task(probes=probes), toy_shards, CPU, Store(tmp_path / "whole"), curve.append)
     store = Store(tmp_path / "cut")
+    stop = lambda: sum(record.phase == phase for record in parts) == 9  # noqa: E731
     with pytest.raises(YieldError) as end:
-        run_rung(task(probes=probes), toy_shards, CPU, store, parts.append, should_yield=lambda: len(parts) == stop_at)
+        run_rung(task(probes=probes), toy_shards, CPU, store, parts.append, should_yield=stop)
+    assert parts[-1].phase == phase
     account = end.value.account
     assert (account.spent_flops, account.progress_flops) == (parts[-1].path_flops, parts[-1].path_flops)
     assert settle(task(), store) == account, "whoever finds it dead reads the same"
@@ -71,6 +74,12 @@ def test_a_task_that_yields_goes_on_elsewhere_and_equals_the_unbroken_one(toy_sh
     assert [record.loss for record in parts + after] == [record.loss for record in curve]
     assert account.spent_flops + row["task_flops"] == whole["task_flops"]
     assert row["metrics"] == whole["metrics"]
+    trunk, whole_trunk = (
+        load_checkpoint(store, row["checkpoint"]),
+        load_checkpoint(Store(tmp_path / "whole"), whole["checkpoint"]),
+    )
+    assert trunk.meta["counters"] == whole_trunk.meta["counters"], "the next rung goes on from the same trunk"
+    assert trunk.meta["state_sha256"] == row["checkpoint_sha256"]
     assert [probe["metrics"] for probe in row["probes"]] == [probe["metrics"] for probe in whole["probes"]]
 
 
