@@ -248,7 +248,7 @@ class SweepSpec:
     scheduler: Scheduler
     tiers: tuple[Tier, ...]
     slots: int
-    """Tasks that run at the same time."""
+    """Tasks that run at the same time, at most: live resources decide how many do."""
     max_retries: int
     """How often a task whose worker died is started again."""
     shards: str

@@ -94,7 +94,7 @@ class Journal:
             wanted = self._wanted
             self._wait(lambda: self._noted == wanted)
 
-    def close(self, spent_flops: int) -> Account:
+    def close(self, spent_flops: int) -> None:
         """Say exactly what was trained, if the storage still listens; the last promise stands where it does not."""
         thread = self._thread
         with self._change:
@@ -105,7 +105,6 @@ class Journal:
         exact = Account(spent_flops, self._noted.progress, self._noted.progress_flops)
         with contextlib.suppress(OSError):
             self._write(exact)
-        return exact
 
     def clear(self) -> None:
         """Drop the in-rung checkpoint; the row is in hand."""
@@ -155,10 +154,13 @@ class Journal:
             if stop:
                 self.stop_asked.set()
             with self._change:
-                self._fenced = self._fenced or bool(stop.get("at_once"))
+                self._fenced = bool(stop.get("at_once"))
                 if not self._fenced:
                     self._noted = wanted
                 self._change.notify_all()
+            if self._fenced:
+                # Nothing is promised any more, so there is nothing left to write.
+                return
 
     def _write(self, account: Account) -> None:
         entry = {"task_id": self.task.task_id, "account": asdict(account)}

@@ -36,6 +36,13 @@ from bfm.training.watch import Watch
 from bfm.units import format_flops
 
 Status = Literal["ok", "diverged", "oom"]
+_NOTHING_KEPT = {
+    "checkpoint": None,
+    "checkpoint_sha256": None,
+    "checkpoint_bytes": 0,
+    "model": None,
+    "model_bytes": 0,
+}
 _BYTES_PER_NUMBER = 36
 """Trunk and in-rung checkpoint (weight, its average, two moments), and the cooled weights."""
 
@@ -288,12 +295,8 @@ class _RungRun:
             "eval_s": self.eval_s,
             "warm_start_s": self.warm_start_s,
             "task_flops": self._spent_flops(),
-            "checkpoint": self.trunk if succeeded else None,
-            "checkpoint_sha256": self._kept(self.trunk)["state_sha256"] if succeeded else None,
-            "model": task.name("model") if succeeded else None,
+            **(self._kept() if succeeded else _NOTHING_KEPT),
             "scores": self._publish_scores(scores) if succeeded and scores is not None else None,
-            "checkpoint_bytes": self._kept(self.trunk)["state_bytes"] if succeeded else 0,
-            "model_bytes": self._kept(task.name("model"))["state_bytes"] if succeeded else 0,
             **({"probes": self.probe_rows} if kind == "rung" else {}),
             **(self.watch.as_dict() if kind == "rung" and self.watch is not None else {}),
         }
@@ -305,10 +308,18 @@ class _RungRun:
             self.store.put(name, data)
         return name
 
-    def _kept(self, name: str | None) -> dict[str, Any]:
-        """Size and hash of a checkpoint of this task. Rank 0 has written it before any rank's evaluation ended."""
-        assert name is not None, "a rung's row comes after its trunk"
-        return read_meta(self.store, name)
+    def _kept(self) -> dict[str, Any]:
+        """What a row says of its trunk and its cooled weights. Rank 0 wrote both before any rank's evaluation ended."""
+        assert self.trunk is not None, "a rung's row comes after its trunk"
+        model = self.task.name("model")
+        trunk = read_meta(self.store, self.trunk)
+        return {
+            "checkpoint": self.trunk,
+            "checkpoint_sha256": trunk["state_sha256"],
+            "checkpoint_bytes": int(trunk["state_bytes"]),
+            "model": model,
+            "model_bytes": int(read_meta(self.store, model)["state_bytes"]),
+        }
 
     def _observe(self, record: StepRecord) -> None:
         """On every rank after every step; rank 0's clock decides for all of them when to save."""

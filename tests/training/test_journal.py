@@ -158,3 +158,16 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(toy_shards,
     with pytest.raises(OSError, match=r"1,000 bytes are free, the task's checkpoints need"):
         run_rung(task(), toy_shards, CPU, Store(tmp_path), seen.append)
     assert not seen
+
+
+def test_a_task_that_was_given_up_writes_nothing_more(tmp_path, hasty, monkeypatch):
+    store, written = Store(tmp_path), []
+    found = Journal(task(), store)
+    found.allow(100)
+    settle(task(), store)
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, name, data: written.append(name) or put(self, name, data))
+    with pytest.raises(FencedError):
+        found.allow(200)
+    time.sleep(0.2)
+    assert len(written) <= 1
