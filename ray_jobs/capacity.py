@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from bfm.errors import UserError
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.settings import SweepSpec, Tier
 from ray_jobs.room import total_of
 
 # Read by Ray and Tune when they start, here and in the processes that they start.
@@ -27,14 +27,23 @@ _ENVIRONMENT = {
 
 def check_fits(spec: SweepSpec, capacity: Mapping[str, float]) -> None:
     """Raises UserError where the machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
-    for place, tier in enumerate(spec.tiers):
-        for name, amount in total_of(tier.scaling(tier.workers)).items():
-            if amount > capacity[name] + 1e-9:
-                raise UserError(
-                    f"a task of {tier.workers} workers needs {amount:g} {name}s, this machine has {capacity[name]:g}",
-                    key=f"scaling.tiers[{place}]",
-                    fix=f"lower workers or {name.lower()}s, or join a larger cluster with RAY_ADDRESS",
-                )
+    for tier in spec.tiers:
+        # Of alternatives, one is enough.
+        needs = {other.workers: _lack(other, capacity) for other in spec.tiers if other.thresholds == tier.thresholds}
+        if all(needs.values()):
+            fewest = min(needs)
+            raise UserError(
+                f"a task of {fewest} workers {needs[fewest]}",
+                key="scaling.tiers",
+                fix="lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS",
+            )
+
+
+def _lack(tier: Tier, capacity: Mapping[str, float]) -> str | None:
+    for name, amount in total_of(tier.scaling(tier.workers)).items():
+        if amount > capacity[name] + 1e-9:
+            return f"needs {amount:g} {name}s, this machine has {capacity[name]:g}"
+    return None
 
 
 def machine_capacity() -> dict[str, float]:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Collection
 from types import FrameType
 
 import ray
@@ -18,6 +19,11 @@ LOOK_S = 5.0
 _GRACE_S = 60.0
 """A process that got SIGTERM ends by itself after so long, whatever it is doing."""
 _log = logging.getLogger(__name__)
+
+
+def draining_nodes() -> Collection[str]:
+    """Ids of the nodes that are to go. What Ray Train's own watcher asks; there is no public call."""
+    return ray._private.state.state.get_draining_nodes()
 
 
 class Notice:
@@ -55,8 +61,7 @@ class Notice:
         node = ray.get_runtime_context().get_node_id()
         while not self._given.wait(LOOK_S):
             try:
-                # What Ray Train's own watcher asks; there is no public call.
-                draining = ray._private.state.state.get_draining_nodes()
+                draining = draining_nodes()
             except Exception as error:
                 _log.warning("cannot ask which nodes are drained: %s", error)
                 continue

@@ -1,13 +1,13 @@
 """Which tasks can be started now, and what the cluster is asked for so that more could be.
 
-Enters: the tasks that run, and one that would be next. Leaves: whether the live resources hold it beside them, and a
-request to the autoscaler. A task is chosen only when there is room for it, so nothing is reserved for machines that may
-come; what is asked for is what could be used now: the running tasks, and as many like the next one as are running.
+Enters: the tasks that run, and those that would be next. Leaves: whether the live nodes hold them beside one another,
+and a request to the autoscaler. A task is chosen only when there is room for it, so nothing is reserved for machines
+that may come; what is asked for is what could be used now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +15,12 @@ import ray
 import ray.autoscaler.sdk
 
 from bfm.sweep.task import Task
+from ray_jobs.preemption import draining_nodes
 from ray_jobs.trial import slot_resources
 
 Resources = dict[str, float]
+_NAMES = ("GPU", "CPU")
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,31 @@ def bundles(scaling: Mapping[str, Any]) -> list[Resources]:
 
 def total_of(scaling: Mapping[str, Any]) -> Resources:
     """The same together."""
-    return _sum(bundles(scaling))
+    parts = bundles(scaling)
+    return {name: sum(part[name] for part in parts) for name in _NAMES}
 
 
-def fits(task: Task, holdings: Sequence[Holding], total: Resources) -> bool:
-    """Whether live resources hold a task beside what is held; an idle actor of the right size is taken over."""
-    needed = bundles(task.scaling)
-    if any(holding.is_idle and bundles(holding.task.scaling)[0] == needed[0] for holding in holdings):
-        needed = needed[1:]
-    held = [
-        bundle for holding in holdings for bundle in bundles(holding.task.scaling)[: 1 if holding.is_idle else None]
-    ]
-    return all(amount <= total.get(name, 0.0) + 1e-9 for name, amount in _sum([*held, *needed]).items())
+def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Resources]) -> bool:
+    """Whether live nodes hold some tasks beside what is held; idle actors of the right size are taken over."""
+    idle = [bundles(holding.task.scaling)[0] for holding in holdings if holding.is_idle]
+    wanted = [bundle for holding in holdings if not holding.is_idle for bundle in bundles(holding.task.scaling)]
+    for task in tasks:
+        actor, *workers = bundles(task.scaling)
+        if actor in idle:
+            idle.remove(actor)
+        wanted += [actor, *workers]
+    return _pack([*idle, *wanted], nodes)
 
 
 class Room(Protocol):
     """What the searcher asks."""
 
-    def total(self) -> Resources:
-        """CPUs and GPUs of the live nodes."""
+    def nodes(self) -> list[Resources]:
+        """CPUs and GPUs of each live node that takes tasks."""
         ...
 
-    def ask(self, running: Sequence[Task], waiting: Task | None, most: int) -> None:
-        """Have room made for the running tasks and for some like the one that waits, at most `most`."""
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """Have room made for these tasks together; none: what is idle may go."""
         ...
 
 
@@ -71,26 +76,39 @@ class ClusterRoom:
         self._grows = grows
         self._asked: list[Resources] = []
 
-    def total(self) -> Resources:
-        """See Room."""
-        return dict(ray.cluster_resources())
+    def nodes(self) -> list[Resources]:
+        """See Room; a node that is drained takes none."""
+        leaving = draining_nodes()
+        return [
+            {name: node["Resources"].get(name, 0.0) for name in _NAMES}
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in leaving
+        ]
 
-    def ask(self, running: Sequence[Task], waiting: Task | None, most: int) -> None:
-        """See Room. What is not asked for any more may go when it is idle."""
-        more = [] if waiting is None else [waiting] * max(1, min(len(running), most))
-        wanted = [_present(bundle) for task in (*running, *more) for bundle in bundles(task.scaling)] if more else []
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """See Room."""
+        wanted = [_present(bundle) for task in tasks for bundle in bundles(task.scaling)]
         if self._grows and wanted != self._asked:
             self._asked = wanted
             ray.autoscaler.sdk.request_resources(bundles=wanted)
 
 
+def _pack(parts: Sequence[Resources], nodes: Sequence[Resources]) -> bool:
+    """Whether the parts, the largest first, find each a node with room left: no part spans two nodes."""
+    left = [dict(node) for node in nodes]
+    for part in sorted(parts, key=lambda part: [part[name] for name in _NAMES], reverse=True):
+        needed = _present(part)
+        holders = [
+            node for node in left if all(amount <= node.get(name, 0.0) + _SLACK for name, amount in needed.items())
+        ]
+        if not holders:
+            return False
+        # The fullest one, and GPUs are kept for those that need some.
+        best = min(holders, key=lambda node: [node.get(name, 0.0) for name in _NAMES])
+        for name, amount in needed.items():
+            best[name] -= amount
+    return True
+
+
 def _present(bundle: Resources) -> Resources:
     return {name: amount for name, amount in bundle.items() if amount > 0}
-
-
-def _sum(parts: Iterable[Resources]) -> Resources:
-    total: Resources = {}
-    for part in parts:
-        for name, amount in part.items():
-            total[name] = total.get(name, 0.0) + amount
-    return total

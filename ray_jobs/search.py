@@ -22,10 +22,13 @@ from ray.tune.search import Searcher
 from bfm.errors import PausedError
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
-from ray_jobs.room import Holding, Room, fits, total_of
+from ray_jobs.room import Holding, Resources, Room, fits, total_of
 from ray_jobs.signals import Interrupted, Signals
 from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW, YIELDED
 
+GROW_LOOK_S = 10.0
+GROW_LEFT_S = 120.0
+"""A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
 IDLE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
 WAIT_POLL_S = 1.0
@@ -37,8 +40,12 @@ Answer = TypeVar("Answer")
 class Driver(Protocol):
     """What the searcher needs of bfm.sweep.driver.SweepDriver."""
 
-    def next_task(self, fits: Callable[[Task], bool]) -> Task | Wait | Finished:
+    def next_task(self, fits: Callable[[Task, int], bool]) -> Task | Wait | Finished:
         """The next task, with its cost reserved, if there is room for it."""
+        ...
+
+    def wider(self, task_id: str) -> list[Task]:
+        """A running task with more workers, where they pay; most first."""
         ...
 
     def report(self, task_id: str, row: dict[str, Any]) -> bool:
@@ -54,9 +61,21 @@ class Driver(Protocol):
         ...
 
 
+class Running(Protocol):
+    """What the searcher needs of ray_jobs.attempts.Attempts."""
+
+    def account(self, task: Task) -> Account:
+        """What a running task may have trained so far."""
+        ...
+
+    def ask_to_yield(self, task: Task) -> None:
+        """Have it end after a checkpoint."""
+        ...
+
+
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is imported, assigned, row, lost, yielded, waiting or finished."""
+    """Something a display may show: `kind` is imported, assigned, row, lost, yielded, growing, waiting or finished."""
 
     kind: str
     task: Task | None = None
@@ -69,9 +88,14 @@ class _Live:
     """A Tune trial that holds a slot."""
 
     task: Task
-    started: bool = False
+    started_at_s: float | None = None
     settled_at_s: float | None = None
     ending: bool = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its actor has the task."""
+        return self.started_at_s is not None and self.settled_at_s is None
 
 
 class DriverSearcher(Searcher):
@@ -88,18 +112,22 @@ class DriverSearcher(Searcher):
         *,
         on_event: Callable[[SweepEvent], None] | None = None,
         room: Room | None = None,
+        running: Running | None = None,
         signals: Signals | None = None,
-        ask_to_yield: Callable[[Task], None] = lambda task: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.driver, self.slots = driver, slots
         self.failure: Exception | None = None
         self._on_event = on_event or (lambda event: None)
-        self._clock, self._signals, self._ask_to_yield = clock, signals or Signals(), ask_to_yield
-        self._room = room
+        self._clock, self._signals = clock, signals or Signals()
+        self._room, self._running = room, running
+        self._nodes: list[Resources] = []
         self._waiting: Task | None = None
         """What does not fit beside what runs."""
+        self._growing: str | None = None
+        """Id of the task that was asked for a checkpoint, to go on with more workers."""
+        self._grow_again_at_s = float("-inf")
         self._paused: PausedError | None = None
         self._ends_at_s: float | None = None
         self._live: dict[str, _Live] = {}
@@ -118,10 +146,9 @@ class DriverSearcher(Searcher):
         """A configuration for a new Tune trial, None while there is nothing to start, FINISHED at the end."""
         if self._ends():
             return None if self._live else Searcher.FINISHED
-        if len(self._live) >= self.slots:
-            return None
-        task = self._peek()
+        task = self._peek() if len(self._live) < self.slots else None
         if task is None:
+            self._grow()
             return None if self._live or self._waiting is not None else Searcher.FINISHED
         if self._freed <= self._starting() and self._standing_by():
             # A warm actor waits for it: `may_end` will free that one.
@@ -133,7 +160,7 @@ class DriverSearcher(Searcher):
 
     def started(self, trial_id: str) -> None:
         """The trial has an actor, its own or one that was freed."""
-        self._live[trial_id].started = True
+        self._live[trial_id].started_at_s = self._clock()
         self._freed = min(max(0, self._freed - 1), self._starting())
 
     def may_end(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -166,6 +193,7 @@ class DriverSearcher(Searcher):
         live = self._live.pop(trial_id)
         self._freed = min(self._freed + live.ending, self._starting() + 1)
         if live.settled_at_s is None:
+            self._growing = None if self._growing == live.task.task_id else self._growing
             self._lose(live.task, "its worker process died (killed, out of memory, or its node is gone)")
 
     def save(self, checkpoint_path: str) -> None:
@@ -181,11 +209,12 @@ class DriverSearcher(Searcher):
         if self._signals.received is None and self._paused is None:
             return False
         # One that has not started trained nothing; the next driver finds that in its account.
-        running = [live.task for live in self._live.values() if live.started and live.settled_at_s is None]
+        running = [live.task for live in self._live.values() if live.is_running]
         if self._ends_at_s is None:
             self._ends_at_s = self._clock() + YIELD_LIMIT_S
-            for task in running:
-                self._ask_to_yield(task)
+            if self._running is not None:
+                for task in running:
+                    self._running.ask_to_yield(task)
         if not running or self._clock() > self._ends_at_s:
             if self._signals.received is not None:
                 raise Interrupted(self._signals.received)
@@ -196,6 +225,7 @@ class DriverSearcher(Searcher):
         now_s = self._clock()
         if self._next is not None or self._finished or self.failure is not None or now_s < self._ask_again_at_s:
             return self._next
+        self._nodes = [] if self._room is None else self._room.nodes()
         answer = self._guard(lambda: self.driver.next_task(self._fits))
         self._wait_for_room(answer.task if isinstance(answer, Wait) else None)
         if isinstance(answer, Task):
@@ -210,23 +240,57 @@ class DriverSearcher(Searcher):
             self._ask_again_at_s = now_s + WAIT_POLL_S
         return self._next
 
-    def _fits(self, task: Task) -> bool:
-        if self._room is None:
-            return True
-        holdings = [Holding(live.task, live.settled_at_s is not None) for live in self._live.values()]
-        return fits(task, holdings, self._room.total())
+    def _fits(self, task: Task, copies: int) -> bool:
+        return self._room is None or fits([task] * copies, self._holdings(), self._nodes)
+
+    def _holdings(self, without: Task | None = None) -> list[Holding]:
+        live = (live for live in self._live.values() if live.task is not without)
+        return [Holding(live.task, live.settled_at_s is not None) for live in live]
 
     def _wait_for_room(self, task: Task | None) -> None:
-        if self._room is not None:
-            running = [live.task for live in self._live.values() if live.settled_at_s is None]
-            self._room.ask(running, task, self.slots - len(running))
+        if task is not None and self._room is not None:
+            running = self._unsettled()
+            # It may be one of many: as many like it as are running.
+            self._room.ask([*running, *[task] * max(1, min(len(running), self.slots - len(running)))])
         if task is not None and self._waiting is None:
             needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount > 0)
             self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
         self._waiting = task
 
+    def _grow(self) -> None:
+        """Room that no task takes goes to a running one: it goes on from a checkpoint, with more workers."""
+        now_s, room, running = self._clock(), self._room, self._running
+        if room is None or running is None or now_s < self._grow_again_at_s:
+            return
+        if self._waiting is not None or self._growing is not None:
+            return
+        self._grow_again_at_s = now_s + GROW_LOOK_S
+        self._nodes = room.nodes()
+        wished: list[Task] = []
+        for live in [live for live in self._live.values() if live.is_running]:
+            wider = self.driver.wider(live.task.task_id)
+            if not wider or self._left_s(live, running.account(live.task)) < GROW_LEFT_S:
+                continue
+            others = self._holdings(without=live.task)
+            if any(fits([task], others, self._nodes) for task in wider):
+                self._growing = live.task.task_id
+                self._on_event(SweepEvent("growing", task=live.task))
+                running.ask_to_yield(live.task)
+                return
+            wished = wished or [*(task for task in self._unsettled() if task is not live.task), wider[0]]
+        room.ask(wished)
+
+    def _left_s(self, live: _Live, account: Account) -> float:
+        """Seconds that a running task will take at its present speed; 0 where that is not known."""
+        if not account.spent_flops or live.started_at_s is None:
+            return 0.0
+        return (self._clock() - live.started_at_s) * (live.task.reserved_flops / account.spent_flops - 1)
+
+    def _unsettled(self) -> list[Task]:
+        return [live.task for live in self._live.values() if live.settled_at_s is None]
+
     def _starting(self) -> int:
-        return sum(not live.started for live in self._live.values())
+        return sum(live.started_at_s is None for live in self._live.values())
 
     def _standing_by(self) -> bool:
         return any(live.settled_at_s is not None and not live.ending for live in self._live.values())
@@ -246,6 +310,7 @@ class DriverSearcher(Searcher):
         if live.settled_at_s is not None or not {ROW, LOST, YIELDED, FATAL} & result.keys():
             return
         live.settled_at_s = self._clock()
+        self._growing = None if self._growing == live.task.task_id else self._growing
         if LOST in result:
             self._lose(live.task, result[LOST], retry=result["retry"])
             return

@@ -35,10 +35,8 @@ from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT, SweepState
-from bfm.sweep.task import Task
-from bfm.training.journal import settle, stop_task
-from bfm.training.task import Account, RungTask
 from bfm.units import format_flops
+from ray_jobs.attempts import Attempts
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
 from ray_jobs.room import ClusterRoom
 from ray_jobs.search import SweepEvent
@@ -137,8 +135,8 @@ def run_sweep(
                         execute or workplace,
                         on_event,
                         room=ClusterRoom(grows=joins),
+                        running=Attempts(store),
                         signals=signals,
-                        ask_to_yield=lambda task: stop_task(_rung_task(task), store, at_once=False),
                     )
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
@@ -170,17 +168,10 @@ def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, *
     try:
         ledger, costs = Ledger(store, lease), Costs(facts)
 
-        def account(task: Task) -> Account:
-            return settle(_rung_task(task), store)
-
         log = {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
-        yield SweepDriver.start(spec, ledger, costs, settle=account, log=log, **options)
+        yield SweepDriver.start(spec, ledger, costs, settle=Attempts(store).settle, log=log, **options)
     finally:
         lease.release()
-
-
-def _rung_task(task: Task) -> RungTask:
-    return RungTask.from_task(task.as_dict())
 
 
 @contextmanager

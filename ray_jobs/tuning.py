@@ -15,9 +15,8 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback, Stopper
 
-from bfm.sweep.task import Task
 from ray_jobs.room import Room
-from ray_jobs.search import Driver, DriverSearcher, SweepEvent
+from ray_jobs.search import Driver, DriverSearcher, Running, SweepEvent
 from ray_jobs.signals import Signals
 from ray_jobs.trial import Executor, RungTrial
 
@@ -29,8 +28,8 @@ def run_tasks(
     on_event: Callable[[SweepEvent], None] | None = None,
     *,
     room: Room | None = None,
+    running: Running | None = None,
     signals: Signals | None = None,
-    ask_to_yield: Callable[[Task], None] = lambda task: None,
 ) -> None:
     """Give out tasks until the driver says Finished. Raises what the driver or a fatal task raised.
 
@@ -38,7 +37,7 @@ def run_tasks(
     """
     # Without it Tune asks for one trial at a time, and a new actor's start holds up all others.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    searcher = DriverSearcher(driver, slots, on_event=on_event, room=room, signals=signals, ask_to_yield=ask_to_yield)
+    searcher = DriverSearcher(driver, slots, on_event=on_event, room=room, running=running, signals=signals)
     folder = tempfile.mkdtemp(prefix="bfm-tune-")
     try:
         tune.Tuner(
@@ -61,7 +60,7 @@ def run_tasks(
         ).fit()
     finally:
         if room is not None:
-            room.ask([], None, 0)
+            room.ask([])
         shutil.rmtree(folder, ignore_errors=True)
     if searcher.failure is not None:
         raise searcher.failure

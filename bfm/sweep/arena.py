@@ -57,8 +57,12 @@ class Arena(Protocol):
         """Whether it may be trained to a rung, after what ran out of memory (SweepState.memory_limits)."""
         ...
 
-    def memory(self, config: Config, rung: int) -> tuple[str, int] | None:
-        """The kind of tier that trains it to a rung, and the bytes that a worker is estimated to need there."""
+    def scalings(self, config: Config, rung: int, limits: Mapping[str, int]) -> Sequence[dict[str, Any]]:
+        """The ways in which it may be trained there (Task.scaling), fewest workers first."""
+        ...
+
+    def memory(self, task: Task) -> tuple[str, int] | None:
+        """The kind of tier that a task runs at, and the bytes that one of its workers is estimated to need."""
         ...
 
     def task(

@@ -29,6 +29,7 @@ from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
 from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.workers import worthwhile
 from bfm.training.task import Account
 from bfm.units import format_flops
 
@@ -39,6 +40,7 @@ STATUSES = ("ok", "diverged", "oom")
 _NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
 
 
+Fits = Callable[[Task, int], bool]
 Settle = Callable[[Task], Account]
 """What a task that ended without a row may have trained; afterwards it can train nothing more."""
 
@@ -110,10 +112,11 @@ class SweepDriver:
         """What may still be reserved."""
         return self.spec.budget.total_flops - self.state.spent_flops - self.state.reserved_flops
 
-    def next_task(self, fits: Callable[[Task], bool] = lambda task: True) -> Task | Wait | Finished:
+    def next_task(self, fits: Fits = lambda task, copies: True) -> Task | Wait | Finished:
         """The next task, its cost reserved in the ledger; Wait only while tasks are running or it does not fit.
 
-        `fits`: whether there is a place that can start it now. Nothing is reserved or proposed for one that has none.
+        `fits`: whether there is room for so many tasks like it now. Nothing is reserved or proposed for one that has
+        none. It takes the most workers that pay (bfm.sweep.workers) and that all other free slots could take, too.
         """
         if self.state.finished is not None:
             return Finished(self.state.finished)
@@ -151,7 +154,7 @@ class SweepDriver:
         checked = self._checked(task_id, {key: value for key, value in row.items() if key != "probes"})
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
-            record["memory"] = self.arena.memory(self.state.trials[checked["trial"]].config, checked["rung"])
+            record["memory"] = self.arena.memory(self._open_task(task_id))
         self._write_end(record)
         self._breaker.row()
         self._keep_quota()
@@ -181,6 +184,13 @@ class SweepDriver:
             return False
         self._write_end(self._ended("yielded", task_id, account))
         return True
+
+    def wider(self, task_id: str) -> list[Task]:
+        """An open task with more workers than it has, where they pay; most first."""
+        if not self._is_open(task_id):
+            return []
+        task = self._open_task(task_id)
+        return [other for other in self._ways(task) if other.scaling["workers"] > task.scaling["workers"]]
 
     def close(self) -> None:
         """Give the lease back; the sweep can be resumed."""
@@ -231,9 +241,12 @@ class SweepDriver:
             raise ValueError(f"there is no task {task_id}")
         return task_id in self.state.open_tasks
 
+    def _open_task(self, task_id: str) -> Task:
+        return Task.from_dict(self.state.attempts[self.state.open_tasks[task_id]].task)
+
     def _loss(self, task_id: str, reason: str, fault: str) -> Record:
         attempt = self.state.attempts[self.state.open_tasks[task_id]]
-        account = self._settle(Task.from_dict(attempt.task))
+        account = self._settle(self._open_task(task_id))
         if account.progress is None:
             # It got no further than where it began.
             account = replace(account, progress=attempt.progress, progress_flops=attempt.progress_flops)
@@ -253,7 +266,7 @@ class SweepDriver:
             "progress_flops": account.progress_flops,
         }
 
-    def _again(self, place: tuple[str, int], fits: Callable[[Task], bool]) -> Task | Wait | None:
+    def _again(self, place: tuple[str, int], fits: Fits) -> Task | Wait | None:
         """Start a lost task again; None after giving it up."""
         attempt = self.state.attempts[place]
         trial, rung = place
@@ -269,32 +282,32 @@ class SweepDriver:
             if self.state.open_tasks:
                 return Wait("running tasks may leave room under the cap for a lost one")
             reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
-        elif not fits(task):
-            return Wait("a lost task waits for a place", task)
+        elif (placed := self._placed(task, fits, len(self.state.owed()))) is None:
+            return Wait("a lost task waits for a place", self._ways(task)[-1])
         else:
-            self._write({"kind": "task", "task": task.as_dict(), "reason": f"try {attempt.tries + 1}"})
-            return task
+            self._write({"kind": "task", "task": placed.as_dict(), "reason": f"try {attempt.tries + 1}"})
+            return placed
         self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
         if attempt.progress is not None:
             self._ledger.drop(attempt.progress)
         return None
 
-    def _promote(self, decision: Promote, fits: Callable[[Task], bool]) -> Task | Wait:
+    def _promote(self, decision: Promote, fits: Fits) -> Task | Wait:
         task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
         return self._reserve(task, decision, fits)
 
-    def _propose(self, decision: Propose, fits: Callable[[Task], bool]) -> Task | Wait:
+    def _propose(self, decision: Propose, fits: Fits) -> Task | Wait:
         number, proposal, seed = self.state.num_proposals, decision.proposal, decision.seed
         record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
         record |= asdict(proposal)
         task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
         return self._reserve(task, decision, fits, record)
 
-    def _reserve(
-        self, task: Task, decision: Promote | Propose, fits: Callable[[Task], bool], *before: Record
-    ) -> Task | Wait:
-        if not fits(task):
-            return Wait("the next task waits for a place", task)
+    def _reserve(self, task: Task, decision: Promote | Propose, fits: Fits, *before: Record) -> Task | Wait:
+        placed = self._placed(task, fits, self.spec.slots - len(self.state.open_tasks))
+        if placed is None:
+            return Wait("the next task waits for a place", self._ways(task)[-1])
+        task = placed
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
         also = {"meant_for": decision.meant_for}
         trained = self.state.trunk_below(task.trial, task.rung, or_evicted=True)
@@ -303,6 +316,23 @@ class SweepDriver:
             also["redone_flops"] = task.reserved_flops - spared
         self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
         return task
+
+    def _placed(self, task: Task, fits: Fits, alike: int) -> Task | None:
+        """With as many workers as `alike` tasks could have, but at least the fewest; None where there is no room."""
+        *wider, narrowest = self._ways(task)
+        for other in wider:
+            if fits(other, alike):
+                return other
+        return narrowest if fits(narrowest, 1) else None
+
+    def _ways(self, task: Task) -> list[Task]:
+        """A task with each number of workers that pays, most first."""
+        scalings = {
+            way["workers"]: way for way in self.arena.scalings(task.config, task.rung, self.state.memory_limits)
+        }
+        rows = self.state.rungs.get(task.rung, {}).values()
+        counts = worthwhile(sorted(scalings), rows, task.config.get("params"))
+        return [replace(task, scaling=scalings[workers]) for workers in counts]
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
         trial = self.state.trials[name]

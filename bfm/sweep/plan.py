@@ -17,7 +17,7 @@ from bfm.sweep.costs import FLOAT_BYTES, GIB, STATE_COPIES, CostModel
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet, memory_bytes
+from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.training.config import TrainConfig
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
@@ -97,7 +97,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
     by_size = sorted(points, key=lambda point: point.cost.params)
     speeds = () if measure is None else _measure(by_size, measure, measure_s)
     rows = _rows(spec, feasible)
-    rungs = tuple(_rung_plan(spec, by_size, rung, count, speeds) for rung, count in enumerate(rows))
+    rungs = tuple(_rung_plan(feasible, by_size, rung, count, speeds) for rung, count in enumerate(rows))
     counts = Counter(rejection.reason for rejection in rejected)
     tries = len(points) + len(rejected)
     examples = {rejection.reason: rejection for rejection in reversed(rejected)}
@@ -211,8 +211,9 @@ def _mean_task_flops(spec: SweepSpec, feasible: FeasibleSet, rung: int) -> int:
 
 
 def _rung_plan(
-    spec: SweepSpec, points: Sequence[Feasible], rung: int, trials: int, speeds: Sequence[tuple[int, float]]
+    feasible: FeasibleSet, points: Sequence[Feasible], rung: int, trials: int, speeds: Sequence[tuple[int, float]]
 ) -> RungPlan:
+    spec = feasible.spec
     rung_flops = spec.budget.ladder_flops[rung]
     points = [point for point in points if rung in point.rungs]
     task_flops = [_task_flops(spec, point, rung) for point in points]
@@ -222,8 +223,7 @@ def _rung_plan(
     events = [point.cost.events(rung_flops) for point in points]
     epochs = [point.cost.epochs(rung_flops) for point in points]
     params = [point.cost.params for point in points]
-    tiers = [spec.tier(rung_flops, size) for size in params]
-    needed_bytes = [memory_bytes(point.config, point.cost, tier) for point, tier in zip(points, tiers, strict=True)]
+    places = [place for point in points for place in feasible.holding(point.config, point.cost, rung)]
     task_s = [flops / _speed(size, speeds) for flops, size in zip(task_flops, params, strict=True)] if speeds else []
     return RungPlan(
         rung=rung,
@@ -234,8 +234,8 @@ def _rung_plan(
         epochs=(min(epochs), max(epochs)),
         training_flops=round(trials * float(np.mean(task_flops))),
         evaluation_flops=round(trials * float(np.mean(evaluation_flops))),
-        memory_gib=max(needed_bytes) / GIB,
-        workers=tuple(sorted({tier.workers for tier in tiers})),
+        memory_gib=max(place.needed_bytes for place in places) / GIB,
+        workers=tuple(sorted({place.tier.workers for place in places})),
         train_s=trials * float(np.mean(task_s)) / max(1, min(spec.slots, trials)) if task_s else None,
     )
 

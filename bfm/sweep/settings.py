@@ -186,7 +186,8 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Tier:
-    """How a task is run; the last tier whose thresholds the task reaches applies."""
+    """How a task is run; the last thresholds that the task reaches apply. Tiers that have the same ones, with different
+    workers, are alternatives."""
 
     from_rung_flops: float = 0.0
     from_params: float = 0.0
@@ -203,6 +204,11 @@ class Tier:
     """How the loss is computed (bfm.objective.methods)."""
     memory_gib: float | None = None
     """Memory of one worker; configurations estimated above it are infeasible. None: not checked."""
+
+    @property
+    def thresholds(self) -> tuple[float, float]:
+        """What a task must reach."""
+        return self.from_rung_flops, self.from_params
 
     @property
     def kind(self) -> str:
@@ -293,10 +299,11 @@ class SweepSpec:
         averaging = {"averaging": True} if self.probes else {}
         return TrainConfig.from_dict({**averaging, **constants, **values})
 
-    def tier(self, rung_flops: float, params: float) -> Tier:
-        """The last tier whose thresholds are reached."""
+    def tiers_at(self, rung_flops: float, params: float) -> tuple[Tier, ...]:
+        """The alternatives of the last thresholds that are reached, fewest workers first."""
         reached = [tier for tier in self.tiers if rung_flops >= tier.from_rung_flops and params >= tier.from_params]
-        return reached[-1]
+        alike = [tier for tier in reached if tier.thresholds == reached[-1].thresholds]
+        return tuple(sorted(alike, key=lambda tier: tier.workers))
 
     @property
     def stage1_flops(self) -> int:

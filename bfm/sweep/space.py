@@ -8,6 +8,7 @@ rung and goes up to the last one without a gap: a large model has no place on th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,12 +54,24 @@ class Rejection:
     fix: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """A tier, and what a configuration is estimated to need of one of its workers."""
+
+    tier: Tier
+    needed_bytes: int
+
+    def ran_out(self, limits: Mapping[str, int]) -> bool:
+        """`limits`: kind of tier -> the smallest estimate that ran out of memory there (SweepState.memory_limits)."""
+        return self.needed_bytes >= limits.get(self.tier.kind, math.inf)
+
+
 class FeasibleSet:
     """The points of a space that its ladder, its workers and a log allow."""
 
     def __init__(self, spec: SweepSpec, costs: CostModel) -> None:
         self.spec, self.costs = spec, costs
-        self._memory: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._places: dict[tuple[Any, ...], list[Place]] = {}
 
     def judge(self, values: Mapping[str, Any], limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
         """The verdict on the values of the free parameters.
@@ -98,25 +111,23 @@ class FeasibleSet:
         return (
             self._steps(config, cost, rung_flops)
             or self._data(config, cost, rung_flops)
-            or self._fits(config, cost, self.spec.tier(rung_flops, cost.params))
+            or self._no_tier(config, cost, rung_flops)
         )
 
-    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
-        """The kind of tier that trains a whole configuration to a rung, and the estimate for one of its workers."""
+    def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
+        """How a whole configuration may be trained to a rung, fewest workers first: the tiers that hold it and at which
+        nothing estimated as small or smaller ran out of memory."""
         key = (rung, *config.items())
-        if key not in self._memory:
+        if key not in self._places:
             whole = TrainConfig.from_dict(config)
-            cost = self.costs.of(whole)
-            tier = self.spec.tier(self.spec.budget.ladder_flops[rung], cost.params)
-            self._memory[key] = tier.kind, memory_bytes(whole, cost, tier)
-        return self._memory[key]
+            self._places[key] = self.holding(whole, self.costs.of(whole), rung)
+        return [place for place in self._places[key] if not place.ran_out(limits)]
 
-    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
-        """Whether nothing estimated as small or smaller ran out of memory at the tier of a rung."""
-        if not limits:
-            return True
-        kind, needed_bytes = self.memory(config, rung)
-        return kind not in limits or needed_bytes < limits[kind]
+    def holding(self, config: TrainConfig, cost: ConfigCost, rung: int) -> list[Place]:
+        """The same without limits; never none, because a trial from before the space was changed goes on as it can."""
+        tiers = self.spec.tiers_at(self.spec.budget.ladder_flops[rung], cost.params)
+        holding = [tier for tier in tiers if self._refuses(config, cost, tier) is None] or tiers[:1]
+        return [Place(tier, memory_bytes(config, cost, tier)) for tier in holding]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -231,18 +242,22 @@ class FeasibleSet:
 
     def _ran_out(self, point: Feasible, limits: Mapping[str, int]) -> Rejection | None:
         for rung in point.rungs:
-            tier = self.spec.tier(self.spec.budget.ladder_flops[rung], point.cost.params)
-            needed_bytes = memory_bytes(point.config, point.cost, tier)
-            if tier.kind in limits and needed_bytes >= limits[tier.kind]:
+            places = self.holding(point.config, point.cost, rung)
+            if all(place.ran_out(limits) for place in places):
+                place = places[-1]
                 return Rejection(
                     reason=RAN_OUT,
-                    detail=f"about {needed_bytes / GIB:.3g} GiB; {limits[tier.kind] / GIB:.3g} GiB ran out",
+                    detail=f"about {place.needed_bytes / GIB:.3g} GiB; {limits[place.tier.kind] / GIB:.3g} GiB ran out",
                     key="scaling.tiers",
                     fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
                 )
         return None
 
-    def _fits(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
+    def _no_tier(self, config: TrainConfig, cost: ConfigCost, rung_flops: int) -> Rejection | None:
+        refusals = [self._refuses(config, cost, tier) for tier in self.spec.tiers_at(rung_flops, cost.params)]
+        return None if None in refusals else refusals[0]
+
+    def _refuses(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
         if config.groups_per_step % tier.workers:
             return Rejection(
                 reason=f"{tier.workers} workers do not divide groups_per_step",

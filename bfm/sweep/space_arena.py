@@ -68,12 +68,20 @@ class SpaceArena:
         return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
 
     def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
-        """See FeasibleSet.fits."""
-        return self.feasible.fits(config, rung, limits)
+        """See Arena."""
+        return not limits or bool(self.feasible.places(config, rung, limits))
 
-    def memory(self, config: Mapping[str, Any], rung: int) -> tuple[str, int]:
-        """See FeasibleSet.memory."""
-        return self.feasible.memory(config, rung)
+    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Arena. After all of them ran out of memory, they are those that were there before."""
+        places = self.feasible.places(config, rung, limits) or self.feasible.places(config, rung, {})
+        return [place.tier.scaling(config["groups_per_step"]) for place in places]
+
+    def memory(self, task: Task) -> tuple[str, int] | None:
+        """See Arena; None where the space has no such tier any more."""
+        for place in self.feasible.places(task.config, task.rung, {}):
+            if place.tier.workers == task.scaling["workers"]:
+                return place.tier.kind, place.needed_bytes
+        return None
 
     def task(
         self,
@@ -85,7 +93,7 @@ class SpaceArena:
         checkpoint: str | None,
         tries: int,
     ) -> Task:
-        """With the scaling of the tier that N and C reach, and the probes on the way."""
+        """With the fewest workers of the tiers that N and C reach, and the probes on the way."""
         spec, config = self.spec, proposal.config
         rung_flops = spec.budget.ladder_flops[rung]
         return Task(
@@ -99,7 +107,7 @@ class SpaceArena:
             resume_from=checkpoint,
             from_rung=from_rung,
             reserved_flops=self.reserve_flops(config, rung, from_rung),
-            scaling=spec.tier(rung_flops, proposal.params).scaling(config["groups_per_step"]),
+            scaling=self.scalings(config, rung, {})[0],
             probes=spec.probes_between(config["cooldown_fraction"], rung, from_rung),
             evaluation_queries=spec.evaluation_queries,
             stage1=None if spec.stage1 is None else spec.stage1.checkpoint,

@@ -26,6 +26,12 @@ from bfm.yaml import did_you_mean, load_yaml, parse_yaml, validate
 _TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
 Number = Annotated[float, BeforeValidator(parse_number), _TEXT_OR_NUMBER]
 Count = Annotated[int, BeforeValidator(parse_count), _TEXT_OR_NUMBER]
+_COUNT_OR_MORE = WithJsonSchema(
+    {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "array", "items": {"type": ["number", "string"]}}]}
+)
+Counts = Annotated[
+    list[Count], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), _COUNT_OR_MORE
+]
 
 _TARGET_METRICS = ("recall@10", "ndcg@10", "mrr@10")
 METRICS = (
@@ -83,7 +89,7 @@ class _TierKeys(_Section):
     from_rung_flops: Number = 0.0
     from_params: Number = 0.0
     engine: Literal["plain", "deepspeed"] = "plain"
-    workers: Count = 1
+    workers: Counts = Field(default=[1], description="or a list: as many of these as are free and pay")
     zero_stage: Count = 0
     cpus: Number = 1.0
     gpus: Number = 0.0
@@ -195,7 +201,11 @@ def _build(keys: _SweepKeys) -> SweepSpec:
         parameters=parameters,
         budget=_budget(keys.budget),
         scheduler=_scheduler(keys.scheduler, len(keys.budget.ladder_flops)),
-        tiers=tuple(_tier(tier, f"scaling.tiers.{index}") for index, tier in enumerate(keys.scaling.tiers)),
+        tiers=tuple(
+            tier
+            for index, tier_keys in enumerate(keys.scaling.tiers)
+            for tier in _alternatives(tier_keys, f"scaling.tiers.{index}")
+        ),
         slots=_at_least(keys.scaling.slots, 1, "scaling.slots"),
         max_retries=_at_least(keys.scaling.max_retries, 0, "scaling.max_retries"),
         shards=keys.data.shards,
@@ -216,7 +226,7 @@ def _build(keys: _SweepKeys) -> SweepSpec:
             key="scheduler.type",
             fix=f"write method: {spec.scheduler.type}, or another type",
         )
-    _check_tiers(spec)
+    _check_tiers(spec, keys.scaling.tiers)
     _check_probes(spec)
     _check_cap(spec)
     check_axis(spec)
@@ -293,10 +303,13 @@ def _scheduler(keys: _SchedulerKeys, num_rungs: int) -> Scheduler:
     return Scheduler(keys.type, keys.eta, tuple(shares) if shares else None)
 
 
-def _tier(keys: _TierKeys, key: str) -> Tier:
-    for name in ("workers", "micro_groups"):
-        _at_least(getattr(keys, name), 1, f"{key}.{name}")
-    if keys.engine == "plain" and (keys.workers > 1 or keys.zero_stage > 0):
+def _alternatives(keys: _TierKeys, key: str) -> list[Tier]:
+    """One tier per number of workers."""
+    _at_least(keys.micro_groups, 1, f"{key}.micro_groups")
+    _at_least(min(keys.workers, default=0), 1, f"{key}.workers")
+    if len(set(keys.workers)) < len(keys.workers):
+        raise UserError("repeats a number of workers", key=f"{key}.workers", fix="write each once, such as [1, 2, 4]")
+    if keys.engine == "plain" and (max(keys.workers) > 1 or keys.zero_stage > 0):
         raise UserError("the plain engine has one worker and no ZeRO", key=key, fix="write engine: deepspeed")
     if not 0 <= keys.zero_stage <= 3:
         raise UserError(f"there is no ZeRO stage {keys.zero_stage}", key=f"{key}.zero_stage", fix="write 0, 1, 2 or 3")
@@ -308,11 +321,11 @@ def _tier(keys: _TierKeys, key: str) -> Tier:
         )
     if keys.memory_gib is not None and keys.memory_gib <= 0:
         raise UserError("must be above 0", key=f"{key}.memory_gib", fix="write GiB per worker, or leave it out")
-    return Tier(**keys.model_dump())
+    return [Tier(**{**keys.model_dump(), "workers": workers}) for workers in keys.workers]
 
 
-def _check_tiers(spec: SweepSpec) -> None:
-    if not spec.tiers or spec.tiers[0].from_rung_flops > 0 or spec.tiers[0].from_params > 0:
+def _check_tiers(spec: SweepSpec, tiers: list[_TierKeys]) -> None:
+    if not tiers or tiers[0].from_rung_flops > 0 or tiers[0].from_params > 0:
         raise UserError(
             "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
         )
@@ -320,13 +333,14 @@ def _check_tiers(spec: SweepSpec) -> None:
     freezes = spec.stage1 is not None or any(
         p.name == "freeze_at_flops" and None not in p.values for p in spec.parameters
     )
-    for index, tier in enumerate(spec.tiers):
-        key = f"scaling.tiers.{index}.softmax"
-        check_method(tier.softmax, freezes=freezes, workers=tier.workers, cuda=tier.gpus > 0, key=key)
+    for index, tier in enumerate(tiers):
+        key = f"scaling.tiers.{index}"
+        for workers in tier.workers:
+            check_method(tier.softmax, freezes=freezes, workers=workers, cuda=tier.gpus > 0, key=f"{key}.softmax")
         if tier.from_rung_flops > top:
             raise UserError(
                 f"no rung reaches it (the top is {format_flops(top)})",
-                key=f"scaling.tiers.{index}.from_rung_flops",
+                key=f"{key}.from_rung_flops",
                 fix="lower it, or leave the tier out",
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,9 @@ class FakeDriver:
         self.losses: dict[str, str] = {}
         self.yields: dict[str, Account] = {}
         self.given = 0
+        self.counts: Sequence[int] = ()
 
-    def next_task(self, fits: Callable[[Task], bool]) -> Task | Wait | Finished:
+    def next_task(self, fits: Callable[[Task, int], bool]) -> Task | Wait | Finished:
         barrier = self.given and self.given % self.batch == 0 and self.open
         if len(self.open) >= self.slots or barrier or (self.left == 0 and self.open):
             return Wait("others are running")
@@ -55,12 +56,17 @@ class FakeDriver:
             return Finished("all done")
         scaling = self.scaling[self.given % len(self.scaling)]
         task = make_task(self.given, scaling)
-        if not fits(task):
+        if not fits(task, 1):
             return Wait("no room", task)
         self.left -= 1
         self.given += 1
         self.open[task.task_id] = task
         return task
+
+    def wider(self, task_id: str) -> list[Task]:
+        task = self.open[task_id]
+        more = [workers for workers in self.counts if workers > task.scaling["workers"]]
+        return [replace(task, scaling={**task.scaling, "workers": workers}) for workers in sorted(more, reverse=True)]
 
     def report(self, task_id: str, row: Any) -> bool:
         del self.open[task_id]
@@ -76,6 +82,20 @@ class FakeDriver:
         del self.open[task_id]
         self.losses[task_id] = reason
         return True
+
+
+@dataclass
+class FakeRunning:
+    """What running tasks have written down, and which of them were asked to yield."""
+
+    spent: dict[str, int] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    def account(self, task: Task) -> Account:
+        return Account(self.spent.get(task.task_id, 0))
+
+    def ask_to_yield(self, task: Task) -> None:
+        self.asked.append(task.task_id)
 
 
 class Clock:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bfm.training.task import Account
 from ray_jobs import room
-from ray_jobs.room import ClusterRoom, Holding, fits, total_of
+from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
-from ray_jobs.trial import ROW
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeTune, make_task
+from ray_jobs.trial import ROW, YIELDED
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, make_task
 
 SMALL = {**CPU_SCALING, "cpus": 1.0}
 GROUP = {**CPU_SCALING, "cpus": 1.0, "workers": 4, "engine": "deepspeed"}
@@ -19,53 +23,66 @@ QUARTER = {**CPU_SCALING, "cpus": 1.0, "gpus": 0.25}
 EIGHT = {**CPU_SCALING, "cpus": 1.0, "gpus": 1.0, "workers": 8}
 
 
-class Grown:
-    """Resources that a test sets."""
+class Machines:
+    """Nodes that a test sets."""
 
-    def __init__(self, **resources: float) -> None:
-        self.resources = resources
-        self.asked: list[tuple[int, bool]] = []
+    def __init__(self, *nodes: Resources) -> None:
+        self.machines = list(nodes)
+        self.asked: list[list[int]] = []
 
-    def total(self):
-        return self.resources
+    def nodes(self):
+        return self.machines
 
-    def ask(self, running, waiting, most):
-        self.asked.append((len(running), waiting is not None))
+    def ask(self, tasks):
+        self.asked.append([task.scaling["workers"] for task in tasks])
 
 
 @pytest.mark.parametrize(
-    ("scaling", "resources", "holds"),
+    ("scaling", "nodes", "holds"),
     [
-        (SMALL, {"CPU": 1.0}, 1),
-        (SMALL, {"CPU": 3.5}, 3),
-        (GROUP, {"CPU": 4.0}, 0),
-        (GROUP, {"CPU": 11.0}, 2),
-        (QUARTER, {"CPU": 64.0, "GPU": 2.0}, 8),
-        (EIGHT, {"CPU": 64.0, "GPU": 17.0}, 2),
-        (SMALL, {}, 0),
+        (SMALL, [{"CPU": 1.0}], 1),
+        (SMALL, [{"CPU": 3.5}], 3),
+        (SMALL, [{"CPU": 0.75}] * 4, 0),
+        (GROUP, [{"CPU": 4.0}], 0),
+        (GROUP, [{"CPU": 11.0}], 2),
+        (GROUP, [{"CPU": 2.0}] * 5, 2),
+        (QUARTER, [{"CPU": 64.0, "GPU": 2.0}], 8),
+        (QUARTER, [{"CPU": 64.0}, {"CPU": 2.0, "GPU": 1.0}], 2),
+        (EIGHT, [{"CPU": 64.0, "GPU": 17.0}], 2),
+        (EIGHT, [{"CPU": 16.0, "GPU": 8.0}] * 2, 2),
+        (SMALL, [], 0),
     ],
 )
-def test_as_many_tasks_fit_as_the_resources_hold(scaling, resources, holds) -> None:
+def test_as_many_tasks_fit_as_the_nodes_hold(scaling, nodes, holds) -> None:
     held: list[Holding] = []
-    while len(held) < 20 and fits(make_task(0, scaling), held, resources):
+    while len(held) < 20 and fits([make_task(0, scaling)], held, nodes):
         held.append(Holding(make_task(0, scaling), False))
     assert len(held) == holds
+    assert fits([make_task(0, scaling)] * holds, [], nodes)
+    assert not fits([make_task(0, scaling)] * (holds + 1), [], nodes)
+
+
+def test_small_tasks_leave_gpus_and_whole_nodes_to_those_that_need_them() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 8.0}, {"CPU": 8.0}]
+    held = [Holding(make_task(0, SMALL), False)] * 8
+    assert fits([make_task(1, {**EIGHT, "cpus": 0.5, "workers": 8})], held, nodes)
 
 
 def test_an_idle_actor_is_taken_over_by_its_like_and_in_the_way_of_others() -> None:
     idle = [Holding(make_task(0, SMALL), True)]
-    assert fits(make_task(1, SMALL), idle, {"CPU": 1.0})
-    assert fits(make_task(1, GROUP), idle, {"CPU": 5.0}), "its coordinator is such an actor"
-    assert not fits(make_task(1, {**SMALL, "cpus": 2.0}), idle, {"CPU": 2.0})
+    assert fits([make_task(1, SMALL)], idle, [{"CPU": 1.0}])
+    assert fits([make_task(1, GROUP)], idle, [{"CPU": 5.0}]), "its coordinator is such an actor"
+    assert not fits([make_task(1, SMALL)] * 2, idle, [{"CPU": 1.0}])
+    assert not fits([make_task(1, {**SMALL, "cpus": 2.0})], idle, [{"CPU": 2.0}])
 
 
 def test_nothing_is_chosen_before_there_is_a_machine() -> None:
-    driver, cluster, clock = FakeDriver(8, 64), Grown(), Clock()
+    driver, cluster, clock = FakeDriver(8, 64), Machines(), Clock()
     searcher = DriverSearcher(driver, 64, room=cluster, clock=clock)
     assert searcher.suggest("a") is None
     assert (driver.given, driver.open) == (0, {})
-    assert cluster.asked == [(0, True)]
-    cluster.resources["CPU"] = 1.0
+    assert cluster.asked == [[1]]
+    cluster.machines.append({"CPU": 1.0})
     clock.now_s += 10
     given = [searcher.suggest(name) for name in ("b", "c", "d")]
     assert [isinstance(answer, dict) for answer in given] == [True, True, False], "half a CPU each"
@@ -79,7 +96,7 @@ def test_nothing_is_chosen_before_there_is_a_machine() -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_large_and_small_tasks_share_a_cluster_and_all_are_done(num_tasks, slots, cpus, seed) -> None:
-    cluster, clock = Grown(CPU=cpus), Clock()
+    cluster, clock = Machines({"CPU": cpus}), Clock()
     driver = FakeDriver(num_tasks, slots, scaling=[SMALL, SMALL, GROUP])
     searcher = DriverSearcher(driver, slots, room=cluster, clock=clock)
     tune = FakeTune(searcher, clock, slots, np.random.default_rng(seed))
@@ -99,7 +116,7 @@ def test_large_and_small_tasks_share_a_cluster_and_all_are_done(num_tasks, slots
 
 
 def test_idle_actors_make_room_for_what_waits() -> None:
-    driver, cluster, clock = FakeDriver(3, 2, scaling=[SMALL, SMALL, GROUP]), Grown(CPU=5.0), Clock()
+    driver, cluster, clock = FakeDriver(3, 2, scaling=[SMALL, SMALL, GROUP]), Machines({"CPU": 5.0}), Clock()
     searcher = DriverSearcher(driver, 2, room=cluster, clock=clock)
     for name in ("a", "b"):
         searcher.suggest(name)
@@ -118,11 +135,59 @@ def test_the_autoscaler_is_asked_for_what_could_be_used_now(monkeypatch) -> None
     asked = []
     monkeypatch.setattr(room.ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
     cluster, small = ClusterRoom(grows=True), make_task(0, SMALL)
-    cluster.ask([], small, 64)
-    cluster.ask([small] * 3, small, 61)
-    cluster.ask([small] * 3, small, 1)
-    cluster.ask([small] * 3, small, 1)
-    cluster.ask([small] * 4, None, 0)
-    assert asked == [[{"CPU": 1.0}] * 1, [{"CPU": 1.0}] * 6, [{"CPU": 1.0}] * 4, []]
-    ClusterRoom(grows=False).ask([], small, 64)
-    assert len(asked) == 4
+    cluster.ask([small])
+    cluster.ask([small] * 6)
+    cluster.ask([small] * 6)
+    cluster.ask([])
+    assert asked == [[{"CPU": 1.0}] * 1, [{"CPU": 1.0}] * 6, []]
+    ClusterRoom(grows=False).ask([small])
+    assert len(asked) == 3
+
+
+def test_no_more_is_wished_for_than_slots_and_tasks_could_use() -> None:
+    driver, cluster, clock = FakeDriver(64, 8), Machines({"CPU": 1.5}), Clock()
+    searcher = DriverSearcher(driver, 8, room=cluster, clock=clock)
+    for trial in "abcd":
+        searcher.suggest(trial)
+    assert cluster.asked == [[1] * 6], "three run, half a CPU each, and three like them could"
+
+
+def growing(spent: int, elapsed_s: float, *nodes: Resources):
+    """Two slots, one task that runs alone on one CPU, the other slot's next task not there yet."""
+    driver, cluster, clock, running = FakeDriver(1, 2, scaling=[SMALL]), Machines({"CPU": 1.0}), Clock(), FakeRunning()
+    driver.counts = (1, 2, 4)
+    searcher = DriverSearcher(driver, 2, room=cluster, running=running, clock=clock)
+    assert isinstance(searcher.suggest("a"), dict)
+    searcher.started("a")
+    running.spent["t0-r0-a0"] = spent
+    clock.now_s += elapsed_s
+    cluster.machines += nodes
+    searcher.suggest("b")
+    return searcher, cluster, running, clock
+
+
+@pytest.mark.parametrize(
+    ("spent", "elapsed_s", "nodes", "asked", "wished"),
+    [
+        (100, 60.0, [{"CPU": 2.0}], ["t0-r0-a0"], []),
+        (100, 60.0, [{"CPU": 4.0}], ["t0-r0-a0"], []),
+        (100, 60.0, [{"CPU": 1.0}], [], [4]),
+        (100, 60.0, [], [], [4]),
+        (900, 60.0, [{"CPU": 8.0}], [], []),
+        (0, 60.0, [{"CPU": 8.0}], [], []),
+    ],
+    ids=["two more", "four", "a coordinator holds a CPU, too", "no room: asked for", "nearly done", "not known yet"],
+)
+def test_idle_room_goes_to_a_running_task_with_much_left(spent, elapsed_s, nodes, asked, wished) -> None:
+    _, cluster, running, _ = growing(spent, elapsed_s, *nodes)
+    assert running.asked == asked
+    assert cluster.asked[-1:] == ([] if asked else [wished])
+
+
+def test_a_task_is_asked_once_and_again_when_it_could_have_still_more() -> None:
+    searcher, _, running, clock = growing(100, 60.0, {"CPU": 2.0})
+    clock.now_s += 60
+    searcher.suggest("b")
+    assert running.asked == ["t0-r0-a0"], "its checkpoint is not there yet"
+    assert searcher.may_end("a", {YIELDED: json.dumps(asdict(Account(110, "progress", 110)))}) in (True, False)
+    assert searcher._growing is None

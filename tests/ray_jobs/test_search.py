@@ -20,7 +20,7 @@ from bfm.training.task import Account
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, YIELD_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
 from ray_jobs.trial import LOST, ROW, YIELDED, slot_resources
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeTune, make_task
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, make_task
 
 
 def world(
@@ -171,16 +171,14 @@ def test_a_task_survives_the_way_through_tune() -> None:
 
 def stopping(num_tasks: int = 9, slots: int = 3):
     """Three running tasks of a sweep that has received SIGTERM, and which of them were asked to yield."""
-    asked: list[str] = []
+    running = FakeRunning()
     driver, clock, signals = FakeDriver(num_tasks, slots), Clock(), Signals()
-    searcher = DriverSearcher(
-        driver, slots, signals=signals, ask_to_yield=lambda task: asked.append(task.task_id), clock=clock
-    )
+    searcher = DriverSearcher(driver, slots, signals=signals, running=running, clock=clock)
     for trial in "abc":
         searcher.suggest(trial)
         searcher.started(trial)
     signals.received = signal.SIGTERM
-    return driver, searcher, clock, asked
+    return driver, searcher, clock, running.asked
 
 
 YIELD = {YIELDED: json.dumps(asdict(Account(70, "progress", 60)))}

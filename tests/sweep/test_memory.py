@@ -32,7 +32,7 @@ def test_nothing_estimated_larger_is_tried_again_at_that_tier(policy, rungs):
     order = []
 
     def run(task):
-        kind, needed_bytes = driver.arena.memory(task.config, task.rung)
+        kind, needed_bytes = driver.arena.memory(task)
         assert needed_bytes < driver.state.memory_limits.get(kind, float("inf"))
         row = too_small(2000, rungs)(task)
         order.append(row["status"])
@@ -57,7 +57,7 @@ def test_the_reason_is_counted_and_the_limit_is_the_smallest_that_ran_out():
     assert sizes == sorted(sizes, reverse=True)
     assert driver.state.rejected[RAN_OUT] > 0
     (limit,) = driver.state.memory_limits.values()
-    assert limit == min(driver.arena.memory(trial.config, 0)[1] for trial in ran_out)
+    assert limit == min(driver.arena.feasible.places(trial.config, 0, {})[0].needed_bytes for trial in ran_out)
 
 
 def test_another_tier_has_another_memory():

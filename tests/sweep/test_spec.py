@@ -148,7 +148,7 @@ def test_every_change_changes_the_hash(good):
 def test_the_quickstart_is_valid_and_fits_the_schema():
     spec = resolve(QUICKSTART)
     assert len(spec.budget.ladder_flops) >= 3
-    top = spec.tier(spec.budget.ladder_flops[-1], 1e4)
+    top = spec.tiers_at(spec.budget.ladder_flops[-1], 1e4)[0]
     assert (top.engine, top.workers) == ("deepspeed", 2)
     jsonschema.validate(load_yaml(QUICKSTART), json_schema())
 
@@ -334,15 +334,15 @@ def test_a_softmax_that_a_tier_cannot_compute_is_refused():
         with pytest.raises(UserError, match=fragment):
             make_spec(scaling={"tiers": [tier]}, parameters=parameters)
     spec = make_spec(scaling={"tiers": [{"softmax": "sharded", **pair}]}, parameters=frozen)
-    assert spec.tier(1e9, 100).scaling(2)["softmax"] == "sharded"
+    assert spec.tiers_at(1e9, 100)[0].scaling(2)["softmax"] == "sharded"
 
 
 def test_the_last_matching_tier_wins():
     tiers = [{}, {"from_params": 5000, "gpus": 0.25}, {"from_rung_flops": "4e9", "engine": "deepspeed", "workers": 2}]
     spec = make_spec(scaling={"tiers": tiers})
-    assert spec.tier(1e9, 100).gpus == 0
-    assert spec.tier(1e9, 6000).gpus == 0.25
-    assert spec.tier(4e9, 6000).workers == 2
+    assert spec.tiers_at(1e9, 100)[0].gpus == 0
+    assert spec.tiers_at(1e9, 6000)[0].gpus == 0.25
+    assert spec.tiers_at(4e9, 6000)[0].workers == 2
 
 
 @given(st.integers(1, 64), st.integers(1, 4), st.integers(1, 64))

@@ -113,7 +113,7 @@ def _train(
     recipe: Recipe, sizes: Swept, shards: str, storage: str, seed: int, observer: Observer | None
 ) -> Mapping[str, Any]:
     config = TrainConfig.from_dict(recipe.config)
-    tier = sizes.spec.tier(recipe.flops, recipe.params.estimate)
+    tier = sizes.spec.tiers_at(recipe.flops, recipe.params.estimate)[0]
     groups = {size for size in range(1, tier.micro_groups + 1) if config.groups_per_step % size == 0}
     row = train_single(
         config,

@@ -249,7 +249,8 @@ class Configurations:
 
     def config(self, params: float) -> TrainConfig:
         """The configuration of a size, feasible or not."""
-        workers = self._spec.tier(self.flops, params).workers
+        # A number that the most workers share can be shared by fewer, too.
+        workers = self._spec.tiers_at(self.flops, params)[-1].workers
         groups = workers * max(1, round(self.chosen.batch.at(params) / self._group_events / workers))
         positions = groups * self._base["group_windows"] * self._base["window"]
         rate = self.chosen.rate_ratio * rule_learning_rate(params, positions)

@@ -209,9 +209,14 @@ class TableArena:
         del config, rung, limits
         return True
 
-    def memory(self, config: Mapping[str, Any], rung: int) -> None:
+    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
+        """One worker."""
+        del config, rung, limits
+        return [{"workers": 1}]
+
+    def memory(self, task: Task) -> None:
         """Not known."""
-        del config, rung
+        del task
 
     def task(
         self,
