@@ -40,6 +40,8 @@ STATUSES = ("ok", "diverged", "oom")
 _NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
 
 
+_LOOKS_BACK = 200
+"""So many of the last rows tell how fast so many workers are."""
 Fits = Callable[[Task, int], bool]
 Settle = Callable[[Task], Account]
 """What a task that ended without a row may have trained; afterwards it can train nothing more."""
@@ -330,8 +332,8 @@ class SweepDriver:
         scalings = {
             way["workers"]: way for way in self.arena.scalings(task.config, task.rung, self.state.memory_limits)
         }
-        rows = self.state.rungs.get(task.rung, {}).values()
-        counts = worthwhile(sorted(scalings), rows, task.config.get("params"))
+        rows = (self.state.trials[trial].rows[rung] for trial, rung in self.state.arrivals[-_LOOKS_BACK:])
+        counts = worthwhile(sorted(scalings), rows, task.config.get("params"), task.reserved_flops)
         return [replace(task, scaling=scalings[workers]) for workers in counts]
 
     def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:

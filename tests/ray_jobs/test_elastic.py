@@ -1,0 +1,57 @@
+"""A task takes more workers while it runs, and its row is that of a run of one."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+import torch
+
+from bfm.files import Store
+from bfm.sweep.ledger import read_ledger
+from bfm.sweep.spec import resolve
+from bfm.training.engine import EngineFactory
+from bfm.training.rung import run_rung
+from bfm.training.task import RungTask
+from ray_jobs import search
+from ray_jobs.cluster_session import local_ray
+from ray_jobs.sweep import run_sweep
+from tests.ray_jobs.toys import SINGLE, wait_for, write_space
+
+ELASTIC = {"from_rung_flops": 2e8, "engine": "deepspeed", "workers": [1, 2], "zero_stage": 2, "cpus": 0.5}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(search, "GROW_LEFT_S", 5.0)
+    monkeypatch.setattr(search, "GROW_LOOK_S", 2.0)
+    space = write_space(
+        tmp_path,
+        toy_shards.path,
+        # Two begin, one goes on: its rung is for one slot of two, and then the other one's room is idle.
+        scheduler={"type": "asha-promote"},
+        scaling={"slots": 2, "tiers": [SINGLE, ELASTIC]},
+        budget={"ladder_flops": [1e8, 4e8], "total_flops": 1e10, "max_trials": 2},
+    )
+    events = []
+    with local_ray(2, dashboard=True):
+        outcome = run_sweep(resolve(space), str(tmp_path), progress=lambda event, driver: events.append(event.kind))
+        wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 60, "all CPUs are free again")
+    assert (outcome.rows, outcome.failed, outcome.lost) == (3, 0, 0)
+    assert events.count("growing") == events.count("yielded") == 1
+    records = list(read_ledger(Store(tmp_path / "tiny")).records)
+    tasks = [record["task"] for record in records if record["kind"] == "task" and record["task"]["rung"] == 1]
+    assert [task["scaling"]["workers"] for task in tasks] == [1, 2]
+    (top,) = (record["row"] for record in records if record["kind"] == "row" and record["row"]["rung"] == 1)
+    assert (top["workers"], top["zero_stage"]) == (2, 2)
+    (charged,) = (record["charged_flops"] for record in records if record["kind"] == "yielded")
+    assert charged + top["task_flops"] <= tasks[0]["reserved_flops"]
+    assert outcome.spent_flops == charged + sum(r["row"]["task_flops"] for r in records if r["kind"] == "row")
+
+    whole = RungTask.from_task({**tasks[0], "trial": "whole", "task_id": "whole"})
+    store = Store(tmp_path / "tiny")
+    torch.set_num_threads(1)
+    unbroken = run_rung(whole, toy_shards, EngineFactory(), store)
+    assert (top["path_flops"], top["steps"]) == (unbroken["path_flops"], unbroken["steps"])
+    assert top["metrics"]["nll"] == pytest.approx(unbroken["metrics"]["nll"], rel=1e-3)
