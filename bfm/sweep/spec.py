@@ -323,6 +323,12 @@ def _check_tiers(spec: SweepSpec) -> None:
     for index, tier in enumerate(spec.tiers):
         key = f"scaling.tiers.{index}.softmax"
         check_method(tier.softmax, freezes=freezes, workers=tier.workers, cuda=tier.gpus > 0, key=key)
+        if tier.workers > 1 and 0 < tier.gpus < 1:
+            raise UserError(
+                f"{tier.workers} workers cannot share GPUs (NCCL takes one process on each)",
+                key=f"scaling.tiers.{index}.gpus",
+                fix="write a whole number of GPUs per worker, or workers: 1",
+            )
         if tier.from_rung_flops > top:
             raise UserError(
                 f"no rung reaches it (the top is {format_flops(top)})",
