@@ -43,8 +43,8 @@ def test_launched_heads_take_no_trials_and_workers_start_at_none(name: str) -> N
 
 
 def test_nothing_is_installed_when_a_machine_starts() -> None:
-    config = load("launcher.yaml")
-    assert not {"setup_commands", "worker_setup_commands", "head_setup_commands"} & set(config)
+    config = prepare_config(load("launcher.yaml"))
+    assert [config[f"{whose}setup_commands"] for whose in ("", "head_", "worker_")] == [[], [], []]
     assert set(config["file_mounts"]) == {"/home/ray/.ray/auth_token"}, "the code is in the image"
     (login,) = config["initialization_commands"]
     assert login.endswith(config["docker"]["image"].partition("/")[0])
