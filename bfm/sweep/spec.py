@@ -337,6 +337,12 @@ def _check_tiers(spec: SweepSpec, tiers: list[_TierKeys]) -> None:
         key = f"scaling.tiers.{index}"
         for workers in tier.workers:
             check_method(tier.softmax, freezes=freezes, workers=workers, cuda=tier.gpus > 0, key=f"{key}.softmax")
+        if max(tier.workers) > 1 and 0 < tier.gpus < 1:
+            raise UserError(
+                f"{max(tier.workers)} workers cannot share GPUs (NCCL takes one process on each)",
+                key=f"{key}.gpus",
+                fix="write a whole number of GPUs per worker, or workers: 1",
+            )
         if tier.from_rung_flops > top:
             raise UserError(
                 f"no rung reaches it (the top is {format_flops(top)})",

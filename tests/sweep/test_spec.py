@@ -255,6 +255,7 @@ SLIPS = {
     "scaling.tiers=[{engine: fsdp}]": ("scaling.tiers.0.engine", "'plain' or 'deepspeed'"),
     "scaling.tiers=[{cpus: 0}]": ("scaling.tiers.0.cpus", "part of a CPU"),
     "scaling.tiers=[{gpus: 1.5}]": ("scaling.tiers.0.gpus", "1.5 GPUs"),
+    "scaling.tiers=[{engine: deepspeed, workers: 2, gpus: 0.5}]": ("scaling.tiers.0.gpus", "cannot share GPUs"),
     "scaling.tiers=[{memory_gib: 0}]": ("scaling.tiers.0.memory_gib", "above 0"),
     "scaling.tiers=[{}, {from_rung_flops: 1e11}]": ("scaling.tiers.1.from_rung_flops", "no rung reaches it"),
     "data.shards=3": ("data.shards", "string"),
