@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bfm.files import Store
 from bfm.sweep.task import Task
 from bfm.training.journal import read_account, settle, stop_task
 from bfm.training.task import Account, RungTask
+from ray_jobs.pulse import Pulses
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Attempts:
     """Those of one sweep."""
 
     store: Store
+    pulses: Pulses
 
     def account(self, task: Task) -> Account:
         """What a running task may have trained so far."""
@@ -24,9 +27,21 @@ class Attempts:
         """Have it end after a checkpoint."""
         stop_task(_rung_task(task), self.store, at_once=False)
 
-    def settle(self, task: Task) -> Account:
-        """What it may have trained; it trains nothing more."""
-        return settle(_rung_task(task), self.store)
+    def end_hung(self) -> list[str]:
+        """Ids of tasks that stood still; their processes are killed."""
+        hung = self.pulses.hung()
+        for processes in hung.values():
+            self.pulses.end(processes)
+        return list(hung)
+
+    def nodes(self, task: Task) -> list[str]:
+        """Where a running task was last seen."""
+        return self.pulses.nodes(task.task_id)
+
+
+def settle_in(store: Store) -> Callable[[Task], Account]:
+    """Tells what a task of the store may have trained; it trains nothing more."""
+    return lambda task: settle(_rung_task(task), store)
 
 
 def _rung_task(task: Task) -> RungTask:

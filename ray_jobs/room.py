@@ -7,7 +7,8 @@ that may come; what is asked for is what could be used now.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from ray_jobs.trial import slot_resources
 Resources = dict[str, float]
 _NAMES = ("GPU", "CPU")
 _SLACK = 1e-9
+ASK_LESS_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -59,38 +61,49 @@ def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Res
 class Room(Protocol):
     """What the searcher asks."""
 
-    def nodes(self) -> list[Resources]:
-        """CPUs and GPUs of each live node that takes tasks."""
+    def nodes(self) -> dict[str, Resources]:
+        """Id -> CPUs and GPUs of each live node that is not about to go."""
         ...
 
-    def ask(self, tasks: Sequence[Task]) -> None:
-        """Have room made for these tasks together; none: what is idle may go."""
+    def ask(self, tasks: Sequence[Task], more: Sequence[Task] = ()) -> None:
+        """Have room made for these tasks and some more beside them; without more, what is idle may go."""
         ...
 
 
 class ClusterRoom:
     """Of the Ray at hand."""
 
-    def __init__(self, *, grows: bool) -> None:
+    def __init__(self, *, grows: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """`grows`: an autoscaler may listen."""
-        self._grows = grows
+        self._grows, self._clock = grows, clock
         self._asked: list[Resources] = []
+        self._num_nodes, self._since_s = 0, clock()
 
-    def nodes(self) -> list[Resources]:
-        """See Room; a node that is drained takes none."""
+    def nodes(self) -> dict[str, Resources]:
+        """See Room."""
         leaving = draining_nodes()
-        return [
-            {name: node["Resources"].get(name, 0.0) for name in _NAMES}
+        return {
+            node["NodeID"]: {name: node["Resources"].get(name, 0.0) for name in _NAMES}
             for node in ray.nodes()
             if node["Alive"] and node["NodeID"] not in leaving
-        ]
+        }
 
-    def ask(self, tasks: Sequence[Task]) -> None:
+    def ask(self, tasks: Sequence[Task], more: Sequence[Task] = ()) -> None:
         """See Room."""
-        wanted = [_present(bundle) for task in tasks for bundle in bundles(task.scaling)]
-        if self._grows and wanted != self._asked:
-            self._asked = wanted
-            ray.autoscaler.sdk.request_resources(bundles=wanted)
+        if self._grows:
+            wanted = [*tasks, *more[: self._at_most(len(more))]] if more else []
+            bundled = [_present(bundle) for task in wanted for bundle in bundles(task.scaling)]
+            if bundled != self._asked:
+                self._asked = bundled
+                ray.autoscaler.sdk.request_resources(bundles=bundled)
+
+    def _at_most(self, number: int) -> int:
+        """Half as many after every while that brought no node, down to one: for a request that is above its limits
+        Ray's autoscaler starts nothing at all."""
+        num_nodes, now_s = len(ray.nodes()), self._clock()
+        if not number or num_nodes != self._num_nodes:
+            self._num_nodes, self._since_s = num_nodes, now_s
+        return max(1, number >> int((now_s - self._since_s) / ASK_LESS_S))
 
 
 def _pack(parts: Sequence[Resources], nodes: Sequence[Resources]) -> bool:

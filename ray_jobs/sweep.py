@@ -36,10 +36,11 @@ from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT, SweepState
 from bfm.units import format_flops
-from ray_jobs.attempts import Attempts
+from ray_jobs.attempts import Attempts, settle_in
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
+from ray_jobs.desk import SweepEvent
+from ray_jobs.pulse import Pulses
 from ray_jobs.room import ClusterRoom
-from ray_jobs.search import SweepEvent
 from ray_jobs.signals import Interrupted, signals_raise
 from ray_jobs.trial import Executor, Workplace
 from ray_jobs.tuning import run_tasks
@@ -111,7 +112,6 @@ def run_sweep(
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
     spec = on_log(spec, opened, protocol)
-    workplace = Workplace(shards, store.uri, HPARAMS_METRICS)
     joins = joins_a_cluster()
     if not joins:
         check_fits(spec, machine_capacity())
@@ -129,13 +129,14 @@ def run_sweep(
                     _curves(store, driver, floors, progress) as on_event,
                 ):
                     signals.waits = True
+                    pulses = Pulses()
                     run_tasks(
                         driver,
                         spec.slots,
-                        execute or workplace,
+                        execute or Workplace(shards, store.uri, HPARAMS_METRICS, pulses),
                         on_event,
                         room=ClusterRoom(grows=joins),
-                        running=Attempts(store),
+                        running=Attempts(store, pulses),
                         signals=signals,
                     )
         except Interrupted as interrupt:
@@ -169,7 +170,7 @@ def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, *
         ledger, costs = Ledger(store, lease), Costs(facts)
 
         log = {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
-        yield SweepDriver.start(spec, ledger, costs, settle=Attempts(store).settle, log=log, **options)
+        yield SweepDriver.start(spec, ledger, costs, settle=settle_in(store), log=log, **options)
     finally:
         lease.release()
 
@@ -228,7 +229,7 @@ def sweep_verb(
                 display.say(_row_line(event.row, spec.metric.name, state, compare))
             elif event.kind == "imported":
                 display.say(event.reason)
-            elif event.kind in ("lost", "yielded", "waiting") and event.task is not None:
+            elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
                 display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))
             rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
             words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"

@@ -29,6 +29,8 @@ from bfm.events.verified import Verification
 from bfm.files import Store
 from bfm.training.records import Observer
 from ray_jobs.preemption import Notice
+from ray_jobs.pulse import Pulses, at_work
+from ray_jobs.trial import away_from
 
 MakeObserver = Callable[[dict[str, Any]], Observer]
 """task -> what rank 0 calls after every step. Must pickle."""
@@ -66,6 +68,7 @@ def train_on_workers(
     make_observer: MakeObserver | None = None,
     assigned_at_s: float | None = None,
     settings: GroupSettings = GroupSettings(),
+    pulses: Pulses | None = None,
 ) -> dict[str, Any]:
     """Run a task on `task["scaling"]["workers"]` workers; returns its row (see `bfm.training.rung.run_rung`).
 
@@ -76,6 +79,7 @@ def train_on_workers(
         make_observer: builds rank 0's observer from the task.
         assigned_at_s: wall-clock time of the task's assignment.
         settings: checkpoints, restarts, timeouts.
+        pulses: where every worker tells that it moves.
 
     Raises:
         UserError, InfeasibleError: as run_rung.
@@ -101,10 +105,14 @@ def train_on_workers(
             "make_observer": make_observer,
             "assigned_at_s": assigned_at_s or time.time(),
             "settings": asdict(settings),
+            "pulses": pulses,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=int(scaling["workers"]), use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=int(scaling["workers"]),
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=away_from(task.get("avoid", "")) or None,
         ),
         run_config=ray.train.RunConfig(
             name=run_name,
@@ -193,16 +201,17 @@ def _rank_main(config: dict[str, Any]) -> None:
     if factory.rank == 0 and config["make_observer"] is not None:
         observer = config["make_observer"](task)
     try:
-        row = run_rung(
-            RungTask.from_task(task),
-            shards,
-            factory,
-            store,
-            observer,
-            save_every_s=config["settings"]["save_every_s"],
-            assigned_at_s=config["assigned_at_s"],
-            should_yield=Notice(),
-        )
+        with at_work(config["pulses"], task["task_id"]):
+            row = run_rung(
+                RungTask.from_task(task),
+                shards,
+                factory,
+                store,
+                observer,
+                save_every_s=config["settings"]["save_every_s"],
+                assigned_at_s=config["assigned_at_s"],
+                should_yield=Notice(),
+            )
         answer: dict[str, Any] = {"row": {**row, "verified_shards": verification.result()}}
     except YieldError as end:
         answer = {"yielded": asdict(end.account)}

@@ -18,11 +18,13 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.training.journal import YieldError
 from ray_jobs.preemption import Notice
+from ray_jobs.pulse import Pulses, at_work
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
 ROW, LOST, YIELDED, FATAL = "row", "lost", "yielded", "fatal"
+OUTCOMES = {ROW, LOST, YIELDED, FATAL}
+NODE = "node"
+"""Beside the outcome: the id of the node that it comes from."""
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
 FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
 STANDBY_S = 0.1
@@ -52,14 +57,20 @@ def slot_resources(scaling: Mapping[str, Any]) -> dict[str, float]:
     return {"CPU": min(float(scaling["cpus"]), COORDINATOR_CPUS), "GPU": 0.0}
 
 
+def away_from(nodes: str) -> dict[str, str]:
+    """Ray's label selector for every node but these ids, comma-separated."""
+    return {"ray.io/node-id": f"!in({nodes})"} if nodes else {}
+
+
 class RungTrial(Trainable):
     """Runs its task in the first step; further steps stand by until the searcher has the actor's next task."""
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
         """The placement group of the trial's actor; trials with equal groups share actors."""
-        held = slot_resources(json.loads(config["task"])["scaling"])
-        return PlacementGroupFactory([{name: amount for name, amount in held.items() if amount > 0}])
+        scaling = json.loads(config["task"])["scaling"]
+        held = {name: amount for name, amount in slot_resources(scaling).items() if amount > 0}
+        return PlacementGroupFactory([held], bundle_label_selector=[away_from(config["avoid"])])
 
     def setup(self, config: dict[str, Any], execute: Executor | None = None) -> None:
         """Pay for the imports, once per actor."""
@@ -74,28 +85,31 @@ class RungTrial(Trainable):
         """Take the next task; not on an actor that is to go."""
         if notice().given:
             return False
-        self._task = json.loads(new_config["task"])
+        self._task = {**json.loads(new_config["task"]), "avoid": new_config["avoid"]}
         self._assigned_at_s = float(new_config["assigned_at_s"])
         self._delivered = False
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"row": JSON}, {"yielded": JSON}, {"lost": reason} or {"fatal": kind} once; afterwards standby: empty."""
+        """{"row": JSON}, {"yielded": JSON}, {"lost": reason} or {"fatal": kind} once, with this node's id; afterwards
+        standby: empty."""
         if self._delivered:
             time.sleep(STANDBY_S)
             if notice().terminated:
                 os._exit(128 + signal.SIGTERM)
             return {}
         self._delivered = True
+        return {**self._outcome(), NODE: ray.get_runtime_context().get_node_id()}
+
+    def _outcome(self) -> dict[str, Any]:
         try:
-            row = self._execute(self._task, self._assigned_at_s)
+            return {ROW: json.dumps(self._execute(self._task, self._assigned_at_s))}
         except YieldError as end:
             return {YIELDED: json.dumps(asdict(end.account))}
         except Exception as error:
             # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
             return _failure(error)
-        return {ROW: json.dumps(row)}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing to keep: the trunk checkpoint lies in the sweep's store. Tune calls this at the end of a trial."""
@@ -115,11 +129,15 @@ class Workplace:
     """Path or URI of the sweep's own store, shared by all nodes."""
     metrics: tuple[str, ...]
     """Names of the metrics that TensorBoard's HParams show."""
+    pulses: Pulses | None = None
+    """Where tasks tell that they move."""
 
     def __call__(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
-        """Train and evaluate the task; its row."""
+        """Train and evaluate the task; its row. Raises UserError where this node does not see the sweep's storage."""
+        check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
-            return self._train_here(task, assigned_at_s)
+            with at_work(self.pulses, task["task_id"]):
+                return self._train_here(task, assigned_at_s)
         from ray_jobs.train import GroupSettings, train_on_workers
 
         row = train_on_workers(
@@ -131,6 +149,7 @@ class Workplace:
             # A group that restarted by itself would train parts again that nobody has reserved under the cap. So it
             # ends, and the driver's next try, with a reservation of its own, goes on from the in-rung checkpoint.
             settings=GroupSettings(max_failures=0),
+            pulses=self.pulses,
         )
         with closing(self.writer(task)) as writer:
             writer.row(row)
@@ -182,6 +201,14 @@ class Workplace:
             row["verified_shards"] = verification.result()
             writer.row(row)
         return row
+
+
+def check_mounted(storage: str) -> None:
+    """Raises UserError where a sweep's folder is not there: writing would fill this node's own disk."""
+    from bfm.files import Store
+
+    if not Store(storage).exists("sweep.yaml"):
+        raise UserError("this node does not see the sweep", file=storage, fix="mount the storage on every node")
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback, Stopper
 
+from ray_jobs.desk import Driver, Running, SweepEvent
 from ray_jobs.room import Room
-from ray_jobs.search import Driver, DriverSearcher, Running, SweepEvent
+from ray_jobs.search import DriverSearcher
 from ray_jobs.signals import Signals
 from ray_jobs.trial import Executor, RungTrial
 
@@ -62,8 +63,8 @@ def run_tasks(
         if room is not None:
             room.ask([])
         shutil.rmtree(folder, ignore_errors=True)
-    if searcher.failure is not None:
-        raise searcher.failure
+    if searcher.desk.failure is not None:
+        raise searcher.desk.failure
 
 
 class EndWhenReady(Stopper):
@@ -78,7 +79,7 @@ class EndWhenReady(Stopper):
 
     def stop_all(self) -> bool:
         """Whether the run ends here."""
-        return self.searcher.failure is not None
+        return self.searcher.desk.failure is not None
 
 
 class SlotWatch(Callback):

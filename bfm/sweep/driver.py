@@ -162,18 +162,19 @@ class SweepDriver:
         self._keep_quota()
         return True
 
-    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
+    def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = WORKER) -> bool:
         """A task ended without a row: what it may have trained is charged. False for a task that is already closed.
 
         `retry` False: it would end so again (an infeasible configuration, say), so it is given up at once.
+        `fault` NODE: its machine spoils whatever it is given: not the task's fault, and no reason to pause.
         Raises PausedError, once all is written, where the losses are nobody's configuration (bfm.sweep.breaker).
         """
         if not self._is_open(task_id):
             return False
-        loss = self._loss(task_id, reason, WORKER)
+        loss = self._loss(task_id, reason, fault)
         given_up = {"kind": "abandoned", "trial": loss["trial"], "rung": loss["rung"], "reason": reason}
         self._write_end(loss, *([] if retry else [given_up]))
-        if retry:
+        if retry and fault == WORKER:
             self._breaker.loss(loss)
         return True
 

@@ -20,6 +20,8 @@ from bfm.errors import CorruptError
 Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
+NODE = "node"
+"""Who is to blame for a loss; only a worker's own are held against its task."""
 IMPORT = "import"
 LAST_DECISIONS = 5
 

@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
+from ray_jobs.room import Resources
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import FATAL, LOST, ROW
 
@@ -78,7 +79,7 @@ class FakeDriver:
         self.yields[task_id] = account
         return True
 
-    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
+    def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = "worker") -> bool:
         del self.open[task_id]
         self.losses[task_id] = reason
         return True
@@ -90,12 +91,35 @@ class FakeRunning:
 
     spent: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    hung: list[str] = field(default_factory=list)
+    where: dict[str, list[str]] = field(default_factory=dict)
 
     def account(self, task: Task) -> Account:
         return Account(self.spent.get(task.task_id, 0))
 
     def ask_to_yield(self, task: Task) -> None:
         self.asked.append(task.task_id)
+
+    def end_hung(self) -> list[str]:
+        hung, self.hung = self.hung, []
+        return hung
+
+    def nodes(self, task: Task) -> list[str]:
+        return self.where.get(task.task_id, [])
+
+
+class Machines:
+    """Nodes that a test sets."""
+
+    def __init__(self, *nodes: Resources) -> None:
+        self.machines = list(nodes)
+        self.asked: list[list[int]] = []
+
+    def nodes(self):
+        return {f"node{place}": machine for place, machine in enumerate(self.machines)}
+
+    def ask(self, tasks, more=()):
+        self.asked.append([task.scaling["workers"] for task in (*tasks, *more)])
 
 
 class Clock:

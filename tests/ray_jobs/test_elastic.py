@@ -12,7 +12,7 @@ from bfm.sweep.spec import resolve
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
-from ray_jobs import search
+from ray_jobs import desk
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.sweep import run_sweep
 from tests.ray_jobs.toys import SINGLE, wait_for, write_space
@@ -24,8 +24,8 @@ ELASTIC = {"from_rung_flops": 2e8, "engine": "deepspeed", "workers": [1, 2], "ze
 @pytest.mark.timeout(900)
 def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(search, "GROW_LEFT_S", 5.0)
-    monkeypatch.setattr(search, "GROW_LOOK_S", 2.0)
+    monkeypatch.setattr(desk, "GROW_LEFT_S", 5.0)
+    monkeypatch.setattr(desk, "LOOK_S", 2.0)
     space = write_space(
         tmp_path,
         toy_shards.path,

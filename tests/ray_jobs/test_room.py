@@ -15,26 +15,12 @@ from ray_jobs import room
 from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import ROW, YIELDED
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, make_task
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_task
 
 SMALL = {**CPU_SCALING, "cpus": 1.0}
 GROUP = {**CPU_SCALING, "cpus": 1.0, "workers": 4, "engine": "deepspeed"}
 QUARTER = {**CPU_SCALING, "cpus": 1.0, "gpus": 0.25}
 EIGHT = {**CPU_SCALING, "cpus": 1.0, "gpus": 1.0, "workers": 8}
-
-
-class Machines:
-    """Nodes that a test sets."""
-
-    def __init__(self, *nodes: Resources) -> None:
-        self.machines = list(nodes)
-        self.asked: list[list[int]] = []
-
-    def nodes(self):
-        return self.machines
-
-    def ask(self, tasks):
-        self.asked.append([task.scaling["workers"] for task in tasks])
 
 
 @pytest.mark.parametrize(
@@ -132,16 +118,31 @@ def test_idle_actors_make_room_for_what_waits() -> None:
 
 
 def test_the_autoscaler_is_asked_for_what_could_be_used_now(monkeypatch) -> None:
-    asked = []
+    asked, nodes, clock = [], [], Clock()
     monkeypatch.setattr(room.ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
-    cluster, small = ClusterRoom(grows=True), make_task(0, SMALL)
-    cluster.ask([small])
-    cluster.ask([small] * 6)
-    cluster.ask([small] * 6)
-    cluster.ask([])
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    cluster, small = ClusterRoom(grows=True, clock=clock), make_task(0, SMALL)
+    cluster.ask([], [small])
+    for _ in range(2):
+        cluster.ask([small] * 3, [small] * 3)
+    cluster.ask([small] * 3)
     assert asked == [[{"CPU": 1.0}] * 1, [{"CPU": 1.0}] * 6, []]
-    ClusterRoom(grows=False).ask([small])
+    ClusterRoom(grows=False).ask([], [small])
     assert len(asked) == 3
+
+
+def test_a_request_that_brings_no_node_is_made_smaller(monkeypatch) -> None:
+    asked, nodes, clock = [], ["head"], Clock()
+    monkeypatch.setattr(room.ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(len(bundles)))
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    cluster, small = ClusterRoom(grows=True, clock=clock), make_task(0, SMALL)
+    for _ in range(6):
+        cluster.ask([small] * 4, [small] * 4)
+        clock.now_s += room.ASK_LESS_S
+    assert asked == [8, 6, 5], "what the cluster cannot hold brings nothing at all"
+    nodes.append("new")
+    cluster.ask([small] * 5, [small] * 4)
+    assert asked[-1] == 9
 
 
 def test_no_more_is_wished_for_than_slots_and_tasks_could_use() -> None:
@@ -181,7 +182,7 @@ def growing(spent: int, elapsed_s: float, *nodes: Resources):
 def test_idle_room_goes_to_a_running_task_with_much_left(spent, elapsed_s, nodes, asked, wished) -> None:
     _, cluster, running, _ = growing(spent, elapsed_s, *nodes)
     assert running.asked == asked
-    assert cluster.asked[-1:] == ([] if asked else [wished])
+    assert cluster.asked[-1] == wished
 
 
 def test_a_task_is_asked_once_and_again_when_it_could_have_still_more() -> None:
@@ -190,4 +191,4 @@ def test_a_task_is_asked_once_and_again_when_it_could_have_still_more() -> None:
     searcher.suggest("b")
     assert running.asked == ["t0-r0-a0"], "its checkpoint is not there yet"
     assert searcher.may_end("a", {YIELDED: json.dumps(asdict(Account(110, "progress", 110)))}) in (True, False)
-    assert searcher._growing is None
+    assert searcher.desk._growing is None

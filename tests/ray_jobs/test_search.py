@@ -17,10 +17,11 @@ from ray.tune.search import Searcher
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
-from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, YIELD_LIMIT_S, DriverSearcher
+from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, SweepEvent
+from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
-from ray_jobs.trial import LOST, ROW, YIELDED, slot_resources
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, make_task
+from ray_jobs.trial import FATAL, LOST, NODE, ROW, YIELDED, slot_resources
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_task
 
 
 def world(
@@ -122,7 +123,7 @@ def test_what_the_driver_raises_ends_the_run_and_is_kept() -> None:
     driver, tune = world(5, 2)
     driver.report = refuse  # type: ignore[method-assign]
     tune.run()
-    assert isinstance(tune.searcher.failure, UserError)
+    assert isinstance(tune.searcher.desk.failure, UserError)
 
 
 def refuse(task_id: str, row: Any) -> bool:
@@ -132,8 +133,8 @@ def refuse(task_id: str, row: Any) -> bool:
 def test_damaged_input_ends_the_run() -> None:
     driver, tune = world(50, 2, fatal_task="t3-r0-a0")
     tune.run()
-    assert isinstance(tune.searcher.failure, CorruptError)
-    assert "shard-00000" in str(tune.searcher.failure)
+    assert isinstance(tune.searcher.desk.failure, CorruptError)
+    assert "shard-00000" in str(tune.searcher.desk.failure)
     assert driver.given < 10
 
 
@@ -141,7 +142,7 @@ def test_a_driver_that_waits_for_nothing_is_a_failure_not_a_hang() -> None:
     driver, tune = world(3, 1)
     driver.next_task = lambda fits: Wait("Godot")  # type: ignore[method-assign, assignment]
     tune.run()
-    assert "Godot" in str(tune.searcher.failure)
+    assert "Godot" in str(tune.searcher.desk.failure)
 
 
 def test_the_searcher_pickles_without_its_driver() -> None:
@@ -211,16 +212,74 @@ def test_a_task_that_does_not_answer_is_not_waited_for_for_ever() -> None:
 
 def test_a_paused_sweep_lets_its_tasks_yield_and_then_tells_why() -> None:
     driver, searcher, _, _ = stopping()
-    searcher._signals.received = None
+    searcher.desk._signals.received = None
 
-    def pause(task_id: str, reason: str, *, retry: bool = True) -> bool:
+    def pause(task_id: str, reason: str, **how) -> bool:
         raise PausedError("paused: the disk is full")
 
     driver.lost = pause  # type: ignore[method-assign]
     searcher.may_end("a", {LOST: "OSError: full", "retry": True})
-    assert searcher.failure is None
+    assert searcher.desk.failure is None
     for trial in "bc":
         assert searcher.may_end(trial, YIELD)
     searcher.suggest("d")
-    assert isinstance(searcher.failure, PausedError)
+    assert isinstance(searcher.desk.failure, PausedError)
     assert len(driver.yields) == 2
+
+
+def looked_after(*tasks: int):
+    """Running tasks with somebody who looks after them."""
+    driver, clock, running = FakeDriver(9, 3), Clock(), FakeRunning()
+    events: list[SweepEvent] = []
+    cluster = Machines({"CPU": 2.0}, {"CPU": 2.0})
+    searcher = DriverSearcher(driver, 3, room=cluster, running=running, clock=clock, on_event=events.append)
+    for trial in [f"trial{number}" for number in tasks]:
+        searcher.suggest(trial)
+        searcher.started(trial)
+    return driver, searcher, clock, running, events
+
+
+def test_a_task_that_stands_still_is_lost_at_once_and_its_slot_is_free() -> None:
+    driver, searcher, clock, running, _ = looked_after(0, 1, 2)
+    running.hung.append("t1-r0-a0")
+    clock.now_s += LOOK_S
+    given = searcher.suggest("next")
+    assert driver.losses == {"t1-r0-a0": HUNG}
+    assert isinstance(given, dict), "whatever becomes of the actor that hangs"
+    assert searcher.may_end("trial1", {ROW: "{}"}), "what it still brings comes too late"
+    searcher.on_trial_complete("trial1", error=True)
+    assert (driver.rows, list(driver.losses)) == ({}, ["t1-r0-a0"])
+
+
+def test_an_actor_that_hangs_holds_its_resources_until_it_ends() -> None:
+    _, searcher, clock, running, _ = looked_after(0, 1, 2)
+    searcher.desk._room.machines = [{"CPU": 1.5}]
+    running.hung.append("t1-r0-a0")
+    clock.now_s += LOOK_S
+    assert searcher.suggest("next") is None
+    searcher.on_trial_complete("trial1", error=True)
+    clock.now_s += LOOK_S
+    assert isinstance(searcher.suggest("next"), dict)
+
+
+def test_a_node_alone_with_its_fault_is_left_out_and_the_sweep_goes_on() -> None:
+    driver, searcher, clock, _, events = looked_after(0, 1)
+    no_mount = {FATAL: "UserError", "message": "this node does not see the sweep"}
+    searcher.may_end("trial0", {**no_mount, NODE: "node0"})
+    assert searcher.desk.failure is None
+    assert list(driver.losses) == ["t0-r0-a0"]
+    assert [event.kind for event in events][-2:] == ["lost", "quarantined"]
+    clock.now_s += LOOK_S
+    assert searcher.suggest("next")["avoid"] == "node0"
+    searcher.may_end("trial1", {**no_mount, NODE: "node1"})
+    assert isinstance(searcher.desk.failure, UserError), "the second node says the same"
+
+
+def test_a_worker_that_dies_is_held_against_the_node_it_was_on() -> None:
+    _, searcher, _, running, events = looked_after(0, 1, 2)
+    running.where = {f"t{number}-r0-a0": ["node0"] for number in (0, 2, 3, 4)}
+    searcher.on_trial_complete("trial0", error=True)
+    searcher.may_end("trial1", {ROW: "{}", NODE: "node1"})
+    searcher.on_trial_complete("trial2", error=True)
+    assert [event.kind for event in events][-1] == "quarantined"
+    assert searcher.desk.quarantine.nodes == {"node0"}

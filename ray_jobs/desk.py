@@ -1,0 +1,322 @@
+"""Between a sweep's driver and the trials that run its tasks: what is begun, what came of it, what needs a hand.
+
+Enters: a driver with `next_task`, `report`, `yielded` and `lost`; what trials bring; the live nodes. Leaves: the next
+task that has a place, calls on the driver, and events for a display. A task that stands still is ended, a node that
+spoils its tasks gets no more of them, and room that nobody takes goes to a running task.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from bfm.errors import PausedError
+from bfm.sweep.state import NODE, WORKER
+from bfm.sweep.task import Finished, Task, Wait
+from bfm.training.task import Account
+from ray_jobs import trial
+from ray_jobs.quarantine import Quarantine
+from ray_jobs.room import Holding, Resources, Room, fits, total_of
+from ray_jobs.signals import Interrupted, Signals
+
+WAIT_POLL_S = 1.0
+LOOK_S = 10.0
+"""How often running tasks are looked after."""
+GROW_LEFT_S = 120.0
+"""A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
+YIELD_LIMIT_S = 45.0
+"""A sweep that ends waits so long for the checkpoints of its running tasks."""
+DIED = "its worker process died (killed, out of memory, or its node is gone)"
+HUNG = "it stood still and was ended"
+Answer = TypeVar("Answer")
+
+
+class Driver(Protocol):
+    """What is needed of bfm.sweep.driver.SweepDriver."""
+
+    def next_task(self, fits: Callable[[Task, int], bool]) -> Task | Wait | Finished:
+        """The next task, with its cost reserved, if there is room for it."""
+        ...
+
+    def wider(self, task_id: str) -> list[Task]:
+        """A running task with more workers, where they pay; most first."""
+        ...
+
+    def report(self, task_id: str, row: dict[str, Any]) -> bool:
+        """Commit a task's rung row; its key `probes` holds probe rows."""
+        ...
+
+    def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = WORKER) -> bool:
+        """A task ended without a row."""
+        ...
+
+    def yielded(self, task_id: str, account: Account) -> bool:
+        """A task ended early, with a checkpoint."""
+        ...
+
+
+class Running(Protocol):
+    """What is needed of ray_jobs.attempts.Attempts."""
+
+    def account(self, task: Task) -> Account:
+        """What a running task may have trained so far."""
+        ...
+
+    def ask_to_yield(self, task: Task) -> None:
+        """Have it end after a checkpoint."""
+        ...
+
+    def end_hung(self) -> list[str]:
+        """Ids of tasks that stood still; their processes are killed."""
+        ...
+
+    def nodes(self, task: Task) -> list[str]:
+        """Where a running task was last seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class SweepEvent:
+    """Something a display may show: `kind` is imported, assigned, row, lost, yielded, growing, quarantined, waiting or
+    finished."""
+
+    kind: str
+    task: Task | None = None
+    row: dict[str, Any] | None = None
+    reason: str = ""
+
+
+@dataclass
+class Live:
+    """A Tune trial that holds a slot."""
+
+    task: Task
+    started_at_s: float | None = None
+    settled_at_s: float | None = None
+    ending: bool = False
+    gone: bool = False
+    """It stood still: its task is lost and its slot is free, whenever its actor ends."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its actor has the task."""
+        return self.started_at_s is not None and self.settled_at_s is None
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether its actor waits for another task."""
+        return self.settled_at_s is not None and not self.gone
+
+
+class Desk:
+    """See the module. `live` are all trials that hold something.
+
+    `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it. A signal
+    and a PausedError end it too, once the running tasks have left their checkpoints.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        slots: int,
+        on_event: Callable[[SweepEvent], None],
+        room: Room | None,
+        running: Running | None,
+        signals: Signals,
+        clock: Callable[[], float],
+    ) -> None:
+        self.driver, self.slots = driver, slots
+        self.failure: Exception | None = None
+        self.finished = False
+        self.waiting: Task | None = None
+        """What does not fit beside what runs."""
+        self.quarantine = Quarantine()
+        self._on_event, self._clock, self._signals = on_event, clock, signals
+        self._room, self._running = room, running
+        self._next: Task | None = None
+        self._growing: str | None = None
+        """Id of the task that was asked for a checkpoint, to go on with more workers."""
+        self._paused: PausedError | None = None
+        self._ends_at_s: float | None = None
+        self._ask_again_at_s = self._look_again_at_s = float("-inf")
+
+    def peek(self, live: Sequence[Live]) -> Task | None:
+        """The next task, its cost reserved; None while there is none to start."""
+        now_s = self._clock()
+        if self._next is not None or self.finished or self.failure is not None or now_s < self._ask_again_at_s:
+            return self._next
+        nodes = self._nodes()
+        answer = self._guard(
+            lambda: self.driver.next_task(
+                lambda task, copies: self._room is None or fits([task] * copies, _holdings(live), nodes)
+            )
+        )
+        self._wait_for_room(answer.task if isinstance(answer, Wait) else None, live)
+        if isinstance(answer, Task):
+            self._next = answer
+        elif isinstance(answer, Finished):
+            self.finished = True
+            self._on_event(SweepEvent("finished", reason=answer.reason))
+        elif isinstance(answer, Wait) and answer.task is None and not live:
+            # A driver that waits with nothing running waits for ever; that must not look like work.
+            self.failure = RuntimeError(f"nothing is running, and yet the sweep waits: {answer.reason}")
+        else:
+            self._ask_again_at_s = now_s + WAIT_POLL_S
+        return self._next
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether the next task waits to be taken."""
+        return self._next is not None
+
+    def take(self) -> dict[str, Any]:
+        """The next task as a trial's configuration."""
+        task, self._next = self._next, None
+        assert task is not None, "nothing was at hand"
+        self._on_event(SweepEvent("assigned", task=task))
+        avoid = ",".join(sorted(self.quarantine.nodes))
+        return {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time(), "avoid": avoid}
+
+    def settle(self, live: Live, result: Mapping[str, Any]) -> None:
+        """Commit what a trial has brought, once."""
+        if live.settled_at_s is not None or not trial.OUTCOMES & result.keys():
+            return
+        node = result.get(trial.NODE)
+        if trial.LOST in result:
+            self._lose(live, result[trial.LOST], node, retry=result["retry"])
+        elif trial.FATAL in result:
+            if node is not None and self.quarantine.fatal(node, result["message"], self._usable()):
+                self._lose(live, result["message"], node, fault=NODE)
+            else:
+                self.failure = self.failure or trial.FATAL_ERRORS[result[trial.FATAL]](result["message"])
+                self._close(live)
+        elif trial.YIELDED in result:
+            account = Account(**json.loads(result[trial.YIELDED]))
+            self._close(live)
+            self._guard(lambda: self.driver.yielded(live.task.task_id, account))
+            self._on_event(SweepEvent("yielded", task=live.task))
+        else:
+            row = json.loads(result[trial.ROW])
+            self._close(live)
+            if node is not None:
+                self.quarantine.row(node)
+            self._guard(lambda: self.driver.report(live.task.task_id, row))
+            self._on_event(SweepEvent("row", task=live.task, row=row))
+
+    def died(self, live: Live) -> None:
+        """A trial ended; without a row its task is lost."""
+        if live.settled_at_s is None:
+            nodes = [] if self._running is None else self._running.nodes(live.task)
+            self._lose(live, DIED, nodes[0] if len(nodes) == 1 else None)
+
+    def ends(self, live: Iterable[Live]) -> bool:
+        """Whether the run is on its way to its end. Raises Interrupted when all tasks have yielded or were too slow."""
+        if self._signals.received is None and self._paused is None:
+            return False
+        # One that has not started trained nothing; the next driver finds that in its account.
+        running = [one.task for one in live if one.is_running]
+        if self._ends_at_s is None:
+            self._ends_at_s = self._clock() + YIELD_LIMIT_S
+            if self._running is not None:
+                for task in running:
+                    self._running.ask_to_yield(task)
+        if not running or self._clock() > self._ends_at_s:
+            if self._signals.received is not None:
+                raise Interrupted(self._signals.received)
+            self.failure = self.failure or self._paused
+        return True
+
+    def look_after(self, live: Sequence[Live]) -> None:
+        """End what stands still; where nothing waits for room, give idle room to a running task."""
+        now_s, room, running = self._clock(), self._room, self._running
+        if room is None or running is None or now_s < self._look_again_at_s:
+            return
+        self._look_again_at_s = now_s + LOOK_S
+        hung = running.end_hung()
+        for one in live:
+            if one.task.task_id in hung and one.settled_at_s is None:
+                one.gone = True
+                self._lose(one, HUNG, None)
+        if not (self.in_hand or self.waiting or self._growing or self.failure):
+            room.ask(*self._grow(live, running))
+
+    def _grow(self, live: Sequence[Live], running: Running) -> tuple[list[Task], list[Task]]:
+        """Ask a running task for a checkpoint, to go on with more workers, if there is room for them; else what runs
+        beside the one that could use more, and that one."""
+        nodes = self._nodes()
+        wished: tuple[list[Task], list[Task]] = [], []
+        for one in [one for one in live if one.is_running]:
+            wider = self.driver.wider(one.task.task_id)
+            if not wider or self._left_s(one, running.account(one.task)) < GROW_LEFT_S:
+                continue
+            others = [other for other in live if other is not one]
+            if any(fits([task], _holdings(others), nodes) for task in wider):
+                self._growing = one.task.task_id
+                self._on_event(SweepEvent("growing", task=one.task))
+                running.ask_to_yield(one.task)
+                return [], []
+            if not wished[1]:
+                wished = _unsettled(others), wider[:1]
+        return wished
+
+    def _left_s(self, live: Live, account: Account) -> float:
+        """Seconds that a running task will take at its present speed; 0 where that is not known."""
+        if not account.spent_flops or live.started_at_s is None:
+            return 0.0
+        return (self._clock() - live.started_at_s) * (live.task.reserved_flops / account.spent_flops - 1)
+
+    def _wait_for_room(self, task: Task | None, live: Sequence[Live]) -> None:
+        if task is not None and self._room is not None:
+            running = _unsettled(live)
+            # It may be one of many: as many like it as are running.
+            self._room.ask(running, [task] * max(1, min(len(running), self.slots - len(running))))
+            if self.waiting is None:
+                needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount)
+                self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
+        self.waiting = task
+
+    def _nodes(self) -> list[Resources]:
+        nodes = {} if self._room is None else self._room.nodes()
+        return [resources for node, resources in nodes.items() if node not in self.quarantine.nodes]
+
+    def _usable(self) -> list[str]:
+        nodes = {} if self._room is None else self._room.nodes()
+        return [node for node, resources in nodes.items() if any(resources.values())]
+
+    def _close(self, live: Live) -> None:
+        live.settled_at_s = self._clock()
+        self._growing = None if self._growing == live.task.task_id else self._growing
+        self._ask_again_at_s = float("-inf")
+
+    def _lose(self, live: Live, reason: str, node: str | None, *, retry: bool = True, fault: str = WORKER) -> None:
+        task = live.task
+        self._close(live)
+        if node is not None and retry and fault == WORKER and self.quarantine.lost(node, task.trial, self._usable()):
+            fault = NODE
+        self._guard(lambda: self.driver.lost(task.task_id, reason, retry=retry, fault=fault))
+        self._on_event(SweepEvent("lost", task=task, reason=reason))
+        if fault == NODE:
+            self._on_event(SweepEvent("quarantined", task=task, reason=f"node {node} gets no more tasks: {reason}"))
+
+    def _guard(self, call: Callable[[], Answer]) -> Answer | None:
+        if self.failure is not None:
+            return None
+        try:
+            return call()
+        except PausedError as error:
+            self._paused = error
+        except Exception as error:
+            # Tune would bury it in a TuneError's text; the sweep's entry point raises it after the run has ended.
+            self.failure = error
+        return None
+
+
+def _holdings(live: Iterable[Live]) -> list[Holding]:
+    return [Holding(one.task, one.stands_by) for one in live]
+
+
+def _unsettled(live: Iterable[Live]) -> list[Task]:
+    return [one.task for one in live if one.settled_at_s is None]
