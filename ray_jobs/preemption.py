@@ -33,10 +33,13 @@ class Notice:
         self._given = threading.Event()
         self.terminated = False
         """Whether it was SIGTERM."""
+        self.looks = 0
+        """How often it was asked for: after every step."""
         self._watch: threading.Thread | None = None
 
     def __call__(self) -> bool:
         """Whether a notice was given."""
+        self.looks += 1
         if self._watch is None:
             self._watch = threading.Thread(target=self._look, name="preemption", daemon=True)
             self._watch.start()

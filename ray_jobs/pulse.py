@@ -1,7 +1,8 @@
 """Whether running tasks still move, and the end of those that stand still.
 
-Enters: every process that trains says every few seconds where in the code it is. Leaves: the tasks with a process that
-has been at one place for too long, be it stopped, in a collective that nobody answers, or before a dead filesystem.
+Enters: every process that trains says every few seconds how many steps it has made and where in the code it is. Leaves:
+the tasks whose processes have all been at one place for too long: stopped, in a collective that nobody answers, before
+a dead filesystem. One that waits for another one that moves is well.
 The signs go to one small actor, because a process that hangs can say nothing and its storage may be what hangs.
 """
 
@@ -21,10 +22,16 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ray_jobs.preemption import Notice
+
 BEAT_S = 5.0
 HUNG_S = 300.0
-"""No step, no part of an evaluation and no checkpoint of a running task keeps one instruction busy for so long."""
+"""No step, no part of an evaluation and no checkpoint keeps all processes of a task at one instruction for so long."""
 _ANSWER_S = 5.0
+
+
+Sign = tuple[int, int]
+"""Steps, and where in the code."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,12 @@ class _Board:
     """The last signs. Times are this actor's own, so that clocks need not agree."""
 
     def __init__(self) -> None:
-        self.seen: dict[Process, tuple[int, float]] = {}
+        self.seen: dict[Process, tuple[Sign, float]] = {}
 
-    def beat(self, process: Process, place: int) -> None:
-        """A process is at a place in the code."""
-        if self.seen.get(process, (None,))[0] != place:
-            self.seen[process] = place, time.monotonic()
+    def beat(self, process: Process, sign: Sign) -> None:
+        """A process is well."""
+        if process not in self.seen or self.seen[process][0] != sign:
+            self.seen[process] = sign, time.monotonic()
 
     def gone(self, task_id: str, pid: int | None = None) -> None:
         """A process has ended its task; None: all of them."""
@@ -68,14 +75,14 @@ class Pulses:
         self._board: Any = _Board.remote()  # type: ignore[attr-defined]
 
     @contextmanager
-    def beating(self, task_id: str) -> Iterator[None]:
-        """The calling thread is at work on a task until the block ends."""
+    def beating(self, task_id: str, notice: Notice) -> Iterator[None]:
+        """The calling thread is at work on a task until the block ends, and asks the notice after every step."""
         process = Process(task_id, ray.get_runtime_context().get_node_id(), os.getpid())
         thread, done = threading.get_ident(), threading.Event()
 
         def beat() -> None:
             while True:
-                self._board.beat.remote(process, _place(sys._current_frames().get(thread)))
+                self._board.beat.remote(process, (notice.looks, place_of(sys._current_frames().get(thread))))
                 if done.wait(BEAT_S):
                     return
 
@@ -87,21 +94,24 @@ class Pulses:
             self._board.gone.remote(task_id, process.pid)
 
     def hung(self) -> dict[str, list[Process]]:
-        """Task id -> its processes, of tasks of which one stands still; empty where the board does not answer."""
-        try:
-            still_s = ray.get(self._board.still_s.remote(), timeout=_ANSWER_S)
-        except ray.exceptions.RayError:
-            return {}
-        hung = {process.task_id for process, seconds in still_s.items() if seconds > HUNG_S}
-        return {task_id: [process for process in still_s if process.task_id == task_id] for task_id in hung}
+        """Task id -> its processes, of tasks that stand still; empty where the board does not answer."""
+        still_s = self._still_s()
+        moving = {process.task_id for process, seconds in still_s.items() if seconds <= HUNG_S}
+        hung: dict[str, list[Process]] = {}
+        for process in still_s:
+            if process.task_id not in moving:
+                hung.setdefault(process.task_id, []).append(process)
+        return hung
 
     def nodes(self, task_id: str) -> list[str]:
         """Nodes that a task's processes were last seen on."""
+        return sorted({process.node for process in self._still_s() if process.task_id == task_id})
+
+    def _still_s(self) -> dict[Process, float]:
         try:
-            still_s = ray.get(self._board.still_s.remote(), timeout=_ANSWER_S)
+            return ray.get(self._board.still_s.remote(), timeout=_ANSWER_S)
         except ray.exceptions.RayError:
-            return []
-        return sorted({process.node for process in still_s if process.task_id == task_id})
+            return {}
 
     def end(self, processes: list[Process]) -> None:
         """Kill them, each from its own node; a stopped process hears nothing else."""
@@ -111,9 +121,9 @@ class Pulses:
             self._board.gone.remote(process.task_id, process.pid)
 
 
-def at_work(pulses: Pulses | None, task_id: str) -> AbstractContextManager[None]:
+def at_work(pulses: Pulses | None, task_id: str, notice: Notice) -> AbstractContextManager[None]:
     """The same where somebody listens."""
-    return nullcontext() if pulses is None else pulses.beating(task_id)
+    return nullcontext() if pulses is None else pulses.beating(task_id, notice)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -121,7 +131,7 @@ def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def _place(frame: FrameType | None) -> int:
+def place_of(frame: FrameType | None) -> int:
     """A number that changes when a thread gets on: the instructions that it stands at, from the innermost frame out."""
     at = []
     while frame is not None:

@@ -197,11 +197,11 @@ def _rank_main(config: dict[str, Any]) -> None:
     verification = Verification(shards)
     device = ray.train.torch.get_device()
     factory = ZeroFactory(int(scaling["zero_stage"]), device)
-    observer = None
+    observer, notice = None, Notice()
     if factory.rank == 0 and config["make_observer"] is not None:
         observer = config["make_observer"](task)
     try:
-        with at_work(config["pulses"], task["task_id"]):
+        with at_work(config["pulses"], task["task_id"], notice):
             row = run_rung(
                 RungTask.from_task(task),
                 shards,
@@ -210,7 +210,7 @@ def _rank_main(config: dict[str, Any]) -> None:
                 observer,
                 save_every_s=config["settings"]["save_every_s"],
                 assigned_at_s=config["assigned_at_s"],
-                should_yield=Notice(),
+                should_yield=notice,
             )
         answer: dict[str, Any] = {"row": {**row, "verified_shards": verification.result()}}
     except YieldError as end:

@@ -136,7 +136,7 @@ class Workplace:
         """Train and evaluate the task; its row. Raises UserError where this node does not see the sweep's storage."""
         check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
-            with at_work(self.pulses, task["task_id"]):
+            with at_work(self.pulses, task["task_id"], notice()):
                 return self._train_here(task, assigned_at_s)
         from ray_jobs.train import GroupSettings, train_on_workers
 

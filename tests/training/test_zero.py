@@ -173,12 +173,15 @@ class _NotANumber:
 
 def _check_middle(directory: Path, shards_path: str) -> None:
     shards, store = Shards.open(shards_path), Store(directory / "store")
-    factory = ZeroFactory(2, DEVICE)
-    start = resume(store, "plain", STAGE_1, 3, TrainingData.of(shards))
-    trainer, records = train(STAGE_1, shards, 2 * END, factory=factory, start=start)
-    trainer.save(store, "zero")
-    if factory.rank == 0:
-        store.put("losses", " ".join(map(str, losses(records))).encode())
+    for stage in (1, 2, 3):
+        factory = ZeroFactory(stage, DEVICE)
+        start = resume(store, "plain", STAGE_1, 3, TrainingData.of(shards))
+        trainer, records = train(STAGE_1, shards, 2 * END, factory=factory, start=start)
+        trainer.save(store, f"zero{stage}")
+        if factory.rank == 0:
+            store.put(f"losses{stage}", " ".join(map(str, losses(records))).encode())
+        if stage < 3:
+            trainer.close()
     # A non-finite loss of one worker ends all of them.
     if factory.rank == 1:
         trainer._built = trainer.engine, _NotANumber(trainer.objective)
@@ -188,16 +191,18 @@ def _check_middle(directory: Path, shards_path: str) -> None:
 
 
 @pytest.mark.slow
-def test_plain_to_zero_on_two_workers_to_plain_is_one_curve(toy_shards, tmp_path):
+def test_plain_to_zero_on_two_workers_to_plain_is_one_curve_of_every_stage(toy_shards, tmp_path):
     store = Store(tmp_path / "store")
     _, expected = train(STAGE_1, toy_shards, 3 * END)
     first, before = train(STAGE_1, toy_shards, END)
     first.save(store, "plain")
     _on_two_workers(_check_middle, tmp_path, str(toy_shards.path))
-    middle = [float(loss) for loss in store.get("losses").decode().split()]
-    start = resume(store, "zero", STAGE_1, 3, first.data)
-    _, after = train(STAGE_1, toy_shards, 3 * END, start=start)
-    np.testing.assert_allclose([*losses(before), *middle, *losses(after)], losses(expected), rtol=1e-4)
+    for stage in (1, 2, 3):
+        middle = [float(loss) for loss in store.get(f"losses{stage}").decode().split()]
+        start = resume(store, f"zero{stage}", STAGE_1, 3, first.data)
+        _, after = train(STAGE_1, toy_shards, 3 * END, start=start)
+        assert len(middle) + len(after) >= 50
+        np.testing.assert_allclose([*losses(before), *middle, *losses(after)], losses(expected), rtol=1e-4)
 
 
 def _check_row(directory: Path, shards_path: str) -> None:
