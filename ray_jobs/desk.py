@@ -25,6 +25,8 @@ from ray_jobs.signals import Interrupted, Signals
 WAIT_POLL_S = 1.0
 LOOK_S = 10.0
 """How often running tasks are looked after."""
+ROOM_S = 60.0
+"""A task waits so long for its room; then smaller ones, with as long to go, yield theirs."""
 GROW_LEFT_S = 120.0
 """A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
 YIELD_LIMIT_S = 45.0
@@ -97,6 +99,8 @@ class Live:
     started_at_s: float | None = None
     settled_at_s: float | None = None
     ending: bool = False
+    yields_room: bool = False
+    """It was asked to end because a larger task waits for what it holds."""
     gone: bool = False
     """It stood still: its task is lost and its slot is free, whenever its actor ends."""
 
@@ -133,6 +137,7 @@ class Desk:
         self.finished = False
         self.waiting: Task | None = None
         """What does not fit beside what runs."""
+        self._waiting_since_s = clock()
         self.quarantine = Quarantine()
         self._on_event, self._clock, self._signals = on_event, clock, signals
         self._room, self._running = room, running
@@ -148,24 +153,27 @@ class Desk:
         now_s = self._clock()
         if self._next is not None or self.finished or self.failure is not None or now_s < self._ask_again_at_s:
             return self._next
-        nodes = self._nodes()
-        answer = self._guard(
-            lambda: self.driver.next_task(
-                lambda task, copies: self._room is None or fits([task] * copies, _holdings(live), nodes)
-            )
-        )
-        self._wait_for_room(answer.task if isinstance(answer, Wait) else None, live)
-        if isinstance(answer, Task):
-            self._next = answer
-        elif isinstance(answer, Finished):
+        answer = self._decide(live, self._nodes())
+        if isinstance(answer, Finished):
             self.finished = True
             self._on_event(SweepEvent("finished", reason=answer.reason))
         elif isinstance(answer, Wait) and answer.task is None and not live:
             # A driver that waits with nothing running waits for ever; that must not look like work.
             self.failure = RuntimeError(f"nothing is running, and yet the sweep waits: {answer.reason}")
-        else:
+        elif not isinstance(answer, Task):
             self._ask_again_at_s = now_s + WAIT_POLL_S
         return self._next
+
+    def _decide(self, live: Sequence[Live], nodes: Sequence[Resources]) -> Task | Wait | Finished | None:
+        """Ask the driver; what it gives is in hand."""
+
+        def there_is_room(task: Task, copies: int) -> bool:
+            return self._room is None or fits([task] * copies, _holdings(live), nodes)
+
+        answer = self._guard(lambda: self.driver.next_task(there_is_room))
+        self._wait_for_room(answer.task if isinstance(answer, Wait) else None, live)
+        self._next = answer if isinstance(answer, Task) else None
+        return answer
 
     @property
     def in_hand(self) -> bool:
@@ -240,8 +248,30 @@ class Desk:
             if one.task.task_id in hung and one.settled_at_s is None:
                 one.gone = True
                 self._lose(one, HUNG, None)
-        if not (self.in_hand or self.waiting or self._growing or self.failure):
+        if self.in_hand or self.finished or self.failure is not None:
+            return
+        if self.waiting is None and self._growing is None:
             room.ask(*self._grow(live, running))
+        elif self.waiting is not None and now_s - self._waiting_since_s > ROOM_S:
+            self._make_room(self.waiting, live, running)
+
+    def _make_room(self, waiting: Task, live: Sequence[Live], running: Running) -> None:
+        """Have smaller tasks go on later, so that a large one never starves and nothing stands idle for it for long."""
+        nodes, size = self._nodes(), _size(waiting)
+        smaller = [one for one in live if one.is_running and _size(one.task) < size]
+        left_s = {one.task.task_id: self._left_s(one, running.account(one.task)) for one in smaller}
+        # Those that have the longest way to go; one that is nearly there is waited for.
+        smaller = sorted(smaller, key=lambda one: left_s[one.task.task_id], reverse=True)
+        smaller = [one for one in smaller if left_s[one.task.task_id] > ROOM_S]
+        for number in range(1, len(smaller) + 1):
+            going = smaller[:number]
+            others = [one for one in live if one not in going]
+            if fits([waiting], _holdings(others), nodes):
+                self._decide(others, nodes)
+                for one in going if self.in_hand else ():
+                    one.yields_room = True
+                    running.ask_to_yield(one.task)
+                return
 
     def _grow(self, live: Sequence[Live], running: Running) -> tuple[list[Task], list[Task]]:
         """Ask a running task for a checkpoint, to go on with more workers, if there is room for them; else what runs
@@ -274,6 +304,7 @@ class Desk:
             # It may be one of many: as many like it as are running.
             self._room.ask(running, [task] * max(1, min(len(running), self.slots - len(running))))
             if self.waiting is None:
+                self._waiting_since_s = self._clock()
                 needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount)
                 self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
         self.waiting = task
@@ -320,3 +351,8 @@ def _holdings(live: Iterable[Live]) -> list[Holding]:
 
 def _unsettled(live: Iterable[Live]) -> list[Task]:
     return [one.task for one in live if one.settled_at_s is None]
+
+
+def _size(task: Task) -> tuple[float, ...]:
+    """GPUs, then CPUs."""
+    return tuple(total_of(task.scaling).values())

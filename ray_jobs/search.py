@@ -77,7 +77,7 @@ class DriverSearcher(Searcher):
         self.desk.settle(one, result)
         if one.settled_at_s is None:
             return False
-        if one.gone or self.desk.failure is not None or self.desk.ends(self._trials.values()):
+        if one.gone or one.yields_room or self.desk.failure is not None or self.desk.ends(self._trials.values()):
             return True
         if self._slots_are_starting():
             return False

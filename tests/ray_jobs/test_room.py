@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.training.task import Account
-from ray_jobs import room
+from ray_jobs import desk, room
 from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import ROW, YIELDED
@@ -192,3 +192,42 @@ def test_a_task_is_asked_once_and_again_when_it_could_have_still_more() -> None:
     assert running.asked == ["t0-r0-a0"], "its checkpoint is not there yet"
     assert searcher.may_end("a", {YIELDED: json.dumps(asdict(Account(110, "progress", 110)))}) in (True, False)
     assert searcher.desk._growing is None
+
+
+def waiting_beside(spent: dict[int, int], scaling: list[dict], cpus: float):
+    """Tasks that run for a minute, and one that has waited for room since."""
+    driver, cluster, clock, running = FakeDriver(3, 3, scaling=scaling), Machines({"CPU": cpus}), Clock(), FakeRunning()
+    searcher = DriverSearcher(driver, 3, room=cluster, running=running, clock=clock)
+    for trial in ("a", "b"):
+        if isinstance(searcher.suggest(trial), dict):
+            searcher.started(trial)
+    searcher.suggest("c")
+    assert searcher.desk.waiting is not None
+    running.spent = {f"t{number}-r0-a0": flops for number, flops in spent.items()}
+    clock.now_s += desk.ROOM_S + desk.LOOK_S
+    return driver, searcher, running, searcher.suggest("c")
+
+
+def test_small_tasks_yield_their_room_to_a_large_one_that_has_waited() -> None:
+    driver, searcher, running, answer = waiting_beside({0: 100, 1: 200}, [SMALL, SMALL, GROUP], 5.0)
+    assert json.loads(answer["task"])["scaling"]["workers"] == 4
+    assert running.asked == ["t0-r0-a0", "t1-r0-a0"]
+    assert "t2-r0-a0" in driver.open, "its cost is reserved before anything is asked to go"
+    assert searcher.may_end("a", {YIELDED: json.dumps(asdict(Account(110, "progress", 110)))})
+
+
+def test_only_as_many_yield_as_are_needed_and_the_one_with_most_left_first() -> None:
+    _, _, running, answer = waiting_beside({0: 200, 1: 100}, [SMALL, SMALL, GROUP], 6.0)
+    assert isinstance(answer, dict)
+    assert running.asked == ["t1-r0-a0"]
+
+
+@pytest.mark.parametrize(
+    ("spent", "scaling", "cpus"),
+    [({0: 900, 1: 900}, [SMALL, SMALL, GROUP], 5.0), ({0: 100}, [GROUP, SMALL, SMALL], 5.0)],
+    ids=["nearly done", "none is smaller"],
+)
+def test_a_task_that_is_nearly_done_or_no_smaller_keeps_its_room(spent, scaling, cpus) -> None:
+    _, searcher, running, answer = waiting_beside(spent, scaling, cpus)
+    assert (answer, running.asked) == (None, [])
+    assert searcher.desk.waiting is not None
