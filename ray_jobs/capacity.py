@@ -27,14 +27,14 @@ _ENVIRONMENT = {
 
 def check_fits(spec: SweepSpec, capacity: Mapping[str, float]) -> None:
     """Raises UserError where the machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
-    for tier in spec.tiers:
+    for place, thresholds in enumerate(dict.fromkeys(tier.thresholds for tier in spec.tiers)):
         # Of alternatives, one is enough.
-        needs = {other.workers: _lack(other, capacity) for other in spec.tiers if other.thresholds == tier.thresholds}
-        if all(needs.values()):
-            fewest = min(needs)
+        lacks = {tier.workers: _lack(tier, capacity) for tier in spec.tiers if tier.thresholds == thresholds}
+        if all(lacks.values()):
+            fewest = min(lacks)
             raise UserError(
-                f"a task of {fewest} workers {needs[fewest]}",
-                key="scaling.tiers",
+                f"a task of {fewest} workers {lacks[fewest]}",
+                key=f"scaling.tiers[{place}]",
                 fix="lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS",
             )
 

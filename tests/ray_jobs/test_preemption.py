@@ -72,6 +72,6 @@ def test_an_actor_that_is_to_go_takes_no_task(monkeypatch) -> None:
     notice = Notice()
     monkeypatch.setattr(trial, "notice", lambda: notice)
     actor = RungTrial.__new__(RungTrial)
-    assert actor.reset_config({"task": "{}", "assigned_at_s": 0})
+    assert actor.reset_config({"task": "{}", "assigned_at_s": 0, "avoid": ""})
     notice._given.set()
-    assert not actor.reset_config({"task": "{}", "assigned_at_s": 0})
+    assert not actor.reset_config({"task": "{}", "assigned_at_s": 0, "avoid": ""})
