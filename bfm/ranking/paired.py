@@ -85,11 +85,9 @@ class Pairing:
 
     def __call__(self, row: Row, other: Row, metric: str) -> Gap:
         """The row's value minus the other's. Raises CorruptError where scores were altered."""
-        known = unpaired(row, other, metric)
         names = self._name(row), self._name(other)
-        if not all(names) or row.get("protocol_hash") != other.get("protocol_hash"):
-            return known
-        return self._told(*names, metric) or known
+        same_queries = all(names) and row.get("protocol_hash") == other.get("protocol_hash")
+        return (same_queries and self._told(*names, metric)) or unpaired(row, other, metric)
 
     def _name(self, row: Row) -> str | None:
         return row.get("scores") or self._floors.get(row.get("floor", ""))

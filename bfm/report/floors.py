@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, best_row, goal_of, measured, metric_names, metric_value, unpaired
-from bfm.ranking.baselines import baseline_scores
-from bfm.ranking.metrics import summarise
+from bfm.laws.frontier import Compare, Gap, Row, goal_of, metric_value, unpaired
+from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import scores_object
 from bfm.report.digits import gap_text
 
@@ -26,9 +23,8 @@ Baselines = Mapping[str, Mapping[str, float]]
 _FILE, _SCORES_FILE = "floors.json", "floors/scores.json"
 
 
-def publish_floors(store: Store, shards: Shards, queries: int | None) -> Baselines:
-    """Measure the floors on the validation queries of a sweep and keep them in its storage."""
-    scores = baseline_scores(shards, Protocol.load(shards), "validation", queries=queries)
+def publish_floors(store: Store, scores: Mapping[str, QueryScores]) -> Baselines:
+    """Keep the floors in a sweep's storage, by their scores of its validation queries; returns their metrics."""
     objects = {floor: scores_object(f"floors/{floor}", of_floor) for floor, of_floor in scores.items()}
     for name, data in objects.values():
         store.put(name, data)
@@ -114,8 +110,6 @@ def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: 
     return f"{model} is {' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))}." if parts else ""
 
 
-def sweep_verdict(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
-    """The verdict on the best of a sweep, metric by metric."""
-    found = {metric: measured(rows, metric) for metric in metric_names(rows)}
-    best = {metric: best_row(here, metric) for metric, here in found.items() if here}
+def sweep_verdict(best: Mapping[str, Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+    """The verdict on a sweep by the best row of each metric."""
     return verdict("The best of the sweep", best, baselines, compare)

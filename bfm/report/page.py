@@ -16,8 +16,8 @@ from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted
 from bfm.report.law_sections import law_parts, recipe_part
+from bfm.report.runs_file import runs_parquet
 from bfm.report.style import inline_svg, svg_text
-from bfm.report.tables import runs_parquet
 from bfm.report.template import escape, page, paragraph, section
 
 _TRIALS_NOTE = "Click a head to sort. Under a value: its difference from the best of its rung, on the same queries."
