@@ -7,7 +7,7 @@ evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, also as `warm.`, 
 `loss_sampled`.
 
 Two rows answered the same queries, so the error of their difference is far below that of either. Rows do not hold what
-it takes; who has the answers hands down a `Compare` (bfm.ranking.paired), and without one differences are `unpaired`.
+it takes; who has the answers hands down a `Compare` (bfm.ranking.paired), and what that does not know is `unpaired`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Gap:
         return abs(self.value) <= 2 * self.error
 
 
-Compare = Callable[[Row, Row, str], Gap]
-"""(row, other, metric) -> how much the row's value is above the other's."""
+Compare = Callable[[Row, Row, str], Gap | None]
+"""(row, other, metric) -> how much the row's value is above the other's, query by query; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,24 @@ def metric_error(row: Row, metric: str) -> float:
     return _number((row.get("errors") or {}).get(metric))
 
 
+def no_answers(row: Row, other: Row, metric: str) -> None:
+    """The `Compare` of those who have none of the answers."""
+
+
+def gap_between(row: Row, other: Row, metric: str, compare: Compare) -> Gap:
+    """The row's value minus the other's, paired where `compare` knows how."""
+    return compare(row, other, metric) or unpaired(row, other, metric)
+
+
 def unpaired(row: Row, other: Row, metric: str) -> Gap:
     """The difference as if the rows had answered different queries: the most that their own errors can say."""
-    error = math.hypot(metric_error(row, metric), metric_error(other, metric))
-    return Gap(metric_value(row, metric) - metric_value(other, metric), error, paired=False)
+    return _apart(
+        metric_value(row, metric), metric_error(row, metric), metric_value(other, metric), metric_error(other, metric)
+    )
+
+
+def _apart(value: float, error: float, other_value: float, other_error: float) -> Gap:
+    return Gap(value - other_value, math.hypot(error, other_error), paired=False)
 
 
 def rung_rows(rows: Iterable[Row]) -> list[Row]:
@@ -133,11 +147,11 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 def numbers(rows: Iterable[Row], part: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Name -> what each row has under it in its `part` (metrics, errors), NaN where it has nothing."""
     # Row by row: of many thousand rows none is still in the CPU's cache when all have been looked at.
-    table = [[_number(held.get(name)) for name in names] for held in (row.get(part) or {} for row in rows)]
+    table = [[held.get(name) for name in names] for held in (row.get(part) or {} for row in rows)]
     return dict(zip(names, np.array(table, float).reshape(len(table), len(names)).T, strict=True))
 
 
-def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> list[FrontierPoint]:
+def frontier(rows: Iterable[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
     """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N.
 
     Raises as `measured`.
@@ -145,7 +159,7 @@ def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> l
     return _frontier(_measured_by_rung(rows, [metric])[metric], metric, compare)
 
 
-def frontiers(rows: Sequence[Row], compare: Compare = unpaired) -> dict[str, list[FrontierPoint]]:
+def frontiers(rows: Sequence[Row], compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
     """The frontier of every headline metric of the rows, losses first. Raises as `measured`."""
     measured_rungs = _measured_by_rung(rows, metric_names(rows))
     return {metric: _frontier(rungs, metric, compare) for metric, rungs in measured_rungs.items()}
@@ -169,7 +183,7 @@ def _frontier(rungs: Mapping[float, _Rung], metric: str, compare: Compare) -> li
                 error=metric_error(best, metric),
                 row=best,
                 rows=len(here.rows),
-                change=None if below is None or best is below else compare(best, below, metric),
+                change=None if below is None or best is below else gap_between(best, below, metric, compare),
                 rivals=rivals,
             )
         )
@@ -191,10 +205,15 @@ class _Rung:
 
     def rivals(self, best: Row, metric: str, compare: Compare) -> tuple[tuple[Row, Gap], ...]:
         """Rows beside `best` that are within error of it, with their difference from it."""
+        value, error = metric_value(best, metric), metric_error(best, metric)
         # No difference has a larger error than both values' errors together.
-        most_R = self.error_R + metric_error(best, metric)
-        near = _where(self.rows, np.abs(self.value_R - metric_value(best, metric)) <= 2 * most_R)
-        gaps = ((row, compare(row, best, metric)) for row in near if row is not best)
+        near_R = np.abs(self.value_R - value) <= 2 * (self.error_R + error)
+        near = zip(_where(self.rows, near_R), self.value_R[near_R].tolist(), self.error_R[near_R].tolist(), strict=True)
+        gaps = (
+            (row, compare(row, best, metric) or _apart(its_value, its_error, value, error))
+            for row, its_value, its_error in near
+            if row is not best
+        )
         return tuple((row, gap) for row, gap in gaps if gap.within_error)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, goal_of, metric_value, unpaired
+from bfm.laws.frontier import Compare, Gap, Row, gap_between, goal_of, metric_value, no_answers
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import scores_object
 from bfm.report.digits import gap_text
@@ -65,7 +65,7 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
         return None
     # A floor as a row on the same queries. It has no errors, so an unpaired difference has none either.
     beside = {"floor": floor[0], "metrics": {metric: floor[1]}, "protocol_hash": row.get("protocol_hash")}
-    gap = compare(row, beside, metric)
+    gap = gap_between(row, beside, metric, compare)
     side: Literal["above", "below"] = "above" if is_above(value, floor[1], metric) else "below"
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
@@ -90,7 +90,7 @@ def is_above(value: float, floor: float, metric: str) -> bool:
     return value < floor if goal_of(metric) == "minimize" else value > floor
 
 
-def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
     """Where a model is below the strongest floor, within error of it and above it, in one sentence.
 
     rows: metric -> the row that is held against the floors there. Empty without floors.
@@ -110,6 +110,6 @@ def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: 
     return f"{model} is {' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))}." if parts else ""
 
 
-def sweep_verdict(best: Mapping[str, Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+def sweep_verdict(best: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
     """The verdict on a sweep by the best row of each metric."""
     return verdict("The best of the sweep", best, baselines, compare)

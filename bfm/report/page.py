@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from bfm.files import write_atomic
-from bfm.laws.frontier import Compare, Row, unpaired
+from bfm.laws.frontier import Compare, Row, no_answers
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
 from bfm.report.floors import Baselines
@@ -53,7 +53,7 @@ def render_report(
     extra: Mapping[str, Any],
     *,
     laws: Sequence[Fitted] = (),
-    compare: Compare = unpaired,
+    compare: Compare = no_answers,
     overview: bool = False,
 ) -> dict[str, bytes]:
     """The files of the report by name, index.html last, for any store; arguments as in `write_report`.
@@ -80,7 +80,7 @@ def report_html(
     spec: Mapping[str, Any],
     extra: Mapping[str, Any],
     figures: str,
-    compare: Compare = unpaired,
+    compare: Compare = no_answers,
 ) -> str:
     """The page as text; `figures` is the part of it that shows them."""
     name = str(summary.get("name") or "sweep")

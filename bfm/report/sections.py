@@ -19,10 +19,10 @@ from bfm.laws.frontier import (
     metric_error,
     metric_names,
     metric_value,
+    no_answers,
     rung_bests,
     rung_ladder,
     rung_rows,
-    unpaired,
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.figures import varied_fields
@@ -78,7 +78,7 @@ _DEFINITIONS = (
 )
 
 
-def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
+def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
     best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
     return f"{_headline(rows, summary)} {sweep_verdict(best, baselines, compare)}".strip()
@@ -102,7 +102,7 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
 
 
-def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
+def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric, points in frontiers(rows).items():
@@ -127,7 +127,7 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines,
     return f'<div class="cards">{"".join(found)}</div>' if found else ""
 
 
-def best_table(rows: Sequence[Row], compare: Compare = unpaired) -> str:
+def best_table(rows: Sequence[Row], compare: Compare = no_answers) -> str:
     """Best so far per rung and metric, what it brings against the rung below, who holds it and who is within error."""
     told = frontiers(rows, compare)
     metrics = list(told)
@@ -156,7 +156,7 @@ def _point_remark(point: FrontierPoint) -> str:
     return "; ".join(part for part in (str(point.row["trial"]), size, change, rivals) if part)
 
 
-def trial_table(rows: Sequence[Row], compare: Compare = unpaired, *, every_row: bool = False) -> str:
+def trial_table(rows: Sequence[Row], compare: Compare = no_answers, *, every_row: bool = False) -> str:
     """Trials at their highest rung, or every rung row, each against the best of its rung; heads sort."""
     metrics, fields = metric_names(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
     shown = rung_rows(rows) if every_row else trials_in_order(rows)

@@ -14,14 +14,15 @@ from bfm.laws.frontier import (
     Row,
     by_rung,
     frontiers,
+    gap_between,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
+    no_answers,
     rung_bests,
     rung_ladder,
     rung_rows,
-    unpaired,
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
@@ -36,7 +37,7 @@ _MARKS = (
 """Ends of cells, and what they mean."""
 
 
-def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = no_answers) -> str:
     """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's.
 
     Under it, what it brings against the rung below, and how many more are within error of it. Below stand the floors,
@@ -69,11 +70,13 @@ def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = 
     return "\n".join([text, *notes, *filter(None, [sweep_verdict(best, baselines, compare)])])
 
 
-def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 20) -> str:
+def trials_text(rows: Sequence[Row], compare: Compare = no_answers, limit: int = 20) -> str:
     """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal."""
     metrics = metric_names(rows)[:3]
     ordered = trials_in_order(rows)
-    bests = rung_bests(rows, metrics[0]) if metrics else {}
+    shown = ordered[:limit]
+    reached = {row["rung_flops"] for row in shown}
+    bests = rung_bests([row for row in rows if row["rung_flops"] in reached], metrics[0]) if metrics else {}
     lines = [
         [
             str(row["trial"]),
@@ -84,7 +87,7 @@ def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 2
             *[value_text(metric_value(row, metric), metric_error(row, metric)) for metric in metrics],
             *[behind_text(row, bests.get(row["rung_flops"]), metric, compare) for metric in metrics[:1]],
         ]
-        for row in ordered[:limit]
+        for row in shown
     ]
     against = [f"{metric} to the best there" for metric in metrics[:1]]
     text = ruled(["trial", "reached", "status", "N", "s", *metrics, *against], lines)
@@ -154,9 +157,9 @@ def _compare_of(evaluation: Mapping[str, Any]) -> Compare:
     """The differences of the model from the floors that an evaluation holds."""
     told = {shown_name(floor): gaps for floor, gaps in evaluation["against_baselines"].items()}
 
-    def compare(row: Row, floor: Row, metric: str) -> Gap:
+    def compare(row: Row, floor: Row, metric: str) -> Gap | None:
         gap = told.get(floor["floor"], {}).get(metric)
-        return unpaired(row, floor, metric) if gap is None else Gap(**gap)
+        return None if gap is None else Gap(**gap)
 
     return compare
 
@@ -170,8 +173,8 @@ def trials_in_order(rows: Sequence[Row]) -> list[Row]:
     """The highest-rung row of each trial: higher rungs first, then the better loss; rows without a value last."""
     metrics = metric_names(rows)
     highest: dict[str, Row] = {}
-    for row in sorted(rung_rows(rows), key=lambda row: row["rung_flops"]):
-        highest[str(row["trial"])] = row
+    for here in by_rung(rows).values():
+        highest |= {str(row["trial"]): row for row in here}
     if not metrics:
         return list(highest.values())
     sign = 1.0 if goal_of(metrics[0]) == "minimize" else -1.0
@@ -201,7 +204,7 @@ def behind_text(row: Row, best: Row | None, metric: str, compare: Compare) -> st
         return ""
     if row is best:
         return "best"
-    gap = compare(row, best, metric)
+    gap = gap_between(row, best, metric, compare)
     return gap_text(gap) + (", within error" if gap.within_error else "")
 
 

@@ -234,8 +234,9 @@ def _read(store: Store) -> Replay:
     replay.packs = tuple(reversed(packs))
     for lines in (block for pack in replay.packs for block in _blocks(pack)):
         # The parser that comes with pydantic takes a third of the time of `json`, and rounds no whole number.
-        replay.records += from_json(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
-    replay.repeats.restore(replay.records)
+        records = from_json(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+        replay.repeats.restore(records)
+        replay.records += records
     return replay
 
 

@@ -63,6 +63,7 @@ class Repeats:
 def _holder(record: Record) -> tuple[str, Record]:
     """The key of the part that speaks of a trial (empty: the record itself), and that part."""
     for key in _HOLDERS:
-        if isinstance(record.get(key), dict):
-            return key, record[key]
+        inside = record.get(key)
+        if isinstance(inside, dict):
+            return key, inside
     return "", record
