@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10", "loss_sampled
 
 
 def main(trials: int = 10_000) -> None:
+    places = [place for place in PLACES if place < trials * RUNGS] + [trials * RUNGS]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as curves:
         store = Store(folder)
-        took_s = _write(store, trials, curves)
+        took_s = _write(store, trials, places, curves)
         append_s = took_s["append"]
         size = sum(path.stat().st_size for path in store.path().rglob("*.jsonl"))
         begun_s = time.perf_counter()
@@ -61,8 +62,7 @@ def main(trials: int = 10_000) -> None:
         status_s = min(_status(folder) for _ in range(3))
         requests, bytes_read = _requests(store, replay.segments)
         rows = len(state.arrivals)
-    places = [place for place in PLACES if place < rows] + [rows]
-    driver = [_per_row(took_s, place) for place in places]
+    driver = [_per_row(took_s, number, place) for number, place in enumerate(places)]
     heads = [f"at {place:,} rows" for place in places]
     parts = [["part", *heads], ["---"] * (1 + len(places))] + [
         [words, *cells] for words, cells in zip([*DRIVER.values(), "sum"], zip(*driver, strict=True), strict=True)
@@ -95,8 +95,8 @@ A point of the curves is written where results have grown by 0.5 % (or for at mo
     )
 
 
-def _write(store: Store, trials: int, curves: str) -> dict[str, list[float]]:
-    """Seconds of what a driver does for every row beside its policy, row by row."""
+def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dict[str, list[float]]:
+    """Seconds of what a driver does for every row beside its policy; curves and lines of the rows before `places`."""
     lease = Lease.acquire(store)
     ledger, state, writer, dice = Ledger(store, lease), SweepState(), sweep_writer(curves, {}), random.Random(0)
     spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
@@ -123,10 +123,10 @@ def _write(store: Store, trials: int, curves: str) -> dict[str, list[float]]:
             commit([*([proposal] if rung == 0 else []), begun])
             row = _row(proposal, task, dice)
             commit([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
-            timed(
-                "curves", lambda: writer.update(len(state.arrivals), lambda: (sweep_rows(state), sweep_summary(state)))
-            )
-            timed("line", lambda row=row: _line(row, state))
+            rows = len(state.arrivals)
+            if any(place - WINDOW < rows <= place for place in places):
+                timed("curves", lambda rows=rows: writer.update(rows, standing))
+                timed("line", lambda row=row: _line(row, state))
     writer.close()
     lease.release()
     return took_s
@@ -137,14 +137,14 @@ def _line(row: dict[str, Any], state: SweepState) -> str:
     return row_words(row, "nll", [other for trial, other in state.rungs[row["rung"]].items() if trial != row["trial"]])
 
 
-def _per_row(took_s: dict[str, list[float]], rows: int) -> list[str]:
-    """Milliseconds per row of each part, and their sum, over the last `WINDOW` rows of so many."""
-    mean_ms = {}
+def _per_row(took_s: dict[str, list[float]], number: int, rows: int) -> list[str]:
+    """Milliseconds per row of each part, and their sum, over the last `WINDOW` rows at a place."""
+    mean_ms = []
     for name, all_s in took_s.items():
-        each = 2 if name in ("append", "state") else 1
-        last_s = all_s[each * max(0, rows - WINDOW) : each * rows]
-        mean_ms[name] = each * 1e3 * sum(last_s) / len(last_s)
-    return [f"{ms:.2f}" for ms in (*mean_ms.values(), sum(mean_ms.values()))]
+        twice = name in ("append", "state")
+        first, end = (2 * (rows - WINDOW), 2 * rows) if twice else (number * WINDOW, (number + 1) * WINDOW)
+        mean_ms.append(1e3 * sum(all_s[max(0, first) : end]) / WINDOW)
+    return [f"{ms:.2f}" for ms in (*mean_ms, sum(mean_ms))]
 
 
 def _proposal(number: int, dice: random.Random) -> dict[str, Any]:
