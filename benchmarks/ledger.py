@@ -1,4 +1,5 @@
-"""What a ledger of a long sweep costs: bytes and requests per append, requests and seconds to open it again.
+"""What a ledger of a long sweep costs: bytes and requests per append, requests and seconds to open it again, and what
+else a driver does for every row beside its policy.
 
 The rows are of the size of real ones, their numbers random. The ledger is written to a folder by the class that drivers
 use, two appends per row as a sweep makes them, and the segments that reading needs are then copied to an S3 server on
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import machine, publish
 
 from bfm.files import Store
+from bfm.report.console import row_words
+from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.report.tensorboard import sweep_writer
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
 from bfm.sweep.state import SweepState
@@ -30,13 +35,22 @@ from tests.buckets import s3_server
 from tests.sweep.world import make_spec
 
 RUNGS = 5
+PLACES, WINDOW = (13_000,), 1_000
+DRIVER = {
+    "append": "two appends to the ledger, local disk",
+    "state": "state",
+    "curves": "TensorBoard, points thinned",
+    "line": "the row's line on the display",
+}
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10", "loss_sampled")
 
 
 def main(trials: int = 10_000) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    places = [place for place in PLACES if place < trials * RUNGS] + [trials * RUNGS]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as curves:
         store = Store(folder)
-        appends, slowest_s, total_s = _write(store, trials)
+        took_s = _write(store, trials, places, curves)
+        append_s = took_s["append"]
         size = sum(path.stat().st_size for path in store.path().rglob("*.jsonl"))
         begun_s = time.perf_counter()
         replay = read_ledger(store)
@@ -48,51 +62,89 @@ def main(trials: int = 10_000) -> None:
         status_s = min(_status(folder) for _ in range(3))
         requests, bytes_read = _requests(store, replay.segments)
         rows = len(state.arrivals)
+    driver = [_per_row(took_s, number, place) for number, place in enumerate(places)]
+    heads = [f"at {place:,} rows" for place in places]
+    parts = [["part", *heads], ["---"] * (1 + len(places))] + [
+        [words, *cells] for words, cells in zip([*DRIVER.values(), "sum"], zip(*driver, strict=True), strict=True)
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in parts)
     publish(
         "ledger",
         f"""# A ledger of {rows:,} rows ({trials:,} trials x {RUNGS} rungs)
 
 | what | figure |
 |---|---|
-| appends | {appends:,}, two per row; one storage request each |
+| appends | {len(append_s):,}, two per row; one storage request each |
 | bytes stored per row | {size / rows:,.0f} |
-| mean append on a local disk | {total_s / appends * 1e3:.2f} ms |
-| slowest append (it packs half of all) | {slowest_s:.2f} s |
+| mean append on a local disk | {sum(append_s) / len(append_s) * 1e3:.2f} ms |
+| slowest append (it packs half of all) | {max(append_s):.2f} s |
 | requests to read it, of an object store | {requests} |
 | bytes read | {bytes_read / 1e6:.1f} MB |
 | read and verified | {read_s:.2f} s |
 | folded into the state | {fold_s:.2f} s |
 | `bfm status` as a process of its own, one core | {status_s:.2f} s |
 
+What the driver's process does for a row beside its policy, in ms, mean of the last {WINDOW:,} rows:
+
+{table}
+
+A point of the curves is written where results have grown by 0.5 % (or for at most 1 % of the time).
+
 {machine("pyarrow", "obstore")}
 """,
     )
 
 
-def _write(store: Store, trials: int) -> tuple[int, float, float]:
-    """Appends, the slowest of them in seconds, all in seconds."""
+def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dict[str, list[float]]:
+    """Seconds of what a driver does for every row beside its policy; curves and lines of the rows before `places`."""
     lease = Lease.acquire(store)
-    ledger, dice = Ledger(store, lease), random.Random(0)
+    ledger, state, writer, dice = Ledger(store, lease), SweepState(), sweep_writer(curves, {}), random.Random(0)
     spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
-    took_s: list[float] = []
+    took_s: dict[str, list[float]] = {name: [] for name in DRIVER}
 
-    def append(records: list[dict[str, Any]]) -> None:
+    def standing() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        return sweep_rows(state), sweep_summary(state)
+
+    def timed(name: str, call: Callable[[], Any]) -> None:
         begun_s = time.perf_counter()
-        ledger.append(records)
-        took_s.append(time.perf_counter() - begun_s)
+        call()
+        took_s[name].append(time.perf_counter() - begun_s)
 
-    append([{"kind": "opened", "epoch": 1}, {"kind": "spec", "spec": spec.as_dict(), "hash": spec.hash}])
+    def commit(records: list[dict[str, Any]]) -> None:
+        timed("append", lambda: ledger.append(records))
+        timed("state", lambda: [state.apply(record) for record in records])
+
+    commit([{"kind": "opened", "epoch": 1}, {"kind": "spec", "spec": spec.as_dict(), "hash": spec.hash}])
     for number in range(trials):
         proposal = _proposal(number, dice)
         for rung in range(RUNGS):
             task = _task(proposal, rung)
-            append(
-                [*([proposal] if rung == 0 else []), {"kind": "task", "task": task, "reason": "size 1", "meant_for": 0}]
-            )
+            begun = {"kind": "task", "task": task, "reason": "size 1", "meant_for": 0}
+            commit([*([proposal] if rung == 0 else []), begun])
             row = _row(proposal, task, dice)
-            append([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
+            commit([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
+            rows = len(state.arrivals)
+            if any(place - WINDOW < rows <= place for place in places):
+                timed("curves", lambda rows=rows: writer.update(rows, standing))
+                timed("line", lambda row=row: _line(row, state))
+    writer.close()
     lease.release()
-    return len(took_s), max(took_s), sum(took_s)
+    return took_s
+
+
+def _line(row: dict[str, Any], state: SweepState) -> str:
+    """As ray_jobs.sweep shows it."""
+    return row_words(row, "nll", [other for trial, other in state.rungs[row["rung"]].items() if trial != row["trial"]])
+
+
+def _per_row(took_s: dict[str, list[float]], number: int, rows: int) -> list[str]:
+    """Milliseconds per row of each part, and their sum, over the last `WINDOW` rows at a place."""
+    mean_ms = []
+    for name, all_s in took_s.items():
+        twice = name in ("append", "state")
+        first, end = (2 * (rows - WINDOW), 2 * rows) if twice else (number * WINDOW, (number + 1) * WINDOW)
+        mean_ms.append(1e3 * sum(all_s[max(0, first) : end]) / WINDOW)
+    return [f"{ms:.2f}" for ms in (*mean_ms, sum(mean_ms))]
 
 
 def _proposal(number: int, dice: random.Random) -> dict[str, Any]:

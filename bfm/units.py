@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from bfm.errors import UserError
 
+GIB = 1 << 30
+"""Bytes."""
 _NUMBER_FIX = "write a number such as 1e17 or 64k"
 _SUFFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGBTPE]?)\s*(?:FLOPs?)?")

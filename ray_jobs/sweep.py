@@ -22,6 +22,7 @@ from bfm.errors import CorruptError, PausedError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
@@ -122,7 +123,8 @@ def run_sweep(
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                floors = publish_floors(store, opened, spec.evaluation_queries)
+                scores = baseline_scores(opened, protocol, "validation", queries=spec.evaluation_queries)
+                floors = publish_floors(store, scores)
                 with (
                     quiet_session(os.cpu_count()),
                     signals_raise() as signals,

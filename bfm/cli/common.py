@@ -39,7 +39,12 @@ def parse_ks(text: str) -> tuple[int, ...]:
 
 def show(value: Any, as_json: bool, text: Callable[[Any], str]) -> None:
     """A result on stdout."""
-    print(json.dumps(value, indent=1) if as_json else text(value))
+    show_either(as_json, lambda: value, lambda: text(value))
+
+
+def show_either(as_json: bool, value: Callable[[], Any], text: Callable[[], str]) -> None:
+    """A result on stdout, where JSON and text take work of their own."""
+    print(json.dumps(value(), indent=1) if as_json else text())
 
 
 def with_shards(overrides: list[str] | None, shards: str | None) -> list[str]:

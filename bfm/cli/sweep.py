@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, show, with_shards
+from bfm.cli.common import Json, Overrides, show, show_either, with_shards
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -91,10 +91,11 @@ def status(
 ) -> None:
     """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
     from bfm.report.sweep_view import read_sweep, status_text
+    from bfm.sweep.ledger import collector_paused
 
-    view = read_sweep(sweep_dir)
-    shown = {**view.status, "frontier": view.frontiers(), "floors": view.floors}
-    show(shown, as_json, lambda _: status_text(view))
+    with collector_paused():
+        view = read_sweep(sweep_dir)
+        show_either(as_json, view.as_dict, lambda: status_text(view))
 
 
 @app.command()
@@ -105,7 +106,8 @@ def report(
 ) -> None:
     """Write report/index.html and runs.parquet of a sweep, and print its frontier; of a study, one page of its laws."""
     from bfm.report.study import is_study, publish_study
-    from bfm.report.sweep_view import publish_report, read_sweep, report_text
+    from bfm.report.sweep_report import publish_report, report_text
+    from bfm.report.sweep_view import read_sweep
 
     if is_study(sweep_dir):
         files = publish_study(sweep_dir, overview=png)
@@ -113,7 +115,7 @@ def report(
         return
     view = read_sweep(sweep_dir)
     files = publish_report(view, overview=png)
-    show({"frontier": view.frontiers(), "files": files}, as_json, lambda _: report_text(view, files))
+    show_either(as_json, lambda: {"frontier": view.frontiers(), "files": files}, lambda: report_text(view, files))
 
 
 @app.command()

@@ -7,13 +7,13 @@ evaluation protocol (nll, recall@k, ndcg@k, mrr@k, coverage@k, also as `warm.`, 
 `loss_sampled`.
 
 Two rows answered the same queries, so the error of their difference is far below that of either. Rows do not hold what
-it takes; who has the answers hands down a `Compare` (bfm.ranking.paired), and without one differences are `unpaired`.
+it takes; who has the answers hands down a `Compare` (bfm.ranking.paired), and what that does not know is `unpaired`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,8 +44,8 @@ class Gap:
         return abs(self.value) <= 2 * self.error
 
 
-Compare = Callable[[Row, Row, str], Gap]
-"""(row, other, metric) -> how much the row's value is above the other's."""
+Compare = Callable[[Row, Row, str], Gap | None]
+"""(row, other, metric) -> how much the row's value is above the other's, query by query; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,24 @@ def metric_error(row: Row, metric: str) -> float:
     return _number((row.get("errors") or {}).get(metric))
 
 
+def no_answers(row: Row, other: Row, metric: str) -> None:
+    """The `Compare` of those who have none of the answers."""
+
+
+def gap_between(row: Row, other: Row, metric: str, compare: Compare) -> Gap:
+    """The row's value minus the other's, paired where `compare` knows how."""
+    return compare(row, other, metric) or unpaired(row, other, metric)
+
+
 def unpaired(row: Row, other: Row, metric: str) -> Gap:
     """The difference as if the rows had answered different queries: the most that their own errors can say."""
-    error = math.hypot(metric_error(row, metric), metric_error(other, metric))
-    return Gap(metric_value(row, metric) - metric_value(other, metric), error, paired=False)
+    return _apart(
+        metric_value(row, metric), metric_error(row, metric), metric_value(other, metric), metric_error(other, metric)
+    )
+
+
+def _apart(value: float, error: float, other_value: float, other_error: float) -> Gap:
+    return Gap(value - other_value, math.hypot(error, other_error), paired=False)
 
 
 def rung_rows(rows: Iterable[Row]) -> list[Row]:
@@ -100,7 +114,7 @@ def rung_rows(rows: Iterable[Row]) -> list[Row]:
 
 def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
     """Metrics of the rows, losses first; `headline` leaves out kinds such as `warm.`, and `loss_sampled`."""
-    names = {name for row in rung_rows(rows) for name in row.get("metrics") or {}}
+    names: set[str] = set().union(*(row.get("metrics") or () for row in rung_rows(rows)))
     if headline:
         names = {name for name in names if "." not in name and not name.startswith("loss_sampled")}
     return sorted(names, key=_sort_key)
@@ -111,37 +125,57 @@ def rung_ladder(rows: Iterable[Row]) -> list[float]:
     return sorted({float(row["rung_flops"]) for row in rung_rows(rows)})
 
 
+def by_rung(rows: Iterable[Row]) -> dict[float, list[Row]]:
+    """Rung rows, diverged ones included, by C in FLOPs, ascending."""
+    groups: dict[float, list[Row]] = {}
+    for row in rung_rows(rows):
+        groups.setdefault(float(row["rung_flops"]), []).append(row)
+    return {flops: groups[flops] for flops in sorted(groups)}
+
+
 def measured(rows: Iterable[Row], metric: str) -> list[Row]:
     """Rung rows with a finite value of the metric.
 
     Raises UserError where rows of different evaluation protocols are mixed: their values do not compare.
     """
-    found = [
-        row
-        for row in rung_rows(rows)
-        if row.get("status", "ok") == "ok" and math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0
-    ]
-    protocols = {row["protocol_hash"] for row in found if row.get("protocol_hash")}
-    if len(protocols) > 1:
-        short = ", ".join(sorted(str(protocol)[:12] for protocol in protocols))
-        raise UserError(
-            f"rows of {len(protocols)} evaluation protocols ({short}) do not compare",
-            fix="report them apart, one protocol at a time",
-        )
+    finished = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
+    found = [row for row in finished if math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0]
+    _check_protocols(found)
     return found
 
 
-def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> list[FrontierPoint]:
-    """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N."""
-    rungs = _by_rung(rows, metric)
+def numbers(rows: Iterable[Row], part: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Name -> what each row has under it in its `part` (metrics, errors), NaN where it has nothing."""
+    # Row by row: of many thousand rows none is still in the CPU's cache when all have been looked at.
+    table = [[held.get(name) for name in names] for held in (row.get(part) or {} for row in rows)]
+    return dict(zip(names, np.array(table, float).reshape(len(table), len(names)).T, strict=True))
+
+
+def frontier(rows: Iterable[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
+    """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N.
+
+    Raises as `measured`.
+    """
+    return _frontier(_measured_by_rung(rows, [metric])[metric], metric, compare)
+
+
+def frontiers(rows: Sequence[Row], compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
+    """The frontier of every headline metric of the rows, losses first. Raises as `measured`."""
+    measured_rungs = _measured_by_rung(rows, metric_names(rows))
+    return {metric: _frontier(rungs, metric, compare) for metric, rungs in measured_rungs.items()}
+
+
+def _frontier(rungs: Mapping[float, _Rung], metric: str, compare: Compare) -> list[FrontierPoint]:
     points: list[FrontierPoint] = []
+    at_its_rung: tuple[tuple[Row, Gap], ...] = ()
     for flops, here in rungs.items():
         below = points[-1].row if points else None
-        best = best_row([*([] if below is None else [below]), *here.rows], metric)
-        rivals = here.near(best, metric)
+        best = best_row([*([] if below is None else [below]), *here.leaders(metric)], metric)
+        rivals = here.rivals(best, metric, compare)
         if best is below:
-            rivals = rungs[float(best["rung_flops"])].near(best, metric) + rivals
-        gaps = [(row, compare(row, best, metric)) for row in rivals]
+            rivals = at_its_rung + rivals
+        else:
+            at_its_rung = rivals
         points.append(
             FrontierPoint(
                 flops=flops,
@@ -149,8 +183,8 @@ def frontier(rows: Iterable[Row], metric: str, compare: Compare = unpaired) -> l
                 error=metric_error(best, metric),
                 row=best,
                 rows=len(here.rows),
-                change=None if below is None or best is below else compare(best, below, metric),
-                rivals=tuple((row, gap) for row, gap in gaps if gap.within_error),
+                change=None if below is None or best is below else gap_between(best, below, metric, compare),
+                rivals=rivals,
             )
         )
     return points
@@ -164,29 +198,52 @@ class _Rung:
     value_R: np.ndarray
     error_R: np.ndarray
 
-    def near(self, best: Row, metric: str) -> list[Row]:
-        """Rows beside `best` for which it takes a comparison to tell whether they are within error of it.
+    def leaders(self, metric: str) -> list[Row]:
+        """The rows with the best value."""
+        best = self.value_R.min() if goal_of(metric) == "minimize" else self.value_R.max()
+        return _where(self.rows, self.value_R == best)
 
-        No difference has a larger error than both values' errors together.
-        """
-        most_R = self.error_R + metric_error(best, metric)
-        near_R = np.abs(self.value_R - metric_value(best, metric)) <= 2 * most_R
-        return [row for row in map(self.rows.__getitem__, np.flatnonzero(near_R).tolist()) if row is not best]
-
-
-def _by_rung(rows: Iterable[Row], metric: str) -> dict[float, _Rung]:
-    """The measured rows of every rung, ascending in C."""
-    groups: dict[float, list[Row]] = {}
-    for row in measured(rows, metric):
-        groups.setdefault(float(row["rung_flops"]), []).append(row)
-    return {
-        flops: _Rung(
-            groups[flops],
-            np.array([metric_value(row, metric) for row in groups[flops]]),
-            np.array([metric_error(row, metric) for row in groups[flops]]),
+    def rivals(self, best: Row, metric: str, compare: Compare) -> tuple[tuple[Row, Gap], ...]:
+        """Rows beside `best` that are within error of it, with their difference from it."""
+        value, error = metric_value(best, metric), metric_error(best, metric)
+        # No difference has a larger error than both values' errors together.
+        near_R = np.abs(self.value_R - value) <= 2 * (self.error_R + error)
+        near = zip(_where(self.rows, near_R), self.value_R[near_R].tolist(), self.error_R[near_R].tolist(), strict=True)
+        gaps = (
+            (row, compare(row, best, metric) or _apart(its_value, its_error, value, error))
+            for row, its_value, its_error in near
+            if row is not best
         )
-        for flops in sorted(groups)
-    }
+        return tuple((row, gap) for row, gap in gaps if gap.within_error)
+
+
+def _measured_by_rung(rows: Iterable[Row], metrics: Sequence[str]) -> dict[str, dict[float, _Rung]]:
+    """Metric -> C, ascending -> the rows `measured` there; rungs without one are left out."""
+    found: dict[str, dict[float, _Rung]] = {metric: {} for metric in metrics}
+    for flops, here in by_rung(row for row in rows if row.get("status", "ok") == "ok").items():
+        values, errors = numbers(here, "metrics", metrics), numbers(here, "errors", metrics)
+        for metric in metrics:
+            known_R = np.isfinite(values[metric])
+            if known_R.any() and flops > 0:
+                kept = _where(here, known_R), values[metric][known_R], errors[metric][known_R]
+                found[metric][flops] = _Rung(*kept)
+    for rungs in found.values():
+        _check_protocols(row for rung in rungs.values() for row in rung.rows)
+    return found
+
+
+def _check_protocols(rows: Iterable[Row]) -> None:
+    protocols = {row.get("protocol_hash") for row in rows} - {None, ""}
+    if len(protocols) > 1:
+        short = ", ".join(sorted(str(protocol)[:12] for protocol in protocols))
+        raise UserError(
+            f"rows of {len(protocols)} evaluation protocols ({short}) do not compare",
+            fix="report them apart, one protocol at a time",
+        )
+
+
+def _where(rows: list[Row], mask_R: np.ndarray) -> list[Row]:
+    return rows if mask_R.all() else [rows[place] for place in np.flatnonzero(mask_R).tolist()]
 
 
 def best_row(rows: Iterable[Row], metric: str) -> Row:
@@ -197,7 +254,8 @@ def best_row(rows: Iterable[Row], metric: str) -> Row:
 
 def rung_bests(rows: Iterable[Row], metric: str) -> dict[float, Row]:
     """The best row measured at each rung (C), whatever lower rungs have."""
-    return {flops: best_row(rung.rows, metric) for flops, rung in _by_rung(rows, metric).items()}
+    rungs = _measured_by_rung(rows, [metric])[metric]
+    return {flops: best_row(rung.leaders(metric), metric) for flops, rung in rungs.items()}
 
 
 def _number(value: object) -> float:

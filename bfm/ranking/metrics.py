@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
 from bfm.events.ragged import Ragged
-from bfm.ranking.ranks import Ranked
+
+if TYPE_CHECKING:
+    from bfm.ranking.ranks import Ranked
 
 _BASKET = "basket."
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from bfm.errors import CorruptError
 from bfm.files import Store, sha256_bytes
-from bfm.laws.frontier import Gap, Row, unpaired
+from bfm.laws.frontier import Gap, Row
 from bfm.ranking.metrics import QueryScores, clustered_error, counted_values
 
 _VALUE, _SHOWN = "value/", "shown/"
@@ -74,7 +74,7 @@ def paired_gap(scores: QueryScores, other: QueryScores, metric: str) -> Gap | No
 class Pairing:
     """A `Compare` for the rows of one store, each of which names its scores there, and the floors on their queries.
 
-    Rows that name none (imported, simulated) or whose scores are gone, and those of different protocols, are unpaired.
+    Nothing is known of rows that name none (imported, simulated), whose scores are gone, or of different protocols.
     """
 
     def __init__(self, store: Store, floors: Mapping[str, str] | None = None) -> None:
@@ -83,13 +83,12 @@ class Pairing:
         self._read = functools.lru_cache(_KEPT)(self._find)
         self._told = functools.cache(self._pair)
 
-    def __call__(self, row: Row, other: Row, metric: str) -> Gap:
+    def __call__(self, row: Row, other: Row, metric: str) -> Gap | None:
         """The row's value minus the other's. Raises CorruptError where scores were altered."""
-        known = unpaired(row, other, metric)
-        names = self._name(row), self._name(other)
-        if not all(names) or row.get("protocol_hash") != other.get("protocol_hash"):
-            return known
-        return self._told(*names, metric) or known
+        name, beside = self._name(row), self._name(other)
+        if not name or not beside or row.get("protocol_hash") != other.get("protocol_hash"):
+            return None
+        return self._told(name, beside, metric)
 
     def _name(self, row: Row) -> str | None:
         return row.get("scores") or self._floors.get(row.get("floor", ""))

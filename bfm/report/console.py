@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bfm.laws.frontier import Compare, Row, rung_bests, unpaired
+from bfm.laws.frontier import Compare, Row, gap_between, no_answers, rung_bests
 from bfm.report.digits import gap_text, value_text
 from bfm.report.floors import is_above, strongest
 from bfm.training.records import StepRecord, Validation
@@ -107,7 +107,7 @@ def best_words(validation: Validation) -> str:
     return f"{validation.best_nll:.4g} at {where}"
 
 
-def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compare = unpaired) -> str:
+def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compare = no_answers) -> str:
     """One line for a finished rung row: its numbers, and how far it is from the best of the others at its rung."""
     where = f"rung {row['rung']} ({format_flops(row['rung_flops'])})  {row['trial']}"
     if row["status"] != "ok":
@@ -116,7 +116,7 @@ def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compar
     spread = f" \u00b1 {error:.2g}" if error is not None else ""
     best = rung_bests(others, metric).get(row["rung_flops"])
     if best is not None:
-        spread += f" ({gap_text(compare(row, best, metric))} to {best['trial']})"
+        spread += f" ({gap_text(gap_between(row, best, metric, compare))} to {best['trial']})"
     return (
         f"{where}  N {format_count(row['params'])}  s {row['embedder_share']:.1%}  D {format_count(row['events'])}  "
         f"{metric} {value:.4g}{spread}  {row['engine']} x{row['workers']}  {format_seconds(row['train_s'])}"

@@ -14,12 +14,11 @@ import psutil
 import torch
 
 from bfm.report.matmul_peak import matmul_peak
-from bfm.units import format_flops
+from bfm.units import GIB, format_flops
 
 REQUIRED = ("torch", "ray", "deepspeed", "pyarrow", "optuna", "tensorboard")
 # ray[default]: without it jobs cannot be submitted and a stopped trial's resources are never freed.
 DASHBOARD_MODULES = ("aiohttp", "opencensus", "prometheus_client")
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

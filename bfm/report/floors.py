@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, best_row, goal_of, measured, metric_names, metric_value, unpaired
-from bfm.ranking.baselines import baseline_scores
-from bfm.ranking.metrics import summarise
+from bfm.laws.frontier import Compare, Gap, Row, gap_between, goal_of, metric_value, no_answers
+from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import scores_object
 from bfm.report.digits import gap_text
 
@@ -26,9 +23,8 @@ Baselines = Mapping[str, Mapping[str, float]]
 _FILE, _SCORES_FILE = "floors.json", "floors/scores.json"
 
 
-def publish_floors(store: Store, shards: Shards, queries: int | None) -> Baselines:
-    """Measure the floors on the validation queries of a sweep and keep them in its storage."""
-    scores = baseline_scores(shards, Protocol.load(shards), "validation", queries=queries)
+def publish_floors(store: Store, scores: Mapping[str, QueryScores]) -> Baselines:
+    """Keep the floors in a sweep's storage, by their scores of its validation queries; returns their metrics."""
     objects = {floor: scores_object(f"floors/{floor}", of_floor) for floor, of_floor in scores.items()}
     for name, data in objects.values():
         store.put(name, data)
@@ -69,7 +65,7 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
         return None
     # A floor as a row on the same queries. It has no errors, so an unpaired difference has none either.
     beside = {"floor": floor[0], "metrics": {metric: floor[1]}, "protocol_hash": row.get("protocol_hash")}
-    gap = compare(row, beside, metric)
+    gap = gap_between(row, beside, metric, compare)
     side: Literal["above", "below"] = "above" if is_above(value, floor[1], metric) else "below"
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
@@ -94,7 +90,7 @@ def is_above(value: float, floor: float, metric: str) -> bool:
     return value < floor if goal_of(metric) == "minimize" else value > floor
 
 
-def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
     """Where a model is below the strongest floor, within error of it and above it, in one sentence.
 
     rows: metric -> the row that is held against the floors there. Empty without floors.
@@ -114,8 +110,6 @@ def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: 
     return f"{model} is {' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))}." if parts else ""
 
 
-def sweep_verdict(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
-    """The verdict on the best of a sweep, metric by metric."""
-    found = {metric: measured(rows, metric) for metric in metric_names(rows)}
-    best = {metric: best_row(here, metric) for metric, here in found.items() if here}
+def sweep_verdict(best: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
+    """The verdict on a sweep by the best row of each metric."""
     return verdict("The best of the sweep", best, baselines, compare)

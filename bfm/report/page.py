@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 
 from bfm.files import write_atomic
-from bfm.laws.frontier import Compare, Row, unpaired
+from bfm.laws.frontier import Compare, Row, no_answers
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
 from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted
 from bfm.report.law_sections import law_parts, recipe_part
+from bfm.report.runs_file import runs_parquet
 from bfm.report.style import inline_svg, svg_text
-from bfm.report.tables import runs_parquet
 from bfm.report.template import escape, page, paragraph, section
 
 _TRIALS_NOTE = "Click a head to sort. Under a value: its difference from the best of its rung, on the same queries."
@@ -53,7 +53,7 @@ def render_report(
     extra: Mapping[str, Any],
     *,
     laws: Sequence[Fitted] = (),
-    compare: Compare = unpaired,
+    compare: Compare = no_answers,
     overview: bool = False,
 ) -> dict[str, bytes]:
     """The files of the report by name, index.html last, for any store; arguments as in `write_report`.
@@ -80,7 +80,7 @@ def report_html(
     spec: Mapping[str, Any],
     extra: Mapping[str, Any],
     figures: str,
-    compare: Compare = unpaired,
+    compare: Compare = no_answers,
 ) -> str:
     """The page as text; `figures` is the part of it that shows them."""
     name = str(summary.get("name") or "sweep")

@@ -13,15 +13,16 @@ from bfm.laws.frontier import (
     Compare,
     FrontierPoint,
     Row,
-    frontier,
+    by_rung,
+    frontiers,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
+    no_answers,
     rung_bests,
     rung_ladder,
     rung_rows,
-    unpaired,
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.figures import varied_fields
@@ -77,9 +78,10 @@ _DEFINITIONS = (
 )
 
 
-def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
+def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
-    return f"{_headline(rows, summary)} {sweep_verdict(rows, baselines, compare)}".strip()
+    best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
+    return f"{_headline(rows, summary)} {sweep_verdict(best, baselines, compare)}".strip()
 
 
 def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
@@ -100,11 +102,10 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
 
 
-def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = unpaired) -> str:
+def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
-    for metric in metric_names(rows):
-        points = frontier(rows, metric)
+    for metric, points in frontiers(rows).items():
         if points:
             best = points[-1]
             size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
@@ -126,13 +127,13 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines,
     return f'<div class="cards">{"".join(found)}</div>' if found else ""
 
 
-def best_table(rows: Sequence[Row], compare: Compare = unpaired) -> str:
+def best_table(rows: Sequence[Row], compare: Compare = no_answers) -> str:
     """Best so far per rung and metric, what it brings against the rung below, who holds it and who is within error."""
-    metrics = metric_names(rows)
-    points = {metric: {point.flops: point for point in frontier(rows, metric, compare)} for metric in metrics}
+    told = frontiers(rows, compare)
+    metrics = list(told)
+    points = {metric: {point.flops: point for point in told[metric]} for metric in metrics}
     lines: list[list[Cell | str]] = []
-    for flops in rung_ladder(rows):
-        here = [row for row in rung_rows(rows) if row["rung_flops"] == flops]
+    for flops, here in by_rung(rows).items():
         line: list[Cell | str] = [Cell(power_text(flops)), Cell(str(len(here)))]
         for metric in metrics:
             point = points[metric].get(flops)
@@ -155,11 +156,11 @@ def _point_remark(point: FrontierPoint) -> str:
     return "; ".join(part for part in (str(point.row["trial"]), size, change, rivals) if part)
 
 
-def trial_table(rows: Sequence[Row], compare: Compare = unpaired, *, every_row: bool = False) -> str:
+def trial_table(rows: Sequence[Row], compare: Compare = no_answers, *, every_row: bool = False) -> str:
     """Trials at their highest rung, or every rung row, each against the best of its rung; heads sort."""
     metrics, fields = metric_names(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
     shown = rung_rows(rows) if every_row else trials_in_order(rows)
-    best = {metric: frontier(rows, metric)[-1].row for metric in metrics if frontier(rows, metric)}
+    best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
     bests = {metric: rung_bests(rows, metric) for metric in metrics}
     lines: list[list[Cell | str]] = []
     for row in shown:
@@ -207,8 +208,8 @@ def baseline_table(rows: Sequence[Row], baselines: Baselines) -> str:
         [Cell(name), *[cell(name, metric, values.get(metric, math.nan)) for metric in metrics]]
         for name, values in ((shown_name(floor), values) for floor, values in baselines.items())
     ]
-    best = [frontier(rows, metric) for metric in metrics]
-    lines.append([Cell("best of the sweep"), *[Cell(point_text(found[-1] if found else None)) for found in best]])
+    best = {metric: points[-1] for metric, points in frontiers(rows).items() if points}
+    lines.append([Cell("best of the sweep"), *[Cell(point_text(best.get(metric))) for metric in metrics]])
     return table(["", *metrics], lines)
 
 

@@ -20,7 +20,8 @@ from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.law_sections import headline_table, law_parts, recipe_part
 from bfm.report.page import shown_figure
 from bfm.report.style import svg_text
-from bfm.report.sweep_view import SweepView, publish_report, read_recipe, read_sweep
+from bfm.report.sweep_report import publish_report, read_recipe
+from bfm.report.sweep_view import SweepView, read_sweep
 from bfm.report.template import escape, page, paragraph, section
 from bfm.sweep.ledger import has_begun
 from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders

@@ -1,36 +1,33 @@
-"""Tables of a sweep: ledger rows in; runs.parquet (one flat line per row) and aligned text for the terminal out."""
+"""Tables of a sweep for the terminal: ledger rows in, aligned text out."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet
 
 from bfm.laws.frontier import (
     Compare,
     FrontierPoint,
     Gap,
     Row,
-    frontier,
+    by_rung,
+    frontiers,
+    gap_between,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
+    no_answers,
     rung_bests,
     rung_ladder,
     rung_rows,
-    unpaired,
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
-_NESTED = ("config", "metrics", "errors", "shape")
 _MARKS = (
     ("*", "* reached at a lower rung"),
     ("  change", "change: against the rung below, on the same queries"),
@@ -38,44 +35,26 @@ _MARKS = (
     ("~", UNPAIRED),
 )
 """Ends of cells, and what they mean."""
-_LEADING = ("trial", "rung", "rung_flops", "kind", "status", "seed", "params", "embedder_share", "path_flops")
 
 
-def runs_table(rows: Sequence[Row]) -> pa.Table:
-    """One line per ledger row, probes included; nested parts become columns such as `config.params`, `metrics.nll`.
-
-    A column is whole numbers, numbers, truth values or text, by what it holds; what is missing is null.
-    """
-    flat = [_flat(row) for row in rows]
-    names = list(dict.fromkeys([*_LEADING, *sorted({name for row in flat for name in row})]))
-    columns = {name: _column([row.get(name) for row in flat]) for name in names}
-    return pa.table(columns)
-
-
-def runs_parquet(rows: Sequence[Row]) -> bytes:
-    """The content of runs.parquet."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(runs_table(rows), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = unpaired) -> str:
+def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = no_answers) -> str:
     """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's.
 
     Under it, what it brings against the rung below, and how many more are within error of it. Below stand the floors,
     the name of the strongest at each metric, and whether the sweep's best is below it.
     """
-    metrics = metric_names(rows)
-    if not metrics:
+    found = frontiers(rows, compare)
+    if not found:
         return "no results yet"
-    points = {metric: {point.flops: point for point in frontier(rows, metric, compare)} for metric in metrics}
+    metrics = list(found)
+    points = {metric: {point.flops: point for point in found[metric]} for metric in metrics}
     lines: list[list[str]] = []
+    counts = Counter(row["rung_flops"] for row in rung_rows(rows) if row.get("status", "ok") == "ok")
     for flops in rung_ladder(rows):
-        count = sum(row["rung_flops"] == flops and row.get("status", "ok") == "ok" for row in rung_rows(rows))
         cells = [point_text(points[metric].get(flops)) for metric in metrics]
         holder = points[metrics[0]].get(flops)
         size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
-        lines.append([f"C {format_flops(flops)}", str(count), size, *cells])
+        lines.append([f"C {format_flops(flops)}", str(counts[flops]), size, *cells])
         here = [points[metric].get(flops) for metric in metrics]
         told = {"change": [change_text(point) for point in here], "within error": [_more_text(point) for point in here]}
         lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
@@ -87,14 +66,17 @@ def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = 
     text = ruled(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
     cells = [cell for line in lines for cell in line]
     notes = [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
-    return "\n".join([text, *notes, *filter(None, [sweep_verdict(rows, baselines, compare)])])
+    best = {metric: found[metric][-1].row for metric in metrics if found[metric]}
+    return "\n".join([text, *notes, *filter(None, [sweep_verdict(best, baselines, compare)])])
 
 
-def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 20) -> str:
+def trials_text(rows: Sequence[Row], compare: Compare = no_answers, limit: int = 20) -> str:
     """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal."""
     metrics = metric_names(rows)[:3]
     ordered = trials_in_order(rows)
-    bests = rung_bests(rows, metrics[0]) if metrics else {}
+    shown = ordered[:limit]
+    reached = {row["rung_flops"] for row in shown}
+    bests = rung_bests([row for row in rows if row["rung_flops"] in reached], metrics[0]) if metrics else {}
     lines = [
         [
             str(row["trial"]),
@@ -105,7 +87,7 @@ def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 2
             *[value_text(metric_value(row, metric), metric_error(row, metric)) for metric in metrics],
             *[behind_text(row, bests.get(row["rung_flops"]), metric, compare) for metric in metrics[:1]],
         ]
-        for row in ordered[:limit]
+        for row in shown
     ]
     against = [f"{metric} to the best there" for metric in metrics[:1]]
     text = ruled(["trial", "reached", "status", "N", "s", *metrics, *against], lines)
@@ -117,8 +99,7 @@ def trials_text(rows: Sequence[Row], compare: Compare = unpaired, limit: int = 2
 def spend_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     """FLOPs and seconds spent per rung, and the cap, for a terminal."""
     lines = []
-    for flops in rung_ladder(rows):
-        here = [row for row in rung_rows(rows) if row["rung_flops"] == flops]
+    for flops, here in by_rung(rows).items():
         spent = sum(float(row.get("task_flops") or 0.0) for row in here)
         elapsed_s = sum(float(row.get("train_s") or 0.0) for row in here)
         good = sum(row.get("status", "ok") == "ok" for row in here)
@@ -176,9 +157,9 @@ def _compare_of(evaluation: Mapping[str, Any]) -> Compare:
     """The differences of the model from the floors that an evaluation holds."""
     told = {shown_name(floor): gaps for floor, gaps in evaluation["against_baselines"].items()}
 
-    def compare(row: Row, floor: Row, metric: str) -> Gap:
+    def compare(row: Row, floor: Row, metric: str) -> Gap | None:
         gap = told.get(floor["floor"], {}).get(metric)
-        return unpaired(row, floor, metric) if gap is None else Gap(**gap)
+        return None if gap is None else Gap(**gap)
 
     return compare
 
@@ -192,8 +173,8 @@ def trials_in_order(rows: Sequence[Row]) -> list[Row]:
     """The highest-rung row of each trial: higher rungs first, then the better loss; rows without a value last."""
     metrics = metric_names(rows)
     highest: dict[str, Row] = {}
-    for row in sorted(rung_rows(rows), key=lambda row: row["rung_flops"]):
-        highest[str(row["trial"])] = row
+    for here in by_rung(rows).values():
+        highest |= {str(row["trial"]): row for row in here}
     if not metrics:
         return list(highest.values())
     sign = 1.0 if goal_of(metrics[0]) == "minimize" else -1.0
@@ -223,7 +204,7 @@ def behind_text(row: Row, best: Row | None, metric: str, compare: Compare) -> st
         return ""
     if row is best:
         return "best"
-    gap = compare(row, best, metric)
+    gap = gap_between(row, best, metric, compare)
     return gap_text(gap) + (", within error" if gap.within_error else "")
 
 
@@ -250,27 +231,3 @@ def _strongest_name(baselines: Baselines, metric: str) -> str:
 
 def _failures(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return summary.get("failures") or []
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if name in _NESTED and isinstance(value, Mapping):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
-        else:
-            flat[name] = value
-    return {
-        name: json.dumps(value, sort_keys=True) if isinstance(value, (dict, list, tuple)) else value
-        for name, value in flat.items()
-    }
-
-
-def _column(values: list[Any]) -> pa.Array:
-    known = [value for value in values if value is not None]
-    if all(isinstance(value, bool) for value in known):
-        return pa.array(values, pa.bool_() if known else pa.null())
-    if all(isinstance(value, int) and abs(value) < 2**63 for value in known):
-        return pa.array(values, pa.int64())
-    if all(isinstance(value, (int, float)) for value in known):
-        return pa.array([None if value is None else float(value) for value in values], pa.float64())
-    return pa.array([None if value is None else str(value) for value in values], pa.string())

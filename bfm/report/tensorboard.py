@@ -24,13 +24,12 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 from bfm.laws.frontier import (
     Compare,
     Row,
-    frontier,
+    by_rung,
+    frontiers,
     metric_error,
-    metric_names,
     metric_value,
-    rung_ladder,
+    no_answers,
     rung_rows,
-    unpaired,
 )
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.floors import Baselines, shown_name, strongest
@@ -245,14 +244,15 @@ class SweepWriter:
         if not found:
             return
         self._last_step = len(found)
+        told = frontiers(found)
         best = {
             f"frontier/{metric}/C={format_flops(point.flops)}": point.value
-            for metric in metric_names(rows)
-            for point in frontier(rows, metric)
+            for metric, points in told.items()
+            for point in points
         }
         best |= {
             f"frontier/{metric}/floor={shown_name(name)}": values[metric]
-            for metric in metric_names(rows)
+            for metric in told
             for name, values in self._baselines.items()
             if metric in values
         }
@@ -261,7 +261,7 @@ class SweepWriter:
         self._file.scalars(flops_step(spent), _by_flops(best))
         self._file.flush()
 
-    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None, compare: Compare = unpaired) -> None:
+    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None, compare: Compare = no_answers) -> None:
         """The frontier as a text table and, where given, the overview figure; closes the file."""
         self._write_waiting()
         self._file.summary(
@@ -307,9 +307,8 @@ def _spend(found: Sequence[Row], spent_flops: float, summary: Mapping[str, Any])
     values = {"spend/total": spent_flops}
     if summary.get("cap_flops"):
         values["spend/share_of_cap"] = spent_flops / float(summary["cap_flops"])
-    for flops in rung_ladder(found):
-        here = [float(row.get("task_flops") or 0.0) for row in found if row["rung_flops"] == flops]
-        values[f"spend/C={format_flops(flops)}"] = sum(here)
+    for flops, here in by_rung(found).items():
+        values[f"spend/C={format_flops(flops)}"] = sum(float(row.get("task_flops") or 0.0) for row in here)
     return values
 
 
@@ -318,8 +317,8 @@ def _occupancy(found: Sequence[Row], summary: Mapping[str, Any]) -> dict[str, fl
     values["occupancy/failed"] = sum(row.get("status", "ok") != "ok" for row in found)
     if summary.get("running") is not None:
         values["occupancy/running"] = float(summary["running"])
-    for flops in rung_ladder(found):
-        values[f"occupancy/C={format_flops(flops)}"] = sum(row["rung_flops"] == flops for row in found)
+    for flops, here in by_rung(found).items():
+        values[f"occupancy/C={format_flops(flops)}"] = len(here)
     return values
 
 

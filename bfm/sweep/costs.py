@@ -31,9 +31,9 @@ from bfm.sweep.settings import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import check_rung
 from bfm.training.task import PROBE_QUERIES
+from bfm.units import GIB as GIB
 
 FLOAT_BYTES = 4
-GIB = 1 << 30
 STATE_COPIES = 4
 """Numbers held per weight in training: itself, its gradient, AdamW's two moments."""
 _TILE_SCORES = 1 << 19

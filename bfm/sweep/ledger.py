@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from pydantic_core import from_json
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
@@ -38,6 +39,7 @@ COMPRESSED_FROM = 64
 """Packs of fewer segments are plain JSON lines."""
 _NAME = re.compile(r"ledger/\d{5}/(\d{8})\.jsonl")
 _READERS = 8
+_BLOCK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -230,9 +232,11 @@ def _read(store: Store) -> Replay:
             packs.append(_Pack(_covered(number), segment.pack))
             number, expected = number - _covered(number), segment.before_pack
     replay.packs = tuple(reversed(packs))
-    lines = b"".join(_plain(pack) for pack in replay.packs)
-    replay.records = json.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
-    replay.repeats.restore(replay.records)
+    for lines in (block for pack in replay.packs for block in _blocks(pack)):
+        # The parser that comes with pydantic takes a third of the time of `json`, and rounds no whole number.
+        records = from_json(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+        replay.repeats.restore(records)
+        replay.records += records
     return replay
 
 
@@ -327,8 +331,15 @@ def _compressed(lines: bytes) -> bytes:
     return pa.compress(lines, codec="zstd", asbytes=True) if lines else b""
 
 
-def _plain(pack: _Pack) -> bytes:
-    if pack.covers < COMPRESSED_FROM or not pack.data:
-        return pack.data
-    with pa.CompressedInputStream(pa.BufferReader(pack.data), "zstd") as stream:
-        return stream.read()
+def _blocks(pack: _Pack) -> Iterator[bytes]:
+    """The lines of a pack, whole ones, so many at a time that they are parsed where they lie in the CPU's cache."""
+    if not pack.data:
+        return
+    stream = pa.BufferReader(pack.data)
+    if pack.covers >= COMPRESSED_FROM:
+        stream = pa.CompressedInputStream(stream, "zstd")
+    cut = b""
+    while block := stream.read(_BLOCK_BYTES):
+        lines, end, cut = (cut + block).rpartition(b"\n")
+        if end:
+            yield lines + end

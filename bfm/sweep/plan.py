@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from bfm.sweep.costs import FLOAT_BYTES, GIB, STATE_COPIES, CostModel
+from bfm.sweep.costs import FLOAT_BYTES, STATE_COPIES, CostModel
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.training.config import TrainConfig
-from bfm.units import aligned, format_count, format_flops, format_seconds
+from bfm.units import GIB, aligned, format_count, format_flops, format_seconds
 
 Measure = Callable[[TrainConfig, float], float]
 """(configuration, seconds to take) -> training FLOP/s of one worker on this machine."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bfm.sweep.costs import GIB
 from bfm.sweep.policy import Forecaster, Policy
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import Record, SweepState, metric_value
+from bfm.units import GIB
 
 Place = tuple[str, int]
 

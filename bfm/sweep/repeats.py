@@ -50,18 +50,20 @@ class Repeats:
         """Put back, in place, what `shorten` left out of the records that follow those seen before."""
         for record in records:
             _, inside = _holder(record)
+            if "trial" not in inside:
+                continue
             for part in _PARTS:
-                if "trial" not in inside or part not in inside:
-                    continue
-                if inside[part] == SAME:
+                found = inside.get(part)
+                if isinstance(found, dict):
+                    self._last[inside["trial"], part] = found
+                elif found == SAME:
                     inside[part] = self._last[inside["trial"], part]
-                elif isinstance(inside[part], dict):
-                    self._last[inside["trial"], part] = inside[part]
 
 
 def _holder(record: Record) -> tuple[str, Record]:
     """The key of the part that speaks of a trial (empty: the record itself), and that part."""
     for key in _HOLDERS:
-        if isinstance(record.get(key), dict):
-            return key, record[key]
+        inside = record.get(key)
+        if isinstance(inside, dict):
+            return key, inside
     return "", record

@@ -10,7 +10,7 @@ task's place in the ladder is called is its integer rung index, never a FLOP cou
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +112,7 @@ class SweepState:
     """(trial, rung) of trunks that are kept no longer."""
     imports: list[Record] = field(default_factory=list)
     """Of each import: file, counts of rows, trials and rows known already, reasons of those left out."""
-    decisions: list[Record] = field(default_factory=list)
+    decisions: deque[Record] = field(default_factory=lambda: deque(maxlen=LAST_DECISIONS))
     """The last reservations that a policy decided on: task id, FLOPs, reason, the rung that it is meant for."""
     checks: list[Record] = field(default_factory=list)
     """Recipes that were trained, each with what was predicted and what was measured; their FLOPs are not in the spend,
@@ -195,7 +195,8 @@ class SweepState:
             )
             self.nominal_flops[task["rung"]] += nominal_flops - redone_flops
             decision = {"task_id": task["task_id"], "reserved_flops": nominal_flops, "meant_for": meant_for}
-            self.decisions = [*self.decisions, {**decision, "reason": record.get("reason")}][-LAST_DECISIONS:]
+            decision["reason"] = record.get("reason")
+            self.decisions.append(decision)
         else:
             attempt.task, attempt.is_open = task, True
             attempt.tries += 1

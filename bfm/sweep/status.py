@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from bfm.sweep.costs import GIB
-from bfm.sweep.policies.replicas import winner
+import numpy as np
+
+from bfm.laws.frontier import numbers
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.settings import Metric, SweepSpec
 from bfm.sweep.spec import METRICS, from_dict
 from bfm.sweep.state import SweepState, metric_value
-from bfm.units import format_flops
+from bfm.sweep.winner import winner
+from bfm.units import GIB, format_flops
 
 
 def summarise(state: SweepState) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def summarise(state: SweepState) -> dict[str, Any]:
         "storage": _storage(state, spec),
         "checks": state.checks,
         "calibration": calibration(state.checks),
-        "decisions": state.decisions,
+        "decisions": list(state.decisions),
     }
 
 
@@ -122,9 +124,9 @@ def _storage_lines(storage: Mapping[str, Any]) -> list[str]:
 
 def _rung(state: SweepState, rung: int, rung_flops: int, selection: Metric, tolerance: float) -> dict[str, Any]:
     rows = state.rungs.get(rung, {})
-    comparable = {t: row for t, row in rows.items() if metric_value(row, selection.name, tolerance) is not None}
+    values = {trial: metric_value(row, selection.name, tolerance) for trial, row in rows.items()}
+    comparable = {trial: rows[trial] for trial, value in values.items() if value is not None}
     statuses = Counter(row["status"] for row in rows.values())
-    ranking = [Metric(name, "minimize" if name.endswith("nll") else "maximize") for name in METRICS]
     return {
         "rung": rung,
         "rung_flops": rung_flops,
@@ -134,14 +136,17 @@ def _rung(state: SweepState, rung: int, rung_flops: int, selection: Metric, tole
         "off_budget": statuses["ok"] - len(comparable),
         "pending": len(state.pending(rung)),
         "spent_flops": sum(row["task_flops"] for row in rows.values()),
-        "best": {metric.name: best for metric in ranking if (best := _best(comparable, metric, tolerance))},
+        "best": _bests(comparable),
     }
 
 
-def _best(rows: dict[str, dict[str, Any]], metric: Metric, tolerance: float) -> dict[str, Any] | None:
-    values = {trial: metric_value(row, metric.name, tolerance) for trial, row in rows.items()}
-    found = {trial: value for trial, value in values.items() if value is not None}
-    if not found:
-        return None
-    trial = min(found, key=lambda name: (metric.loss(found[name]), name))
-    return {"trial": trial, "value": found[trial], "params": rows[trial].get("params")}
+def _bests(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metric -> the best of comparable rows; of equal ones that of the first name."""
+    trials, bests = list(rows), {}
+    for metric, value_R in numbers(rows.values(), "metrics", METRICS).items():
+        known_R = value_R[np.isfinite(value_R)]
+        if known_R.size:
+            value = float(known_R.min() if metric.endswith("nll") else known_R.max())
+            trial = min(trials[place] for place in np.flatnonzero(value_R == value))
+            bests[metric] = {"trial": trial, "value": value, "params": rows[trial].get("params")}
+    return bests

@@ -10,7 +10,7 @@ import pytest
 
 from bfm.errors import CorruptError
 from bfm.files import Store
-from bfm.laws.frontier import unpaired
+from bfm.laws.frontier import gap_between, unpaired
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import Pairing, from_npz, paired_gap, read_scores, scores_object, to_npz
 
@@ -98,13 +98,14 @@ def test_what_cannot_be_paired_is_unpaired_and_says_so(tmp_path):
     imported = {"metrics": {"nll": 8.0}}
     others = [{**second, "scores": None}, {**second, "scores": "gone-0.npz"}, {**second, "protocol_hash": "q"}]
     for other in others:
-        assert compare(first, other, "nll") == unpaired(first, other, "nll")
-        assert not compare(first, other, "nll").paired
-        assert math.isfinite(compare(first, other, "nll").error)
-    assert math.isnan(compare(first, imported, "nll").error)
-    assert not compare(first, imported, "nll").within_error
+        assert compare(first, other, "nll") is None
+        assert gap_between(first, other, "nll", compare) == unpaired(first, other, "nll")
+        assert not unpaired(first, other, "nll").paired
+        assert math.isfinite(unpaired(first, other, "nll").error)
+    assert math.isnan(gap_between(first, imported, "nll", compare).error)
+    assert not gap_between(first, imported, "nll", compare).within_error
     # Coverage is of the part as a whole; no query has one.
-    assert not compare(first, second, "coverage@10").paired
+    assert compare(first, second, "coverage@10") is None
     one_user = scores(1, [0, 1, 2])
     assert paired_gap(one_user, one_user, "nll") is None
 

@@ -64,13 +64,13 @@ def test_the_verdict_tells_paired_differences_and_who_is_within_error():
 def test_a_sweep_keeps_the_floors_of_its_queries(tmp_path, toy_shards):
     store = Store(tmp_path)
     assert read_floors(store) == {}
-    floors = publish_floors(store, toy_shards, 11)
+    protocol = Protocol.load(toy_shards)
+    scores = baseline_scores(toy_shards, protocol, "validation", queries=11)
+    floors = publish_floors(store, scores)
     assert set(floors) == {"popularity", "co_occurrence", "personal"}
     assert floors == read_floors(store)
-    protocol = Protocol.load(toy_shards)
     assert floors == baseline_metrics(toy_shards, protocol, "validation", queries=11)
     # A model that scores as a floor does is within error of it, whichever way its row tells its scores.
-    scores = baseline_scores(toy_shards, protocol, "validation", queries=11)
     name, data = scores_object("model", scores["popularity"])
     store.put(name, data)
     row = {"scores": name, "protocol_hash": "p", "metrics": floors["popularity"]}

@@ -10,13 +10,12 @@ import pyarrow.parquet as pq
 from bfm.laws.frontier import Gap, frontier
 from bfm.report.console import row_words
 from bfm.report.digits import gap_text, value_text
+from bfm.report.runs_file import runs_parquet, runs_table
 from bfm.report.tables import (
     evaluation_text,
     failures_text,
     frontier_text,
     ruled,
-    runs_parquet,
-    runs_table,
     spend_text,
     trials_in_order,
     trials_text,

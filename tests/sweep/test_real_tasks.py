@@ -11,7 +11,8 @@ from bfm.events.protocol import Protocol
 from bfm.files import Store
 from bfm.laws.frontier import Gap, unpaired
 from bfm.report.digits import gap_text
-from bfm.report.sweep_view import publish_report, read_sweep, status_text
+from bfm.report.sweep_report import publish_report
+from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease

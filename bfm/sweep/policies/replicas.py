@@ -7,15 +7,13 @@ A replica goes from nothing to the top at once: its lower rungs tell nothing new
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from bfm.files import canonical_json
 from bfm.sweep.arena import Proposal
 from bfm.sweep.policies.ground import View
 from bfm.sweep.policy import Propose
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial, metric_value
+from bfm.sweep.state import SweepState
+from bfm.sweep.winner import by_config, config_key
 
 REPLICA = "replica"
 _MOST = 3
@@ -46,54 +44,10 @@ def next_replica(view: View, noise: float) -> Propose | None:
         return None
     for key in near:
         trial = groups[key][0]
-        begun = {other.seed for other in view.state.trials.values() if _key(other.config) == key}
+        begun = {other.seed for other in view.state.trials.values() if config_key(other.config) == key}
         for seed in view.spec.seeds:
             cost_flops = view.arena.reserve_flops(trial.config, top, None)
             if seed not in begun and cost_flops <= view.available_flops:
                 reason = f"{len(near)} configurations are within the noise of the best at the top: {trial.trial} again"
                 return Propose(top, reason, Proposal(trial.config, trial.params, REPLICA), top, seed)
     return None
-
-
-def by_config(state: SweepState, rung: int, spec: SweepSpec) -> dict[bytes, tuple[Trial, dict[int, float]]]:
-    """Configurations with comparable rows at a rung that keep the constraints: the first trial, losses by seed."""
-    found: dict[bytes, tuple[Trial, dict[int, float]]] = {}
-    for name, row in state.rungs.get(rung, {}).items():
-        value = metric_value(row, spec.metric.name, spec.budget.tolerance)
-        if value is not None and _keeps(row, spec):
-            trial = state.trials[name]
-            found.setdefault(_key(trial.config), (trial, {}))[1][trial.seed] = spec.metric.loss(value)
-    return found
-
-
-def winner(state: SweepState, spec: SweepSpec) -> dict[str, Any] | None:
-    """The best configuration of the highest rung with rows; of those compared over seeds, where there are any."""
-    for rung in reversed(range(len(spec.budget.ladder_flops))):
-        groups = by_config(state, rung, spec)
-        if not groups:
-            continue
-        most = max(len(losses) for _, losses in groups.values())
-        trial, losses = min(
-            (group for group in groups.values() if len(group[1]) == most), key=lambda group: sum(group[1].values())
-        )
-        mean = sum(losses.values()) / most
-        spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses.values()) / (most - 1)) if most > 1 else None
-        return {
-            "trial": trial.trial,
-            "rung": rung,
-            "metric": spec.metric.name,
-            "value": spec.metric.loss(mean),
-            "seeds": most,
-            "error": None if spread is None else spread / math.sqrt(most),
-            "config": trial.config,
-        }
-    return None
-
-
-def _keeps(row: Mapping[str, Any], spec: SweepSpec) -> bool:
-    values = [(constraint, row["metrics"].get(constraint.metric.name)) for constraint in spec.constraints]
-    return all(value is not None and constraint.holds(value) for constraint, value in values)
-
-
-def _key(config: Mapping[str, Any]) -> bytes:
-    return canonical_json(dict(config))
