@@ -31,7 +31,6 @@ from bfm.sweep.settings import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import check_rung
 from bfm.training.task import PROBE_QUERIES
-from bfm.units import GIB as GIB
 
 FLOAT_BYTES = 4
 STATE_COPIES = 4

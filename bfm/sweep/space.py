@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import InfeasibleError, UserError
-from bfm.sweep.costs import GIB, ConfigCost, CostModel
+from bfm.sweep.costs import ConfigCost, CostModel
 from bfm.sweep.settings import SweepSpec, Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
-from bfm.units import format_count, format_flops
+from bfm.units import GIB, format_count, format_flops
 
 RAN_OUT = "ran out of memory at a smaller estimate"
 SAMPLE_SIZE = 256
