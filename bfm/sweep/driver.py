@@ -8,11 +8,9 @@ the unbroken run. No Ray here: `run_serial` is a whole executor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
@@ -24,6 +22,7 @@ from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
 from bfm.sweep.quota import evictions
+from bfm.sweep.rows import Row, checked_row, without_nan
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
@@ -34,10 +33,6 @@ from bfm.training.task import Account
 from bfm.units import format_flops
 
 __all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
-
-Row = Mapping[str, Any]
-STATUSES = ("ok", "diverged", "oom")
-_NEEDED = ("trial", "rung", "rung_flops", "status", "path_flops", "task_flops", "eval_flops", "metrics")
 
 
 _LOOKS_BACK = 200
@@ -152,11 +147,12 @@ class SweepDriver:
         """
         if not self._is_open(task_id):
             return False
-        probes = [_finite(probe) for probe in row.get("probes", ())]
-        checked = self._checked(task_id, {key: value for key, value in row.items() if key != "probes"})
+        task = self._open_task(task_id)
+        probes = [without_nan(probe) for probe in row.get("probes", ())]
+        checked = checked_row(row, task, self.spec.metric.name, needs_trunk=self.arena.climbs(task.config))
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
-            record["memory"] = self.arena.memory(self._open_task(task_id))
+            record["memory"] = self.arena.memory(task)
         self._write_end(record)
         self._breaker.row()
         self._keep_quota()
@@ -349,25 +345,6 @@ class SweepDriver:
             task = replace(task, probes=ahead)
         return task
 
-    def _checked(self, task_id: str, row: Row) -> Record:
-        missing = [key for key in _NEEDED if key not in row]
-        if missing:
-            raise ValueError(f"the row of task {task_id} lacks {', '.join(missing)}")
-        place = self.state.open_tasks[task_id]
-        if (row["trial"], row["rung"]) != place or row["status"] not in STATUSES:
-            raise ValueError(f"the row of task {task_id} is of {row['trial']} rung {row['rung']} {row['status']}")
-        checked = _finite(row)
-        if checked["status"] == "ok":
-            if self.arena.climbs(self.state.trials[place[0]].config) and not isinstance(row.get("checkpoint"), str):
-                raise ValueError(f"the row of task {task_id} names no checkpoint to go on from")
-            name = self.spec.metric.name
-            if name not in row["metrics"]:
-                known = ", ".join(sorted(row["metrics"]))
-                raise UserError(f"no row has {name!r}", key="metric.name", fix=f"rows of this log have {known}")
-            if checked["metrics"][name] is None:
-                checked["status"] = "diverged"
-        return checked
-
 
 def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:
     """Run a sweep to its end in this process, one task at a time; returns why it ended.
@@ -390,18 +367,3 @@ def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:
             driver.lost(task.task_id, f"{type(error).__name__}: {error}")
         else:
             driver.report(task.task_id, row)
-
-
-def _finite(row: Row) -> Record:
-    """A copy in which numbers that JSON has no word for are None."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, Mapping):
-            return {key: clean(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(inner) for inner in value]
-        return value
-
-    return clean(row)

@@ -12,26 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from bfm.errors import UserError
-from bfm.objective.methods import Method, check_method
+from bfm.sweep.keys import Count, Number, Section, at_least
 from bfm.sweep.measured import AXES, check_axis, read_probes
 from bfm.sweep.parameters import read_parameters
-from bfm.sweep.settings import DISTRIBUTIONS, POLICIES, Budget, Constraint, Metric, Scheduler, Stage1, SweepSpec, Tier
+from bfm.sweep.settings import DISTRIBUTIONS, POLICIES, Budget, Constraint, Metric, Scheduler, Stage1, SweepSpec
+from bfm.sweep.tiers import TierKeys, alternatives, check_tiers
 from bfm.training.schedule import MIN_STEPS, TOLERANCE
 from bfm.units import format_flops, parse_count, parse_number
 from bfm.yaml import did_you_mean, load_yaml, parse_yaml, validate
-
-_TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
-Number = Annotated[float, BeforeValidator(parse_number), _TEXT_OR_NUMBER]
-Count = Annotated[int, BeforeValidator(parse_count), _TEXT_OR_NUMBER]
-_COUNT_OR_MORE = WithJsonSchema(
-    {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "array", "items": {"type": ["number", "string"]}}]}
-)
-Counts = Annotated[
-    list[Count], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), _COUNT_OR_MORE
-]
 
 _TARGET_METRICS = ("recall@10", "ndcg@10", "mrr@10")
 METRICS = (
@@ -44,18 +35,14 @@ METRICS = (
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _MetricKeys(_Section):
+class _MetricKeys(Section):
     name: str = Field(description=f"One of {', '.join(METRICS)}")
     goal: Literal["minimize", "maximize"] | None = None
     others: list[str] = Field([], description="further metrics with a frontier of their own; the spend is shared")
     constraints: list[str] = Field([], description="such as coverage@10 >= 0.05")
 
 
-class _ParameterKeys(_Section):
+class _ParameterKeys(Section):
     value: Any = None
     values: list[Any] | None = None
     min: Any = None
@@ -70,51 +57,38 @@ def _mapping(value: Any) -> Any:
     return value
 
 
-class _BudgetKeys(_Section):
+class _BudgetKeys(Section):
     ladder_flops: list[Count] = Field(description="C of the rungs, strictly increasing")
     total_flops: Count = Field(description="hard cap on everything trained")
     max_trials: Count = 1_000_000
     tolerance: Number = 0.01
-    events_per_param: list[Number] = [2.0, 10_000.0]
+    events_per_param: list[Number] = Field(default=[2.0, 10_000.0])
     max_epochs: Number | None = None
 
 
-class _SchedulerKeys(_Section):
+class _SchedulerKeys(Section):
     type: Literal[*POLICIES] = "frontier"  # type: ignore[valid-type]
     eta: Number = 3.0
     shares: list[Number] | None = None
 
 
-class _TierKeys(_Section):
-    from_rung_flops: Number = 0.0
-    from_params: Number = 0.0
-    engine: Literal["plain", "deepspeed"] = "plain"
-    workers: Counts = Field(default=[1], description="or a list: as many of these as are free and pay")
-    zero_stage: Count = 0
-    cpus: Number = 1.0
-    gpus: Number = 0.0
-    micro_groups: Count = 1
-    softmax: Method = "auto"
-    memory_gib: Number | None = None
-
-
-class _ScalingKeys(_Section):
+class _ScalingKeys(Section):
     slots: Count = 1
     max_retries: Count = 2
-    tiers: list[_TierKeys] = [_TierKeys()]
+    tiers: list[TierKeys] = Field(default=[TierKeys()])
 
 
-class _DataKeys(_Section):
+class _DataKeys(Section):
     shards: str = Field(description="folder or URI written by `bfm data prepare`")
     evaluation_queries: Count | None = None
 
 
-class _Stage1Keys(_Section):
+class _Stage1Keys(Section):
     checkpoint: str = Field(description="stage-1 trunk that all trials share: a folder or URI that `bfm train` left")
     sha256: str | None = Field(None, description="of its state; filled in when the sweep begins")
 
 
-class _StorageKeys(_Section):
+class _StorageKeys(Section):
     checkpoints_gib: Number | None = None
 
 
@@ -141,7 +115,7 @@ _PROBES_SCHEMA = WithJsonSchema(
 )
 
 
-class _SweepKeys(_Section):
+class _SweepKeys(Section):
     """The search-space file."""
 
     name: str
@@ -155,8 +129,8 @@ class _SweepKeys(_Section):
     data: _DataKeys
     storage: _StorageKeys = _StorageKeys()
     stage1: _Stage1Keys | None = None
-    seeds: Annotated[list[int], BeforeValidator(_read_seeds), _SEEDS_SCHEMA] = [0]
-    probes: Annotated[list[int], BeforeValidator(read_probes), _PROBES_SCHEMA] = []
+    seeds: Annotated[list[int], BeforeValidator(_read_seeds), _SEEDS_SCHEMA] = Field(default=[0])
+    probes: Annotated[list[int], BeforeValidator(read_probes), _PROBES_SCHEMA] = Field(default=[])
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -204,10 +178,10 @@ def _build(keys: _SweepKeys) -> SweepSpec:
         tiers=tuple(
             tier
             for index, tier_keys in enumerate(keys.scaling.tiers)
-            for tier in _alternatives(tier_keys, f"scaling.tiers.{index}")
+            for tier in alternatives(tier_keys, f"scaling.tiers.{index}")
         ),
-        slots=_at_least(keys.scaling.slots, 1, "scaling.slots"),
-        max_retries=_at_least(keys.scaling.max_retries, 0, "scaling.max_retries"),
+        slots=at_least(keys.scaling.slots, 1, "scaling.slots"),
+        max_retries=at_least(keys.scaling.max_retries, 0, "scaling.max_retries"),
         shards=keys.data.shards,
         evaluation_queries=keys.data.evaluation_queries,
         seeds=tuple(keys.seeds),
@@ -217,7 +191,7 @@ def _build(keys: _SweepKeys) -> SweepSpec:
         stage1=None if keys.stage1 is None else Stage1(**keys.stage1.model_dump()),
     )
     if spec.evaluation_queries is not None:
-        _at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
+        at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
     if spec.checkpoints_gib is not None and spec.checkpoints_gib <= 0:
         raise UserError("must be above 0", key="storage.checkpoints_gib", fix="write GiB, or leave it out to keep all")
     if spec.scheduler.type in ("random", "grid") and spec.method != spec.scheduler.type:
@@ -226,7 +200,7 @@ def _build(keys: _SweepKeys) -> SweepSpec:
             key="scheduler.type",
             fix=f"write method: {spec.scheduler.type}, or another type",
         )
-    _check_tiers(spec, keys.scaling.tiers)
+    check_tiers(spec, keys.scaling.tiers)
     _check_probes(spec)
     _check_cap(spec)
     check_axis(spec)
@@ -281,8 +255,8 @@ def _budget(keys: _BudgetKeys) -> Budget:
         raise UserError("must be above 0", key="budget.max_epochs", fix="write a number of epochs, or leave it out")
     return Budget(
         ladder_flops=tuple(ladder),
-        total_flops=_at_least(keys.total_flops, 1, "budget.total_flops"),
-        max_trials=_at_least(keys.max_trials, 1, "budget.max_trials"),
+        total_flops=at_least(keys.total_flops, 1, "budget.total_flops"),
+        max_trials=at_least(keys.max_trials, 1, "budget.max_trials"),
         tolerance=keys.tolerance,
         events_per_param=(bounds[0], bounds[1]),
         max_epochs=keys.max_epochs,
@@ -301,54 +275,6 @@ def _scheduler(keys: _SchedulerKeys, num_rungs: int) -> Scheduler:
         if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise UserError("are not parts of one", key="scheduler.shares", fix="write shares above 0 that sum to 1")
     return Scheduler(keys.type, keys.eta, tuple(shares) if shares else None)
-
-
-def _alternatives(keys: _TierKeys, key: str) -> list[Tier]:
-    """One tier per number of workers."""
-    _at_least(keys.micro_groups, 1, f"{key}.micro_groups")
-    _at_least(min(keys.workers, default=0), 1, f"{key}.workers")
-    if len(set(keys.workers)) < len(keys.workers):
-        raise UserError("repeats a number of workers", key=f"{key}.workers", fix="write each once, such as [1, 2, 4]")
-    if keys.engine == "plain" and (max(keys.workers) > 1 or keys.zero_stage > 0):
-        raise UserError("the plain engine has one worker and no ZeRO", key=key, fix="write engine: deepspeed")
-    if not 0 <= keys.zero_stage <= 3:
-        raise UserError(f"there is no ZeRO stage {keys.zero_stage}", key=f"{key}.zero_stage", fix="write 0, 1, 2 or 3")
-    if keys.cpus <= 0:
-        raise UserError("a worker needs a part of a CPU", key=f"{key}.cpus", fix="write a number above 0, such as 0.5")
-    if keys.gpus < 0 or (keys.gpus > 1 and keys.gpus != int(keys.gpus)):
-        raise UserError(
-            f"{keys.gpus:g} GPUs cannot be given", key=f"{key}.gpus", fix="write 0, a fraction or a whole number"
-        )
-    if keys.memory_gib is not None and keys.memory_gib <= 0:
-        raise UserError("must be above 0", key=f"{key}.memory_gib", fix="write GiB per worker, or leave it out")
-    return [Tier(**{**keys.model_dump(), "workers": workers}) for workers in keys.workers]
-
-
-def _check_tiers(spec: SweepSpec, tiers: list[_TierKeys]) -> None:
-    if not tiers or tiers[0].from_rung_flops > 0 or tiers[0].from_params > 0:
-        raise UserError(
-            "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
-        )
-    top = spec.budget.ladder_flops[-1]
-    freezes = spec.stage1 is not None or any(
-        p.name == "freeze_at_flops" and None not in p.values for p in spec.parameters
-    )
-    for index, tier in enumerate(tiers):
-        key = f"scaling.tiers.{index}"
-        for workers in tier.workers:
-            check_method(tier.softmax, freezes=freezes, workers=workers, cuda=tier.gpus > 0, key=f"{key}.softmax")
-        if max(tier.workers) > 1 and 0 < tier.gpus < 1:
-            raise UserError(
-                f"{max(tier.workers)} workers cannot share GPUs (NCCL takes one process on each)",
-                key=f"{key}.gpus",
-                fix="write a whole number of GPUs per worker, or workers: 1",
-            )
-        if tier.from_rung_flops > top:
-            raise UserError(
-                f"no rung reaches it (the top is {format_flops(top)})",
-                key=f"{key}.from_rung_flops",
-                fix="lower it, or leave the tier out",
-            )
 
 
 def _check_probes(spec: SweepSpec) -> None:
@@ -377,12 +303,6 @@ def _check_cap(spec: SweepSpec) -> None:
         raise UserError(
             f"a rung takes at least {MIN_STEPS} steps", key="budget.ladder_flops", fix="raise the first rung"
         )
-
-
-def _at_least(value: int, low: int, key: str) -> int:
-    if value < low:
-        raise UserError(f"{value} is too small", key=key, fix=f"must be at least {low}")
-    return value
 
 
 def _override(values: dict[str, Any], override: str) -> None:
