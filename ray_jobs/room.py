@@ -55,7 +55,7 @@ class Room(Protocol):
     """What the searcher asks."""
 
     def total(self) -> Resources:
-        """CPUs and GPUs of the live nodes."""
+        """CPUs and GPUs of the live nodes that stay."""
         ...
 
     def ask(self, running: Sequence[Task], waiting: Task | None, most: int) -> None:
@@ -72,8 +72,9 @@ class ClusterRoom:
         self._asked: list[Resources] = []
 
     def total(self) -> Resources:
-        """See Room."""
-        return dict(ray.cluster_resources())
+        """See Room. A node that is drained takes no new actor."""
+        draining = ray._private.state.state.get_draining_nodes()
+        return _sum(node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining)
 
     def ask(self, running: Sequence[Task], waiting: Task | None, most: int) -> None:
         """See Room. What is not asked for any more may go when it is idle."""

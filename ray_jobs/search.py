@@ -24,7 +24,7 @@ from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs.room import Holding, Room, fits, total_of
 from ray_jobs.signals import Interrupted, Signals
-from ray_jobs.trial import FATAL, FATAL_ERRORS, LOST, ROW, YIELDED
+from ray_jobs.trial import FATAL, FATAL_ERRORS, LEAVES, LOST, ROW, YIELDED
 
 IDLE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
@@ -72,6 +72,8 @@ class _Live:
     started: bool = False
     settled_at_s: float | None = None
     ending: bool = False
+    leaving: bool = False
+    """Its actor ends by itself, and the trial with it."""
 
 
 class DriverSearcher(Searcher):
@@ -144,7 +146,7 @@ class DriverSearcher(Searcher):
             return False
         if self.failure is not None or self._ends():
             return True
-        if self._slots_are_starting():
+        if live.leaving or self._slots_are_starting():
             return False
         in_hand = self._peek() is not None
         if self._waiting is not None:
@@ -213,7 +215,9 @@ class DriverSearcher(Searcher):
     def _fits(self, task: Task) -> bool:
         if self._room is None:
             return True
-        holdings = [Holding(live.task, live.settled_at_s is not None) for live in self._live.values()]
+        holdings = [
+            Holding(live.task, live.settled_at_s is not None) for live in self._live.values() if not live.leaving
+        ]
         return fits(task, holdings, self._room.total())
 
     def _wait_for_room(self, task: Task | None) -> None:
@@ -229,7 +233,9 @@ class DriverSearcher(Searcher):
         return sum(not live.started for live in self._live.values())
 
     def _standing_by(self) -> bool:
-        return any(live.settled_at_s is not None and not live.ending for live in self._live.values())
+        return any(
+            live.settled_at_s is not None and not live.ending and not live.leaving for live in self._live.values()
+        )
 
     def _slots_are_starting(self) -> bool:
         if not self._starting():
@@ -251,6 +257,7 @@ class DriverSearcher(Searcher):
             return
         if YIELDED in result:
             account = Account(**json.loads(result[YIELDED]))
+            live.leaving = bool(result.get(LEAVES))
             self._ask_again_at_s = float("-inf")
             self._guard(lambda: self.driver.yielded(live.task.task_id, account))
             self._on_event(SweepEvent("yielded", task=live.task))

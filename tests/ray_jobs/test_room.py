@@ -126,3 +126,14 @@ def test_the_autoscaler_is_asked_for_what_could_be_used_now(monkeypatch) -> None
     assert asked == [[{"CPU": 1.0}] * 1, [{"CPU": 1.0}] * 6, [{"CPU": 1.0}] * 4, []]
     ClusterRoom(grows=False).ask([], small, 64)
     assert len(asked) == 4
+
+
+def test_a_node_that_is_drained_is_no_room(monkeypatch) -> None:
+    nodes = [
+        {"NodeID": "stays", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},
+        {"NodeID": "goes", "Alive": True, "Resources": {"CPU": 4.0}},
+        {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 8.0}},
+    ]
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(room.ray._private.state.state, "get_draining_nodes", lambda: {"goes": 0})
+    assert ClusterRoom(grows=True).total() == {"CPU": 2.0, "GPU": 1.0}
