@@ -6,12 +6,12 @@ import dataclasses
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from bfm.events.protocol import Protocol
@@ -73,19 +73,18 @@ def decisions(store: Store) -> Decisions:
 
 
 class Driver:
-    """`python -m ray_jobs.sweep` as a process of its own, and all processes below it that were ever seen."""
+    """`python -m ray_jobs.sweep` as a process of its own."""
 
     def __init__(self, space: Path, storage: Path, environment: dict[str, str], *more: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.sweep", str(space), "--storage", str(storage), *more],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.family = [psutil.Process(self.process.pid)]
-        self.code: int | None = None
+        self.log = storage / f"driver-{time.monotonic_ns()}.log"
+        with open(self.log, "wb") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ray_jobs.sweep", str(space), "--storage", str(storage), *more],
+                env=environment,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Driver:
         return self
@@ -93,12 +92,13 @@ class Driver:
     def __exit__(self, *error: object) -> None:
         end_tree(self.process.pid)
 
-    def end(self, limit_s: float = LIMIT_S) -> str:
-        """What it said, once it has ended."""
-        self.family += psutil.Process(self.process.pid).children(recursive=True)
-        said = self.process.communicate(timeout=limit_s)[0]
-        self.code = self.process.returncode
-        return said
+    def end(self, limit_s: float = LIMIT_S) -> int:
+        """Its exit code, once it has ended."""
+        return self.process.wait(limit_s)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
 
 
 def is_in_the_middle(store: Store, rows: int = 0, tasks: int = 1) -> bool:
@@ -106,15 +106,22 @@ def is_in_the_middle(store: Store, rows: int = 0, tasks: int = 1) -> bool:
     if not has_begun(store):
         return False
     state = read_state(store)
-    return len(state.arrivals) >= rows and len(_trained(store, state)) >= tasks
+    return len(state.arrivals) >= rows and len(_on_their_way(store, state)) >= tasks
 
 
-def _trained(store: Store, state: SweepState) -> list[int]:
-    """FLOPs that open tasks have been allowed beyond their first step, of those that were."""
+def _on_their_way(store: Store, state: SweepState) -> set[str]:
+    """Open tasks that have been allowed more than their first step."""
     tasks = [RungTask.from_task(state.attempts[place].task) for place in state.open_tasks.values()]
-    accounts = [read_account(task, store).spent_flops for task in tasks]
     # The first account covers one step; the next one comes with a measured speed, seconds ahead.
-    return [flops for flops in accounts if flops > LADDER[0] / 100]
+    return {task.task_id for task in tasks if read_account(task, store).spent_flops > LADDER[0] / 100}
+
+
+def see_it_go_on(store: Store, fault: str) -> None:
+    """Wait until another task, or another try, trains than before the fault; print what that took."""
+    before, began_s = set(read_state(store).open_tasks), time.monotonic()
+    wait_for(lambda: _on_their_way(store, read_state(store)) - before, LIMIT_S, f"{fault}: a task trains again")
+    seconds, state = time.monotonic() - began_s, read_state(store)
+    print(f"{fault}: {seconds:.0f} s until a task trains again, {state.lost_flops:.2g} FLOPs lost")
 
 
 @contextmanager

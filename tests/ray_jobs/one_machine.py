@@ -38,6 +38,15 @@ class Cluster:
     state: Path
     gcs: str
     head: Head
+    options: list[str]
+    """Of its start."""
+
+    def start(self) -> None:
+        started = manage("start", *self.options)
+        assert started.returncode == 0, started.stdout + started.stderr
+
+    def stop(self) -> None:
+        manage("stop", "--state", str(self.state))
 
     def environment(self) -> dict[str, str]:
         """Of a driver on this machine that is no job."""
@@ -69,8 +78,14 @@ class Cluster:
 
     def node_process(self, node_ip: str) -> psutil.Process:
         """The `ray start` of a worker node; everything on that node is below it."""
-        records = [json.loads(file.read_text()) for file in self.state.glob("nodes/*.json")]
-        return psutil.Process(next(record["pid"] for record in records if record["ip"] == node_ip))
+        return psutil.Process(next(record["pid"] for record in self._recorded() if record["ip"] == node_ip))
+
+    def node_processes(self) -> list[psutil.Process]:
+        """Those of all worker nodes."""
+        return [psutil.Process(record["pid"]) for record in self._recorded() if psutil.pid_exists(record["pid"])]
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in self.state.glob("nodes/*.json")]
 
     def drain(self, node_id: str, notice_s: int) -> None:
         """What a spot notice is forwarded as."""
@@ -85,10 +100,23 @@ class Cluster:
         )
         assert said.returncode == 0, said.stdout + said.stderr
 
+    def actors(self) -> list[psutil.Process]:
+        """Processes of its nodes that train, or will."""
+        family = [child for node in self.node_processes() for child in node.children(recursive=True)]
+        return [process for process in family if title(process).startswith("ray::_Inner")]
+
     def kill_head(self) -> None:
         """The head's machine is gone: GCS, dashboard, autoscaler, raylet."""
         record = json.loads((self.state / "head.json").read_text())
         kill_tree(psutil.Process(record["pid"]))
+
+
+def title(process: psutil.Process) -> str:
+    """How it calls itself (Ray writes the class of an actor there); nothing once it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def kill_tree(process: psutil.Process) -> None:
@@ -107,12 +135,13 @@ def one_machine(max_workers: int = 2) -> Iterator[Cluster]:
     """A cluster of up to so many nodes of one CPU, on ports and in a folder of its own."""
     state = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
     dashboard, port = free_port(), 20_000 + os.getpid() % 10_000
-    options = ["--port", str(port), "--dashboard-port", str(dashboard), "--idle-minutes", "0.15"]
-    started = manage("start", "--state", str(state), *options, "--max-workers", str(max_workers))
+    options = ["--state", str(state), "--port", str(port), "--dashboard-port", str(dashboard), "--idle-minutes", "0.15"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
+    head = Head(f"http://127.0.0.1:{dashboard}", child_environment(**token))
+    cluster = Cluster(state, f"{HEAD_IP}:{port}", head, [*options, "--max-workers", str(max_workers)])
     try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
-        yield Cluster(state, f"{HEAD_IP}:{port}", Head(f"http://127.0.0.1:{dashboard}", child_environment(**token)))
+        cluster.start()
+        yield cluster
     finally:
-        manage("stop", "--state", str(state))
+        cluster.stop()
         shutil.rmtree(state, ignore_errors=True)
