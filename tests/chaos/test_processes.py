@@ -67,7 +67,7 @@ def test_an_actor_that_is_killed_changes_nothing(tmp_path, toy_shards, whole) ->
         run_sweep(resolve(one_place(tmp_path, toy_shards.path)), str(tmp_path))
     state = check_sweep(store)
     assert [loss["fault"] for loss in state.losses] == ["worker"]
-    assert 0 < state.lost_flops < LADDER[0]
+    assert 0 < state.lost_flops <= LADDER[0], "an account is seconds ahead, and these tasks are short"
     assert decisions(store) == whole
 
 
