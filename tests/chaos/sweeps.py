@@ -92,6 +92,18 @@ class Driver:
     def __exit__(self, *error: object) -> None:
         end_tree(self.process.pid)
 
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Poll until it holds; fails at once where the driver has ended before."""
+        holds = False
+
+        def look() -> bool:
+            nonlocal holds
+            holds = bool(condition())
+            return holds or self.process.poll() is not None
+
+        wait_for(look, LIMIT_S, what)
+        assert holds, self.said
+
     def end(self, limit_s: float = LIMIT_S) -> int:
         """Its exit code, once it has ended."""
         return self.process.wait(limit_s)

@@ -12,7 +12,7 @@ import pytest
 from bfm.files import Store
 from bfm.sweep.ledger import has_begun, read_ledger, read_state
 from tests.chaos.invariants import check_nothing_held, check_nothing_runs, check_sweep
-from tests.chaos.sweeps import LADDER, LIMIT_S, Driver, decisions, is_in_the_middle, one_place, see_it_go_on
+from tests.chaos.sweeps import LADDER, Driver, decisions, is_in_the_middle, one_place, see_it_go_on
 from tests.ray_jobs.one_machine import Cluster, kill_tree, one_machine
 from tests.ray_jobs.toys import wait_for
 
@@ -40,7 +40,7 @@ def has(store: Store, kind: str) -> bool:
 def test_a_node_that_is_killed_in_the_middle_of_a_task_changes_nothing(cluster, tmp_path, toy_shards, whole) -> None:
     store = Store(tmp_path / "tiny")
     with Driver(one_place(tmp_path, toy_shards.path), tmp_path, cluster.environment()) as driver:
-        wait_for(lambda: is_in_the_middle(store), LIMIT_S, "a task is in its middle")
+        driver.wait_for(lambda: is_in_the_middle(store), "a task is in its middle")
         node = cluster.node_process(cluster.nodes()[0]["node_ip"])
         family = [node, *node.children(recursive=True)]
         kill_tree(node)
@@ -58,7 +58,7 @@ def test_a_node_that_is_killed_in_the_middle_of_a_task_changes_nothing(cluster, 
 def test_a_drained_node_gives_its_task_back_and_loses_nothing(cluster, tmp_path, toy_shards, whole) -> None:
     store = Store(tmp_path / "tiny")
     with Driver(one_place(tmp_path, toy_shards.path), tmp_path, cluster.environment()) as driver:
-        wait_for(lambda: is_in_the_middle(store), LIMIT_S, "a task is in its middle")
+        driver.wait_for(lambda: is_in_the_middle(store), "a task is in its middle")
         node = cluster.nodes()[0]
         cluster.drain(node["node_id"], notice_s=20)
         wait_for(lambda: has(store, "yielded"), 20, "the task is given back before the machine goes")
@@ -73,6 +73,7 @@ def test_a_drained_node_gives_its_task_back_and_loses_nothing(cluster, tmp_path,
 
 def test_a_node_that_comes_in_the_middle_is_used_within_30_s(cluster, tmp_path, toy_shards) -> None:
     """A second place is asked for when the first one trains; its node is counted from when Ray knows of it."""
+    wait_for(lambda: cluster.workers() == 0, 60, "the cluster begins without nodes")
     store = Store(tmp_path / "tiny")
     space = one_place(
         tmp_path,
@@ -81,11 +82,11 @@ def test_a_node_that_comes_in_the_middle_is_used_within_30_s(cluster, tmp_path, 
         budget={"ladder_flops": [2 * LADDER[1]], "total_flops": 9e9, "max_trials": 2},
     )
     with Driver(space, tmp_path, cluster.environment()) as driver:
-        wait_for(lambda: has_begun(store) and read_state(store).open_tasks, LIMIT_S, "the first task is given out")
+        driver.wait_for(lambda: has_begun(store) and read_state(store).open_tasks, "the first task is given out")
         first = {node["node_id"] for node in cluster.nodes()}
-        wait_for(lambda: {node["node_id"] for node in cluster.nodes()} - first, 120, "a node is added")
+        driver.wait_for(lambda: {node["node_id"] for node in cluster.nodes()} - first, "a node is added")
         added_s = time.monotonic()
-        wait_for(lambda: is_in_the_middle(store, tasks=2), LIMIT_S, "both nodes train")
+        driver.wait_for(lambda: is_in_the_middle(store, tasks=2), "both nodes train")
         used_s = time.monotonic() - added_s
         assert driver.end() == 0, driver.said
     assert not check_sweep(store).losses
