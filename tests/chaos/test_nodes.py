@@ -1,5 +1,5 @@
 """Machines that come and go under a sweep, on the one-machine cluster: its nodes are process trees that can be killed,
-drained, and watched as they are added and taken away."""
+drained, and watched as they are added and taken away. And a job of it that is stopped."""
 
 from __future__ import annotations
 
@@ -67,6 +67,27 @@ def test_a_drained_node_gives_its_task_back_and_loses_nothing(cluster, tmp_path,
         assert driver.end() == 0, driver.said
     state = check_sweep(store)
     assert not state.losses
+    assert state.lost_flops == 0
+    assert decisions(store) == whole
+
+
+def test_a_job_that_is_stopped_gives_its_task_back_and_the_same_command_goes_on(
+    cluster, tmp_path, toy_shards, whole
+) -> None:
+    space, store = one_place(tmp_path, toy_shards.path), Store(tmp_path / "tiny")
+    sweep = ["-m", "ray_jobs.sweep", str(space), "--storage", str(tmp_path)]
+    words = ["--submission-id", "stopped", "--no-wait", *cluster.head.options(), "--", "python", *sweep]
+    submitted = cluster.head.ray("job", "submit", *words)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for(lambda: is_in_the_middle(store), 300, "a task is in its middle")
+    cluster.head.ray("job", "stop", "stopped")
+    assert cluster.head.status("stopped") == "STOPPED"
+    check_nothing_held(cluster)
+    assert not check_sweep(store).losses
+    assert has(store, "yielded")
+    job = cluster.head.submit("again", *sweep)
+    assert job.returncode == 0, job.stdout + job.stderr
+    state = check_sweep(store)
     assert state.lost_flops == 0
     assert decisions(store) == whole
 
