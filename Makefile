@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt
 QUICKSTART ?= quickstart
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: quickstart test test-slow check format benchmarks clean
+.PHONY: quickstart test test-slow chaos soak check format benchmarks clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,12 @@ test: .venv/dev.stamp  ## the fast tests
 
 test-slow: .venv/dev.stamp  ## real Ray clusters, several workers, killed processes
 	$(BIN)/python -m pytest -m slow
+
+chaos: .venv/dev.stamp  ## processes, nodes and heads that are killed; prints what each cost
+	$(BIN)/python -m pytest -m slow -rP tests/chaos
+
+soak: .venv/dev.stamp  ## half an hour of random faults
+	$(BIN)/python tests/chaos/soak.py --minutes 30 --every 20 --seed 0
 
 check: .venv/dev.stamp  ## style, types, floors
 	$(BIN)/ruff format --check .

@@ -6,7 +6,10 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,9 @@ from bfm.errors import UserError
 # Ray's sockets live below the temporary folder, and their paths may have 107 bytes.
 _LONGEST_TEMP = 40
 _ANSWER_S = 5.0
+_LOOK_S = 5.0
+_HEAD_LIMIT_S = 40.0
+"""A minute is what Ray's core waits."""
 
 
 @contextmanager
@@ -43,7 +49,8 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         except ConnectionError as error:
             raise _no_cluster(address, str(error).splitlines()[0]) from error
         try:
-            yield
+            with _head_watched(ray.get_runtime_context().gcs_address):
+                yield
         finally:
             ray.shutdown()
         return
@@ -69,7 +76,7 @@ def cluster_address() -> str:
     Raises UserError for an address of another kind, or one where nobody does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    host, colon, port = address.rpartition(":")
+    _, colon, port = address.rpartition(":")
     if "://" in address:
         raise UserError(
             f"{address} is not the address of a cluster's head",
@@ -78,10 +85,43 @@ def cluster_address() -> str:
         )
     if colon and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+            _knock(address)
         except OSError as error:
             raise _no_cluster(address, str(error)) from error
     return address
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+
+
+@contextmanager
+def _head_watched(address: str) -> Iterator[None]:
+    """Ends the process with one line when the cluster's head has been away for so long that it will not come back.
+
+    Ray's core would do so a little later, with words that help nobody, and nothing that waits for Ray can be unwound.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        seen_s = time.monotonic()
+        while not left.wait(_LOOK_S):
+            try:
+                _knock(address)
+                seen_s = time.monotonic()
+            except OSError as error:
+                away_s = time.monotonic() - seen_s
+                if away_s > _HEAD_LIMIT_S and not left.is_set():
+                    fix = "start it again, or another one, and the same command goes on"
+                    print(f"bfm: the cluster's head at {address} is gone ({error}); {fix}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    threading.Thread(target=watch, name="head", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
 
 
 def _no_cluster(address: str, why: str) -> UserError:

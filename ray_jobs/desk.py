@@ -101,6 +101,8 @@ class Live:
     ending: bool = False
     yields_room: bool = False
     """It was asked to end because a larger task waits for what it holds."""
+    leaving: bool = False
+    """Its actor ends by itself, and the trial with it."""
     gone: bool = False
     """It stood still: its task is lost and its slot is free, whenever its actor ends."""
 
@@ -112,7 +114,7 @@ class Live:
     @property
     def stands_by(self) -> bool:
         """Whether its actor waits for another task."""
-        return self.settled_at_s is not None and not self.gone
+        return self.settled_at_s is not None and not self.gone and not self.leaving
 
 
 class Desk:
@@ -203,6 +205,7 @@ class Desk:
                 self._close(live)
         elif trial.YIELDED in result:
             account = Account(**json.loads(result[trial.YIELDED]))
+            live.leaving = bool(result.get(trial.LEAVES))
             self._close(live)
             self._guard(lambda: self.driver.yielded(live.task.task_id, account))
             self._on_event(SweepEvent("yielded", task=live.task))
@@ -346,7 +349,7 @@ class Desk:
 
 
 def _holdings(live: Iterable[Live]) -> list[Holding]:
-    return [Holding(one.task, one.stands_by) for one in live]
+    return [Holding(one.task, one.stands_by) for one in live if not one.leaving]
 
 
 def _unsettled(live: Iterable[Live]) -> list[Task]:

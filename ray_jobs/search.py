@@ -79,7 +79,7 @@ class DriverSearcher(Searcher):
             return False
         if one.gone or one.yields_room or self.desk.failure is not None or self.desk.ends(self._trials.values()):
             return True
-        if self._slots_are_starting():
+        if one.leaving or self._slots_are_starting():
             return False
         in_hand = self.desk.peek(list(self._trials.values())) is not None
         if self.desk.waiting is not None:

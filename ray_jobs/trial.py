@@ -23,6 +23,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.training.journal import YieldError
+from bfm.training.task import Account
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses, at_work
 
@@ -39,6 +40,8 @@ ROW, LOST, YIELDED, FATAL = "row", "lost", "yielded", "fatal"
 OUTCOMES = {ROW, LOST, YIELDED, FATAL}
 NODE = "node"
 """Beside the outcome: the id of the node that it comes from."""
+LEAVES = "leaves"
+"""Beside `yielded`: the actor ends, and is no place for another task."""
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
 FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
 STANDBY_S = 0.1
@@ -82,9 +85,7 @@ class RungTrial(Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next task; not on an actor that is to go."""
-        if notice().given:
-            return False
+        """Take the next task. Never False, also on an actor that is to go: Tune would drop the trial and not tell."""
         self._task = {**json.loads(new_config["task"]), "avoid": new_config["avoid"]}
         self._assigned_at_s = float(new_config["assigned_at_s"])
         self._delivered = False
@@ -95,17 +96,19 @@ class RungTrial(Trainable):
         standby: empty."""
         if self._delivered:
             time.sleep(STANDBY_S)
-            if notice().terminated:
+            if notice().given:
                 os._exit(128 + signal.SIGTERM)
             return {}
         self._delivered = True
         return {**self._outcome(), NODE: ray.get_runtime_context().get_node_id()}
 
     def _outcome(self) -> dict[str, Any]:
+        if notice().given:
+            return {YIELDED: json.dumps(asdict(_untouched(self._task))), LEAVES: True}
         try:
             return {ROW: json.dumps(self._execute(self._task, self._assigned_at_s))}
         except YieldError as end:
-            return {YIELDED: json.dumps(asdict(end.account))}
+            return {YIELDED: json.dumps(asdict(end.account)), LEAVES: notice().given}
         except Exception as error:
             # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
@@ -237,6 +240,12 @@ def _factory(scaling: dict[str, Any]) -> EngineFactory:
     from bfm.training.zero import ZeroFactory
 
     return ZeroFactory(int(scaling["zero_stage"]), device)
+
+
+def _untouched(task: Mapping[str, Any]) -> Account:
+    """The account of a task that comes back as it went."""
+    progress = task.get("progress")
+    return Account(0, progress, 0 if progress is None else task["rung_flops"] - task["reserved_flops"])
 
 
 def _failure(error: Exception) -> dict[str, Any]:

@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.ray_jobs.toys import ROOT, Head, child_environment, free_port, wait_for, write_space
-
-MANAGE = ROOT / "cluster" / "one_machine" / "manage.py"
-
-
-def manage(verb: str, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(MANAGE), verb, *options],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-@dataclass
-class Cluster:
-    state: Path
-    head: Head
-
-    def workers(self) -> int:
-        said = manage("status", "--state", str(self.state)).stdout
-        return int(said.split(", ")[1].split()[0])
-
-    def processes(self) -> list[psutil.Process]:
-        return [process for process in psutil.process_iter(["cmdline"]) if self._owns(process)]
-
-    def _owns(self, process: psutil.Process) -> bool:
-        return any(str(self.state) in word for word in process.info["cmdline"] or ())
+from tests.ray_jobs.one_machine import Cluster, manage, one_machine
+from tests.ray_jobs.toys import wait_for, write_space
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    state = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))
-    dashboard, gcs = free_port(), 20_000 + os.getpid() % 10_000
-    ports = ["--port", str(gcs), "--dashboard-port", str(dashboard)]
-    started = manage("start", "--state", str(state), *ports, "--idle-minutes", "0.15", "--max-workers", "2")
-    try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
-        yield Cluster(state, Head(f"http://127.0.0.1:{dashboard}", child_environment(**token)))
-    finally:
-        manage("stop", "--state", str(state))
-        shutil.rmtree(state, ignore_errors=True)
+    with one_machine() as cluster:
+        yield cluster
 
 
 @pytest.mark.slow

@@ -1,15 +1,21 @@
-"""A notice is a flag that training sees; an actor that is to go takes no further task."""
+"""A notice is a flag that training sees; an actor that is to go trains no further task."""
 
+import json
 import os
 import signal
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
+from ray.tune.experiment import Trial
 
-from ray_jobs import preemption, trial
+from bfm.training.task import Account
+from ray_jobs import capacity, preemption, trial
 from ray_jobs.preemption import Notice
-from ray_jobs.trial import RungTrial
+from ray_jobs.trial import LEAVES, NODE, YIELDED, RungTrial
 
 
 class Node:
@@ -68,10 +74,36 @@ class Ended:
         pass
 
 
-def test_an_actor_that_is_to_go_takes_no_task(monkeypatch) -> None:
-    notice = Notice()
+@pytest.mark.parametrize(
+    ("task", "account"),
+    [
+        ({"progress": None, "rung_flops": 9, "reserved_flops": 9}, Account()),
+        ({"progress": "p", "rung_flops": 9, "reserved_flops": 2}, Account(0, "p", 7)),
+    ],
+)
+def test_an_actor_that_is_to_go_gives_a_task_back_as_it_came_and_ends(monkeypatch, task, account) -> None:
+    notice, trained, ended = Notice(), [], []
     monkeypatch.setattr(trial, "notice", lambda: notice)
-    actor = RungTrial.__new__(RungTrial)
-    assert actor.reset_config({"task": "{}", "assigned_at_s": 0, "avoid": ""})
+    monkeypatch.setattr(trial.os, "_exit", ended.append)
     notice._given.set()
-    assert not actor.reset_config({"task": "{}", "assigned_at_s": 0, "avoid": ""})
+    monkeypatch.setattr(trial.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    actor = RungTrial.__new__(RungTrial)
+    actor._execute = lambda *task: trained.append(task)
+    # Tune tells nobody of a trial whose actor refuses it, so that its task would be waited for for ever.
+    assert actor.reset_config({"task": json.dumps(task), "assigned_at_s": 0, "avoid": ""})
+    assert actor.step() == {YIELDED: json.dumps(asdict(account)), LEAVES: True, NODE: "here"}
+    assert not trained
+    assert not ended
+    actor.step()
+    assert ended == [143]
+
+
+def test_tune_does_not_run_the_task_of_a_preempted_actor_again_by_itself(monkeypatch, tmp_path) -> None:
+    """The driver alone decides that, under a reservation; Tune's own run would be one that nobody has asked for."""
+    for name, value in capacity._ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(RayActorError, "preempted", True)
+    tune_trial = Trial("nobody", stub=True)
+    tune_trial.storage = SimpleNamespace(trial_driver_staging_path=str(tmp_path), trial_fs_path=str(tmp_path))
+    tune_trial.handle_error(RayActorError())
+    assert not tune_trial.should_recover()

@@ -231,3 +231,14 @@ def test_a_task_that_is_nearly_done_or_no_smaller_keeps_its_room(spent, scaling,
     _, searcher, running, answer = waiting_beside(spent, scaling, cpus)
     assert (answer, running.asked) == (None, [])
     assert searcher.desk.waiting is not None
+
+
+def test_a_node_that_is_drained_is_no_room(monkeypatch) -> None:
+    nodes = [
+        {"NodeID": "stays", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},
+        {"NodeID": "goes", "Alive": True, "Resources": {"CPU": 4.0}},
+        {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 8.0}},
+    ]
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(room.ray._private.state.state, "get_draining_nodes", lambda: {"goes": 0})
+    assert ClusterRoom(grows=True).nodes() == {"stays": {"GPU": 1.0, "CPU": 2.0}}

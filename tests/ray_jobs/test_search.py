@@ -20,7 +20,7 @@ from bfm.training.task import Account
 from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, SweepEvent
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
-from ray_jobs.trial import FATAL, LOST, NODE, ROW, YIELDED, slot_resources
+from ray_jobs.trial import FATAL, LEAVES, LOST, NODE, ROW, YIELDED, slot_resources
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_task
 
 
@@ -183,6 +183,21 @@ def stopping(num_tasks: int = 9, slots: int = 3):
 
 
 YIELD = {YIELDED: json.dumps(asdict(Account(70, "progress", 60)))}
+
+
+def test_an_actor_that_leaves_is_nobodys_place() -> None:
+    """Its trial is not handed to the next task: it lasts until the actor has ended, which is no loss."""
+    driver = FakeDriver(3, 2)
+    searcher = DriverSearcher(driver, 2)
+    searcher.suggest("a")
+    searcher.started("a")
+    assert not searcher.may_end("a", {**YIELD, LEAVES: True})
+    assert isinstance(searcher.suggest("b"), dict), "a place elsewhere does not wait for it"
+    assert not searcher.may_end("a", {})
+    assert searcher.suggest("c") is None, "both slots are held"
+    searcher.on_trial_complete("a", error=True)
+    assert isinstance(searcher.suggest("c"), dict)
+    assert not driver.losses
 
 
 def test_a_stopped_sweep_asks_its_tasks_once_and_ends_when_all_have_answered() -> None:
