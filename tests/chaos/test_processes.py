@@ -13,8 +13,12 @@ import ray
 
 from bfm.files import Store
 from bfm.sweep.spec import resolve
+from ray_jobs import desk, pulse
 from ray_jobs.cluster_session import local_ray
+from ray_jobs.desk import HUNG
+from ray_jobs.quarantine import Quarantine
 from ray_jobs.sweep import run_sweep
+from ray_jobs.trial import away_from
 from tests.chaos.invariants import check_nothing_runs, check_sweep
 from tests.chaos.sweeps import LADDER, decisions, is_in_the_middle, meanwhile, one_place, see_it_go_on
 from tests.ray_jobs.toys import SINGLE, wait_for
@@ -101,6 +105,42 @@ def test_an_actor_that_stands_still_for_a_while_goes_on(tmp_path, toy_shards, wh
         run_sweep(resolve(one_place(tmp_path, toy_shards.path)), str(tmp_path))
     assert not check_sweep(store).losses
     assert decisions(store) == whole
+
+
+def test_an_actor_that_stands_still_for_ever_is_replaced(tmp_path, toy_shards, whole, monkeypatch) -> None:
+    monkeypatch.setattr(pulse, "HUNG_S", 15.0)
+    store = Store(tmp_path / "tiny")
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(ours(ACTOR)[-1])
+        stopped[0].send_signal(signal.SIGSTOP)
+        see_it_go_on(store, "SIGSTOP of an actor for ever, of which 15 s (300 s in real life) are patience")
+
+    with meanwhile(lambda: is_in_the_middle(store), stop):
+        run_sweep(resolve(one_place(tmp_path, toy_shards.path)), str(tmp_path))
+    assert [loss["reason"] for loss in check_sweep(store).losses] == [HUNG]
+    assert decisions(store) == whole
+    wait_for(lambda: not stopped[0].is_running(), 10, "it is gone")
+
+
+def test_a_node_that_is_kept_away_from_gets_nothing(tmp_path, toy_shards, monkeypatch) -> None:
+    """Tune's actors and Train's workers carry the selector: one that names another node hinders nothing."""
+    here = ray.get_runtime_context().get_node_id()
+    elsewhere = ray.util.placement_group([{"CPU": 0.5}], bundle_label_selector=[away_from(here)])
+    assert not elsewhere.wait(3)
+    ray.util.remove_placement_group(elsewhere)
+    shut = Quarantine()
+    shut.nodes.add("f" * len(here))
+    monkeypatch.setattr(desk, "Quarantine", lambda: shut)
+    space = one_place(
+        tmp_path,
+        toy_shards.path,
+        budget={"ladder_flops": LADDER, "total_flops": 9e9, "max_trials": 1},
+        scaling={"slots": 1, "tiers": [SINGLE, {**PAIR, "from_rung_flops": LADDER[1]}]},
+    )
+    outcome = run_sweep(resolve(space), str(tmp_path))
+    assert (outcome.rows, outcome.lost) == (2, 0)
 
 
 def test_a_group_that_loses_a_worker_and_then_its_controller_ends_at_the_same_loss(tmp_path, toy_shards, whole) -> None:
