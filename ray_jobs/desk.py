@@ -241,11 +241,13 @@ class Desk:
         return True
 
     def look_after(self, live: Sequence[Live]) -> None:
-        """End what stands still; where nothing waits for room, give idle room to a running task."""
-        now_s, room, running = self._clock(), self._room, self._running
-        if room is None or running is None or now_s < self._look_again_at_s:
-            return
-        self._look_again_at_s = now_s + LOOK_S
+        """End what stands still; make room for what has waited long; give idle room to a running task."""
+        room, running = self._room, self._running
+        if room is not None and running is not None and self._clock() >= self._look_again_at_s:
+            self._look_again_at_s = self._clock() + LOOK_S
+            self._guard(lambda: self._look(live, room, running))
+
+    def _look(self, live: Sequence[Live], room: Room, running: Running) -> None:
         hung = running.end_hung()
         for one in live:
             if one.task.task_id in hung and one.settled_at_s is None:
@@ -255,7 +257,7 @@ class Desk:
             return
         if self.waiting is None and self._growing is None:
             room.ask(*self._grow(live, running))
-        elif self.waiting is not None and now_s - self._waiting_since_s > ROOM_S:
+        elif self.waiting is not None and self._clock() - self._waiting_since_s > ROOM_S:
             self._make_room(self.waiting, live, running)
 
     def _make_room(self, waiting: Task, live: Sequence[Live], running: Running) -> None:

@@ -210,7 +210,8 @@ def check_mounted(storage: str) -> None:
     """Raises UserError where a sweep's folder is not there: writing would fill this node's own disk."""
     from bfm.files import Store
 
-    if not Store(storage).exists("sweep.yaml"):
+    store = Store(storage)
+    if store.is_local and not store.exists("sweep.yaml"):
         raise UserError("this node does not see the sweep", file=storage, fix="mount the storage on every node")
 
 
