@@ -137,6 +137,7 @@ class Cluster:
         """All that are asked for or up; those with a notice are not among them any more."""
         self._gone: list[_Worker] = []
         self._tries: dict[str, _Try] = {}
+        """By task id, those that have ended as well: their accounts are asked for then."""
         self._running: dict[str, _Try] = {}
         self._events: list[tuple[float, int, Callable[[], list[Ended]]]] = []
         self._count = itertools.count()
