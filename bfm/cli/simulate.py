@@ -37,12 +37,16 @@ def simulate(
     ] = 0.0,
     workers: Annotated[str, typer.Option(help="How many, or a schedule: 8,64@2h,16@1d.")] = "1",
     throughput: Annotated[str, typer.Option(help="Training FLOP/s of a worker.")] = "1e15",
+    efficiency: Annotated[float, typer.Option(help="Twice the workers on a task are twice this as fast.")] = 0.9,
     startup_s: Annotated[float, typer.Option(help="Seconds until a new worker is ready.")] = 0.0,
     task_startup_s: Annotated[float, typer.Option(help="Seconds before a task trains.")] = 0.0,
     preempted_per_hour: Annotated[float, typer.Option(help="Preemptions of a worker per hour.")] = 0.0,
+    notice_s: Annotated[float, typer.Option(help="From a notice to a preemption; 0: none is given.")] = 120.0,
     failure_share: Annotated[float, typer.Option(help="Share of tasks that fail.")] = 0.0,
     straggler_share: Annotated[float, typer.Option(help="Share of tasks at a quarter of the speed.")] = 0.0,
-    price_per_hour: Annotated[float, typer.Option(help="Of a worker, for the cost of a space.")] = 0.0,
+    price_per_hour: Annotated[
+        float, typer.Option(help="Of a worker that is there, busy or not, for the cost of a space.")
+    ] = 0.0,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -65,6 +69,8 @@ def simulate(
         preempted_per_hour,
         failure_share,
         straggler_share,
+        notice_s,
+        efficiency,
     )
     fleet.check()
     if seeds < 1:

@@ -66,10 +66,12 @@ def table_spec(policy: str, total_flops: float, rungs: Sequence[int] = RUNGS, **
     )
 
 
-def begin(spec: SweepSpec, curves: Sequence[Curve], records: Sequence[dict] = (), cooldown: float = 0.0) -> SweepDriver:
+def begin(
+    spec: SweepSpec, curves: Sequence[Curve], records: Sequence[dict] = (), cooldown: float = 0.0, **more: Any
+) -> SweepDriver:
     """A driver without files over curves."""
     arena = TableArena(curves, spec.budget.ladder_flops, cooldown)
-    return SweepDriver(spec, MemoryLedger(records), make_policy(spec, arena), arena)
+    return SweepDriver(spec, MemoryLedger(records), make_policy(spec, arena), arena, **more)
 
 
 def sweep(

@@ -92,6 +92,6 @@ def test_optuna_does_not_take_it_for_a_bad_loss():
         )
     )
     run_serial(driver, too_small(5000, (0,)))
-    study = driver.arena.proposer._study(driver.state, driver.state.rungs[0])
+    study = driver.arena.proposer._study(driver.state, driver.state.rungs, 0)
     ok = [row for row in driver.state.rungs[0].values() if row["status"] != "oom"]
     assert len(study.trials) == len(ok)

@@ -130,10 +130,11 @@ class FrontierPolicy:
         return step.decision(reason, self.spec.seeds[0])
 
     def _opening_flops(self, view: View) -> int:
-        """While rows are few only the entry's share may go into new configurations, but one can always start."""
+        """While rows are few only the lowest rung's share may go into new configurations, at whichever rung they enter;
+        but one can always start."""
         if not view.state.num_proposals:
             return view.available_flops
-        share = round(self.shares[0] * self.spec.budget.total_flops) - view.spent_flops[0]
+        share = round(self.shares[0] * self.spec.budget.total_flops) - sum(view.spent_flops)
         return min(view.available_flops - sum(view.promised_flops), share)
 
     def _serve(self, view: View) -> Decision | None:

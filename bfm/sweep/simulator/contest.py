@@ -19,7 +19,8 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, Metric, Scheduler, SweepSpec, Tier
-from bfm.sweep.simulator.fleet import Fleet, Timeline, decision_ms, run_fleet
+from bfm.sweep.simulator.fleet import Cluster, Fleet
+from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
 from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
 from bfm.sweep.state import SweepState
 from bfm.units import aligned
@@ -131,8 +132,9 @@ def enter(contest: Contest, policy: str, seed: int) -> Entry:
     if arena.num_points == 0:
         raise UserError("no configuration of a subset reaches a rung", key="--subset", fix="draw a larger share")
     spec = contest_spec(contest, policy, budget_flops, seed)
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
-    timeline = run_fleet(driver, arena.execute, contest.fleet, rng)
+    cluster = Cluster(contest.fleet, rng)
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
+    timeline = run_fleet(driver, arena.execute, cluster)
     return Entry(arena.regrets(driver.state), budget_flops, driver.state.spent_flops, timeline, driver.state)
 
 

@@ -1,7 +1,8 @@
-"""Workers on a virtual clock: they start up, train at a stated throughput, straggle, fail, are preempted, come and go.
+"""The workers of a simulated sweep: they are asked for, start up, train, straggle, fail, are preempted, come and go.
 
-Enters: a SweepDriver and what executes its tasks. Leaves: the Timeline of the sweep. The driver, its policy and its
-ledger are those of a real sweep; only time is made up.
+Enters: a Fleet, the figures of the machines, and tasks. Leaves: when each task ended, how, and what it had trained by
+then. A worker is a machine of its own; one that is taken away ends its task as a real one does: after a checkpoint
+where there was a notice, else with what the last checkpoint inside the rung had.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.driver import Finished, SweepDriver, Wait
-from bfm.sweep.task import Task
+from bfm.sweep.task import Task, Wait
+from bfm.training.task import Account
 from bfm.units import parse_number
 
-Execute = Callable[[Task], dict[str, Any]]
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+DONE = "done"
+YIELDED = "yielded"
+PREEMPTED = "preempted"
+FAILED = "failed"
+"""How a task ends."""
+Ended = tuple[Task, str]
 
 
 @dataclass(frozen=True)
@@ -31,29 +37,38 @@ class Fleet:
     """The machines of a simulated sweep."""
 
     schedule: tuple[tuple[float, int], ...] = ((0.0, 1),)
-    """(from this second on, so many workers), ascending, beginning at 0."""
+    """(from this second on, so many workers), ascending, from 0 on. Idle ones go first; a busy one's task yields."""
     flops_per_s: float = 1e15
+    """Of one worker alone."""
     startup_s: float = 0.0
-    """Of a worker that comes or comes back."""
+    """From when a worker is asked for until it is up."""
     task_startup_s: float = 0.0
-    """Of every task: loading, compiling."""
+    """Of every try at a task: loading, compiling, starting its group."""
     preempted_per_hour: float = 0.0
-    """Of each worker; its task is lost, and it comes back."""
+    """Of each worker that is up; another one is asked for at once."""
     failure_share: float = 0.0
-    """Of tasks; lost at their end."""
+    """Of tries; lost at their end."""
     straggler_share: float = 0.0
-    """Of tasks, at a quarter of the throughput."""
+    """Of tries, at a quarter of the throughput."""
+    notice_s: float = 0.0
+    """From the notice of a preemption until the worker is gone: its task yields. 0: no notice, and its task is lost."""
+    efficiency: float = 1.0
+    """Twice the workers are 2 x efficiency as fast."""
+    checkpoint_s: float = 60.0
+    """Between checkpoints inside a rung."""
 
     def check(self) -> None:
         """Raises UserError for figures that no machine has."""
         if not 0 < self.flops_per_s < math.inf:
             raise UserError("must be above 0", key="--throughput", fix="write FLOP/s, e.g. 4e14")
-        for name in ("startup_s", "task_startup_s", "preempted_per_hour"):
+        for name in ("startup_s", "task_startup_s", "preempted_per_hour", "notice_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError("is no number from 0 on", key=f"--{name.replace('_', '-')}", fix="write 0 or more")
         for name in ("failure_share", "straggler_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError("is no share", key=f"--{name.replace('_', '-')}", fix="at least 0, below 1")
+        if not 0.5 <= self.efficiency <= 1:
+            raise UserError("is no efficiency", key="--efficiency", fix="from 0.5 (more workers bring nothing) to 1")
 
     @property
     def most(self) -> int:
@@ -63,6 +78,10 @@ class Fleet:
     def workers_at(self, now_s: float) -> int:
         """How many there are."""
         return self.schedule[bisect_right(self.schedule, now_s, key=lambda change: change[0]) - 1][1]
+
+    def speed(self, workers: int) -> float:
+        """FLOP/s of so many on one task."""
+        return float(self.flops_per_s * workers ** (1 + math.log2(self.efficiency)))
 
 
 def parse_schedule(text: str) -> tuple[tuple[float, int], ...]:
@@ -85,116 +104,177 @@ def parse_schedule(text: str) -> tuple[tuple[float, int], ...]:
     return tuple(changes)
 
 
-@dataclass
-class Timeline:
-    """What happened when."""
+@dataclass(eq=False)
+class _Worker:
+    """From when it is asked for until it is gone."""
 
-    elapsed_s: float = 0.0
-    """Until the last task ended."""
-    busy_s: float = 0.0
-    """Worker seconds with a task, start-up included."""
-    decisions: int = 0
-    decision_s: list[float] = field(default_factory=list)
-    """Real seconds that each took."""
-    rows: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
-    """(virtual second, spent FLOPs, row)."""
-    lost: int = 0
+    asked_s: float
+    gone_s: float = math.inf
+    is_up: bool = False
+    task: str | None = None
+    """Id of the one that it trains."""
 
 
-def decision_ms(decision_s: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile of what decisions took, JSON-able."""
-    return {"median": 1e3 * float(np.median(decision_s)), "p99": 1e3 * float(np.quantile(decision_s, 0.99))}
+@dataclass(eq=False)
+class _Try:
+    """A task on its workers."""
+
+    task: Task
+    workers: tuple[_Worker, ...]
+    begun_s: float
+    flops_per_s: float
+    ended_s: float = math.inf
+    how: str = ""
 
 
-def run_fleet(driver: SweepDriver, execute: Execute, fleet: Fleet, rng: np.random.Generator) -> Timeline:
-    """Run a sweep to its end. The driver's spec must allow `fleet.most` slots."""
-    timeline, events = Timeline(), _Events(fleet, rng)
-    while True:
-        asked: Task | Wait | Finished = Wait("no worker is free")
-        while events.free > 0:
-            begun_s = time.perf_counter()
-            asked = driver.next_task()
-            timeline.decision_s.append(time.perf_counter() - begun_s)
-            if not isinstance(asked, Task):
-                break
-            timeline.decisions += 1
-            events.start(asked)
-        if isinstance(asked, Finished):
-            return timeline
-        ended = events.advance()
-        if ended is None:
-            continue
-        task, used_s, fault = ended
-        timeline.busy_s += used_s
-        timeline.elapsed_s = events.now_s
-        if fault:
-            timeline.lost += 1
-            driver.lost(task.task_id, fault)
-        else:
-            row = execute(task)
-            driver.report(task.task_id, row)
-            timeline.rows.append((events.now_s, driver.state.spent_flops, row))
-
-
-class _Events:
-    """The clock: when tasks end, workers come and workers go."""
+class Cluster:
+    """The workers of one sweep on its clock, and what they train."""
 
     def __init__(self, fleet: Fleet, rng: np.random.Generator) -> None:
-        self.fleet, self.rng, self.now_s = fleet, rng, 0.0
-        self._ends: list[tuple[float, int, Task, float, str]] = []
-        self._count = 0
-        self._running = 0
-        self._ready: list[float] = []
-        """When workers that start up will be ready."""
-        self._come(fleet.schedule[0][1])
-        self._changes = list(fleet.schedule[1:])
+        self.fleet, self.now_s = fleet, 0.0
+        self._rng = rng
+        self._workers: list[_Worker] = []
+        """All that are asked for or up; those with a notice are not among them any more."""
+        self._gone: list[_Worker] = []
+        self._tries: dict[str, _Try] = {}
+        """By task id, those that have ended as well: their accounts are asked for then."""
+        self._running: dict[str, _Try] = {}
+        self._events: list[tuple[float, int, Callable[[], list[Ended]]]] = []
+        self._count = itertools.count()
+        for at_s, workers in fleet.schedule:
+            self._at(at_s, partial(self._resize, workers))
+        self.advance()
 
     @property
-    def free(self) -> int:
+    def free(self) -> list[_Worker]:
         """Workers that are up and idle."""
-        ready = sum(at_s <= self.now_s for at_s in self._ready)
-        return min(ready, self.fleet.workers_at(self.now_s) - self._running)
+        return [worker for worker in self._workers if worker.is_up and worker.task is None]
+
+    def fits(self, task: Task, copies: int) -> bool:
+        """Whether there are workers for so many tasks like it."""
+        return copies * int(task.scaling["workers"]) <= len(self.free)
+
+    def check_room(self, wait: Wait) -> None:
+        """Raises UserError where the task that is waited with will never have its workers."""
+        if wait.task is None or self._running:
+            return
+        needed = wait.task.scaling["workers"]
+        ahead = [workers for at_s, workers in self.fleet.schedule if at_s > self.now_s]
+        if needed > max(self.fleet.workers_at(self.now_s), *ahead, 0):
+            fix = f"end the schedule with at least {needed}"
+            raise UserError(f"leaves no room: the next task needs {needed} workers", key="--workers", fix=fix)
 
     def start(self, task: Task) -> None:
-        """On a free worker."""
-        self._ready.remove(min(self._ready))
-        fleet = self.fleet
-        slow = 4.0 if self.rng.random() < fleet.straggler_share else 1.0
-        whole_s = fleet.task_startup_s + slow * task.reserved_flops / fleet.flops_per_s
-        hazard = fleet.preempted_per_hour / 3600.0
-        preempted_s = self.rng.exponential(1 / hazard) if hazard > 0 else math.inf
-        fault = "preempted" if preempted_s < whole_s else ""
-        fault = fault or ("failed" if self.rng.random() < fleet.failure_share else "")
-        used_s = min(whole_s, preempted_s)
-        heapq.heappush(self._ends, (self.now_s + used_s, self._count, task, used_s, fault))
-        self._count += 1
-        self._running += 1
+        """On free workers."""
+        fleet, workers = self.fleet, tuple(self.free[: task.scaling["workers"]])
+        slow = 4.0 if self._rng.random() < fleet.straggler_share else 1.0
+        how = FAILED if self._rng.random() < fleet.failure_share else DONE
+        begun = _Try(task, workers, self.now_s, fleet.speed(len(workers)) / slow)
+        for worker in workers:
+            worker.task = task.task_id
+        self._tries[task.task_id] = self._running[task.task_id] = begun
+        whole_s = fleet.task_startup_s + task.reserved_flops / begun.flops_per_s
+        self._at(self.now_s + whole_s, partial(self._end, begun, how))
 
-    def advance(self) -> tuple[Task, float, str] | None:
-        """To the next moment; the task that ended there, if one did."""
-        waiting = [at_s for at_s in self._ready if at_s > self.now_s]
-        moments = [*(end[0] for end in self._ends[:1]), *(change[0] for change in self._changes[:1]), *waiting]
-        assert moments, "a schedule ends without workers"
-        self.now_s = max(self.now_s, min(moments))
-        if self._changes and self._changes[0][0] <= self.now_s:
-            self._change(self._changes.pop(0)[1])
-            return None
-        if not self._ends or self._ends[0][0] > self.now_s:
-            return None
-        _, _, task, used_s, fault = heapq.heappop(self._ends)
-        self._running -= 1
-        if self._running + len(self._ready) < self.fleet.workers_at(self.now_s):
-            self._ready.append(self.now_s + (self.fleet.startup_s if fault == "preempted" else 0.0))
-        return task, used_s, fault
+    def advance(self) -> list[Ended]:
+        """To the next moment at which something happens; the tasks that ended then, and how."""
+        self.now_s, ended = self._events[0][0], []
+        while self._events and self._events[0][0] == self.now_s:
+            ended += heapq.heappop(self._events)[2]()
+        return ended
 
-    def _come(self, workers: int) -> None:
-        self._ready += [self.now_s + self.fleet.startup_s] * workers
+    def stop(self, task: Task) -> None:
+        """It yields."""
+        self._end(self._running[task.task_id], YIELDED)
 
-    def _change(self, workers: int) -> None:
-        """Idle workers go at once, busy ones when their task has ended."""
-        have = self._running + len(self._ready)
-        if workers >= have:
-            self._come(workers - have)
-        else:
-            idle = max(0, workers - self._running)
-            self._ready = sorted(self._ready)[:idle]
+    def tasks_with_left(self, seconds: float) -> list[Task]:
+        """Running tasks that will take so long or longer at their speed, oldest first."""
+        running = self._running.values()
+        return [
+            one.task
+            for one in running
+            if one.task.reserved_flops - self._trained_flops(one) >= seconds * one.flops_per_s
+        ]
+
+    def account(self, task: Task) -> Account:
+        """What a task has trained; all of it is kept where it yielded, else what the last checkpoint had."""
+        one = self._tries[task.task_id]
+        trained_flops = kept_flops = self._trained_flops(one)
+        if one.how != YIELDED:
+            every_flops = self.fleet.checkpoint_s * one.flops_per_s
+            kept_flops = math.floor(trained_flops // every_flops * every_flops)
+            if not kept_flops:
+                return Account(trained_flops)
+        begins_flops = task.rung_flops - task.reserved_flops
+        return Account(trained_flops, f"{task.task_id}-progress", begins_flops + kept_flops)
+
+    def timings(self, task: Task) -> dict[str, Any]:
+        """What the row of a task tells of its workers."""
+        one, start_s = self._tries[task.task_id], self.fleet.task_startup_s
+        train_s = one.ended_s - one.begun_s - start_s
+        return {"workers": len(one.workers), "train_s": train_s, "warm_start_s": start_s}
+
+    def busy_s(self, task: Task) -> float:
+        """Worker seconds of a task that has ended."""
+        one = self._tries[task.task_id]
+        return (one.ended_s - one.begun_s) * len(one.workers)
+
+    def provisioned_s(self, until_s: float) -> float:
+        """Worker seconds up to a moment, from when each was asked for until it was gone."""
+        lives = [(worker.asked_s, min(worker.gone_s, until_s)) for worker in [*self._workers, *self._gone]]
+        return sum(max(0.0, gone_s - asked_s) for asked_s, gone_s in lives)
+
+    def _at(self, at_s: float, happens: Callable[[], list[Ended]]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._count), happens))
+
+    def _resize(self, workers: int) -> list[Ended]:
+        """The schedule's next number."""
+        while len(self._workers) < workers:
+            self._ask()
+        ended: list[Ended] = []
+        while len(self._workers) > workers:
+            # Of the idle ones, those that are not up yet first.
+            going = min(self._workers, key=lambda worker: (worker.task is not None, worker.is_up))
+            ended += self._leave(going, YIELDED, self.now_s)
+        return ended
+
+    def _ask(self) -> None:
+        worker = _Worker(self.now_s)
+        self._workers.append(worker)
+        self._at(self.now_s + self.fleet.startup_s, partial(self._come, worker))
+
+    def _come(self, worker: _Worker) -> list[Ended]:
+        worker.is_up = True
+        if self.fleet.preempted_per_hour:
+            lives_s = self._rng.exponential(3600.0 / self.fleet.preempted_per_hour)
+            self._at(self.now_s + lives_s, partial(self._preempt, worker))
+        return []
+
+    def _preempt(self, worker: _Worker) -> list[Ended]:
+        if worker not in self._workers:
+            return []
+        notice_s = self.fleet.notice_s
+        ended = self._leave(worker, YIELDED if notice_s else PREEMPTED, self.now_s + notice_s)
+        self._ask()
+        return ended
+
+    def _leave(self, worker: _Worker, how: str, gone_s: float) -> list[Ended]:
+        """No task is given to it any more; the one that it has ends."""
+        self._workers.remove(worker)
+        self._gone.append(worker)
+        worker.gone_s = gone_s
+        return [] if worker.task is None else self._end(self._running[worker.task], how)
+
+    def _end(self, one: _Try, how: str) -> list[Ended]:
+        if one.how:
+            return []
+        one.ended_s, one.how = self.now_s, how
+        del self._running[one.task.task_id]
+        for worker in one.workers:
+            worker.task = None
+        return [(one.task, how)]
+
+    def _trained_flops(self, one: _Try) -> int:
+        """By now, or by its end."""
+        trained_s = min(self.now_s, one.ended_s) - one.begun_s - self.fleet.task_startup_s
+        return min(one.task.reserved_flops, math.floor(max(0.0, trained_s) * one.flops_per_s))

@@ -1,7 +1,8 @@
 """What a sweep would bring and cost under a planted law, before any of it is trained.
 
 Enters: a SweepSpec, a Law, a fleet. Leaves: per policy when each rung's best row came, how far it is from the best that
-the law has in the space, worker-hours and cost, and what training every configuration of a grid would have taken.
+the law has in the space, the worker-hours that are paid and their cost, and what training every configuration of a grid
+would have taken without a pause.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.simulator.fleet import Fleet, Timeline, decision_ms, run_fleet
+from bfm.sweep.simulator.fleet import Cluster, Fleet
 from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
+from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.units import format_flops, format_seconds
@@ -105,14 +107,14 @@ def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimu
     method = {"random": "random", "grid": "grid"}.get(policy, spec.method)
     spec = replace(
         spec,
-        slots=fleet.most,
         seeds=tuple(seed + 1000 * place for place in range(len(spec.seeds))),
         scheduler=replace(spec.scheduler, type=policy),
         method=method,
     )
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
-    timeline = run_fleet(driver, LawTruth(law), fleet, np.random.default_rng(seed))
+    cluster = Cluster(fleet, np.random.default_rng(seed))
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
+    timeline = run_fleet(driver, LawTruth(law), cluster)
     rungs = []
     for rung, flops in enumerate(spec.budget.ladder_flops):
         rows = [(hours, spent, row) for hours, spent, row in timeline.rows if row["rung"] == rung]
@@ -153,7 +155,7 @@ def as_dict(
 
 
 def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dict[str, Any]:
-    worker_hours = float(np.mean([one.timeline.busy_s for one in made])) / 3600
+    worker_hours = float(np.mean([one.timeline.provisioned_s for one in made])) / 3600
     decision_s = [seconds for one in made for seconds in one.timeline.decision_s]
     rungs = []
     for found in zip(*(one.rungs for one in made), strict=True):
@@ -170,8 +172,10 @@ def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dic
         "spent_flops": float(np.mean([one.spent_flops for one in made])),
         "hours": float(np.mean([one.timeline.elapsed_s for one in made])) / 3600,
         "worker_hours": worker_hours,
+        "busy_hours": float(np.mean([one.timeline.busy_s for one in made])) / 3600,
         "cost": worker_hours * price_per_hour,
         "lost_tasks": float(np.mean([one.timeline.lost for one in made])),
+        "yielded_tasks": float(np.mean([one.timeline.yielded for one in made])),
         "decision_ms": decision_ms(decision_s),
         "seconds": float(sum(decision_s)),
     }
@@ -189,8 +193,9 @@ def render(result: dict[str, Any]) -> str:
         lines.append(
             f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs "
             f"({policy['spent_flops'] / grid['flops']:.1%} of the grid), {format_seconds(policy['hours'] * 3600)}, "
-            f"{policy['worker_hours']:,.0f} worker-hours, cost {policy['cost']:,.0f}, "
-            f"{policy['lost_tasks']:.0f} tasks lost, decisions {policy['decision_ms']['median']:.0f} ms"
+            f"{policy['worker_hours']:,.0f} worker-hours ({policy['busy_hours']:,.0f} busy), "
+            f"cost {policy['cost']:,.0f}, {policy['lost_tasks']:.0f} tasks lost, "
+            f"{policy['yielded_tasks']:.0f} yielded, decisions {policy['decision_ms']['median']:.0f} ms"
         )
         for rung in policy["rungs"]:
             if rung["gap"] is None:

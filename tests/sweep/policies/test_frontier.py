@@ -419,6 +419,24 @@ def test_sizes_are_spread_before_anything_is_known():
     assert max(opening) / min(opening) > 20
 
 
+@pytest.mark.parametrize("slots", [8, 32])
+@pytest.mark.parametrize("shares", [None, (0.4, 0.1, 0.1, 0.1, 0.3)])
+def test_the_opening_keeps_to_its_share_wherever_models_enter(slots, shares):
+    """Large models have too few steps at the lower rungs: they enter above, and count as well."""
+    parameters = {"params": {"distribution": "log_uniform_values", "min": 3e3, "max": 2e6}}
+    total = 1.5e12 if shares is None else 0.6e12
+    budget = {"ladder_flops": ["1e9", "4e9", "16e9", "64e9", "256e9"], "total_flops": total}
+    scheduler = {"type": "frontier", **({} if shares is None else {"shares": list(shares)})}
+    driver = in_memory(make_spec(parameters=parameters, budget=budget, scheduler=scheduler, scaling={"slots": slots}))
+    asked = []
+    while isinstance(answer := driver.next_task(), Task):
+        asked.append(answer)
+    assert {task.rung for task in asked} >= {0, 1, 2}
+    assert len(asked) > 4
+    assert sum(driver.state.nominal_flops.values()) <= driver.policy.shares[0] * total
+    assert len(asked) == slots or "the first rows decide" in answer.reason
+
+
 def test_every_decision_could_be_paid():
     """The whole way of each step fitted under the cap when it was taken."""
     curves = planted(3, copies=2)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.errors import UserError
-from bfm.sweep.simulator.fleet import Fleet, parse_schedule, run_fleet
+from bfm.errors import PausedError, UserError
+from bfm.sweep.driver import SweepDriver
+from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.policies import make_policy
+from bfm.sweep.simulator.fleet import Cluster, Fleet, parse_schedule
+from bfm.sweep.simulator.run import run_fleet
+from bfm.sweep.simulator.table import TableArena
 from tests.sweep.curves import begin, curve, table_spec
 
 HOUR = 3600.0
@@ -24,8 +30,34 @@ def run(seconds, fleet, total=1e15, seed=0, **changes):
         curve(f"c{place:03d}", [2.0 + place], flops=(s * RATE,), resumable=False) for place, s in enumerate(seconds)
     ]
     spec = table_spec("random", total, rungs=(10**15,), slots=fleet.most, **changes)
-    driver = begin(spec, curves)
-    return driver, run_fleet(driver, driver.arena.execute, fleet, np.random.default_rng(seed))
+    cluster = Cluster(fleet, np.random.default_rng(seed))
+    driver = begin(spec, curves, settle=cluster.account)
+    return driver, run_fleet(driver, driver.arena.execute, cluster)
+
+
+class Groups(TableArena):
+    """A table whose tasks may have several workers."""
+
+    counts = (1, 2, 4)
+
+    def scalings(self, config, rung, limits):
+        return [{"workers": workers} for workers in self.counts]
+
+    def task(self, *which):
+        return replace(super().task(*which), scaling={"workers": self.counts[0]})
+
+
+def run_groups(seconds, fleet, counts=(1, 2, 4), total=1e15, seed=0, **changes):
+    """The same with groups of workers; the seconds are those of one worker."""
+    curves = [
+        curve(f"c{place:03d}", [2.0 + place], flops=(s * RATE,), resumable=False) for place, s in enumerate(seconds)
+    ]
+    spec = table_spec("random", total, rungs=(10**15,), **{"slots": fleet.most, **changes})
+    cluster = Cluster(fleet, np.random.default_rng(seed))
+    arena = Groups(curves, spec.budget.ladder_flops)
+    arena.counts = counts
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
+    return driver, run_fleet(driver, arena.execute, cluster)
 
 
 def ends(timeline):
@@ -38,6 +70,7 @@ def test_three_tasks_on_two_workers():
     assert ends(timeline) == [(3, "c000"), (5, "c001"), (7, "c002")]
     assert [spent for _, spent, _ in timeline.rows] == [3e9, 8e9, 12e9]
     assert (timeline.elapsed_s, timeline.busy_s, timeline.decisions, timeline.lost) == (7, 12, 3, 0)
+    assert timeline.provisioned_s == 14
     assert len(timeline.decision_s) >= 3
     assert driver.state.finished
 
@@ -45,29 +78,41 @@ def test_three_tasks_on_two_workers():
 def test_workers_and_tasks_start_up():
     _, timeline = run([3, 5, 4], Fleet(((0.0, 2),), RATE, startup_s=10, task_startup_s=1))
     assert ends(timeline) == [(14, "c000"), (16, "c001"), (19, "c002")]
-    assert (timeline.elapsed_s, timeline.busy_s) == (19, 15)
+    assert (timeline.elapsed_s, timeline.busy_s, timeline.provisioned_s) == (19, 15, 38)
+    assert {(row["warm_start_s"], row["train_s"]) for _, _, row in timeline.rows} == {(1, 3), (1, 5), (1, 4)}
 
 
 def test_workers_come_later():
     _, timeline = run([4, 4, 4, 4], Fleet(((0.0, 1), (5.0, 3)), RATE, startup_s=2))
     # The first is up at 2; its second task starts at 6; two more are up at 7.
     assert ends(timeline) == [(6, "c000"), (10, "c001"), (11, "c002"), (11, "c003")]
+    # Paid from when they are asked for.
+    assert timeline.provisioned_s == 11 + 2 * 6
 
 
-def test_workers_go_when_their_task_has_ended():
-    _, timeline = run([4, 6, 5, 5], Fleet(((0.0, 2), (1.0, 1)), RATE))
-    # At 4 the first worker goes, its colleague is the one that is left.
-    assert ends(timeline) == [(4, "c000"), (6, "c001"), (11, "c002"), (16, "c003")]
+def test_the_task_of_a_worker_that_goes_yields_and_goes_on_first():
+    driver, timeline = run([4, 6, 5, 5], Fleet(((0.0, 2), (1.0, 1)), RATE))
+    # One second of the first is done; its worker went, and the other one was busy.
+    assert ends(timeline) == [(6, "c001"), (9, "c000"), (14, "c002"), (19, "c003")]
+    assert (timeline.yielded, timeline.lost, driver.state.lost_flops) == (1, 0, 0)
+    assert (timeline.busy_s, timeline.provisioned_s) == (20, 20)
+
+
+def test_idle_workers_go_first():
+    _, timeline = run([9], Fleet(((0.0, 3), (1.0, 1)), RATE))
+    assert ends(timeline) == [(9, "c000")]
+    assert (timeline.yielded, timeline.busy_s, timeline.provisioned_s) == (0, 9, 9 + 2)
 
 
 def test_a_pause_without_workers():
     _, timeline = run([2, 2], Fleet(((0.0, 1), (1.0, 0), (100.0, 1)), RATE))
-    assert ends(timeline) == [(2, "c000"), (102, "c001")]
+    assert ends(timeline) == [(101, "c000"), (103, "c001")]
+    assert timeline.provisioned_s == 4
 
 
 def test_time_ends_with_the_last_task_not_with_the_next_worker():
-    _, timeline = run([2], Fleet(((0.0, 1), (1.0, 0), (100.0, 1)), RATE))
-    assert timeline.elapsed_s == 2
+    _, timeline = run([2], Fleet(((0.0, 1), (2.5, 0), (100.0, 1)), RATE))
+    assert (timeline.elapsed_s, timeline.provisioned_s) == (2, 2)
 
 
 @pytest.mark.parametrize("text", ["1,0@1s", "8,0@2h,64@3h,0@1d"])
@@ -88,30 +133,50 @@ def test_a_preempted_task_is_charged_tried_again_and_given_up():
     driver, timeline = run([3, 5], Fleet(((0.0, 1),), RATE, startup_s=10, preempted_per_hour=3.6e6), max_retries=1)
     assert timeline.rows == []
     assert timeline.lost == 4
-    assert driver.state.spent_flops == driver.state.lost_flops == 2 * 3e9 + 2 * 5e9
+    assert 0 < driver.state.spent_flops == driver.state.lost_flops < 0.1 * RATE
     assert set(driver.state.abandoned) == {("t00000", 0), ("t00001", 0)}
     # Every worker but the first had to come back first; it hardly worked.
     assert 40 <= timeline.elapsed_s < 51
     assert timeline.busy_s < 0.1
 
 
-def test_preemption_loses_some_tasks_and_the_sweep_goes_on():
-    fleet = Fleet(((0.0, 4),), RATE, startup_s=60, preempted_per_hour=1.0)
-    seconds = [1200] * 60
-    driver, timeline = run(seconds, fleet, max_retries=50)
+def test_preemption_loses_what_came_after_the_last_checkpoint():
+    fleet = Fleet(((0.0, 4),), RATE, startup_s=60, preempted_per_hour=1.0, checkpoint_s=100)
+    driver, timeline = run([1200] * 60, fleet, max_retries=50)
     assert len(timeline.rows) == 60
-    # Rate 1/h over 20 minutes: each try is lost with probability 1 - exp(-1/3) = 0.28.
-    share = timeline.lost / (timeline.lost + 60)
-    assert 0.15 < share < 0.45
-    assert driver.state.lost_flops == timeline.lost * 1200 * RATE
-    assert timeline.busy_s < 1200 * (60 + timeline.lost)
+    # Rate 1/h over 60 tasks of 20 minutes.
+    assert 8 <= timeline.lost <= 40
+    assert timeline.yielded == 0
+    lost_s = driver.state.lost_flops / RATE
+    assert 0.2 * 100 * timeline.lost < lost_s <= 100 * timeline.lost
+    assert timeline.busy_s == pytest.approx(60 * 1200 + lost_s, abs=1e-3)
+    assert driver.state.spent_flops == 60 * 1200 * RATE + driver.state.lost_flops
+
+
+def test_a_notice_saves_all_and_the_worker_is_paid_until_it_is_gone():
+    fleet = Fleet(((0.0, 4),), RATE, startup_s=60, preempted_per_hour=1.0, notice_s=120)
+    driver, timeline = run([1200] * 60, fleet)
+    assert (timeline.lost, driver.state.lost_flops) == (0, 0)
+    assert 8 <= timeline.yielded <= 40
+    assert timeline.busy_s == pytest.approx(60 * 1200)
+    assert driver.state.spent_flops == 60 * 1200 * RATE
+    unpaid = 4 * timeline.elapsed_s
+    assert unpaid + 100 * timeline.yielded < timeline.provisioned_s <= unpaid + 120 * (timeline.yielded + 4)
+
+
+def test_a_task_that_yields_while_it_starts_keeps_what_it_had():
+    # At 10 and at 12 the only worker goes; the second try had not begun to train.
+    fleet = Fleet(((0.0, 1), (10.0, 0), (11.0, 1), (12.0, 0), (13.0, 1)), RATE, task_startup_s=4)
+    driver, timeline = run([20], fleet)
+    assert ends(timeline) == [(13 + 4 + 14, "c000")]
+    assert (timeline.yielded, driver.state.lost_flops) == (2, 0)
 
 
 def test_failures_come_at_the_end_and_as_often_as_stated():
     driver, timeline = run([10] * 200, Fleet(((0.0, 1),), RATE, failure_share=0.25), max_retries=50)
     assert len(timeline.rows) == 200
     assert timeline.lost / (200 + timeline.lost) == pytest.approx(0.25, abs=0.1)
-    assert timeline.elapsed_s == timeline.busy_s == 10 * (200 + timeline.lost)
+    assert timeline.elapsed_s == timeline.busy_s == timeline.provisioned_s == 10 * (200 + timeline.lost)
     assert {loss["reason"] for loss in driver.state.losses} == {"failed"}
 
 
@@ -132,32 +197,113 @@ def test_twice_the_workers_halve_the_time_of_equal_independent_tasks(count, work
     assert two.busy_s == pytest.approx(one.busy_s)
 
 
-@given(
-    seconds=st.lists(st.integers(1, 50), min_size=1, max_size=15),
-    changes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), max_size=4),
-    fleet=st.builds(
-        lambda startup, share: {"startup_s": startup, "straggler_share": share}, st.integers(0, 20), st.floats(0, 1)
-    ),
+class Watched(Cluster):
+    """Counts at every step."""
+
+    def start(self, task):
+        assert self.fits(task, 1)
+        super().start(task)
+        one = self._running[task.task_id]
+        assert len(one.workers) == task.scaling["workers"]
+        assert all(worker.is_up for worker in one.workers)
+
+    def advance(self):
+        ended = super().advance()
+        held = [worker for one in self._running.values() for worker in one.workers]
+        assert len(held) == len(set(held)) <= self.fleet.workers_at(self.now_s) == len(self._workers)
+        assert {id(worker) for worker in held} <= {id(worker) for worker in self._workers}
+        return ended
+
+
+FLEETS = st.builds(
+    lambda startup, share, failures, rate, notice, efficiency: {
+        "startup_s": startup,
+        "straggler_share": share,
+        "failure_share": failures,
+        "preempted_per_hour": rate,
+        "notice_s": notice,
+        "efficiency": efficiency,
+        # Where tasks are lost while they start a sweep pauses.
+        "task_startup_s": startup / 4 if notice else 0.0,
+        "checkpoint_s": 5.0,
+    },
+    st.integers(0, 20),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([0.0, 10.0, 60.0]),
+    st.sampled_from([0.0, 7.0]),
+    st.floats(0.5, 1.0),
 )
-@settings(max_examples=50, deadline=None)
-def test_no_more_tasks_run_than_there_were_workers(seconds, changes, fleet):
+
+
+@given(
+    seconds=st.lists(st.integers(1, 300), min_size=1, max_size=15),
+    changes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), max_size=4),
+    counts=st.sampled_from([(1,), (1, 2, 4), (2, 3)]),
+    total=st.integers(100, 5000),
+    fleet=FLEETS,
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_comes_and_goes(seconds, changes, counts, total, fleet):
+    """Never more workers than there are, never more paid work than paid time, never above the cap, and it ends."""
     schedule, now = [(0.0, 2)], 0.0
     for wait, workers in changes:
         now += wait
         schedule.append((now, workers))
-    schedule.append((now + 1, 1))
-    _, timeline = run(seconds, Fleet(tuple(schedule), RATE, **fleet))
-    assert len(timeline.rows) == len(seconds)
-    starts = []
-    for at_s, _, row in timeline.rows:
-        whole = row["task_flops"] / RATE
-        slow = 4 if fleet["straggler_share"] == 1 else 1
-        if fleet["straggler_share"] in (0, 1):
-            starts.append((at_s - slow * whole, at_s))
-    for begun, _ in starts:
-        assert sum(b <= begun < e for b, e in starts) <= [n for at_s, n in schedule if at_s <= begun][-1]
-        assert begun >= fleet["startup_s"]
-    assert timeline.elapsed_s == max(at_s for at_s, _, _ in timeline.rows)
+    schedule.append((now + 1, counts[0]))
+    fleet = Fleet(tuple(schedule), RATE, **fleet)
+
+    def once():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(run_groups.__globals__, "Cluster", Watched)
+            return run_groups(seconds, fleet, counts, total * RATE, max_retries=200)
+
+    (driver, timeline), (_, again) = once(), once()
+    state = driver.state
+    assert state.finished
+    assert not state.attempts
+    assert state.spent_flops <= total * RATE
+    assert timeline.busy_s <= timeline.provisioned_s * (1 + 1e-9)
+    assert timeline.elapsed_s >= max((at_s for at_s, _, _ in timeline.rows), default=0)
+    if sum(seconds) <= total and not state.losses:
+        assert len(timeline.rows) == len(seconds)
+    assert ends(timeline) == ends(again)
+    assert (timeline.busy_s, timeline.provisioned_s) == (again.busy_s, again.provisioned_s)
+
+
+def test_a_task_takes_the_workers_that_all_free_slots_could_take():
+    _, timeline = run_groups([80, 80], Fleet(((0.0, 4),), RATE, efficiency=0.8), slots=2)
+    # Two workers each: 1.6 times as fast.
+    assert [row["workers"] for _, _, row in timeline.rows] == [2, 2]
+    assert ends(timeline) == [(50, "c000"), (50, "c001")]
+    assert timeline.busy_s == timeline.provisioned_s == 200
+
+
+def test_a_task_alone_grows_into_what_comes():
+    _, timeline = run_groups([400], Fleet(((0.0, 1), (100.0, 4)), RATE), slots=1)
+    # 300 of 400 s of one worker were left.
+    assert ends(timeline) == [(175, "c000")]
+    assert timeline.yielded == 1
+    assert timeline.rows[0][2]["workers"] == 4
+
+
+def test_little_work_left_is_not_worth_a_new_group():
+    _, timeline = run_groups([200], Fleet(((0.0, 1), (100.0, 4)), RATE), slots=1)
+    assert ends(timeline) == [(200, "c000")]
+    assert timeline.yielded == 0
+
+
+@pytest.mark.parametrize(("efficiency", "expected"), [(1.0, {4}), (0.6, {1})])
+def test_what_groups_brought_decides_how_many_workers_later_tasks_take(efficiency, expected):
+    _, timeline = run_groups([100] * 12, Fleet(((0.0, 1), (250.0, 4)), RATE, efficiency=efficiency), slots=1)
+    assert {row["workers"] for _, _, row in timeline.rows[-5:]} == expected
+
+
+def test_a_task_that_no_schedule_will_hold_is_a_users_error():
+    with pytest.raises(UserError, match="needs 4 workers") as caught:
+        run_groups([40, 40], Fleet(((0.0, 4), (7.0, 2)), RATE, preempted_per_hour=100), counts=(4,))
+    assert caught.value.key == "--workers"
+    assert caught.value.fix == "end the schedule with at least 4"
 
 
 def test_the_same_luck_gives_the_same_timeline():
@@ -205,10 +351,24 @@ def test_bad_schedules_are_users_errors(text):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("flops_per_s", math.inf), ("startup_s", math.nan), ("task_startup_s", -1.0), ("preempted_per_hour", math.inf)],
+    [
+        ("flops_per_s", math.inf),
+        ("startup_s", math.nan),
+        ("task_startup_s", -1.0),
+        ("preempted_per_hour", math.inf),
+        ("notice_s", -1.0),
+        ("efficiency", 0.4),
+        ("efficiency", 1.1),
+    ],
 )
 def test_figures_that_no_machine_has_are_users_errors(name, value):
     with pytest.raises(UserError) as caught:
         Fleet(**{name: value}).check()
     assert caught.value.key == "--throughput" if name == "flops_per_s" else f"--{name.replace('_', '-')}"
     assert caught.value.fix
+
+
+def test_a_sweep_pauses_where_a_real_one_would():
+    fleet = Fleet(((0.0, 2),), RATE, task_startup_s=60, preempted_per_hour=3600)
+    with pytest.raises(PausedError, match="preempted"):
+        run([3, 5, 4, 9], fleet)

@@ -1,0 +1,83 @@
+"""What a space would bring and cost: one law, the driver of real sweeps, and workers that are paid while they idle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from bfm.sweep.simulator.fleet import Fleet, parse_schedule
+from bfm.sweep.simulator.forecast import as_dict, forecast, render
+from bfm.sweep.simulator.law import law_named
+from bfm.sweep.spec import from_dict
+
+RATE = 1e11
+SPACE = {
+    "name": "small",
+    "metric": {"name": "nll"},
+    "method": "random",
+    "parameters": {
+        "params": {"distribution": "log_uniform_values", "min": 1e5, "max": 3e6},
+        "embedder_share": {"distribution": "log_uniform_values", "min": 0.005, "max": 0.2},
+        "learning_rate": {"value": 1e-3},
+        "groups_per_step": {"value": 8},
+        "window": {"value": 64},
+        "group_windows": {"value": 2},
+    },
+    "budget": {"ladder_flops": ["1e14", "4e14"], "total_flops": "4e15", "max_trials": 40},
+    "scheduler": {"type": "asha-promote"},
+    "scaling": {"slots": 4, "tiers": [{"engine": "deepspeed", "workers": [1, 2, 4], "gpus": 1}]},
+    "data": {"shards": "nowhere"},
+}
+SPEC = from_dict(SPACE)
+
+
+def run(fleet, spec=SPEC):
+    (made,) = forecast(spec, law_named("paper"), fleet, ["asha-promote"], [0])
+    return made, as_dict(spec, "paper", fleet, 2.0, [made])
+
+
+def test_what_is_paid_is_what_is_there():
+    fleet = Fleet(parse_schedule("12,2@1h"), RATE, startup_s=60)
+    made, result = run(fleet)
+    line = made.timeline
+    assert 0 < line.busy_s < line.provisioned_s == 12 * 3600 + 2 * (line.elapsed_s - 3600)
+    (policy,) = result["policies"]
+    assert policy["cost"] == 2.0 * policy["worker_hours"] == pytest.approx(2.0 * line.provisioned_s / 3600)
+    assert policy["busy_hours"] == pytest.approx(line.busy_s / 3600)
+    assert f"{policy['worker_hours']:,.0f} worker-hours ({policy['busy_hours']:,.0f} busy)" in render(result)
+
+
+def test_tasks_take_as_many_workers_as_their_tier_allows_and_the_slots_share():
+    made, _ = run(Fleet(parse_schedule("16"), RATE))
+    assert {row["workers"] for _, _, row in made.timeline.rows} == {4}
+    assert made.timeline.busy_s == pytest.approx(made.spent_flops / RATE)
+    half, _ = run(Fleet(parse_schedule("16"), RATE, efficiency=0.5))
+    # More workers bring nothing, and cost as many times as much until that is known.
+    assert half.timeline.busy_s > 1.2 * made.timeline.busy_s
+
+
+def test_no_more_tasks_run_than_the_space_has_slots():
+    one, _ = run(Fleet(parse_schedule("16"), RATE), replace(SPEC, slots=1))
+    ends = [0.0, *(at_s for at_s, _, _ in one.timeline.rows)]
+    assert ends == sorted(ends)
+    took_s = [row["train_s"] for _, _, row in one.timeline.rows]
+    assert [after - before for before, after in itertools.pairwise(ends)] == pytest.approx(took_s)
+
+
+def test_as_a_user_types_it(bfm, tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    words = ("simulate", path, "--law", "paper", "--throughput", "1e11", "--price-per-hour", "2")
+    code, out, err = bfm(*words, "--workers", "8,2@1h", "--preempted-per-hour", "0.5", "--json")
+    assert code == 0, err
+    (policy,) = json.loads(out)["policies"]
+    # A notice is the default: nothing is lost.
+    assert policy["lost_tasks"] == 0 < policy["yielded_tasks"]
+    assert policy["cost"] == pytest.approx(2 * policy["worker_hours"])
+    code, _, err = bfm(*words, "--efficiency", "1.5")
+    assert code == 2
+    assert "--efficiency" in err
