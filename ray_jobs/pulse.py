@@ -107,6 +107,10 @@ class Pulses:
         """Nodes that a task's processes were last seen on."""
         return sorted({process.node for process in self._still_s() if process.task_id == task_id})
 
+    def close(self) -> None:
+        """End the actor: tasks that Tune keeps in its objects would hold it."""
+        ray.kill(self._board)
+
     def _still_s(self) -> dict[Process, float]:
         try:
             return ray.get(self._board.still_s.remote(), timeout=_ANSWER_S)

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,9 @@ def run_sweep(
                     quiet_session(os.cpu_count()),
                     signals_raise() as signals,
                     _curves(store, driver, floors, progress) as on_event,
+                    closing(Pulses()) as pulses,
                 ):
                     signals.waits = True
-                    pulses = Pulses()
                     run_tasks(
                         driver,
                         spec.slots,

@@ -42,6 +42,7 @@ def all_is_free_again(two_cpus) -> Iterator[None]:
     yield
     wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 90, "all CPUs are free again")
     wait_for(lambda: not standing_groups(), 60, "no placement group stands")
+    wait_for(lambda: not ours("ray::_Board"), 30, "nobody listens to tasks that are over")
 
 
 def standing_groups() -> list[dict]:
