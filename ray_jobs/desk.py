@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from bfm.errors import PausedError
 from bfm.sweep.state import NODE, WORKER
 from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.workers import GROW_LEFT_S
 from bfm.training.task import Account
 from ray_jobs import trial
 from ray_jobs.quarantine import Quarantine
@@ -27,8 +28,6 @@ LOOK_S = 10.0
 """How often running tasks are looked after."""
 ROOM_S = 60.0
 """A task waits so long for its room; then smaller ones, with as long to go, yield theirs."""
-GROW_LEFT_S = 120.0
-"""A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
 YIELD_LIMIT_S = 45.0
 """A sweep that ends waits so long for the checkpoints of its running tasks."""
 DIED = "its worker process died (killed, out of memory, or its node is gone)"

@@ -12,6 +12,8 @@ from typing import Any
 
 GAIN = 0.5
 """W times the workers pay where they are at least 1 + GAIN (W - 1) times as fast, the start of the group included."""
+GROW_LEFT_S = 120.0
+"""A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
 _LIKE = 4.0
 """Rows say something of sizes up to so many times theirs."""
 

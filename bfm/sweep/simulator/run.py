@@ -16,10 +16,9 @@ import numpy as np
 from bfm.sweep.driver import Finished, SweepDriver, Wait
 from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster
 from bfm.sweep.task import Task
+from bfm.sweep.workers import GROW_LEFT_S
 
 Execute = Callable[[Task], dict[str, Any]]
-_GROW_LEFT_S = 120.0
-"""A task that has less left to do takes no more workers."""
 
 
 @dataclass
@@ -90,7 +89,7 @@ def _grow(driver: SweepDriver, cluster: Cluster, timeline: Timeline) -> bool:
     """Have a running task yield, to go on with workers that nobody else takes; False where none would."""
     if driver.state.owed():
         return False
-    for task in cluster.tasks_with_left(_GROW_LEFT_S):
+    for task in cluster.tasks_with_left(GROW_LEFT_S):
         room = len(cluster.free) + task.scaling["workers"]
         if any(wider.scaling["workers"] <= room for wider in driver.wider(task.task_id)):
             cluster.stop(task)
