@@ -66,7 +66,7 @@ def test_what_stands_still_is_ended_and_what_moves_is_not(cluster, monkeypatch) 
     for task in (stuck, stopped):
         with pytest.raises(ray.exceptions.WorkerCrashedError):
             ray.get(task, timeout=60)
-    assert not any(psutil.pid_exists(found[name]) for name in hung)
+    wait_for(lambda: not any(psutil.pid_exists(found[name]) for name in hung), 30, "both are gone")
     assert pulses.hung() == {}
     assert psutil.pid_exists(found["group"]), "one of it moves, the other one waits for it"
     for task in (waits, busy):
