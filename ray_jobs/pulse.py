@@ -28,8 +28,6 @@ BEAT_S = 5.0
 HUNG_S = 300.0
 """No step, no part of an evaluation and no checkpoint keeps all processes of a task at one instruction for so long."""
 _ANSWER_S = 5.0
-
-
 Sign = tuple[int, int]
 """Steps, and where in the code."""
 
@@ -55,13 +53,9 @@ class _Board:
         if process not in self.seen or self.seen[process][0] != sign:
             self.seen[process] = sign, time.monotonic()
 
-    def gone(self, task_id: str, pid: int | None = None) -> None:
-        """A process has ended its task; None: all of them."""
-        self.seen = {
-            process: sign
-            for process, sign in self.seen.items()
-            if process.task_id != task_id or pid not in (None, process.pid)
-        }
+    def gone(self, process: Process) -> None:
+        """A process has ended its task."""
+        self.seen.pop(process, None)
 
     def still_s(self) -> dict[Process, float]:
         """How long each has been where it is."""
@@ -86,12 +80,15 @@ class Pulses:
                 if done.wait(BEAT_S):
                     return
 
-        threading.Thread(target=beat, name="pulse", daemon=True).start()
+        beats = threading.Thread(target=beat, name="pulse", daemon=True)
+        beats.start()
         try:
             yield
         finally:
             done.set()
-            self._board.gone.remote(task_id, process.pid)
+            # A sign that came after the farewell would stand for ever, and then cost the process its next task.
+            beats.join()
+            self._board.gone.remote(process)
 
     def hung(self) -> dict[str, list[Process]]:
         """Task id -> its processes, of tasks that stand still; empty where the board does not answer."""
@@ -122,7 +119,7 @@ class Pulses:
         for process in processes:
             here = NodeAffinitySchedulingStrategy(process.node, soft=False)
             _kill.options(scheduling_strategy=here).remote(process.pid)
-            self._board.gone.remote(process.task_id, process.pid)
+            self._board.gone.remote(process)
 
 
 def at_work(pulses: Pulses | None, task_id: str, notice: Notice) -> AbstractContextManager[None]:
