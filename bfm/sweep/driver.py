@@ -281,10 +281,10 @@ class SweepDriver:
             if self.state.open_tasks:
                 return Wait("running tasks may leave room under the cap for a lost one")
             reason = f"the cap has no room to train it again ({format_flops(self.available_flops)} FLOPs are left)"
-        elif (placed := self._placed(task, fits, len(self.state.owed()))) is None:
-            return Wait("a lost task waits for a place", self._ways(task)[-1])
         else:
-            self._write({"kind": "task", "task": placed.as_dict(), "reason": f"try {attempt.tries + 1}"})
+            placed = self._placed(task, fits, len(self.state.owed()))
+            if isinstance(placed, Task):
+                self._write({"kind": "task", "task": placed.as_dict(), "reason": f"try {attempt.tries + 1}"})
             return placed
         self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
         if attempt.progress is not None:
@@ -304,8 +304,8 @@ class SweepDriver:
 
     def _reserve(self, task: Task, decision: Promote | Propose, fits: Fits, *before: Record) -> Task | Wait:
         placed = self._placed(task, fits, self.spec.slots - len(self.state.open_tasks))
-        if placed is None:
-            return Wait("the next task waits for a place", self._ways(task)[-1])
+        if isinstance(placed, Wait):
+            return placed
         task = placed
         assert task.reserved_flops <= self.available_flops, "a policy went over the cap"
         also = {"meant_for": decision.meant_for}
@@ -316,13 +316,13 @@ class SweepDriver:
         self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
         return task
 
-    def _placed(self, task: Task, fits: Fits, alike: int) -> Task | None:
-        """With as many workers as `alike` tasks could have, but at least the fewest; None where there is no room."""
+    def _placed(self, task: Task, fits: Fits, alike: int) -> Task | Wait:
+        """With as many workers as `alike` tasks could have, but at least the fewest; Wait where there is no room."""
         *wider, narrowest = self._ways(task)
         for other in wider:
             if fits(other, alike):
                 return other
-        return narrowest if fits(narrowest, 1) else None
+        return narrowest if fits(narrowest, 1) else Wait("the next task waits for a place", narrowest)
 
     def _ways(self, task: Task) -> list[Task]:
         """A task with each number of workers that pays, most first."""
