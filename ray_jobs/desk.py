@@ -313,13 +313,14 @@ class Desk:
                 self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
         self.waiting = task
 
+    def _live_nodes(self) -> dict[str, Resources]:
+        return {} if self._room is None else self._room.nodes()
+
     def _nodes(self) -> list[Resources]:
-        nodes = {} if self._room is None else self._room.nodes()
-        return [resources for node, resources in nodes.items() if node not in self.quarantine.nodes]
+        return [resources for node, resources in self._live_nodes().items() if node not in self.quarantine.nodes]
 
     def _usable(self) -> list[str]:
-        nodes = {} if self._room is None else self._room.nodes()
-        return [node for node, resources in nodes.items() if any(resources.values())]
+        return [node for node, resources in self._live_nodes().items() if any(resources.values())]
 
     def _close(self, live: Live) -> None:
         live.settled_at_s = self._clock()
