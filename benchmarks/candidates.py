@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class Result:
 
 def run(law: Law, source: Source, workers: int, seed: int) -> Result:
     """Regret: each rung's best row, its noise apart, above the best of a large random sample; summed."""
-    spec = replace(from_dict({**SPACE, "method": source.method, "seeds": [seed]}), slots=workers)
+    spec = from_dict({**SPACE, "method": source.method, "seeds": [seed], "scaling": {"slots": workers}})
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
     arena.proposer = source.proposer(spec, arena.feasible, optuna_draws=source.optuna_draws)
     cluster = Cluster(Fleet(((0.0, workers),)), np.random.default_rng(seed))

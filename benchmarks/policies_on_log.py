@@ -59,7 +59,7 @@ def run(job: tuple[str, int, argparse.Namespace]) -> dict[str, float]:
     torch.set_num_threads(1)
     shards = Shards.open(options.shards)
     spec = from_dict(spec_values(policy, seed, options))
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         store, factory = Store(folder), EngineFactory(torch.device("cpu"))

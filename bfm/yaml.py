@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from bfm.errors import UserError
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model")
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_KINDS = {"tuple_type": "list", "list_type": "list", "dict_type": "mapping", "model_type": "mapping"}
+_KINDS |= {"dataclass_type": "mapping"}
+"""What pydantic calls by names of its own."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -114,12 +118,12 @@ def parse_yaml(text: str, *, file: str) -> dict[str, Any]:
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, file: str | None = None) -> Model:
-    """Build a pydantic model (extra="forbid") or raise the first fault as one UserError with the dotted key."""
+    """Build a pydantic model or dataclass (extra="forbid"), or raise the first fault as one UserError."""
     try:
-        return model.model_validate(dict(values))
+        return TypeAdapter(model).validate_python(dict(values))
     except ValidationError as error:
         # An unknown key is the likelier slip than the required key that it leaves missing.
-        fault = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")[0]
+        fault = sorted(error.errors(), key=lambda item: item["type"] not in _UNKNOWN)[0]
         raise _user_error(model, fault, file) from error
 
 
@@ -130,35 +134,40 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
-def _user_error(model: type[BaseModel], fault: Any, file: str | None) -> UserError:
+def _user_error(model: type, fault: Any, file: str | None) -> UserError:
     inner = fault.get("ctx", {}).get("error")
     location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     key = ".".join(str(part) for part in location) or None
     if isinstance(inner, UserError):
         nested = ".".join(part for part in (key, inner.key) if part) or None
         return UserError(inner.what, file=file, key=nested, fix=inner.fix)
-    if fault["type"] == "extra_forbidden":
-        return UserError(
-            "unknown key", file=file, key=key, fix=did_you_mean(str(location[-1]), _keys_at(model, location[:-1]))
-        )
-    if fault["type"] == "missing":
+    if fault["type"] in _UNKNOWN:
+        fix = did_you_mean(str(location[-1]), _keys_at(model, location[:-1]))
+        return UserError("unknown key", file=file, key=key, fix=fix)
+    if fault["type"] in ("missing", "missing_argument"):
         return UserError("is missing", file=file, key=key, fix="add it")
-    return UserError(_one_line(fault["msg"]), file=file, key=key, fix=f"got {fault['input']!r:.60}")
+    kind = _KINDS.get(fault["type"])
+    what = f"expected a {kind}" if kind else _one_line(fault["msg"])
+    return UserError(what, file=file, key=key, fix=f"got {fault['input']!r:.60}")
 
 
-def _keys_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+def _keys_at(model: type, location: list[Any]) -> list[str]:
     """Field names (aliases) of the model that the location leads to; the root's where it cannot be followed."""
     current = model
     for part in location:
-        field = current.model_fields.get(str(part))
+        field = _fields(current).get(str(part))
         nested = _model_in(field.annotation) if field else _model_in(current)
         if nested is not None:
             current = nested
-    return [field.alias or name for name, field in current.model_fields.items()]
+    return [field.alias or name for name, field in _fields(current).items()]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields(model: Any) -> dict[str, Any]:
+    return getattr(model, "__pydantic_fields__", {})
+
+
+def _model_in(annotation: Any) -> type | None:
+    if isinstance(annotation, type) and _fields(annotation):
         return annotation
     found = (_model_in(argument) for argument in getattr(annotation, "__args__", ()))
     return next((model for model in found if model is not None), None)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from bfm.errors import UserError
-from bfm.sweep.settings import SweepSpec, Tier
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.tiers import Tier
 from ray_jobs.room import total_of
 
 # Read by Ray and Tune when they start, here and in the processes that they start.
@@ -29,14 +30,13 @@ _ENVIRONMENT = {
 
 def check_fits(spec: SweepSpec, capacity: Mapping[str, float]) -> None:
     """Raises UserError where the machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
-    for place, thresholds in enumerate(dict.fromkeys(tier.thresholds for tier in spec.tiers)):
-        # Of alternatives, one is enough.
-        lacks = {tier.workers: _lack(tier, capacity) for tier in spec.tiers if tier.thresholds == thresholds}
-        if all(lacks.values()):
-            fewest = min(lacks)
+    for place, alternatives in enumerate(spec.scaling.tiers):
+        # One of them is enough.
+        lacks = [_lack(tier, capacity) for tier in alternatives]
+        if all(lacks):
             raise UserError(
-                f"a task of {fewest} workers {lacks[fewest]}",
-                key=f"scaling.tiers[{place}]",
+                f"a task of {alternatives[0].workers} workers {lacks[0]}",
+                key=f"scaling.tiers.{place}",
                 fix="lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS",
             )
 

@@ -54,9 +54,9 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
 
 
 def _check_feasible(spec: SweepSpec, file: str) -> None:
-    shards = Shards.open(spec.shards)
+    shards = Shards.open(spec.data.shards)
     protocol = Protocol.load(shards)
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
     try:
         _ = FeasibleSet(on_log(spec, shards, protocol), costs).sample
     except UserError as error:

@@ -109,7 +109,7 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
-    shards = spec.shards if "://" in spec.shards else str(Path(spec.shards).absolute())
+    shards = spec.data.shards if "://" in spec.data.shards else str(Path(spec.data.shards).absolute())
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
     spec = on_log(spec, opened, protocol)
@@ -123,7 +123,7 @@ def run_sweep(
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                scores = baseline_scores(opened, protocol, "validation", queries=spec.evaluation_queries)
+                scores = baseline_scores(opened, protocol, "validation", queries=spec.data.evaluation_queries)
                 floors = publish_floors(store, scores)
                 with (
                     quiet_session(os.cpu_count()),
@@ -134,7 +134,7 @@ def run_sweep(
                     signals.waits = True
                     run_tasks(
                         driver,
-                        spec.slots,
+                        spec.scaling.slots,
                         execute or Workplace(shards, store.uri, HPARAMS_METRICS, pulses),
                         on_event,
                         room=ClusterRoom(grows=joins),
@@ -166,7 +166,7 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 @contextmanager
 def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, **options: Any) -> Iterator[SweepDriver]:
-    facts = LogFacts.from_shards(shards, protocol, spec.evaluation_queries)
+    facts = LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries)
     lease = Lease.acquire(store)
     try:
         ledger, costs = Ledger(store, lease), Costs(facts)

@@ -49,7 +49,7 @@ class Sweep:
             }
         )
         protocol = Protocol.load(shards)
-        return cls(spec, Costs(LogFacts.from_shards(shards, protocol, spec.evaluation_queries)), protocol.hash)
+        return cls(spec, Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries)), protocol.hash)
 
     def run(self, folder, execute):
         store = Store(folder / "tiny")

@@ -77,6 +77,6 @@ def test_the_groups_hold_all_slots_of_the_job_s_space(name: str) -> None:
     config = FILES[name]()
     space = load("kuberay-job.yaml")["spec"]["entrypoint"].split()[3].removeprefix("/home/ray/bfm/")
     spec = resolve(ROOT / space)
-    for tier in spec.tiers:
-        wanted = task(tier.workers, tier.gpus) * spec.slots
-        assert started(config, wanted), f"{spec.slots} tasks of {tier}: all of a request is started, or nothing"
+    for (tier,) in spec.scaling.tiers:
+        wanted = task(tier.workers, tier.gpus) * spec.scaling.slots
+        assert started(config, wanted), f"{spec.scaling.slots} tasks of {tier}: all of a request is started, or nothing"

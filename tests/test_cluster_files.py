@@ -217,7 +217,7 @@ def test_the_job_runs_a_space_of_the_image_on_gpus_that_its_groups_have() -> Non
     assert inside.parts[0] in sources_of_the_image()
     spec = resolve(ROOT / inside)
     limits = [pod_of(group)["containers"][0]["resources"]["limits"] for group in groups().values()]
-    for tier in spec.tiers:
+    for (tier,) in spec.scaling.tiers:
         needed = total_of(tier.scaling(tier.workers))
         assert needed["GPU"] >= 1
         assert any(

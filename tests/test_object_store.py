@@ -87,7 +87,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     budget = {**SPACE["budget"], "max_trials": 2, "total_flops": "4e8"}
     data = {**SPACE["data"], "shards": f"{s3}/shards"}
     spec, store = from_dict({**SPACE, "budget": budget, "data": data, "probes": []}), Store(f"{s3}/runs/toy")
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
 
     def drive(hour: float, rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""

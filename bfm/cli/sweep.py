@@ -35,12 +35,12 @@ def plan(
     from bfm.training.single import measure_speed
 
     spec = resolve(space, with_shards(overrides, shards))
-    opened = Shards.open(spec.shards)
+    opened = Shards.open(spec.data.shards)
     protocol = Protocol.load(opened)
     spec = on_log(spec, opened, protocol)
-    costs = Costs(LogFacts.from_shards(opened, protocol, spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(opened, protocol, spec.data.evaluation_queries))
     # As a task is trained: more threads than a slot has would wait for each other.
-    torch.set_num_threads(max(1, int(spec.tiers[0].cpus)))
+    torch.set_num_threads(max(1, int(spec.scaling.tiers[0][0].cpus)))
     measure = (lambda config, seconds: measure_speed(config, opened, seconds)) if probe_seconds > 0 else None
     made = make_plan(spec, costs, measure, probe_seconds)
     shown = {**made.as_dict(), "seen_items": protocol.seen_rule}

@@ -25,12 +25,12 @@ def foretell(folder: str, flops: float, metric: str | None, shards: str | None) 
     """(recipe, the sweep of sizes that it rests on, its shard set). Raises as `read_evidence` and `make_recipe`."""
     evidence = read_evidence(folder)
     sizes = evidence.of_sizes()
-    place = shards or sizes.spec.shards
+    place = shards or sizes.spec.data.shards
     try:
         opened = Shards.open(place)
     except UserError as error:
         raise UserError(error.what, file=place, key="--shards", fix="name the sweep's shard set") from error
-    facts = LogFacts.from_shards(opened, Protocol.load(opened), sizes.spec.evaluation_queries)
+    facts = LogFacts.from_shards(opened, Protocol.load(opened), sizes.spec.data.evaluation_queries)
     return make_recipe(evidence, Costs(facts), flops, metric), sizes, place
 
 

@@ -54,7 +54,7 @@ def read_recipe(store: Store) -> dict[str, Any] | None:
 def _data(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Manifest and protocol of the sweep's shards; a reason where they are out of reach."""
     try:
-        shards = Shards.open(from_dict(spec).shards)
+        shards = Shards.open(from_dict(spec).data.shards)
         protocol = Protocol.load(shards)
         return {"manifest": shards.manifest.as_dict(), "protocol": {**protocol.info, "hash": protocol.hash}}
     except (UserError, CorruptError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.sweep.settings import Parameter
+from bfm.sweep.parameters import Parameter
 
 _LOG_SPAN = 3.0
 _DRAWS = 256

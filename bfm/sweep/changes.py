@@ -12,8 +12,8 @@ from typing import Any
 
 from bfm.errors import UserError
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.parameters import read_parameters
-from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.parameters import Parameter, read_parameters
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 
 Record = Mapping[str, Any]
@@ -103,9 +103,7 @@ def check_rows(rows: Iterable[Record], log: Mapping[str, str]) -> None:
 
 def past_parameters(records: Iterable[Record]) -> list[tuple[Parameter, ...]]:
     """The parameters of every spec that a ledger holds, oldest first."""
-    return [
-        read_parameters(record["spec"]["parameters"], finite=False) for record in records if record["kind"] == "spec"
-    ]
+    return [read_parameters(record["spec"]["parameters"]) for record in records if record["kind"] == "spec"]
 
 
 def _check_extension(before: SweepSpec, now: SweepSpec) -> None:

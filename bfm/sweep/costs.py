@@ -27,7 +27,7 @@ from bfm.model.sizing import Shape
 from bfm.objective.methods import shares_catalogue
 from bfm.objective.sampling import drawn_inclusion
 from bfm.objective.softmax import computes_scores_twice
-from bfm.sweep.settings import Tier
+from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import check_rung
 from bfm.training.task import PROBE_QUERIES

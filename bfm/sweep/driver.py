@@ -117,8 +117,8 @@ class SweepDriver:
         """
         if self.state.finished is not None:
             return Finished(self.state.finished)
-        if len(self.state.open_tasks) >= self.spec.slots:
-            return Wait(f"all {self.spec.slots} slots are busy")
+        if len(self.state.open_tasks) >= self.spec.scaling.slots:
+            return Wait(f"all {self.spec.scaling.slots} slots are busy")
         while True:
             owed = self.state.owed()
             if owed:
@@ -275,7 +275,7 @@ class SweepDriver:
             left = task.rung_flops - attempt.progress_flops
             ahead = tuple(flops for flops in task.probes if flops > attempt.progress_flops)
             task = replace(task, progress=attempt.progress, reserved_flops=left, probes=ahead)
-        if attempt.lost > self.spec.max_retries:
+        if attempt.lost > self.spec.scaling.max_retries:
             reason = f"it was lost {attempt.lost} times and got no further"
         elif task.reserved_flops > self.available_flops:
             if self.state.open_tasks:
@@ -303,7 +303,7 @@ class SweepDriver:
         return self._reserve(task, decision, fits, record)
 
     def _reserve(self, task: Task, decision: Promote | Propose, fits: Fits, *before: Record) -> Task | Wait:
-        placed = self._placed(task, fits, self.spec.slots - len(self.state.open_tasks))
+        placed = self._placed(task, fits, self.spec.scaling.slots - len(self.state.open_tasks))
         if isinstance(placed, Wait):
             return placed
         task = placed

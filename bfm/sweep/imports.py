@@ -19,9 +19,10 @@ from bfm.errors import UserError
 from bfm.files import canonical_json
 from bfm.laws.tables import read_table
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.metric import METRICS
+from bfm.sweep.parameters import Parameter
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet, Rejection
-from bfm.sweep.spec import METRICS
 from bfm.sweep.state import IMPORT, Record, SweepState
 
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, WithJsonSchema
 
 from bfm.errors import UserError
 from bfm.units import parse_count, parse_number
 
-TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
-Number = Annotated[float, BeforeValidator(parse_number), TEXT_OR_NUMBER]
-Count = Annotated[int, BeforeValidator(parse_count), TEXT_OR_NUMBER]
-_COUNT_OR_MORE = WithJsonSchema(
-    {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "array", "items": {"type": ["number", "string"]}}]}
-)
-Counts = Annotated[
-    list[Count], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), _COUNT_OR_MORE
-]
+SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Of every section: unknown keys are slips; the docstrings of fields are the descriptions of the JSON schema."""
+_TEXT_OR_NUMBER = WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
+Number = Annotated[float, BeforeValidator(parse_number), _TEXT_OR_NUMBER]
+Count = Annotated[int, BeforeValidator(parse_count), _TEXT_OR_NUMBER]
 
 
-class Section(BaseModel):
-    """Of the file."""
+def at_least(low: int) -> AfterValidator:
+    """Of a Count."""
 
-    model_config = ConfigDict(extra="forbid")
+    def check(value: int) -> int:
+        if value < low:
+            raise UserError(f"{value} is too small", fix=f"must be at least {low}")
+        return value
+
+    return AfterValidator(check)
 
 
-def at_least(value: int, low: int, key: str) -> int:
-    """The value of a key. Raises UserError for one that is too small."""
-    if value < low:
-        raise UserError(f"{value} is too small", key=key, fix=f"must be at least {low}")
+def _above_zero(value: float) -> float:
+    if value <= 0:
+        raise UserError(f"{value:g} is too small", fix="must be above 0")
     return value
+
+
+Positive = Annotated[Number, AfterValidator(_above_zero)]

@@ -6,13 +6,14 @@ missing. A fit reads the axis from the resolved space, so one that cannot be fit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, WithJsonSchema
 
 from bfm.errors import UserError
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.parameters import Parameter
 from bfm.units import parse_count, parse_number
 from bfm.yaml import did_you_mean
 
@@ -28,19 +29,17 @@ BATCH_SPAN = 16
 """A critical batch lies between batches that are plainly too small and plainly too large."""
 
 
-def check_axis(spec: SweepSpec) -> None:
-    """Raises UserError where the space cannot measure what it says that it measures."""
-    if spec.axis is None:
+def check_axis(axis: str | None, parameters: Sequence[Parameter], ladder_flops: Sequence[int], probed: bool) -> None:
+    """Raises UserError where a space of these parameters cannot measure what it says that it measures."""
+    if axis is None:
         return
-    if spec.axis not in AXES:
-        raise UserError(f"unknown axis {spec.axis!r}", key="axis", fix=did_you_mean(spec.axis, AXES))
-    name = AXES[spec.axis]
-    parameter = next((free for free in spec.free_parameters if free.name == name), None)
+    if axis not in AXES:
+        raise UserError(f"unknown axis {axis!r}", key="axis", fix=did_you_mean(axis, AXES))
+    name = AXES[axis]
+    parameter = next((one for one in parameters if one.name == name and one.is_free), None)
     if parameter is None:
-        raise UserError(
-            f"a space of axis {spec.axis} varies {name}", key=f"parameters.{name}", fix="give several values"
-        )
-    if spec.axis != "batch":
+        raise UserError(f"a space of axis {axis} varies {name}", key=f"parameters.{name}", fix="give several values")
+    if axis != "batch":
         return
     low, high = parameter.ends
     if high < BATCH_SPAN * low:
@@ -49,19 +48,18 @@ def check_axis(spec: SweepSpec) -> None:
             key=f"parameters.{name}",
             fix=f"go from {low:g} to {BATCH_SPAN * low:g} or more",
         )
-    if not spec.probes:
+    if not probed:
         raise UserError(
             "steps and events to a target are read off probes",
             key="probes",
-            fix=f"write e.g. {{count: 20, from: {spec.budget.ladder_flops[0] / 10:g}, "
-            f"to: {spec.budget.ladder_flops[-1] / 2:g}}}",
+            fix=f"write e.g. {{count: 20, from: {ladder_flops[0] / 10:g}, to: {ladder_flops[-1] / 2:g}}}",
         )
 
 
-def read_probes(value: Any) -> list[int]:
-    """A list of C, or {count, from, to}: so many on a log scale, both ends among them."""
+def read_probes(value: Any) -> tuple[int, ...]:
+    """C in a list, or {count, from, to}: so many on a log scale, both ends among them."""
     if isinstance(value, (list, tuple)):
-        return [parse_count(flops) for flops in value]
+        return tuple(sorted({parse_count(flops) for flops in value}))
     if not isinstance(value, Mapping) or set(value) != {"count", "from", "to"}:
         raise UserError(f"{value!r} is no list and no range of probes", fix="write {count: 20, from: 1e10, to: 1.6e11}")
     count = parse_count(value["count"], key="count")
@@ -71,4 +69,14 @@ def read_probes(value: Any) -> list[int]:
             f"{count} probes from {low:g} to {high:g} are no range",
             fix=f"count 2 to {MAX_PROBES}, and let `from` be above 0 and below `to`",
         )
-    return [round(flops) for flops in np.geomspace(low, high, count)]
+    return tuple(sorted({round(flops) for flops in np.geomspace(low, high, count)}))
+
+
+_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": {"anyOf": [{"type": "number"}, {"type": "string"}]}},
+        {"type": "object", "required": ["count", "from", "to"]},
+    ]
+}
+Probes = Annotated[tuple[int, ...], BeforeValidator(read_probes), WithJsonSchema(_SCHEMA)]
+"""C, ascending."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.parameters import Parameter
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.stage1 import with_stage1
 from bfm.training.config import log_defaults
 

@@ -7,41 +7,150 @@ by the feasible set.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, WithJsonSchema
+from pydantic.dataclasses import dataclass as section
 
 from bfm.errors import UserError
-from bfm.sweep.settings import RANGES, Parameter
+from bfm.sweep.keys import SECTION
 from bfm.training.config import TrainConfig, check_value
 from bfm.units import parse_number
-from bfm.yaml import did_you_mean
+from bfm.yaml import did_you_mean, validate
 
 _TYPES = typing.get_type_hints(TrainConfig)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
+RANGES = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values")
+Scalar = float | int | bool | str | None
 
 
-def read_parameters(raw: Mapping[str, Mapping[str, Any]], *, finite: bool) -> tuple[Parameter, ...]:
-    """Axes by name, in alphabetical order (so that nothing depends on the order in the file).
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One axis: the values of a TrainConfig field that may be proposed."""
 
-    `finite`: refuse ranges without a grid. Raises UserError with keys `parameters.NAME...`.
-    """
-    for name in raw:
-        if name not in NAMES:
-            raise UserError("unknown parameter", key=f"parameters.{name}", fix=did_you_mean(name, NAMES))
-    if "params" not in raw:
-        raise UserError("is missing", key="parameters.params", fix="give the model sizes to search")
-    parameters = tuple(_read(name, raw[name]) for name in sorted(raw))
+    name: str
+    distribution: str
+    values: tuple[Scalar, ...] = ()
+    """Of constant and categorical."""
+    low: float = 0.0
+    high: float = 0.0
+    quantum: float | None = None
+    """Of the q_ distributions: proposals are multiples of it."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.distribution != "constant"
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the range is drawn on a log scale."""
+        return "log" in self.distribution
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether proposals are whole numbers."""
+        return self.distribution == "int_uniform" or (self.quantum is not None and self.quantum == int(self.quantum))
+
+    def draw(self, rng: np.random.Generator) -> Scalar:
+        """One value from the distribution."""
+        if self.values:
+            return self.values[int(rng.integers(len(self.values)))]
+        if self.distribution == "int_uniform":
+            return int(rng.integers(int(self.low), int(self.high) + 1))
+        if self.is_log:
+            return self.quantise(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return self.quantise(rng.uniform(self.low, self.high))
+
+    def quantise(self, value: float) -> Scalar:
+        """The nearest multiple of the quantum inside the range; the value itself where there is none."""
+        if self.quantum is None:
+            return min(max(float(value), self.low), self.high)
+        first, last = math.ceil(self.low / self.quantum), math.floor(self.high / self.quantum)
+        nearest = min(max(round(value / self.quantum), first), last) * self.quantum
+        return int(nearest) if self.is_whole else nearest
+
+    def grid(self) -> tuple[Scalar, ...]:
+        """All values in order; only where there are finitely many."""
+        if self.values:
+            return self.values
+        quantum = self.quantum or 1.0
+        first, last = math.ceil(self.low / quantum), math.floor(self.high / quantum)
+        return tuple(self.quantise(k * quantum) if self.quantum else k for k in range(first, last + 1))
+
+    def contains(self, value: Any) -> bool:
+        """Whether a value could be proposed (multiples of a quantum are not asked for)."""
+        if self.values:
+            return value in self.values
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest number that can be proposed; null apart."""
+        numbers = [float(value) for value in self.values if value is not None]
+        return (min(numbers), max(numbers)) if numbers else (self.low, self.high)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The W&B-shaped YAML form."""
+        if self.distribution == "constant":
+            return {"value": self.values[0]}
+        if self.distribution == "categorical":
+            return {"values": list(self.values)}
+        shape = {"distribution": self.distribution, "min": self.low, "max": self.high}
+        return shape if self.quantum is None else {**shape, "q": self.quantum}
+
+
+@section(frozen=True, config=SECTION)
+class _Keys:
+    """One of value, values, or min and max."""
+
+    value: Any = None
+    values: list[Any] | None = None
+    min: Any = None
+    max: Any = None
+    q: Any = None
+    distribution: Literal["constant", "categorical", *RANGES] | None = None  # type: ignore[valid-type]
+
+
+def check_finite(parameters: tuple[Parameter, ...]) -> None:
+    """Raises UserError for a range without a grid."""
     for parameter in parameters:
-        if finite and parameter.distribution in ("uniform", "log_uniform_values"):
+        if parameter.distribution in ("uniform", "log_uniform_values"):
             raise UserError(
                 "a grid needs finitely many values", key=f"parameters.{parameter.name}", fix="write values, or q"
             )
-    return parameters
+
+
+def read_parameters(raw: Any) -> tuple[Parameter, ...]:
+    """Axes by name, in alphabetical order (so that nothing depends on the order in the file).
+
+    Raises UserError with keys `NAME...`.
+    """
+    if isinstance(raw, tuple):
+        return raw
+    if not isinstance(raw, Mapping):
+        raise UserError("is no mapping", fix="write NAME: {value: ...} for each of them")
+    for name in raw:
+        if name not in NAMES:
+            raise UserError("unknown parameter", key=str(name), fix=did_you_mean(str(name), NAMES))
+        if not isinstance(raw[name], Mapping):
+            raise UserError(f"{raw[name]!r} is not a mapping", key=name, fix=f"write {{value: {raw[name]}}}")
+    if "params" not in raw:
+        raise UserError("is missing", key="params", fix="give the model sizes to search")
+    return tuple(_read(name, raw[name]) for name in sorted(raw))
 
 
 def _read(name: str, raw: Mapping[str, Any]) -> Parameter:
-    key = f"parameters.{name}"
+    key = name
+    try:
+        validate(_Keys, raw)
+    except UserError as error:
+        raise UserError(error.what, key=f"{key}.{error.key}", fix=error.fix) from None
     kinds = [kind for kind in ("value", "values") if kind in raw] + (["min/max"] if {"min", "max"} & set(raw) else [])
     if len(kinds) != 1:
         what = f"has {' and '.join(kinds)}" if kinds else "has no value"
@@ -109,3 +218,13 @@ def _quantum(distribution: str, raw: Mapping[str, Any], key: str) -> float | Non
     if quantum <= 0:
         raise UserError(f"{quantum:g} is no step", key=f"{key}.q", fix="must be above 0")
     return quantum
+
+
+_SCHEMA = {"type": "object", "additionalProperties": TypeAdapter(_Keys).json_schema()}
+Parameters = Annotated[
+    tuple[Parameter, ...],
+    BeforeValidator(read_parameters),
+    PlainSerializer(lambda parameters: {parameter.name: parameter.as_dict() for parameter in parameters}),
+    WithJsonSchema(_SCHEMA),
+]
+"""The block, as a tuple by name."""

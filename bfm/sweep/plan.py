@@ -116,7 +116,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
         ),
         flops_per_s=speeds,
         train_s=sum(rung.train_s or 0.0 for rung in rungs) if speeds else None,
-        worst_s=None if slowest is None else spec.budget.total_flops / slowest / spec.slots,
+        worst_s=None if slowest is None else spec.budget.total_flops / slowest / spec.scaling.slots,
     )
 
 
@@ -236,7 +236,7 @@ def _rung_plan(
         evaluation_flops=round(trials * float(np.mean(evaluation_flops))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
         workers=tuple(sorted({place.tier.workers for place in places})),
-        train_s=trials * float(np.mean(task_s)) / max(1, min(spec.slots, trials)) if task_s else None,
+        train_s=trials * float(np.mean(task_s)) / max(1, min(spec.scaling.slots, trials)) if task_s else None,
     )
 
 

@@ -27,7 +27,8 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bfm.sweep.arena import Proposal
-from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.parameters import Parameter
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_bound
 from bfm.sweep.state import Record, SweepState, Trial, metric_value
 from bfm.training.config import TrainConfig

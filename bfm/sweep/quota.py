@@ -20,10 +20,10 @@ Place = tuple[str, int]
 
 def evictions(spec: SweepSpec, state: SweepState, policy: Policy) -> list[Record]:
     """What has to go for the kept trunks to be within the quota; empty where they are, or nothing may go."""
-    if spec.checkpoints_gib is None:
+    if spec.storage.checkpoints_gib is None:
         return []
     kept = state.kept_trunks
-    excess = sum(kept.values()) - spec.checkpoints_gib * GIB
+    excess = sum(kept.values()) - spec.storage.checkpoints_gib * GIB
     records: list[Record] = []
     if excess <= 0:
         return records

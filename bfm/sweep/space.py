@@ -20,7 +20,8 @@ import numpy as np
 
 from bfm.errors import InfeasibleError, UserError
 from bfm.sweep.costs import ConfigCost, CostModel
-from bfm.sweep.settings import SweepSpec, Tier
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 from bfm.units import GIB, format_count, format_flops

@@ -11,8 +11,9 @@ from typing import Any
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
+from bfm.sweep.parameters import Parameter
 from bfm.sweep.proposer import Proposer
-from bfm.sweep.settings import Parameter, SweepSpec
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
@@ -109,7 +110,7 @@ class SpaceArena:
             reserved_flops=self.reserve_flops(config, rung, from_rung),
             scaling=self.scalings(config, rung, {})[0],
             probes=spec.probes_between(config["cooldown_fraction"], rung, from_rung),
-            evaluation_queries=spec.evaluation_queries,
+            evaluation_queries=spec.data.evaluation_queries,
             stage1=None if spec.stage1 is None else spec.stage1.checkpoint,
         )
 

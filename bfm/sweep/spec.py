@@ -6,131 +6,22 @@ fault and fix. Nothing here opens data or starts Ray; whether the space is feasi
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import TypeAdapter
 
 from bfm.errors import UserError
-from bfm.sweep.keys import Count, Number, Section, at_least
-from bfm.sweep.measured import AXES, check_axis, read_probes
-from bfm.sweep.parameters import read_parameters
-from bfm.sweep.settings import DISTRIBUTIONS, POLICIES, Budget, Constraint, Metric, Scheduler, Stage1, SweepSpec
-from bfm.sweep.tiers import TierKeys, alternatives, check_tiers
-from bfm.training.schedule import MIN_STEPS, TOLERANCE
-from bfm.units import format_flops, parse_count, parse_number
-from bfm.yaml import did_you_mean, load_yaml, parse_yaml, validate
-
-_TARGET_METRICS = ("recall@10", "ndcg@10", "mrr@10")
-METRICS = (
-    "nll",
-    *_TARGET_METRICS,
-    "coverage@10",
-    *(f"warm.{name}" for name in _TARGET_METRICS),
-    "basket.nll",
-    *(f"basket.{name}" for name in _TARGET_METRICS),
-)
-
-
-class _MetricKeys(Section):
-    name: str = Field(description=f"One of {', '.join(METRICS)}")
-    goal: Literal["minimize", "maximize"] | None = None
-    others: list[str] = Field([], description="further metrics with a frontier of their own; the spend is shared")
-    constraints: list[str] = Field([], description="such as coverage@10 >= 0.05")
-
-
-class _ParameterKeys(Section):
-    value: Any = None
-    values: list[Any] | None = None
-    min: Any = None
-    max: Any = None
-    q: Any = None
-    distribution: Literal[*DISTRIBUTIONS] | None = None  # type: ignore[valid-type]
-
-
-def _mapping(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{value!r} is not a mapping", fix=f"write {{value: {value}}}")
-    return value
-
-
-class _BudgetKeys(Section):
-    ladder_flops: list[Count] = Field(description="C of the rungs, strictly increasing")
-    total_flops: Count = Field(description="hard cap on everything trained")
-    max_trials: Count = 1_000_000
-    tolerance: Number = 0.01
-    events_per_param: list[Number] = Field(default=[2.0, 10_000.0])
-    max_epochs: Number | None = None
-
-
-class _SchedulerKeys(Section):
-    type: Literal[*POLICIES] = "frontier"  # type: ignore[valid-type]
-    eta: Number = 3.0
-    shares: list[Number] | None = None
-
-
-class _ScalingKeys(Section):
-    slots: Count = 1
-    max_retries: Count = 2
-    tiers: list[TierKeys] = Field(default=[TierKeys()])
-
-
-class _DataKeys(Section):
-    shards: str = Field(description="folder or URI written by `bfm data prepare`")
-    evaluation_queries: Count | None = None
-
-
-class _Stage1Keys(Section):
-    checkpoint: str = Field(description="stage-1 trunk that all trials share: a folder or URI that `bfm train` left")
-    sha256: str | None = Field(None, description="of its state; filled in when the sweep begins")
-
-
-class _StorageKeys(Section):
-    checkpoints_gib: Number | None = None
-
-
-_SEEDS_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]})
-
-
-def _read_seeds(value: Any) -> list[int]:
-    """A list of seeds, or how many."""
-    seeds = [parse_count(seed) for seed in value] if isinstance(value, list) else list(range(parse_count(value)))
-    if not seeds:
-        raise UserError("no seed", fix="write a list such as [0, 1], or how many")
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError(f"{seeds} repeats a seed or has one below 0", fix="write different seeds from 0 up")
-    return seeds
-
-
-_PROBES_SCHEMA = WithJsonSchema(
-    {
-        "anyOf": [
-            {"type": "array", "items": {"anyOf": [{"type": "number"}, {"type": "string"}]}},
-            {"type": "object", "required": ["count", "from", "to"]},
-        ]
-    }
-)
-
-
-class _SweepKeys(Section):
-    """The search-space file."""
-
-    name: str
-    axis: str | None = Field(None, description=f"what the space measures, one of {', '.join(AXES)}; null: no one axis")
-    metric: _MetricKeys
-    method: Literal["optuna", "random", "grid"] = "optuna"
-    parameters: dict[str, Annotated[_ParameterKeys, BeforeValidator(_mapping)]]
-    budget: _BudgetKeys
-    scheduler: _SchedulerKeys = _SchedulerKeys()
-    scaling: _ScalingKeys = _ScalingKeys()
-    data: _DataKeys
-    storage: _StorageKeys = _StorageKeys()
-    stage1: _Stage1Keys | None = None
-    seeds: Annotated[list[int], BeforeValidator(_read_seeds), _SEEDS_SCHEMA] = Field(default=[0])
-    probes: Annotated[list[int], BeforeValidator(read_probes), _PROBES_SCHEMA] = Field(default=[])
+from bfm.objective.methods import check_method
+from bfm.sweep.measured import check_axis
+from bfm.sweep.metric import known
+from bfm.sweep.parameters import check_finite
+from bfm.sweep.settings import SweepSpec
+from bfm.training.schedule import MIN_STEPS
+from bfm.units import format_flops
+from bfm.yaml import load_yaml, parse_yaml, validate
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -144,9 +35,13 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
 def from_dict(values: Mapping[str, Any], *, file: str | None = None) -> SweepSpec:
     """A checked SweepSpec from the YAML form (also from `SweepSpec.as_dict`). Raises UserError naming `file`."""
     try:
-        return _build(validate(_SweepKeys, values))
+        spec = validate(SweepSpec, values)
+        for check in (_check_names, _check_method, _check_tiers, _check_probes, _check_cap):
+            check(spec)
+        check_axis(spec.axis, spec.parameters, spec.budget.ladder_flops, bool(spec.probes))
     except UserError as error:
         raise type(error)(error.what, file=file, key=error.key, fix=error.fix) from None
+    return spec
 
 
 def check_name(name: str, key: str) -> None:
@@ -157,124 +52,51 @@ def check_name(name: str, key: str) -> None:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_SweepKeys.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(SweepSpec).json_schema()}
 
 
-def _build(keys: _SweepKeys) -> SweepSpec:
-    check_name(keys.name, "name")
-    raw = {name: parameter.model_dump(exclude_unset=True) for name, parameter in keys.parameters.items()}
-    parameters = read_parameters(raw, finite=keys.method == "grid")
-    spec = SweepSpec(
-        name=keys.name,
-        metric=_metric(keys.metric.name, keys.metric.goal, "metric.name"),
-        other_metrics=_others(keys.metric),
-        constraints=tuple(
-            _constraint(text, f"metric.constraints.{place}") for place, text in enumerate(keys.metric.constraints)
-        ),
-        method=keys.method,
-        parameters=parameters,
-        budget=_budget(keys.budget),
-        scheduler=_scheduler(keys.scheduler, len(keys.budget.ladder_flops)),
-        tiers=tuple(
-            tier
-            for index, tier_keys in enumerate(keys.scaling.tiers)
-            for tier in alternatives(tier_keys, f"scaling.tiers.{index}")
-        ),
-        slots=at_least(keys.scaling.slots, 1, "scaling.slots"),
-        max_retries=at_least(keys.scaling.max_retries, 0, "scaling.max_retries"),
-        shards=keys.data.shards,
-        evaluation_queries=keys.data.evaluation_queries,
-        seeds=tuple(keys.seeds),
-        probes=tuple(sorted(set(keys.probes))),
-        checkpoints_gib=keys.storage.checkpoints_gib,
-        axis=keys.axis,
-        stage1=None if keys.stage1 is None else Stage1(**keys.stage1.model_dump()),
-    )
-    if spec.evaluation_queries is not None:
-        at_least(spec.evaluation_queries, 1, "data.evaluation_queries")
-    if spec.checkpoints_gib is not None and spec.checkpoints_gib <= 0:
-        raise UserError("must be above 0", key="storage.checkpoints_gib", fix="write GiB, or leave it out to keep all")
-    if spec.scheduler.type in ("random", "grid") and spec.method != spec.scheduler.type:
+def _check_names(spec: SweepSpec) -> None:
+    check_name(spec.name, "name")
+    try:
+        known(spec.metric.name)
+    except UserError as error:
+        raise UserError(error.what, key="metric.name", fix=error.fix) from None
+
+
+def _check_method(spec: SweepSpec) -> None:
+    scheduler, num_rungs = spec.scheduler, len(spec.budget.ladder_flops)
+    if scheduler.type in ("random", "grid") and spec.method != scheduler.type:
         raise UserError(
-            f"{spec.scheduler.type} trains points of {spec.method} proposals to the end",
+            f"{scheduler.type} trains points of {spec.method} proposals to the end",
             key="scheduler.type",
-            fix=f"write method: {spec.scheduler.type}, or another type",
+            fix=f"write method: {scheduler.type}, or another type",
         )
-    check_tiers(spec, keys.scaling.tiers)
-    _check_probes(spec)
-    _check_cap(spec)
-    check_axis(spec)
-    return spec
+    if scheduler.shares is not None and len(scheduler.shares) != num_rungs:
+        what = f"{len(scheduler.shares)} shares for {num_rungs} rungs"
+        raise UserError(what, key="scheduler.shares", fix="give one per rung")
+    if spec.method == "grid":
+        check_finite(spec.parameters)
 
 
-def _metric(name: str, goal: str | None, key: str) -> Metric:
-    if name not in METRICS:
-        raise UserError(f"unknown metric {name!r}", key=key, fix=did_you_mean(name, METRICS))
-    only = "minimize" if name.endswith("nll") else "maximize"
-    if goal not in (None, only):
-        raise UserError(f"{name} is to be {only}d, not {goal}d", key="metric.goal", fix=f"write {only}")
-    return Metric(name, only)
-
-
-def _others(keys: _MetricKeys) -> tuple[Metric, ...]:
-    names = [keys.name, *keys.others]
-    for place, name in enumerate(keys.others):
-        if name in names[: place + 1]:
-            raise UserError(f"{name!r} is named twice", key=f"metric.others.{place}", fix="name every metric once")
-    return tuple(_metric(name, None, f"metric.others.{place}") for place, name in enumerate(keys.others))
-
-
-def _constraint(text: str, key: str) -> Constraint:
-    parts = re.fullmatch(r"\s*(\S+?)\s*(>=|<=)\s*(\S+)\s*", text)
-    if parts is None:
-        raise UserError(f"{text!r} is no bound", key=key, fix="write e.g. coverage@10 >= 0.05")
-    metric = _metric(parts[1], None, key)
-    if parts[2] != (">=" if metric.goal == "maximize" else "<="):
-        raise UserError(f"{metric.name} is to be {metric.goal}d", key=key, fix="turn the bound round")
-    return Constraint(metric, parse_number(parts[3], key=key))
-
-
-def _budget(keys: _BudgetKeys) -> Budget:
-    ladder = keys.ladder_flops
-    if not ladder:
-        raise UserError("has no rungs", key="budget.ladder_flops", fix="list the C of at least one rung")
-    if min(ladder) <= 0:
-        raise UserError("a rung needs FLOPs", key="budget.ladder_flops", fix="write numbers above 0, such as 1e11")
-    if any(above <= below for below, above in itertools.pairwise(ladder)):
-        raise UserError("is not strictly increasing", key="budget.ladder_flops", fix="sort it and drop repetitions")
-    if not 0 < keys.tolerance <= TOLERANCE:
+def _check_tiers(spec: SweepSpec) -> None:
+    tiers, top = spec.scaling.tiers, spec.budget.ladder_flops[-1]
+    if not tiers or tiers[0][0].from_rung_flops > 0 or tiers[0][0].from_params > 0:
         raise UserError(
-            f"{keys.tolerance:g} is out of range",
-            key="budget.tolerance",
-            fix=f"must be above 0 and at most {TOLERANCE:g}",
+            "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
         )
-    bounds = keys.events_per_param
-    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-        raise UserError(f"{bounds} is no range", key="budget.events_per_param", fix="write [smallest D/N, largest D/N]")
-    if keys.max_epochs is not None and keys.max_epochs <= 0:
-        raise UserError("must be above 0", key="budget.max_epochs", fix="write a number of epochs, or leave it out")
-    return Budget(
-        ladder_flops=tuple(ladder),
-        total_flops=at_least(keys.total_flops, 1, "budget.total_flops"),
-        max_trials=at_least(keys.max_trials, 1, "budget.max_trials"),
-        tolerance=keys.tolerance,
-        events_per_param=(bounds[0], bounds[1]),
-        max_epochs=keys.max_epochs,
+    freezes = spec.stage1 is not None or any(
+        parameter.name == "freeze_at_flops" and None not in parameter.values for parameter in spec.parameters
     )
-
-
-def _scheduler(keys: _SchedulerKeys, num_rungs: int) -> Scheduler:
-    if keys.eta <= 1:
-        raise UserError(f"{keys.eta:g} promotes everything", key="scheduler.eta", fix="must be above 1")
-    shares = keys.shares
-    if shares is not None:
-        if len(shares) != num_rungs:
+    for place, alternatives in enumerate(tiers):
+        key = f"scaling.tiers.{place}"
+        for tier in alternatives:
+            check_method(tier.softmax, freezes=freezes, workers=tier.workers, cuda=tier.gpus > 0, key=f"{key}.softmax")
+        if alternatives[0].from_rung_flops > top:
             raise UserError(
-                f"{len(shares)} shares for {num_rungs} rungs", key="scheduler.shares", fix="give one per rung"
+                f"no rung reaches it (the top is {format_flops(top)})",
+                key=f"{key}.from_rung_flops",
+                fix="lower it, or leave the tier out",
             )
-        if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-            raise UserError("are not parts of one", key="scheduler.shares", fix="write shares above 0 that sum to 1")
-    return Scheduler(keys.type, keys.eta, tuple(shares) if shares else None)
 
 
 def _check_probes(spec: SweepSpec) -> None:

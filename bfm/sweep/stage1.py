@@ -15,7 +15,8 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.files import parent_store
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.settings import Parameter, Stage1, SweepSpec
+from bfm.sweep.parameters import Parameter
+from bfm.sweep.settings import Stage1, SweepSpec
 from bfm.training.checkpoint import STAGE2_KEYS, load_checkpoint, read_meta
 from bfm.units import format_flops
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from bfm.laws.frontier import numbers
+from bfm.sweep.metric import METRICS, Metric
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
-from bfm.sweep.settings import Metric, SweepSpec
-from bfm.sweep.spec import METRICS, from_dict
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState, metric_value
 from bfm.sweep.winner import winner
 from bfm.units import GIB, format_flops
@@ -91,7 +92,7 @@ def _decision_line(decision: Mapping[str, Any]) -> str:
 def _storage(state: SweepState, spec: SweepSpec) -> dict[str, Any]:
     kept = state.kept_trunks
     models = [row.get("model_bytes") or 0 for rows in state.rungs.values() for row in rows.values()]
-    quota_bytes = None if spec.checkpoints_gib is None else round(spec.checkpoints_gib * GIB)
+    quota_bytes = None if spec.storage.checkpoints_gib is None else round(spec.storage.checkpoints_gib * GIB)
     return {
         "quota_bytes": quota_bytes,
         "trunks": len(kept),

@@ -1,80 +1,107 @@
-"""The tiers of a search space: how tasks are run, as the file says it, checked.
+"""The tiers of a search space: how tasks are run, by the size of the model and the rung.
 
-Enters: the keys of `scaling.tiers`. Leaves: Tiers, one per number of workers.
+Enters: the items of `scaling.tiers`. Leaves: of each item its alternatives, one Tier per number of workers.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter, WithJsonSchema
+from pydantic.dataclasses import dataclass
 
 from bfm.errors import UserError
-from bfm.objective.methods import Method, check_method
-from bfm.sweep.keys import Count, Counts, Number, Section, at_least
-from bfm.sweep.settings import SweepSpec, Tier
-from bfm.units import format_flops
+from bfm.files import canonical_json
+from bfm.objective.methods import Method
+from bfm.sweep.keys import SECTION, Count, Number, Positive, at_least
 
 
-class TierKeys(Section):
-    """See bfm.sweep.settings.Tier."""
+@dataclass(frozen=True, config=SECTION)
+class Tier:
+    """How a task is run; the last tier whose thresholds the task reaches applies."""
 
     from_rung_flops: Number = 0.0
     from_params: Number = 0.0
     engine: Literal["plain", "deepspeed"] = "plain"
-    workers: Counts = Field(default=[1], description="or a list: as many of these as are free and pay")
+    workers: Annotated[Count, at_least(1)] = 1
+    """In the file also a list: as many of these as are free and pay."""
     zero_stage: Count = 0
-    cpus: Number = 1.0
+    cpus: Positive = 1.0
+    """Per worker."""
     gpus: Number = 0.0
-    micro_groups: Count = 1
+    """Per worker; fractions share a GPU."""
+    micro_groups: Annotated[Count, at_least(1)] = 1
+    """At most so many groups go through the model at once, per worker."""
     softmax: Method = "auto"
-    memory_gib: Number | None = None
+    """How the loss is computed (bfm.objective.methods)."""
+    memory_gib: Positive | None = None
+    """Memory of one worker; configurations estimated above it are infeasible. None: not checked."""
 
-
-def alternatives(keys: TierKeys, key: str) -> list[Tier]:
-    """One tier per number of workers."""
-    at_least(keys.micro_groups, 1, f"{key}.micro_groups")
-    at_least(min(keys.workers, default=0), 1, f"{key}.workers")
-    if len(set(keys.workers)) < len(keys.workers):
-        raise UserError("repeats a number of workers", key=f"{key}.workers", fix="write each once, such as [1, 2, 4]")
-    if keys.engine == "plain" and (max(keys.workers) > 1 or keys.zero_stage > 0):
-        raise UserError("the plain engine has one worker and no ZeRO", key=key, fix="write engine: deepspeed")
-    if not 0 <= keys.zero_stage <= 3:
-        raise UserError(f"there is no ZeRO stage {keys.zero_stage}", key=f"{key}.zero_stage", fix="write 0, 1, 2 or 3")
-    if keys.cpus <= 0:
-        raise UserError("a worker needs a part of a CPU", key=f"{key}.cpus", fix="write a number above 0, such as 0.5")
-    if keys.gpus < 0 or (keys.gpus > 1 and keys.gpus != int(keys.gpus)):
-        raise UserError(
-            f"{keys.gpus:g} GPUs cannot be given", key=f"{key}.gpus", fix="write 0, a fraction or a whole number"
-        )
-    if keys.memory_gib is not None and keys.memory_gib <= 0:
-        raise UserError("must be above 0", key=f"{key}.memory_gib", fix="write GiB per worker, or leave it out")
-    return [Tier(**{**keys.model_dump(), "workers": workers}) for workers in keys.workers]
-
-
-def check_tiers(spec: SweepSpec, tiers: list[TierKeys]) -> None:
-    """Raises UserError where small tasks have no tier, no task reaches one, or one cannot do what the space asks."""
-    if not tiers or tiers[0].from_rung_flops > 0 or tiers[0].from_params > 0:
-        raise UserError(
-            "small tasks have no tier", key="scaling.tiers", fix="let the first tier have no from_ thresholds"
-        )
-    top = spec.budget.ladder_flops[-1]
-    freezes = spec.stage1 is not None or any(
-        p.name == "freeze_at_flops" and None not in p.values for p in spec.parameters
-    )
-    for index, tier in enumerate(tiers):
-        key = f"scaling.tiers.{index}"
-        for workers in tier.workers:
-            check_method(tier.softmax, freezes=freezes, workers=workers, cuda=tier.gpus > 0, key=f"{key}.softmax")
-        if max(tier.workers) > 1 and 0 < tier.gpus < 1:
+    def __post_init__(self) -> None:
+        if self.engine == "plain" and (self.workers > 1 or self.zero_stage > 0):
+            raise UserError("the plain engine has one worker and no ZeRO", fix="write engine: deepspeed")
+        if not 0 <= self.zero_stage <= 3:
+            raise UserError(f"there is no ZeRO stage {self.zero_stage}", key="zero_stage", fix="write 0, 1, 2 or 3")
+        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+            fix = "write 0, a fraction or a whole number"
+            raise UserError(f"{self.gpus:g} GPUs cannot be given", key="gpus", fix=fix)
+        if self.workers > 1 and 0 < self.gpus < 1:
             raise UserError(
-                f"{max(tier.workers)} workers cannot share GPUs (NCCL takes one process on each)",
-                key=f"{key}.gpus",
+                f"{self.workers} workers cannot share GPUs (NCCL takes one process on each)",
+                key="gpus",
                 fix="write a whole number of GPUs per worker, or workers: 1",
             )
-        if tier.from_rung_flops > top:
-            raise UserError(
-                f"no rung reaches it (the top is {format_flops(top)})",
-                key=f"{key}.from_rung_flops",
-                fix="lower it, or leave the tier out",
-            )
+
+    @property
+    def kind(self) -> str:
+        """Equal where tasks run alike, whatever thresholds led there."""
+        settings = {name: value for name, value in asdict(self).items() if not name.startswith("from_")}
+        return canonical_json(settings).decode()
+
+    def scaling(self, groups_per_step: int) -> dict[str, Any]:
+        """The scaling of a task: micro_groups is the largest allowed divisor of a worker's groups."""
+        groups = groups_per_step // self.workers
+        micro_groups = max(size for size in range(1, min(self.micro_groups, groups) + 1) if groups % size == 0)
+        return {
+            "engine": self.engine,
+            "workers": self.workers,
+            "zero_stage": self.zero_stage,
+            "cpus": self.cpus,
+            "gpus": self.gpus,
+            "micro_groups": micro_groups,
+            "softmax": self.softmax,
+        }
+
+
+_TIER: TypeAdapter[Tier] = TypeAdapter(Tier)
+
+
+def _read(value: Any) -> tuple[Tier, ...]:
+    if isinstance(value, tuple):
+        return value
+    numbers = value.get("workers") if isinstance(value, Mapping) else None
+    if not isinstance(numbers, list):
+        return (_TIER.validate_python(value),)
+    tiers = [_TIER.validate_python({**value, "workers": number}) for number in numbers]
+    if not tiers or len({tier.workers for tier in tiers}) < len(tiers):
+        fix = "write each number once, such as [1, 2, 4]"
+        raise UserError(f"{numbers} is empty or repeats a number", key="workers", fix=fix)
+    return tuple(sorted(tiers, key=lambda tier: tier.workers))
+
+
+def _write(tiers: tuple[Tier, ...]) -> dict[str, Any]:
+    workers = [tier.workers for tier in tiers]
+    return {**asdict(tiers[0]), "workers": workers if len(workers) > 1 else workers[0]}
+
+
+def _schema() -> dict[str, Any]:
+    schema = _TIER.json_schema()
+    number = schema["properties"]["workers"]
+    schema["properties"]["workers"] = {**number, "anyOf": [*number["anyOf"], {"type": "array"}]}
+    return schema
+
+
+Alternatives = Annotated[tuple[Tier, ...], PlainValidator(_read), PlainSerializer(_write), WithJsonSchema(_schema())]
+"""An item of `scaling.tiers`: tiers that differ in their workers alone, fewest first."""

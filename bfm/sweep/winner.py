@@ -47,7 +47,7 @@ def winner(state: SweepState, spec: SweepSpec) -> dict[str, Any] | None:
 
 
 def _keeps(row: Mapping[str, Any], spec: SweepSpec) -> bool:
-    values = [(constraint, row["metrics"].get(constraint.metric.name)) for constraint in spec.constraints]
+    values = [(constraint, row["metrics"].get(constraint.metric.name)) for constraint in spec.metric.constraints]
     return all(value is not None and constraint.holds(value) for constraint, value in values)
 
 

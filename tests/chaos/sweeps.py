@@ -47,10 +47,10 @@ def one_place(folder: Path, shards: Path, **changes: Any) -> Path:
 def unbroken(space: Path, storage: Path) -> Store:
     """The sweep of a space, run to its end in this process without Ray."""
     spec = resolve(space)
-    shards = Shards.open(spec.shards)
+    shards = Shards.open(spec.data.shards)
     protocol = Protocol.load(shards)
     spec, store = on_log(spec, shards, protocol), Store(storage).child(spec.name)
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
     driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -57,7 +57,7 @@ def no_ray(monkeypatch):
         ({"budget": {"total_flops": "much"}}, "budget.total_flops"),
         ({"budget": {"ladder_flops": [1e3, 2e3]}}, ""),
         ({"data": {"shards": "nowhere"}}, "nowhere"),
-        ({"scaling": {"tiers": [{"cpus": 4000}]}}, "scaling.tiers[0]"),
+        ({"scaling": {"tiers": [{"cpus": 4000}]}}, "scaling.tiers.0"),
         ({"stage1": {"checkpoint": "nowhere/trunk"}}, "nowhere/trunk: there is no checkpoint"),
     ],
 )

@@ -44,7 +44,7 @@ class CapMachine(RuleBasedStateMachine):
         begun = {trial for trial, _ in state.attempts}
         answer = self.driver.next_task()
         running = len(state.open_tasks)
-        assert running <= self.spec.slots
+        assert running <= self.spec.scaling.slots
         match answer:
             case Task():
                 assert answer.trial not in bad

@@ -8,8 +8,9 @@ from typing import Any
 
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.metric import Selection
 from bfm.sweep.policies import make_policy
-from bfm.sweep.settings import Budget, Constraint, Metric, Scheduler, SweepSpec, Tier
+from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.sweep.simulator.table import Curve, TableArena
 
 RUNGS = (10**9, 4 * 10**9, 16 * 10**9)
@@ -39,31 +40,12 @@ def crossing(sizes: Iterable[int], rungs: Sequence[int] = RUNGS) -> list[Curve]:
 
 def table_spec(policy: str, total_flops: float, rungs: Sequence[int] = RUNGS, **changes: Any) -> SweepSpec:
     """A sweep over a table."""
-    metric = changes.pop("metric", Metric("loss", "minimize"))
     scheduler = Scheduler(policy, eta=changes.pop("eta", 3.0), shares=changes.pop("shares", None))
-    others: tuple[Metric, ...] = changes.pop("other_metrics", ())
-    constraints: tuple[Constraint, ...] = changes.pop("constraints", ())
     budget = Budget(tuple(rungs), round(total_flops), max_trials=changes.pop("max_trials", 1_000_000))
-    values: dict[str, Any] = {
-        "name": "table",
-        "method": "random",
-        "parameters": (),
-        "tiers": (Tier(),),
-        "slots": 1,
-        "max_retries": 2,
-        "shards": "",
-        "evaluation_queries": None,
-        "seeds": (0,),
-        "probes": (),
-    }
-    return SweepSpec(
-        metric=metric,
-        budget=budget,
-        scheduler=scheduler,
-        other_metrics=others,
-        constraints=constraints,
-        **{**values, **changes},
-    )
+    scaling = Scaling(slots=changes.pop("slots", 1))
+    metric = Selection("loss", others=changes.pop("others", ()), constraints=changes.pop("constraints", ()))
+    values: dict[str, Any] = {"name": "table", "method": "random", "parameters": (), "metric": metric}
+    return SweepSpec(**{**values, **changes}, budget=budget, scheduler=scheduler, scaling=scaling, data=Data(""))
 
 
 def begin(

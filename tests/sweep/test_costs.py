@@ -9,7 +9,7 @@ import pytest
 
 from bfm.objective.sampling import Proposal, drawn_inclusion
 from bfm.sweep.costs import Costs, LogFacts, union_mean
-from bfm.sweep.settings import Tier
+from bfm.sweep.tiers import Tier
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory
 from bfm.training.loop import Trainer

@@ -48,7 +48,7 @@ SPACE = {
 
 def test_a_sweep_of_real_models(toy_shards, tmp_path):
     spec, store = from_dict(SPACE), Store(tmp_path / "toy")
-    costs = Costs(LogFacts.from_shards(toy_shards, Protocol.load(toy_shards), spec.evaluation_queries))
+    costs = Costs(LogFacts.from_shards(toy_shards, Protocol.load(toy_shards), spec.data.evaluation_queries))
     driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
 
     def execute(task):

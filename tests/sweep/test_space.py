@@ -12,8 +12,8 @@ from bfm.events.protocol import Protocol
 from bfm.events.statistics import group_means
 from bfm.model.flops import ModelCost
 from bfm.sweep.costs import STEP_MARGIN, Costs, LogFacts
-from bfm.sweep.settings import Tier
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
+from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from tests.sweep.world import PlantedCosts, make_spec
 

@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.sweep.settings import POLICIES, Constraint, Metric, Parameter, Scheduler, Tier
+from bfm.sweep.metric import Constraint, Metric
+from bfm.sweep.parameters import Parameter
+from bfm.sweep.settings import POLICIES, Scheduler
 from bfm.sweep.spec import from_dict, json_schema, resolve
+from bfm.sweep.tiers import Tier
 from bfm.yaml import load_yaml
 from tests.sweep.world import make_spec
 
@@ -88,7 +91,7 @@ def test_the_frontier_is_what_a_sweep_runs_by_unless_told(good):
 def test_further_metrics_and_constraints_are_read_and_written(good):
     spec = resolve(good, ["metric.others=[nll]", "metric.constraints=['recall@10>=0.05', nll <= 7.5]"])
     assert [(metric.name, metric.goal) for metric in spec.metrics] == [("recall@10", "maximize"), ("nll", "minimize")]
-    assert [(c.metric.name, c.metric.goal, c.bound) for c in spec.constraints] == [
+    assert [(c.metric.name, c.metric.goal, c.bound) for c in spec.metric.constraints] == [
         ("recall@10", "maximize", 0.05),
         ("nll", "minimize", 7.5),
     ]
@@ -253,7 +256,7 @@ SLIPS = {
     "scaling.tiers=[{workers: 0}]": ("scaling.tiers.0.workers", "at least 1"),
     "scaling.tiers=[{engine: deepspeed, zero_stage: 4}]": ("scaling.tiers.0.zero_stage", "no ZeRO stage 4"),
     "scaling.tiers=[{engine: fsdp}]": ("scaling.tiers.0.engine", "'plain' or 'deepspeed'"),
-    "scaling.tiers=[{cpus: 0}]": ("scaling.tiers.0.cpus", "part of a CPU"),
+    "scaling.tiers=[{cpus: 0}]": ("scaling.tiers.0.cpus", "above 0"),
     "scaling.tiers=[{gpus: 1.5}]": ("scaling.tiers.0.gpus", "1.5 GPUs"),
     "scaling.tiers=[{engine: deepspeed, workers: 2, gpus: 0.5}]": ("scaling.tiers.0.gpus", "cannot share GPUs"),
     "scaling.tiers=[{memory_gib: 0}]": ("scaling.tiers.0.memory_gib", "above 0"),

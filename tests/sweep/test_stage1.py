@@ -61,7 +61,7 @@ def space(trunk: Path, **changes):
 
 
 def costs_on(shards, spec):
-    return Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.evaluation_queries))
+    return Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_memory_that_ran_out_is_that_of_its_number_of_workers() -> None:
     task = driver.next_task(room_for(1))
     out = {**execute(task), "status": "oom", "metrics": {}, "checkpoint": None}
     driver.report(task.task_id, out)
-    assert list(driver.state.memory_limits) == [driver.spec.tiers[0].kind]
+    assert list(driver.state.memory_limits) == [driver.spec.scaling.tiers[0][0].kind]
     ((kind, limit),) = driver.state.memory_limits.items()
     for _ in range(5):
         task = driver.next_task(lambda task, copies: True)

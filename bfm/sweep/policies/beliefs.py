@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.metric import Metric
 from bfm.sweep.policies.candidates import Ways
 from bfm.sweep.policies.ground import View
 from bfm.sweep.policies.survival import Survival
-from bfm.sweep.settings import Metric, SweepSpec
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import Trial
 from bfm.sweep.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
 
@@ -54,9 +55,7 @@ class Beliefs:
         self.center = float(np.mean(np.log(np.array(ladder, dtype=float))))
         """Middle of the ladder, in log C."""
         self._models = [_Model(self, metric) for metric in spec.metrics]
-        self._bounds = [
-            (_Model(self, constraint.metric, constraint.loss_bound), constraint) for constraint in spec.constraints
-        ]
+        self._bounds = [(_Model(self, bound.metric, bound.loss_bound), bound) for bound in spec.metric.constraints]
         self._survival = Survival(self.center, self.places)
         self._known: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
 
@@ -112,8 +111,8 @@ class Beliefs:
         row = rows.get(rung) or rows.get(max(rows, default=rung))
         if row is None:
             return False
-        values = ((constraint, row["metrics"].get(constraint.metric.name)) for constraint in self.spec.constraints)
-        return any(value is not None and not constraint.holds(value) for constraint, value in values)
+        values = ((bound, row["metrics"].get(bound.metric.name)) for bound in self.spec.metric.constraints)
+        return any(value is not None and not bound.holds(value) for bound, value in values)
 
     def spread_out(self, view: View, new: Places, target: float) -> int:
         """The new proposal nearest to a quantile of all their sizes, and unlike the trials begun on other axes."""
@@ -207,7 +206,7 @@ class _Model:
 
     def take(self, view: View) -> None:
         """New rows; running tasks count as what is expected of them."""
-        bound, known = bool(self.beliefs.spec.constraints), len(self._rows)
+        bound, known = bool(self.beliefs.spec.metric.constraints), len(self._rows)
         for trial, rung in view.state.arrivals[self._seen :]:
             loss = view.loss(view.state.trials[trial], rung, self.metric)
             diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
@@ -241,7 +240,7 @@ class _Model:
             also = self._places(view, running)
             expected = fitted.surrogate.predict(also).mean_M
             rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
-            bound = bool(self.beliefs.spec.constraints)
+            bound = bool(self.beliefs.spec.metric.constraints)
             breaks = [*self._breaks, *(bound and self.beliefs.breaks(view, *place) for place in running)]
             fitted = self._fit(view, rows, breaks, places.and_also(also))
         self._with_running = (count, running), fitted

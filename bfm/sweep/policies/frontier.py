@@ -163,7 +163,7 @@ class FrontierPolicy:
         """Hold a step that few like it can follow while much cheaper tasks are running: they may change the choice."""
         task_flops = self.arena.reserve_flops(step.config, step.first, view.trunk_of(step))
         left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
-        if left > _SCARCE * self.spec.slots * task_flops:
+        if left > _SCARCE * self.spec.scaling.slots * task_flops:
             return None
         attempts = view.state.attempts.values()
         cheap = [attempt for attempt in attempts if attempt.nominal_flops <= _PATIENCE * task_flops]

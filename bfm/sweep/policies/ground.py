@@ -13,8 +13,9 @@ from itertools import takewhile
 from typing import Any
 
 from bfm.sweep.arena import Arena, Config, Proposal
+from bfm.sweep.metric import Metric
 from bfm.sweep.policy import Promote, Propose
-from bfm.sweep.settings import Metric, SweepSpec
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
 
 

@@ -121,7 +121,7 @@ def _train(
         shards,
         storage,
         flops=recipe.flops,
-        queries=sizes.spec.evaluation_queries,
+        queries=sizes.spec.data.evaluation_queries,
         scaling={"micro_groups": max(groups)},
         observer=observer,
     )

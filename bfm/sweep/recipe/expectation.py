@@ -22,9 +22,9 @@ from bfm.laws.result import CONFIDENCE, Estimate
 from bfm.laws.runs import Runs
 from bfm.laws.surface import Surface, fit_surface
 from bfm.laws.transform import from_loss, to_loss
+from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.choices import Configurations
 from bfm.sweep.recipe.evidence import Swept
-from bfm.sweep.settings import Metric
 from bfm.sweep.space import Feasible, Rejection
 from bfm.units import format_count
 
@@ -181,7 +181,7 @@ def by_trend(sizes: Swept, runs: Runs, configurations: Configurations, flops: fl
     """
     metric = runs.metric
     best = {rung: rows[0] for rung, rows in sizes.rungs(metric).items()}
-    trend = Trend.through(Metric(metric, goal_of(metric)), best, folder=sizes.folder)
+    trend = Trend.through(Metric(metric), best, folder=sizes.folder)
     wanted, source, notes = _size_without_surface(sizes, runs, flops)
     points, _ = _sizes(runs, configurations, flops)
     point = min(points, key=lambda point: abs(math.log(point.cost.params / wanted.estimate)))

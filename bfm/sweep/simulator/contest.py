@@ -17,15 +17,16 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.metric import Selection
 from bfm.sweep.policies import make_policy
-from bfm.sweep.settings import Budget, Metric, Scheduler, SweepSpec, Tier
+from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.sweep.simulator.fleet import Cluster, Fleet
 from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
 from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
 from bfm.sweep.state import SweepState
 from bfm.units import aligned
 
-LOSS = Metric("loss", "minimize")
+LOSS = Selection("loss")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Contest:
             raise UserError("must be above 0 and at most 1", key="--subset", fix="write e.g. 0.7")
         if not 0 <= self.cooldown_fraction < 1:
             raise UserError("must be at least 0 and below 1", key="--cooldown-fraction", fix="write e.g. 0.2")
-        if not 1 <= self.eta < math.inf:
-            raise UserError("must be a number of at least 1", key="--eta", fix="write e.g. 4")
+        if not 1 < self.eta < math.inf:
+            raise UserError("must be a number above 1", key="--eta", fix="write e.g. 4")
         for rung in range(len(ladder)):
             if all(curve.row_at(ladder, rung) is None for curve in self.curves):
                 raise UserError(
@@ -171,13 +172,9 @@ def contest_spec(contest: Contest, policy: str, budget_flops: int, seed: int) ->
         parameters=(),
         budget=Budget(contest.rungs_flops, budget_flops, max_trials=1_000_000),
         scheduler=Scheduler(policy, eta=contest.eta),
-        tiers=(Tier(),),
-        slots=contest.fleet.most,
-        max_retries=contest.max_retries,
-        shards="",
-        evaluation_queries=None,
+        scaling=Scaling(slots=contest.fleet.most, max_retries=contest.max_retries),
+        data=Data(""),
         seeds=(seed,),
-        probes=(),
     )
 
 

@@ -64,7 +64,7 @@ def forecast(
     progress: Callable[[str, float], None] = lambda words, share: None,
 ) -> list[Forecast]:
     """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
-    if [metric.name for metric in spec.metrics] != ["nll"] or spec.constraints:
+    if [metric.name for metric in spec.metrics] != ["nll"] or spec.metric.constraints:
         raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
     if not policies:
         raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
@@ -104,13 +104,9 @@ def _true_loss(law: Law, config: dict[str, Any], params: int, flops: float) -> f
 
 
 def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimum: Sequence[float]) -> Forecast:
-    method = {"random": "random", "grid": "grid"}.get(policy, spec.method)
-    spec = replace(
-        spec,
-        seeds=tuple(seed + 1000 * place for place in range(len(spec.seeds))),
-        scheduler=replace(spec.scheduler, type=policy),
-        method=method,
-    )
+    method = "random" if policy == "random" else "grid" if policy == "grid" else spec.method
+    seeds = tuple(seed + 1000 * place for place in range(len(spec.seeds)))
+    spec = replace(spec, method=method, seeds=seeds, scheduler=replace(spec.scheduler, type=policy))
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
     cluster = Cluster(fleet, np.random.default_rng(seed))
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from bfm.sweep.metric import Constraint, Metric
 from bfm.sweep.policies import beliefs
 from bfm.sweep.policies.beliefs import Beliefs
-from bfm.sweep.settings import Constraint, Metric
 from tests.sweep.curves import curve, sweep, table_spec
 
 LADDER = (10**8, 4 * 10**8, 16 * 10**8, 64 * 10**8)
@@ -63,7 +63,12 @@ def test_what_breaks_a_bound_is_not_the_first_to_climb_where_no_row_is(per_rung)
             row["metrics"]["recall@10"] = float(np.clip(recall, 0.01, 0.99))
             return row
 
-        spec = table_spec("frontier", 0.1 * len(curves) * LADDER[-1], LADDER, constraints=(Constraint(RECALL, 0.5),))
+        spec = table_spec(
+            "frontier",
+            0.1 * len(curves) * LADDER[-1],
+            LADDER,
+            constraints=(Constraint(RECALL, 0.5),),
+        )
         state = sweep(spec, curves, run).state
         first = {}
         for trial, rung in state.arrivals:

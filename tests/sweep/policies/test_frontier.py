@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
 from bfm.sweep.driver import Finished, Task, Wait, run_serial
+from bfm.sweep.metric import Constraint, Metric
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.policies.ground import View
-from bfm.sweep.settings import Constraint, Metric
 from bfm.sweep.state import SweepState
 from tests.sweep.cap_machine import CapMachine
 from tests.sweep.curves import RUNGS, begin, crossing, curve, reached, reasons_of, sweep, table_spec, tasks_of
@@ -270,7 +270,7 @@ def test_a_second_metric_has_a_frontier_of_its_own():
         driver = sweep(table_spec("frontier", total, **changes), curves, run)
         return [driver.state.trials[trial].params for trial in driver.state.rungs[2]]
 
-    alone, both = top_sizes(), top_sizes(other_metrics=(RECALL,))
+    alone, both = top_sizes(), top_sizes(others=(RECALL,))
     large = 100 * 2**7
     assert sum(size >= large for size in both) > sum(size >= large for size in alone)
     assert min(both) < large
@@ -302,7 +302,7 @@ def test_a_constraint_keeps_spend_away_from_what_breaks_it():
 @pytest.mark.parametrize("which", ["other", "constraint"])
 def test_a_further_metric_that_no_row_has_decides_nothing(which):
     curves = planted(0, copies=1)
-    more = {"other_metrics": (RECALL,)} if which == "other" else {"constraints": (Constraint(RECALL, 0.5),)}
+    more = {"others": (RECALL,)} if which == "other" else {"constraints": (Constraint(RECALL, 0.5),)}
     total = 0.2 * len(curves) * LADDER[-1]
     plain, silent = (tasks_of(sweep(table_spec("frontier", total, LADDER, **m), curves)) for m in ({}, more))
     assert plain == silent

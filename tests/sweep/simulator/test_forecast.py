@@ -61,7 +61,7 @@ def test_tasks_take_as_many_workers_as_their_tier_allows_and_the_slots_share():
 
 
 def test_no_more_tasks_run_than_the_space_has_slots():
-    one, _ = run(Fleet(parse_schedule("16"), RATE), replace(SPEC, slots=1))
+    one, _ = run(Fleet(parse_schedule("16"), RATE), replace(SPEC, scaling=replace(SPEC.scaling, slots=1)))
     ends = [0.0, *(at_s for at_s, _, _ in one.timeline.rows)]
     assert ends == sorted(ends)
     took_s = [row["train_s"] for _, _, row in one.timeline.rows]
