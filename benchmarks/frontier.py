@@ -271,12 +271,11 @@ def _fill(driver: SweepDriver, arena: TableArena, depths: list[int]) -> None:
     for number, (proposal, depth) in enumerate(zip(arena.pool(driver.state, 0), depths, strict=False)):
         name = f"t{number:05d}"
         record = {"kind": "proposal", "trial": name, "number": number, "seed": 0, "config": proposal.config}
-        records = [record | {"params": proposal.params, "source": "table", "rejected": {}}]
+        driver._write(record | {"params": proposal.params, "source": "table", "rejected": {}})
         for rung in range(depth):
-            task = arena.task(name, proposal, 0, rung, rung - 1 if rung else None, None, 0)
-            records.append({"kind": "task", "task": task.as_dict(), "reason": "all of them"})
-            records.append({"kind": "row", "task_id": task.task_id, "row": arena.execute(task), "probes": []})
-        driver._write(*records)
+            task = driver._task(driver.state.trials[name], rung, rung - 1 if rung else None, 0)
+            row = {"kind": "row", "task_id": task.task_id, "row": arena.execute(task), "probes": []}
+            driver._write({"kind": "task", "task": task.as_dict(), "reason": "all of them"}, row)
 
 
 def main() -> None:

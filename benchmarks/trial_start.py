@@ -34,6 +34,7 @@ from ray.tune.search import Searcher  # noqa: E402
 from bfm.sweep.task import Finished, Task, Wait  # noqa: E402
 from bfm.training.config import TrainConfig  # noqa: E402
 from ray_jobs.capacity import quiet_session  # noqa: E402
+from ray_jobs.desk import Desk  # noqa: E402
 from ray_jobs.trial import Workplace  # noqa: E402
 from ray_jobs.tuning import run_tasks  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402
@@ -91,7 +92,7 @@ def measure_reused(workplace: Workplace) -> tuple[list[float], list[float], list
     """Cold, warm and two-worker starts, in seconds."""
     tasks = [make_task(SINGLE) for _ in range(1 + WARM_TASKS)] + [make_task(PAIR) for _ in range(PAIRS)]
     driver = ListDriver(tasks)
-    run_tasks(driver, 1, workplace)
+    run_tasks(Desk(driver, 1), workplace)
     starts = [row["warm_start_s"] for row in driver.rows]
     return starts[:1], starts[1 : 1 + WARM_TASKS], starts[1 + WARM_TASKS :]
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from bfm.errors import PausedError
 from bfm.sweep.state import NODE, WORKER
 from bfm.sweep.task import Finished, Task, Wait
-from bfm.sweep.workers import GROW_LEFT_S
 from bfm.training.task import Account
 from ray_jobs import trial
 from ray_jobs.quarantine import Quarantine
@@ -42,8 +41,8 @@ class Driver(Protocol):
         """The next task, with its cost reserved, if there is room for it."""
         ...
 
-    def wider(self, task_id: str) -> list[Task]:
-        """A running task with more workers, where they pay; most first."""
+    def growable(self, left_s: Mapping[str, float]) -> Iterator[tuple[Task, list[Task]]]:
+        """Of tasks with so many seconds left, those that could use more workers, and how; most workers first."""
         ...
 
     def report(self, task_id: str, row: dict[str, Any]) -> bool:
@@ -127,20 +126,21 @@ class Desk:
         self,
         driver: Driver,
         slots: int,
-        on_event: Callable[[SweepEvent], None],
-        room: Room | None,
-        running: Running | None,
-        signals: Signals,
-        clock: Callable[[], float],
+        *,
+        on_event: Callable[[SweepEvent], None] = lambda event: None,
+        room: Room | None = None,
+        running: Running | None = None,
+        signals: Signals | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.driver, self.slots = driver, slots
+        self.driver, self.slots, self.clock = driver, slots, clock
         self.failure: Exception | None = None
         self.finished = False
         self.waiting: Task | None = None
         """What does not fit beside what runs."""
         self._waiting_since_s = clock()
         self.quarantine = Quarantine()
-        self._on_event, self._clock, self._signals = on_event, clock, signals
+        self._on_event, self._signals = on_event, signals or Signals()
         self._room, self._running = room, running
         self._next: Task | None = None
         self._growing: str | None = None
@@ -151,7 +151,7 @@ class Desk:
 
     def peek(self, live: Sequence[Live]) -> Task | None:
         """The next task, its cost reserved; None while there is none to start."""
-        now_s = self._clock()
+        now_s = self.clock()
         if self._next is not None or self.finished or self.failure is not None or now_s < self._ask_again_at_s:
             return self._next
         answer = self._decide(live, self._nodes())
@@ -229,21 +229,26 @@ class Desk:
         # One that has not started trained nothing; the next driver finds that in its account.
         running = [one.task for one in live if one.is_running]
         if self._ends_at_s is None:
-            self._ends_at_s = self._clock() + YIELD_LIMIT_S
+            self._ends_at_s = self.clock() + YIELD_LIMIT_S
             if self._running is not None:
                 for task in running:
                     self._running.ask_to_yield(task)
-        if not running or self._clock() > self._ends_at_s:
+        if not running or self.clock() > self._ends_at_s:
             if self._signals.received is not None:
                 raise Interrupted(self._signals.received)
             self.failure = self.failure or self._paused
         return True
 
+    def leave(self) -> None:
+        """The cluster is asked for nothing any more."""
+        if self._room is not None:
+            self._room.ask([])
+
     def look_after(self, live: Sequence[Live]) -> None:
         """End what stands still; make room for what has waited long; give idle room to a running task."""
         room, running = self._room, self._running
-        if room is not None and running is not None and self._clock() >= self._look_again_at_s:
-            self._look_again_at_s = self._clock() + LOOK_S
+        if room is not None and running is not None and self.clock() >= self._look_again_at_s:
+            self._look_again_at_s = self.clock() + LOOK_S
             self._guard(lambda: self._look(live, room, running))
 
     def _look(self, live: Sequence[Live], room: Room, running: Running) -> None:
@@ -256,7 +261,7 @@ class Desk:
             return
         if self.waiting is None and self._growing is None:
             room.ask(*self._grow(live, running))
-        elif self.waiting is not None and self._clock() - self._waiting_since_s > ROOM_S:
+        elif self.waiting is not None and self.clock() - self._waiting_since_s > ROOM_S:
             self._make_room(self.waiting, live, running)
 
     def _make_room(self, waiting: Task, live: Sequence[Live], running: Running) -> None:
@@ -282,15 +287,13 @@ class Desk:
         beside the one that could use more, and that one."""
         nodes = self._nodes()
         wished: tuple[list[Task], list[Task]] = [], []
-        for one in [one for one in live if one.is_running]:
-            wider = self.driver.wider(one.task.task_id)
-            if not wider or self._left_s(one, running.account(one.task)) < GROW_LEFT_S:
-                continue
-            others = [other for other in live if other is not one]
-            if any(fits([task], _holdings(others), nodes) for task in wider):
-                self._growing = one.task.task_id
-                self._on_event(SweepEvent("growing", task=one.task))
-                running.ask_to_yield(one.task)
+        left_s = {one.task.task_id: self._left_s(one, running.account(one.task)) for one in live if one.is_running}
+        for task, wider in self.driver.growable(left_s):
+            others = [other for other in live if other.task.task_id != task.task_id]
+            if any(fits([way], _holdings(others), nodes) for way in wider):
+                self._growing = task.task_id
+                self._on_event(SweepEvent("growing", task=task))
+                running.ask_to_yield(task)
                 return [], []
             if not wished[1]:
                 wished = _unsettled(others), wider[:1]
@@ -300,7 +303,7 @@ class Desk:
         """Seconds that a running task will take at its present speed; 0 where that is not known."""
         if not account.spent_flops or live.started_at_s is None:
             return 0.0
-        return (self._clock() - live.started_at_s) * (live.task.reserved_flops / account.spent_flops - 1)
+        return (self.clock() - live.started_at_s) * (live.task.reserved_flops / account.spent_flops - 1)
 
     def _wait_for_room(self, task: Task | None, live: Sequence[Live]) -> None:
         if task is not None and self._room is not None:
@@ -308,7 +311,7 @@ class Desk:
             # It may be one of many: as many like it as are running.
             self._room.ask(running, [task] * max(1, min(len(running), self.slots - len(running))))
             if self.waiting is None:
-                self._waiting_since_s = self._clock()
+                self._waiting_since_s = self.clock()
                 needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount)
                 self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
         self.waiting = task
@@ -323,7 +326,7 @@ class Desk:
         return [node for node, resources in self._live_nodes().items() if any(resources.values())]
 
     def _close(self, live: Live) -> None:
-        live.settled_at_s = self._clock()
+        live.settled_at_s = self.clock()
         self._growing = None if self._growing == live.task.task_id else self._growing
         self._ask_again_at_s = float("-inf")
 

@@ -10,38 +10,23 @@ trials a slot then never comes up). So a trial that has delivered its row does n
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
 
-from ray_jobs.desk import Desk, Driver, Live, Running, SweepEvent
-from ray_jobs.room import Room
-from ray_jobs.signals import Signals
+from ray_jobs.desk import Desk, Live
 
 IDLE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
 
 
 class DriverSearcher(Searcher):
-    """suggest -> next_task; a trial's result or death -> report or lost. At most `slots` trials at a time."""
+    """suggest -> next_task; a trial's result or death -> report or lost. At most `desk.slots` trials at a time."""
 
-    def __init__(
-        self,
-        driver: Driver,
-        slots: int,
-        *,
-        on_event: Callable[[SweepEvent], None] | None = None,
-        room: Room | None = None,
-        running: Running | None = None,
-        signals: Signals | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, desk: Desk) -> None:
         super().__init__()
-        self.slots, self._clock = slots, clock
-        self.desk = Desk(driver, slots, on_event or (lambda event: None), room, running, signals or Signals(), clock)
+        self.desk, self.slots, self._clock = desk, desk.slots, desk.clock
         self._trials: dict[str, Live] = {}
         # Actors given back and not yet taken by another trial.
         self._freed = 0

@@ -39,7 +39,7 @@ from bfm.sweep.state import IMPORT, SweepState
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts, settle_in
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
-from ray_jobs.desk import SweepEvent
+from ray_jobs.desk import Desk, SweepEvent
 from ray_jobs.pulse import Pulses
 from ray_jobs.room import ClusterRoom
 from ray_jobs.signals import Interrupted, signals_raise
@@ -132,15 +132,11 @@ def run_sweep(
                     closing(Pulses()) as pulses,
                 ):
                     signals.waits = True
-                    run_tasks(
-                        driver,
-                        spec.scaling.slots,
-                        execute or Workplace(shards, store.uri, HPARAMS_METRICS, pulses),
-                        on_event,
-                        room=ClusterRoom(grows=joins),
-                        running=Attempts(store, pulses),
-                        signals=signals,
+                    room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
+                    desk = Desk(
+                        driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals
                     )
+                    run_tasks(desk, execute or Workplace(shards, store.uri, HPARAMS_METRICS, pulses))
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
             raise

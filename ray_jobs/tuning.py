@@ -1,7 +1,7 @@
 """Runs a driver's tasks on Ray Tune until the driver has finished.
 
-Enters: a driver, its number of slots, an executor. Leaves: nothing but what the driver was told; Tune's own folder is
-temporary. Assumes that Ray is up and has a dashboard.
+Enters: a Desk, which knows the driver, and an executor. Leaves: nothing but what the driver was told; Tune's own folder
+is temporary. Assumes that Ray is up and has a dashboard.
 """
 
 from __future__ import annotations
@@ -9,36 +9,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from ray import tune
 from ray.tune import Callback, Stopper
 
-from ray_jobs.desk import Driver, Running, SweepEvent
-from ray_jobs.room import Room
+from ray_jobs.desk import Desk
 from ray_jobs.search import DriverSearcher
-from ray_jobs.signals import Signals
 from ray_jobs.trial import Executor, RungTrial
 
 
-def run_tasks(
-    driver: Driver,
-    slots: int,
-    execute: Executor,
-    on_event: Callable[[SweepEvent], None] | None = None,
-    *,
-    room: Room | None = None,
-    running: Running | None = None,
-    signals: Signals | None = None,
-) -> None:
+def run_tasks(desk: Desk, execute: Executor) -> None:
     """Give out tasks until the driver says Finished. Raises what the driver or a fatal task raised.
 
     After a signal running tasks are asked for their checkpoints; then Interrupted is raised.
     """
     # Without it Tune asks for one trial at a time, and a new actor's start holds up all others.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    searcher = DriverSearcher(driver, slots, on_event=on_event, room=room, running=running, signals=signals)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(desk.slots)
+    searcher = DriverSearcher(desk)
     folder = tempfile.mkdtemp(prefix="bfm-tune-")
     try:
         tune.Tuner(
@@ -60,11 +48,10 @@ def run_tasks(
             ),
         ).fit()
     finally:
-        if room is not None:
-            room.ask([])
+        desk.leave()
         shutil.rmtree(folder, ignore_errors=True)
-    if searcher.desk.failure is not None:
-        raise searcher.desk.failure
+    if desk.failure is not None:
+        raise desk.failure
 
 
 class EndWhenReady(Stopper):

@@ -65,19 +65,6 @@ class Arena(Protocol):
         """The kind of tier that a task runs at, and the bytes that one of its workers is estimated to need."""
         ...
 
-    def task(
-        self,
-        trial: str,
-        proposal: Proposal,
-        seed: int,
-        rung: int,
-        from_rung: int | None,
-        checkpoint: str | None,
-        tries: int,
-    ) -> Task:
-        """The unit of work."""
-        ...
-
     def propose(self, state: SweepState, number: int) -> Proposal | None:
         """The point of proposal `number`; None where there is no further one."""
         ...

@@ -8,12 +8,12 @@ the unbroken run. No Ray here: `run_serial` is a whole executor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
-from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.arena import Arena
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
 from bfm.sweep.costs import CostModel
@@ -26,9 +26,9 @@ from bfm.sweep.rows import Row, checked_row, without_nan
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.state import DRIVER, WORKER, Record, SweepState
+from bfm.sweep.state import DRIVER, WORKER, Record, SweepState, Trial
 from bfm.sweep.task import Finished, Task, Wait
-from bfm.sweep.workers import worthwhile
+from bfm.sweep.workers import GROW_LEFT_S, worthwhile
 from bfm.training.task import Account
 from bfm.units import format_flops
 
@@ -184,12 +184,18 @@ class SweepDriver:
         self._write_end(self._ended("yielded", task_id, account))
         return True
 
-    def wider(self, task_id: str) -> list[Task]:
-        """An open task with more workers than it has, where they pay; most first."""
-        if not self._is_open(task_id):
-            return []
-        task = self._open_task(task_id)
-        return [other for other in self._ways(task) if other.scaling["workers"] > task.scaling["workers"]]
+    def growable(self, left_s: Mapping[str, float]) -> Iterator[tuple[Task, list[Task]]]:
+        """Tasks that could use more workers, each with the ways to do so, most workers first.
+
+        `left_s`: task id -> seconds that it will still take; those that end soon are left alone.
+        """
+        for task_id, seconds in left_s.items():
+            if seconds < GROW_LEFT_S or not self._is_open(task_id):
+                continue
+            task = self._open_task(task_id)
+            wider = [other for other in self._ways(task) if other.scaling["workers"] > task.scaling["workers"]]
+            if wider:
+                yield task, wider
 
     def close(self) -> None:
         """Give the lease back; the sweep can be resumed."""
@@ -270,7 +276,7 @@ class SweepDriver:
         attempt = self.state.attempts[place]
         trial, rung = place
         old = Task.from_dict(attempt.task)
-        task = self._task(trial, rung, old.from_rung, attempt.tries)
+        task = self._task(self.state.trials[trial], rung, old.from_rung, attempt.tries)
         if attempt.progress is not None:
             left = task.rung_flops - attempt.progress_flops
             ahead = tuple(flops for flops in task.probes if flops > attempt.progress_flops)
@@ -292,15 +298,16 @@ class SweepDriver:
         return None
 
     def _promote(self, decision: Promote, fits: Fits) -> Task | Wait:
-        task = self._task(decision.trial, decision.rung, self.state.trunk_below(decision.trial, decision.rung), 0)
+        from_rung = self.state.trunk_below(decision.trial, decision.rung)
+        task = self._task(self.state.trials[decision.trial], decision.rung, from_rung, 0)
         return self._reserve(task, decision, fits)
 
     def _propose(self, decision: Propose, fits: Fits) -> Task | Wait:
         number, proposal, seed = self.state.num_proposals, decision.proposal, decision.seed
         record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
         record |= asdict(proposal)
-        task = self.arena.task(record["trial"], proposal, seed, decision.rung, None, None, 0)
-        return self._reserve(task, decision, fits, record)
+        trial = Trial(record["trial"], number, proposal.config, seed, proposal.params, proposal.source)
+        return self._reserve(self._task(trial, decision.rung, None, 0), decision, fits, record)
 
     def _reserve(self, task: Task, decision: Promote | Propose, fits: Fits, *before: Record) -> Task | Wait:
         placed = self._placed(task, fits, self.spec.scaling.slots - len(self.state.open_tasks))
@@ -333,17 +340,27 @@ class SweepDriver:
         counts = worthwhile(sorted(scalings), rows, task.config.get("params"), task.reserved_flops)
         return [replace(task, scaling=scalings[workers]) for workers in counts]
 
-    def _task(self, name: str, rung: int, from_rung: int | None, tries: int) -> Task:
-        trial = self.state.trials[name]
-        checkpoint = None if from_rung is None else trial.rows[from_rung]["checkpoint"]
-        proposal = Proposal(trial.config, trial.params, trial.source)
-        task = self.arena.task(name, proposal, trial.seed, rung, from_rung, checkpoint, tries)
-        trained = self.state.trunk_below(name, rung, or_evicted=True)
-        if task.probes and trained != from_rung:
-            # The part of the trunk that is trained again has its probe rows.
-            ahead = self.spec.probes_between(trial.config["cooldown_fraction"], rung, trained)
-            task = replace(task, probes=ahead)
-        return task
+    def _task(self, trial: Trial, rung: int, from_rung: int | None, tries: int) -> Task:
+        """Of a trial, from a lower rung's trunk (None: from nothing); its workers are chosen with its place."""
+        spec, config = self.spec, trial.config
+        # The part of the trunk that is trained again after an eviction has its probe rows.
+        trained = self.state.trunk_below(trial.trial, rung, or_evicted=True)
+        return Task(
+            task_id=f"{trial.trial}-r{rung}-a{tries}",
+            attempt=tries,
+            trial=trial.trial,
+            rung=rung,
+            rung_flops=round(self.arena.row_flops(config, rung)),
+            config=config,
+            seed=trial.seed,
+            resume_from=None if from_rung is None else trial.rows[from_rung]["checkpoint"],
+            from_rung=from_rung,
+            reserved_flops=self.arena.reserve_flops(config, rung, from_rung),
+            scaling={},
+            probes=spec.probes_between(config["cooldown_fraction"], rung, trained) if spec.probes else (),
+            evaluation_queries=spec.data.evaluation_queries,
+            stage1=None if spec.stage1 is None else spec.stage1.checkpoint,
+        )
 
 
 def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:

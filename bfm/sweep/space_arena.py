@@ -84,36 +84,6 @@ class SpaceArena:
                 return place.tier.kind, place.needed_bytes
         return None
 
-    def task(
-        self,
-        trial: str,
-        proposal: Proposal,
-        seed: int,
-        rung: int,
-        from_rung: int | None,
-        checkpoint: str | None,
-        tries: int,
-    ) -> Task:
-        """With the fewest workers of the tiers that N and C reach, and the probes on the way."""
-        spec, config = self.spec, proposal.config
-        rung_flops = spec.budget.ladder_flops[rung]
-        return Task(
-            task_id=f"{trial}-r{rung}-a{tries}",
-            attempt=tries,
-            trial=trial,
-            rung=rung,
-            rung_flops=rung_flops,
-            config=config,
-            seed=seed,
-            resume_from=checkpoint,
-            from_rung=from_rung,
-            reserved_flops=self.reserve_flops(config, rung, from_rung),
-            scaling=self.scalings(config, rung, {})[0],
-            probes=spec.probes_between(config["cooldown_fraction"], rung, from_rung),
-            evaluation_queries=spec.data.evaluation_queries,
-            stage1=None if spec.stage1 is None else spec.stage1.checkpoint,
-        )
-
     def propose(self, state: SweepState, number: int) -> Proposal | None:
         """See Proposer.propose."""
         return self.proposer.propose(state, number)

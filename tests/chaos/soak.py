@@ -35,7 +35,7 @@ from tests.helpers import make_shards  # noqa: E402
 from tests.ray_jobs.one_machine import Cluster, kill_tree, one_machine  # noqa: E402
 from tests.ray_jobs.toys import wait_for  # noqa: E402
 
-TRIALS_PER_MINUTE = 1.0
+TRIALS_PER_MINUTE = 2.0
 """What two nodes get done between faults, so that a sweep is about as long as its soak."""
 NOTICE_S = 10
 ENDINGS = {0, 1, -signal.SIGKILL, 128 + signal.SIGTERM}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.workers import GROW_LEFT_S
 from bfm.training.task import Account
 from ray_jobs.room import Resources
 from ray_jobs.search import DriverSearcher
@@ -64,10 +65,11 @@ class FakeDriver:
         self.open[task.task_id] = task
         return task
 
-    def wider(self, task_id: str) -> list[Task]:
-        task = self.open[task_id]
-        more = [workers for workers in self.counts if workers > task.scaling["workers"]]
-        return [replace(task, scaling={**task.scaling, "workers": workers}) for workers in sorted(more, reverse=True)]
+    def growable(self, left_s: Mapping[str, float]) -> Iterator[tuple[Task, list[Task]]]:
+        for task in (self.open[task_id] for task_id, seconds in left_s.items() if seconds >= GROW_LEFT_S):
+            more = sorted((workers for workers in self.counts if workers > task.scaling["workers"]), reverse=True)
+            if more:
+                yield task, [replace(task, scaling={**task.scaling, "workers": workers}) for workers in more]
 
     def report(self, task_id: str, row: Any) -> bool:
         del self.open[task_id]

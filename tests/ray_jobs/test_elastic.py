@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bfm.files import Store
+from bfm.sweep import driver
 from bfm.sweep.ledger import read_ledger
 from bfm.sweep.spec import resolve
 from bfm.training.engine import EngineFactory
@@ -27,7 +28,7 @@ ELASTIC = {"from_rung_flops": 2e8, "engine": "deepspeed", "workers": [1, 2], "ze
 @pytest.mark.timeout(900)
 def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(desk, "GROW_LEFT_S", 5.0)
+    monkeypatch.setattr(driver, "GROW_LEFT_S", 5.0)
     monkeypatch.setattr(desk, "LOOK_S", 1.0)
     space = write_space(
         tmp_path,
@@ -39,7 +40,7 @@ def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkey
     )
     events = []
     with local_ray(2, dashboard=True):
-        outcome = run_sweep(resolve(space), str(tmp_path), progress=lambda event, driver: events.append(event.kind))
+        outcome = run_sweep(resolve(space), str(tmp_path), progress=lambda event, _: events.append(event.kind))
         wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 60, "all CPUs are free again")
     assert (outcome.rows, outcome.failed, outcome.lost) == (3, 0, 0)
     assert events.count("growing") == events.count("yielded") == 1

@@ -42,7 +42,7 @@ def table_spec(policy: str, total_flops: float, rungs: Sequence[int] = RUNGS, **
     """A sweep over a table."""
     scheduler = Scheduler(policy, eta=changes.pop("eta", 3.0), shares=changes.pop("shares", None))
     budget = Budget(tuple(rungs), round(total_flops), max_trials=changes.pop("max_trials", 1_000_000))
-    scaling = Scaling(slots=changes.pop("slots", 1))
+    scaling = Scaling(slots=changes.pop("slots", 1), max_retries=changes.pop("max_retries", 2))
     metric = Selection("loss", others=changes.pop("others", ()), constraints=changes.pop("constraints", ()))
     values: dict[str, Any] = {"name": "table", "method": "random", "parameters": (), "metric": metric}
     return SweepSpec(**{**values, **changes}, budget=budget, scheduler=scheduler, scaling=scaling, data=Data(""))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfm.sweep.task import Task, Wait
-from bfm.sweep.workers import GAIN, worthwhile
+from bfm.sweep.workers import GAIN, GROW_LEFT_S, worthwhile
 from tests.sweep.world import execute, in_memory, make_spec
 
 COUNTS = [1, 2, 4, 8]
@@ -93,7 +93,9 @@ def test_a_task_that_comes_back_takes_what_there_is_now() -> None:
     driver = elastic()
     first = driver.next_task(room_for(4))
     assert first.scaling["workers"] == 1
-    assert [task.scaling["workers"] for task in driver.wider(first.task_id)] == [4, 2]
+    assert list(driver.growable({first.task_id: GROW_LEFT_S - 1})) == []
+    ((grown, ways),) = driver.growable({first.task_id: GROW_LEFT_S})
+    assert (grown.task_id, [way.scaling["workers"] for way in ways]) == (first.task_id, [4, 2])
     driver.lost(first.task_id, "its node is gone")
     again = driver.next_task(room_for(2))
     assert (again.trial, again.scaling["workers"]) == (first.trial, 2)

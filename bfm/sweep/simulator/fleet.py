@@ -187,14 +187,10 @@ class Cluster:
         """It yields."""
         self._end(self._running[task.task_id], YIELDED)
 
-    def tasks_with_left(self, seconds: float) -> list[Task]:
-        """Running tasks that will take so long or longer at their speed, oldest first."""
-        running = self._running.values()
-        return [
-            one.task
-            for one in running
-            if one.task.reserved_flops - self._trained_flops(one) >= seconds * one.flops_per_s
-        ]
+    def left_s(self) -> dict[str, float]:
+        """Id of each running task -> seconds that it will take at its speed, oldest first."""
+        running = self._running.items()
+        return {name: (one.task.reserved_flops - self._trained_flops(one)) / one.flops_per_s for name, one in running}
 
     def account(self, task: Task) -> Account:
         """What a task has trained; all of it is kept where it yielded, else what the last checkpoint had."""

@@ -16,7 +16,6 @@ import numpy as np
 from bfm.sweep.driver import Finished, SweepDriver, Wait
 from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster
 from bfm.sweep.task import Task
-from bfm.sweep.workers import GROW_LEFT_S
 
 Execute = Callable[[Task], dict[str, Any]]
 
@@ -89,9 +88,9 @@ def _grow(driver: SweepDriver, cluster: Cluster, timeline: Timeline) -> bool:
     """Have a running task yield, to go on with workers that nobody else takes; False where none would."""
     if driver.state.owed():
         return False
-    for task in cluster.tasks_with_left(GROW_LEFT_S):
+    for task, wider in driver.growable(cluster.left_s()):
         room = len(cluster.free) + task.scaling["workers"]
-        if any(wider.scaling["workers"] <= room for wider in driver.wider(task.task_id)):
+        if any(way.scaling["workers"] <= room for way in wider):
             cluster.stop(task)
             timeline.yielded += driver.yielded(task.task_id, cluster.account(task))
             timeline.busy_s += cluster.busy_s(task)

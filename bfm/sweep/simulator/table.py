@@ -218,31 +218,6 @@ class TableArena:
         """Not known."""
         del task
 
-    def task(
-        self,
-        trial: str,
-        proposal: Proposal,
-        seed: int,
-        rung: int,
-        from_rung: int | None,
-        checkpoint: str | None,
-        tries: int,
-    ) -> Task:
-        """Its rung_flops are those of the row."""
-        return Task(
-            task_id=f"{trial}-r{rung}-a{tries}",
-            attempt=tries,
-            trial=trial,
-            rung=rung,
-            rung_flops=round(self.row_flops(proposal.config, rung)),
-            config=proposal.config,
-            seed=seed,
-            resume_from=checkpoint,
-            from_rung=from_rung,
-            reserved_flops=self.reserve_flops(proposal.config, rung, from_rung),
-            scaling={"workers": 1},
-        )
-
     def propose(self, state: SweepState, number: int) -> Proposal | None:
         """The next curve that was not begun."""
         return next(iter(self.pool(state, number)), None)

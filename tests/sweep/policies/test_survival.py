@@ -74,7 +74,7 @@ def test_chances_are_those_of_the_region():
         record = {"kind": "proposal", "trial": name, "number": place, "seed": 0, "config": proposal.config}
         driver._write(record | {"params": proposal.params, "source": "table", "rejected": {}})
         for rung in range(4):
-            task = driver.arena.task(name, proposal, 0, rung, rung - 1 if rung else None, None, 0)
+            task = driver._task(driver.state.trials[name], rung, rung - 1 if rung else None, 0)
             driver._write({"kind": "task", "task": task.as_dict(), "reason": ""})
             driver.report(task.task_id, row := driver.arena.execute(task))
             if row["status"] != "ok":
