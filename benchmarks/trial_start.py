@@ -34,10 +34,10 @@ from ray.tune.search import Searcher  # noqa: E402
 from bfm.sweep.task import Finished, Task, Wait  # noqa: E402
 from bfm.training.config import TrainConfig  # noqa: E402
 from ray_jobs.capacity import quiet_session  # noqa: E402
-from ray_jobs.desk import Desk  # noqa: E402
 from ray_jobs.trial import Workplace  # noqa: E402
 from ray_jobs.tuning import run_tasks  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402
+from tests.ray_jobs.fakes import make_desk  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "trial_start.md"
 CONFIG = TrainConfig(params=3000.0, embedder_share=0.1, window=8, group_windows=2, d_item=8, groups_per_step=2)
@@ -71,7 +71,7 @@ class ListDriver:
         self.open = 0
         self.rows: list[dict[str, Any]] = []
 
-    def next_task(self) -> Task | Wait | Finished:
+    def next_task(self, fits: Callable[[Task, int], bool]) -> Task | Wait | Finished:
         if self.open:
             return Wait("one at a time")
         if not self.tasks:
@@ -84,7 +84,10 @@ class ListDriver:
         self.rows.append(row)
         return True
 
-    def lost(self, task_id: str, reason: str, *, retry: bool = True) -> bool:
+    def growable(self, left_s: dict[str, float]) -> list[tuple[Task, list[Task]]]:
+        return []
+
+    def lost(self, task_id: str, reason: str, **how: Any) -> bool:
         raise RuntimeError(f"task {task_id} was lost: {reason}")
 
 
@@ -92,7 +95,7 @@ def measure_reused(workplace: Workplace) -> tuple[list[float], list[float], list
     """Cold, warm and two-worker starts, in seconds."""
     tasks = [make_task(SINGLE) for _ in range(1 + WARM_TASKS)] + [make_task(PAIR) for _ in range(PAIRS)]
     driver = ListDriver(tasks)
-    run_tasks(Desk(driver, 1), workplace)
+    run_tasks(make_desk(driver, 1), workplace)
     starts = [row["warm_start_s"] for row in driver.rows]
     return starts[:1], starts[1 : 1 + WARM_TASKS], starts[1 + WARM_TASKS :]
 

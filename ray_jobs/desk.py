@@ -1,7 +1,7 @@
 """Between a sweep's driver and the trials that run its tasks: what is begun, what came of it, what needs a hand.
 
-Enters: a driver with `next_task`, `report`, `yielded` and `lost`; what trials bring; the live nodes. Leaves: the next
-task that has a place, calls on the driver, and events for a display. A task that stands still is ended, a node that
+Enters: a driver; what trials bring; the live nodes. Leaves: the next task that has a place, calls on the driver, and
+events for a display. A task that stands still is ended, a node that
 spoils its tasks gets no more of them, and room that nobody takes goes to a running task.
 """
 
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from bfm.errors import PausedError
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.state import NODE, WORKER
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs import trial
+from ray_jobs.attempts import Attempts
 from ray_jobs.quarantine import Quarantine
-from ray_jobs.room import Holding, Resources, Room, fits, total_of
+from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.signals import Interrupted, Signals
 
 WAIT_POLL_S = 1.0
@@ -32,50 +34,6 @@ YIELD_LIMIT_S = 45.0
 DIED = "its worker process died (killed, out of memory, or its node is gone)"
 HUNG = "it stood still and was ended"
 Answer = TypeVar("Answer")
-
-
-class Driver(Protocol):
-    """What is needed of bfm.sweep.driver.SweepDriver."""
-
-    def next_task(self, fits: Callable[[Task, int], bool]) -> Task | Wait | Finished:
-        """The next task, with its cost reserved, if there is room for it."""
-        ...
-
-    def growable(self, left_s: Mapping[str, float]) -> Iterator[tuple[Task, list[Task]]]:
-        """Of tasks with so many seconds left, those that could use more workers, and how; most workers first."""
-        ...
-
-    def report(self, task_id: str, row: dict[str, Any]) -> bool:
-        """Commit a task's rung row; its key `probes` holds probe rows."""
-        ...
-
-    def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = WORKER) -> bool:
-        """A task ended without a row."""
-        ...
-
-    def yielded(self, task_id: str, account: Account) -> bool:
-        """A task ended early, with a checkpoint."""
-        ...
-
-
-class Running(Protocol):
-    """What is needed of ray_jobs.attempts.Attempts."""
-
-    def account(self, task: Task) -> Account:
-        """What a running task may have trained so far."""
-        ...
-
-    def ask_to_yield(self, task: Task) -> None:
-        """Have it end after a checkpoint."""
-        ...
-
-    def end_hung(self) -> list[str]:
-        """Ids of tasks that stood still; their processes are killed."""
-        ...
-
-    def nodes(self, task: Task) -> list[str]:
-        """Where a running task was last seen."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -124,13 +82,13 @@ class Desk:
 
     def __init__(
         self,
-        driver: Driver,
+        driver: SweepDriver,
         slots: int,
         *,
-        on_event: Callable[[SweepEvent], None] = lambda event: None,
-        room: Room | None = None,
-        running: Running | None = None,
-        signals: Signals | None = None,
+        on_event: Callable[[SweepEvent], None],
+        room: ClusterRoom,
+        running: Attempts,
+        signals: Signals,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.driver, self.slots, self.clock = driver, slots, clock
@@ -140,7 +98,7 @@ class Desk:
         """What does not fit beside what runs."""
         self._waiting_since_s = clock()
         self.quarantine = Quarantine()
-        self._on_event, self._signals = on_event, signals or Signals()
+        self._on_event, self._signals = on_event, signals
         self._room, self._running = room, running
         self._next: Task | None = None
         self._growing: str | None = None
@@ -169,7 +127,7 @@ class Desk:
         """Ask the driver; what it gives is in hand."""
 
         def there_is_room(task: Task, copies: int) -> bool:
-            return self._room is None or fits([task] * copies, _holdings(live), nodes)
+            return fits([task] * copies, _holdings(live), nodes)
 
         answer = self._guard(lambda: self.driver.next_task(there_is_room))
         self._wait_for_room(answer.task if isinstance(answer, Wait) else None, live)
@@ -219,7 +177,7 @@ class Desk:
     def died(self, live: Live) -> None:
         """A trial ended; without a row its task is lost."""
         if live.settled_at_s is None:
-            nodes = [] if self._running is None else self._running.nodes(live.task)
+            nodes = self._running.nodes(live.task)
             self._lose(live, DIED, nodes[0] if len(nodes) == 1 else None)
 
     def ends(self, live: Iterable[Live]) -> bool:
@@ -230,9 +188,8 @@ class Desk:
         running = [one.task for one in live if one.is_running]
         if self._ends_at_s is None:
             self._ends_at_s = self.clock() + YIELD_LIMIT_S
-            if self._running is not None:
-                for task in running:
-                    self._running.ask_to_yield(task)
+            for task in running:
+                self._running.ask_to_yield(task)
         if not running or self.clock() > self._ends_at_s:
             if self._signals.received is not None:
                 raise Interrupted(self._signals.received)
@@ -241,18 +198,16 @@ class Desk:
 
     def leave(self) -> None:
         """The cluster is asked for nothing any more."""
-        if self._room is not None:
-            self._room.ask([])
+        self._room.ask([])
 
     def look_after(self, live: Sequence[Live]) -> None:
         """End what stands still; make room for what has waited long; give idle room to a running task."""
-        room, running = self._room, self._running
-        if room is not None and running is not None and self.clock() >= self._look_again_at_s:
+        if self.clock() >= self._look_again_at_s:
             self._look_again_at_s = self.clock() + LOOK_S
-            self._guard(lambda: self._look(live, room, running))
+            self._guard(lambda: self._look(live))
 
-    def _look(self, live: Sequence[Live], room: Room, running: Running) -> None:
-        hung = running.end_hung()
+    def _look(self, live: Sequence[Live]) -> None:
+        hung = self._running.end_hung()
         for one in live:
             if one.task.task_id in hung and one.settled_at_s is None:
                 one.gone = True
@@ -260,15 +215,15 @@ class Desk:
         if self.in_hand or self.finished or self.failure is not None:
             return
         if self.waiting is None and self._growing is None:
-            room.ask(*self._grow(live, running))
+            self._room.ask(*self._grow(live))
         elif self.waiting is not None and self.clock() - self._waiting_since_s > ROOM_S:
-            self._make_room(self.waiting, live, running)
+            self._make_room(self.waiting, live)
 
-    def _make_room(self, waiting: Task, live: Sequence[Live], running: Running) -> None:
+    def _make_room(self, waiting: Task, live: Sequence[Live]) -> None:
         """Have smaller tasks go on later, so that a large one never starves and nothing stands idle for it for long."""
         nodes, size = self._nodes(), _size(waiting)
         smaller = [one for one in live if one.is_running and _size(one.task) < size]
-        left_s = {one.task.task_id: self._left_s(one, running.account(one.task)) for one in smaller}
+        left_s = {one.task.task_id: self._left_s(one) for one in smaller}
         # Those that have the longest way to go; one that is nearly there is waited for.
         smaller = sorted(smaller, key=lambda one: left_s[one.task.task_id], reverse=True)
         smaller = [one for one in smaller if left_s[one.task.task_id] > ROOM_S]
@@ -279,34 +234,35 @@ class Desk:
                 self._decide(others, nodes)
                 for one in going if self.in_hand else ():
                     one.yields_room = True
-                    running.ask_to_yield(one.task)
+                    self._running.ask_to_yield(one.task)
                 return
 
-    def _grow(self, live: Sequence[Live], running: Running) -> tuple[list[Task], list[Task]]:
+    def _grow(self, live: Sequence[Live]) -> tuple[list[Task], list[Task]]:
         """Ask a running task for a checkpoint, to go on with more workers, if there is room for them; else what runs
         beside the one that could use more, and that one."""
         nodes = self._nodes()
         wished: tuple[list[Task], list[Task]] = [], []
-        left_s = {one.task.task_id: self._left_s(one, running.account(one.task)) for one in live if one.is_running}
+        left_s = {one.task.task_id: self._left_s(one) for one in live if one.is_running}
         for task, wider in self.driver.growable(left_s):
             others = [other for other in live if other.task.task_id != task.task_id]
             if any(fits([way], _holdings(others), nodes) for way in wider):
                 self._growing = task.task_id
                 self._on_event(SweepEvent("growing", task=task))
-                running.ask_to_yield(task)
+                self._running.ask_to_yield(task)
                 return [], []
             if not wished[1]:
                 wished = _unsettled(others), wider[:1]
         return wished
 
-    def _left_s(self, live: Live, account: Account) -> float:
+    def _left_s(self, live: Live) -> float:
         """Seconds that a running task will take at its present speed; 0 where that is not known."""
-        if not account.spent_flops or live.started_at_s is None:
+        spent_flops = self._running.account(live.task).spent_flops
+        if not spent_flops or live.started_at_s is None:
             return 0.0
-        return (self.clock() - live.started_at_s) * (live.task.reserved_flops / account.spent_flops - 1)
+        return (self.clock() - live.started_at_s) * (live.task.reserved_flops / spent_flops - 1)
 
     def _wait_for_room(self, task: Task | None, live: Sequence[Live]) -> None:
-        if task is not None and self._room is not None:
+        if task is not None:
             running = _unsettled(live)
             # It may be one of many: as many like it as are running.
             self._room.ask(running, [task] * max(1, min(len(running), self.slots - len(running))))
@@ -316,14 +272,11 @@ class Desk:
                 self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
         self.waiting = task
 
-    def _live_nodes(self) -> dict[str, Resources]:
-        return {} if self._room is None else self._room.nodes()
-
     def _nodes(self) -> list[Resources]:
-        return [resources for node, resources in self._live_nodes().items() if node not in self.quarantine.nodes]
+        return [resources for node, resources in self._room.nodes().items() if node not in self.quarantine.nodes]
 
     def _usable(self) -> list[str]:
-        return [node for node, resources in self._live_nodes().items() if any(resources.values())]
+        return [node for node, resources in self._room.nodes().items() if any(resources.values())]
 
     def _close(self, live: Live) -> None:
         live.settled_at_s = self.clock()

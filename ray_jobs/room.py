@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.autoscaler.sdk
@@ -58,18 +58,6 @@ def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Res
     return _pack([*idle, *wanted], nodes)
 
 
-class Room(Protocol):
-    """What the searcher asks."""
-
-    def nodes(self) -> dict[str, Resources]:
-        """Id -> CPUs and GPUs of each live node that is not about to go."""
-        ...
-
-    def ask(self, tasks: Sequence[Task], more: Sequence[Task] = ()) -> None:
-        """Have room made for these tasks and some more beside them; without more, what is idle may go."""
-        ...
-
-
 class ClusterRoom:
     """Of the Ray at hand."""
 
@@ -80,7 +68,7 @@ class ClusterRoom:
         self._num_nodes, self._since_s = 0, clock()
 
     def nodes(self) -> dict[str, Resources]:
-        """See Room."""
+        """Id -> CPUs and GPUs of each live node that is not about to go."""
         leaving = draining_nodes()
         return {
             node["NodeID"]: {name: node["Resources"].get(name, 0.0) for name in _NAMES}
@@ -89,7 +77,7 @@ class ClusterRoom:
         }
 
     def ask(self, tasks: Sequence[Task], more: Sequence[Task] = ()) -> None:
-        """See Room."""
+        """Have room made for these tasks and some more beside them; without more, what is idle may go."""
         if self._grows:
             wanted = [*tasks, *more[: self._at_most(len(more))]] if more else []
             bundled = [_present(bundle) for task in wanted for bundle in bundles(task.scaling)]

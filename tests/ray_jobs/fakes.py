@@ -14,8 +14,10 @@ from ray.tune.search import Searcher
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.sweep.workers import GROW_LEFT_S
 from bfm.training.task import Account
+from ray_jobs.desk import Desk
 from ray_jobs.room import Resources
 from ray_jobs.search import DriverSearcher
+from ray_jobs.signals import Signals
 from ray_jobs.trial import FATAL, LOST, ROW
 
 CPU_SCALING = {"engine": "plain", "workers": 1, "zero_stage": 0, "cpus": 0.5, "gpus": 0.0, "micro_groups": 1}
@@ -122,6 +124,13 @@ class Machines:
 
     def ask(self, tasks, more=()):
         self.asked.append([task.scaling["workers"] for task in (*tasks, *more)])
+
+
+def make_desk(driver: Any, slots: int, **parts: Any) -> Desk:
+    """With endless room and idle stand-ins for what a test does not give."""
+    endless = Machines({"CPU": 1e9, "GPU": 1e9})
+    idle = {"on_event": lambda event: None, "room": endless, "running": FakeRunning(), "signals": Signals()}
+    return Desk(driver, slots, **(idle | parts))
 
 
 class Clock:

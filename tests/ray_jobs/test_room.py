@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from bfm.training.task import Account
 from ray_jobs import desk, room
-from ray_jobs.desk import Desk
 from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import ROW, YIELDED
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_task
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_desk, make_task
 
 SMALL = {**CPU_SCALING, "cpus": 1.0}
 GROUP = {**CPU_SCALING, "cpus": 1.0, "workers": 4, "engine": "deepspeed"}
@@ -65,10 +64,10 @@ def test_an_idle_actor_is_taken_over_by_its_like_and_in_the_way_of_others() -> N
 
 def test_nothing_is_chosen_before_there_is_a_machine() -> None:
     driver, cluster, clock = FakeDriver(8, 64), Machines(), Clock()
-    searcher = DriverSearcher(Desk(driver, 64, room=cluster, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 64, room=cluster, clock=clock))
     assert searcher.suggest("a") is None
     assert (driver.given, driver.open) == (0, {})
-    assert cluster.asked == [[1]]
+    assert cluster.asked[-1] == [1]
     cluster.machines.append({"CPU": 1.0})
     clock.now_s += 10
     given = [searcher.suggest(name) for name in ("b", "c", "d")]
@@ -85,7 +84,7 @@ def test_nothing_is_chosen_before_there_is_a_machine() -> None:
 def test_large_and_small_tasks_share_a_cluster_and_all_are_done(num_tasks, slots, cpus, seed) -> None:
     cluster, clock = Machines({"CPU": cpus}), Clock()
     driver = FakeDriver(num_tasks, slots, scaling=[SMALL, SMALL, GROUP])
-    searcher = DriverSearcher(Desk(driver, slots, room=cluster, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, slots, room=cluster, clock=clock))
     tune = FakeTune(searcher, clock, slots, np.random.default_rng(seed))
     most = 0.0
     assign = driver.next_task
@@ -104,7 +103,7 @@ def test_large_and_small_tasks_share_a_cluster_and_all_are_done(num_tasks, slots
 
 def test_idle_actors_make_room_for_what_waits() -> None:
     driver, cluster, clock = FakeDriver(3, 2, scaling=[SMALL, SMALL, GROUP]), Machines({"CPU": 5.0}), Clock()
-    searcher = DriverSearcher(Desk(driver, 2, room=cluster, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 2, room=cluster, clock=clock))
     for name in ("a", "b"):
         searcher.suggest(name)
         searcher.started(name)
@@ -148,17 +147,17 @@ def test_a_request_that_brings_no_node_is_made_smaller(monkeypatch) -> None:
 
 def test_no_more_is_wished_for_than_slots_and_tasks_could_use() -> None:
     driver, cluster, clock = FakeDriver(64, 8), Machines({"CPU": 1.5}), Clock()
-    searcher = DriverSearcher(Desk(driver, 8, room=cluster, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 8, room=cluster, clock=clock))
     for trial in "abcd":
         searcher.suggest(trial)
-    assert cluster.asked == [[1] * 6], "three run, half a CPU each, and three like them could"
+    assert cluster.asked[-1] == [1] * 6, "three run, half a CPU each, and three like them could"
 
 
 def growing(spent: int, elapsed_s: float, *nodes: Resources):
     """Two slots, one task that runs alone on one CPU, the other slot's next task not there yet."""
     driver, cluster, clock, running = FakeDriver(1, 2, scaling=[SMALL]), Machines({"CPU": 1.0}), Clock(), FakeRunning()
     driver.counts = (1, 2, 4)
-    searcher = DriverSearcher(Desk(driver, 2, room=cluster, running=running, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 2, room=cluster, running=running, clock=clock))
     assert isinstance(searcher.suggest("a"), dict)
     searcher.started("a")
     running.spent["t0-r0-a0"] = spent
@@ -198,7 +197,7 @@ def test_a_task_is_asked_once_and_again_when_it_could_have_still_more() -> None:
 def waiting_beside(spent: dict[int, int], scaling: list[dict], cpus: float):
     """Tasks that run for a minute, and one that has waited for room since."""
     driver, cluster, clock, running = FakeDriver(3, 3, scaling=scaling), Machines({"CPU": cpus}), Clock(), FakeRunning()
-    searcher = DriverSearcher(Desk(driver, 3, room=cluster, running=running, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 3, room=cluster, running=running, clock=clock))
     for trial in ("a", "b"):
         if isinstance(searcher.suggest(trial), dict):
             searcher.started(trial)

@@ -17,11 +17,11 @@ from ray.tune.search import Searcher
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
-from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Desk, SweepEvent
+from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, SweepEvent
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
 from ray_jobs.trial import FATAL, LEAVES, LOST, NODE, ROW, YIELDED, slot_resources
-from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_task
+from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_desk, make_task
 
 
 def world(
@@ -29,7 +29,7 @@ def world(
 ) -> tuple[FakeDriver, FakeTune]:
     clock = Clock()
     driver = FakeDriver(num_tasks, slots, batch)
-    searcher = DriverSearcher(Desk(driver, slots, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, slots, clock=clock))
     return driver, FakeTune(searcher, clock, slots, np.random.default_rng(seed), **habits)
 
 
@@ -78,7 +78,7 @@ def test_short_tasks_use_all_slots() -> None:
 def test_an_idle_slot_is_given_back_after_a_while() -> None:
     clock = Clock()
     driver = FakeDriver(2, 2)
-    searcher = DriverSearcher(Desk(driver, 2, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, 2, clock=clock))
     for trial in ("a", "b"):
         assert isinstance(searcher.suggest(trial), dict)
         searcher.started(trial)
@@ -97,7 +97,7 @@ def test_an_idle_slot_is_given_back_after_a_while() -> None:
 def test_a_row_arrives_with_its_probes_and_events_tell() -> None:
     seen = []
     driver = FakeDriver(1, 1)
-    searcher = DriverSearcher(Desk(driver, 1, on_event=seen.append))
+    searcher = DriverSearcher(make_desk(driver, 1, on_event=seen.append))
     searcher.suggest("a")
     searcher.started("a")
     assert searcher.may_end("a", {ROW: '{"kind": "rung", "probes": [{"kind": "probe"}]}'})
@@ -107,7 +107,7 @@ def test_a_row_arrives_with_its_probes_and_events_tell() -> None:
 
 def test_a_row_counts_once_however_often_tune_repeats_it() -> None:
     driver = FakeDriver(2, 2)
-    searcher = DriverSearcher(Desk(driver, 2))
+    searcher = DriverSearcher(make_desk(driver, 2))
     for trial in ("a", "b"):
         searcher.suggest(trial)
         searcher.started(trial)
@@ -148,7 +148,7 @@ def test_a_driver_that_waits_for_nothing_is_a_failure_not_a_hang() -> None:
 def test_the_searcher_pickles_without_its_driver() -> None:
     driver = FakeDriver(1, 1)
     driver.lock = lambda: None  # type: ignore[attr-defined]
-    assert pickle.loads(pickle.dumps(DriverSearcher(Desk(driver, 1)))).slots == 1
+    assert pickle.loads(pickle.dumps(DriverSearcher(make_desk(driver, 1)))).slots == 1
 
 
 def test_a_group_s_coordinator_shares_actors_with_single_workers_of_equal_size() -> None:
@@ -174,7 +174,7 @@ def stopping(num_tasks: int = 9, slots: int = 3):
     """Three running tasks of a sweep that has received SIGTERM, and which of them were asked to yield."""
     running = FakeRunning()
     driver, clock, signals = FakeDriver(num_tasks, slots), Clock(), Signals()
-    searcher = DriverSearcher(Desk(driver, slots, signals=signals, running=running, clock=clock))
+    searcher = DriverSearcher(make_desk(driver, slots, signals=signals, running=running, clock=clock))
     for trial in "abc":
         searcher.suggest(trial)
         searcher.started(trial)
@@ -188,7 +188,7 @@ YIELD = {YIELDED: json.dumps(asdict(Account(70, "progress", 60)))}
 def test_an_actor_that_leaves_is_nobodys_place() -> None:
     """Its trial is not handed to the next task: it lasts until the actor has ended, which is no loss."""
     driver = FakeDriver(3, 2)
-    searcher = DriverSearcher(Desk(driver, 2))
+    searcher = DriverSearcher(make_desk(driver, 2))
     searcher.suggest("a")
     searcher.started("a")
     assert not searcher.may_end("a", {**YIELD, LEAVES: True})
@@ -247,7 +247,7 @@ def looked_after(*tasks: int):
     driver, clock, running = FakeDriver(9, 3), Clock(), FakeRunning()
     events: list[SweepEvent] = []
     cluster = Machines({"CPU": 2.0}, {"CPU": 2.0})
-    searcher = DriverSearcher(Desk(driver, 3, room=cluster, running=running, clock=clock, on_event=events.append))
+    searcher = DriverSearcher(make_desk(driver, 3, room=cluster, running=running, clock=clock, on_event=events.append))
     for trial in [f"trial{number}" for number in tasks]:
         searcher.suggest(trial)
         searcher.started(trial)
