@@ -27,8 +27,8 @@ from common import ROOT, machine, publish
 from bfm.files import Store
 from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.state import SweepState
+from bfm.sweep.task import Task
 from bfm.training.journal import read_account
-from bfm.training.task import RungTask
 
 RUNG_FLOPS = 2e11
 LIMIT_S = 900.0
@@ -142,7 +142,7 @@ def _on_their_way(store: Store) -> bool:
     if not has_begun(store):
         return False
     state = _state(store)
-    tasks = [RungTask.from_task(state.attempts[place].task) for place in state.open_tasks.values()]
+    tasks = [Task.from_dict(state.attempts[place].task) for place in state.open_tasks.values()]
     trained = [read_account(task, store).spent_flops for task in tasks]
     return len(trained) == 2 and min(trained) > RUNG_FLOPS / 4
 

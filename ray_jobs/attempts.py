@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from bfm.files import Store
 from bfm.sweep.task import Task
-from bfm.training.journal import read_account, settle, stop_task
-from bfm.training.task import Account, RungTask
+from bfm.training.journal import read_account, stop_task
+from bfm.training.task import Account
 from ray_jobs.pulse import Pulses
 
 
@@ -21,11 +20,11 @@ class Attempts:
 
     def account(self, task: Task) -> Account:
         """What a running task may have trained so far."""
-        return read_account(_rung_task(task), self.store)
+        return read_account(task, self.store)
 
     def ask_to_yield(self, task: Task) -> None:
         """Have it end after a checkpoint."""
-        stop_task(_rung_task(task), self.store, at_once=False)
+        stop_task(task, self.store, at_once=False)
 
     def end_hung(self) -> list[str]:
         """Ids of tasks that stood still; their processes are killed."""
@@ -37,12 +36,3 @@ class Attempts:
     def nodes(self, task: Task) -> list[str]:
         """Where a running task was last seen."""
         return self.pulses.nodes(task.task_id)
-
-
-def settle_in(store: Store) -> Callable[[Task], Account]:
-    """Tells what a task of the store may have trained; it trains nothing more."""
-    return lambda task: settle(_rung_task(task), store)
-
-
-def _rung_task(task: Task) -> RungTask:
-    return RungTask.from_task(task.as_dict())

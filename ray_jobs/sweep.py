@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT, SweepState
+from bfm.training.journal import settle
 from bfm.units import format_flops
-from ray_jobs.attempts import Attempts, settle_in
+from ray_jobs.attempts import Attempts
 from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
 from ray_jobs.desk import Desk, SweepEvent
 from ray_jobs.pulse import Pulses
@@ -168,7 +170,7 @@ def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, *
         ledger, costs = Ledger(store, lease), Costs(facts)
 
         log = {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
-        yield SweepDriver.start(spec, ledger, costs, settle=settle_in(store), log=log, **options)
+        yield SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), log=log, **options)
     finally:
         lease.release()
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bfm.training.task import object_name
+
 
 @dataclass(frozen=True)
 class Task:
@@ -37,6 +39,10 @@ class Task:
     """The first so many validation queries; None: all."""
     stage1: str | None = None
     """Folder or URI of the trunk that a trial without one of its own begins with; None: initial weights."""
+
+    def name(self, what: str) -> str:
+        """Name of an object of this task in the sweep's store."""
+        return object_name(self.trial, self.rung, self.attempt, what)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -15,11 +15,11 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from bfm.errors import PausedError
 from bfm.files import Store
-from bfm.training.task import Account, RungTask
+from bfm.training.task import Account
 
 NOTE_S = 10.0
 """An account allows work for one to two times as long."""
@@ -42,18 +42,31 @@ class FencedError(Exception):
     """A task was given up by its driver, so it may not train on."""
 
 
-def stop_task(task: RungTask, store: Store, *, at_once: bool) -> None:
+class Named(Protocol):
+    """What is needed of a task: a RungTask, or a bfm.sweep.task.Task."""
+
+    @property
+    def task_id(self) -> str:
+        """No other try has it."""
+        ...
+
+    def name(self, what: str) -> str:
+        """Name of an object of this task in the store."""
+        ...
+
+
+def stop_task(task: Named, store: Store, *, at_once: bool) -> None:
     """Ask a task for a checkpoint and no more; `at_once`: it may train no further step."""
     store.put(task.name("stop.json"), json.dumps({"at_once": at_once}).encode())
 
 
-def settle(task: RungTask, store: Store) -> Account:
+def settle(task: Named, store: Store) -> Account:
     """The account of a task that can no longer add to it."""
     stop_task(task, store, at_once=True)
     return read_account(task, store)
 
 
-def read_account(task: RungTask, store: Store) -> Account:
+def read_account(task: Named, store: Store) -> Account:
     """What an attempt under this task id wrote last, else an empty account: that of another one is that one's."""
     entry = _read(store, task.name("account.json"))
     return Account(**entry["account"]) if entry.get("task_id") == task.task_id else Account()
@@ -62,7 +75,7 @@ def read_account(task: RungTask, store: Store) -> Account:
 class Journal:
     """Rank 0's side of a running attempt."""
 
-    def __init__(self, task: RungTask, store: Store) -> None:
+    def __init__(self, task: Named, store: Store) -> None:
         self.task, self.store = task, store
         self.checkpoint = task.name("progress")
         """Name of the in-rung checkpoint."""

@@ -82,5 +82,10 @@ class RungTask:
 
     def name(self, what: str) -> str:
         """Name of an object of this task in the store."""
-        attempt = "" if self.attempt is None else f"-a{self.attempt}"
-        return f"trials/{self.trial}/checkpoints/rung{self.rung}{attempt}-{what}"
+        return object_name(self.trial, self.rung, self.attempt, what)
+
+
+def object_name(trial: str, rung: int, attempt: int | None, what: str) -> str:
+    """Name in the store of an object of a task; `attempt` is that of a sweep's task."""
+    tried = "" if attempt is None else f"-a{attempt}"
+    return f"trials/{trial}/checkpoints/rung{rung}{tried}-{what}"
