@@ -25,12 +25,11 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.events.shards import Shards
-from bfm.events.verified import Verification
 from bfm.files import Store
 from bfm.training.records import Observer
 from ray_jobs.preemption import Notice
-from ray_jobs.pulse import Pulses, at_work
-from ray_jobs.trial import away_from
+from ray_jobs.pulse import Pulses
+from ray_jobs.trial import away_from, open_shards, train_here
 
 MakeObserver = Callable[[dict[str, Any]], Observer]
 """task -> what rank 0 calls after every step. Must pickle."""
@@ -183,36 +182,29 @@ def _group_environment() -> Iterator[None]:
 
 def _rank_main(config: dict[str, Any]) -> None:
     """What every rank runs. Imports live here: the controller and the driver need neither torch nor DeepSpeed."""
-    import torch
-
     from bfm.training.journal import YieldError
-    from bfm.training.rung import run_rung
-    from bfm.training.task import RungTask
     from bfm.training.zero import ZeroFactory
 
-    task, scaling = config["task"], config["task"]["scaling"]
-    torch.set_num_threads(max(1, int(scaling["cpus"])))
-    store = Store(config["storage"])
-    shards = Shards.open(config["shards"])
-    verification = Verification(shards)
-    device = ray.train.torch.get_device()
-    factory = ZeroFactory(int(scaling["zero_stage"]), device)
-    observer, notice = None, Notice()
+    task, store = config["task"], Store(config["storage"])
+    # Shards that one worker alone cannot open fail it, and the group with it: the others would wait for its steps.
+    open_shards(config["shards"])
+    factory = ZeroFactory(int(task["scaling"]["zero_stage"]), ray.train.torch.get_device())
+    observer = None
     if factory.rank == 0 and config["make_observer"] is not None:
         observer = config["make_observer"](task)
     try:
-        with at_work(config["pulses"], task["task_id"], notice):
-            row = run_rung(
-                RungTask.from_task(task),
-                shards,
-                factory,
-                store,
-                observer,
-                save_every_s=config["settings"]["save_every_s"],
-                assigned_at_s=config["assigned_at_s"],
-                should_yield=notice,
-            )
-        answer: dict[str, Any] = {"row": {**row, "verified_shards": verification.result()}}
+        row = train_here(
+            task,
+            config["shards"],
+            factory,
+            store,
+            observer,
+            notice=Notice(),
+            pulses=config["pulses"],
+            save_every_s=config["settings"]["save_every_s"],
+            assigned_at_s=config["assigned_at_s"],
+        )
+        answer: dict[str, Any] = {"row": row}
     except YieldError as end:
         answer = {"yielded": asdict(end.account)}
     except UserError as error:

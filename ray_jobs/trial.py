@@ -30,6 +30,7 @@ from ray_jobs.pulse import Pulses, at_work
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.events.verified import Verification
+    from bfm.files import Store
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Observer, Record
@@ -139,8 +140,7 @@ class Workplace:
         """Train and evaluate the task; its row. Raises UserError where this node does not see the sweep's storage."""
         check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
-            with at_work(self.pulses, task["task_id"], notice()):
-                return self._train_here(task, assigned_at_s)
+            return self._train_alone(task, assigned_at_s)
         from ray_jobs.train import GroupSettings, train_on_workers
 
         row = train_on_workers(
@@ -181,29 +181,59 @@ class Workplace:
 
         return trial_writer(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
 
-    def _train_here(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
-        import torch
-
+    def _train_alone(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         from bfm.files import Store
-        from bfm.training.rung import run_rung
-        from bfm.training.task import RungTask
 
-        torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
-        shards, verification = _open_shards(self.shards)
         with closing(self.writer(task)) as writer:
-            row = run_rung(
-                RungTask.from_task(task),
-                shards,
+            row = train_here(
+                task,
+                self.shards,
                 _factory(task["scaling"]),
                 Store(self.storage),
                 writer.take,
+                notice=notice(),
+                pulses=self.pulses,
                 save_every_s=SAVE_EVERY_S,
                 assigned_at_s=assigned_at_s,
-                should_yield=notice(),
             )
-            row["verified_shards"] = verification.result()
             writer.row(row)
         return row
+
+
+def train_here(
+    task: Mapping[str, Any],
+    shards: str,
+    factory: EngineFactory,
+    store: Store,
+    observer: Observer | None,
+    *,
+    notice: Notice,
+    pulses: Pulses | None,
+    save_every_s: float,
+    assigned_at_s: float,
+) -> dict[str, Any]:
+    """Train and evaluate a task in this process, which is one of the factory's workers; its row, once the shards are
+    known to be sound. See bfm.training.rung.run_rung."""
+    import torch
+
+    from bfm.training.rung import run_rung
+    from bfm.training.task import RungTask
+
+    torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
+    with at_work(pulses, task["task_id"], notice):
+        opened, verification = open_shards(shards)
+        row = run_rung(
+            RungTask.from_task(task),
+            opened,
+            factory,
+            store,
+            observer,
+            save_every_s=save_every_s,
+            assigned_at_s=assigned_at_s,
+            should_yield=notice,
+        )
+    # No longer at work: for the sums of a large log it may stand longer at one place than a task may.
+    return {**row, "verified_shards": verification.result()}
 
 
 def check_mounted(storage: str) -> None:
@@ -222,7 +252,8 @@ def notice() -> Notice:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_shards(path: str) -> tuple[Shards, Verification]:
+def open_shards(path: str) -> tuple[Shards, Verification]:
+    """A shard set, and the comparison of its sums, which has begun; the last one stays open."""
     from bfm.events.shards import Shards
     from bfm.events.verified import Verification
 
