@@ -33,9 +33,8 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from bfm.sweep.task import Finished, Task, Wait  # noqa: E402
 from bfm.training.config import TrainConfig  # noqa: E402
-from ray_jobs.capacity import quiet_session  # noqa: E402
 from ray_jobs.trial import Workplace  # noqa: E402
-from ray_jobs.tuning import run_tasks  # noqa: E402
+from ray_jobs.tuning import quiet_session, run_tasks  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402
 from tests.ray_jobs.fakes import make_desk  # noqa: E402
 

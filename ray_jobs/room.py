@@ -1,12 +1,13 @@
-"""Which tasks can be started now, and what the cluster is asked for so that more could be.
+"""Which tasks can be started now or ever, and what the cluster is asked for so that more could be.
 
-Enters: the tasks that run, and those that would be next. Leaves: whether the live nodes hold them beside one another,
-and a request to the autoscaler. A task is chosen only when there is room for it, so nothing is reserved for machines
-that may come; what is asked for is what could be used now.
+Enters: a sweep's tiers; the tasks that run, and those that would be next. Leaves: a refusal before Ray starts; whether
+the live nodes hold tasks beside one another; a request to the autoscaler. A task is chosen only when there is room for
+it, so nothing is reserved for machines that may come; what is asked for is what could be used now.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from typing import Any
 import ray
 import ray.autoscaler.sdk
 
+from bfm.errors import UserError
+from bfm.sweep.settings import SweepSpec
 from bfm.sweep.task import Task
+from bfm.sweep.tiers import Tier
 from ray_jobs.preemption import draining_nodes
 from ray_jobs.trial import slot_resources
 
@@ -44,6 +48,33 @@ def total_of(scaling: Mapping[str, Any]) -> Resources:
     """The same together."""
     parts = bundles(scaling)
     return {name: sum(part[name] for part in parts) for name in _NAMES}
+
+
+def check_fits(spec: SweepSpec, capacity: Mapping[str, float]) -> None:
+    """Raises UserError where the machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
+    for place, alternatives in enumerate(spec.scaling.tiers):
+        # One of them is enough.
+        lacks = [_lack(tier, capacity) for tier in alternatives]
+        if all(lacks):
+            raise UserError(
+                f"a task of {alternatives[0].workers} workers {lacks[0]}",
+                key=f"scaling.tiers.{place}",
+                fix="lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS",
+            )
+
+
+def _lack(tier: Tier, capacity: Mapping[str, float]) -> str | None:
+    for name, amount in total_of(tier.scaling(tier.workers)).items():
+        if amount > capacity[name] + _SLACK:
+            return f"needs {amount:g} {name}s, this machine has {capacity[name]:g}"
+    return None
+
+
+def machine_capacity() -> Resources:
+    """CPUs and GPUs of this machine."""
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
 def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Resources]) -> bool:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 
 from bfm.errors import CorruptError, PausedError, UserError
@@ -40,13 +41,13 @@ from bfm.sweep.state import IMPORT, SweepState
 from bfm.training.journal import settle
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts
-from ray_jobs.capacity import check_fits, joins_a_cluster, machine_capacity, quiet_session
+from ray_jobs.cluster_session import cluster_address
 from ray_jobs.desk import Desk, SweepEvent
 from ray_jobs.pulse import Pulses
-from ray_jobs.room import ClusterRoom
+from ray_jobs.room import ClusterRoom, check_fits, machine_capacity
 from ray_jobs.signals import Interrupted, signals_raise
 from ray_jobs.trial import Executor, Workplace
-from ray_jobs.tuning import run_tasks
+from ray_jobs.tuning import quiet_session, run_tasks
 
 RESUME = ("auto", "never", "must")
 Progress = Callable[[SweepEvent, SweepDriver], None]
@@ -115,7 +116,7 @@ def run_sweep(
     opened = Shards.open(shards)
     protocol = Protocol.load(opened)
     spec = on_log(spec, opened, protocol)
-    joins = joins_a_cluster()
+    joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
         check_fits(spec, machine_capacity())
     with signals_raise(), _driver(spec, store, opened, protocol, extend=extend, runs=runs) as driver:

@@ -1,22 +1,50 @@
 """Runs a driver's tasks on Ray Tune until the driver has finished.
 
 Enters: a Desk, which knows the driver, and an executor. Leaves: nothing but what the driver was told; Tune's own folder
-is temporary. Assumes that Ray is up and has a dashboard.
+is temporary. Assumes a `quiet_session`, or another Ray that is up and has a dashboard.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
 from ray.tune import Callback, Stopper
 
+from ray_jobs.cluster_session import local_ray
 from ray_jobs.desk import Desk
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import Executor, RungTrial
+
+# Read by Ray and Tune when they start, here and in the processes that they start.
+_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Else Tune trains the task of a drained node's actor once more by itself, and no driver knows of it.
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextmanager
+def quiet_session(num_cpus: int | None = None) -> Iterator[None]:
+    """A Ray with a dashboard and without a wall of log lines; `num_cpus` is for one that is started here."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for noisy in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    # The dashboard is not for looking at: without it a stopped worker group's resources are never freed.
+    with local_ray(num_cpus, dashboard=True):
+        yield
 
 
 def run_tasks(desk: Desk, execute: Executor) -> None:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 
 from bfm.training.task import Account
-from ray_jobs import capacity, preemption, trial
+from ray_jobs import preemption, trial, tuning
 from ray_jobs.preemption import Notice
 from ray_jobs.trial import LEAVES, NODE, YIELDED, RungTrial
 
@@ -100,7 +100,7 @@ def test_an_actor_that_is_to_go_gives_a_task_back_as_it_came_and_ends(monkeypatc
 
 def test_tune_does_not_run_the_task_of_a_preempted_actor_again_by_itself(monkeypatch, tmp_path) -> None:
     """The driver alone decides that, under a reservation; Tune's own run would be one that nobody has asked for."""
-    for name, value in capacity._ENVIRONMENT.items():
+    for name, value in tuning._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(RayActorError, "preempted", True)
     tune_trial = Trial("nobody", stub=True)

@@ -27,9 +27,9 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import SweepState
-from ray_jobs import capacity, sweep
-from ray_jobs.capacity import check_fits
+from ray_jobs import sweep
 from ray_jobs.cluster_session import local_ray
+from ray_jobs.room import check_fits, machine_capacity
 from ray_jobs.sweep import main, run_sweep
 from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
 
@@ -418,4 +418,4 @@ def has_rows(path: Path, number: int) -> bool:
 
 def test_capacity_counts_this_machine(monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert capacity.machine_capacity()["CPU"] == 6.0
+    assert machine_capacity()["CPU"] == 6.0
