@@ -32,10 +32,12 @@ from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
+from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT, SweepState
 from bfm.training.journal import settle
@@ -119,10 +121,10 @@ def run_sweep(
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
         check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, opened, protocol, extend=extend, runs=runs) as driver:
+    with signals_raise(), _driver(spec, store, opened, protocol, extend, runs) as (driver, imported):
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
-        if progress is not None and driver.import_words:
-            progress(SweepEvent("imported", reason=driver.import_words), driver)
+        if progress is not None and imported:
+            progress(SweepEvent("imported", reason=imported), driver)
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
@@ -164,14 +166,18 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 
 @contextmanager
-def _driver(spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, **options: Any) -> Iterator[SweepDriver]:
-    facts = LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries)
+def _driver(
+    spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, extend: bool, runs: str | Path | None
+) -> Iterator[tuple[SweepDriver, str]]:
+    """The driver, and what came of the runs."""
+    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
+    # A table that is refused begins no sweep.
+    table = None if runs is None else read_runs(runs, spec, FeasibleSet(spec, costs), protocol.hash)
     lease = Lease.acquire(store)
     try:
-        ledger, costs = Ledger(store, lease), Costs(facts)
-
-        log = {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
-        yield SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), log=log, **options)
+        ledger, log = Ledger(store, lease), {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
+        driver = SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), extend=extend, log=log)
+        yield driver, "" if table is None else driver.take_runs(table)
     finally:
         lease.release()
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
 from bfm.sweep.costs import CostModel
-from bfm.sweep.imports import RunTable, import_record, import_words, read_runs
+from bfm.sweep.imports import RunTable, import_record, import_words
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
@@ -31,9 +30,6 @@ from bfm.sweep.task import Finished, Task, Wait
 from bfm.sweep.workers import GROW_LEFT_S, worthwhile
 from bfm.training.task import Account
 from bfm.units import format_flops
-
-__all__ = ["Finished", "SweepDriver", "Task", "Wait", "run_serial"]
-
 
 _LOOKS_BACK = 200
 """So many of the last rows tell how fast so many workers are."""
@@ -59,7 +55,6 @@ class SweepDriver:
         *,
         settle: Settle = charge_all,
         extend: bool = False,
-        runs: RunTable | None = None,
         log: Mapping[str, str] | None = None,
     ) -> None:
         self.spec, self.policy, self.arena = spec, policy, arena
@@ -68,9 +63,7 @@ class SweepDriver:
         self._ledger = ledger
         self._settle = settle
         self._breaker = Breaker(self.state)
-        self.import_words = ""
-        """What came of the import, for a person."""
-        self._open(extend, runs, log or {})
+        self._open(extend, log or {})
 
     @classmethod
     def start(
@@ -81,7 +74,6 @@ class SweepDriver:
         *,
         settle: Settle = charge_all,
         extend: bool = False,
-        runs: str | Path | None = None,
         log: Mapping[str, str] | None = None,
     ) -> SweepDriver:
         """With the policy and proposals that the spec names.
@@ -90,19 +82,16 @@ class SweepDriver:
             spec, ledger, costs: what is swept, where it is written down, what it costs.
             settle: tells what a lost task may have trained.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
-            runs: table of runs to import (see bfm.sweep.imports).
             log: shards_hash and protocol_hash of what tasks are trained and scored on; rows of a ledger that name
-                others are refused, imported runs that name another protocol are left out.
+                others are refused.
 
         Raises:
             InfeasibleError: the space has no point.
-            UserError: a change would spoil the rows at hand, or the table cannot be used.
+            UserError: a change would spoil the rows at hand.
         """
         past = past_parameters(ledger.replay.records)
         arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        table = None if runs is None else read_runs(runs, spec, arena.feasible, (log or {}).get("protocol_hash"))
-        policy = make_policy(spec, arena)
-        return cls(spec, ledger, policy, arena, settle=settle, extend=extend, runs=table, log=log)
+        return cls(spec, ledger, make_policy(spec, arena), arena, settle=settle, extend=extend, log=log)
 
     @property
     def available_flops(self) -> int:
@@ -197,11 +186,19 @@ class SweepDriver:
             if wider:
                 yield task, wider
 
+    def take_runs(self, runs: RunTable) -> str:
+        """Import what the ledger does not have yet of a table; what came of it, for a person."""
+        record = import_record(self.state, runs, self.spec)
+        if record["rows"]:
+            self._write(record)
+            self._keep_quota()
+        return import_words(record)
+
     def close(self) -> None:
         """Give the lease back; the sweep can be resumed."""
         self._ledger.close()
 
-    def _open(self, extend: bool, runs: RunTable | None, log: Mapping[str, str]) -> None:
+    def _open(self, extend: bool, log: Mapping[str, str]) -> None:
         records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
         check_rows((row for trial in self.state.trials.values() for row in trial.rows.values()), log)
         changed = check_changes(self.state.spec, self.spec, extend=extend)
@@ -209,11 +206,6 @@ class SweepDriver:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
-        if runs is not None:
-            imported = import_record(self.state, runs, self.spec)
-            self.import_words = import_words(imported)
-            if imported["rows"]:
-                self._write(imported)
         for evicted in self.state.evicted.values():
             # The last holder may have died between the record and the deletion.
             self._ledger.drop(evicted["checkpoint"])

@@ -86,6 +86,14 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ra
     assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:" in capsys.readouterr().err
 
 
+def test_runs_of_no_use_begin_no_sweep(tmp_path, toy_shards, no_ray, capsys) -> None:
+    space, runs, out = write_space(tmp_path, toy_shards.path), tmp_path / "runs.csv", tmp_path / "out"
+    runs.write_text("params,flops,nll\n3000,1e8,3.0\n")
+    assert main([str(space), "--storage", str(out), "--import", str(runs)]) == 2
+    assert "no column 'learning_rate'" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
     spec = resolve(write_space(tmp_path, toy_shards.path))
     with pytest.raises(UserError, match="no sweep to resume"):

@@ -12,9 +12,10 @@ import pytest
 from bfm.errors import UserError
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
-from bfm.sweep.driver import Task, run_serial
+from bfm.sweep.driver import run_serial
 from bfm.sweep.state import SweepState
-from tests.sweep.world import execute, in_memory, make_spec, planted_loss
+from bfm.sweep.task import Task
+from tests.sweep.world import execute, import_runs, in_memory, make_spec, planted_loss
 
 POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]
 RUNGS = (10**9, 4 * 10**9, 16 * 10**9)
@@ -51,7 +52,8 @@ def many():
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
 def test_rows_stand_under_x_names_and_cost_nothing(table, suffix):
-    driver = in_memory(make_spec(), runs=table([*many(), run(700, 0.004, 1.004e9, seed=3)], suffix))
+    driver = in_memory(make_spec())
+    words = import_runs(driver, table([*many(), run(700, 0.004, 1.004e9, seed=3)], suffix))
     state = driver.state
     assert (state.spent_flops, state.num_proposals, len(state.trials)) == (0, 0, 13)
     assert list(state.trials) == [f"x{number:05d}" for number in range(13)]
@@ -65,7 +67,7 @@ def test_rows_stand_under_x_names_and_cost_nothing(table, suffix):
         None,
     )
     assert SweepState.fold(driver._ledger.records) == state
-    assert driver.import_words == "imported 25 rows of 13 new trials from runs" + suffix
+    assert words == "imported 25 rows of 13 new trials from runs" + suffix
 
 
 def test_what_is_of_no_use_is_counted_and_told(table):
@@ -77,7 +79,8 @@ def test_what_is_of_no_use_is_counted_and_told(table):
         {**run(500, 0.9), "nll": 3.0},
         {**run(600, 0.004), "nll": None},
     ]
-    driver = in_memory(make_spec(budget={"events_per_param": [0, 1e6]}), runs=table(runs, ".parquet"))
+    driver = in_memory(make_spec(budget={"events_per_param": [0, 1e6]}))
+    words = import_runs(driver, table(runs, ".parquet"))
     (counts,) = driver.state.imports
     assert counts == {
         "file": "runs.parquet",
@@ -91,25 +94,27 @@ def test_what_is_of_no_use_is_counted_and_told(table):
             "nll is no finite number": 1,
         },
     }
-    assert "left out: no rung within 1 % of its flops (2)" in driver.import_words
+    assert "left out: no rung within 1 % of its flops (2)" in words
     narrow = make_spec(budget={"events_per_param": [0, 100]})
     with pytest.raises(UserError, match="none of its 1 runs is of use; 1: D/N above 100"):
-        in_memory(narrow, runs=table([run(500, 0.004)]))
+        import_runs(in_memory(narrow), table([run(500, 0.004)]))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_runs_of_another_protocol_are_left_out(table, suffix):
     runs = [run(700, 0.004, protocol_hash="here"), run(800, 0.004, protocol_hash="there"), run(900, 0.004)]
     runs[2]["protocol_hash"] = "" if suffix == ".csv" else None
-    driver = in_memory(make_spec(), runs=table(runs, suffix), log={"protocol_hash": "here"})
+    driver = in_memory(make_spec())
+    words = import_runs(driver, table(runs, suffix), "here")
     assert [trial.config["params"] for trial in driver.state.trials.values()] == [700, 900]
-    assert "scored by another protocol (1)" in driver.import_words
+    assert "scored by another protocol (1)" in words
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_imported_trials_are_promoted_from_nothing_and_numbers_are_not_disturbed(table, policy):
     spec = make_spec(scheduler={"type": policy}, method="optuna")
-    driver = in_memory(spec, runs=table(many()))
+    driver = in_memory(spec)
+    import_runs(driver, table(many()))
     tasks = []
     run_serial(driver, lambda task: tasks.append(task) or execute(task))
     state = driver.state
@@ -130,7 +135,8 @@ def test_imported_trials_are_promoted_from_nothing_and_numbers_are_not_disturbed
 
 
 def test_they_teach_the_surrogate_and_optuna(table):
-    driver = in_memory(make_spec(scheduler={"type": "frontier"}, method="optuna"), runs=table(many()))
+    driver = in_memory(make_spec(scheduler={"type": "frontier"}, method="optuna"))
+    import_runs(driver, table(many()))
     task = driver.next_task()
     assert isinstance(task, Task)
     assert driver.policy._beliefs.num_rows == 24
@@ -141,19 +147,24 @@ def test_they_teach_the_surrogate_and_optuna(table):
 
 def test_importing_twice_adds_only_what_is_new(table):
     spec = make_spec(scheduler={"type": "frontier"})
-    driver = in_memory(spec, runs=table(many()))
+    driver = in_memory(spec)
+    import_runs(driver, table(many()))
     count = len(driver._ledger.records)
-    again = in_memory(spec, driver._ledger.records, runs=table(many()))
+    again = in_memory(spec, driver._ledger.records)
+    words = import_runs(again, table(many()))
     assert again.state.trials == driver.state.trials
     assert len(again._ledger.records) == count + 1
-    assert "24 known already" in again.import_words
-    more = in_memory(spec, again._ledger.records, runs=table([*many(), run(400, 0.001, RUNGS[2]), run(401, 0.001)]))
+    assert "24 known already" in words
+    more = in_memory(spec, again._ledger.records)
+    import_runs(more, table([*many(), run(400, 0.001, RUNGS[2]), run(401, 0.001)]))
     assert set(more.state.trials["x00000"].rows) == {0, 1, 2}
     assert list(more.state.trials)[12:] == ["x00012"]
     # Two runs of one configuration that have names of their own are two trials, without names they are one.
     named = [run(500, 0.004, config_id="a"), run(500, 0.004, config_id="b")]
-    assert len(in_memory(spec, runs=table(named)).state.trials) == 2
-    assert len(in_memory(spec, runs=table([run(500, 0.004)] * 2)).state.trials) == 1
+    for runs, trials in ((named, 2), ([run(500, 0.004)] * 2, 1)):
+        driver = in_memory(spec)
+        import_runs(driver, table(runs))
+        assert len(driver.state.trials) == trials
 
 
 def test_rows_that_the_sweep_has_trained_itself_are_known(table):
@@ -161,7 +172,8 @@ def test_rows_that_the_sweep_has_trained_itself_are_known(table):
     run_serial(driver, execute)
     rows = [row for row in driver.state.rungs[0].values() if row["status"] == "ok"]
     runs = [run(row["config"]["params"], row["config"]["learning_rate"], row["path_flops"]) for row in rows]
-    again = in_memory(driver.spec, driver._ledger.records, runs=table(runs))
+    again = in_memory(driver.spec, driver._ledger.records)
+    import_runs(again, table(runs))
     assert again.state.finished
     assert list(again.state.trials) == list(driver.state.trials)
 
@@ -169,23 +181,25 @@ def test_rows_that_the_sweep_has_trained_itself_are_known(table):
 def test_a_finished_sweep_that_learns_something_new_decides_again(table):
     driver = in_memory(make_spec())
     run_serial(driver, execute)
-    again = in_memory(driver.spec, driver._ledger.records, runs=table(many()))
+    again = in_memory(driver.spec, driver._ledger.records)
+    import_runs(again, table(many()))
     assert again.state.finished is None
     run_serial(again, execute)
     assert again.state.spent_flops <= again.spec.budget.total_flops
 
 
-def test_a_table_without_a_column_is_one_line_and_begins_nothing(table):
+def test_a_table_without_a_column_is_one_line(table):
     path = table([{"params": 500, "flops": 1e9, "nll": 3.0}])
     with pytest.raises(UserError, match="no column 'learning_rate'") as caught:
-        in_memory(make_spec(), runs=path)
+        import_runs(in_memory(make_spec()), path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
-        in_memory(make_spec(), runs="nowhere.csv")
+        import_runs(in_memory(make_spec()), "nowhere.csv")
 
 
 def test_the_report_shows_them(table):
-    driver = in_memory(make_spec(scheduler={"type": "frontier"}), runs=table(many()))
+    driver = in_memory(make_spec(scheduler={"type": "frontier"}))
+    import_runs(driver, table(many()))
     run_serial(driver, execute)
     html = render_report(sweep_rows(driver.state), sweep_summary(driver.state), {}, driver.spec.as_dict(), {})
     assert b"x0000" in html["index.html"]

@@ -12,7 +12,7 @@ from bfm.report.tables import spend_text
 from bfm.sweep.driver import run_serial
 from bfm.sweep.status import life_text, summarise
 from tests.sweep.test_quota import GIB, sized
-from tests.sweep.world import execute, in_memory, make_spec
+from tests.sweep.world import execute, import_runs, in_memory, make_spec
 
 
 def test_the_last_decisions_have_their_reasons():
@@ -46,7 +46,8 @@ def test_evictions_redone_flops_and_models_above_the_quota_are_told():
 def test_imports_are_counted_apart(tmp_path):
     runs = [{"params": 500.0, "learning_rate": 0.004, "flops": c, "nll": 3.0} for c in (1e9, 2e9)]
     pyarrow.csv.write_csv(pa.Table.from_pylist(runs), tmp_path / "runs.csv")
-    driver = in_memory(make_spec(), runs=tmp_path / "runs.csv")
+    driver = in_memory(make_spec())
+    import_runs(driver, tmp_path / "runs.csv")
     status = summarise(driver.state)
     assert (status["trials"], status["imported_trials"]) == (0, 1)
     assert "imported 1 rows of 1 new trials from runs.csv; left out: no rung within 1 %" in life_text(status)

@@ -7,12 +7,14 @@ import math
 
 from bfm.files import Store
 from bfm.sweep.costs import ConfigCost
-from bfm.sweep.driver import SweepDriver, Task, run_serial
+from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Holder, Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
+from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
 
 EVENTS_PER_GROUP = 100.0
@@ -119,6 +121,11 @@ def start(spec: SweepSpec, store: Store, epoch_s: float = 0.0) -> SweepDriver:
 def in_memory(spec: SweepSpec, records=(), **options) -> SweepDriver:
     """A driver without files; go on from `records`."""
     return SweepDriver.start(spec, MemoryLedger(records), PlantedCosts(), **options)
+
+
+def import_runs(driver: SweepDriver, path, protocol_hash: str | None = None) -> str:
+    """What comes of a table of runs."""
+    return driver.take_runs(read_runs(path, driver.spec, driver.arena.feasible, protocol_hash))
 
 
 def first_tries(records) -> list[tuple]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bfm.sweep.driver import Finished, SweepDriver, Wait
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster
-from bfm.sweep.task import Task
+from bfm.sweep.task import Finished, Task, Wait
 
 Execute = Callable[[Task], dict[str, Any]]
 
