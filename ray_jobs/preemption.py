@@ -31,8 +31,6 @@ class Notice:
 
     def __init__(self) -> None:
         self._given = threading.Event()
-        self.terminated = False
-        """Whether it was SIGTERM."""
         self.looks = 0
         """How often it was asked for: after every step."""
         self._watch: threading.Thread | None = None
@@ -54,7 +52,6 @@ class Notice:
         """Only in the main thread: SIGTERM is a notice from here on."""
 
         def terminate(number: int, frame: FrameType | None) -> None:
-            self.terminated = True
             self._given.set()
             threading.Timer(_GRACE_S, os._exit, [128 + number]).start()
 

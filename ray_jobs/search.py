@@ -26,7 +26,7 @@ class DriverSearcher(Searcher):
 
     def __init__(self, desk: Desk) -> None:
         super().__init__()
-        self.desk, self.slots, self._clock = desk, desk.slots, desk.clock
+        self.desk = desk
         self._trials: dict[str, Live] = {}
         # Actors given back and not yet taken by another trial.
         self._freed = 0
@@ -34,7 +34,7 @@ class DriverSearcher(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles searchers into its own snapshot; the ledger is the journal here, so there is nothing to keep.
-        return {"slots": self.slots}
+        return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A configuration for a new Tune trial, None while there is nothing to start, FINISHED at the end."""
@@ -42,7 +42,7 @@ class DriverSearcher(Searcher):
         if self.desk.ends(live):
             return None if live else Searcher.FINISHED
         self.desk.look_after(live)
-        task = self.desk.peek(live) if self._taken() < self.slots else None
+        task = self.desk.peek(live) if self._taken() < self.desk.slots else None
         if task is None:
             return None if live or self.desk.waiting is not None else Searcher.FINISHED
         if self._freed <= self._starting() and any(one.stands_by and not one.ending for one in live):
@@ -53,7 +53,7 @@ class DriverSearcher(Searcher):
 
     def started(self, trial_id: str) -> None:
         """The trial has an actor, its own or one that was freed."""
-        self._trials[trial_id].started_at_s = self._clock()
+        self._trials[trial_id].started_at_s = self.desk.clock()
         self._freed = min(max(0, self._freed - 1), self._starting())
 
     def may_end(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -76,7 +76,7 @@ class DriverSearcher(Searcher):
             freed = self._freed + sum(other.ending for other in self._trials.values())
             one.ending = one.ending or freed < in_hand + self._starting()
             return one.ending
-        return self.desk.finished or self._clock() - one.settled_at_s > IDLE_LIMIT_S
+        return self.desk.finished or self.desk.clock() - one.settled_at_s > IDLE_LIMIT_S
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: `may_end` has seen the result."""
@@ -103,10 +103,10 @@ class DriverSearcher(Searcher):
 
     def _slots_are_starting(self) -> bool:
         if not self._starting():
-            if not self.desk.in_hand or self._taken() == self.slots:
+            if not self.desk.in_hand or self._taken() == self.desk.slots:
                 self._short_since_s = None
             return False
         if self._short_since_s is None:
-            self._short_since_s = self._clock()
+            self._short_since_s = self.desk.clock()
         # A slot without resources (a cluster at its limit) may never come up; nobody waits for it for ever.
-        return self._clock() - self._short_since_s <= START_LIMIT_S
+        return self.desk.clock() - self._short_since_s <= START_LIMIT_S

@@ -29,7 +29,7 @@ from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
 from bfm.report.summary import sweep_rows, sweep_summary
-from bfm.report.tensorboard import HPARAMS_METRICS
+from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
@@ -187,8 +187,6 @@ def _curves(
     store: Store, driver: SweepDriver, floors: Baselines, progress: Progress | None
 ) -> Iterator[Callable[[SweepEvent], None]]:
     """Sweep-level TensorBoard, and the caller's display, as one listener."""
-    from bfm.report.tensorboard import sweep_writer
-
     writer = sweep_writer(f"{store.uri}/tensorboard/_sweep", floors)
 
     def listen(event: SweepEvent) -> None:

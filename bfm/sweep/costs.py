@@ -126,8 +126,9 @@ class ConfigCost:
     def events(self, flops: float) -> float:
         """D on a path of `flops`."""
         freeze_flops = self.freeze_at_flops
-        if freeze_flops is None or flops <= freeze_flops or self.stage2_step_flops is None:
+        if freeze_flops is None or flops <= freeze_flops:
             return flops / self.step_flops * self.step_events
+        assert self.stage2_step_flops is not None, "stage 2 needs the cost of its steps"
         later_flops = max(0.0, flops - freeze_flops - self.catalogue_flops)
         return (freeze_flops / self.step_flops + later_flops / self.stage2_step_flops) * self.step_events
 

@@ -67,7 +67,8 @@ class Attempt:
         """How much further than before it got by a lost or yielded try."""
         if record["progress"] is None:
             return 0
-        return max(0, record["progress_flops"] - (self.task["rung_flops"] - self.task["reserved_flops"]))
+        begins_flops = self.task["rung_flops"] - self.task["reserved_flops"]
+        return max(0, record["progress_flops"] - begins_flops)
 
 
 @dataclass
@@ -164,9 +165,6 @@ class SweepState:
     def owed(self) -> list[tuple[str, int]]:
         """Lost (trial, rung) to be started again, oldest first."""
         return [place for place, attempt in self.attempts.items() if not attempt.is_open]
-
-    def _opened(self, record: Record) -> None:
-        del record
 
     def _take_spec(self, record: Record) -> None:
         self.spec = record["spec"]
@@ -278,7 +276,7 @@ class SweepState:
 
 
 _HANDLERS = {
-    "opened": SweepState._opened,
+    "opened": lambda state, record: None,
     "spec": SweepState._take_spec,
     "proposal": SweepState._propose,
     "task": SweepState._reserve,

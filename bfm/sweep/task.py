@@ -40,6 +40,11 @@ class Task:
     stage1: str | None = None
     """Folder or URI of the trunk that a trial without one of its own begins with; None: initial weights."""
 
+    @property
+    def begins_flops(self) -> int:
+        """C where it begins: that of the checkpoint that it goes on from, else 0."""
+        return self.rung_flops - self.reserved_flops
+
     def name(self, what: str) -> str:
         """Name of an object of this task in the sweep's store."""
         return object_name(self.trial, self.rung, self.attempt, what)

@@ -82,7 +82,7 @@ def test_of_600_trials_with_losses_everywhere_the_rows_are_those_of_an_unbroken_
 
     def settle(task: Task) -> Account:
         spent_flops = int(rng.random() * task.reserved_flops)
-        saved_flops = task.rung_flops - task.reserved_flops + int(rng.random() * spent_flops)
+        saved_flops = task.begins_flops + int(rng.random() * spent_flops)
         return rng.choice([Account(spent_flops), Account(spent_flops, f"{task.task_id}-progress", saved_flops)])
 
     driver = in_memory(spec, settle=settle)

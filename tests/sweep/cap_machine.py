@@ -31,7 +31,7 @@ class CapMachine(RuleBasedStateMachine):
     def account(self, task, used, saved):
         """Of a task that has trained a share of its reservation, and kept a share of that."""
         spent_flops = int(used * task.reserved_flops)
-        progress_flops = task.rung_flops - task.reserved_flops + int(saved * spent_flops)
+        progress_flops = task.begins_flops + int(saved * spent_flops)
         return Account(spent_flops, f"{task.task_id}-progress" if saved else None, progress_flops if saved else 0)
 
     def open(self):

@@ -88,7 +88,7 @@ def execute(task: Task) -> dict:
     loss = planted_loss(task.config, task.rung_flops, task.seed)
     ok = math.isfinite(loss)
     begins = task.from_rung is None and task.progress is None
-    start_flops = 0 if begins else task.rung_flops - task.reserved_flops
+    start_flops = 0 if begins else task.begins_flops
     path_flops = round(task.rung_flops * 0.997)
     return {
         "kind": "rung",

@@ -201,8 +201,7 @@ class Cluster:
             kept_flops = math.floor(trained_flops // every_flops * every_flops)
             if not kept_flops:
                 return Account(trained_flops)
-        begins_flops = task.rung_flops - task.reserved_flops
-        return Account(trained_flops, f"{task.task_id}-progress", begins_flops + kept_flops)
+        return Account(trained_flops, f"{task.task_id}-progress", task.begins_flops + kept_flops)
 
     def timings(self, task: Task) -> dict[str, Any]:
         """What the row of a task tells of its workers."""
