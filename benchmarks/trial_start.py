@@ -31,8 +31,10 @@ from ray import tune  # noqa: E402
 from ray.train.torch import TorchTrainer  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
+from bfm.files import Store  # noqa: E402
 from bfm.sweep.task import Finished, Task, Wait  # noqa: E402
 from bfm.training.config import TrainConfig  # noqa: E402
+from ray_jobs.room import ClusterRoom  # noqa: E402
 from ray_jobs.trial import Workplace  # noqa: E402
 from ray_jobs.tuning import quiet_session, run_tasks  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402
@@ -94,7 +96,7 @@ def measure_reused(workplace: Workplace) -> tuple[list[float], list[float], list
     """Cold, warm and two-worker starts, in seconds."""
     tasks = [make_task(SINGLE) for _ in range(1 + WARM_TASKS)] + [make_task(PAIR) for _ in range(PAIRS)]
     driver = ListDriver(tasks)
-    run_tasks(make_desk(driver, 1), workplace)
+    run_tasks(make_desk(driver, 1, room=ClusterRoom(grows=False)), workplace)
     starts = [row["warm_start_s"] for row in driver.rows]
     return starts[:1], starts[1 : 1 + WARM_TASKS], starts[1 + WARM_TASKS :]
 
@@ -188,6 +190,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bfm-start-") as name, quiet_session(num_cpus=2):
         folder = Path(name)
         shards = make_shards(folder / "shards", queries=50)
+        # What every worker looks for before it trains.
+        Store(folder / "sweep").put("sweep.yaml", b"")
         workplace = Workplace(str(shards.path), str(folder / "sweep"), ("nll",))
         cold, warm, pair = measure_reused(workplace)
         nested = measure_nested(workplace, folder)
