@@ -106,7 +106,8 @@ def run(law: Law, source: Source, workers: int, seed: int) -> Result:
     """Regret: each rung's best row, its noise apart, above the best of a large random sample; summed."""
     spec = from_dict({**SPACE, "method": source.method, "seeds": [seed], "scaling": {"slots": workers}})
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
-    arena.proposer = source.proposer(spec, arena.feasible, optuna_draws=source.optuna_draws)
+    arena.proposer = source.proposer(spec, arena.feasible)
+    arena.proposer.optuna_draws = source.optuna_draws
     cluster = Cluster(Fleet(((0.0, workers),)), np.random.default_rng(seed))
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
     timeline = run_fleet(driver, LawTruth(law), cluster)

@@ -14,6 +14,8 @@ from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
 
 Config = Mapping[str, Any]
+OPTUNA = "optuna"
+"""Source of the points that Optuna drew."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,6 @@ class Arena(Protocol):
 
     def memory(self, task: Task) -> tuple[str, int] | None:
         """The kind of tier that a task runs at, and the bytes that one of its workers is estimated to need."""
-        ...
-
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """The point of proposal `number`; None where there is no further one."""
         ...
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:

@@ -12,7 +12,7 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.arena import OPTUNA, Arena, Proposal
 from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
 from bfm.sweep.policy import Decision, Propose, Stop
 from bfm.sweep.settings import SweepSpec
@@ -54,15 +54,14 @@ class _Baseline(ABC):
         return self.arena.rungs(proposal.config)[0]
 
     def _start(self, view: View, why: str) -> Decision | None:
-        """The arena's next point at its entry rung."""
-        if not self._may_begin(view):
-            return None
-        proposal = self.arena.propose(view.state, view.state.num_proposals)
-        if proposal is None:
-            return None
-        entry = self._entry(proposal)
-        fits = affordable((step for step in view.entries(proposal) if step.rung == entry), view.available_flops)
-        return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
+        """The arena's next point at its entry rung, Optuna's before others."""
+        pool = self.arena.pool(view.state, view.state.num_proposals) if self._may_begin(view) else ()
+        for proposal in sorted(pool, key=lambda proposal: proposal.source != OPTUNA):
+            if steps := view.entries(proposal):
+                entry = self._entry(proposal)
+                fits = affordable((step for step in steps if step.rung == entry), view.available_flops)
+                return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
+        return None
 
 
 class FullLength(_Baseline):
@@ -160,8 +159,8 @@ class IsoflopWindow(_Baseline):
                 way = next((step for step in ups if step.rung == rung), None)
                 ways.append((abs(math.log(trial.params / target)), next(numbers), way))
         for proposal in pool:
-            if rung in self.arena.rungs(proposal.config):
-                way = next(step for step in view.entries(proposal) if step.rung == rung)
+            way = next((step for step in view.entries(proposal) if step.rung == rung), None)
+            if way is not None:
                 ways.append((abs(math.log(proposal.params / target)), next(numbers), way))
         near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])
         done = len(list(takewhile(lambda way: way[2] is None, near)))

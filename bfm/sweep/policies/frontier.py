@@ -76,13 +76,14 @@ class FrontierPolicy:
         """See Policy."""
         kept = kept_flops(self.spec, state)
         decision = self._explore(state, available_flops - kept)
-        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1 or self._beliefs.num_rows == 0:
+        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1:
             return decision
         if any(state.trials[name].source != REPLICA for name, _ in state.attempts):
             return decision
-        replica = next_replica(View(self.spec, self.arena, state, available_flops), self._beliefs.noise)
-        if replica is not None or state.attempts:
-            return replica or decision
+        if self._beliefs.num_rows:
+            replica = next_replica(View(self.spec, self.arena, state, available_flops), self._beliefs.noise)
+            if replica is not None or state.attempts:
+                return replica or decision
         # There is no tie to settle: what was kept for it goes where all else goes.
         return self._explore(state, available_flops)
 

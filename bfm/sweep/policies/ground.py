@@ -104,8 +104,11 @@ class View:
         return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
 
     def entries(self, proposal: Proposal) -> list[Step]:
-        """A new proposal on its way to each of its rungs."""
-        return self._steps(None, proposal, self.arena.rungs(proposal.config), None)
+        """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
+        rungs, limits = self.arena.rungs(proposal.config), self.state.memory_limits
+        if limits and not all(self.arena.fits(proposal.config, rung, limits) for rung in rungs):
+            return []
+        return self._steps(None, proposal, rungs, None)
 
     def _steps(
         self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None

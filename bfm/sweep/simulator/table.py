@@ -218,10 +218,6 @@ class TableArena:
         """Not known."""
         del task
 
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """The next curve that was not begun."""
-        return next(iter(self.pool(state, number)), None)
-
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """All curves that were not begun."""
         if self._pool[0] == number:
