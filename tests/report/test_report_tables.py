@@ -111,9 +111,9 @@ def test_a_finished_row_stands_beside_the_best_of_the_others_at_its_rung(sweep):
     best = min(rows, key=lambda row: row["metrics"]["nll"])
     other = next(row for row in rows if row is not best)
     gap = compare(other, best, "nll")
-    words = row_words(other, "nll", sweep["rows"], compare)
+    words = row_words(other, "nll", best, compare)
     assert f"nll {other['metrics']['nll']:.4g} \u00b1 0.021 ({gap_text(gap)} to {best['trial']})" in words
-    assert " to " not in row_words(best, "nll", [])
+    assert " to " not in row_words(best, "nll")
 
 
 def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
