@@ -85,7 +85,8 @@ class Pairing:
 
     def __call__(self, row: Row, other: Row, metric: str) -> Gap | None:
         """The row's value minus the other's. Raises CorruptError where scores were altered."""
-        name, beside = self._name(row), self._name(other)
+        name = self._name(row)
+        beside = name and self._name(other)
         if not name or not beside or row.get("protocol_hash") != other.get("protocol_hash"):
             return None
         return self._told(name, beside, metric)

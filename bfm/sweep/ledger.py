@@ -20,16 +20,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic_core import from_json
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
-from bfm.sweep.lease import Lease
 from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
+
+if TYPE_CHECKING:
+    from bfm.sweep.lease import Lease
 
 FOLDER = "ledger"
 VERSION = 2
