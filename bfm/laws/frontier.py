@@ -139,7 +139,7 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
     Raises UserError where rows of different evaluation protocols are mixed: their values do not compare.
     """
-    finished = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
+    finished = filter(_is_ok, rung_rows(rows))
     found = [row for row in finished if math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0]
     _check_protocols(found)
     return found
@@ -156,7 +156,7 @@ def frontier(rows: Iterable[Row], metric: str, compare: Compare = no_answers) ->
 
     Raises as `measured`.
     """
-    return _frontier(_measured_by_rung(by_rung(rows), [metric])[metric], metric, compare)
+    return _frontier(_measured_by_rung(Results(rows).finished, [metric])[metric], metric, compare)
 
 
 def frontiers(rows: Sequence[Row], compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
@@ -176,13 +176,18 @@ class Results:
         return by_rung(self.rows)
 
     @cached_property
+    def finished(self) -> dict[float, list[Row]]:
+        """Those of them with status ok; a rung may have none."""
+        return {flops: [row for row in here if _is_ok(row)] for flops, here in self.by_rung.items()}
+
+    @cached_property
     def metrics(self) -> list[str]:
         """Headline metrics of the rows, losses first."""
         return metric_names(self.rows)
 
     @cached_property
     def _measured(self) -> dict[str, dict[float, _Rung]]:
-        return _measured_by_rung(self.by_rung, self.metrics)
+        return _measured_by_rung(self.finished, self.metrics)
 
     def frontiers(self, compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
         """The frontier of every headline metric. Raises as `measured`."""
@@ -245,11 +250,10 @@ class _Rung:
         return tuple((row, gap) for row, gap in gaps if gap.within_error)
 
 
-def _measured_by_rung(rungs: Mapping[float, list[Row]], metrics: Sequence[str]) -> dict[str, dict[float, _Rung]]:
-    """Metric -> C, ascending -> the rows `measured` there; rungs without one are left out."""
+def _measured_by_rung(finished: Mapping[float, list[Row]], metrics: Sequence[str]) -> dict[str, dict[float, _Rung]]:
+    """Metric -> C, ascending -> the rows of status ok `measured` there; rungs without one are left out."""
     found: dict[str, dict[float, _Rung]] = {metric: {} for metric in metrics}
-    for flops, rows in rungs.items():
-        here = [row for row in rows if row.get("status", "ok") == "ok"]
+    for flops, here in finished.items():
         values, errors = numbers(here, "metrics", metrics), numbers(here, "errors", metrics)
         for metric in metrics:
             known_R = np.isfinite(values[metric])
@@ -257,7 +261,7 @@ def _measured_by_rung(rungs: Mapping[float, list[Row]], metrics: Sequence[str]) 
                 kept = _where(here, known_R), values[metric][known_R], errors[metric][known_R]
                 found[metric][flops] = _Rung(*kept)
     # Rows of two protocols may still have no metric in common.
-    if len(_protocols(row for rows in rungs.values() for row in rows)) > 1:
+    if len(_protocols(row for here in finished.values() for row in here)) > 1:
         for of_metric in found.values():
             _check_protocols(row for rung in of_metric.values() for row in rung.rows)
     return found
@@ -285,6 +289,10 @@ def best_row(rows: Iterable[Row], metric: str) -> Row:
     """The best of rows that all have a value; of equal ones that of the smaller N."""
     sign = 1.0 if goal_of(metric) == "minimize" else -1.0
     return min(rows, key=lambda row: (sign * metric_value(row, metric), _number(row.get("params"))))
+
+
+def _is_ok(row: Row) -> bool:
+    return bool(row.get("status", "ok") == "ok")
 
 
 def _number(value: object) -> float:

@@ -45,11 +45,11 @@ def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_
     metrics = list(found)
     points = {metric: {point.flops: point for point in found[metric]} for metric in metrics}
     lines: list[list[str]] = []
-    for flops, here in results.by_rung.items():
+    for flops, finished in results.finished.items():
         cells = [point_text(points[metric].get(flops)) for metric in metrics]
         holder = points[metrics[0]].get(flops)
         size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
-        lines.append([f"C {format_flops(flops)}", str(_num_ok(here)), size, *cells])
+        lines.append([f"C {format_flops(flops)}", str(len(finished)), size, *cells])
         at = [points[metric].get(flops) for metric in metrics]
         told = {"change": [change_text(point) for point in at], "within error": [_more_text(point) for point in at]}
         lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
@@ -94,7 +94,7 @@ def spend_text(results: Results, summary: Mapping[str, Any]) -> str:
     for flops, here in results.by_rung.items():
         spent = sum(float(row.get("task_flops") or 0.0) for row in here)
         elapsed_s = sum(float(row.get("train_s") or 0.0) for row in here)
-        good = _num_ok(here)
+        good = len(results.finished[flops])
         lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
         lines[-1].append(format_seconds(elapsed_s))
     table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines)
@@ -176,10 +176,6 @@ def trials_in_order(results: Results) -> list[Row]:
         return math.isnan(value), -row["rung_flops"], 0.0 if math.isnan(value) else value
 
     return sorted(highest.values(), key=place)
-
-
-def _num_ok(rows: Sequence[Row]) -> int:
-    return sum(row.get("status", "ok") == "ok" for row in rows)
 
 
 def point_text(point: FrontierPoint | None) -> str:
