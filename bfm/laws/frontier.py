@@ -151,7 +151,7 @@ def numbers(rows: Iterable[Row], part: str, names: Sequence[str]) -> dict[str, n
     return {name: np.array([held.get(name) for held in parts], float) for name in names}
 
 
-def frontier(rows: Iterable[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
+def frontier(rows: Sequence[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
     """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N.
 
     Raises as `measured`.
