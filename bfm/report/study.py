@@ -126,7 +126,7 @@ def study_html(
 ) -> str:
     """The study's page; its figures' SVG files are added to `drawn`."""
     views = [member.view for member in members if member.view is not None]
-    checks = [check for view in views for check in view.status["checks"]]
+    checks = [check for view in views for check in view.state.checks]
     told = chapters(members)
     parts = [
         section("summary", "All laws", headline_table([(chapter.title, chapter.laws) for chapter in told])),
