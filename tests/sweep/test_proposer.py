@@ -67,7 +67,7 @@ def test_a_rebuilt_study_proposes_the_same():
     run_serial(driver, hilly)
     state, checked = SweepState(), 0
     for record in driver._ledger.records:
-        if record["kind"] == "proposal" and record["number"] % 5 == 0:
+        if record["kind"] == "proposal" and record["number"] % 3 == 0:
             pool = proposer(driver.spec).pool(state, record["number"])
             (again,) = [proposal for proposal in pool if proposal.config == record["config"]]
             assert (again.source, again.rejected) == (record["source"], record["rejected"])
@@ -91,15 +91,16 @@ def test_optuna_learns_from_one_rung_only():
     assert first_of_optuna(driver.spec, state, 999) != before
 
 
-def test_proposals_of_one_moment_keep_away_from_each_other():
+def test_proposals_of_one_moment_keep_away_from_each_other(monkeypatch):
     """16 slots, after 40 rows: what runs is told to Optuna; beside it, what would be proposed if it were not."""
 
     def spread(configs):
         points = np.log10([[config[name] for name in FOUR_AXES] for config in configs])
         return float(np.mean([np.linalg.norm(one - other) for one in points for other in points]))
 
+    monkeypatch.setattr(Proposer, "optuna_draws", 4)
     gains = []
-    for seed in range(8):
+    for seed in range(12):
         budget = {"ladder_flops": ["1e9"], "total_flops": "100e9"}
         spec = make_spec(method="optuna", seeds=[seed], parameters=FOUR_AXES, budget=budget, scaling={"slots": 16})
         driver = in_memory(spec)
@@ -112,8 +113,8 @@ def test_proposals_of_one_moment_keep_away_from_each_other():
             told.append(task.config)
         assert len(told) == 16
         gains.append(math.log(spread(told) / spread(blind)))
-    assert np.mean(gains) > 0.05
-    assert sum(gain > 0 for gain in gains) >= 6
+    assert np.mean(gains) > 2 * np.std(gains, ddof=1) / math.sqrt(len(gains))
+    assert sum(gain > 0 for gain in gains) >= 8
 
 
 def test_optuna_keeps_away_from_what_diverged():
