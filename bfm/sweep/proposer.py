@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -72,17 +72,17 @@ class Proposer:
             found = {**random, **found}
             if found.keys() - seen:
                 break
+        fresh = (proposal for key, proposal in found.items() if key not in seen)
         # Counted once, with the first proposal of an era.
-        counts = rejected if number % POOL_ERA == 0 else {}
-        return tuple(replace(proposal, rejected=counts) for key, proposal in found.items() if key not in seen)
+        return _counted(fresh, rejected if number % POOL_ERA == 0 else {})
 
     def _grid_pool(self, seen: set[ConfigKey], number: int) -> tuple[Proposal, ...]:
         fresh = [proposal for key, proposal in self._grid.items() if key not in seen]
         if self.spec.scheduler.type != "grid":
             order = np.random.default_rng((self.spec.seeds[0], number // POOL_ERA)).permutation(len(fresh))
             fresh = [fresh[place] for place in sorted(order[:POOL_SIZE])]
-        refused = Counter(refusal.reason for refusal in self.feasible.sample[1]) if number == 0 else {}
-        return tuple(replace(proposal, rejected=dict(sorted(refused.items()))) for proposal in fresh[:POOL_SIZE])
+        refused = Counter(refusal.reason for refusal in self.feasible.sample[1])
+        return _counted(fresh[:POOL_SIZE], dict(sorted(refused.items())) if number == 0 else {})
 
     @cached_property
     def _grid(self) -> dict[ConfigKey, Proposal]:
@@ -205,6 +205,11 @@ def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Record]]:
 
 def _proposal(point: Feasible, source: str) -> Proposal:
     return Proposal(point.config.as_dict(), point.cost.params, source)
+
+
+def _counted(proposals: Iterable[Proposal], rejected: dict[str, int]) -> tuple[Proposal, ...]:
+    """With the counts; the same objects where there is nothing to count, which policies know again."""
+    return tuple(replace(proposal, rejected=rejected) if rejected else proposal for proposal in proposals)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

@@ -13,7 +13,7 @@ from itertools import count, takewhile
 import numpy as np
 
 from bfm.sweep.arena import OPTUNA, Arena, Proposal
-from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
+from bfm.sweep.policies.ground import Step, View, ascent_flops
 from bfm.sweep.policy import Decision, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial
@@ -59,7 +59,7 @@ class _Baseline(ABC):
         for proposal in sorted(pool, key=lambda proposal: proposal.source != OPTUNA):
             if steps := view.entries(proposal):
                 entry = self._entry(proposal)
-                fits = affordable((step for step in steps if step.rung == entry), view.available_flops)
+                fits = any(step.rung == entry and step.cost_flops <= view.available_flops for step in steps)
                 return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
         return None
 
@@ -68,8 +68,9 @@ class FullLength(_Baseline):
     """Every configuration to its last rung, in the arena's order: a random search, or a grid. Imported runs stay."""
 
     def _next(self, view: View) -> Decision | None:
-        own = [trial for trial in view.paused if trial.number is not None]
-        for step in affordable((step for trial in own for step in view.climbs(trial)[:1]), view.available_flops):
+        own = (view.next_climb(trial) for trial in view.paused if trial.number is not None)
+        step = next(filter(None, own), None)
+        if step is not None:
             return step.decision("every configuration is trained to the end", self.spec.seeds[0])
         owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
@@ -82,7 +83,7 @@ class FullLength(_Baseline):
 
     def _rest(self, trial: Trial, rung: int) -> int:
         """What a trial will still ask for after its task at a rung."""
-        return ascent_flops(self.arena, trial.config, rung, rung + 1, self.arena.rungs(trial.config)[-1])
+        return ascent_flops(self.arena, trial.config, rung, self.arena.rungs(trial.config)[-1])
 
 
 class AshaStop(_Baseline):
@@ -91,16 +92,18 @@ class AshaStop(_Baseline):
     def _next(self, view: View) -> Decision | None:
         eta = self.spec.scheduler.eta
         for trial in view.paused:
-            for step in affordable(view.climbs(trial)[:1], view.available_flops):
-                rung = max(trial.rows)
-                losses = view.losses(rung)
-                own = losses.get(trial.trial)
-                arrived = list(view.state.rungs[rung])
-                before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
-                if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
-                    return step.decision(
-                        f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
-                    )
+            step = view.next_climb(trial)
+            if step is None:
+                continue
+            rung = max(trial.rows)
+            losses = view.losses(rung)
+            own = losses.get(trial.trial)
+            arrived = list(view.state.rungs[rung])
+            before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
+            if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
+                return step.decision(
+                    f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
+                )
         return self._start(view, "no trial goes on; a new one")
 
 
@@ -115,11 +118,9 @@ class AshaPromote(_Baseline):
             quota = int(len(losses) / eta + 1e-9)
             for name in sorted(losses, key=lambda name: losses[name])[:quota]:
                 trial = view.state.trials[name]
-                if name in paused and max(trial.rows) == rung:
-                    for step in affordable(view.climbs(trial)[:1], view.available_flops):
-                        return step.decision(
-                            f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0]
-                        )
+                step = view.next_climb(trial) if name in paused and max(trial.rows) == rung else None
+                if step is not None:
+                    return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0])
         return self._start(view, "no row is among the best of its rung; a new trial")
 
 

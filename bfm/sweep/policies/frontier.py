@@ -162,7 +162,8 @@ class FrontierPolicy:
 
     def _patience(self, view: View, rung: int, step: Step) -> Wait | None:
         """Hold a step that few like it can follow while much cheaper tasks are running: they may change the choice."""
-        task_flops = self.arena.reserve_flops(step.config, step.first, view.trunk_of(step))
+        trunk = None if step.trial is None else view.state.trunk_below(step.trial.trial, step.first)
+        task_flops = self.arena.reserve_flops(step.config, step.first, trunk)
         left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
         if left > _SCARCE * self.spec.scaling.slots * task_flops:
             return None
@@ -206,7 +207,7 @@ class FrontierPolicy:
         for name, rung in view.meant.items():
             config = view.state.trials[name].config
             if top in self.arena.rungs(config):
-                ways.append(ascent_flops(self.arena, config, rung, rung + 1, top))
+                ways.append(ascent_flops(self.arena, config, rung, top))
         return min(ways, default=math.inf)
 
     def _beside_the_top(self, view: View, ways: Ways, cheapest: float | None) -> Ways:

@@ -6,7 +6,7 @@ the signed metric, and a rung is an integer index.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -103,6 +103,10 @@ class View:
         ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
         return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
 
+    def next_climb(self, trial: Trial) -> Step | None:
+        """The first of them, if it may be reserved."""
+        return next((step for step in self.climbs(trial)[:1] if step.cost_flops <= self.available_flops), None)
+
     def entries(self, proposal: Proposal) -> list[Step]:
         """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
         rungs, limits = self.arena.rungs(proposal.config), self.state.memory_limits
@@ -126,10 +130,6 @@ class View:
             trunk = way
         return steps
 
-    def trunk_of(self, step: Step) -> int | None:
-        """The rung whose trunk a step's first task goes on from."""
-        return None if step.trial is None else self.state.trunk_below(step.trial.trial, step.first)
-
     @cached_property
     def promised_flops(self) -> list[int]:
         """Per rung, what running trials will still cost on the way to where they are meant to go."""
@@ -148,16 +148,11 @@ class View:
         return [self.state.nominal_flops[rung] + self.promised_flops[rung] for rung in range(self.num_rungs)]
 
 
-def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
-    """All reservations from a trunk (None: from nothing) over a first task up to a rung."""
-    steps = [step for step in arena.rungs(config) if first <= step <= rung]
+def ascent_flops(arena: Arena, config: Config, from_rung: int, rung: int) -> int:
+    """All reservations from a rung's trunk up to another rung."""
+    steps = [step for step in arena.rungs(config) if from_rung < step <= rung]
     total = 0
     for step in steps if arena.climbs(config) else steps[-1:]:
         total += arena.reserve_flops(config, step, from_rung)
         from_rung = step
     return total
-
-
-def affordable(steps: Iterable[Step], available_flops: int) -> list[Step]:
-    """Steps whose whole way may be reserved."""
-    return [step for step in steps if step.cost_flops <= available_flops]
