@@ -57,9 +57,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Place:
-    """A tier, and what a configuration is estimated to need of one of its workers."""
+    """A way to train a configuration: a tier, how its task is run there, what a worker is estimated to need."""
 
     tier: Tier
+    scaling: dict[str, Any]
     needed_bytes: int
 
     def ran_out(self, limits: Mapping[str, int]) -> bool:
@@ -122,7 +123,8 @@ class FeasibleSet:
         """The same without limits; never none, because a trial from before the space was changed goes on as it can."""
         tiers = self.spec.tiers_at(self.spec.budget.ladder_flops[rung], cost.params)
         holding = [tier for tier in tiers if self._refuses(config, cost, tier) is None] or tiers[:1]
-        return [Place(tier, memory_bytes(config, cost, tier)) for tier in holding]
+        groups = config.groups_per_step
+        return [Place(tier, tier.scaling(groups), memory_bytes(config, cost, tier)) for tier in holding]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""

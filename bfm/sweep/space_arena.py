@@ -1,6 +1,6 @@
 """The arena of a real sweep: the feasible points of a space on a log, trained at the ladder's C.
 
-Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, tasks (see bfm.sweep.arena).
+Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, places (see bfm.sweep.arena).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from bfm.sweep.axes import Axes
 from bfm.sweep.parameters import ConfigKey, Parameter, config_key
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet
+from bfm.sweep.space import Feasible, FeasibleSet, Place
 from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
 
 
@@ -68,21 +67,9 @@ class SpaceArena:
         """See SweepSpec.task_flops."""
         return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
 
-    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+    def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
         """See Arena."""
-        return not limits or bool(self.feasible.places(config, rung, limits))
-
-    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
-        """See Arena. After all of them ran out of memory, they are those that were there before."""
-        places = self.feasible.places(config, rung, limits) or self.feasible.places(config, rung, {})
-        return [place.tier.scaling(config["groups_per_step"]) for place in places]
-
-    def memory(self, task: Task) -> tuple[str, int] | None:
-        """See Arena; None where the space has no such tier any more."""
-        for place in self.feasible.places(task.config, task.rung, {}):
-            if place.tier.workers == task.scaling["workers"]:
-                return place.tier.kind, place.needed_bytes
-        return None
+        return self.feasible.places(config, rung, limits)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """Drawn once per proposal number: decisions in between see the same points.

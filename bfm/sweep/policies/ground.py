@@ -110,7 +110,7 @@ class View:
     def entries(self, proposal: Proposal) -> list[Step]:
         """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
         rungs, limits = self.arena.rungs(proposal.config), self.state.memory_limits
-        if limits and not all(self.arena.fits(proposal.config, rung, limits) for rung in rungs):
+        if limits and not all(self.arena.places(proposal.config, rung, limits) for rung in rungs):
             return []
         return self._steps(None, proposal, rungs, None)
 
@@ -120,7 +120,7 @@ class View:
         config = trial.config if trial is not None else proposal.config if proposal is not None else {}
         limits = self.state.memory_limits
         if limits:
-            ways = list(takewhile(lambda way: self.arena.fits(config, way, limits), ways))
+            ways = list(takewhile(lambda way: self.arena.places(config, way, limits), ways))
         if not self.arena.climbs(config):
             return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
         steps, cost_flops = [], 0

@@ -25,8 +25,10 @@ from bfm.errors import UserError
 from bfm.laws.tables import read_table
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
+from bfm.sweep.space import Place
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
+from bfm.sweep.tiers import Tier
 
 _SIZE_NAMES = ("N", "n", "params")
 _FLOPS_SLACK = 1e-9
@@ -204,19 +206,10 @@ class TableArena:
         spared = 0.0 if from_rung is None or not self.climbs(config) else self._kept * self.row_flops(config, from_rung)
         return round(self.row_flops(config, rung) - spared)
 
-    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
-        """Nothing runs out of memory in a table."""
+    def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
+        """One worker; nothing runs out of memory in a table."""
         del config, rung, limits
-        return True
-
-    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One worker."""
-        del config, rung, limits
-        return [{"workers": 1}]
-
-    def memory(self, task: Task) -> None:
-        """Not known."""
-        del task
+        return [Place(Tier(), {"workers": 1}, 0)]
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """All curves that were not begun."""

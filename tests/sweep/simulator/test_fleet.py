@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ from bfm.sweep.policies import make_policy
 from bfm.sweep.simulator.fleet import Cluster, Fleet, parse_schedule
 from bfm.sweep.simulator.run import run_fleet
 from bfm.sweep.simulator.table import TableArena
+from bfm.sweep.space import Place
+from bfm.sweep.tiers import Tier
 from tests.sweep.curves import begin, curve, table_spec
 
 HOUR = 3600.0
@@ -40,11 +41,8 @@ class Groups(TableArena):
 
     counts = (1, 2, 4)
 
-    def scalings(self, config, rung, limits):
-        return [{"workers": workers} for workers in self.counts]
-
-    def task(self, *which):
-        return replace(super().task(*which), scaling={"workers": self.counts[0]})
+    def places(self, config, rung, limits):
+        return [Place(Tier(), {"workers": workers}, 0) for workers in self.counts]
 
 
 def run_groups(seconds, fleet, counts=(1, 2, 4), total=1e15, seed=0, **changes):
