@@ -106,7 +106,7 @@ def compete(
     seeds: Sequence[int],
     progress: Callable[[str, float], None] = lambda words, share: None,
 ) -> list[Standing]:
-    """All policies on the same subsets. Raises UserError as `Contest.check`."""
+    """All policies on the same subsets. Raises UserError as `Contest.check`, and for a subset or budget of nothing."""
     contest.check()
     if not policies:
         raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
@@ -132,6 +132,8 @@ def enter(contest: Contest, policy: str, seed: int) -> Entry:
     budget_flops = int(contest.budget_fraction * arena.full_flops(contest.rungs_flops[-1]))
     if arena.num_points == 0:
         raise UserError("no configuration of a subset reaches a rung", key="--subset", fix="draw a larger share")
+    if budget_flops < 1:
+        raise UserError("leaves less than 1 FLOP", key="--budget-fraction", fix="write e.g. 0.15")
     spec = contest_spec(contest, policy, budget_flops, seed)
     cluster = Cluster(contest.fleet, rng)
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
