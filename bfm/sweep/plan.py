@@ -180,7 +180,7 @@ def _tables_line(table_params: int) -> str:
     )
 
 
-def _task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
+def task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
     """What a point that climbs rung by rung trains for its row."""
     return spec.task_flops(point.config.cooldown_fraction, rung, rung - 1 if rung > point.rungs[0] else None)
 
@@ -195,7 +195,7 @@ def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
     rungs = range(len(spec.budget.ladder_flops))
     if spec.scheduler.type == "grid":
         points = feasible.sample[0]
-        ends_flops = np.cumsum([sum(_task_flops(spec, point, rung) for rung in point.rungs) for point in points])
+        ends_flops = np.cumsum([sum(task_flops(spec, point, rung) for rung in point.rungs) for point in points])
         number = min(int(np.sum(ends_flops <= spec.budget.total_flops)), spec.budget.max_trials)
         return [sum(rung in point.rungs for point in points[:number]) for rung in rungs]
     costs = [_mean_task_flops(spec, feasible, rung) for rung in rungs]
@@ -207,7 +207,7 @@ def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
 
 
 def _mean_task_flops(spec: SweepSpec, feasible: FeasibleSet, rung: int) -> int:
-    return round(np.mean([_task_flops(spec, point, rung) for point in feasible.sample[0] if rung in point.rungs]))
+    return round(np.mean([task_flops(spec, point, rung) for point in feasible.sample[0] if rung in point.rungs]))
 
 
 def _rung_plan(
@@ -216,7 +216,7 @@ def _rung_plan(
     spec = feasible.spec
     rung_flops = spec.budget.ladder_flops[rung]
     points = [point for point in points if rung in point.rungs]
-    task_flops = [_task_flops(spec, point, rung) for point in points]
+    trained_flops = [task_flops(spec, point, rung) for point in points]
     evaluation_flops = [
         point.cost.evaluation_flops + _probes(spec, point, rung) * point.cost.probe_flops for point in points
     ]
@@ -224,7 +224,7 @@ def _rung_plan(
     epochs = [point.cost.epochs(rung_flops) for point in points]
     params = [point.cost.params for point in points]
     places = [place for point in points for place in feasible.holding(point.config, point.cost, rung)]
-    task_s = [flops / _speed(size, speeds) for flops, size in zip(task_flops, params, strict=True)] if speeds else []
+    task_s = [flops / _speed(size, speeds) for flops, size in zip(trained_flops, params, strict=True)] if speeds else []
     return RungPlan(
         rung=rung,
         rung_flops=rung_flops,
@@ -232,7 +232,7 @@ def _rung_plan(
         params=(min(params), max(params)),
         events=(min(events), max(events)),
         epochs=(min(epochs), max(epochs)),
-        training_flops=round(trials * float(np.mean(task_flops))),
+        training_flops=round(trials * float(np.mean(trained_flops))),
         evaluation_flops=round(trials * float(np.mean(evaluation_flops))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
         workers=tuple(sorted({place.tier.workers for place in places})),

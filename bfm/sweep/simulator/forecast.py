@@ -16,8 +16,9 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.plan import task_flops
 from bfm.sweep.policies import make_policy
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.settings import Budget, SweepSpec
 from bfm.sweep.simulator.fleet import Cluster, Fleet
 from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
 from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
@@ -128,26 +129,35 @@ def as_dict(
 ) -> dict[str, Any]:
     """JSON-able result: means over seeds."""
     policies = list(dict.fromkeys(made.policy for made in forecasts))
-    grid_flops = spec.budget.max_trials * spec.ascent_flops(
-        spec.cooldown_fractions[1], len(spec.budget.ladder_flops) - 1
-    )
-    grid_hours = grid_flops / fleet.flops_per_s / 3600
     return {
         "space": spec.name,
         "law": law,
         "workers": [list(change) for change in fleet.schedule],
         "budget_flops": spec.budget.total_flops,
-        "grid": {
-            "configurations": spec.budget.max_trials,
-            "flops": grid_flops,
-            "worker_hours": grid_hours,
-            "cost": grid_hours * price_per_hour,
-        },
+        "grid": _grid(spec, fleet, price_per_hour),
         "policies": [
             _policy(policy, [made for made in forecasts if made.policy == policy], price_per_hour)
             for policy in policies
         ],
     }
+
+
+def _grid(spec: SweepSpec, fleet: Fleet, price_per_hour: float) -> dict[str, Any] | None:
+    """What all configurations take to the top without a pause: those of a grid, else as many as the space allows.
+
+    None where the space is no grid and sets no max_trials: nobody has said how many there are.
+    """
+    budget = spec.budget
+    if spec.method == "grid":
+        points = FeasibleSet(spec, LawCosts()).sample[0][: budget.max_trials]
+        count, flops = len(points), sum(task_flops(spec, point, rung) for point in points for rung in point.rungs)
+    elif budget.max_trials != Budget.max_trials:
+        ascent_flops = spec.ascent_flops(spec.cooldown_fractions[1], len(budget.ladder_flops) - 1)
+        count, flops = budget.max_trials, budget.max_trials * ascent_flops
+    else:
+        return None
+    hours = flops / fleet.flops_per_s / 3600
+    return {"configurations": count, "flops": flops, "worker_hours": hours, "cost": hours * price_per_hour}
 
 
 def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dict[str, Any]:
@@ -180,15 +190,17 @@ def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dic
 def render(result: dict[str, Any]) -> str:
     """For a terminal."""
     grid = result["grid"]
-    lines = [
-        f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs",
-        f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "
-        f"{grid['worker_hours']:,.0f} worker-hours, cost {grid['cost']:,.0f}",
-    ]
-    for policy in result["policies"]:
+    lines = [f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs"]
+    if grid is not None:
         lines.append(
-            f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs "
-            f"({policy['spent_flops'] / grid['flops']:.1%} of the grid), {format_seconds(policy['hours'] * 3600)}, "
+            f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "
+            f"{grid['worker_hours']:,.0f} worker-hours, cost {grid['cost']:,.0f}"
+        )
+    for policy in result["policies"]:
+        share = "" if grid is None else f" ({policy['spent_flops'] / grid['flops']:.1%} of the grid)"
+        lines.append(
+            f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs{share}, "
+            f"{format_seconds(policy['hours'] * 3600)}, "
             f"{policy['worker_hours']:,.0f} worker-hours ({policy['busy_hours']:,.0f} busy), "
             f"cost {policy['cost']:,.0f}, {policy['lost_tasks']:.0f} tasks lost, "
             f"{policy['yielded_tasks']:.0f} yielded, decisions {policy['decision_ms']['median']:.0f} ms"
