@@ -7,21 +7,19 @@ would have taken without a pause.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.plan import task_flops
-from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, SweepSpec
-from bfm.sweep.simulator.fleet import Cluster, Fleet
-from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
-from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
+from bfm.sweep.simulator.fleet import Fleet
+from bfm.sweep.simulator.law import Law, LawCosts, law_row
+from bfm.sweep.simulator.run import Progress, Timeline, decision_ms, run_all, simulate
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.units import format_flops, format_seconds
@@ -62,22 +60,15 @@ def forecast(
     fleet: Fleet,
     policies: Sequence[str],
     seeds: Sequence[int],
-    progress: Callable[[str, float], None] = lambda words, share: None,
+    progress: Progress = lambda words, share: None,
 ) -> list[Forecast]:
     """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
     if [metric.name for metric in spec.metrics] != ["nll"] or spec.metric.constraints:
         raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
-    if not policies:
-        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
     if "grid" in policies and spec.method != "grid":
         raise UserError("the space is no grid", key="--policy", fix="write method: grid and finite values in the space")
-    made = []
-    optimum = best_losses(spec, law)
-    for place, policy in enumerate(policies):
-        for number, seed in enumerate(seeds):
-            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
-            made.append(_run(spec, law, fleet, policy, seed, optimum))
-    return made
+    run = partial(_run, spec, law, fleet, best_losses(spec, law))
+    return [made for own in run_all(run, policies, seeds, progress) for made in own]
 
 
 def best_losses(spec: SweepSpec, law: Law) -> list[float]:
@@ -89,29 +80,19 @@ def best_losses(spec: SweepSpec, law: Law) -> list[float]:
         points += [verdict] if isinstance(verdict, Feasible) else []
     return [
         min(
-            (
-                _true_loss(law, point.config.as_dict(), point.cost.params, flops)
-                for point in points
-                if rung in point.rungs
-            ),
+            (law.loss_of(point.config.as_dict(), point.cost.params, flops) for point in points if rung in point.rungs),
             default=np.inf,
         )
         for rung, flops in enumerate(spec.budget.ladder_flops)
     ]
 
 
-def _true_loss(law: Law, config: dict[str, Any], params: int, flops: float) -> float:
-    return law.loss(config, params, flops, config["groups_per_step"] * config["group_windows"])
-
-
-def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimum: Sequence[float]) -> Forecast:
+def _run(spec: SweepSpec, law: Law, fleet: Fleet, optimum: Sequence[float], policy: str, seed: int) -> Forecast:
     method = "random" if policy == "random" else "grid" if policy == "grid" else spec.method
     seeds = tuple(seed + 1000 * place for place in range(len(spec.seeds)))
     spec = replace(spec, method=method, seeds=seeds, scheduler=replace(spec.scheduler, type=policy))
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
-    cluster = Cluster(fleet, np.random.default_rng(seed))
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
-    timeline = run_fleet(driver, LawTruth(law), cluster)
+    state, timeline = simulate(spec, arena, partial(law_row, law), fleet, np.random.default_rng(seed))
     rungs = []
     for rung, flops in enumerate(spec.budget.ladder_flops):
         rows = [(hours, spent, row) for hours, spent, row in timeline.rows if row["rung"] == rung]
@@ -119,9 +100,9 @@ def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimu
             rungs.append(Found(flops, 0, float("nan"), float("nan"), 0))
             continue
         now_s, spent, best = min(rows, key=lambda found: found[2]["metrics"]["nll"])
-        gap = _true_loss(law, best["config"], best["params"], flops) - optimum[rung]
+        gap = law.loss_of(best["config"], best["params"], flops) - optimum[rung]
         rungs.append(Found(flops, len(rows), gap, now_s / 3600, spent))
-    return Forecast(policy, seed, tuple(rungs), timeline, driver.state.spent_flops, len(driver.state.trials))
+    return Forecast(policy, seed, tuple(rungs), timeline, state.spent_flops, len(state.trials))
 
 
 def as_dict(
