@@ -25,6 +25,7 @@ from bfm.errors import UserError
 from bfm.laws.tables import read_table
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
+from bfm.sweep.simulator.run import simulated_row
 from bfm.sweep.space import Place
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
@@ -224,21 +225,14 @@ class TableArena:
         """The row that a task brings."""
         curve = self.curves[task.config["config_id"]]
         loss = curve.losses[self._places[task.config["config_id"]][task.rung]]
-        return {
-            "kind": "rung",
-            "trial": task.trial,
-            "rung": task.rung,
-            "rung_flops": task.rung_flops,
-            "seed": task.seed,
-            "config": task.config,
-            "status": "ok" if math.isfinite(loss) else "diverged",
-            "params": curve.params,
-            "path_flops": task.rung_flops,
-            "task_flops": task.reserved_flops,
-            "eval_flops": 0,
-            "metrics": {"loss": loss if math.isfinite(loss) else None},
-            "checkpoint": f"{task.trial}-r{task.rung}" if curve.resumable else None,
-        }
+        known = math.isfinite(loss)
+        return simulated_row(
+            task,
+            curve.params,
+            {"loss": loss if known else None},
+            f"{task.trial}-r{task.rung}" if curve.resumable else None,
+            status="ok" if known else "diverged",
+        )
 
     def full_flops(self, top_flops: float) -> float:
         """Sum over curves of min(last C, top rung): what training them all would cost."""
