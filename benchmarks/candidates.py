@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,11 @@ import optuna
 from common import machine, publish
 from frontier import PLANTED_LAWS
 
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.policies import make_policy
 from bfm.sweep.proposer import Proposer
-from bfm.sweep.simulator.fleet import Cluster, Fleet
+from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.forecast import best_losses
-from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
-from bfm.sweep.simulator.run import run_fleet
+from bfm.sweep.simulator.law import Law, LawCosts, law_row
+from bfm.sweep.simulator.run import simulate
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.sweep.spec import from_dict
@@ -106,16 +104,15 @@ def run(law: Law, source: Source, workers: int, seed: int) -> Result:
     """Regret: each rung's best row, its noise apart, above the best of a large random sample; summed."""
     spec = from_dict({**SPACE, "method": source.method, "seeds": [seed], "scaling": {"slots": workers}})
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
-    arena.proposer = source.proposer(spec, arena.feasible, optuna_draws=source.optuna_draws)
-    cluster = Cluster(Fleet(((0.0, workers),)), np.random.default_rng(seed))
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
-    timeline = run_fleet(driver, LawTruth(law), cluster)
+    arena.proposer = source.proposer(spec, arena.feasible)
+    arena.proposer.optuna_draws = source.optuna_draws
+    fleet, rng = Fleet(((0.0, workers),)), np.random.default_rng(seed)
+    state, timeline = simulate(spec, arena, partial(law_row, law), fleet, rng)
     regret = 0.0
     for rung, (flops, best) in enumerate(zip(spec.budget.ladder_flops, best_losses(spec, law), strict=True)):
-        row = min(driver.state.rungs[rung].values(), key=lambda row: row["metrics"]["nll"])
-        config = row["config"]
-        regret += law.loss(config, row["params"], flops, config["groups_per_step"] * config["group_windows"]) - best
-    sources = [trial.source for trial in driver.state.trials.values()]
+        row = min(state.rungs[rung].values(), key=lambda row: row["metrics"]["nll"])
+        regret += law.loss_of(row["config"], row["params"], flops) - best
+    sources = [trial.source for trial in state.trials.values()]
     return Result(regret, sources.count("optuna") / len(sources), float(np.mean(timeline.decision_s)))
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import machine, publish
 
 from bfm.files import Store
-from bfm.report.console import row_words
+from bfm.report.console import Leaders, row_words
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import sweep_writer
 from bfm.sweep.lease import Lease
@@ -97,7 +97,7 @@ A point of the curves is written where results have grown by 0.5 % (or for at mo
 
 def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dict[str, list[float]]:
     """Seconds of what a driver does for every row beside its policy; curves and lines of the rows before `places`."""
-    lease = Lease.acquire(store)
+    lease, leaders = Lease.acquire(store), Leaders("nll")
     ledger, state, writer, dice = Ledger(store, lease), SweepState(), sweep_writer(curves, {}), random.Random(0)
     spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
     took_s: dict[str, list[float]] = {name: [] for name in DRIVER}
@@ -126,15 +126,10 @@ def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dic
             rows = len(state.arrivals)
             if any(place - WINDOW < rows <= place for place in places):
                 timed("curves", lambda rows=rows: writer.update(rows, standing))
-                timed("line", lambda row=row: _line(row, state))
+                timed("line", lambda row=row: row_words(row, "nll", leaders.beside(row, state)))
     writer.close()
     lease.release()
     return took_s
-
-
-def _line(row: dict[str, Any], state: SweepState) -> str:
-    """As ray_jobs.sweep shows it."""
-    return row_words(row, "nll", [other for trial, other in state.rungs[row["rung"]].items() if trial != row["trial"]])
 
 
 def _per_row(took_s: dict[str, list[float]], number: int, rows: int) -> list[str]:

@@ -76,7 +76,7 @@ def main() -> None:
         lines += ["", f"## {name}", "", "| axis | law | metric | what the runs say |", "|---|---|---|---|"]
         lines += [line for chapter in told for line in laws(chapter)]
         views = [member.view for chapter in told for member in chapter.members if member.view is not None]
-        lines += ["", *[check_text(check) for view in views for check in view.status["checks"]]]
+        lines += ["", *[check_text(check) for view in views for check in view.state.checks]]
         (RESULTS / f"real_laws_{name}.csv").write_text(summary(study))
     publish("real_laws", "\n".join([*lines, "", machine("torch", "ray", "scipy"), ""]))
 

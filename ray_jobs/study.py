@@ -20,10 +20,10 @@ from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.on_log import on_log
-from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
+from bfm.sweep.study import STUDY_FILE, study_folders
 from ray_jobs.sweep import exit_code, sweep_verb
 
 SIGNALLED = 128

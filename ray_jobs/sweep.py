@@ -15,7 +15,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import yaml
@@ -24,9 +23,10 @@ from bfm.errors import CorruptError, PausedError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.laws.frontier import Row
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
-from bfm.report.console import Display, row_words
+from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer
@@ -39,7 +39,7 @@ from bfm.sweep.on_log import on_log
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import resolve
-from bfm.sweep.state import IMPORT, SweepState
+from bfm.sweep.state import IMPORT
 from bfm.training.journal import settle
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts
@@ -225,13 +225,13 @@ def sweep_verb(
 ) -> int:
     """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
     spec = resolve(space, [*overrides, *([f"name={name}"] if name else [])])
-    compare = Pairing(Store(storage).child(spec.name))
+    compare, leaders = Pairing(Store(storage).child(spec.name)), Leaders(spec.metric.name)
     with Display("sweep") as display:
 
         def show(event: SweepEvent, driver: SweepDriver) -> None:
             state = driver.state
             if event.row is not None:
-                display.say(_row_line(event.row, spec.metric.name, state, compare))
+                display.say(_row_line(event.row, spec.metric.name, leaders.beside(event.row, state), compare))
             elif event.kind == "imported":
                 display.say(event.reason)
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
@@ -249,10 +249,9 @@ def sweep_verb(
     return 0 if outcome.succeeded else 1
 
 
-def _row_line(row: dict[str, Any], metric: str, state: SweepState, compare: Pairing) -> str:
-    others = [other for trial, other in state.rungs.get(row["rung"], {}).items() if trial != row["trial"]]
+def _row_line(row: Row, metric: str, best: Row | None, compare: Pairing) -> str:
     try:
-        return row_words(row, metric, others, compare)
+        return row_words(row, metric, best, compare)
     except (CorruptError, OSError) as error:
         # Scores that cannot be read end no sweep; `bfm status` raises.
         return f"{row_words(row, metric)}  ({error})"

@@ -72,7 +72,6 @@ def simulate(
         notice_s,
         efficiency,
     )
-    fleet.check()
     if seeds < 1:
         raise UserError(f"{seeds} seeds", key="--seeds", fix="at least 1")
     if space is not None:

@@ -105,9 +105,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write report/index.html and runs.parquet of a sweep, and print its frontier; of a study, one page of its laws."""
-    from bfm.report.study import is_study, publish_study
+    from bfm.report.study import publish_study
     from bfm.report.sweep_report import publish_report, report_text
     from bfm.report.sweep_view import read_sweep
+    from bfm.sweep.study import is_study
 
     if is_study(sweep_dir):
         files = publish_study(sweep_dir, overview=png)

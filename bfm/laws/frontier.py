@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -138,7 +139,7 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
     Raises UserError where rows of different evaluation protocols are mixed: their values do not compare.
     """
-    finished = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
+    finished = filter(_is_ok, rung_rows(rows))
     found = [row for row in finished if math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0]
     _check_protocols(found)
     return found
@@ -146,23 +147,55 @@ def measured(rows: Iterable[Row], metric: str) -> list[Row]:
 
 def numbers(rows: Iterable[Row], part: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Name -> what each row has under it in its `part` (metrics, errors), NaN where it has nothing."""
-    # Row by row: of many thousand rows none is still in the CPU's cache when all have been looked at.
-    table = [[held.get(name) for name in names] for held in (row.get(part) or {} for row in rows)]
-    return dict(zip(names, np.array(table, float).reshape(len(table), len(names)).T, strict=True))
+    parts = [row.get(part) or {} for row in rows]
+    return {name: np.array([held.get(name) for held in parts], float) for name in names}
 
 
-def frontier(rows: Iterable[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
+def frontier(rows: Sequence[Row], metric: str, compare: Compare = no_answers) -> list[FrontierPoint]:
     """One point per rung that has a value, ascending in C; values never get worse as C grows. Ties: the smaller N.
 
     Raises as `measured`.
     """
-    return _frontier(_measured_by_rung(rows, [metric])[metric], metric, compare)
+    return _frontier(_measured_by_rung(Results(rows).finished, [metric])[metric], metric, compare)
 
 
 def frontiers(rows: Sequence[Row], compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
     """The frontier of every headline metric of the rows, losses first. Raises as `measured`."""
-    measured_rungs = _measured_by_rung(rows, metric_names(rows))
-    return {metric: _frontier(rungs, metric, compare) for metric, rungs in measured_rungs.items()}
+    return Results(rows).frontiers(compare)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of a sweep for whoever asks several things of them: each way through many thousand rows takes time."""
+
+    rows: Sequence[Row]
+
+    @cached_property
+    def by_rung(self) -> dict[float, list[Row]]:
+        """Rung rows, diverged ones included, by C in FLOPs, ascending."""
+        return by_rung(self.rows)
+
+    @cached_property
+    def finished(self) -> dict[float, list[Row]]:
+        """Those of them with status ok; a rung may have none."""
+        return {flops: [row for row in here if _is_ok(row)] for flops, here in self.by_rung.items()}
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Headline metrics of the rows, losses first."""
+        return metric_names(self.rows)
+
+    @cached_property
+    def _measured(self) -> dict[str, dict[float, _Rung]]:
+        return _measured_by_rung(self.finished, self.metrics)
+
+    def frontiers(self, compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
+        """The frontier of every headline metric. Raises as `measured`."""
+        return {metric: _frontier(rungs, metric, compare) for metric, rungs in self._measured.items()}
+
+    def bests(self, metric: str) -> dict[float, Row]:
+        """The best row measured at each rung (C) by a headline metric, whatever lower rungs have."""
+        return {flops: best_row(rung.leaders(metric), metric) for flops, rung in self._measured[metric].items()}
 
 
 def _frontier(rungs: Mapping[float, _Rung], metric: str, compare: Compare) -> list[FrontierPoint]:
@@ -217,23 +250,29 @@ class _Rung:
         return tuple((row, gap) for row, gap in gaps if gap.within_error)
 
 
-def _measured_by_rung(rows: Iterable[Row], metrics: Sequence[str]) -> dict[str, dict[float, _Rung]]:
-    """Metric -> C, ascending -> the rows `measured` there; rungs without one are left out."""
+def _measured_by_rung(finished: Mapping[float, list[Row]], metrics: Sequence[str]) -> dict[str, dict[float, _Rung]]:
+    """Metric -> C, ascending -> the rows of status ok `measured` there; rungs without one are left out."""
     found: dict[str, dict[float, _Rung]] = {metric: {} for metric in metrics}
-    for flops, here in by_rung(row for row in rows if row.get("status", "ok") == "ok").items():
+    for flops, here in finished.items():
         values, errors = numbers(here, "metrics", metrics), numbers(here, "errors", metrics)
         for metric in metrics:
             known_R = np.isfinite(values[metric])
             if known_R.any() and flops > 0:
                 kept = _where(here, known_R), values[metric][known_R], errors[metric][known_R]
                 found[metric][flops] = _Rung(*kept)
-    for rungs in found.values():
-        _check_protocols(row for rung in rungs.values() for row in rung.rows)
+    # Rows of two protocols may still have no metric in common.
+    if len(_protocols(row for here in finished.values() for row in here)) > 1:
+        for of_metric in found.values():
+            _check_protocols(row for rung in of_metric.values() for row in rung.rows)
     return found
 
 
+def _protocols(rows: Iterable[Row]) -> set[Any]:
+    return {row.get("protocol_hash") for row in rows} - {None, ""}
+
+
 def _check_protocols(rows: Iterable[Row]) -> None:
-    protocols = {row.get("protocol_hash") for row in rows} - {None, ""}
+    protocols = _protocols(rows)
     if len(protocols) > 1:
         short = ", ".join(sorted(str(protocol)[:12] for protocol in protocols))
         raise UserError(
@@ -252,10 +291,8 @@ def best_row(rows: Iterable[Row], metric: str) -> Row:
     return min(rows, key=lambda row: (sign * metric_value(row, metric), _number(row.get("params"))))
 
 
-def rung_bests(rows: Iterable[Row], metric: str) -> dict[float, Row]:
-    """The best row measured at each rung (C), whatever lower rungs have."""
-    rungs = _measured_by_rung(rows, [metric])[metric]
-    return {flops: best_row(rung.leaders(metric), metric) for flops, rung in rungs.items()}
+def _is_ok(row: Row) -> bool:
+    return bool(row.get("status", "ok") == "ok")
 
 
 def _number(value: object) -> float:

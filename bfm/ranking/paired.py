@@ -78,20 +78,20 @@ class Pairing:
     """
 
     def __init__(self, store: Store, floors: Mapping[str, str] | None = None) -> None:
-        """`floors`: the names of their scores by floor, which rows of floors (`floor_row`) bear as `floor`."""
+        """`floors`: the names of their scores by floor, which an `other` bears as `floor`."""
         self._store, self._floors = store, floors or {}
         self._read = functools.lru_cache(_KEPT)(self._find)
         self._told = functools.cache(self._pair)
 
     def __call__(self, row: Row, other: Row, metric: str) -> Gap | None:
         """The row's value minus the other's. Raises CorruptError where scores were altered."""
-        name, beside = self._name(row), self._name(other)
-        if not name or not beside or row.get("protocol_hash") != other.get("protocol_hash"):
+        name = row.get("scores")
+        if not name:
+            return None
+        beside = other.get("scores") or self._floors.get(other.get("floor", ""))
+        if not beside or row.get("protocol_hash") != other.get("protocol_hash"):
             return None
         return self._told(name, beside, metric)
-
-    def _name(self, row: Row) -> str | None:
-        return row.get("scores") or self._floors.get(row.get("floor", ""))
 
     def _pair(self, name: str, other: str, metric: str) -> Gap | None:
         scores, others = self._read(name), self._read(other)

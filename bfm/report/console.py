@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bfm.laws.frontier import Compare, Row, gap_between, no_answers, rung_bests
+from bfm.laws.frontier import Compare, Row, best_row, gap_between, metric_value, no_answers
 from bfm.report.digits import gap_text, value_text
 from bfm.report.floors import is_above, strongest
+from bfm.sweep.state import SweepState
 from bfm.training.records import StepRecord, Validation
 from bfm.units import format_count, format_flops, format_seconds
 
@@ -107,14 +107,38 @@ def best_words(validation: Validation) -> str:
     return f"{validation.best_nll:.4g} at {where}"
 
 
-def row_words(row: Row, metric: str, others: Iterable[Row] = (), compare: Compare = no_answers) -> str:
+class Leaders:
+    """The best row of each rung as a sweep goes on; every row is looked at once, however many there are."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric, self._num_seen = metric, 0
+        self._best: dict[int, Row] = {}
+
+    def beside(self, row: Row, state: SweepState) -> Row | None:
+        """The best of those that arrived before a row at its rung; None where none has a value.
+
+        To be asked of each row as it arrives, before the next one does.
+        """
+        for trial, rung in state.arrivals[self._num_seen :]:
+            if (trial, rung) == (row["trial"], row["rung"]):
+                break
+            self._take(state.rungs[rung][trial], rung)
+            self._num_seen += 1
+        return self._best.get(row["rung"])
+
+    def _take(self, row: Row, rung: int) -> None:
+        if row["status"] == "ok" and math.isfinite(metric_value(row, self._metric)):
+            best = self._best.get(rung)
+            self._best[rung] = row if best is None else best_row((best, row), self._metric)
+
+
+def row_words(row: Row, metric: str, best: Row | None = None, compare: Compare = no_answers) -> str:
     """One line for a finished rung row: its numbers, and how far it is from the best of the others at its rung."""
     where = f"rung {row['rung']} ({format_flops(row['rung_flops'])})  {row['trial']}"
     if row["status"] != "ok":
         return f"{where}  {row['status']}"
     value, error = row["metrics"][metric], row["errors"].get(metric)
     spread = f" \u00b1 {error:.2g}" if error is not None else ""
-    best = rung_bests(others, metric).get(row["rung_flops"])
     if best is not None:
         spread += f" ({gap_text(gap_between(row, best, metric, compare))} to {best['trial']})"
     return (

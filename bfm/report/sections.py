@@ -12,6 +12,7 @@ from bfm.events.repeats import rule_words
 from bfm.laws.frontier import (
     Compare,
     FrontierPoint,
+    Results,
     Row,
     by_rung,
     frontiers,
@@ -20,7 +21,6 @@ from bfm.laws.frontier import (
     metric_names,
     metric_value,
     no_answers,
-    rung_bests,
     rung_ladder,
     rung_rows,
 )
@@ -158,10 +158,10 @@ def _point_remark(point: FrontierPoint) -> str:
 
 def trial_table(rows: Sequence[Row], compare: Compare = no_answers, *, every_row: bool = False) -> str:
     """Trials at their highest rung, or every rung row, each against the best of its rung; heads sort."""
-    metrics, fields = metric_names(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
-    shown = rung_rows(rows) if every_row else trials_in_order(rows)
-    best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
-    bests = {metric: rung_bests(rows, metric) for metric in metrics}
+    results, fields = Results(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
+    shown = rung_rows(rows) if every_row else trials_in_order(results)
+    best = {metric: points[-1].row for metric, points in results.frontiers().items() if points}
+    metrics, bests = results.metrics, {metric: results.bests(metric) for metric in results.metrics}
     lines: list[list[Cell | str]] = []
     for row in shown:
         status = str(row.get("status", "ok"))

@@ -1,12 +1,12 @@
-"""Studies: several sweeps, one axis each, read together; the page that shows their laws side by side.
+"""The page of a study, which shows the laws of its sweeps side by side, and its rows for a fit.
 
-Enters: the folder or URI of a study (study.yaml: `sweeps`, folders relative to it) or of one sweep. Leaves: rows for a
-fit, and <study>/report/index.html beside the sweeps' own reports.
+Enters: the folder or URI of a study (bfm.sweep.study) or of one sweep. Leaves: rows for a fit, and
+<study>/report/index.html beside the sweeps' own reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView, read_sweep
 from bfm.report.template import escape, page, paragraph, section
 from bfm.sweep.ledger import has_begun
-from bfm.sweep.recipe.evidence import STUDY_FILE, study_folders
+from bfm.sweep.study import by_axis, is_study, joined, study_folders
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,19 @@ class Member:
         return self.view.spec.get("axis") if self.view else None
 
 
-def is_study(location: str) -> bool:
-    """Whether a study.yaml stands there."""
-    return Store(location).exists(STUDY_FILE)
+def _begun(members: Iterable[Member]) -> list[tuple[str, SweepView]]:
+    """(folder, view) of those that have begun."""
+    return [(member.folder, member.view) for member in members if member.view is not None]
+
+
+def _rows(members: Iterable[Member]) -> list[Row]:
+    return joined([(folder, view.rows) for folder, view in _begun(members)])
 
 
 def read_study(location: str) -> list[Member]:
     """The sweeps of a study in its order. Raises UserError for a study.yaml that names none."""
     store = Store(location)
-    return [Member(folder, _begun(store.child(folder))) for folder in study_folders(store, location)]
+    return [Member(folder, _read_begun(store.child(folder))) for folder in study_folders(store, location)]
 
 
 def law_rows(location: str, law: str) -> tuple[list[Row], list[str]]:
@@ -64,23 +68,15 @@ def law_rows(location: str, law: str) -> tuple[list[Row], list[str]]:
     needed = AXIS_OF_LAW[law]
     members = read_study(location)
     fitting = [member for member in members if needed is None or member.axis in (needed, None)]
-    if all(member.view is None for member in fitting):
+    if not _begun(fitting):
         begun = ", ".join(f"{member.folder} ({member.axis or 'no axis'})" for member in members if member.view)
         raise UserError(
             f"no sweep of the study measures {needed or 'anything yet'}; begun: {begun or 'none'}",
             file=location,
             fix=f"run one with axis: {needed}" if needed else "run its sweeps",
         )
-    rows = _joined(fitting)
+    rows = _rows(fitting)
     return rows, metric_names(rows)
-
-
-def _joined(members: Sequence[Member]) -> list[Row]:
-    """Rows of all; every sweep counts its trials from t00000, so those of several are named by their folder too."""
-    begun = [(member.folder, member.view) for member in members if member.view is not None]
-    if len(begun) == 1:
-        return list(begun[0][1].rows)
-    return [{**row, "trial": f"{folder}/{row['trial']}"} for folder, view in begun for row in view.rows]
 
 
 @dataclass(frozen=True)
@@ -93,26 +89,21 @@ class Chapter:
     @cached_property
     def laws(self) -> list[Fitted]:
         """The laws of the axis; none where no sweep has begun."""
-        begun = [member.view for member in self.members if member.view is not None]
+        begun = _begun(self.members)
         if len(begun) < 2:
-            return begun[0].laws if begun else []
-        return sweep_laws(_joined(self.members), self.members[0].axis)
+            return begun[0][1].laws if begun else []
+        return sweep_laws(_rows(self.members), self.members[0].axis)
 
 
 def chapters(members: Sequence[Member]) -> list[Chapter]:
     """In the order in which their first sweep stands."""
-    groups: dict[str, list[Member]] = {}
-    for member in members:
-        groups.setdefault(member.axis or member.folder, []).append(member)
-    return [Chapter(title.replace("_", " "), tuple(group)) for title, group in groups.items()]
+    return [Chapter(title.replace("_", " "), tuple(group)) for title, group in by_axis(members).items()]
 
 
 def publish_study(location: str, *, overview: bool = False) -> list[str]:
     """Write the reports of a study's sweeps and its own page; returns the locations of files, its page first."""
     members = read_study(location)
-    files = [
-        file for member in members if member.view is not None for file in publish_report(member.view, overview=overview)
-    ]
+    files = [file for _, view in _begun(members) for file in publish_report(view, overview=overview)]
     folder = Store(location).child("report")
     drawn: dict[str, bytes] = {}
     html = study_html(location.rstrip("/").rsplit("/", 1)[-1], members, drawn, read_recipe(Store(location)))
@@ -125,8 +116,8 @@ def study_html(
     name: str, members: list[Member], drawn: dict[str, bytes], recipe: Mapping[str, Any] | None = None
 ) -> str:
     """The study's page; its figures' SVG files are added to `drawn`."""
-    views = [member.view for member in members if member.view is not None]
-    checks = [check for view in views for check in view.status["checks"]]
+    views = [view for _, view in _begun(members)]
+    checks = [check for view in views for check in view.state.checks]
     told = chapters(members)
     parts = [
         section("summary", "All laws", headline_table([(chapter.title, chapter.laws) for chapter in told])),
@@ -165,5 +156,5 @@ def _about(member: Member) -> str:
     return f"<p>{link}: axis {escape(member.axis or 'none')}, {trials} trials, {escape(str(state))}.</p>"
 
 
-def _begun(store: Store) -> SweepView | None:
+def _read_begun(store: Store) -> SweepView | None:
     return read_sweep(store.uri) if has_begun(store) else None

@@ -19,7 +19,7 @@ from bfm.sweep.spec import from_dict
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    shown = {**_data(view.spec), "recipe": read_recipe(view.store), "checks": view.status["checks"]}
+    shown = {**_data(view.spec), "recipe": read_recipe(view.store), "checks": view.state.checks}
     files = render_report(
         view.rows,
         view.summary,
@@ -39,8 +39,8 @@ def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
 
 def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
-    shown = [frontier_text(view.rows, view.floors, view.compare), failures_text(view.rows, view.summary)]
-    shown.append("\n".join(checks_lines(view.status["checks"])))
+    shown = [frontier_text(view.results, view.floors, view.compare), failures_text(view.rows, view.summary)]
+    shown.append("\n".join(checks_lines(view.state.checks)))
     paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
     return "\n\n".join(part for part in [*shown, paths] if part)
 

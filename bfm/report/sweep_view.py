@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.laws.frontier import FrontierPoint, Gap, frontiers
+from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
 from bfm.sweep.ledger import read_state
+from bfm.sweep.state import SweepState
 from bfm.sweep.status import life_text, summarise
 
 if TYPE_CHECKING:
@@ -29,18 +30,22 @@ class SweepView:
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     """What the report shows beside the rows."""
-    status: dict[str, Any]
-    """Of the sweep as a whole (bfm.sweep.status)."""
+    state: SweepState
     spec: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
-        return {**self.status, "frontier": self.frontiers(), "floors": self.floors}
+        return {**summarise(self.state), "frontier": self.frontiers(), "floors": self.floors}
 
     def frontiers(self) -> dict[str, list[dict[str, Any]]]:
         """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
-        found = frontiers(self.rows, self.compare)
+        found = self.results.frontiers(self.compare)
         return {metric: [_point_dict(point) for point in points] for metric, points in found.items()}
+
+    @cached_property
+    def results(self) -> Results:
+        """The rows, for what is asked of all of them."""
+        return Results(self.rows)
 
     @cached_property
     def compare(self) -> Pairing:
@@ -67,13 +72,13 @@ def read_sweep(sweep_dir: str) -> SweepView:
     state = read_state(store)
     if state.spec is None:
         raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
-    return SweepView(store, sweep_rows(state), sweep_summary(state), summarise(state), state.spec)
+    return SweepView(store, sweep_rows(state), sweep_summary(state), state, state.spec)
 
 
 def status_text(view: SweepView) -> str:
     """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.rows, view.floors, view.compare), spend_text(view.rows, view.summary)]
-    parts += [trials_text(view.rows, view.compare), failures_text(view.rows, view.summary), life_text(view.status)]
+    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.summary)]
+    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.summary), life_text(view.state)]
     return "\n\n".join(part for part in parts if part)
 
 

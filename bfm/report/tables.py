@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,14 @@ from bfm.laws.frontier import (
     Compare,
     FrontierPoint,
     Gap,
+    Results,
     Row,
-    by_rung,
-    frontiers,
     gap_between,
     goal_of,
     metric_error,
     metric_names,
     metric_value,
     no_answers,
-    rung_bests,
-    rung_ladder,
     rung_rows,
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
@@ -37,26 +33,25 @@ _MARKS = (
 """Ends of cells, and what they mean."""
 
 
-def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = no_answers) -> str:
+def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_answers) -> str:
     """The frontier per metric for a terminal: a line per rung with the best values; N is that of the first metric's.
 
     Under it, what it brings against the rung below, and how many more are within error of it. Below stand the floors,
     the name of the strongest at each metric, and whether the sweep's best is below it.
     """
-    found = frontiers(rows, compare)
+    found = results.frontiers(compare)
     if not found:
         return "no results yet"
     metrics = list(found)
     points = {metric: {point.flops: point for point in found[metric]} for metric in metrics}
     lines: list[list[str]] = []
-    counts = Counter(row["rung_flops"] for row in rung_rows(rows) if row.get("status", "ok") == "ok")
-    for flops in rung_ladder(rows):
+    for flops, finished in results.finished.items():
         cells = [point_text(points[metric].get(flops)) for metric in metrics]
         holder = points[metrics[0]].get(flops)
         size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
-        lines.append([f"C {format_flops(flops)}", str(counts[flops]), size, *cells])
-        here = [points[metric].get(flops) for metric in metrics]
-        told = {"change": [change_text(point) for point in here], "within error": [_more_text(point) for point in here]}
+        lines.append([f"C {format_flops(flops)}", str(len(finished)), size, *cells])
+        at = [points[metric].get(flops) for metric in metrics]
+        told = {"change": [change_text(point) for point in at], "within error": [_more_text(point) for point in at]}
         lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
     for name, values in baselines.items():
         cells = [value_text(values.get(metric, math.nan)) for metric in metrics]
@@ -70,13 +65,10 @@ def frontier_text(rows: Sequence[Row], baselines: Baselines, compare: Compare = 
     return "\n".join([text, *notes, *filter(None, [sweep_verdict(best, baselines, compare)])])
 
 
-def trials_text(rows: Sequence[Row], compare: Compare = no_answers, limit: int = 20) -> str:
+def trials_text(results: Results, compare: Compare = no_answers, limit: int = 20) -> str:
     """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal."""
-    metrics = metric_names(rows)[:3]
-    ordered = trials_in_order(rows)
-    shown = ordered[:limit]
-    reached = {row["rung_flops"] for row in shown}
-    bests = rung_bests([row for row in rows if row["rung_flops"] in reached], metrics[0]) if metrics else {}
+    metrics, ordered = results.metrics[:3], trials_in_order(results)
+    bests = results.bests(metrics[0]) if metrics else {}
     lines = [
         [
             str(row["trial"]),
@@ -87,7 +79,7 @@ def trials_text(rows: Sequence[Row], compare: Compare = no_answers, limit: int =
             *[value_text(metric_value(row, metric), metric_error(row, metric)) for metric in metrics],
             *[behind_text(row, bests.get(row["rung_flops"]), metric, compare) for metric in metrics[:1]],
         ]
-        for row in shown
+        for row in ordered[:limit]
     ]
     against = [f"{metric} to the best there" for metric in metrics[:1]]
     text = ruled(["trial", "reached", "status", "N", "s", *metrics, *against], lines)
@@ -96,13 +88,13 @@ def trials_text(rows: Sequence[Row], compare: Compare = no_answers, limit: int =
     return "\n".join([text, *notes])
 
 
-def spend_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+def spend_text(results: Results, summary: Mapping[str, Any]) -> str:
     """FLOPs and seconds spent per rung, and the cap, for a terminal."""
     lines = []
-    for flops, here in by_rung(rows).items():
+    for flops, here in results.by_rung.items():
         spent = sum(float(row.get("task_flops") or 0.0) for row in here)
         elapsed_s = sum(float(row.get("train_s") or 0.0) for row in here)
-        good = sum(row.get("status", "ok") == "ok" for row in here)
+        good = len(results.finished[flops])
         lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
         lines[-1].append(format_seconds(elapsed_s))
     table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines)
@@ -169,11 +161,11 @@ def failed_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok"]
 
 
-def trials_in_order(rows: Sequence[Row]) -> list[Row]:
+def trials_in_order(results: Results) -> list[Row]:
     """The highest-rung row of each trial: higher rungs first, then the better loss; rows without a value last."""
-    metrics = metric_names(rows)
+    metrics = results.metrics
     highest: dict[str, Row] = {}
-    for here in by_rung(rows).values():
+    for here in results.by_rung.values():
         highest |= {str(row["trial"]): row for row in here}
     if not metrics:
         return list(highest.values())

@@ -23,6 +23,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from bfm.laws.frontier import (
     Compare,
+    Results,
     Row,
     by_rung,
     frontiers,
@@ -265,7 +266,8 @@ class SweepWriter:
         """The frontier as a text table and, where given, the overview figure; closes the file."""
         self._write_waiting()
         self._file.summary(
-            text("frontier", f"<pre>\n{frontier_text(rows, self._baselines, compare)}\n</pre>"), len(rung_rows(rows))
+            text("frontier", f"<pre>\n{frontier_text(Results(rows), self._baselines, compare)}\n</pre>"),
+            len(rung_rows(rows)),
         )
         if overview_png is not None:
             self._file.summary(_image("overview", overview_png), len(rung_rows(rows)))

@@ -1,6 +1,6 @@
 """What a policy may choose from and what it costs, whoever trains it: a space on a log, or a table of known curves.
 
-Enters: configurations as JSON-able mappings, rungs as integer indices. Leaves: proposals, costs, tasks.
+Enters: configurations as JSON-able mappings, rungs as integer indices. Leaves: proposals, costs, places.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bfm.sweep.axes import Axes
+from bfm.sweep.space import Place
 from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task
 
 Config = Mapping[str, Any]
+OPTUNA = "optuna"
+"""Source of the points that Optuna drew."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,9 @@ class Arena(Protocol):
         """Upper bound of what training from a lower rung's trunk (None: from nothing) to a rung's row costs."""
         ...
 
-    def fits(self, config: Config, rung: int, limits: Mapping[str, int]) -> bool:
-        """Whether it may be trained to a rung, after what ran out of memory (SweepState.memory_limits)."""
-        ...
-
-    def scalings(self, config: Config, rung: int, limits: Mapping[str, int]) -> Sequence[dict[str, Any]]:
-        """The ways in which it may be trained there (Task.scaling), fewest workers first."""
-        ...
-
-    def memory(self, task: Task) -> tuple[str, int] | None:
-        """The kind of tier that a task runs at, and the bytes that one of its workers is estimated to need."""
-        ...
-
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """The point of proposal `number`; None where there is no further one."""
+    def places(self, config: Config, rung: int, limits: Mapping[str, int]) -> Sequence[Place]:
+        """The ways in which it may be trained to a rung, fewest workers first; none where all of them are estimated as
+        large as something that ran out of memory (`limits`: SweepState.memory_limits)."""
         ...
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:

@@ -141,7 +141,7 @@ class SweepDriver:
         checked = checked_row(row, task, self.spec.metric.name, needs_trunk=self.arena.climbs(task.config))
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
-            record["memory"] = self.arena.memory(task)
+            record["memory"] = self._memory(task)
         self._write_end(record)
         self._breaker.row()
         self._keep_quota()
@@ -325,12 +325,20 @@ class SweepDriver:
 
     def _ways(self, task: Task) -> list[Task]:
         """A task with each number of workers that pays, most first."""
-        scalings = {
-            way["workers"]: way for way in self.arena.scalings(task.config, task.rung, self.state.memory_limits)
-        }
+        config, rung, limits = task.config, task.rung, self.state.memory_limits
+        # After all of them ran out of memory it goes on as it could before.
+        places = self.arena.places(config, rung, limits) or self.arena.places(config, rung, {})
+        scalings = {place.scaling["workers"]: place.scaling for place in places}
         rows = (self.state.trials[trial].rows[rung] for trial, rung in self.state.arrivals[-_LOOKS_BACK:])
         counts = worthwhile(sorted(scalings), rows, task.config.get("params"), task.reserved_flops)
         return [replace(task, scaling=scalings[workers]) for workers in counts]
+
+    def _memory(self, task: Task) -> tuple[str, int] | None:
+        """The kind of tier that a task ran at, and the bytes that one of its workers was estimated to need; None where
+        the space has no such tier any more."""
+        places = self.arena.places(task.config, task.rung, {})
+        found = (place for place in places if place.scaling["workers"] == task.scaling["workers"])
+        return next(((place.tier.kind, place.needed_bytes) for place in found), None)
 
     def _task(self, trial: Trial, rung: int, from_rung: int | None, tries: int) -> Task:
         """Of a trial, from a lower rung's trunk (None: from nothing); its workers are chosen with its place."""

@@ -129,7 +129,8 @@ def _of_another(values: Mapping[str, Any], protocol_hash: str | None) -> str | N
     """Why a run cannot be compared with those of the sweep; None where it says nothing against it."""
     if protocol_hash and values.get("protocol_hash") and values["protocol_hash"] != protocol_hash:
         return "scored by another protocol"
-    if values.get("flops_version") and int(values["flops_version"]) != FLOPS_VERSION:
+    # A column of texts has "5", one with gaps 5.0.
+    if values.get("flops_version") and values["flops_version"] not in (FLOPS_VERSION, str(FLOPS_VERSION)):
         return "of another version of the objective and of C"
     return None
 
@@ -181,9 +182,7 @@ def _value(parameter: Parameter, value: Any) -> Any:
     for listed in parameter.values:
         if listed == value and not isinstance(listed, bool):
             return listed
-    if parameter.is_whole and value == int(value):
-        return int(value)
-    return float(value)
+    return int(value) if parameter.is_whole and float(value).is_integer() else float(value)
 
 
 def _row(trial: str, run: Run, spec: SweepSpec) -> Record:

@@ -20,16 +20,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic_core import from_json
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json, sha256_bytes
-from bfm.sweep.lease import Lease
 from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
+
+if TYPE_CHECKING:
+    from bfm.sweep.lease import Lease
 
 FOLDER = "ledger"
 VERSION = 2
@@ -184,13 +186,15 @@ def read_ledger(store: Store) -> Replay:
     Raises CorruptError that names the damaged segment, UserError for a ledger of another version.
     """
     with collector_paused():
-        return _read(store)
+        replay = _read(store)
+        replay.records += _records(replay)
+        return replay
 
 
 def read_state(store: Store) -> SweepState:
     """The state of a sweep as its ledger stands; needs no lease. Raises as `read_ledger`."""
     with collector_paused():
-        return SweepState.fold(_read(store).records)
+        return SweepState.fold(_records(_read(store)))
 
 
 # ---------------------------------------------------------------- reading
@@ -210,6 +214,7 @@ class _Segment:
 
 
 def _read(store: Store) -> Replay:
+    """What stands, verified, but for its records."""
     last = _last_number(store)
     numbers = [last]
     while numbers[-1]:
@@ -232,12 +237,17 @@ def _read(store: Store) -> Replay:
             packs.append(_Pack(_covered(number), segment.pack))
             number, expected = number - _covered(number), segment.before_pack
     replay.packs = tuple(reversed(packs))
-    for lines in (block for pack in replay.packs for block in _blocks(pack)):
-        # The parser that comes with pydantic takes a third of the time of `json`, and rounds no whole number.
-        records = from_json(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
-        replay.repeats.restore(records)
-        replay.records += records
     return replay
+
+
+def _records(replay: Replay) -> Iterator[dict[str, Any]]:
+    """The records of the packs, in order: whoever folds them as they come finds them in the CPU's cache."""
+    for lines in (block for pack in replay.packs for block in _blocks(pack)):
+        # The parser that comes with pydantic takes a third of the time of `json`, and rounds no whole number. Values
+        # are seldom seen twice: looking them up among those seen before costs more than it saves.
+        records = from_json(b"[%b]" % lines.replace(b"\n", b","), cache_strings="keys")
+        replay.repeats.restore(records)
+        yield from records
 
 
 def _last_number(store: Store) -> int:
@@ -332,7 +342,7 @@ def _compressed(lines: bytes) -> bytes:
 
 
 def _blocks(pack: _Pack) -> Iterator[bytes]:
-    """The lines of a pack, whole ones, so many at a time that they are parsed where they lie in the CPU's cache."""
+    """The lines of a pack, whole ones without the last one's end, so many at a time that the CPU's cache holds them."""
     if not pack.data:
         return
     stream = pa.BufferReader(pack.data)
@@ -342,4 +352,4 @@ def _blocks(pack: _Pack) -> Iterator[bytes]:
     while block := stream.read(_BLOCK_BYTES):
         lines, end, cut = (cut + block).rpartition(b"\n")
         if end:
-            yield lines + end
+            yield lines

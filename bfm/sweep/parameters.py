@@ -26,6 +26,7 @@ _TYPES = typing.get_type_hints(TrainConfig)
 NAMES = tuple(field.name for field in dataclasses.fields(TrainConfig))
 RANGES = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values")
 Scalar = float | int | bool | str | None
+ConfigKey = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,11 @@ class _Keys:
     max: Any = None
     q: Any = None
     distribution: Literal["constant", "categorical", *RANGES] | None = None  # type: ignore[valid-type]
+
+
+def config_key(config: Mapping[str, Any]) -> ConfigKey:
+    """What equal configurations have in common, in whatever order their keys stand."""
+    return tuple(sorted(config.items()))
 
 
 def check_finite(parameters: tuple[Parameter, ...]) -> None:

@@ -17,13 +17,14 @@ from bfm.sweep.costs import FLOAT_BYTES, STATE_COPIES, CostModel
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet
+from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.training.config import TrainConfig
 from bfm.units import GIB, aligned, format_count, format_flops, format_seconds
 
 Measure = Callable[[TrainConfig, float], float]
 """(configuration, seconds to take) -> training FLOP/s of one worker on this machine."""
 MEASURED_SIZES = 3
+_HEAD = ("rung", "C", "trials", "N", "D", "epochs", "train FLOPs", "share", "eval FLOPs", "memory", "workers", "time")
 Range = tuple[float, float]
 
 
@@ -52,17 +53,6 @@ class RungPlan:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a part of the space cannot be trained."""
-
-    reason: str
-    share: float
-    """Of the draws."""
-    example: str
-    fix: str
-
-
-@dataclass(frozen=True)
 class Plan:
     """A whole sweep."""
 
@@ -75,7 +65,8 @@ class Plan:
     """Entries of lookup tables beside N, of the point with most; their state is in the rungs' memory."""
     feasible_share: float
     """Of the draws from the space."""
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[tuple[float, Rejection], ...]
+    """Why parts of the space cannot be trained: (share of the draws, the first of them)."""
     flops_per_s: tuple[tuple[int, float], ...]
     """(N, measured FLOP/s)."""
     train_s: float | None
@@ -84,7 +75,11 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return asdict(self)
+        refusals = [
+            {"reason": first.reason, "share": share, "example": first.detail, "fix": first.fix}
+            for share, first in self.refusals
+        ]
+        return {**asdict(self), "refusals": refusals}
 
 
 def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, measure_s: float = 20.0) -> Plan:
@@ -96,11 +91,18 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
     points, rejected = feasible.sample
     by_size = sorted(points, key=lambda point: point.cost.params)
     speeds = () if measure is None else _measure(by_size, measure, measure_s)
-    rows = _rows(spec, feasible)
-    rungs = tuple(_rung_plan(feasible, by_size, rung, count, speeds) for rung, count in enumerate(rows))
+    tasks = [
+        [(point, task_flops(spec, point, rung)) for point in by_size if rung in point.rungs]
+        for rung in range(len(spec.budget.ladder_flops))
+    ]
+    rows = _rows(feasible, [round(np.mean([flops for _, flops in here])) for here in tasks])
+    rungs = tuple(
+        _rung_plan(feasible, rung, count, here, speeds)
+        for rung, (count, here) in enumerate(zip(rows, tasks, strict=True))
+    )
     counts = Counter(rejection.reason for rejection in rejected)
     tries = len(points) + len(rejected)
-    examples = {rejection.reason: rejection for rejection in reversed(rejected)}
+    firsts = {rejection.reason: rejection for rejection in reversed(rejected)}
     slowest = min((speed for _, speed in speeds), default=None)
     return Plan(
         name=spec.name,
@@ -110,10 +112,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
         rungs=rungs,
         table_params=max(point.cost.table_params for point in points),
         feasible_share=len(points) / tries,
-        refusals=tuple(
-            Refusal(reason, count / tries, examples[reason].detail, examples[reason].fix)
-            for reason, count in counts.most_common()
-        ),
+        refusals=tuple((count / tries, firsts[reason]) for reason, count in counts.most_common()),
         flops_per_s=speeds,
         train_s=sum(rung.train_s or 0.0 for rung in rungs) if speeds else None,
         worst_s=None if slowest is None else spec.budget.total_flops / slowest / spec.scaling.slots,
@@ -122,21 +121,7 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
 
 def render(sweep: Plan) -> str:
     """The plan as text for a terminal."""
-    head = (
-        "rung",
-        "C",
-        "trials",
-        "N",
-        "D",
-        "epochs",
-        "train FLOPs",
-        "share",
-        "eval FLOPs",
-        "memory",
-        "workers",
-        "time",
-    )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for rung in sweep.rungs:
         rows.append(
             (
@@ -166,9 +151,7 @@ def render(sweep: Plan) -> str:
     if sweep.table_params > min(rung.params[0] for rung in sweep.rungs):
         lines.append(_tables_line(sweep.table_params))
     lines.append(f"{sweep.feasible_share:.0%} of the space is feasible")
-    lines += [
-        f"  {refusal.share:.0%} {refusal.reason} ({refusal.example}): {refusal.fix}" for refusal in sweep.refusals
-    ]
+    lines += [f"  {share:.0%} {first.reason} ({first.detail}): {first.fix}" for share, first in sweep.refusals]
     return "\n".join(lines)
 
 
@@ -180,25 +163,24 @@ def _tables_line(table_params: int) -> str:
     )
 
 
-def _task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
+def task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
     """What a point that climbs rung by rung trains for its row."""
-    return spec.task_flops(point.config.cooldown_fraction, rung, rung - 1 if rung > point.rungs[0] else None)
+    return spec.task_flops(point.config.cooldown_fraction, rung, _below(point, rung))
 
 
-def _probes(spec: SweepSpec, point: Feasible, rung: int) -> int:
-    from_rung = rung - 1 if rung > point.rungs[0] else None
-    return len(spec.probes_between(point.config.cooldown_fraction, rung, from_rung))
+def _below(point: Feasible, rung: int) -> int | None:
+    """The rung whose trunk its row at `rung` goes on from; None where it enters."""
+    return rung - 1 if rung > point.rungs[0] else None
 
 
-def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
-    """Configurations per rung, about: what the policy's shares (or its rule) pay for."""
-    rungs = range(len(spec.budget.ladder_flops))
+def _rows(feasible: FeasibleSet, costs: Sequence[int]) -> Sequence[int]:
+    """Configurations per rung, about: what the policy's shares (or its rule) pay for, at a task's mean FLOPs there."""
+    spec, rungs = feasible.spec, range(len(costs))
     if spec.scheduler.type == "grid":
         points = feasible.sample[0]
-        ends_flops = np.cumsum([sum(_task_flops(spec, point, rung) for rung in point.rungs) for point in points])
+        ends_flops = np.cumsum([sum(task_flops(spec, point, rung) for rung in point.rungs) for point in points])
         number = min(int(np.sum(ends_flops <= spec.budget.total_flops)), spec.budget.max_trials)
         return [sum(rung in point.rungs for point in points[:number]) for rung in rungs]
-    costs = [_mean_task_flops(spec, feasible, rung) for rung in rungs]
     if spec.scheduler.type == "random":
         return [min(spec.budget.max_trials, max(1, spec.budget.total_flops // sum(costs)))] * len(rungs)
     by_shares = spec.scheduler.type in ("frontier", "isoflop-window")
@@ -206,25 +188,27 @@ def _rows(spec: SweepSpec, feasible: FeasibleSet) -> Sequence[int]:
     return allot(costs, spec.budget.total_flops, spec.budget.max_trials, spec.scheduler.eta, shares)
 
 
-def _mean_task_flops(spec: SweepSpec, feasible: FeasibleSet, rung: int) -> int:
-    return round(np.mean([_task_flops(spec, point, rung) for point in feasible.sample[0] if rung in point.rungs]))
-
-
 def _rung_plan(
-    feasible: FeasibleSet, points: Sequence[Feasible], rung: int, trials: int, speeds: Sequence[tuple[int, float]]
+    feasible: FeasibleSet,
+    rung: int,
+    trials: int,
+    tasks: Sequence[tuple[Feasible, int]],
+    speeds: Sequence[tuple[int, float]],
 ) -> RungPlan:
+    """`tasks`: the points that have a row there, with what each trains for it; `speeds`: (N, FLOP/s)."""
     spec = feasible.spec
     rung_flops = spec.budget.ladder_flops[rung]
-    points = [point for point in points if rung in point.rungs]
-    task_flops = [_task_flops(spec, point, rung) for point in points]
+    points, trained_flops = zip(*tasks, strict=True)
+    probes = [spec.probes_between(point.config.cooldown_fraction, rung, _below(point, rung)) for point in points]
     evaluation_flops = [
-        point.cost.evaluation_flops + _probes(spec, point, rung) * point.cost.probe_flops for point in points
+        point.cost.evaluation_flops + len(passed) * point.cost.probe_flops
+        for point, passed in zip(points, probes, strict=True)
     ]
     events = [point.cost.events(rung_flops) for point in points]
     epochs = [point.cost.epochs(rung_flops) for point in points]
     params = [point.cost.params for point in points]
     places = [place for point in points for place in feasible.holding(point.config, point.cost, rung)]
-    task_s = [flops / _speed(size, speeds) for flops, size in zip(task_flops, params, strict=True)] if speeds else []
+    task_s = [flops / _speed(size, speeds) for flops, size in zip(trained_flops, params, strict=True)] if speeds else []
     return RungPlan(
         rung=rung,
         rung_flops=rung_flops,
@@ -232,7 +216,7 @@ def _rung_plan(
         params=(min(params), max(params)),
         events=(min(events), max(events)),
         epochs=(min(epochs), max(epochs)),
-        training_flops=round(trials * float(np.mean(task_flops))),
+        training_flops=round(trials * float(np.mean(trained_flops))),
         evaluation_flops=round(trials * float(np.mean(evaluation_flops))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
         workers=tuple(sorted({place.tier.workers for place in places})),

@@ -1,8 +1,8 @@
-"""The next configuration: Optuna's TPE, random draws or a grid, always inside the feasible set.
+"""What the next configuration may be: Optuna's TPE, random draws or a grid, always inside the feasible set.
 
-Enters: a SweepState and the number of the proposal. Leaves: values of the free parameters with the counted reasons of
+Enters: a SweepState and the number of the proposal. Leaves: points that were not tried yet, with the counted reasons of
 the infeasible draws on the way. Nothing is remembered between calls: Optuna's study is rebuilt in memory from the rows
-of one rung (results at different C are never mixed), and all randomness is seeded by (seed, number, try).
+of one rung (results at different C are never mixed), and all randomness is seeded by (seed, number or era, try).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -26,119 +26,86 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from bfm.sweep.arena import Proposal
-from bfm.sweep.parameters import Parameter
+from bfm.sweep.arena import OPTUNA, Proposal
+from bfm.sweep.parameters import ConfigKey, Parameter, config_key
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import RAN_OUT, Feasible, FeasibleSet, Rejection, binding_bound
+from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.sweep.state import Record, SweepState, Trial, metric_value
-from bfm.training.config import TrainConfig
 
 STARTUP_ROWS = 10
-OPTUNA_TRIES = 300
-RANDOM_TRIES = 5000
 POOL_SIZE = 96
 POOL_ERA = 16
-POOL_OPTUNA_DRAWS = 16
-"""They take away three fifths of the regret, 16 of them a quarter of what 2 leave; without random points beside them it
-is half as high again (benchmarks/candidates.py)."""
 POOL_TRIES = 2000
-_DUPLICATE = "was proposed before"
+MOST_ERAS = 8
+"""So many eras are looked through for a point that was not tried yet."""
 
 
 class Proposer:
     """Proposals of one sweep."""
 
-    def __init__(self, spec: SweepSpec, feasible: FeasibleSet, optuna_draws: int = POOL_OPTUNA_DRAWS) -> None:
-        """`optuna_draws`: so many of a pool's points are TPE's."""
-        self.spec, self.feasible, self._optuna_draws = spec, feasible, optuna_draws
-        self._names = [parameter.name for parameter in spec.free_parameters]
-        self._random: tuple[int, dict[tuple[Any, ...], Proposal], dict[str, int]] = (-1, {}, {})
+    optuna_draws = 16
+    """So many of a pool's points are TPE's. They take away three fifths of the regret, 16 of them a quarter of what 2
+    leave; without random points beside them it is half as high again (benchmarks/candidates.py)."""
 
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """The point of proposal `number`; None where the space has no further one.
-
-        Raises InfeasibleError, naming the bound that binds, where no feasible point is found.
-        """
-        if self.spec.method == "grid":
-            return self._next_of_grid(state, number)
-        seen = {self._key(trial.config) for trial in state.trials.values()}
-        rejected: Counter[str] = Counter()
-        refusals: list[Rejection] = []
-        for source, values in self._draws(state, number):
-            verdict = self.feasible.judge(values, state.memory_limits)
-            if isinstance(verdict, Rejection):
-                rejected[verdict.reason] += 1
-                refusals.append(verdict)
-            elif self._key(verdict.config.as_dict()) in seen:
-                rejected[_DUPLICATE] += 1
-            else:
-                return _proposal(verdict, source, dict(sorted(rejected.items())))
-        if rejected[_DUPLICATE] or rejected[RAN_OUT]:
-            return None
-        raise binding_bound(refusals)
+    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
+        self.spec, self.feasible = spec, feasible
+        self._random: dict[int, tuple[dict[ConfigKey, Proposal], dict[str, int]]] = {}
 
     def pool(self, state: SweepState, number: int) -> tuple[Proposal, ...]:
-        """Feasible points that a policy may choose proposal `number` from: TPE's, which refine, and random ones, which
-        forget no part of the space.
+        """Feasible points that proposal `number` may be chosen from: TPE's, which refine, and random ones, which forget
+        no part of the space; of a grid, its next points in order, or some of all.
 
-        The random ones (of a grid: some of its points) serve POOL_ERA proposals. Empty where the space has no further
-        point; InfeasibleError as in `propose`.
+        The random ones serve POOL_ERA proposals. Empty where no further point was found.
         """
-        seen = {self._key(trial.config) for trial in state.trials.values()}
+        seen = {trial.key for trial in state.trials.values()}
         if self.spec.method == "grid":
-            found = self._grid_pool(seen, number)
-        else:
-            random, rejected = self._random_pool(number // POOL_ERA)
-            found = {key: proposal for key, proposal in random.items() if key not in seen}
-            if number % POOL_ERA == 0:
-                found = {key: replace(proposal, rejected=rejected) for key, proposal in found.items()}
+            return self._grid_pool(seen, number)
+        found: dict[ConfigKey, Proposal] = {}
         for values in self._optuna_pool(state, number):
             verdict = self.feasible.judge(values)
-            if isinstance(verdict, Feasible) and (key := self._key(verdict.config.as_dict())) not in seen:
-                found[key] = _proposal(verdict, "optuna", {})
-        return self._fitting(tuple(found.values()), state.memory_limits)
+            if isinstance(verdict, Feasible):
+                proposal = _proposal(verdict, OPTUNA)
+                found[config_key(proposal.config)] = proposal
+        rejected: dict[str, int] = {}
+        for era in range(number // POOL_ERA, number // POOL_ERA + MOST_ERAS):
+            random, rejected = self._random_pool(era)
+            found = {**random, **found}
+            if found.keys() - seen:
+                break
+        fresh = (proposal for key, proposal in found.items() if key not in seen)
+        # Counted once, with the first proposal of an era.
+        return _counted(fresh, rejected if number % POOL_ERA == 0 else {})
 
-    def _fitting(self, pool: tuple[Proposal, ...], limits: Mapping[str, int]) -> tuple[Proposal, ...]:
-        """Without what is estimated as large as something that ran out of memory; counted with the reason."""
-        if not limits:
-            return pool
-        verdicts = [self.feasible.judge_config(TrainConfig.from_dict(proposal.config), limits) for proposal in pool]
-        kept = [p for p, verdict in zip(pool, verdicts, strict=True) if isinstance(verdict, Feasible)]
-        ran_out = len(pool) - len(kept)
-        return tuple(replace(p, rejected={**p.rejected, RAN_OUT: ran_out}) if ran_out else p for p in kept)
+    def _grid_pool(self, seen: set[ConfigKey], number: int) -> tuple[Proposal, ...]:
+        fresh = [proposal for key, proposal in self._grid.items() if key not in seen]
+        if self.spec.scheduler.type != "grid":
+            order = np.random.default_rng((self.spec.seeds[0], number // POOL_ERA)).permutation(len(fresh))
+            fresh = [fresh[place] for place in sorted(order[:POOL_SIZE])]
+        refused = Counter(refusal.reason for refusal in self.feasible.sample[1])
+        return _counted(fresh[:POOL_SIZE], dict(sorted(refused.items())) if number == 0 else {})
 
-    def _grid_pool(self, seen: set[tuple[Any, ...]], number: int) -> dict[tuple[Any, ...], Proposal]:
-        points, rejected = self.feasible.feasible_grid
-        if not points:
-            raise binding_bound(self.feasible.sample[1])
-        counts = dict(sorted(rejected.items())) if number == 0 else {}
-        fresh = [values for values in points if self._key(self.spec.config(values).as_dict()) not in seen]
-        order = np.random.default_rng((self.spec.seeds[0], number // POOL_ERA)).permutation(len(fresh))
-        found = {}
-        for place in sorted(order[:POOL_SIZE]):
-            verdict = self.feasible.judge(fresh[place])
-            assert isinstance(verdict, Feasible)
-            found[self._key(verdict.config.as_dict())] = _proposal(verdict, "grid", counts)
-        return found
+    @cached_property
+    def _grid(self) -> dict[ConfigKey, Proposal]:
+        proposals = [_proposal(point, "grid") for point in self.feasible.sample[0]]
+        return {config_key(proposal.config): proposal for proposal in proposals}
 
-    def _random_pool(self, era: int) -> tuple[dict[tuple[Any, ...], Proposal], dict[str, int]]:
+    def _random_pool(self, era: int) -> tuple[dict[ConfigKey, Proposal], dict[str, int]]:
         """Random feasible points and the counted reasons of the others: a function of the seed and the era."""
-        if self._random[0] != era:
-            found: dict[tuple[Any, ...], Proposal] = {}
-            refusals: list[Rejection] = []
+        if era not in self._random:
+            found: dict[ConfigKey, Proposal] = {}
+            refused: Counter[str] = Counter()
             for values in islice(self._era_draws(era), POOL_TRIES):
                 verdict = self.feasible.judge(values)
                 if isinstance(verdict, Rejection):
-                    refusals.append(verdict)
+                    refused[verdict.reason] += 1
                 else:
-                    found[self._key(verdict.config.as_dict())] = _proposal(verdict, "random", {})
+                    proposal = _proposal(verdict, "random")
+                    found[config_key(proposal.config)] = proposal
                 if len(found) == POOL_SIZE:
                     break
-            if not found:
-                raise binding_bound(refusals)
-            counts = Counter(refusal.reason for refusal in refusals)
-            self._random = era, found, dict(sorted(counts.items()))
-        return self._random[1], self._random[2]
+            self._random = {before: pool for before, pool in self._random.items() if before > era - MOST_ERAS}
+            self._random[era] = found, dict(sorted(refused.items()))
+        return self._random[era]
 
     def _era_draws(self, era: int) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng((self.spec.seeds[0], era))
@@ -152,33 +119,8 @@ class Proposer:
         rung = self._learning_rung(state, rows)
         if rung is not None:
             study = self._study(state, rows, rung)
-            for attempt in range(self._optuna_draws):
+            for attempt in range(self.optuna_draws):
                 yield self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
-
-    def _next_of_grid(self, state: SweepState, number: int) -> Proposal | None:
-        points, rejected = self.feasible.feasible_grid
-        if not points:
-            raise binding_bound(self.feasible.sample[1])
-        seen = {self._key(trial.config) for trial in state.trials.values()}
-        ran_out: Counter[str] = Counter()
-        for values in points:
-            verdict = self.feasible.judge(values, state.memory_limits)
-            if isinstance(verdict, Rejection):
-                ran_out[verdict.reason] += 1
-            elif self._key(verdict.config.as_dict()) not in seen:
-                counts = (rejected if number == 0 else Counter[str]()) + ran_out
-                return _proposal(verdict, "grid", dict(sorted(counts.items())))
-        return None
-
-    def _draws(self, state: SweepState, number: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        seed = self.spec.seeds[0]
-        rung = self._learning_rung(state, state.rungs) if self.spec.method == "optuna" else None
-        if rung is not None:
-            study = self._study(state, state.rungs, rung)
-            for attempt in range(OPTUNA_TRIES):
-                yield "optuna", self._ask(study, np.random.default_rng((seed, number, attempt)))
-        for attempt in range(RANDOM_TRIES):
-            yield "random", self.feasible.draw(np.random.default_rng((seed, number, attempt)))
 
     def _learning_rung(self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]]) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
@@ -252,9 +194,6 @@ class Proposer:
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)
 
-    def _key(self, config: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(config[name] for name in self._names)
-
 
 def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Record]]:
     """Rows by rung and trial; see SweepState.arrivals_before_proposal."""
@@ -264,8 +203,13 @@ def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Record]]:
     return found
 
 
-def _proposal(point: Feasible, source: str, rejected: dict[str, int]) -> Proposal:
-    return Proposal(point.config.as_dict(), point.cost.params, source, rejected)
+def _proposal(point: Feasible, source: str) -> Proposal:
+    return Proposal(point.config.as_dict(), point.cost.params, source)
+
+
+def _counted(proposals: Iterable[Proposal], rejected: dict[str, int]) -> tuple[Proposal, ...]:
+    """With the counts; the same objects where there is nothing to count, which policies know again."""
+    return tuple(replace(proposal, rejected=rejected) if rejected else proposal for proposal in proposals)
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:

@@ -205,12 +205,9 @@ class SweepSpec:
         start = trunk_flops(ladder[from_rung], cooldown_fraction) - 2 * self.budget.tolerance * ladder[from_rung]
         return ladder[rung] - max(0, math.floor(start))
 
-    def ascent_flops(self, cooldown_fraction: float, rung: int, from_rung: int | None = None) -> int:
+    def ascent_flops(self, cooldown_fraction: float, rung: int) -> int:
         """Cost of climbing rung by rung to `rung`, every rung's row included."""
-        first = 0 if from_rung is None else from_rung + 1
-        return sum(
-            self.task_flops(cooldown_fraction, step, step - 1 if step else None) for step in range(first, rung + 1)
-        )
+        return sum(self.task_flops(cooldown_fraction, step, step - 1 if step else None) for step in range(rung + 1))
 
     def probes_between(self, cooldown_fraction: float, rung: int, from_rung: int | None) -> tuple[int, ...]:
         """The probes that lie on the part of the trunk which a task trains."""

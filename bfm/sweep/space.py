@@ -20,13 +20,13 @@ import numpy as np
 
 from bfm.errors import InfeasibleError, UserError
 from bfm.sweep.costs import ConfigCost, CostModel
+from bfm.sweep.parameters import config_key
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 from bfm.units import GIB, format_count, format_flops
 
-RAN_OUT = "ran out of memory at a smaller estimate"
 SAMPLE_SIZE = 256
 SAMPLE_TRIES = 4096
 _SAMPLE_SEED = 20_260_613
@@ -57,9 +57,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Place:
-    """A tier, and what a configuration is estimated to need of one of its workers."""
+    """A way to train a configuration: a tier, how its task is run there, what a worker is estimated to need."""
 
     tier: Tier
+    scaling: dict[str, Any]
     needed_bytes: int
 
     def ran_out(self, limits: Mapping[str, int]) -> bool:
@@ -74,29 +75,23 @@ class FeasibleSet:
         self.spec, self.costs = spec, costs
         self._places: dict[tuple[Any, ...], list[Place]] = {}
 
-    def judge(self, values: Mapping[str, Any], limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
-        """The verdict on the values of the free parameters.
-
-        `limits`: kind of tier -> the smallest estimate that ran out of memory there (SweepState.memory_limits).
-        """
+    def judge(self, values: Mapping[str, Any]) -> Feasible | Rejection:
+        """The verdict on the values of the free parameters."""
         try:
             config = self.spec.config(values)
         except UserError as error:
             return _from_error("is contradictory", error)
-        return self.judge_config(config, limits)
+        return self.judge_config(config)
 
-    def judge_config(self, config: TrainConfig, limits: Mapping[str, int] | None = None) -> Feasible | Rejection:
-        """The verdict on a whole configuration; `limits` as of `judge`."""
+    def judge_config(self, config: TrainConfig) -> Feasible | Rejection:
+        """The verdict on a whole configuration."""
         try:
             if (too_many := self._negatives(config)) is not None:
                 return too_many
             cost = self.costs.of(config)
         except InfeasibleError as error:
             return _from_error("cannot be built", error)
-        verdict = self._rungs(config, cost)
-        if limits and isinstance(verdict, Feasible):
-            return self._ran_out(verdict, limits) or verdict
-        return verdict
+        return self._rungs(config, cost)
 
     def _rungs(self, config: TrainConfig, cost: ConfigCost) -> Feasible | Rejection:
         rejections = [self._at(config, cost, rung) for rung in range(len(self.spec.budget.ladder_flops))]
@@ -118,7 +113,7 @@ class FeasibleSet:
     def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
         """How a whole configuration may be trained to a rung, fewest workers first: the tiers that hold it and at which
         nothing estimated as small or smaller ran out of memory."""
-        key = (rung, *config.items())
+        key = rung, config_key(config)
         if key not in self._places:
             whole = TrainConfig.from_dict(config)
             self._places[key] = self.holding(whole, self.costs.of(whole), rung)
@@ -128,7 +123,8 @@ class FeasibleSet:
         """The same without limits; never none, because a trial from before the space was changed goes on as it can."""
         tiers = self.spec.tiers_at(self.spec.budget.ladder_flops[rung], cost.params)
         holding = [tier for tier in tiers if self._refuses(config, cost, tier) is None] or tiers[:1]
-        return [Place(tier, memory_bytes(config, cost, tier)) for tier in holding]
+        groups = config.groups_per_step
+        return [Place(tier, tier.scaling(groups), memory_bytes(config, cost, tier)) for tier in holding]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -139,18 +135,6 @@ class FeasibleSet:
         axes = self.spec.free_parameters
         for point in product(*(parameter.grid() for parameter in axes)):
             yield {parameter.name: value for parameter, value in zip(axes, point, strict=True)}
-
-    @cached_property
-    def feasible_grid(self) -> tuple[tuple[dict[str, Any], ...], Counter[str]]:
-        """The feasible points of the grid in order, and the reasons of the others."""
-        feasible, rejected = [], Counter[str]()
-        for values in self.grid():
-            verdict = self.judge(values)
-            if isinstance(verdict, Feasible):
-                feasible.append(values)
-            else:
-                rejected[verdict.reason] += 1
-        return tuple(feasible), rejected
 
     @cached_property
     def sample(self) -> tuple[tuple[Feasible, ...], tuple[Rejection, ...]]:
@@ -238,19 +222,6 @@ class FeasibleSet:
                     detail=f"K = {getattr(config, name)} of {self.costs.num_catalogue} items",
                     key=f"parameters.{name}",
                     fix=f"use at most {self.costs.num_catalogue}",
-                )
-        return None
-
-    def _ran_out(self, point: Feasible, limits: Mapping[str, int]) -> Rejection | None:
-        for rung in point.rungs:
-            places = self.holding(point.config, point.cost, rung)
-            if all(place.ran_out(limits) for place in places):
-                place = places[-1]
-                return Rejection(
-                    reason=RAN_OUT,
-                    detail=f"about {place.needed_bytes / GIB:.3g} GiB; {limits[place.tier.kind] / GIB:.3g} GiB ran out",
-                    key="scaling.tiers",
-                    fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
                 )
         return None
 

@@ -1,6 +1,6 @@
 """The arena of a real sweep: the feasible points of a space on a log, trained at the ladder's C.
 
-Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, tasks (see bfm.sweep.arena).
+Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, places (see bfm.sweep.arena).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
-from bfm.sweep.parameters import Parameter
+from bfm.sweep.parameters import ConfigKey, Parameter, config_key
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet
+from bfm.sweep.space import Feasible, FeasibleSet, Place
 from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
 
 
@@ -31,8 +30,8 @@ class SpaceArena:
         self.spec, self.feasible, self._past = spec, feasible, past
         self._params = [point.cost.params for point in feasible.sample[0]]
         self.proposer = Proposer(spec, feasible)
-        self._rungs: dict[tuple[Any, ...], range] = {}
-        self._pools: dict[tuple[Any, ...], Sequence[Proposal]] = {}
+        self._rungs: dict[ConfigKey, range] = {}
+        self._pool: tuple[int, Sequence[Proposal]] = (-1, ())
 
     @cached_property
     def axes(self) -> Axes:
@@ -46,7 +45,7 @@ class SpaceArena:
 
     def rungs(self, config: Mapping[str, Any]) -> range:
         """From the first rung that has 100 steps and a sensible D/N to the last one."""
-        key = tuple(config.values())
+        key = config_key(config)
         if key not in self._rungs:
             verdict = self.feasible.judge_config(TrainConfig.from_dict(config))
             # A trial from before the space was changed goes where its rows are.
@@ -68,32 +67,15 @@ class SpaceArena:
         """See SweepSpec.task_flops."""
         return self.spec.task_flops(config["cooldown_fraction"], rung, from_rung)
 
-    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
+    def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
         """See Arena."""
-        return not limits or bool(self.feasible.places(config, rung, limits))
-
-    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
-        """See Arena. After all of them ran out of memory, they are those that were there before."""
-        places = self.feasible.places(config, rung, limits) or self.feasible.places(config, rung, {})
-        return [place.tier.scaling(config["groups_per_step"]) for place in places]
-
-    def memory(self, task: Task) -> tuple[str, int] | None:
-        """See Arena; None where the space has no such tier any more."""
-        for place in self.feasible.places(task.config, task.rung, {}):
-            if place.tier.workers == task.scaling["workers"]:
-                return place.tier.kind, place.needed_bytes
-        return None
-
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """See Proposer.propose."""
-        return self.proposer.propose(state, number)
+        return self.feasible.places(config, rung, limits)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
-        """Drawn once per proposal number (and again when memory ran out): decisions in between see the same points.
+        """Drawn once per proposal number: decisions in between see the same points.
 
         It rests on what stood before the last proposal, so a driver that resumes in between draws the same ones.
         """
-        key = number, *sorted(state.memory_limits.items())
-        if key not in self._pools:
-            self._pools = {key: self.proposer.pool(state, number)}
-        return self._pools[key]
+        if self._pool[0] != number:
+            self._pool = number, self.proposer.pool(state, number)
+        return self._pool[1]

@@ -13,9 +13,11 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from bfm.errors import CorruptError
+from bfm.sweep.parameters import ConfigKey, config_key
 
 Record = dict[str, Any]
 DRIVER = "driver"
@@ -40,6 +42,11 @@ class Trial:
     source: str
     rows: dict[int, Record] = field(default_factory=dict)
     """Rung rows by rung index."""
+
+    @cached_property
+    def key(self) -> ConfigKey:
+        """Equal for equal configurations."""
+        return config_key(self.config)
 
 
 @dataclass

@@ -24,9 +24,7 @@ def summarise(state: SweepState) -> dict[str, Any]:
 
     Raises ValueError for a ledger without a spec: nothing was started there.
     """
-    if state.spec is None:
-        raise ValueError("the ledger holds no sweep")
-    spec = from_dict(state.spec)
+    spec = _spec(state)
     budget = spec.budget
     return {
         "name": spec.name,
@@ -60,15 +58,24 @@ def summarise(state: SweepState) -> dict[str, Any]:
     }
 
 
-def life_text(status: Mapping[str, Any]) -> str:
-    """Imports, what is kept, checks and last decisions of `summarise`, for a terminal; empty where there is nothing."""
-    blocks = [_winner_lines(status["winner"])]
-    blocks += [[_import_line(record) for record in status["imports"]], _storage_lines(status["storage"])]
-    blocks.append(checks_lines(status["checks"]))
-    if status["decisions"]:
-        lines = [f"  {_decision_line(decision)}" for decision in status["decisions"]]
+def life_text(state: SweepState) -> str:
+    """The winner, imports, what is kept, checks and last decisions, for a terminal; empty where there is nothing.
+
+    Raises as `summarise`.
+    """
+    spec = _spec(state)
+    blocks = [_winner_lines(winner(state, spec)), [_import_line(record) for record in state.imports]]
+    blocks += [_storage_lines(_storage(state, spec)), checks_lines(state.checks)]
+    if state.decisions:
+        lines = [f"  {_decision_line(decision)}" for decision in state.decisions]
         blocks.append(["last decisions", *lines])
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
+
+
+def _spec(state: SweepState) -> SweepSpec:
+    if state.spec is None:
+        raise ValueError("the ledger holds no sweep")
+    return from_dict(state.spec)
 
 
 def _winner_lines(winner: Mapping[str, Any] | None) -> list[str]:

@@ -6,19 +6,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bfm.files import canonical_json
+from bfm.sweep.parameters import ConfigKey
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
 
 
-def by_config(state: SweepState, rung: int, spec: SweepSpec) -> dict[bytes, tuple[Trial, dict[int, float]]]:
+def by_config(state: SweepState, rung: int, spec: SweepSpec) -> dict[ConfigKey, tuple[Trial, dict[int, float]]]:
     """Configurations with comparable rows at a rung that keep the constraints: the first trial, losses by seed."""
-    found: dict[bytes, tuple[Trial, dict[int, float]]] = {}
+    found: dict[ConfigKey, tuple[Trial, dict[int, float]]] = {}
     for name, row in state.rungs.get(rung, {}).items():
         value = metric_value(row, spec.metric.name, spec.budget.tolerance)
         if value is not None and _keeps(row, spec):
             trial = state.trials[name]
-            found.setdefault(config_key(trial.config), (trial, {}))[1][trial.seed] = spec.metric.loss(value)
+            found.setdefault(trial.key, (trial, {}))[1][trial.seed] = spec.metric.loss(value)
     return found
 
 
@@ -49,8 +49,3 @@ def winner(state: SweepState, spec: SweepSpec) -> dict[str, Any] | None:
 def _keeps(row: Mapping[str, Any], spec: SweepSpec) -> bool:
     values = [(constraint, row["metrics"].get(constraint.metric.name)) for constraint in spec.metric.constraints]
     return all(value is not None and constraint.holds(value) for constraint, value in values)
-
-
-def config_key(config: Mapping[str, Any]) -> bytes:
-    """What equal configurations have in common."""
-    return canonical_json(dict(config))

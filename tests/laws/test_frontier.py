@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from bfm.errors import UserError
 from bfm.laws.frontier import (
     Gap,
+    Results,
     frontier,
     goal_of,
     measured,
     metric_names,
-    rung_bests,
     rung_ladder,
 )
 
@@ -74,7 +74,7 @@ def test_a_row_without_errors_is_within_error_of_nothing():
     assert first.rivals == second.rivals == ()
     assert second.change.value == -1.0
     assert math.isnan(second.change.error)
-    assert {flops: best["trial"] for flops, best in rung_bests(rows, "nll").items()} == {1e9: "a", 4e9: "c"}
+    assert {flops: best["trial"] for flops, best in Results(rows).bests("nll").items()} == {1e9: "a", 4e9: "c"}
 
 
 def test_equal_values_go_to_the_smaller_model():

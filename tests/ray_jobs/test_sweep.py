@@ -12,7 +12,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
@@ -117,7 +116,7 @@ def test_scores_that_cannot_be_read_end_no_sweep(tmp_path) -> None:
     task = {"from_rung": None, "rung": 0, "rung_flops": 1e8, "seed": 0, "config": {"params": 2e3}}
     planted = planted_executor()({**task, "trial": ""}, 0.0) | {"engine": "plain", "workers": 1, "train_s": 1.0}
     other, row = ({**planted, "trial": trial, "scores": "a-0.npz"} for trial in ("t0", "t1"))
-    words = sweep._row_line(row, "nll", SimpleNamespace(rungs={0: {"t0": other, "t1": row}}), Pairing(store))
+    words = sweep._row_line(row, "nll", other, Pairing(store))
     assert "nll 3 " in words
     assert "a-0.npz: truncated or altered" in words
 

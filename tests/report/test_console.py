@@ -1,8 +1,11 @@
 """What a person reads of a validation on the way."""
 
+import random
 from dataclasses import replace
 
-from bfm.report.console import memorising_words, validation_text
+from bfm.laws.frontier import Results
+from bfm.report.console import Leaders, memorising_words, validation_text
+from bfm.sweep.state import SweepState
 from tests.report.planted import VALIDATION
 
 BAD = replace(
@@ -34,3 +37,19 @@ def test_a_model_that_memorises_is_told_so_and_what_to_do():
     assert "memorises: nll is 3.550 \u00b1 0.080 above its best" in warning
     assert "training loss fell by 2.5" in warning
     assert all(word in warning for word in ("fewer epochs", "`dropout`", "`table_weight_decay`", "more data"))
+
+
+def test_a_row_stands_beside_the_best_of_all_that_arrived_before_it():
+    dice, leaders = random.Random(0), Leaders("nll")
+    state, rows = SweepState(), []
+    for number in range(200):
+        rung, status = dice.randrange(3), dice.choice(["ok", "ok", "diverged"])
+        row = {"trial": f"t{number}", "rung": rung, "rung_flops": 4**rung * 1e9, "status": status}
+        row |= {"params": dice.randrange(9), "metrics": {"nll": dice.choice([None, *range(1, 40)])}}
+        state.rungs.setdefault(rung, {})[row["trial"]] = row
+        state.arrivals.append((row["trial"], rung))
+        # Imported rows arrive unasked.
+        if number % 3:
+            before = Results(rows).bests("nll") if rows and Results(rows).metrics else {}
+            assert leaders.beside(row, state) is before.get(row["rung_flops"])
+        rows.append(row)

@@ -22,6 +22,7 @@ from bfm.report.law_sections import estimate_text, headline_table, law_parts, re
 from bfm.report.page import render_report
 from bfm.report.style import svg_text
 from bfm.report.sweep_view import SweepView
+from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
 from tests.report.planted import planted_sweep
 from tests.report.test_report_page import parsed
@@ -228,7 +229,7 @@ def planted_study(tmp_path, monkeypatch):
         (tmp_path / folder / "ledger").mkdir(parents=True)
         (tmp_path / folder / "ledger" / "segment").touch()
         store = Store(tmp_path / folder)
-        views[store.uri] = SweepView(store, rows, {"name": folder, "state": "finished"}, {"checks": []}, {"axis": axis})
+        views[store.uri] = SweepView(store, rows, {"name": folder, "state": "finished"}, SweepState(), {"axis": axis})
         # The shards' facts and floors are not what these tests are about.
         views[store.uri].__dict__["data"] = {"provenance": {}}
     monkeypatch.setattr(study, "read_sweep", lambda location: views[location])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import UserError
-from bfm.laws.frontier import frontier
+from bfm.laws.frontier import Results, frontier
 from bfm.report import figures, style
 from bfm.report.page import render_report, write_report
 from bfm.report.tables import behind_text, trials_in_order
@@ -103,7 +103,7 @@ def test_the_page_tells_differences_on_the_same_queries(sweep):
         f"{point.row['trial']}; N {format_count(point.row['params'])}; {change:+.4f} \u00b1 {error:.4f} against the"
     )
     assert f"<small>{remark} rung below; within error: {point.rivals[0][0]['trial']}" in html
-    second = trials_in_order(sweep["rows"])[1]
+    second = trials_in_order(Results(sweep["rows"]))[1]
     assert f"<small>{behind_text(second, point.row, 'nll', compare)}</small>" in html
     assert "~</small>" not in html
     assert "~</small>" in rendered(sweep)

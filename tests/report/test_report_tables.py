@@ -7,7 +7,7 @@ import math
 
 import pyarrow.parquet as pq
 
-from bfm.laws.frontier import Gap, frontier
+from bfm.laws.frontier import Gap, Results, frontier
 from bfm.report.console import row_words
 from bfm.report.digits import gap_text, value_text
 from bfm.report.runs_file import runs_parquet, runs_table
@@ -57,7 +57,7 @@ def test_digits_follow_the_error():
 
 
 def test_frontier_table_has_a_line_per_rung_and_baseline(sweep):
-    lines = frontier_text(sweep["rows"], sweep["baselines"], compare).splitlines()
+    lines = frontier_text(Results(sweep["rows"]), sweep["baselines"], compare).splitlines()
     rungs = [line for line in lines if line.startswith("C ")]
     assert [line.split()[:2] for line in rungs] == [["C", "1e11"], ["C", "4e11"], ["C", "1.6e12"]]
     start = next(place for place, line in enumerate(lines) if line.startswith("popularity"))
@@ -70,39 +70,39 @@ def test_frontier_table_has_a_line_per_rung_and_baseline(sweep):
     )
     assert ") and above it in nll (" in lines[-1]
     assert max(len(line) for line in lines[:-1]) <= 115
-    assert frontier_text([], sweep["baselines"]) == "no results yet"
-    assert "floor" not in frontier_text(sweep["rows"], {})
+    assert frontier_text(Results([]), sweep["baselines"]) == "no results yet"
+    assert "floor" not in frontier_text(Results(sweep["rows"]), {})
 
 
 def test_the_frontier_tells_what_a_rung_brings_and_who_is_within_error_of_it(sweep):
     rows = sweep["rows"]
     low, high = (frontier(rows, "nll", compare)[place] for place in (1, 2))
-    text = frontier_text(rows, {}, compare)
+    text = frontier_text(Results(rows), {}, compare)
     change = f"{high.value - low.value:+.4f}\u00b1{0.1 * math.hypot(0.021, 0.021):.4f}"
     line = next(line for line in text.splitlines()[::-1] if line.startswith("  change"))
     assert line.split()[1] == change
     assert high.change.value < -4 * high.change.error
     assert "within error: trials less than two standard errors of the difference" in text
     assert "unpaired" not in text
-    wide = frontier_text(rows, {})
+    wide = frontier_text(Results(rows), {})
     assert wide.count(" more~") > text.count(" more")
     assert wide.endswith("~ unpaired, far too wide: a row holds no scores of its queries")
-    lone = frontier_text(rows[:1], {}, compare)
+    lone = frontier_text(Results(rows[:1]), {}, compare)
     assert "change" not in lone
     assert "within" not in lone
 
 
 def test_a_trial_stands_beside_the_best_of_its_rung(sweep):
     rows = sweep["rows"]
-    lines = trials_text(rows, compare, limit=4).splitlines()
+    lines = trials_text(Results(rows), compare, limit=4).splitlines()
     assert lines[0].endswith("nll to the best there")
     assert lines[2].split()[-1] == "best"
-    ordered = trials_in_order(rows)
+    ordered = trials_in_order(Results(rows))
     for line, row in zip(lines[3:6], ordered[1:4], strict=True):
         gap = compare(row, ordered[0], "nll")
         assert f"{gap.value:+.4f} \u00b1 {gap.error:.4f}" in line
         assert line.endswith("within error") == (gap.value <= 2 * gap.error)
-    assert trials_text(rows, limit=4).endswith("unpaired, far too wide: a row holds no scores of its queries")
+    assert trials_text(Results(rows), limit=4).endswith("unpaired, far too wide: a row holds no scores of its queries")
     assert gap_text(Gap(0.0123, math.nan, paired=False)) == "+0.0123"
 
 
@@ -111,23 +111,23 @@ def test_a_finished_row_stands_beside_the_best_of_the_others_at_its_rung(sweep):
     best = min(rows, key=lambda row: row["metrics"]["nll"])
     other = next(row for row in rows if row is not best)
     gap = compare(other, best, "nll")
-    words = row_words(other, "nll", sweep["rows"], compare)
+    words = row_words(other, "nll", best, compare)
     assert f"nll {other['metrics']['nll']:.4g} \u00b1 0.021 ({gap_text(gap)} to {best['trial']})" in words
-    assert " to " not in row_words(best, "nll", [])
+    assert " to " not in row_words(best, "nll")
 
 
 def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
-    ordered = trials_in_order(sweep["rows"])
+    ordered = trials_in_order(Results(sweep["rows"]))
     assert len(ordered) == 24
     assert [row["rung"] for row in ordered[:4]] == [2] * 4
     losses = [row["metrics"]["nll"] for row in ordered[:4]]
     assert losses == sorted(losses)
     assert {row["trial"] for row in ordered[-2:]} == {"t005", "t017"}
-    assert "... and 19 more" in trials_text(sweep["rows"], limit=5)
+    assert "... and 19 more" in trials_text(Results(sweep["rows"]), limit=5)
 
 
 def test_spend_and_failures(sweep):
-    text = spend_text(sweep["rows"], sweep["summary"])
+    text = spend_text(Results(sweep["rows"]), sweep["summary"])
     assert "22       2" in text.splitlines()[2]
     assert text.splitlines()[-1] == "spent 1.09e13 FLOPs of 2.4e13 (45%)"
     reasons = failures_text(sweep["rows"], sweep["summary"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.csv
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from bfm.errors import UserError
+from bfm.model.flops import FLOPS_VERSION
 from bfm.report.page import render_report
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.sweep.driver import run_serial
@@ -108,6 +110,26 @@ def test_runs_of_another_protocol_are_left_out(table, suffix):
     words = import_runs(driver, table(runs, suffix), "here")
     assert [trial.config["params"] for trial in driver.state.trials.values()] == [700, 900]
     assert "scored by another protocol (1)" in words
+
+
+def test_a_number_that_is_none_is_a_reason(table):
+    depths = {"distribution": "int_uniform", "min": 1, "max": 6}
+    spec = make_spec(parameters={**make_spec().as_dict()["parameters"], "aspect": depths})
+    runs = [run(500, 0.004, aspect=value) for value in (2.0, math.nan, math.inf, None, 2.5)]
+    driver = in_memory(spec)
+    import_runs(driver, table(runs, ".parquet"))
+    (counts,) = driver.state.imports
+    assert (counts["rows"], counts["left_out"]) == (2, {"aspect outside the space": 3})
+
+
+@pytest.mark.parametrize("versions", [(FLOPS_VERSION, math.nan, 0.5), (str(FLOPS_VERSION), f"v{FLOPS_VERSION}", "")])
+def test_runs_of_another_version_are_left_out(table, versions):
+    runs = [run(500 + place, 0.004, flops_version=version) for place, version in enumerate(versions)]
+    driver = in_memory(make_spec())
+    import_runs(driver, table(runs, ".parquet"))
+    (counts,) = driver.state.imports
+    others = sum(version not in (FLOPS_VERSION, str(FLOPS_VERSION), "") for version in versions)
+    assert counts["left_out"] == {"of another version of the objective and of C": others}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

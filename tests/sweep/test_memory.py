@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from bfm.sweep.driver import run_serial
-from bfm.sweep.space import RAN_OUT
 from bfm.sweep.state import SweepState
 from tests.sweep.world import execute, in_memory, make_spec
 
@@ -32,7 +31,7 @@ def test_nothing_estimated_larger_is_tried_again_at_that_tier(policy, rungs):
     order = []
 
     def run(task):
-        kind, needed_bytes = driver.arena.memory(task)
+        kind, needed_bytes = driver._memory(task)
         assert needed_bytes < driver.state.memory_limits.get(kind, float("inf"))
         row = too_small(2000, rungs)(task)
         order.append(row["status"])
@@ -49,13 +48,12 @@ def test_nothing_estimated_larger_is_tried_again_at_that_tier(policy, rungs):
     assert SweepState.fold(driver._ledger.records) == state
 
 
-def test_the_reason_is_counted_and_the_limit_is_the_smallest_that_ran_out():
+def test_the_limit_is_the_smallest_that_ran_out():
     driver = in_memory(make_spec(scheduler={"type": "random"}, scaling=TIERS))
     run_serial(driver, too_small(1000, (0, 1, 2)))
     ran_out = [trial for trial in driver.state.trials.values() if trial.rows[max(trial.rows)]["status"] == "oom"]
     sizes = [trial.params for trial in ran_out]
     assert sizes == sorted(sizes, reverse=True)
-    assert driver.state.rejected[RAN_OUT] > 0
     (limit,) = driver.state.memory_limits.values()
     assert limit == min(driver.arena.feasible.places(trial.config, 0, {})[0].needed_bytes for trial in ran_out)
 
@@ -64,10 +62,10 @@ def test_another_tier_has_another_memory():
     driver = in_memory(make_spec(scheduler={"type": "random"}))
     run_serial(driver, too_small(1000, (0, 1, 2)))
     config = next(trial.config for trial in driver.state.trials.values() if trial.rows[0]["status"] == "oom")
-    assert not driver.arena.fits(config, 0, driver.state.memory_limits)
+    assert not driver.arena.places(config, 0, driver.state.memory_limits)
     wider = make_spec(scheduler={"type": "random"}, scaling={"tiers": [{"engine": "deepspeed", "workers": 1}]})
     again = in_memory(wider, driver._ledger.records)
-    assert again.arena.fits(config, 0, again.state.memory_limits)
+    assert again.arena.places(config, 0, again.state.memory_limits)
 
 
 def test_a_space_in_which_all_runs_out_ends():

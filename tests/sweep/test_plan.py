@@ -47,12 +47,14 @@ def test_speed_is_measured_at_three_sizes_within_the_seconds():
 def test_what_is_infeasible_stands_with_its_share_and_fix():
     parameters = {"params": {"distribution": "log_uniform_values", "min": 1000, "max": 1e5}}
     expected = plan(make_spec(parameters=parameters, budget={"ladder_flops": ["1e9"]}), PlantedCosts())
-    refusal, warmup = expected.refusals
+    (share, refusal), (warmup_share, warmup) = expected.refusals
     assert refusal.reason == "fewer than 100 steps at rung 1e9"
     assert warmup.reason == "warmup longer than the trunk of rung 1e9"
     # log(1e5 / 15,152) / log(100) of the draws are too large for 100 steps.
-    assert refusal.share == pytest.approx(0.41, abs=0.06)
-    assert refusal.share + warmup.share + expected.feasible_share == pytest.approx(1)
+    assert share == pytest.approx(0.41, abs=0.06)
+    assert share + warmup_share + expected.feasible_share == pytest.approx(1)
+    told = expected.as_dict()["refusals"][0]
+    assert told == {"reason": refusal.reason, "share": share, "example": refusal.detail, "fix": refusal.fix}
     text = render(expected)
     assert "fewer than 100 steps" in text
     assert refusal.fix in text

@@ -75,11 +75,11 @@ def test_the_grid_is_whole_and_its_reasons_are_counted():
         "window": {"distribution": "q_uniform", "min": 10, "max": 30, "q": 10},
     }
     feasible = FeasibleSet(make_spec(method="grid", parameters=parameters), PlantedCosts())
-    points, rejected = feasible.feasible_grid
+    points, rejected = feasible.sample
     assert len(list(feasible.grid())) == 27
     assert len(points) == 18
-    assert rejected == {"fewer than 100 steps at rung 1e9": 9}
-    assert {point["window"] for point in points} == {10, 20, 30}
+    assert [refusal.reason for refusal in rejected] == ["fewer than 100 steps at rung 1e9"] * 9
+    assert {point.config.window for point in points} == {10, 20, 30}
 
 
 @pytest.fixture(scope="module")

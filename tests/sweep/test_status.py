@@ -7,6 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.csv
 
+from bfm.laws.frontier import Results
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import spend_text
 from bfm.sweep.driver import run_serial
@@ -22,7 +23,7 @@ def test_the_last_decisions_have_their_reasons():
     tasks = [record for record in driver._ledger.records if record["kind"] == "task"]
     assert [decision["task_id"] for decision in status["decisions"]] == [t["task"]["task_id"] for t in tasks[-5:]]
     assert [decision["reason"] for decision in status["decisions"]] == [task["reason"] for task in tasks[-5:]]
-    text = life_text(status)
+    text = life_text(driver.state)
     assert all(task["reason"] in text for task in tasks[-5:])
     assert "trunks kept" not in text
 
@@ -36,11 +37,11 @@ def test_evictions_redone_flops_and_models_above_the_quota_are_told():
     assert storage["quota_bytes"] == 2 * GIB >= storage["trunk_bytes"]
     assert storage["evicted"] == len(state.evicted) == sum(storage["evictions"].values())
     assert storage["models_alone_break_quota"]
-    text = life_text(status)
+    text = life_text(driver.state)
     assert "cooled models of the rows alone take" in text
     assert f"{storage['trunks']} trunks kept, {storage['trunk_bytes'] / GIB:.3g} of 2 GiB" in text
     assert len(storage["evictions"]) <= 5
-    assert "redone for want of evicted trunks" in spend_text(sweep_rows(state), sweep_summary(state))
+    assert "redone for want of evicted trunks" in spend_text(Results(sweep_rows(state)), sweep_summary(state))
 
 
 def test_imports_are_counted_apart(tmp_path):
@@ -50,4 +51,4 @@ def test_imports_are_counted_apart(tmp_path):
     import_runs(driver, tmp_path / "runs.csv")
     status = summarise(driver.state)
     assert (status["trials"], status["imported_trials"]) == (0, 1)
-    assert "imported 1 rows of 1 new trials from runs.csv; left out: no rung within 1 %" in life_text(status)
+    assert "imported 1 rows of 1 new trials from runs.csv; left out: no rung within 1 %" in life_text(driver.state)

@@ -127,5 +127,5 @@ def test_memory_that_ran_out_is_that_of_its_number_of_workers() -> None:
     for _ in range(5):
         task = driver.next_task(lambda task, copies: True)
         assert isinstance(task, Task)
-        assert driver.arena.memory(task)[0] != kind or driver.arena.memory(task)[1] < limit
+        assert driver._memory(task)[0] != kind or driver._memory(task)[1] < limit
         driver.report(task.task_id, execute(task))

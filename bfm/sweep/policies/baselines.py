@@ -12,8 +12,8 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.policies.ground import Step, View, affordable, ascent_flops
+from bfm.sweep.arena import OPTUNA, Arena, Proposal
+from bfm.sweep.policies.ground import Step, View, ascent_flops
 from bfm.sweep.policy import Decision, Propose, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial
@@ -54,23 +54,23 @@ class _Baseline(ABC):
         return self.arena.rungs(proposal.config)[0]
 
     def _start(self, view: View, why: str) -> Decision | None:
-        """The arena's next point at its entry rung."""
-        if not self._may_begin(view):
-            return None
-        proposal = self.arena.propose(view.state, view.state.num_proposals)
-        if proposal is None:
-            return None
-        entry = self._entry(proposal)
-        fits = affordable((step for step in view.entries(proposal) if step.rung == entry), view.available_flops)
-        return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
+        """The arena's next point at its entry rung, Optuna's before others."""
+        pool = self.arena.pool(view.state, view.state.num_proposals) if self._may_begin(view) else ()
+        for proposal in sorted(pool, key=lambda proposal: proposal.source != OPTUNA):
+            if steps := view.entries(proposal):
+                entry = self._entry(proposal)
+                fits = any(step.rung == entry and step.cost_flops <= view.available_flops for step in steps)
+                return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
+        return None
 
 
 class FullLength(_Baseline):
     """Every configuration to its last rung, in the arena's order: a random search, or a grid. Imported runs stay."""
 
     def _next(self, view: View) -> Decision | None:
-        own = [trial for trial in view.paused if trial.number is not None]
-        for step in affordable((step for trial in own for step in view.climbs(trial)[:1]), view.available_flops):
+        own = (view.next_climb(trial) for trial in view.paused if trial.number is not None)
+        step = next(filter(None, own), None)
+        if step is not None:
             return step.decision("every configuration is trained to the end", self.spec.seeds[0])
         owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
@@ -83,7 +83,7 @@ class FullLength(_Baseline):
 
     def _rest(self, trial: Trial, rung: int) -> int:
         """What a trial will still ask for after its task at a rung."""
-        return ascent_flops(self.arena, trial.config, rung, rung + 1, self.arena.rungs(trial.config)[-1])
+        return ascent_flops(self.arena, trial.config, rung, self.arena.rungs(trial.config)[-1])
 
 
 class AshaStop(_Baseline):
@@ -92,16 +92,18 @@ class AshaStop(_Baseline):
     def _next(self, view: View) -> Decision | None:
         eta = self.spec.scheduler.eta
         for trial in view.paused:
-            for step in affordable(view.climbs(trial)[:1], view.available_flops):
-                rung = max(trial.rows)
-                losses = view.losses(rung)
-                own = losses.get(trial.trial)
-                arrived = list(view.state.rungs[rung])
-                before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
-                if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
-                    return step.decision(
-                        f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
-                    )
+            step = view.next_climb(trial)
+            if step is None:
+                continue
+            rung = max(trial.rows)
+            losses = view.losses(rung)
+            own = losses.get(trial.trial)
+            arrived = list(view.state.rungs[rung])
+            before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
+            if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
+                return step.decision(
+                    f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
+                )
         return self._start(view, "no trial goes on; a new one")
 
 
@@ -116,11 +118,9 @@ class AshaPromote(_Baseline):
             quota = int(len(losses) / eta + 1e-9)
             for name in sorted(losses, key=lambda name: losses[name])[:quota]:
                 trial = view.state.trials[name]
-                if name in paused and max(trial.rows) == rung:
-                    for step in affordable(view.climbs(trial)[:1], view.available_flops):
-                        return step.decision(
-                            f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0]
-                        )
+                step = view.next_climb(trial) if name in paused and max(trial.rows) == rung else None
+                if step is not None:
+                    return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0])
         return self._start(view, "no row is among the best of its rung; a new trial")
 
 
@@ -160,8 +160,8 @@ class IsoflopWindow(_Baseline):
                 way = next((step for step in ups if step.rung == rung), None)
                 ways.append((abs(math.log(trial.params / target)), next(numbers), way))
         for proposal in pool:
-            if rung in self.arena.rungs(proposal.config):
-                way = next(step for step in view.entries(proposal) if step.rung == rung)
+            way = next((step for step in view.entries(proposal) if step.rung == rung), None)
+            if way is not None:
                 ways.append((abs(math.log(proposal.params / target)), next(numbers), way))
         near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])
         done = len(list(takewhile(lambda way: way[2] is None, near)))

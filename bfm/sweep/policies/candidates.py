@@ -139,7 +139,7 @@ class Candidates:
         if key not in self._beyond:
             config, top = self._held[slot].config, self._num_rungs - 1
             reaches = top in self.arena.rungs(config)
-            self._beyond[key] = ascent_flops(self.arena, config, key[1], key[1] + 1, top) if reaches else math.inf
+            self._beyond[key] = ascent_flops(self.arena, config, key[1], top) if reaches else math.inf
         return self._beyond[key]
 
     def _of_trial(self, view: View, trial: Trial, num_evicted: int) -> int:

@@ -76,13 +76,14 @@ class FrontierPolicy:
         """See Policy."""
         kept = kept_flops(self.spec, state)
         decision = self._explore(state, available_flops - kept)
-        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1 or self._beliefs.num_rows == 0:
+        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1:
             return decision
         if any(state.trials[name].source != REPLICA for name, _ in state.attempts):
             return decision
-        replica = next_replica(View(self.spec, self.arena, state, available_flops), self._beliefs.noise)
-        if replica is not None or state.attempts:
-            return replica or decision
+        if self._beliefs.num_rows:
+            replica = next_replica(View(self.spec, self.arena, state, available_flops), self._beliefs.noise)
+            if replica is not None or state.attempts:
+                return replica or decision
         # There is no tie to settle: what was kept for it goes where all else goes.
         return self._explore(state, available_flops)
 
@@ -161,7 +162,8 @@ class FrontierPolicy:
 
     def _patience(self, view: View, rung: int, step: Step) -> Wait | None:
         """Hold a step that few like it can follow while much cheaper tasks are running: they may change the choice."""
-        task_flops = self.arena.reserve_flops(step.config, step.first, view.trunk_of(step))
+        trunk = None if step.trial is None else view.state.trunk_below(step.trial.trial, step.first)
+        task_flops = self.arena.reserve_flops(step.config, step.first, trunk)
         left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
         if left > _SCARCE * self.spec.scaling.slots * task_flops:
             return None
@@ -205,7 +207,7 @@ class FrontierPolicy:
         for name, rung in view.meant.items():
             config = view.state.trials[name].config
             if top in self.arena.rungs(config):
-                ways.append(ascent_flops(self.arena, config, rung, rung + 1, top))
+                ways.append(ascent_flops(self.arena, config, rung, top))
         return min(ways, default=math.inf)
 
     def _beside_the_top(self, view: View, ways: Ways, cheapest: float | None) -> Ways:

@@ -6,7 +6,7 @@ the signed metric, and a rung is an integer index.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -103,9 +103,16 @@ class View:
         ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
         return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
 
+    def next_climb(self, trial: Trial) -> Step | None:
+        """The first of them, if it may be reserved."""
+        return next((step for step in self.climbs(trial)[:1] if step.cost_flops <= self.available_flops), None)
+
     def entries(self, proposal: Proposal) -> list[Step]:
-        """A new proposal on its way to each of its rungs."""
-        return self._steps(None, proposal, self.arena.rungs(proposal.config), None)
+        """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
+        rungs, limits = self.arena.rungs(proposal.config), self.state.memory_limits
+        if limits and not all(self.arena.places(proposal.config, rung, limits) for rung in rungs):
+            return []
+        return self._steps(None, proposal, rungs, None)
 
     def _steps(
         self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
@@ -113,7 +120,7 @@ class View:
         config = trial.config if trial is not None else proposal.config if proposal is not None else {}
         limits = self.state.memory_limits
         if limits:
-            ways = list(takewhile(lambda way: self.arena.fits(config, way, limits), ways))
+            ways = list(takewhile(lambda way: self.arena.places(config, way, limits), ways))
         if not self.arena.climbs(config):
             return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
         steps, cost_flops = [], 0
@@ -122,10 +129,6 @@ class View:
             steps.append(Step(trial, proposal, ways[0], way, cost_flops))
             trunk = way
         return steps
-
-    def trunk_of(self, step: Step) -> int | None:
-        """The rung whose trunk a step's first task goes on from."""
-        return None if step.trial is None else self.state.trunk_below(step.trial.trial, step.first)
 
     @cached_property
     def promised_flops(self) -> list[int]:
@@ -145,16 +148,11 @@ class View:
         return [self.state.nominal_flops[rung] + self.promised_flops[rung] for rung in range(self.num_rungs)]
 
 
-def ascent_flops(arena: Arena, config: Config, from_rung: int | None, first: int, rung: int) -> int:
-    """All reservations from a trunk (None: from nothing) over a first task up to a rung."""
-    steps = [step for step in arena.rungs(config) if first <= step <= rung]
+def ascent_flops(arena: Arena, config: Config, from_rung: int, rung: int) -> int:
+    """All reservations from a rung's trunk up to another rung."""
+    steps = [step for step in arena.rungs(config) if from_rung < step <= rung]
     total = 0
     for step in steps if arena.climbs(config) else steps[-1:]:
         total += arena.reserve_flops(config, step, from_rung)
         from_rung = step
     return total
-
-
-def affordable(steps: Iterable[Step], available_flops: int) -> list[Step]:
-    """Steps whose whole way may be reserved."""
-    return [step for step in steps if step.cost_flops <= available_flops]

@@ -13,7 +13,7 @@ from bfm.sweep.policies.ground import View
 from bfm.sweep.policy import Propose
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
-from bfm.sweep.winner import by_config, config_key
+from bfm.sweep.winner import by_config
 
 REPLICA = "replica"
 _MOST = 3
@@ -44,7 +44,7 @@ def next_replica(view: View, noise: float) -> Propose | None:
         return None
     for key in near:
         trial = groups[key][0]
-        begun = {other.seed for other in view.state.trials.values() if config_key(other.config) == key}
+        begun = {other.seed for other in view.state.trials.values() if other.key == key}
         for seed in view.spec.seeds:
             cost_flops = view.arena.reserve_flops(trial.config, top, None)
             if seed not in begun and cost_flops <= view.available_flops:

@@ -112,17 +112,15 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 def _train(
     recipe: Recipe, sizes: Swept, shards: str, storage: str, seed: int, observer: Observer | None
 ) -> Mapping[str, Any]:
-    config = TrainConfig.from_dict(recipe.config)
     tier = sizes.spec.tiers_at(recipe.flops, recipe.params.estimate)[0]
-    groups = {size for size in range(1, tier.micro_groups + 1) if config.groups_per_step % size == 0}
     row = train_single(
-        config,
+        TrainConfig.from_dict(recipe.config),
         seed,
         shards,
         storage,
         flops=recipe.flops,
         queries=sizes.spec.data.evaluation_queries,
-        scaling={"micro_groups": max(groups)},
+        scaling={"micro_groups": tier.micro_groups},
         observer=observer,
     )
     if row["status"] != "ok" or not math.isfinite(metric_value(row, recipe.metric)):

@@ -75,21 +75,42 @@ def run_name(row: Row) -> str:
     return f"{row['trial']} at {float(row['rung_flops']):g}"
 
 
+@dataclass(frozen=True)
+class _Law:
+    """How a setting is fitted on its own sweep; what is called how: the optimum at a C, its power of C, the column."""
+
+    fit: Callable[[Runs], LawFit]
+    optimum: str
+    power: str
+    column: str
+
+
+_LAWS = {
+    SHARE: _Law(fit_share, optimum="s_opt", power="share", column="share"),
+    NEGATIVES: _Law(fit_negatives, optimum="K_opt", power="K", column="negatives"),
+}
+
+
 def choose_share(evidence: Evidence, sizes: Swept, metric: str, flops: float) -> Choice:
     """s: from the share law, else the median of the best runs at the top rung."""
+    found = _by_law(SHARE, evidence, metric, flops)
+    if isinstance(found, Choice):
+        return found
     best = sizes.top_runs(metric)
-    fallback = statistics.median(float(row["embedder_share"]) for row in best)
-    return _choose(
-        SHARE, evidence.on(SHARE), metric, flops, fit_share, _Names("s_opt", "share", "share"), best, fallback
-    )
+    return _unscaled(SHARE, statistics.median(float(row["embedder_share"]) for row in best), best, found)
 
 
 def choose_negatives(evidence: Evidence, sizes: Swept, metric: str, flops: float) -> Choice:
     """K: from the negatives law, else that of the best run at the top rung (0 where it has one stage)."""
+    found = _by_law(NEGATIVES, evidence, metric, flops)
+    if isinstance(found, Choice):
+        return found
     best = sizes.top_runs(metric)[:1]
-    fallback = float(best[0]["config"].get("negatives") or 0)
-    sweep = evidence.on(NEGATIVES)
-    return _choose(NEGATIVES, sweep, metric, flops, fit_negatives, _Names("K_opt", "K", "negatives"), best, fallback)
+    kept = _unscaled(NEGATIVES, float(best[0]["config"].get("negatives") or 0), best, found)
+    if kept.value:
+        return kept
+    source = "one stage, as the best run at the top rung"
+    return dataclasses.replace(kept, source=source, note=f"{found}: K = 0, stage 1 only")
 
 
 def choose_batch(evidence: Evidence, sizes: Swept, metric: str) -> tuple[Choice, BatchRule]:
@@ -111,12 +132,12 @@ def choose_batch(evidence: Evidence, sizes: Swept, metric: str) -> tuple[Choice,
         except UserError as error:
             reason = f"the critical batch cannot be fitted ({error.what})"
         else:
-            exponent, scale = (law.parameters.get(f"gain_halving_{part}") for part in ("exponent", "coefficient"))
-            if exponent is not None and scale is not None and math.isfinite(exponent.high - exponent.low):
-                critical = scale.estimate * params**exponent.estimate
-                share = min(1.0, batch / critical)
+            power = _power(law, "gain_halving")
+            if power is not None:
+                scale, exponent = power
+                share = min(1.0, batch / (scale * params**exponent))
                 source = f"{share:.3g} of the critical batch (that needs twice the least events), as {words}"
-                rule = BatchRule(share * scale.estimate, exponent.estimate)
+                rule = BatchRule(share * scale, exponent)
                 return Choice(BATCH, rule.at(params), source, by_law=True, runs=names), rule
             reason = "the runs do not tell how the critical batch grows with N"
     note = f"{reason}: batch {batch:.4g} is {words}, not scaled at all"
@@ -135,56 +156,46 @@ def choose_rate(sizes: Swept, metric: str) -> Choice:
     return Choice(name, ratio, source, runs=tuple(run_name(row) for row in best))
 
 
-@dataclass(frozen=True)
-class _Names:
-    """How a law calls its optimum, the parameters of its power law in C, and its column of the runs."""
+def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice | str:
+    """The optimum at a C by the law of the setting's own sweep, or why there is none.
 
-    optimum: str
-    power: str
-    column: str
-
-
-def _choose(
-    name: str,
-    sweep: Swept | None,
-    metric: str,
-    flops: float,
-    fit: Callable[[Runs], LawFit],
-    names: _Names,
-    best: Sequence[Row],
-    fallback: float,
-) -> Choice:
-    words = name.replace("_", " ")
+    By the law's power of C where its exponent is bounded, else the highest bracketed optimum.
+    """
+    words, names, sweep = name.replace("_", " "), _LAWS[name], evidence.on(name)
     if sweep is None:
-        reason = f"no sweep of the {words}"
-    else:
-        try:
-            runs = from_rows(sweep.rows, metric, source=sweep.folder)
-            law = fit(runs)
-        except UserError as error:
-            reason = f"the {words} law cannot be fitted ({error.what})"
-        else:
-            found = _at(law, names, flops)
-            if found is not None:
-                return _within(Choice(name, *found, by_law=True, runs=runs.names), runs[names.column])
-            reason = f"the runs do not identify the {words} law"
-    source = f"{_taken(best)} at the top rung"
-    note = f"{reason}: {words} {fallback:.4g} is {source}, not scaled with C"
-    if name == NEGATIVES and not fallback:
-        source, note = "one stage, as the best run at the top rung", f"{reason}: K = 0, stage 1 only"
-    return Choice(name, fallback, source, note=note, runs=tuple(map(run_name, best)))
-
-
-def _at(law: LawFit, names: _Names, flops: float) -> tuple[float, str] | None:
-    """The optimum at a C: by the law's power of C where its exponent is bounded, else the highest bracketed one."""
-    exponent, scale = (law.parameters.get(f"{names.power}_{part}") for part in ("exponent", "coefficient"))
-    if exponent is not None and scale is not None and math.isfinite(exponent.high - exponent.low):
-        return scale.estimate * flops**exponent.estimate, f"the {law.law} law in C"
+        return f"no sweep of the {words}"
+    try:
+        runs = from_rows(sweep.rows, metric, source=sweep.folder)
+        law = names.fit(runs)
+    except UserError as error:
+        return f"the {words} law cannot be fitted ({error.what})"
+    power = _power(law, names.power)
     bracketed = [budget for budget in law.budgets if budget.bracketed and names.optimum in budget.optima]
-    if not bracketed:
+    if power is not None:
+        scale, exponent = power
+        value, source = scale * flops**exponent, f"the {law.law} law in C"
+    elif bracketed:
+        top = max(bracketed, key=lambda budget: budget.flops)
+        value = top.optima[names.optimum].estimate
+        source = f"the optimum at {format_flops(top.flops)}, the highest bracketed one"
+    else:
+        return f"the runs do not identify the {words} law"
+    return _within(Choice(name, value, source, by_law=True, runs=runs.names), runs[names.column])
+
+
+def _power(law: LawFit, name: str) -> tuple[float, float] | None:
+    """(coefficient, exponent) of a power law; None where the runs do not bound the exponent."""
+    scale, exponent = (law.parameters.get(f"{name}_{part}") for part in ("coefficient", "exponent"))
+    if scale is None or exponent is None or not math.isfinite(exponent.high - exponent.low):
         return None
-    top = max(bracketed, key=lambda budget: budget.flops)
-    return top.optima[names.optimum].estimate, f"the optimum at {format_flops(top.flops)}, the highest bracketed one"
+    return scale.estimate, exponent.estimate
+
+
+def _unscaled(name: str, value: float, best: Sequence[Row], reason: str) -> Choice:
+    """What the best runs at the top rung have."""
+    words, source = name.replace("_", " "), f"{_taken(best)} at the top rung"
+    note = f"{reason}: {words} {value:.4g} is {source}, not scaled with C"
+    return Choice(name, value, source, note=note, runs=tuple(map(run_name, best)))
 
 
 def _within(choice: Choice, swept_R: np.ndarray) -> Choice:

@@ -1,7 +1,7 @@
 """What a recipe rests on: the sweeps of a folder with their axes, and which of their rows a law of sizes may see.
 
-Enters: the folder of one sweep, or of a study (a study.yaml whose `sweeps` are folders of sweeps, relative to its own).
-Leaves: sweeps with their specs and rung rows, all of one evaluation protocol.
+Enters: the folder of one sweep, or of a study (bfm.sweep.study). Leaves: sweeps with their specs and rung rows, all of
+one evaluation protocol.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from bfm.laws.frontier import Row, goal_of, measured, metric_names, metric_value
 from bfm.sweep.ledger import read_state
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
-from bfm.yaml import parse_yaml
+from bfm.sweep.study import by_axis, is_study, joined, study_folders
 
-STUDY_FILE = "study.yaml"
 ALLOCATION = "allocation"
 BINS_PER_DECADE = 4
 """Of N, in the lower envelope of a sweep that also searched other settings."""
@@ -30,11 +29,14 @@ class Swept:
     """One sweep, as far as it has come."""
 
     folder: str
-    axis: str | None
-    """What it was run to find: embedder_share, batch, allocation, negatives; None: everything at once."""
     spec: SweepSpec
     rows: tuple[Row, ...] = field(repr=False)
     """Rung rows and probe rows."""
+
+    @property
+    def axis(self) -> str | None:
+        """What it was run to find: embedder_share, batch, allocation, negatives; None: everything at once."""
+        return self.spec.axis
 
     def searched(self, name: str) -> bool:
         """Whether the space leaves a setting free."""
@@ -92,11 +94,11 @@ def read_evidence(folder: str) -> Evidence:
     Raises UserError where there is none, where none has a row, or where rows are of several protocols; CorruptError
     where a ledger is damaged.
     """
-    store = Store(folder)
-    places = study_folders(store, folder) if store.exists(STUDY_FILE) else [""]
+    root = folder.rstrip("/")
+    places = study_folders(Store(folder), folder) if is_study(folder) else [""]
     found, waiting = [], []
     for place in places:
-        sweep = _read_sweep(f"{folder.rstrip('/')}/{place}" if place else folder)
+        sweep = _read_sweep(f"{root}/{place}" if place else folder)
         if sweep is not None and metric_names(sweep.rows):
             found.append(sweep)
         elif sweep is None and not place:
@@ -115,22 +117,11 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
-    return Evidence(folder, _by_axis(found), tuple(waiting))
-
-
-def _by_axis(found: Sequence[Swept]) -> tuple[Swept, ...]:
-    """Sweeps of one axis as one, which stands where the first does; trials of several are named by their folder too."""
-    groups: dict[str, list[Swept]] = {}
-    for sweep in found:
-        groups.setdefault(sweep.axis or sweep.folder, []).append(sweep)
-    return tuple(group[0] if len(group) == 1 else _joined(group) for group in groups.values())
-
-
-def _joined(sweeps: Sequence[Swept]) -> Swept:
-    rows = [
-        {**row, "trial": f"{sweep.folder.rsplit('/', 1)[-1]}/{row['trial']}"} for sweep in sweeps for row in sweep.rows
-    ]
-    return replace(sweeps[0], rows=tuple(rows))
+    sweeps = tuple(
+        replace(group[0], rows=tuple(joined([(sweep.folder.removeprefix(f"{root}/"), sweep.rows) for sweep in group])))
+        for group in by_axis(found).values()
+    )
+    return Evidence(folder, sweeps, tuple(waiting))
 
 
 def best_quarter(ranked: Sequence[Row]) -> list[Row]:
@@ -164,18 +155,9 @@ def seed_noise(rows: Iterable[Row], metric: str) -> tuple[float, int]:
     return math.sqrt(squares / free), free
 
 
-def study_folders(store: Store, folder: str) -> list[str]:
-    """The folders that a study's file names, relative to it. Raises UserError where it names none."""
-    file = f"{folder.rstrip('/')}/{STUDY_FILE}"
-    places = parse_yaml(store.get(STUDY_FILE).decode(), file=file).get("sweeps")
-    if not isinstance(places, list) or not places or not all(isinstance(place, str) for place in places):
-        raise UserError("is no list of folders", file=file, key="sweeps", fix="write sweeps: [allocation, batch]")
-    return places
-
-
 def _read_sweep(folder: str) -> Swept | None:
     state = read_state(Store(folder))
     if state.spec is None:
         return None
     rows = [row for rung in sorted(state.rungs) for row in state.rungs[rung].values()]
-    return Swept(folder, state.spec.get("axis"), from_dict(state.spec), (*rows, *state.probes))
+    return Swept(folder, from_dict(state.spec), (*rows, *state.probes))

@@ -58,32 +58,6 @@ class Expectation:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """What a second stage changes, as a factor of the loss; 1 where the fitted rows have the same stages."""
-
-    factor: float = 1.0
-
-    @classmethod
-    def measured(cls, surface: Surface, rows: Sequence[Row], metric: str) -> Shift:
-        """Median over rows of a second stage against what the surface expects of their N and D."""
-        factors = []
-        for row in rows:
-            expected = surface.mean(row["params"], row["events"], row["unique_events"]).estimate
-            factors.append(_loss(metric, metric_value(row, metric)) / _loss(metric, expected))
-        return cls(statistics.median(factors))
-
-    def of(self, value: Estimate, metric: str) -> Estimate:
-        """The shifted value; the interval holds it with the shift and without."""
-        if self.factor == 1.0:
-            return value
-        moved = [self._move(end, metric) for end in (value.estimate, value.low, value.high)]
-        return Estimate(moved[0], min(value.low, *moved[1:]), max(value.high, *moved[1:]))
-
-    def _move(self, value: float, metric: str) -> float:
-        return float(from_loss(metric, self.factor * _loss(metric, value)))
-
-
-@dataclass(frozen=True)
 class Trend:
     """A line through the best values of the rungs: log of a loss, logit of a bounded metric, against log C.
 
@@ -140,10 +114,22 @@ def surface_of(runs: Runs) -> tuple[Surface | None, str]:
         return None, f"{error.what}; {error.fix}" if error.fix else error.what
 
 
+def stage_factor(surface: Surface, rows: Sequence[Row], metric: str) -> float:
+    """What a second stage makes of the loss: median over its rows against what the surface expects of their N and D."""
+    factors = []
+    for row in rows:
+        expected = surface.mean(row["params"], row["events"], row["unique_events"]).estimate
+        factors.append(_loss(metric, metric_value(row, metric)) / _loss(metric, expected))
+    return statistics.median(factors)
+
+
 def by_surface(
-    surface: Surface, runs: Runs, configurations: Configurations, flops: float, shift: Shift
+    surface: Surface, runs: Runs, configurations: Configurations, flops: float, factor: float = 1.0
 ) -> Expectation | str:
-    """The size of best expected metric; or why the surface cannot say it."""
+    """The size of best expected metric; or why the surface cannot say it.
+
+    `factor` is what stages that the fitted rows do not have make of the loss.
+    """
     metric = runs.metric
     points, rejected = _sizes(runs, configurations, flops)
     sign = 1.0 if goal_of(metric) == "minimize" else -1.0
@@ -166,9 +152,9 @@ def by_surface(
         point=point,
         params=size,
         source="the surface L(N, D) at this log's costs",
-        predicted=shift.of(predicted, metric),
+        predicted=_shifted(predicted, factor, metric),
         predicted_by="the surface L(N, D)",
-        fresh=shift.of(surface.predict(params, events, events), metric) if told else None,
+        fresh=_shifted(surface.predict(params, events, events), factor, metric) if told else None,
         notes=tuple(notes),
         warnings=surface.fit.warnings,
     )
@@ -231,6 +217,15 @@ def _data(point: Feasible, flops: float) -> tuple[float, float, float]:
     """(N, D, unique events) of a point at a C."""
     events = point.cost.events(flops)
     return float(point.cost.params), events, min(events, float(point.cost.epoch_events))
+
+
+def _shifted(value: Estimate, factor: float, metric: str) -> Estimate:
+    """With a factor on the loss; the interval holds the value with it and without."""
+    if factor == 1.0:
+        return value
+    ends = (value.estimate, value.low, value.high)
+    moved = [float(from_loss(metric, factor * _loss(metric, end))) for end in ends]
+    return Estimate(moved[0], min(value.low, *moved[1:]), max(value.high, *moved[1:]))
 
 
 def _lowest(value: Callable[[int], float], count: int) -> int:

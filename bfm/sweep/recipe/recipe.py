@@ -29,7 +29,7 @@ from bfm.sweep.recipe.choices import (
     choose_share,
 )
 from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, Swept, envelope, seed_noise
-from bfm.sweep.recipe.expectation import Expectation, Shift, by_surface, by_trend, surface_of
+from bfm.sweep.recipe.expectation import Expectation, by_surface, by_trend, stage_factor, surface_of
 from bfm.units import format_flops
 
 MANY_EPOCHS = 4.0
@@ -139,7 +139,7 @@ def _expect(
     best, sweep = sizes.top_runs(metric)[0], evidence.on(NEGATIVES)
     own = float(best["config"].get("negatives") or 0)
     surface, reason = surface_of(runs)
-    plain = reason if surface is None else by_surface(surface, runs, configurations(best, own), flops, Shift())
+    plain = reason if surface is None else by_surface(surface, runs, configurations(best, own), flops)
     if surface is None or isinstance(plain, str):
         found = by_trend(sizes, runs, configurations(best, own), flops, str(plain))
         kept = _kept(law, own, "what a second stage brings cannot be held against one stage")
@@ -147,7 +147,8 @@ def _expect(
     if not law.by_law or sweep is None:
         return law, plain
     rows = sweep.top_runs(metric)
-    two = by_surface(surface, runs, configurations(rows[0], law.value), flops, Shift.measured(surface, rows, metric))
+    factor = stage_factor(surface, rows, metric)
+    two = by_surface(surface, runs, configurations(rows[0], law.value), flops, factor)
     if isinstance(two, str) or not two.beats(plain, metric):
         return _kept(law, own, "a second stage promises no better value"), plain
     note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"
@@ -172,10 +173,12 @@ def _recipe(
     rungs = sizes.rungs(metric)
     errors = [metric_error(row, metric) for rows in rungs.values() for row in rows]
     known = [error for error in errors if math.isfinite(error)]
-    seeds, _ = seed_noise([row for sweep in evidence.sweeps for row in sweep.rows], metric)
+    noise, _ = seed_noise([row for sweep in evidence.sweeps for row in sweep.rows], metric)
     epochs = cost.epochs(flops)
+    flops_beyond, params_beyond = flops / max(rungs), cost.params / float(runs["params"].max())
+    choice_notes = [choice.note for choice in choices if choice.note]
     hashes = {row["protocol_hash"] for rows in rungs.values() for row in rows if row.get("protocol_hash")}
-    recipe = Recipe(
+    return Recipe(
         flops=flops,
         metric=metric,
         config=config.as_dict(),
@@ -193,18 +196,14 @@ def _recipe(
         predicted_by=found.predicted_by,
         epochs=epochs,
         fresh=found.fresh,
-        flops_beyond=flops / max(rungs),
-        params_beyond=cost.params / float(runs["params"].max()),
-        seed_noise=seeds,
+        flops_beyond=flops_beyond,
+        params_beyond=params_beyond,
+        seed_noise=noise,
         evaluation_noise=statistics.median(known) if known else math.nan,
         rests_on=_rests_on(evidence, sizes, runs, choices),
-        notes=(),
-        warnings=(),
+        notes=(*found.notes, *choice_notes, *_notes(evidence, sizes, found, noise, epochs)),
+        warnings=(*_warnings(metric, found, flops_beyond, params_beyond, epochs), *found.warnings),
         protocol_hash=next(iter(hashes), None),
-    )
-    notes = [*found.notes, *(choice.note for choice in choices if choice.note)]
-    return dataclasses.replace(
-        recipe, notes=tuple(notes + _notes(recipe, sizes, evidence)), warnings=(*_warnings(recipe), *found.warnings)
     )
 
 
@@ -227,33 +226,31 @@ def _rests_on(evidence: Evidence, sizes: Swept, runs: Runs, choices: tuple[Choic
     return rests
 
 
-def _notes(recipe: Recipe, sizes: Swept, evidence: Evidence) -> list[str]:
+def _notes(evidence: Evidence, sizes: Swept, found: Expectation, noise: float, epochs: float) -> list[str]:
     notes = []
     if sizes.axis != ALLOCATION:
         notes.append(
             "the sweep searched other settings together with N: sizes are compared by the best row of each rung and "
             "quarter of a decade of N, which holds luck as well as merit"
         )
-    if math.isnan(recipe.seed_noise):
+    if math.isnan(noise):
         notes.append("no replicate seeds: how much of the noise is the seed's cannot be told")
-    if recipe.fresh is None and recipe.epochs > 1:
+    if found.fresh is None and epochs > 1:
         notes.append("the runs cannot tell what a repeated event is worth, nor what more data would buy")
     if evidence.waiting:
         notes.append(f"without rows so far: {', '.join(evidence.waiting)}")
     return notes
 
 
-def _warnings(recipe: Recipe) -> list[str]:
+def _warnings(metric: str, found: Expectation, flops_beyond: float, params_beyond: float, epochs: float) -> list[str]:
     warnings = []
-    if recipe.flops_beyond > FAR:
-        warnings.append(
-            f"C is {recipe.flops_beyond:.3g} times the highest rung: the prediction is far from what was run"
-        )
-    if recipe.params_beyond > FAR:
-        warnings.append(f"N is {recipe.params_beyond:.3g} times the largest fitted one")
-    if recipe.epochs > MANY_EPOCHS:
-        buys = "" if recipe.fresh is None else f"; fresh events would give {recipe.metric} {recipe.fresh.estimate:.4g}"
-        warnings.append(f"{recipe.epochs:.3g} epochs over this log{buys}: more data would serve better")
+    if flops_beyond > FAR:
+        warnings.append(f"C is {flops_beyond:.3g} times the highest rung: the prediction is far from what was run")
+    if params_beyond > FAR:
+        warnings.append(f"N is {params_beyond:.3g} times the largest fitted one")
+    if epochs > MANY_EPOCHS:
+        buys = "" if found.fresh is None else f"; fresh events would give {metric} {found.fresh.estimate:.4g}"
+        warnings.append(f"{epochs:.3g} epochs over this log{buys}: more data would serve better")
     return warnings
 
 

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.metric import Selection
-from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
-from bfm.sweep.simulator.fleet import Cluster, Fleet
-from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
+from bfm.sweep.simulator.fleet import Fleet
+from bfm.sweep.simulator.run import Progress, Timeline, decision_ms, run_all, simulate
 from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
 from bfm.sweep.state import SweepState
 from bfm.units import aligned
@@ -31,7 +29,7 @@ LOSS = Selection("loss")
 
 @dataclass(frozen=True)
 class Contest:
-    """What the policies compete in."""
+    """What the policies compete in; what none of them could run is a UserError."""
 
     curves: tuple[Curve, ...]
     rungs_flops: tuple[int, ...]
@@ -43,8 +41,7 @@ class Contest:
     max_retries: int = 2
     fleet: Fleet = field(default_factory=Fleet)
 
-    def check(self) -> None:
-        """Raises UserError for what no policy could run."""
+    def __post_init__(self) -> None:
         ladder = self.rungs_flops
         if not ladder or min(ladder) <= 0:
             raise UserError("a rung needs FLOPs", key="--rungs", fix="write numbers above 0")
@@ -104,22 +101,13 @@ def compete(
     contest: Contest,
     policies: Sequence[str],
     seeds: Sequence[int],
-    progress: Callable[[str, float], None] = lambda words, share: None,
+    progress: Progress = lambda words, share: None,
 ) -> list[Standing]:
-    """All policies on the same subsets. Raises UserError as `Contest.check`."""
-    contest.check()
-    if not policies:
-        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
+    """All policies on the same subsets. Raises UserError for a subset or a budget of nothing."""
     if "isoflop-window" in policies and all(curve.params == UNKNOWN_SIZE for curve in contest.curves):
         raise UserError("isoflop-window needs the size of models", key="--params-column", fix="name the column of N")
-    standings = []
-    for place, policy in enumerate(policies):
-        entries = []
-        for number, seed in enumerate(seeds):
-            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
-            entries.append(enter(contest, policy, seed))
-        standings.append(Standing(policy, tuple(entries)))
-    return standings
+    entries = run_all(partial(enter, contest), policies, seeds, progress)
+    return [Standing(policy, tuple(own)) for policy, own in zip(policies, entries, strict=True)]
 
 
 def enter(contest: Contest, policy: str, seed: int) -> Entry:
@@ -132,11 +120,11 @@ def enter(contest: Contest, policy: str, seed: int) -> Entry:
     budget_flops = int(contest.budget_fraction * arena.full_flops(contest.rungs_flops[-1]))
     if arena.num_points == 0:
         raise UserError("no configuration of a subset reaches a rung", key="--subset", fix="draw a larger share")
+    if budget_flops < 1:
+        raise UserError("leaves less than 1 FLOP", key="--budget-fraction", fix="write e.g. 0.15")
     spec = contest_spec(contest, policy, budget_flops, seed)
-    cluster = Cluster(contest.fleet, rng)
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
-    timeline = run_fleet(driver, arena.execute, cluster)
-    return Entry(arena.regrets(driver.state), budget_flops, driver.state.spent_flops, timeline, driver.state)
+    state, timeline = simulate(spec, arena, arena.execute, contest.fleet, rng)
+    return Entry(arena.regrets(state), budget_flops, state.spent_flops, timeline, state)
 
 
 def as_dict(table: str, contest: Contest, standings: Sequence[Standing]) -> dict[str, Any]:

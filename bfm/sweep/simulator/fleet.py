@@ -34,7 +34,7 @@ Ended = tuple[Task, str]
 
 @dataclass(frozen=True)
 class Fleet:
-    """The machines of a simulated sweep."""
+    """The machines of a simulated sweep; figures that no machine has are UserErrors."""
 
     schedule: tuple[tuple[float, int], ...] = ((0.0, 1),)
     """(from this second on, so many workers), ascending, from 0 on. Idle ones go first; a busy one's task yields."""
@@ -57,8 +57,7 @@ class Fleet:
     checkpoint_s: float = 60.0
     """Between checkpoints inside a rung."""
 
-    def check(self) -> None:
-        """Raises UserError for figures that no machine has."""
+    def __post_init__(self) -> None:
         if not 0 < self.flops_per_s < math.inf:
             raise UserError("must be above 0", key="--throughput", fix="write FLOP/s, e.g. 4e14")
         for name in ("startup_s", "task_startup_s", "preempted_per_hour", "notice_s"):

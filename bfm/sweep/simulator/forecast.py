@@ -7,20 +7,19 @@ would have taken without a pause.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.policies import make_policy
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.simulator.fleet import Cluster, Fleet
-from bfm.sweep.simulator.law import Law, LawCosts, LawTruth
-from bfm.sweep.simulator.run import Timeline, decision_ms, run_fleet
+from bfm.sweep.plan import task_flops
+from bfm.sweep.settings import Budget, SweepSpec
+from bfm.sweep.simulator.fleet import Fleet
+from bfm.sweep.simulator.law import Law, LawCosts, law_row
+from bfm.sweep.simulator.run import Progress, Timeline, decision_ms, run_all, simulate
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.units import format_flops, format_seconds
@@ -61,22 +60,15 @@ def forecast(
     fleet: Fleet,
     policies: Sequence[str],
     seeds: Sequence[int],
-    progress: Callable[[str, float], None] = lambda words, share: None,
+    progress: Progress = lambda words, share: None,
 ) -> list[Forecast]:
     """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
     if [metric.name for metric in spec.metrics] != ["nll"] or spec.metric.constraints:
         raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
-    if not policies:
-        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
     if "grid" in policies and spec.method != "grid":
         raise UserError("the space is no grid", key="--policy", fix="write method: grid and finite values in the space")
-    made = []
-    optimum = best_losses(spec, law)
-    for place, policy in enumerate(policies):
-        for number, seed in enumerate(seeds):
-            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
-            made.append(_run(spec, law, fleet, policy, seed, optimum))
-    return made
+    run = partial(_run, spec, law, fleet, best_losses(spec, law))
+    return [made for own in run_all(run, policies, seeds, progress) for made in own]
 
 
 def best_losses(spec: SweepSpec, law: Law) -> list[float]:
@@ -88,29 +80,19 @@ def best_losses(spec: SweepSpec, law: Law) -> list[float]:
         points += [verdict] if isinstance(verdict, Feasible) else []
     return [
         min(
-            (
-                _true_loss(law, point.config.as_dict(), point.cost.params, flops)
-                for point in points
-                if rung in point.rungs
-            ),
+            (law.loss_of(point.config.as_dict(), point.cost.params, flops) for point in points if rung in point.rungs),
             default=np.inf,
         )
         for rung, flops in enumerate(spec.budget.ladder_flops)
     ]
 
 
-def _true_loss(law: Law, config: dict[str, Any], params: int, flops: float) -> float:
-    return law.loss(config, params, flops, config["groups_per_step"] * config["group_windows"])
-
-
-def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimum: Sequence[float]) -> Forecast:
+def _run(spec: SweepSpec, law: Law, fleet: Fleet, optimum: Sequence[float], policy: str, seed: int) -> Forecast:
     method = "random" if policy == "random" else "grid" if policy == "grid" else spec.method
     seeds = tuple(seed + 1000 * place for place in range(len(spec.seeds)))
     spec = replace(spec, method=method, seeds=seeds, scheduler=replace(spec.scheduler, type=policy))
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
-    cluster = Cluster(fleet, np.random.default_rng(seed))
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
-    timeline = run_fleet(driver, LawTruth(law), cluster)
+    state, timeline = simulate(spec, arena, partial(law_row, law), fleet, np.random.default_rng(seed))
     rungs = []
     for rung, flops in enumerate(spec.budget.ladder_flops):
         rows = [(hours, spent, row) for hours, spent, row in timeline.rows if row["rung"] == rung]
@@ -118,9 +100,9 @@ def _run(spec: SweepSpec, law: Law, fleet: Fleet, policy: str, seed: int, optimu
             rungs.append(Found(flops, 0, float("nan"), float("nan"), 0))
             continue
         now_s, spent, best = min(rows, key=lambda found: found[2]["metrics"]["nll"])
-        gap = _true_loss(law, best["config"], best["params"], flops) - optimum[rung]
+        gap = law.loss_of(best["config"], best["params"], flops) - optimum[rung]
         rungs.append(Found(flops, len(rows), gap, now_s / 3600, spent))
-    return Forecast(policy, seed, tuple(rungs), timeline, driver.state.spent_flops, len(driver.state.trials))
+    return Forecast(policy, seed, tuple(rungs), timeline, state.spent_flops, len(state.trials))
 
 
 def as_dict(
@@ -128,26 +110,35 @@ def as_dict(
 ) -> dict[str, Any]:
     """JSON-able result: means over seeds."""
     policies = list(dict.fromkeys(made.policy for made in forecasts))
-    grid_flops = spec.budget.max_trials * spec.ascent_flops(
-        spec.cooldown_fractions[1], len(spec.budget.ladder_flops) - 1
-    )
-    grid_hours = grid_flops / fleet.flops_per_s / 3600
     return {
         "space": spec.name,
         "law": law,
         "workers": [list(change) for change in fleet.schedule],
         "budget_flops": spec.budget.total_flops,
-        "grid": {
-            "configurations": spec.budget.max_trials,
-            "flops": grid_flops,
-            "worker_hours": grid_hours,
-            "cost": grid_hours * price_per_hour,
-        },
+        "grid": _grid(spec, fleet, price_per_hour),
         "policies": [
             _policy(policy, [made for made in forecasts if made.policy == policy], price_per_hour)
             for policy in policies
         ],
     }
+
+
+def _grid(spec: SweepSpec, fleet: Fleet, price_per_hour: float) -> dict[str, Any] | None:
+    """What all configurations take to the top without a pause: those of a grid, else as many as the space allows.
+
+    None where the space is no grid and sets no max_trials: nobody has said how many there are.
+    """
+    budget = spec.budget
+    if spec.method == "grid":
+        points = FeasibleSet(spec, LawCosts()).sample[0][: budget.max_trials]
+        count, flops = len(points), sum(task_flops(spec, point, rung) for point in points for rung in point.rungs)
+    elif budget.max_trials != Budget.max_trials:
+        ascent_flops = spec.ascent_flops(spec.cooldown_fractions[1], len(budget.ladder_flops) - 1)
+        count, flops = budget.max_trials, budget.max_trials * ascent_flops
+    else:
+        return None
+    hours = flops / fleet.flops_per_s / 3600
+    return {"configurations": count, "flops": flops, "worker_hours": hours, "cost": hours * price_per_hour}
 
 
 def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dict[str, Any]:
@@ -180,15 +171,17 @@ def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dic
 def render(result: dict[str, Any]) -> str:
     """For a terminal."""
     grid = result["grid"]
-    lines = [
-        f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs",
-        f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "
-        f"{grid['worker_hours']:,.0f} worker-hours, cost {grid['cost']:,.0f}",
-    ]
-    for policy in result["policies"]:
+    lines = [f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs"]
+    if grid is not None:
         lines.append(
-            f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs "
-            f"({policy['spent_flops'] / grid['flops']:.1%} of the grid), {format_seconds(policy['hours'] * 3600)}, "
+            f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "
+            f"{grid['worker_hours']:,.0f} worker-hours, cost {grid['cost']:,.0f}"
+        )
+    for policy in result["policies"]:
+        share = "" if grid is None else f" ({policy['spent_flops'] / grid['flops']:.1%} of the grid)"
+        lines.append(
+            f"{policy['policy']}: {policy['trials']:.0f} trials, {format_flops(policy['spent_flops'])} FLOPs{share}, "
+            f"{format_seconds(policy['hours'] * 3600)}, "
             f"{policy['worker_hours']:,.0f} worker-hours ({policy['busy_hours']:,.0f} busy), "
             f"cost {policy['cost']:,.0f}, {policy['lost_tasks']:.0f} tasks lost, "
             f"{policy['yielded_tasks']:.0f} yielded, decisions {policy['decision_ms']['median']:.0f} ms"

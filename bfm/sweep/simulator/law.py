@@ -17,6 +17,7 @@ from typing import Any
 
 from bfm.errors import UserError
 from bfm.sweep.costs import ConfigCost
+from bfm.sweep.simulator.run import simulated_row
 from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
@@ -70,6 +71,10 @@ class Law:
             value += self.negatives_bowl * math.log(config["negatives"] / best) ** 2
         return value
 
+    def loss_of(self, config: Mapping[str, Any], params: float, flops: float) -> float:
+        """The same of a whole configuration."""
+        return self.loss(config, params, flops, config["groups_per_step"] * config["group_windows"])
+
     def measured(self, loss: float, key: str) -> float:
         """With the noise of one run, a function of `key`."""
         draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2.0**64
@@ -114,30 +119,9 @@ class LawCosts:
         )
 
 
-@dataclass(frozen=True)
-class LawTruth:
-    """What executes the tasks of a sweep over a law."""
-
-    law: Law
-
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """The row of a task: a function of configuration, seed and rung."""
-        config = task.config
-        params = TrainConfig.from_dict(config).shape().params
-        batch = config["groups_per_step"] * config["group_windows"]
-        loss = self.law.loss(config, params, task.rung_flops, batch)
-        return {
-            "kind": "rung",
-            "trial": task.trial,
-            "rung": task.rung,
-            "rung_flops": task.rung_flops,
-            "seed": task.seed,
-            "config": config,
-            "status": "ok",
-            "params": params,
-            "path_flops": task.rung_flops,
-            "task_flops": task.reserved_flops,
-            "eval_flops": 0,
-            "metrics": {"nll": self.law.measured(loss, f"{task.trial} {task.seed} {task.rung}")},
-            "checkpoint": f"trials/{task.trial}/checkpoints/rung{task.rung}-trunk",
-        }
+def law_row(law: Law, task: Task) -> dict[str, Any]:
+    """The row that a task brings: a function of configuration, seed and rung."""
+    params = TrainConfig.from_dict(task.config).shape().params
+    loss = law.loss_of(task.config, params, task.rung_flops)
+    nll = law.measured(loss, f"{task.trial} {task.seed} {task.rung}")
+    return simulated_row(task, params, {"nll": nll}, f"trials/{task.trial}/checkpoints/rung{task.rung}-trunk")

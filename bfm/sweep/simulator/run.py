@@ -1,7 +1,8 @@
 """A sweep on a virtual clock: the driver, policy and ledger of real ones; only machines and time are made up.
 
-Enters: a SweepDriver, what executes its tasks, a Cluster. Leaves: the Timeline. The driver is asked when a worker is
-free, and told what has room; where nothing waits, a running task yields to go on with more workers, as in real sweeps.
+Enters: a SweepSpec, an arena, what executes its tasks, a Fleet. Leaves: the sweep's state and the Timeline. The driver
+is asked when a worker is free, and told what has room; where nothing waits, a running task yields to go on with more
+workers, as in real sweeps.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from bfm.errors import UserError
+from bfm.sweep.arena import Arena
 from bfm.sweep.driver import SweepDriver
-from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster
+from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.policies import make_policy
+from bfm.sweep.settings import SweepSpec
+from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster, Fleet
+from bfm.sweep.state import SweepState
 from bfm.sweep.task import Finished, Task, Wait
 
 Execute = Callable[[Task], dict[str, Any]]
+Progress = Callable[[str, float], None]
+"""Is told what runs, and the share that is done."""
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -44,18 +54,57 @@ def decision_ms(decision_s: Sequence[float]) -> dict[str, float]:
     return {"median": 1e3 * float(np.median(decision_s)), "p99": 1e3 * float(np.quantile(decision_s, 0.99))}
 
 
-def run_fleet(driver: SweepDriver, execute: Execute, cluster: Cluster) -> Timeline:
-    """Run a sweep to its end. The driver must settle by `cluster.account`.
+def simulated_row(
+    task: Task, params: int, metrics: dict[str, float | None], checkpoint: str | None, status: str = "ok"
+) -> dict[str, Any]:
+    """The row of a task that trained all that was reserved for it."""
+    return {
+        "kind": "rung",
+        "trial": task.trial,
+        "rung": task.rung,
+        "rung_flops": task.rung_flops,
+        "seed": task.seed,
+        "config": task.config,
+        "status": status,
+        "params": params,
+        "path_flops": task.rung_flops,
+        "task_flops": task.reserved_flops,
+        "eval_flops": 0,
+        "metrics": metrics,
+        "checkpoint": checkpoint,
+    }
+
+
+def run_all(
+    run: Callable[[str, int], Made], policies: Sequence[str], seeds: Sequence[int], progress: Progress
+) -> list[list[Made]]:
+    """What each policy makes of each seed. Raises UserError where no policy is named."""
+    if not policies:
+        raise UserError("names no policy", key="--policy", fix="write e.g. frontier,random")
+    made: list[list[Made]] = []
+    for place, policy in enumerate(policies):
+        made.append([])
+        for number, seed in enumerate(seeds):
+            progress(f"{policy} seed {seed}", (place + number / len(seeds)) / len(policies))
+            made[-1].append(run(policy, seed))
+    return made
+
+
+def simulate(
+    spec: SweepSpec, arena: Arena, execute: Execute, fleet: Fleet, rng: np.random.Generator
+) -> tuple[SweepState, Timeline]:
+    """Run a sweep to its end.
 
     Raises UserError where a task needs more workers than there will ever be, PausedError where a real sweep would pause
     (bfm.sweep.breaker): workers that are taken away while their tasks start look like broken ones.
     """
-    timeline = Timeline()
+    cluster, timeline = Cluster(fleet, rng), Timeline()
+    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
     while True:
         answer = _fill(driver, cluster, timeline)
         if isinstance(answer, Finished):
             timeline.provisioned_s = cluster.provisioned_s(timeline.elapsed_s)
-            return timeline
+            return driver.state, timeline
         cluster.check_room(answer)
         for task, how in cluster.advance():
             if how == DONE:

@@ -25,8 +25,11 @@ from bfm.errors import UserError
 from bfm.laws.tables import read_table
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
+from bfm.sweep.simulator.run import simulated_row
+from bfm.sweep.space import Place
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
+from bfm.sweep.tiers import Tier
 
 _SIZE_NAMES = ("N", "n", "params")
 _FLOPS_SLACK = 1e-9
@@ -204,23 +207,10 @@ class TableArena:
         spared = 0.0 if from_rung is None or not self.climbs(config) else self._kept * self.row_flops(config, from_rung)
         return round(self.row_flops(config, rung) - spared)
 
-    def fits(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> bool:
-        """Nothing runs out of memory in a table."""
+    def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
+        """One worker; nothing runs out of memory in a table."""
         del config, rung, limits
-        return True
-
-    def scalings(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[dict[str, Any]]:
-        """One worker."""
-        del config, rung, limits
-        return [{"workers": 1}]
-
-    def memory(self, task: Task) -> None:
-        """Not known."""
-        del task
-
-    def propose(self, state: SweepState, number: int) -> Proposal | None:
-        """The next curve that was not begun."""
-        return next(iter(self.pool(state, number)), None)
+        return [Place(Tier(), {"workers": 1}, 0)]
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """All curves that were not begun."""
@@ -235,21 +225,14 @@ class TableArena:
         """The row that a task brings."""
         curve = self.curves[task.config["config_id"]]
         loss = curve.losses[self._places[task.config["config_id"]][task.rung]]
-        return {
-            "kind": "rung",
-            "trial": task.trial,
-            "rung": task.rung,
-            "rung_flops": task.rung_flops,
-            "seed": task.seed,
-            "config": task.config,
-            "status": "ok" if math.isfinite(loss) else "diverged",
-            "params": curve.params,
-            "path_flops": task.rung_flops,
-            "task_flops": task.reserved_flops,
-            "eval_flops": 0,
-            "metrics": {"loss": loss if math.isfinite(loss) else None},
-            "checkpoint": f"{task.trial}-r{task.rung}" if curve.resumable else None,
-        }
+        known = math.isfinite(loss)
+        return simulated_row(
+            task,
+            curve.params,
+            {"loss": loss if known else None},
+            f"{task.trial}-r{task.rung}" if curve.resumable else None,
+            status="ok" if known else "diverged",
+        )
 
     def full_flops(self, top_flops: float) -> float:
         """Sum over curves of min(last C, top rung): what training them all would cost."""

@@ -321,6 +321,13 @@ def test_a_metric_to_maximise_is_maximised():
     assert entry == top
 
 
+def test_what_is_kept_for_replicas_never_keeps_a_sweep_from_its_first_row():
+    spec = frontier_spec(budget={"ladder_flops": ["1e9"], "total_flops": "1e9"}, seeds=[0, 1])
+    driver = in_memory(spec)
+    run_serial(driver, execute)
+    assert len(driver.state.trials) == 1
+
+
 def test_one_configuration_is_trained_to_the_top():
     driver = sweep(table_spec("frontier", 1e12), [curve("a", [3, 2, 1])])
     assert tasks_of(driver) == [("a", 0), ("a", 1), ("a", 2)]

@@ -88,7 +88,8 @@ def sizes_sweep(found: list[dict[str, Any]], axis: str | None = ALLOCATION, **ch
         parameters={**free, **changes},
         budget={"ladder_flops": [int(c) for c in RUNGS if c <= top], "total_flops": int(1e13)},
     )
-    return Swept(FOLDER, axis, spec, tuple(found))
+    # Laws of an axis are fitted on rows; whether the space could have brought them is not asked here.
+    return Swept(FOLDER, dataclasses.replace(spec, axis=axis), tuple(found))
 
 
 def evidence(*sweeps: Swept) -> Evidence:

@@ -86,11 +86,11 @@ def test_status_and_report_show_all_checks(recipe, tmp_path):
     ledger = mortal_ledger(store, 1e4)
     ledger.append([record(recipe, recipe.predicted.estimate), record(recipe, recipe.predicted.high * 2)])
     view = read_sweep(store.uri)
-    assert view.status["calibration"] == {"inside": 1, "checks": 2}
-    assert len(view.status["checks"]) == 2
+    assert view.as_dict()["calibration"] == {"inside": 1, "checks": 2}
+    assert len(view.state.checks) == 2
     text = status_text(view)
     assert "checks of recipes: 1 of 2 measured values inside their 95 % prediction interval" in text
     assert "outside the predicted" in text
-    part = recipe_part(None, view.status["checks"])
+    part = recipe_part(None, view.state.checks)
     assert "1 of 2 measured values" in part
     assert recipe_part(None, []) == ""

@@ -113,6 +113,7 @@ SLIPS = {
     "below all": ({"rungs_flops": (10, 10**9)}, "--rungs", "no configuration has a row at rung 10"),
     "no fraction": ({"budget_fraction": 0.0}, "--budget-fraction", "above 0"),
     "negative fraction": ({"budget_fraction": -0.1}, "--budget-fraction", "above 0"),
+    "a fraction of nothing": ({"budget_fraction": 1e-15}, "--budget-fraction", "less than 1 FLOP"),
     "no number": ({"budget_fraction": float("nan")}, "--budget-fraction", "above 0"),
     "endless fraction": ({"budget_fraction": float("inf")}, "--budget-fraction", "above 0"),
     "no eta": ({"eta": 1.0}, "--eta", "above 1"),

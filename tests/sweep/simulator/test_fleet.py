@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import PausedError, UserError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.policies import make_policy
 from bfm.sweep.simulator.fleet import Cluster, Fleet, parse_schedule
-from bfm.sweep.simulator.run import run_fleet
+from bfm.sweep.simulator.run import simulate
 from bfm.sweep.simulator.table import TableArena
-from tests.sweep.curves import begin, curve, table_spec
+from bfm.sweep.space import Place
+from bfm.sweep.tiers import Tier
+from tests.sweep.curves import curve, table_spec
 
 HOUR = 3600.0
 RATE = 1e9
@@ -30,9 +28,12 @@ def run(seconds, fleet, total=1e15, seed=0, **changes):
         curve(f"c{place:03d}", [2.0 + place], flops=(s * RATE,), resumable=False) for place, s in enumerate(seconds)
     ]
     spec = table_spec("random", total, rungs=(10**15,), slots=fleet.most, **changes)
-    cluster = Cluster(fleet, np.random.default_rng(seed))
-    driver = begin(spec, curves, settle=cluster.account)
-    return driver, run_fleet(driver, driver.arena.execute, cluster)
+    return over(spec, TableArena(curves, spec.budget.ladder_flops), fleet, seed)
+
+
+def over(spec, arena, fleet, seed):
+    """The state and the timeline."""
+    return simulate(spec, arena, arena.execute, fleet, np.random.default_rng(seed))
 
 
 class Groups(TableArena):
@@ -40,11 +41,8 @@ class Groups(TableArena):
 
     counts = (1, 2, 4)
 
-    def scalings(self, config, rung, limits):
-        return [{"workers": workers} for workers in self.counts]
-
-    def task(self, *which):
-        return replace(super().task(*which), scaling={"workers": self.counts[0]})
+    def places(self, config, rung, limits):
+        return [Place(Tier(), {"workers": workers}, 0) for workers in self.counts]
 
 
 def run_groups(seconds, fleet, counts=(1, 2, 4), total=1e15, seed=0, **changes):
@@ -53,11 +51,9 @@ def run_groups(seconds, fleet, counts=(1, 2, 4), total=1e15, seed=0, **changes):
         curve(f"c{place:03d}", [2.0 + place], flops=(s * RATE,), resumable=False) for place, s in enumerate(seconds)
     ]
     spec = table_spec("random", total, rungs=(10**15,), **{"slots": fleet.most, **changes})
-    cluster = Cluster(fleet, np.random.default_rng(seed))
     arena = Groups(curves, spec.budget.ladder_flops)
     arena.counts = counts
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
-    return driver, run_fleet(driver, arena.execute, cluster)
+    return over(spec, arena, fleet, seed)
 
 
 def ends(timeline):
@@ -66,13 +62,13 @@ def ends(timeline):
 
 
 def test_three_tasks_on_two_workers():
-    driver, timeline = run([3, 5, 4], Fleet(((0.0, 2),), RATE))
+    state, timeline = run([3, 5, 4], Fleet(((0.0, 2),), RATE))
     assert ends(timeline) == [(3, "c000"), (5, "c001"), (7, "c002")]
     assert [spent for _, spent, _ in timeline.rows] == [3e9, 8e9, 12e9]
     assert (timeline.elapsed_s, timeline.busy_s, timeline.decisions, timeline.lost) == (7, 12, 3, 0)
     assert timeline.provisioned_s == 14
     assert len(timeline.decision_s) >= 3
-    assert driver.state.finished
+    assert state.finished
 
 
 def test_workers_and_tasks_start_up():
@@ -91,10 +87,10 @@ def test_workers_come_later():
 
 
 def test_the_task_of_a_worker_that_goes_yields_and_goes_on_first():
-    driver, timeline = run([4, 6, 5, 5], Fleet(((0.0, 2), (1.0, 1)), RATE))
+    state, timeline = run([4, 6, 5, 5], Fleet(((0.0, 2), (1.0, 1)), RATE))
     # One second of the first is done; its worker went, and the other one was busy.
     assert ends(timeline) == [(6, "c001"), (9, "c000"), (14, "c002"), (19, "c003")]
-    assert (timeline.yielded, timeline.lost, driver.state.lost_flops) == (1, 0, 0)
+    assert (timeline.yielded, timeline.lost, state.lost_flops) == (1, 0, 0)
     assert (timeline.busy_s, timeline.provisioned_s) == (20, 20)
 
 
@@ -124,17 +120,17 @@ def test_a_schedule_that_ends_without_workers_is_a_users_error(text):
 
 
 def test_stragglers_take_four_times_as_long():
-    _, timeline = run([3, 5], Fleet(((0.0, 2),), RATE, task_startup_s=1, straggler_share=1.0))
+    _, timeline = run([3, 5], Fleet(((0.0, 2),), RATE, task_startup_s=1, straggler_share=1 - 1e-9))
     assert ends(timeline) == [(13, "c000"), (21, "c001")]
 
 
 def test_a_preempted_task_is_charged_tried_again_and_given_up():
     # A worker lives for a thousandth of a second on average: nothing ever ends.
-    driver, timeline = run([3, 5], Fleet(((0.0, 1),), RATE, startup_s=10, preempted_per_hour=3.6e6), max_retries=1)
+    state, timeline = run([3, 5], Fleet(((0.0, 1),), RATE, startup_s=10, preempted_per_hour=3.6e6), max_retries=1)
     assert timeline.rows == []
     assert timeline.lost == 4
-    assert 0 < driver.state.spent_flops == driver.state.lost_flops < 0.1 * RATE
-    assert set(driver.state.abandoned) == {("t00000", 0), ("t00001", 0)}
+    assert 0 < state.spent_flops == state.lost_flops < 0.1 * RATE
+    assert set(state.abandoned) == {("t00000", 0), ("t00001", 0)}
     # Every worker but the first had to come back first; it hardly worked.
     assert 40 <= timeline.elapsed_s < 51
     assert timeline.busy_s < 0.1
@@ -142,24 +138,24 @@ def test_a_preempted_task_is_charged_tried_again_and_given_up():
 
 def test_preemption_loses_what_came_after_the_last_checkpoint():
     fleet = Fleet(((0.0, 4),), RATE, startup_s=60, preempted_per_hour=1.0, checkpoint_s=100)
-    driver, timeline = run([1200] * 60, fleet, max_retries=50)
+    state, timeline = run([1200] * 60, fleet, max_retries=50)
     assert len(timeline.rows) == 60
     # Rate 1/h over 60 tasks of 20 minutes.
     assert 8 <= timeline.lost <= 40
     assert timeline.yielded == 0
-    lost_s = driver.state.lost_flops / RATE
+    lost_s = state.lost_flops / RATE
     assert 0.2 * 100 * timeline.lost < lost_s <= 100 * timeline.lost
     assert timeline.busy_s == pytest.approx(60 * 1200 + lost_s, abs=1e-3)
-    assert driver.state.spent_flops == 60 * 1200 * RATE + driver.state.lost_flops
+    assert state.spent_flops == 60 * 1200 * RATE + state.lost_flops
 
 
 def test_a_notice_saves_all_and_the_worker_is_paid_until_it_is_gone():
     fleet = Fleet(((0.0, 4),), RATE, startup_s=60, preempted_per_hour=1.0, notice_s=120)
-    driver, timeline = run([1200] * 60, fleet)
-    assert (timeline.lost, driver.state.lost_flops) == (0, 0)
+    state, timeline = run([1200] * 60, fleet)
+    assert (timeline.lost, state.lost_flops) == (0, 0)
     assert 8 <= timeline.yielded <= 40
     assert timeline.busy_s == pytest.approx(60 * 1200)
-    assert driver.state.spent_flops == 60 * 1200 * RATE
+    assert state.spent_flops == 60 * 1200 * RATE
     unpaid = 4 * timeline.elapsed_s
     assert unpaid + 100 * timeline.yielded < timeline.provisioned_s <= unpaid + 120 * (timeline.yielded + 4)
 
@@ -167,24 +163,24 @@ def test_a_notice_saves_all_and_the_worker_is_paid_until_it_is_gone():
 def test_a_task_that_yields_while_it_starts_keeps_what_it_had():
     # At 10 and at 12 the only worker goes; the second try had not begun to train.
     fleet = Fleet(((0.0, 1), (10.0, 0), (11.0, 1), (12.0, 0), (13.0, 1)), RATE, task_startup_s=4)
-    driver, timeline = run([20], fleet)
+    state, timeline = run([20], fleet)
     assert ends(timeline) == [(13 + 4 + 14, "c000")]
-    assert (timeline.yielded, driver.state.lost_flops) == (2, 0)
+    assert (timeline.yielded, state.lost_flops) == (2, 0)
 
 
 def test_failures_come_at_the_end_and_as_often_as_stated():
-    driver, timeline = run([10] * 200, Fleet(((0.0, 1),), RATE, failure_share=0.25), max_retries=50)
+    state, timeline = run([10] * 200, Fleet(((0.0, 1),), RATE, failure_share=0.25), max_retries=50)
     assert len(timeline.rows) == 200
     assert timeline.lost / (200 + timeline.lost) == pytest.approx(0.25, abs=0.1)
     assert timeline.elapsed_s == timeline.busy_s == timeline.provisioned_s == 10 * (200 + timeline.lost)
-    assert {loss["reason"] for loss in driver.state.losses} == {"failed"}
+    assert {loss["reason"] for loss in state.losses} == {"failed"}
 
 
 def test_losses_count_against_the_cap():
-    driver, timeline = run([10] * 50, Fleet(((0.0, 3),), RATE, failure_share=0.3), total=200e9)
+    state, timeline = run([10] * 50, Fleet(((0.0, 3),), RATE, failure_share=0.3), total=200e9)
     assert timeline.lost
-    assert driver.state.spent_flops <= 200e9
-    assert driver.state.spent_flops == (len(timeline.rows) + timeline.lost) * 10e9
+    assert state.spent_flops <= 200e9
+    assert state.spent_flops == (len(timeline.rows) + timeline.lost) * 10e9
 
 
 @given(
@@ -255,11 +251,10 @@ def test_whatever_comes_and_goes(seconds, changes, counts, total, fleet):
 
     def once():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(run_groups.__globals__, "Cluster", Watched)
+            patch.setattr("bfm.sweep.simulator.run.Cluster", Watched)
             return run_groups(seconds, fleet, counts, total * RATE, max_retries=200)
 
-    (driver, timeline), (_, again) = once(), once()
-    state = driver.state
+    (state, timeline), (_, again) = once(), once()
     assert state.finished
     assert not state.attempts
     assert state.spent_flops <= total * RATE
@@ -363,7 +358,7 @@ def test_bad_schedules_are_users_errors(text):
 )
 def test_figures_that_no_machine_has_are_users_errors(name, value):
     with pytest.raises(UserError) as caught:
-        Fleet(**{name: value}).check()
+        Fleet(**{name: value})
     assert caught.value.key == "--throughput" if name == "flops_per_s" else f"--{name.replace('_', '-')}"
     assert caught.value.fix
 

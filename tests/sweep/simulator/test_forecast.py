@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from bfm.sweep.settings import Budget
 from bfm.sweep.simulator.fleet import Fleet, parse_schedule
 from bfm.sweep.simulator.forecast import as_dict, forecast, render
 from bfm.sweep.simulator.law import law_named
@@ -66,6 +67,31 @@ def test_no_more_tasks_run_than_the_space_has_slots():
     assert ends == sorted(ends)
     took_s = [row["train_s"] for _, _, row in one.timeline.rows]
     assert [after - before for before, after in itertools.pairwise(ends)] == pytest.approx(took_s)
+
+
+def test_only_a_number_that_somebody_said_is_a_grid():
+    fleet = Fleet(parse_schedule("16"), RATE)
+    made, result = run(fleet)
+    assert result["grid"]["configurations"] == 40
+    assert f"({made.spent_flops / result['grid']['flops']:.1%} of the grid)" in render(result)
+    unsaid = as_dict(
+        replace(SPEC, budget=replace(SPEC.budget, max_trials=Budget.max_trials)), "paper", fleet, 2.0, [made]
+    )
+    assert unsaid["grid"] is None
+    assert "grid" not in render(unsaid)
+
+
+def test_a_grid_has_its_own_points():
+    axes = {"params": {"values": [2e5, 1e6, 1e9]}, "embedder_share": {"values": [0.02, 0.1]}}
+    budget = {"ladder_flops": ["1e14", "4e14"], "total_flops": "1e16"}
+    changes = {"method": "grid", "scheduler": {"type": "grid"}, "budget": budget}
+    grid = from_dict({**SPACE, **changes, "parameters": {**SPACE["parameters"], **axes}})
+    fleet = Fleet(parse_schedule("16"), RATE)
+    (made,) = forecast(grid, law_named("paper"), fleet, ["grid"], [0])
+    counted = as_dict(grid, "paper", fleet, 2.0, [made])["grid"]
+    assert counted["configurations"] == made.trials == 4
+    assert counted["flops"] == made.spent_flops
+    assert counted["cost"] == pytest.approx(2.0 * made.spent_flops / RATE / 3600)
 
 
 def test_as_a_user_types_it(bfm, tmp_path):
