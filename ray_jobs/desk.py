@@ -245,13 +245,15 @@ class Desk:
             self._room.ask([])
 
     def look_after(self, live: Sequence[Live]) -> None:
-        """End what stands still; make room for what has waited long; give idle room to a running task."""
+        """End what stands still and free what the dead hold; make room for what has waited long; give idle room to a
+        running task."""
         room, running = self._room, self._running
         if room is not None and running is not None and self.clock() >= self._look_again_at_s:
             self._look_again_at_s = self.clock() + LOOK_S
             self._guard(lambda: self._look(live, room, running))
 
     def _look(self, live: Sequence[Live], room: Room, running: Running) -> None:
+        room.free_orphans()
         hung = running.end_hung()
         for one in live:
             if one.task.task_id in hung and one.settled_at_s is None:
