@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bfm.disk import Disk
-from bfm.errors import CorruptError
+from bfm.errors import CorruptError, UserError
 from bfm.objects import Objects, ObjectStream, buffered
 from bfm.patience import PATIENCE_S, Result, patiently
+
+
+def check_encoding() -> None:
+    """Raises UserError where this Python takes file names for anything but UTF-8: it would find other files."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        fix = "set it to 1, or take a UTF-8 locale"
+        raise UserError(f"this Python takes the names of files for {encoding}", key="PYTHONUTF8", fix=fix)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -149,7 +149,11 @@ class Objects:
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place)
         if status in ("401", "403") or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-            return UserError(f"access refused ({words})", file=place, fix="check the credentials and their rights")
+            return UserError(
+                f"access refused ({words})",
+                file=place,
+                fix="check the credentials, their rights and this machine's clock",
+            )
         if status is None or status.startswith("5") or status in _THROTTLED:
             return OSError(errno.EIO, words, place)
         return OSError(errno.EPROTO, words, place)

@@ -18,8 +18,9 @@ import ray
 
 from bfm.errors import UserError
 
-# Ray's sockets live below the temporary folder, and their paths may have 107 bytes.
-_LONGEST_TEMP = 40
+_SOCKET = "/bfm-abcdefgh/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"
+_LONGEST_TEMP = 107 - len(_SOCKET)
+"""Of a temporary folder below which Ray's sockets have paths that the system takes."""
 _ANSWER_S = 5.0
 _LOOK_S = 5.0
 _HEAD_LIMIT_S = 40.0
@@ -37,7 +38,7 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         num_cpus: of the local session; None takes all.
         dashboard: needed for job submission and for freeing the resources of stopped trials.
 
-    Raises UserError where RAY_ADDRESS is not that of a cluster that answers.
+    Raises UserError where RAY_ADDRESS is not that of a cluster that answers, or of one of other versions.
     """
     if ray.is_initialized():
         yield
@@ -48,6 +49,13 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise _no_cluster(address, str(error).splitlines()[0]) from error
+        except RuntimeError as error:
+            # Ray has no error of its own for it.
+            if not str(error).startswith("Version mismatch"):
+                raise
+            raise UserError(
+                " ".join(str(error).split()), key="RAY_ADDRESS", fix="use the versions of the cluster"
+            ) from error
         try:
             with _head_watched(ray.get_runtime_context().gcs_address):
                 yield
@@ -130,9 +138,9 @@ def _no_cluster(address: str, why: str) -> UserError:
 
 
 def short_temp_folder() -> Path:
-    """A fresh temporary folder whose path leaves room for Ray's socket names."""
+    """A fresh temporary folder whose path Ray can write, with room for its socket names."""
     base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="bfm-", dir=base if len(base) <= _LONGEST_TEMP else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="bfm-", dir=base if base.isascii() and len(base) <= _LONGEST_TEMP else "/tmp"))
 
 
 def quiet_ray_data() -> None:

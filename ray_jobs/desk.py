@@ -201,12 +201,14 @@ class Desk:
         self._room.ask([])
 
     def look_after(self, live: Sequence[Live]) -> None:
-        """End what stands still; make room for what has waited long; give idle room to a running task."""
+        """End what stands still and free what the dead hold; make room for what has waited long; give idle room to a
+        running task."""
         if self.clock() >= self._look_again_at_s:
             self._look_again_at_s = self.clock() + LOOK_S
             self._guard(lambda: self._look(live))
 
     def _look(self, live: Sequence[Live]) -> None:
+        self._room.free_orphans()
         hung = self._running.end_hung()
         for one in live:
             if one.task.task_id in hung and one.settled_at_s is None:

@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bfm.sweep.lease import Holder
 from ray_jobs.preemption import Notice
 
 BEAT_S = 5.0
@@ -38,7 +39,7 @@ class Process:
 
     task_id: str
     node: str
-    pid: int
+    holder: Holder
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)
@@ -71,7 +72,7 @@ class Pulses:
     @contextmanager
     def beating(self, task_id: str, notice: Notice) -> Iterator[None]:
         """The calling thread is at work on a task until the block ends, and asks the notice after every step."""
-        process = Process(task_id, ray.get_runtime_context().get_node_id(), os.getpid())
+        process = Process(task_id, ray.get_runtime_context().get_node_id(), Holder.this_process())
         thread, done = threading.get_ident(), threading.Event()
 
         def beat() -> None:
@@ -118,7 +119,7 @@ class Pulses:
         """Kill them, each from its own node; a stopped process hears nothing else."""
         for process in processes:
             here = NodeAffinitySchedulingStrategy(process.node, soft=False)
-            _kill.options(scheduling_strategy=here).remote(process.pid)
+            _kill.options(scheduling_strategy=here).remote(process.holder)
             self._board.gone.remote(process)
 
 
@@ -128,8 +129,10 @@ def at_work(pulses: Pulses | None, task_id: str, notice: Notice) -> AbstractCont
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+def _kill(holder: Holder) -> None:
+    # One that was killed while it trained says no farewell, and its id may be another one's by now.
+    if holder.runs():
+        os.kill(holder.pid, signal.SIGKILL)
 
 
 def place_of(frame: FrameType | None) -> int:

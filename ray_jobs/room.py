@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 import ray.autoscaler.sdk
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from bfm.errors import UserError
 from bfm.sweep.settings import SweepSpec
@@ -90,7 +92,7 @@ def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Res
 
 
 class ClusterRoom:
-    """Of the Ray at hand."""
+    """Of the Ray at hand, and this job's part of it."""
 
     def __init__(self, *, grows: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """`grows`: an autoscaler may listen."""
@@ -115,6 +117,17 @@ class ClusterRoom:
             if bundled != self._asked:
                 self._asked = bundled
                 ray.autoscaler.sdk.request_resources(bundles=bundled)
+
+    def free_orphans(self) -> None:
+        """Give back what worker groups still hold whose controller is dead; Ray Train's own cleaner may be, too."""
+        job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+        # No public call tells whose a group is.
+        for told in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+            group = PlacementGroupTableData.FromString(told)
+            # Of what a driver has made itself, as Tune does, Ray says that no actor made it, and that this one is dead.
+            is_orphan = group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil()
+            if is_orphan and group.creator_job_id == job and group.state != PlacementGroupTableData.REMOVED:
+                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
     def _at_most(self, number: int) -> int:
         """Half as many after every while that brought no node, down to one: for a request that is above its limits

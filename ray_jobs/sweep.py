@@ -22,7 +22,7 @@ import yaml
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
-from bfm.files import Store
+from bfm.files import Store, check_encoding
 from bfm.laws.frontier import Row
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
@@ -274,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def exit_code(verb: Callable[[], int]) -> int:
     """That of a verb; wrong input and faults are one line on stderr and 2 or 1."""
     try:
+        check_encoding()
         return verb()
     except UserError as error:
         print(f"bfm: {error}", file=sys.stderr)

@@ -43,6 +43,7 @@ _GROUP_ENV = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_RUN = "ray-"
 _STATE_API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _PLAIN_ERRORS = {"UserError": UserError, "InfeasibleError": InfeasibleError}
 
@@ -90,7 +91,7 @@ def train_on_workers(
     store = Store(storage)
     answer_name = f"trials/{task['trial']}/checkpoints/rung{task['rung']}-answer-{task['task_id']}.json"
     trial_folder = f"trials/{task['trial']}"
-    run_name = f"ray-{uuid.uuid4().hex[:12]}"
+    run_name = f"{_RUN}{uuid.uuid4().hex[:12]}"
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     use_gpu = scaling["gpus"] > 0
     resources = {"CPU": float(scaling["cpus"])} | ({"GPU": float(scaling["gpus"])} if use_gpu else {})
@@ -134,7 +135,7 @@ def train_on_workers(
             raise
         return row
     finally:
-        store.delete_folder(f"{trial_folder}/{run_name}")
+        _delete_runs(store, trial_folder)
     answer = json.loads(store.get(answer_name))
     if "yielded" in answer:
         from bfm.training.journal import YieldError
@@ -144,6 +145,13 @@ def train_on_workers(
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
     return answer["row"]
+
+
+def _delete_runs(store: Store, trial_folder: str) -> None:
+    """What Ray Train has noted of this try, and of earlier ones whose caller was killed before it could delete them."""
+    for folder in store.folders(trial_folder):
+        if folder.startswith(f"{trial_folder}/{_RUN}"):
+            store.delete_folder(folder)
 
 
 def _out_of_memory_row(task: Mapping[str, Any], shards: str, store: Store) -> dict[str, Any] | None:

@@ -17,8 +17,7 @@ from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer, trial_writer
 from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Holder, Lease
-from bfm.sweep.ledger import Ledger, read_state
+from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
 from bfm.sweep.task import Finished
 from bfm.training.engine import EngineFactory
@@ -29,6 +28,7 @@ from tests.events.serial import prepare_serially
 from tests.events.test_stages import SCHEMA, make_log
 from tests.ranking.shop import make_shop
 from tests.sweep.test_real_tasks import SPACE
+from tests.sweep.world import mortal_ledger
 
 
 @pytest.fixture
@@ -73,11 +73,6 @@ def test_logs_are_read_from_a_bucket_as_from_a_disk(tmp_path, s3, monkeypatch):
         prepare_serially("shop.yaml", ["s3://no-such-bucket/logs"], tmp_path / "none")
 
 
-def mortal(store: Store, hour: float) -> Ledger:
-    holder = Holder("here", f"machine-{hour}", 1, 0.0)
-    return Ledger(store, Lease.acquire(store, holder=holder, clock=lambda: 3600 * hour, heartbeat_s=None))
-
-
 def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, bfm):
     files = [*toy_shards.manifest.files, "manifest.json"]
     for name in files:
@@ -89,9 +84,9 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     spec, store = from_dict({**SPACE, "budget": budget, "data": data, "probes": []}), Store(f"{s3}/runs/toy")
     costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
 
-    def drive(hour: float, rows: int) -> SweepDriver:
+    def drive(rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""
-        driver = SweepDriver.start(spec, mortal(store, hour), costs)
+        driver = SweepDriver.start(spec, mortal_ledger(store), costs)
         curves = sweep_writer(f"{store.uri}/tensorboard/_sweep", {})
         for _ in range(rows):
             task = driver.next_task()
@@ -111,8 +106,8 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
         curves.close()
         return driver
 
-    first = drive(0, rows=1)
-    second = drive(1, rows=9)
+    first = drive(rows=1)
+    second = drive(rows=9)
     with pytest.raises(UserError, match="taken over"):
         first.next_task()
     state = read_state(store)

@@ -2,8 +2,8 @@
 
 One object `lease/<epoch>.json` per holder, published only where none stands; the holder of the highest epoch is the
 writer. A holder that is dead does not block: on the same machine its process is looked up, elsewhere its heartbeat
-grows old, and a driver that was submitted again waits for that. A holder that lost its lease without knowing cannot
-write: its successor has taken the ledger's next number.
+stands still, and a driver that was submitted again watches it for so long. A holder that lost its lease without knowing
+cannot write: its successor has taken the ledger's next number.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from bfm.units import format_seconds
 FOLDER = "lease"
 HEARTBEAT_S = 15.0
 STALE_S = 120.0
-WAIT_S = STALE_S + 2 * HEARTBEAT_S
-"""A holder that has died is stale by then."""
+"""A heartbeat that has stood still for so long is that of a dead one."""
 LOOK_S = 2.0
 RENEWALS = 3
 """So many heartbeats while one waits are those of a holder that lives on, not the last ones of a dying one."""
@@ -46,7 +45,7 @@ class Holder:
     """Boot and process-id space: process ids mean the same only where this is equal."""
     pid: int
     started_at_s: float
-    """Start of the process: process ids are used again."""
+    """Start of the process, after that of its machine: process ids are used again, and the wall clock may be set."""
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -56,12 +55,12 @@ class Holder:
         space = Path("/proc/self/ns/pid")
         parts = [host, boot.read_text().strip() if boot.exists() else ""]
         parts.append(os.readlink(space) if space.exists() else "")
-        return cls(host, "|".join(parts), os.getpid(), psutil.Process().create_time())
+        return cls(host, "|".join(parts), os.getpid(), _started_at_s(os.getpid()))
 
     def runs(self) -> bool:
         """Whether the process lives; only to be asked on its own machine."""
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_at_s) < 1.0
+            return abs(_started_at_s(self.pid) - self.started_at_s) < 1.0
         except psutil.NoSuchProcess:
             return False
 
@@ -69,9 +68,8 @@ class Holder:
 class Lease:
     """The right to write, from `acquire` to `release`; renewed by a thread of its own."""
 
-    def __init__(self, store: Store, epoch: int, clock: Callable[[], float], heartbeat_s: float | None) -> None:
+    def __init__(self, store: Store, epoch: int, heartbeat_s: float | None) -> None:
         self.store, self.epoch = store, epoch
-        self._clock = clock
         self._stop = threading.Event()
         self._heartbeat_s = heartbeat_s
         if heartbeat_s is not None:
@@ -82,27 +80,26 @@ class Lease:
         cls,
         store: Store,
         *,
-        wait_s: float = WAIT_S,
         holder: Holder | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         heartbeat_s: float | None = HEARTBEAT_S,
     ) -> Lease:
-        """Take the next epoch, waiting for a holder elsewhere that may be dead. `heartbeat_s` None: no thread.
+        """Take the next epoch, once a holder elsewhere is seen to be dead. `heartbeat_s` None: no thread.
 
-        Raises UserError where another holder lives: a process of this machine, one that goes on renewing its
-        heartbeat, or one whose heartbeat is fresh after `wait_s`.
+        Raises UserError where another holder lives: a process of this machine, or one that goes on renewing its
+        heartbeat.
         """
         me = holder or Holder.this_process()
         last = latest_epoch(store)
         if last:
-            _wait_for_end(store, last, me, wait_s, clock, sleep)
+            _wait_for_end(store, last, me, clock, sleep)
         epoch = last + 1
         # No two contenders bring the same bytes, so that none takes another's object for its own.
-        taken = {**asdict(me), "at_s": clock(), "nonce": uuid.uuid4().hex}
+        taken = {**asdict(me), "at_s": time.time(), "nonce": uuid.uuid4().hex}
         if not store.put_new(_name(epoch), canonical_json(taken)):
             raise UserError("another sweep is starting here", file=store.uri, fix="give this one another name")
-        return cls(store, epoch, clock, heartbeat_s)
+        return cls(store, epoch, heartbeat_s)
 
     @property
     def is_held(self) -> bool:
@@ -113,13 +110,13 @@ class Lease:
         """Publish a heartbeat."""
         # A heartbeat that has to wait would be old when it arrives: the next one is tried instead.
         impatient = self.store.with_patience(0)
-        impatient.put(_alive(self.epoch), canonical_json({"at_s": self._clock()}))
+        impatient.put(_alive(self.epoch), canonical_json({"at_s": time.time()}))
 
     def release(self) -> None:
         """Give the lease up, so that the next holder need not wait."""
         if not self._stop.is_set():
             self._stop.set()
-            self.store.put(_released(self.epoch), canonical_json({"at_s": self._clock()}))
+            self.store.put(_released(self.epoch), canonical_json({"at_s": time.time()}))
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
@@ -136,34 +133,42 @@ def latest_epoch(store: Store) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def _started_at_s(pid: int) -> float:
+    # Both are told by the same wall clock, so that setting it changes nothing.
+    return psutil.Process(pid).create_time() - psutil.boot_time()
+
+
 def _wait_for_end(
-    store: Store, epoch: int, me: Holder, wait_s: float, clock: Callable[[], float], sleep: Callable[[float], None]
+    store: Store, epoch: int, me: Holder, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> None:
-    """Return once the holder of an epoch is gone; raises UserError where it lives."""
+    """Return once the holder of an epoch is gone; raises UserError where it lives.
+
+    A heartbeat is only told from the one before it: the time in it is that of another machine's clock.
+    """
     taken = _read(store, _name(epoch))
     holder = Holder(**{name: taken[name] for name in ("host", "machine", "pid", "started_at_s")})
-    began_s, told, beats = clock(), False, list[float]()
-    while not store.exists(_released(epoch)):
-        beat = _read(store, _alive(epoch)) if store.exists(_alive(epoch)) else taken
-        beats += [float(beat["at_s"])] if float(beat["at_s"]) not in beats else []
-        age_s, here = clock() - beats[-1], holder.machine == me.machine
-        if (not holder.runs()) if here else age_s >= STALE_S:
-            return
-        waited_s = clock() - began_s
-        if here or len(beats) > RENEWALS or waited_s >= wait_s:
+    here = holder.machine == me.machine
+    beat, seen_s, renewals, told = _heartbeat(store, epoch), clock(), 0, False
+    while not store.exists(_released(epoch)) and (holder.runs() if here else clock() - seen_s < STALE_S):
+        if here or renewals == RENEWALS:
             raise UserError(
-                f"another sweep is running here (process {holder.pid} on {holder.host}, "
-                f"last seen {format_seconds(max(age_s, 0.0))} ago)",
+                f"another sweep is running here (process {holder.pid} on {holder.host})",
                 file=store.uri,
                 fix=f"stop it, or give this one another name; a dead one is given up after {format_seconds(STALE_S)}",
             )
         if not told:
             told = True
             _log.warning(
-                "%s: process %d on %s held this sweep %s ago; waiting up to %s for it to be gone",
-                store.uri, holder.pid, holder.host, format_seconds(max(age_s, 0.0)), format_seconds(STALE_S - age_s),
+                "%s: process %d on %s has held this sweep; waiting for %s without a sign of it",
+                store.uri, holder.pid, holder.host, format_seconds(STALE_S),
             )  # fmt: skip
         sleep(LOOK_S)
+        if (last := _heartbeat(store, epoch)) != beat:
+            beat, seen_s, renewals = last, clock(), renewals + 1
+
+
+def _heartbeat(store: Store, epoch: int) -> dict[str, Any] | None:
+    return _read(store, _alive(epoch)) if store.exists(_alive(epoch)) else None
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

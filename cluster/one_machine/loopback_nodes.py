@@ -31,10 +31,15 @@ def living_process(record: dict[str, Any]) -> psutil.Process | None:
     """The recorded process, unless it has ended or its pid now belongs to another one."""
     try:
         process = psutil.Process(record["pid"])
-        same = abs(process.create_time() - record["created_at_s"]) < 1.0
+        same = abs(started_at_s(process) - record["created_at_s"]) < 1.0
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def started_at_s(process: psutil.Process) -> float:
+    """After the start of this machine, so that a wall clock that is set changes nothing."""
+    return process.create_time() - psutil.boot_time()
 
 
 def end_with_children(record: dict[str, Any]) -> None:
@@ -56,7 +61,7 @@ def start_recorded(command: list[str], environment: dict[str, str], log: Path) -
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
-    return {"pid": child.pid, "created_at_s": psutil.Process(child.pid).create_time()}
+    return {"pid": child.pid, "created_at_s": started_at_s(psutil.Process(child.pid))}
 
 
 class LoopbackNodes(NodeProvider):

@@ -2,7 +2,7 @@
 
  1 a train worker is killed             ray_jobs/test_train.py killed_worker; test_processes.py a_group_that_loses
  2 a trial's actor is killed            test_processes.py an_actor_that_is_killed
- 3 Train's controller is killed         test_processes.py a_group_that_loses
+ 3 Train's controller is killed         test_processes.py a_group_that_loses; its cleaner, too: what_a_group_held
  4 the driver is killed                 ray_jobs/test_sweep.py a_stopped_sweep; on a cluster: test_head.py
  5 the head is killed                   test_head.py
  6 a node is killed                     test_nodes.py a_node_that_is_killed
@@ -24,8 +24,9 @@
 22 tasks that end together at the cap   sweep/test_driver.py and policies/test_frontier.py over cap_machine.py
 23 late, repeated, missing reports      cap_machine.py late; ray_jobs/test_search.py
 24 SIGINT, SIGTERM, ray job stop        ray_jobs/test_sweep.py a_stopped_sweep; ray_jobs/test_search.py a_stopped_sweep
-25 clocks, locale, odd and long paths   test_head.py (its folder and environment); sweep/test_lease.py
+25 clocks, locale, odd and long paths   test_environment.py; sweep/test_lease.py; test_head.py (a time zone)
 26 no dashboard, a foreign cluster      test_cli.py doctor; ray_jobs/test_train.py; ray_jobs/test_sweep.py an_address
+   versions that differ                 test_environment.py a_cluster_of_another_version
 27 TensorBoard cannot be written        report/test_report_tensorboard.py
 28 two sweeps in one folder             sweep/test_lease.py; sweep/test_ledger.py of_twenty_drivers
 29 another number of workers            training/test_zero.py row_of_two_workers, plain_to_zero

@@ -17,6 +17,7 @@ from ray_jobs import desk, pulse
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.desk import HUNG
 from ray_jobs.quarantine import Quarantine
+from ray_jobs.room import ClusterRoom
 from ray_jobs.sweep import run_sweep
 from ray_jobs.trial import away_from
 from tests.chaos.invariants import check_nothing_runs, check_sweep
@@ -25,6 +26,7 @@ from tests.ray_jobs.toys import SINGLE, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ACTOR, WORKER, CONTROLLER = "ray::_Inner", "ray::RayTrainWorker", "ray::TrainController"
+CLEANER = "ray::PlacementGroupCleaner"
 PAIR = {"engine": "deepspeed", "workers": 2, "zero_stage": 1, "cpus": 0.5}
 
 
@@ -168,3 +170,53 @@ def test_a_group_that_loses_a_worker_and_then_its_controller_ends_at_the_same_lo
     assert "t00000-r1-a2" in state.closed_tasks
     alone = next(nll for trial, rung, _, nll in whole if (trial, rung) == ("t00000", 1))
     assert state.rungs[1]["t00000"]["metrics"]["nll"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_only_what_a_dead_actor_has_made_is_freed() -> None:
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def make(self) -> str:
+            group = ray.util.placement_group([{"CPU": 0.1}])
+            ray.get(group.ready())
+            return group.id.hex()
+
+    dead, alive = Controller.remote(), Controller.remote()
+    kept = ray.get([dead.make.remote(), alive.make.remote()])[1]
+    own = ray.util.placement_group([{"CPU": 0.1}])
+    ray.get(own.ready())
+    ray.kill(dead)
+
+    def freed() -> bool:
+        ClusterRoom(grows=False).free_orphans()
+        return len(standing_groups()) < 3
+
+    wait_for(freed, 30, "the dead one's group is freed")
+    assert {group["placement_group_id"] for group in standing_groups()} == {kept, own.id.hex()}
+    ray.util.remove_placement_group(own)
+    ray.kill(alive)
+    wait_for(lambda: freed() and not standing_groups(), 30, "and the other one's after it")
+
+
+def test_what_a_group_held_is_freed_when_its_cleaner_was_killed_before(tmp_path, toy_shards) -> None:
+    """Ray Train's cleaner frees what a dead controller's group held. Nobody misses it while the controller lives."""
+    store = Store(tmp_path / "tiny")
+    space = one_place(
+        tmp_path,
+        toy_shards.path,
+        budget={"ladder_flops": [*LADDER, 4.5e8], "total_flops": 9e9, "max_trials": 1},
+        scaling={"slots": 1, "tiers": [SINGLE, {**PAIR, "from_rung_flops": LADDER[1]}]},
+    )
+
+    def rob() -> None:
+        ours(CLEANER)[-1].kill()
+        wait_for(lambda: is_in_the_middle(store, rows=2), 120, "the group ends in peace, and another one trains")
+        for owner in (CONTROLLER, ACTOR):
+            ours(CLEANER)[-1].kill()
+            ours(owner)[-1].kill()
+            see_it_go_on(store, f"kill -9 of the cleaner and of {owner}")
+
+    with meanwhile(lambda: is_in_the_middle(store, rows=1), rob):
+        run_sweep(resolve(space), str(tmp_path))
+    state = check_sweep(store)
+    assert [loss["task_id"] for loss in state.losses] == ["t00000-r2-a0", "t00000-r2-a1"]
+    assert len(state.arrivals) == 3

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
 import ray
 
+from bfm.sweep.lease import Holder
 from ray_jobs import pulse
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.preemption import Notice
@@ -52,7 +55,7 @@ def test_what_stands_still_is_ended_and_what_moves_is_not(cluster, monkeypatch) 
 
     def all_seen() -> bool:
         signs = ray.get(pulses._board.still_s.remote())
-        found.update({process.task_id: process.pid for process in signs})
+        found.update({process.task_id: process.holder.pid for process in signs})
         return len(signs) == 4
 
     wait_for(all_seen, 60, "four processes at work")
@@ -92,6 +95,23 @@ def test_a_task_that_ends_is_watched_no_more(cluster, monkeypatch) -> None:
     ray.get(work.remote(pulses, "short", 0.1, True))
     wait_for(lambda: ray.get(pulses._board.still_s.remote()) == {}, 30, "nobody is left")
     assert pulses.hung() == {}
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_has_the_id_of_a_dead_one_is_left_alone(cluster) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    later_s = psutil.Process(child.pid).create_time() - psutil.Process().create_time()
+    me = Holder.this_process()
+    living = replace(me, pid=child.pid, started_at_s=me.started_at_s + later_s)
+    try:
+        ray.get(pulse._kill.remote(replace(living, started_at_s=living.started_at_s - 1000)))
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1)
+        ray.get(pulse._kill.remote(living))
+        assert child.wait(10) == -signal.SIGKILL
+        ray.get(pulse._kill.remote(living))
+    finally:
+        child.kill()
 
 
 def test_where_nobody_listens_work_goes_on() -> None:

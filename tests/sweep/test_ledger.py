@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store, canonical_json
 from bfm.sweep import ledger as module
-from bfm.sweep.lease import Holder, Lease, latest_epoch
+from bfm.sweep.lease import latest_epoch
 from bfm.sweep.ledger import Ledger, read_ledger, read_state
 from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
-from tests.sweep.world import execute, make_spec, mortal_ledger, start
+from tests.sweep.world import execute, make_spec, mortal_lease, mortal_ledger, start
 
 
 def records(*numbers):
@@ -38,7 +38,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def three(store):
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     for number in (1, 2, 3):
         ledger.append(records(number))
     return store
@@ -56,7 +56,7 @@ def three(store):
 @settings(max_examples=25, deadline=None)
 def test_records_come_back_in_order(tmp_path_factory, batches):
     store = Store(tmp_path_factory.mktemp("ledger"))
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     for batch in batches:
         ledger.append(batch)
     assert read_ledger(store).records == [record for batch in batches for record in batch]
@@ -75,8 +75,8 @@ def test_what_records_repeat_is_written_once_and_read_whole(store):
         [record("task", "a", config=config, scaling=None), record("row", "c"), {"kind": "check", "config": config}],
         [{"kind": "check", "config": config}],
     ]
-    for number, batch in enumerate(batches):
-        mortal_ledger(store, 7200.0 * number).append(batch)
+    for batch in batches:
+        mortal_ledger(store).append(batch)
     replay = read_ledger(store)
     assert canonical_json(replay.records) == canonical_json([record for batch in batches for record in batch])
     blocks = [block for pack in replay.packs for block in module._blocks(pack)]
@@ -84,7 +84,7 @@ def test_what_records_repeat_is_written_once_and_read_whole(store):
 
 
 def test_numbers_that_json_has_not_are_refused_before_anything_is_written(store):
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     with pytest.raises(ValueError, match="JSON"):
         ledger.append([{"value": float("nan")}])
     assert read_ledger(store).records == []
@@ -121,7 +121,7 @@ def test_segments_that_a_pack_covers_may_be_damaged(three, number):
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("count", [3, 69, 255])
 def test_a_damaged_pack_loses_no_record(store, damage, count, caplog):
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     for number in range(1, count + 1):
         ledger.append(records(number))
     name = next(n for n in reversed(segment_names(store)) if int(n[-14:-6]) % 4 == 0)
@@ -131,7 +131,7 @@ def test_a_damaged_pack_loses_no_record(store, damage, count, caplog):
     path.write_bytes({"flipped": data[:-1] + b"!", "cut": data[:-5], "gone": data[:own_bytes]}[damage])
     assert epochs(store) == list(range(1, count + 1))
     assert "its pack is damaged" in caplog.text
-    mortal_ledger(store, 7200).append(records(0))
+    mortal_ledger(store).append(records(0))
     assert epochs(store) == [*range(1, count + 1), 0]
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_pack_over_a_damaged_segment_is_named(three):
 def test_a_segment_rewritten_with_right_checksums_breaks_the_chain(tmp_path):
     stores = [Store(tmp_path / name) for name in ("one", "other")]
     for store in stores:
-        ledger = mortal_ledger(store, 0)
+        ledger = mortal_ledger(store)
         for number in range(6):
             ledger.append(records(number + 10 * (store is stores[1])))
     # Seven segments: the last one knows the sixth, which is read with it.
@@ -183,8 +183,8 @@ def test_a_ledger_of_an_older_version_is_refused(store):
 
 
 def test_a_fenced_writer_cannot_append(three):
-    old = mortal_ledger(three, 7200)
-    heir = mortal_ledger(three, 14400)
+    old = mortal_ledger(three)
+    heir = mortal_ledger(three)
     with pytest.raises(UserError, match="taken over"):
         old.append(records(9))
     heir.append(records(4))
@@ -195,7 +195,7 @@ def test_a_fenced_writer_cannot_append(three):
 
 def test_what_a_fenced_writer_appends_before_its_successor_stands_is_read_by_it(three, monkeypatch):
     """The old driver, alive after all, appends between its successor's reading and its successor's first segment."""
-    old = mortal_ledger(three, 7200)
+    old = mortal_ledger(three)
     read = module.read_ledger
 
     def read_then_written(store):
@@ -205,7 +205,7 @@ def test_what_a_fenced_writer_appends_before_its_successor_stands_is_read_by_it(
         return replay
 
     monkeypatch.setattr(module, "read_ledger", read_then_written)
-    heir = mortal_ledger(three, 14400)
+    heir = mortal_ledger(three)
     assert [record["epoch"] for record in heir.replay.records] == [1, 2, 3, 9]
     with pytest.raises(UserError, match="taken over"):
         old.append(records(10))
@@ -214,18 +214,18 @@ def test_what_a_fenced_writer_appends_before_its_successor_stands_is_read_by_it(
 
 
 def test_a_driver_that_lost_its_lease_before_it_began_shuts_no_one_out(store):
-    late = Lease.acquire(store, holder=Holder("here", "machine", 1, 0.0), clock=lambda: 0.0, heartbeat_s=None)
-    heir = mortal_ledger(store, 7200)
+    late = mortal_lease(store)
+    heir = mortal_ledger(store)
     with pytest.raises(UserError, match="taken over"):
         Ledger(store, late)
     heir.append(records(1))
 
 
 def test_takeovers_that_wrote_nothing_leave_no_hole(store):
-    first = mortal_ledger(store, 0)
+    first = mortal_ledger(store)
     first.append(records(1))
-    for hour in (1, 2, 3):
-        last = mortal_ledger(store, 7200.0 * hour)
+    for _ in range(3):
+        last = mortal_ledger(store)
     last.append(records(4))
     assert epochs(store) == [1, 4]
     assert latest_epoch(store) == 4
@@ -233,7 +233,7 @@ def test_takeovers_that_wrote_nothing_leave_no_hole(store):
 
 def test_an_append_is_one_request_and_many_are_read_in_few(s3_server, s3):
     store = Store(s3)
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     with s3_server.counted() as requests:
         for number in range(510):
             ledger.append(records(number))
@@ -246,7 +246,7 @@ def test_an_append_is_one_request_and_many_are_read_in_few(s3_server, s3):
 @pytest.mark.parametrize("fault", ["503", "drop", "lost"])
 def test_an_append_whose_answer_is_lost_is_no_other_sweep(s3_server, s3, fault):
     store = Store(s3, patience_s=20.0)
-    ledger = mortal_ledger(store, 0)
+    ledger = mortal_ledger(store)
     for number in range(3):
         s3_server.faults[:] = [fault]
         ledger.append(records(number))
@@ -258,12 +258,10 @@ def test_an_append_whose_answer_is_lost_is_no_other_sweep(s3_server, s3, fault):
 
 def contest(store, round_number, pool):
     """Twenty drivers start at once: the winner's acknowledged records."""
-    hour_s = 7200.0 * round_number
 
     def start_one(number):
-        holder = Holder("here", f"machine-{round_number}-{number}", 1, 0.0)
         try:
-            lease = Lease.acquire(store, wait_s=0, holder=holder, clock=lambda: hour_s, heartbeat_s=None)
+            lease = mortal_lease(store, f"machine-{round_number}")
         except UserError:
             return None
         ledger = Ledger(store, lease)
@@ -308,9 +306,7 @@ def test_two_drivers_never_both_append_with_acknowledgement(place, tmp_path, req
 
     threads = []
     for number in range(1, 6):
-        holder, now_s = Holder("here", f"machine-{number}", 1, 0.0), 7200.0 * number
-        lease = Lease.acquire(store, holder=holder, clock=lambda at_s=now_s: at_s, heartbeat_s=None)
-        threads.append(threading.Thread(target=drive, args=(number, lease)))
+        threads.append(threading.Thread(target=drive, args=(number, mortal_lease(store))))
         threads[-1].start()
         time.sleep(0.05)
     for thread in threads:

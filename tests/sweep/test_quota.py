@@ -174,7 +174,7 @@ def test_a_folder_that_a_crash_left_is_deleted_at_resume(tmp_path):
     driver.report(task.task_id, row)
     assert read_state(store).evicted
     assert store.exists(f"{row['checkpoint']}/state.pt")
-    start(spec, store, epoch_s=7200.0)
+    start(spec, store)
     assert not store.exists(f"{row['checkpoint']}/state.pt")
 
 

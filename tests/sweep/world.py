@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import uuid
+from dataclasses import replace
 
 from bfm.files import Store
 from bfm.sweep.costs import ConfigCost
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.imports import read_runs
-from bfm.sweep.lease import Holder, Lease
+from bfm.sweep.lease import STALE_S, Holder, Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
@@ -107,15 +110,20 @@ def execute(task: Task) -> dict:
     }
 
 
-def mortal_ledger(store: Store, epoch_s: float) -> Ledger:
-    """A ledger whose holder is dead once the clock has gone on by an hour."""
-    holder = Holder("here", f"machine-{epoch_s}", 1, 0.0)
-    return Ledger(store, Lease.acquire(store, holder=holder, clock=lambda: epoch_s, heartbeat_s=None))
+def mortal_lease(store: Store, machine: str = "") -> Lease:
+    """That of a process on a machine of its own, which whoever comes next finds dead at once."""
+    holder = replace(Holder.this_process(), machine=machine or uuid.uuid4().hex)
+    return Lease.acquire(store, holder=holder, clock=itertools.count(0.0, STALE_S).__next__, heartbeat_s=None)
 
 
-def start(spec: SweepSpec, store: Store, epoch_s: float = 0.0) -> SweepDriver:
-    """A driver over the planted world that may die without a trace (the next one has a later `epoch_s`)."""
-    return SweepDriver.start(spec, mortal_ledger(store, epoch_s), PlantedCosts())
+def mortal_ledger(store: Store) -> Ledger:
+    """A ledger under such a lease."""
+    return Ledger(store, mortal_lease(store))
+
+
+def start(spec: SweepSpec, store: Store) -> SweepDriver:
+    """A driver over the planted world that may die without a trace."""
+    return SweepDriver.start(spec, mortal_ledger(store), PlantedCosts())
 
 
 def in_memory(spec: SweepSpec, records=(), **options) -> SweepDriver:
