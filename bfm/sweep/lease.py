@@ -60,7 +60,7 @@ class Holder:
     def runs(self) -> bool:
         """Whether the process lives; only to be asked on its own machine."""
         try:
-            return abs(_started_at_s(self.pid) - self.started_at_s) < 1.0
+            return abs(_started_at_s(self.pid) - self.started_at_s) < 2.0
         except psutil.NoSuchProcess:
             return False
 
@@ -134,7 +134,7 @@ def latest_epoch(store: Store) -> int:
 
 
 def _started_at_s(pid: int) -> float:
-    # Both are told by the same wall clock, so that setting it changes nothing.
+    # Both are told by the same wall clock, in whole seconds of boot time, so that setting it changes nothing.
     return psutil.Process(pid).create_time() - psutil.boot_time()
 
 

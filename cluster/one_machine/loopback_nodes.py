@@ -31,7 +31,7 @@ def living_process(record: dict[str, Any]) -> psutil.Process | None:
     """The recorded process, unless it has ended or its pid now belongs to another one."""
     try:
         process = psutil.Process(record["pid"])
-        same = abs(started_at_s(process) - record["created_at_s"]) < 1.0
+        same = abs(started_at_s(process) - record["created_at_s"]) < 2.0
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
