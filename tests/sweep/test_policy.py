@@ -110,7 +110,7 @@ def test_metrics_to_maximise_are_maximised():
 
 
 def test_equal_values_are_decided_by_number():
-    driver = finish(make_spec(), lambda task: {**execute(task), "metrics": {"nll": 1.0}})
+    driver = finish(make_spec(), lambda task: {**execute(task), "status": "ok", "metrics": {"nll": 1.0}})
     promoted = sorted(int(trial[1:]) for trial in driver.state.rungs[1])
     assert promoted == list(range(len(promoted)))
 

@@ -53,12 +53,12 @@ def test_a_check_survives_resume_and_changes_no_decision(recipe, tmp_path):
         driver.report(task.task_id, execute(task))
     driver.close()
     checked = [record(recipe, recipe.predicted.estimate), record(recipe, recipe.predicted.high * 2)]
-    ledger = mortal_ledger(store, 1e4)
+    ledger = mortal_ledger(store)
     for one in checked:
         ledger.append([one])
     ledger.close()
     before = driver.state
-    resumed = start(spec, store, 2e4)
+    resumed = start(spec, store)
     assert resumed.state.checks == checked
     assert (resumed.state.spent_flops, resumed.available_flops) == (before.spent_flops, driver.available_flops)
     run_serial(resumed, execute)
@@ -83,7 +83,7 @@ def test_status_and_report_show_all_checks(recipe, tmp_path):
     task = driver.next_task()
     driver.report(task.task_id, execute(task))
     driver.close()
-    ledger = mortal_ledger(store, 1e4)
+    ledger = mortal_ledger(store)
     ledger.append([record(recipe, recipe.predicted.estimate), record(recipe, recipe.predicted.high * 2)])
     view = read_sweep(store.uri)
     assert view.as_dict()["calibration"] == {"inside": 1, "checks": 2}

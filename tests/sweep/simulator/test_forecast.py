@@ -42,10 +42,10 @@ def run(fleet, spec=SPEC):
 
 
 def test_what_is_paid_is_what_is_there():
-    fleet = Fleet(parse_schedule("12,2@1h"), RATE, startup_s=60)
+    fleet = Fleet(parse_schedule("12,2@30m"), RATE, startup_s=60)
     made, result = run(fleet)
     line = made.timeline
-    assert 0 < line.busy_s < line.provisioned_s == 12 * 3600 + 2 * (line.elapsed_s - 3600)
+    assert 0 < line.busy_s < line.provisioned_s == 12 * 1800 + 2 * (line.elapsed_s - 1800)
     (policy,) = result["policies"]
     assert policy["cost"] == 2.0 * policy["worker_hours"] == pytest.approx(2.0 * line.provisioned_s / 3600)
     assert policy["busy_hours"] == pytest.approx(line.busy_s / 3600)
