@@ -1,7 +1,7 @@
 """Between a sweep's driver and the trials that run its tasks: what is begun, what came of it, what needs a hand.
 
 Enters: a driver; what trials bring; the live nodes. Leaves: the next task that has a place, calls on the driver, events
-for a display. A task that stands still is ended, a node that spoils its tasks gets no more of them, and room that nobody
+for a display. A task that stands still is ended, a node that spoils its tasks gets no more of them, room that nobody
 takes goes to a running task.
 """
 

@@ -46,8 +46,9 @@ def hilly(task):
     return row
 
 
-def test_optuna_beats_random_proposals_at_equal_flops():
+def test_optuna_beats_random_proposals_at_equal_flops(monkeypatch):
     """20 seeds in pairs: of a fair coin, 15 wins or more come in 2 % of all cases."""
+    monkeypatch.setattr(Proposer, "optuna_draws", 4)
 
     def best(method, seed):
         budget = {"ladder_flops": ["1e9"], "total_flops": "40e9"}
