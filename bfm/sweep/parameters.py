@@ -152,77 +152,78 @@ def read_parameters(raw: Any) -> tuple[Parameter, ...]:
 
 
 def _read(name: str, raw: Mapping[str, Any]) -> Parameter:
-    key = name
     try:
         validate(_Keys, raw)
     except UserError as error:
-        raise UserError(error.what, key=f"{key}.{error.key}", fix=error.fix) from None
+        raise UserError(error.what, key=f"{name}.{error.key}", fix=error.fix) from None
     kinds = [kind for kind in ("value", "values") if kind in raw] + (["min/max"] if {"min", "max"} & set(raw) else [])
     if len(kinds) != 1:
         what = f"has {' and '.join(kinds)}" if kinds else "has no value"
-        raise UserError(what, key=key, fix="give one of value, values, or min and max")
+        raise UserError(what, key=name, fix="give one of value, values, or min and max")
     if kinds == ["min/max"]:
-        return _range(name, key, raw)
+        return _range(name, raw)
     expected = "constant" if kinds == ["value"] else "categorical"
     if raw.get("distribution", expected) != expected:
         raise UserError(
-            f"{kinds[0]} does not go with {raw['distribution']}", key=f"{key}.distribution", fix=f"write {expected}"
+            f"{kinds[0]} does not go with {raw['distribution']}", key=f"{name}.distribution", fix=f"write {expected}"
         )
     if "q" in raw:
-        raise UserError("rounds ranges only", key=f"{key}.q", fix="leave it out")
+        raise UserError("rounds ranges only", key=f"{name}.q", fix="leave it out")
     if kinds == ["value"]:
-        return Parameter(name, "constant", (check_value(name, raw["value"], f"{key}.value"),))
-    values = tuple(check_value(name, value, f"{key}.values.{index}") for index, value in enumerate(raw["values"] or ()))
+        return Parameter(name, "constant", (check_value(name, raw["value"], f"{name}.value"),))
+    values = tuple(
+        check_value(name, value, f"{name}.values.{index}") for index, value in enumerate(raw["values"] or ())
+    )
     if not values:
-        raise UserError("is empty", key=f"{key}.values", fix="list at least one value")
+        raise UserError("is empty", key=f"{name}.values", fix="list at least one value")
     if len({(type(value), value) for value in values}) < len(values):
-        raise UserError("repeats a value", key=f"{key}.values", fix="list every value once")
+        raise UserError("repeats a value", key=f"{name}.values", fix="list every value once")
     return Parameter(name, "categorical" if len(values) > 1 else "constant", values)
 
 
-def _range(name: str, key: str, raw: Mapping[str, Any]) -> Parameter:
+def _range(name: str, raw: Mapping[str, Any]) -> Parameter:
     for end in ("min", "max"):
         if end not in raw:
-            raise UserError("is missing", key=f"{key}.{end}", fix="a range needs min and max")
+            raise UserError("is missing", key=f"{name}.{end}", fix="a range needs min and max")
     if _TYPES[name] is bool:
-        raise UserError("is true or false", key=key, fix="write values: [false, true]")
-    low, high = (check_value(name, raw[end], f"{key}.{end}") for end in ("min", "max"))
+        raise UserError("is true or false", key=name, fix="write values: [false, true]")
+    low, high = (check_value(name, raw[end], f"{name}.{end}") for end in ("min", "max"))
     if low is None or high is None:
-        raise UserError("a range has no null end", key=key, fix="write numbers")
+        raise UserError("a range has no null end", key=name, fix="write numbers")
     low_number, high_number = float(low), float(high)
     if low_number > high_number:
-        raise UserError(f"min {low_number:g} is above max {high_number:g}", key=key, fix="swap them")
+        raise UserError(f"min {low_number:g} is above max {high_number:g}", key=name, fix="swap them")
     is_count = _TYPES[name] in (int, int | None)
     distribution = raw.get("distribution") or ("int_uniform" if is_count else "uniform")
     if distribution not in RANGES:
         raise UserError(
-            f"min/max do not go with {distribution}", key=f"{key}.distribution", fix=f"one of {', '.join(RANGES)}"
+            f"min/max do not go with {distribution}", key=f"{name}.distribution", fix=f"one of {', '.join(RANGES)}"
         )
     if "log" in distribution and low_number <= 0:
-        raise UserError(f"the logarithm of {low_number:g}", key=f"{key}.min", fix="a log range begins above 0")
-    quantum = _quantum(distribution, raw, key)
+        raise UserError(f"the logarithm of {low_number:g}", key=f"{name}.min", fix="a log range begins above 0")
+    quantum = _quantum(name, distribution, raw)
     if quantum is not None and low_number > high_number // quantum * quantum:
         raise UserError(
-            f"no multiple of {quantum:g} lies in the range", key=f"{key}.q", fix="lower q or widen the range"
+            f"no multiple of {quantum:g} lies in the range", key=f"{name}.q", fix="lower q or widen the range"
         )
     if distribution == "int_uniform" and (low_number != int(low_number) or high_number != int(high_number)):
-        raise UserError("int_uniform has whole ends", key=key, fix="write whole numbers")
+        raise UserError("int_uniform has whole ends", key=name, fix="write whole numbers")
     if is_count and distribution != "int_uniform" and (quantum is None or quantum != int(quantum)):
         fix = "write int_uniform, or q_log_uniform_values with q: 1"
-        raise UserError(f"{name} is a whole number", key=f"{key}.distribution", fix=fix)
+        raise UserError(f"{name} is a whole number", key=f"{name}.distribution", fix=fix)
     if low_number == high_number:
         return Parameter(name, "constant", (low,))
     return Parameter(name, distribution, (), low_number, high_number, quantum)
 
 
-def _quantum(distribution: str, raw: Mapping[str, Any], key: str) -> float | None:
+def _quantum(name: str, distribution: str, raw: Mapping[str, Any]) -> float | None:
     if not distribution.startswith("q_"):
         if "q" in raw:
-            raise UserError(f"does not go with {distribution}", key=f"{key}.q", fix=f"write q_{distribution}")
+            raise UserError(f"does not go with {distribution}", key=f"{name}.q", fix=f"write q_{distribution}")
         return None
-    quantum = parse_number(raw.get("q", 1), key=f"{key}.q")
+    quantum = parse_number(raw.get("q", 1), key=f"{name}.q")
     if quantum <= 0:
-        raise UserError(f"{quantum:g} is no step", key=f"{key}.q", fix="must be above 0")
+        raise UserError(f"{quantum:g} is no step", key=f"{name}.q", fix="must be above 0")
     return quantum
 
 

@@ -81,8 +81,8 @@ class Proposer:
         if self.spec.scheduler.type != "grid":
             order = np.random.default_rng((self.spec.seeds[0], number // POOL_ERA)).permutation(len(fresh))
             fresh = [fresh[place] for place in sorted(order[:POOL_SIZE])]
-        refused = Counter(refusal.reason for refusal in self.feasible.sample[1])
-        return _counted(fresh[:POOL_SIZE], dict(sorted(refused.items())) if number == 0 else {})
+        refused = Counter(refusal.reason for refusal in self.feasible.sample[1]) if number == 0 else {}
+        return _counted(fresh[:POOL_SIZE], dict(sorted(refused.items())))
 
     @cached_property
     def _grid(self) -> dict[ConfigKey, Proposal]:

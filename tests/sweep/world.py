@@ -15,6 +15,7 @@ from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import STALE_S, Holder, Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.simulator.run import simulated_row
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
@@ -93,20 +94,12 @@ def execute(task: Task) -> dict:
     begins = task.from_rung is None and task.progress is None
     start_flops = 0 if begins else task.begins_flops
     path_flops = round(task.rung_flops * 0.997)
+    metrics, checkpoint = {"nll": loss, "recall@10": 1.0 / loss}, f"trials/{task.trial}/checkpoints/r{task.rung}"
     return {
-        "kind": "rung",
-        "trial": task.trial,
-        "rung": task.rung,
-        "rung_flops": task.rung_flops,
-        "seed": task.seed,
-        "config": task.config,
-        "status": "ok" if ok else "diverged",
-        "params": round(task.config["params"]),
+        **simulated_row(task, round(task.config["params"]), metrics, checkpoint, "ok" if ok else "diverged"),
         "path_flops": path_flops,
         "task_flops": (path_flops - start_flops) if ok else (path_flops - start_flops) // 2,
         "eval_flops": 1000,
-        "metrics": {"nll": loss, "recall@10": 1.0 / loss},
-        "checkpoint": f"trials/{task.trial}/checkpoints/r{task.rung}",
     }
 
 

@@ -109,10 +109,9 @@ class View:
 
     def entries(self, proposal: Proposal) -> list[Step]:
         """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
-        rungs, limits = self.arena.rungs(proposal.config), self.state.memory_limits
-        if limits and not all(self.arena.places(proposal.config, rung, limits) for rung in rungs):
-            return []
-        return self._steps(None, proposal, rungs, None)
+        rungs = self.arena.rungs(proposal.config)
+        steps = self._steps(None, proposal, rungs, None)
+        return steps if len(steps) == len(rungs) else []
 
     def _steps(
         self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
