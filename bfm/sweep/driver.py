@@ -28,7 +28,7 @@ from bfm.sweep.space_arena import SpaceArena
 from bfm.sweep.state import DRIVER, WORKER, Record, SweepState, Trial
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.sweep.workers import GROW_LEFT_S, worthwhile
-from bfm.training.task import Account
+from bfm.training.task import MADE, Account, object_name
 from bfm.units import format_flops
 
 _LOOKS_BACK = 200
@@ -142,7 +142,7 @@ class SweepDriver:
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}
         if checked["status"] == "oom":
             record["memory"] = self._memory(task)
-        self._write_end(record)
+        self._write_end((task.trial, task.rung), record)
         self._breaker.row()
         self._keep_quota()
         return True
@@ -158,7 +158,7 @@ class SweepDriver:
             return False
         loss = self._loss(task_id, reason, fault)
         given_up = {"kind": "abandoned", "trial": loss["trial"], "rung": loss["rung"], "reason": reason}
-        self._write_end(loss, *([] if retry else [given_up]))
+        self._write_end((loss["trial"], loss["rung"]), loss, *([] if retry else [given_up]))
         if retry and fault == WORKER:
             self._breaker.loss(loss)
         return True
@@ -170,7 +170,7 @@ class SweepDriver:
         """
         if not self._is_open(task_id):
             return False
-        self._write_end(self._ended("yielded", task_id, account))
+        self._write_end(self.state.open_tasks[task_id], self._ended("yielded", task_id, account))
         return True
 
     def growable(self, left_s: Mapping[str, float]) -> Iterator[tuple[Task, list[Task]]]:
@@ -219,14 +219,25 @@ class SweepDriver:
             for record in records:
                 self._ledger.drop(record["checkpoint"])
 
-    def _write_end(self, end: Record, *more: Record) -> None:
-        """A try is over; the in-rung checkpoint that it went on from goes, unless the next try goes on from it, too."""
-        place = self.state.open_tasks[end["task_id"]]
-        before = self.state.attempts[place].progress
-        self._write(end, *more)
-        attempt = self.state.attempts.get(place)
-        if before is not None and (attempt is None or attempt.progress != before):
-            self._ledger.drop(before)
+    def _write_end(self, place: tuple[str, int], *records: Record) -> None:
+        """A try, or a place for good, is over: what neither a row nor the next try goes on from is dropped."""
+        attempt = self.state.attempts[place]
+        before = attempt.progress
+        self._write(*records)
+        if place in self.state.attempts:
+            if before not in (None, attempt.progress):
+                self._ledger.drop(before)
+            return
+        trial, rung = place
+        row = self.state.rungs.get(rung, {}).get(trial, {})
+        if attempt.tries == 1 and row.get("status") == "ok":
+            # It has tidied up behind itself.
+            return
+        # Also what an account never named, because its writer was killed between a checkpoint and the note of it.
+        made = (object_name(trial, rung, number, what) for number in range(attempt.tries) for what in MADE)
+        for name in made:
+            if name not in (row.get("checkpoint"), row.get("model")):
+                self._ledger.drop(name)
 
     def _write(self, *records: Record) -> None:
         self._ledger.append(records)
@@ -284,9 +295,7 @@ class SweepDriver:
             if isinstance(placed, Task):
                 self._write({"kind": "task", "task": placed.as_dict(), "reason": f"try {attempt.tries + 1}"})
             return placed
-        self._write({"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
-        if attempt.progress is not None:
-            self._ledger.drop(attempt.progress)
+        self._write_end(place, {"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
         return None
 
     def _promote(self, decision: Promote, fits: Fits) -> Task | Wait:

@@ -101,11 +101,18 @@ class Journal:
             self._wait(lambda: self._noted.spent_flops >= needed_flops)
 
     def saved(self, progress_flops: int) -> None:
-        """The in-rung checkpoint stands at `progress_flops`."""
+        """The in-rung checkpoint stands at `progress_flops`. Raises FencedError where the task was given up."""
         with self._change:
+            named = self._noted.progress is not None
             self._want(progress=self.checkpoint, progress_flops=progress_flops)
             wanted = self._wanted
-            self._wait(lambda: self._noted == wanted)
+            try:
+                self._wait(lambda: self._noted == wanted)
+            except FencedError:
+                # Nobody knows of it, so nobody else would drop it.
+                if not named:
+                    self.clear()
+                raise
 
     def close(self, spent_flops: int) -> None:
         """Say exactly what was trained, if the storage still listens; the last promise stands where it does not."""
@@ -120,7 +127,7 @@ class Journal:
             self._write(exact)
 
     def clear(self) -> None:
-        """Drop the in-rung checkpoint; the row is in hand."""
+        """Drop the in-rung checkpoint; the row is in hand, or nobody will go on from it."""
         self.store.delete_folder(self.checkpoint)
 
     def note_out_of_memory(self) -> None:

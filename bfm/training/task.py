@@ -12,6 +12,8 @@ from typing import Any
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import trunk_flops
 
+MADE = ("progress", "trunk", "model")
+"""The checkpoints of a try: in the rung, at its trunk's end, cooled."""
 PROBE_QUERIES = 1_000
 """A probe scores the first so many queries of the validation part: a nested, user-stratified subset."""
 

@@ -152,7 +152,23 @@ def test_a_lost_task_is_charged_what_it_may_have_trained_and_reserves_the_rest()
     assert (again.task_id, again.progress) == ("t00000-r0-a1", account.progress)
     assert again.reserved_flops == 400_000_000
     driver.report(again.task_id, execute(again))
-    assert driver._ledger.dropped == [account.progress], "the row is there, so the checkpoint on its way is not needed"
+    kept = {driver.state.rungs[0]["t00000"]["checkpoint"]}
+    made = {f"trials/t00000/checkpoints/rung0-a{at}-{what}" for at in (0, 1) for what in ("progress", "trunk", "model")}
+    assert set(driver._ledger.dropped) == made - kept, "the row is there: what no account named goes, too"
+
+
+def test_what_a_task_left_that_brought_no_checkpoints_is_dropped():
+    """A run that diverged, or was given up, may have left one on its way there."""
+    driver = in_memory(make_spec(scaling={"max_retries": 0}))
+    task = driver.next_task()
+    driver.report(task.task_id, {**execute(task), "status": "diverged", "checkpoint": None, "model": None})
+    assert "trials/t00000/checkpoints/rung0-a0-progress" in driver._ledger.dropped
+    driver.lost(driver.next_task().task_id, "killed")
+    assert driver.next_task().trial == "t00002"
+    assert "trials/t00001/checkpoints/rung0-a0-trunk" in driver._ledger.dropped
+    before = len(driver._ledger.dropped)
+    driver.report("t00002-r0-a0", execute(driver._open_task("t00002-r0-a0")))
+    assert len(driver._ledger.dropped) == before, "one that went well has tidied up behind itself"
 
 
 def test_a_task_that_gets_further_every_time_is_never_given_up():
