@@ -52,6 +52,8 @@ class Live:
     """A Tune trial that holds a slot."""
 
     task: Task
+    nodes: frozenset[str]
+    """Ids of those that were live when it was given out."""
     started_at_s: float | None = None
     settled_at_s: float | None = None
     ending: bool = False
@@ -139,13 +141,14 @@ class Desk:
         """Whether the next task waits to be taken."""
         return self._next is not None
 
-    def take(self) -> dict[str, Any]:
-        """The next task as a trial's configuration."""
+    def take(self) -> tuple[Live, dict[str, Any]]:
+        """The next task, now held by a trial, and that trial's configuration."""
         task, self._next = self._next, None
         assert task is not None, "nothing was at hand"
         self._on_event(SweepEvent("assigned", task=task))
         avoid = ",".join(sorted(self.quarantine.nodes))
-        return {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time(), "avoid": avoid}
+        config = {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time(), "avoid": avoid}
+        return Live(task, frozenset(self._room.nodes())), config
 
     def settle(self, live: Live, result: Mapping[str, Any]) -> None:
         """Commit what a trial has brought, once."""
@@ -177,8 +180,12 @@ class Desk:
     def died(self, live: Live) -> None:
         """A trial ended; without a row its task is lost."""
         if live.settled_at_s is None:
-            nodes = self._running.nodes(live.task)
-            self._lose(live, DIED, nodes[0] if len(nodes) == 1 else None)
+            seen = self._running.nodes(live.task)
+            # One that told of no step yet was on any of them: as a sweep begins, idle nodes may just be taken away.
+            if (set(seen) or live.nodes) - self._room.nodes().keys():
+                self._lose(live, DIED, None, fault=NODE)
+            else:
+                self._lose(live, DIED, seen[0] if len(seen) == 1 else None)
 
     def ends(self, live: Iterable[Live]) -> bool:
         """Whether the run is on its way to its end. Raises Interrupted when all tasks have yielded or were too slow."""
@@ -292,7 +299,7 @@ class Desk:
             fault = NODE
         self._guard(lambda: self.driver.lost(task.task_id, reason, retry=retry, fault=fault))
         self._on_event(SweepEvent("lost", task=task, reason=reason))
-        if fault == NODE:
+        if node in self.quarantine.nodes:
             self._on_event(SweepEvent("quarantined", task=task, reason=f"node {node} gets no more tasks: {reason}"))
 
     def _guard(self, call: Callable[[], Answer]) -> Answer | None:

@@ -48,8 +48,8 @@ class DriverSearcher(Searcher):
         if self._freed <= self._starting() and any(one.stands_by and not one.ending for one in live):
             # A warm actor waits for it: `may_end` will free that one.
             return None
-        self._trials[trial_id] = Live(task)
-        return self.desk.take()
+        self._trials[trial_id], config = self.desk.take()
+        return config
 
     def started(self, trial_id: str) -> None:
         """The trial has an actor, its own or one that was freed."""

@@ -48,6 +48,7 @@ class FakeDriver:
         self.open: dict[str, Task] = {}
         self.rows: dict[str, Any] = {}
         self.losses: dict[str, str] = {}
+        self.faults: list[str] = []
         self.yields: dict[str, Account] = {}
         self.given = 0
         self.counts: Sequence[int] = ()
@@ -86,6 +87,7 @@ class FakeDriver:
     def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = "worker") -> bool:
         del self.open[task_id]
         self.losses[task_id] = reason
+        self.faults.append(fault)
         return True
 
 

@@ -298,3 +298,15 @@ def test_a_worker_that_dies_is_held_against_the_node_it_was_on() -> None:
     searcher.on_trial_complete("trial2", error=True)
     assert [event.kind for event in events][-1] == "quarantined"
     assert searcher.desk.quarantine.nodes == {"node0"}
+
+
+def test_a_worker_whose_node_is_gone_is_held_against_nobody() -> None:
+    """Also one that has told of no step yet: idle nodes may be taken away as a sweep begins."""
+    driver, searcher, _, running, _ = looked_after(0, 1, 2)
+    running.where = {"t0-r0-a0": ["node0"], "t1-r0-a0": ["node1"]}
+    del searcher.desk._room.machines[1]
+    for number in range(3):
+        searcher.on_trial_complete(f"trial{number}", error=True)
+    assert list(driver.losses) == ["t0-r0-a0", "t1-r0-a0", "t2-r0-a0"]
+    assert driver.faults == ["worker", "node", "node"]
+    assert not searcher.desk.quarantine.nodes
