@@ -17,6 +17,8 @@ from bfm.errors import CorruptError, UserError
 from bfm.objects import Objects, ObjectStream, buffered
 from bfm.patience import PATIENCE_S, Result, patiently
 
+_PIECE_BYTES = 1 << 18
+
 
 def check_encoding() -> None:
     """Raises UserError where this Python takes file names for anything but UTF-8: it would find other files."""
@@ -30,10 +32,14 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+    """Hex digest of a file, read in pieces; `on_bytes` is told how many came with each."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(piece):
+            digest.update(piece[:count])
+            on_bytes(count)
+    return digest.hexdigest()
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -10,7 +10,7 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,9 @@ def list_files(folder: Path) -> Files:
     }
 
 
-def check_files(folder: Path, files: Files, *, whole: bool = True) -> None:
+def check_files(
+    folder: Path, files: Files, *, whole: bool = True, on_bytes: Callable[[int], None] = lambda _: None
+) -> None:
     """Check names and sizes, and where `whole` the sha256. Raises CorruptError that names the file."""
     for name, entry in files.items():
         path = folder / name
@@ -89,7 +91,7 @@ def check_files(folder: Path, files: Files, *, whole: bool = True) -> None:
             raise CorruptError(f"{path}: is missing")
         if path.stat().st_size != entry["bytes"]:
             raise CorruptError(f"{path}: is truncated or altered ({path.stat().st_size} bytes, not {entry['bytes']})")
-        if whole and sha256_file(path) != entry["sha256"]:
+        if whole and sha256_file(path, on_bytes) != entry["sha256"]:
             raise CorruptError(f"{path}: was altered (its sha256 does not fit)")
 
 

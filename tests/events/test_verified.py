@@ -1,6 +1,8 @@
 """A flipped byte in a shard set is found, once per machine, and nobody reads it twice."""
 
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -8,6 +10,7 @@ from bfm.errors import CorruptError
 from bfm.events import verified
 from bfm.events.shards import Shards
 from bfm.events.verified import Verification
+from bfm.sealed import check_files
 
 
 @pytest.fixture
@@ -25,8 +28,29 @@ def flip(shards):
 
 def test_whole_shards_are_read_once_per_machine(shards, monkeypatch):
     assert Verification(shards).result() == shards.hash
-    monkeypatch.setattr(verified, "check_files", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(verified, "check_files", lambda *_, **__: pytest.fail("read again"))
     assert Verification(shards).result() == shards.hash
+
+
+def test_who_waits_is_told_of_what_is_read_and_of_nothing_else(shards, monkeypatch):
+    """So that a large log on a slow disk is told from a disk that is dead."""
+    monkeypatch.setattr(verified, "_LOOK_S", 0.005)
+    come, told = threading.Event(), []
+
+    def read(folder, files, *, on_bytes):
+        on_bytes(1)
+        come.wait()
+
+    monkeypatch.setattr(verified, "check_files", read)
+    waiting = threading.Thread(target=lambda: Verification(shards).result(lambda: told.append(1)))
+    waiting.start()
+    time.sleep(0.2)
+    assert len(told) <= 1, "nothing more came"
+    come.set()
+    waiting.join(10)
+    counted = []
+    check_files(shards.path, shards.manifest.files, on_bytes=counted.append)
+    assert sum(counted) == sum(entry["bytes"] for entry in shards.manifest.files.values())
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["never read", "read before"])
