@@ -77,7 +77,7 @@ class _Law:
     """In bfm.laws.fitting; of a law in C also the column of the setting."""
     words: str
     power: str
-    """The parameters of its power of C or N begin so."""
+    """Name of its power of C or N, see `power_of`."""
 
 
 _LAWS = {
@@ -123,7 +123,7 @@ def choose_batch(evidence: Evidence, metric: str) -> tuple[Choice, Power]:
     if isinstance(found, str):
         return _unscaled(BATCH, batch, best, found, "at all"), Power(batch, 0.0)
     runs, law = found
-    critical = _power(BATCH, law)
+    critical = power_of(law, _LAWS[BATCH].power)
     if critical is None:
         reason = "the runs do not tell how the critical batch grows with N"
         return _unscaled(BATCH, batch, best, reason, "at all"), Power(batch, 0.0)
@@ -154,7 +154,7 @@ def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice 
     if isinstance(found, str):
         return found
     runs, law = found
-    power = _power(name, law)
+    power = power_of(law, _LAWS[name].power)
     bracketed = [budget for budget in law.budgets if budget.bracketed and budget.optima]
     if power is not None:
         value, source = power.at(flops), f"the {law.law} law in C"
@@ -179,9 +179,9 @@ def _fit(name: str, evidence: Evidence, metric: str) -> tuple[Runs, LawFit] | st
         return f"the {law.words} cannot be fitted ({error.what})"
 
 
-def _power(name: str, law: LawFit) -> Power | None:
-    """The power of C or N in a law; None where the runs do not bound the exponent."""
-    scale, exponent = (law.parameters.get(f"{_LAWS[name].power}_{part}") for part in ("coefficient", "exponent"))
+def power_of(law: LawFit, name: str) -> Power | None:
+    """The power of C or N that a law's parameters of a name make; None where the runs do not bound the exponent."""
+    scale, exponent = (law.parameters.get(f"{name}_{part}") for part in ("coefficient", "exponent"))
     if scale is None or exponent is None or not math.isfinite(exponent.high - exponent.low):
         return None
     return Power(scale.estimate, exponent.estimate)
@@ -224,71 +224,66 @@ def stage_settings(run: Row, negatives: float, flops: float) -> dict[str, Any]:
     return {"freeze_at_flops": share * flops, "negatives": round(negatives), "negatives_exponent": exponent}
 
 
-class Configurations:
-    """The configurations that a C allows, by model size.
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that were tried at a C, by N."""
 
-    That of the best run of a sweep with other `settings`. Verdicts are by the bounds of the sweep's own points: steps,
-    D/N, epochs, memory of the tier.
+    flops: float
+    """C."""
+    trainable: tuple[Feasible, ...]
+    rejected: tuple[tuple[float, Rejection], ...]
+    """(N, why it cannot be trained)."""
+
+
+def try_sizes(
+    swept: Swept,
+    runs: Runs,
+    costs: CostModel,
+    flops: float,
+    *,
+    settings: Mapping[str, Any],
+    batch: Power,
+    rate_ratio: float,
+) -> Sizes:
+    """The sizes about those of some runs of a sweep, all else as in its best run but for `settings`.
+
+    `batch` is target events per step at an N, `rate_ratio` the learning rate over the rule in (N, B). Verdicts are by
+    the bounds of the sweep's own points: steps, D/N, epochs, memory of the tier. Raises InfeasibleError where no size
+    can be trained.
     """
+    best = swept.top_runs(runs.metric)[0]
+    spec = dataclasses.replace(swept.spec, budget=dataclasses.replace(swept.spec.budget, ladder_flops=(round(flops),)))
+    feasible, base = FeasibleSet(spec, costs), {**best["config"], **_depths(swept, best), **settings}
+    step_events = costs.of(TrainConfig.from_dict(best["config"])).step_events
+    group_events = step_events / best["config"]["groups_per_step"]
 
-    def __init__(
-        self,
-        sizes: Swept,
-        best: Row,
-        costs: CostModel,
-        flops: float,
-        *,
-        settings: Mapping[str, Any],
-        batch: Power,
-        rate_ratio: float,
-    ) -> None:
-        """`batch`: target events per step at an N; `rate_ratio`: learning rate over the rule in (N, B)."""
-        self.flops, self._batch, self._rate_ratio = flops, batch, rate_ratio
-        budget = dataclasses.replace(sizes.spec.budget, ladder_flops=(round(flops),))
-        self._spec = dataclasses.replace(sizes.spec, budget=budget)
-        self._feasible = FeasibleSet(self._spec, costs)
-        self._base = {**best["config"], **_depths(sizes, best), **settings}
-        step_events = costs.of(TrainConfig.from_dict(best["config"])).step_events
-        self._group_events = step_events / best["config"]["groups_per_step"]
-
-    def sizes(self, runs: Runs) -> tuple[list[Feasible], list[tuple[float, Rejection]]]:
-        """The sizes about those of some runs that can be trained, ascending, and the others: (N, why not).
-
-        Raises InfeasibleError where there is none.
-        """
-        beyond = _BEYOND * max(1.0, self.flops / float(runs["flops"].max()))
-        low, high = float(runs["params"].min()) / _BEYOND, float(runs["params"].max()) * beyond
-        steps = max(2, math.ceil(_SIZES_PER_DECADE * math.log10(high / low)))
-        feasible: list[Feasible] = []
-        rejected: list[tuple[float, Rejection]] = []
-        for step in range(steps + 1):
-            params = low * (high / low) ** (step / steps)
-            verdict = self._feasible.judge_config(self._config(params))
-            if isinstance(verdict, Feasible):
-                feasible.append(verdict)
-            else:
-                rejected.append((params, verdict))
-        if not feasible:
-            params, first = rejected[len(rejected) // 2]
-            raise InfeasibleError(
-                f"no model size can be trained at {format_flops(self.flops)} FLOPs; N = {params:.3g}: {first.reason} "
-                f"({first.detail})",
-                key=first.key,
-                fix=first.fix,
-            )
-        return feasible, rejected
-
-    def _config(self, params: float) -> TrainConfig:
-        """That of a size, feasible or not."""
+    def config(params: float) -> TrainConfig:
         # A number that the most workers share can be shared by fewer, too.
-        workers = self._spec.tiers_at(self.flops, params)[-1].workers
-        groups = workers * max(1, round(self._batch.at(params) / self._group_events / workers))
-        config = {**self._base, "params": params, "groups_per_step": groups}
-        return TrainConfig.from_dict({**config, "learning_rate": self._rate_ratio * _rule_rate(config)})
+        workers = spec.tiers_at(flops, params)[-1].workers
+        groups = workers * max(1, round(batch.at(params) / group_events / workers))
+        sized = {**base, "params": params, "groups_per_step": groups}
+        return TrainConfig.from_dict({**sized, "learning_rate": rate_ratio * _rule_rate(sized)})
+
+    beyond = _BEYOND * max(1.0, flops / float(runs["flops"].max()))
+    low, high = float(runs["params"].min()) / _BEYOND, float(runs["params"].max()) * beyond
+    steps = max(2, math.ceil(_SIZES_PER_DECADE * math.log10(high / low)))
+    asked = [low * (high / low) ** (step / steps) for step in range(steps + 1)]
+    verdicts = [(params, feasible.judge_config(config(params))) for params in asked]
+    trainable = tuple(verdict for _, verdict in verdicts if isinstance(verdict, Feasible))
+    rejected = tuple((params, verdict) for params, verdict in verdicts if isinstance(verdict, Rejection))
+    if not trainable:
+        params, first = rejected[len(rejected) // 2]
+        raise InfeasibleError(
+            f"no model size can be trained at {format_flops(flops)} FLOPs; N = {params:.3g}: {first.reason} "
+            f"({first.detail})",
+            key=first.key,
+            fix=first.fix,
+        )
+    return Sizes(flops, trainable, rejected)
 
 
-def _depths(sizes: Swept, best: Row) -> dict[str, Any]:
+def _depths(swept: Swept, best: Row) -> dict[str, Any]:
     """A depth that was searched belongs to its own N; its width per layer goes on to others."""
-    if not sizes.searched("depth") or best["config"].get("depth") is None:
+    if not swept.searched("depth") or best["config"].get("depth") is None:
         return {}
     return {"depth": None, "aspect": best["shape"]["width"] / best["shape"]["depth"]}

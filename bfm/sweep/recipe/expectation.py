@@ -1,6 +1,6 @@
 """Which N is best at a C, and what comes of it: the surface L(N, D) where the runs identify it, else cruder laws.
 
-Enters: the rows of the sweep of sizes, the configurations that C allows (bfm.sweep.recipe.choices). Leaves: one of
+Enters: the rows of the sweep of sizes, the sizes that C allows (bfm.sweep.recipe.choices). Leaves: one of
 them, with the predicted metric, its 95 % prediction interval, and what was taken where a law could not be identified.
 """
 
@@ -22,9 +22,9 @@ from bfm.laws.runs import Runs
 from bfm.laws.surface import Surface, fit_surface
 from bfm.laws.transform import from_loss, to_loss
 from bfm.sweep.metric import Metric
-from bfm.sweep.recipe.choices import SIZE_STEP, Configurations
+from bfm.sweep.recipe.choices import SIZE_STEP, Sizes, power_of
 from bfm.sweep.recipe.evidence import Swept
-from bfm.sweep.space import Feasible, Rejection
+from bfm.sweep.space import Feasible
 from bfm.units import format_count
 
 MIN_RUNGS = 3
@@ -62,22 +62,22 @@ def stage_factor(surface: Surface, rows: Sequence[Row], metric: str) -> float:
     return float(np.median(to_loss(metric, measured_R) / to_loss(metric, expected_R)))
 
 
-def by_surface(surface: Surface, runs: Runs, configurations: Configurations, factor: float = 1.0) -> Expectation | str:
+def by_surface(surface: Surface, sizes: Sizes, factor: float = 1.0) -> Expectation | str:
     """The size of best expected metric; or why the surface cannot say it.
 
     `factor` is what stages that the fitted rows do not have make of the loss.
     """
-    metric, flops = Metric(runs.metric), configurations.flops
-    points, rejected = configurations.sizes(runs)
-    place = int(np.argmin([metric.loss(surface.expected(*_data(point, flops))) for point in points]))
-    point = points[place]
+    metric, flops = Metric(surface.fit.metric), sizes.flops
+    values = [metric.loss(surface.expected(*_data(point, flops))) for point in sizes.trainable]
+    place = int(np.argmin(values))
+    point = sizes.trainable[place]
     params, events, unique = _data(point, flops)
     predicted = surface.predict(params, events, unique)
     if not math.isfinite(predicted.high - predicted.low):
         return "the runs do not bound the surface L(N, D) there"
     best = surface.optimum(flops).optima["N_opt"]
     size = Estimate(params, best.low, best.high)
-    notes = [*_edge_notes(point, place, len(points), rejected), *_size_notes(size)]
+    notes = [*_edge_notes(sizes, place), *_size_notes(size)]
     told = bool(surface.fit.details.get("effective_data", {}).get("used"))
     return Expectation(
         point=point,
@@ -91,20 +91,18 @@ def by_surface(surface: Surface, runs: Runs, configurations: Configurations, fac
     )
 
 
-def by_trend(sizes: Swept, runs: Runs, configurations: Configurations, reason: str) -> Expectation:
+def by_trend(swept: Swept, runs: Runs, sizes: Sizes, reason: str) -> Expectation:
     """N from the iso-FLOP law, else from the top rung's best runs; the metric from the frontier's trend in C.
 
     Raises UserError where the trend has too few rungs.
     """
-    flops = configurations.flops
-    predicted = _trend(sizes, Metric(runs.metric), flops)
-    wanted, source, notes = _size_without_surface(sizes, runs, flops)
-    points, _ = configurations.sizes(runs)
+    predicted = _trend(swept, Metric(runs.metric), sizes.flops)
+    wanted, source, notes = _size_without_surface(swept, runs, sizes.flops)
 
     def distance(point: Feasible) -> float:
         return abs(math.log(point.cost.params / wanted.estimate))
 
-    point = min(points, key=distance)
+    point = min(sizes.trainable, key=distance)
     if distance(point) > 2 * math.log(SIZE_STEP):
         notes.append(f"N = {format_count(wanted.estimate)} cannot be trained at that C: the nearest that can is taken")
     how = "the metric is foretold by the frontier's trend in C, with a much wider interval"
@@ -119,19 +117,19 @@ def by_trend(sizes: Swept, runs: Runs, configurations: Configurations, reason: s
     )
 
 
-def _trend(sizes: Swept, metric: Metric, flops: float) -> Estimate:
+def _trend(swept: Swept, metric: Metric, flops: float) -> Estimate:
     """The best run's value at a C, by a line through the rungs' best ones: log of a loss, or logit of a bounded metric,
     against log C.
 
     The interval is wide, because a trend in C knows neither N nor D nor where the metric saturates; beyond the top rung
     it also holds that more C brings nothing. Raises UserError for fewer than 3 rungs.
     """
-    best = {rung: rows[0] for rung, rows in sizes.rungs(metric.name).items()}
+    best = {rung: rows[0] for rung, rows in swept.rungs(metric.name).items()}
     runs = len(best)
     if runs < MIN_RUNGS:
         raise UserError(
             f"too few rungs have {metric.name} to foretell it ({runs} of {MIN_RUNGS})",
-            file=sizes.folder,
+            file=swept.folder,
             fix=f"extend the sweep by {MIN_RUNGS - runs} above, best with 5 or more sizes at each rung",
         )
     log_flops, log_flops_R = math.log(flops), np.log(list(best))
@@ -149,17 +147,16 @@ def _trend(sizes: Swept, metric: Metric, flops: float) -> Estimate:
     return Estimate(_from_line(metric, middle), low, high)
 
 
-def _size_without_surface(sizes: Swept, runs: Runs, flops: float) -> tuple[Estimate, str, list[str]]:
+def _size_without_surface(swept: Swept, runs: Runs, flops: float) -> tuple[Estimate, str, list[str]]:
     """(N, where it comes from, what could not be told)."""
     try:
-        law = fit_isoflop(runs)
-        exponent, scale = law.parameters["N_exponent"], law.parameters["N_coefficient"]
-        if math.isfinite(exponent.high - exponent.low):
-            return Estimate(scale.estimate * flops**exponent.estimate), "the iso-FLOP law", []
+        power = power_of(fit_isoflop(runs), "N")
+        if power is not None:
+            return Estimate(power.at(flops)), "the iso-FLOP law", []
         reason = "the iso-FLOP law does not bound how N grows"
     except UserError as error:
         reason = f"the iso-FLOP law cannot be fitted ({error.what})"
-    best = sizes.top_runs(runs.metric)
+    best = swept.top_runs(runs.metric)
     params = float(statistics.median(row["params"] for row in best))
     taken = f"the median N of the best {len(best)} runs" if len(best) > 1 else "the best run's N"
     note = f"{reason}: {taken} at the top rung is taken, not scaled with C"
@@ -181,13 +178,13 @@ def _shifted(value: Estimate, factor: float, metric: str) -> Estimate:
     return Estimate(moved, min(value.low, *others), max(value.high, *others))
 
 
-def _edge_notes(point: Feasible, place: int, count: int, rejected: Sequence[tuple[float, Rejection]]) -> list[str]:
+def _edge_notes(sizes: Sizes, place: int) -> list[str]:
     """Whether the best size is only the best that can be trained."""
-    if 0 < place < count - 1:
+    last = len(sizes.trainable) - 1
+    if 0 < place < last:
         return []
-    above = place == count - 1
-    asked = point.config.params
-    beside = [found for params, found in rejected if (params > asked) == above]
+    above, asked = place == last, sizes.trainable[place].config.params
+    beside = [found for params, found in sizes.rejected if (params > asked) == above]
     side = "larger" if above else "smaller"
     if not beside:
         return [f"the best N may be {side} than all that were tried"]

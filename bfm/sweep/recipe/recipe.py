@@ -22,12 +22,13 @@ from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.choices import (
     NEGATIVES,
     Choice,
-    Configurations,
+    Sizes,
     choose_batch,
     choose_negatives,
     choose_rate,
     choose_share,
     stage_settings,
+    try_sizes,
 )
 from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, envelope, seed_noise
 from bfm.sweep.recipe.expectation import Expectation, by_surface, by_trend, stage_factor, surface_of
@@ -117,35 +118,35 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
     share = choose_share(evidence, metric, flops)
     rate = choose_rate(sizes, metric)
     law = choose_negatives(evidence, metric, flops)
-    best = sizes.top_runs(metric)[0]
 
-    def configurations(stage: Row, negatives: float) -> Configurations:
-        settings = {"embedder_share": share.value, **stage_settings(stage, negatives, flops)}
-        return Configurations(sizes, best, costs, flops, settings=settings, batch=rule, rate_ratio=rate.value)
+    def sizes_with(stages_of: Row, negatives: float) -> Sizes:
+        settings = {"embedder_share": share.value, **stage_settings(stages_of, negatives, flops)}
+        return try_sizes(sizes, runs, costs, flops, settings=settings, batch=rule, rate_ratio=rate.value)
 
-    negatives, found = _expect(evidence, runs, law, configurations)
+    negatives, found = _expect(evidence, runs, law, sizes_with)
     batch = dataclasses.replace(batch, value=found.point.cost.step_events)
     return _recipe(evidence, runs, (share, batch, negatives, rate), found, flops)
 
 
 def _expect(
-    evidence: Evidence, runs: Runs, law: Choice, configurations: Callable[[Row, float], Configurations]
+    evidence: Evidence, runs: Runs, law: Choice, sizes_with: Callable[[Row, float], Sizes]
 ) -> tuple[Choice, Expectation]:
     """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
-    sizes, metric = evidence.sizes, Metric(runs.metric)
-    best, sweep = sizes.top_runs(metric.name)[0], evidence.on(NEGATIVES)
+    metric, sweep = Metric(runs.metric), evidence.on(NEGATIVES)
+    best = evidence.sizes.top_runs(metric.name)[0]
     own = float(best["config"].get("negatives") or 0)
+    sizes = sizes_with(best, own)
     surface, reason = surface_of(runs)
-    plain = reason if surface is None else by_surface(surface, runs, configurations(best, own))
+    plain = reason if surface is None else by_surface(surface, sizes)
     if surface is None or isinstance(plain, str):
-        found = by_trend(sizes, runs, configurations(best, own), str(plain))
+        found = by_trend(evidence.sizes, runs, sizes, str(plain))
         kept = _kept(law, own, "what a second stage brings cannot be held against one stage")
         return kept if law.by_law else law, found
     if not law.by_law or sweep is None:
         return law, plain
     rows = sweep.top_runs(metric.name)
     factor = stage_factor(surface, rows, metric.name)
-    two = by_surface(surface, runs, configurations(rows[0], law.value), factor)
+    two = by_surface(surface, sizes_with(rows[0], law.value), factor)
     if isinstance(two, str) or metric.loss(two.predicted.estimate) >= metric.loss(plain.predicted.estimate):
         return _kept(law, own, "a second stage promises no better value"), plain
     note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"

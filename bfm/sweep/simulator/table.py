@@ -85,9 +85,8 @@ def read_curves(
         _check_feature(table[name], name, str(path))
     if resumable_column is not None:
         _check_flag(table[resumable_column], resumable_column, str(path))
-    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in table.select(list(dict.fromkeys(columns))).to_pylist():
         groups.setdefault(str(row["config_id"]), []).append(row)
     return tuple(_curve(name, groups[name], others, size, resumable_column, str(path)) for name in sorted(groups))
 
@@ -104,14 +103,9 @@ def _check_numbers(column: pa.ChunkedArray, name: str, path: str) -> None:
 def _check_feature(column: pa.ChunkedArray, name: str, path: str) -> None:
     """A number, a text or a yes or no: what a ledger can hold and a surrogate can tell apart."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    known = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    if not pa.types.is_null(kind) and not any(is_kind(kind) for is_kind in known):
+    of_numbers = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean
+    of_text = pa.types.is_string, pa.types.is_large_string
+    if not any(is_kind(kind) for is_kind in (*of_numbers, *of_text, pa.types.is_null)):
         fix = "leave it out, or write it as number or text"
         raise UserError(f"{name} is {kind}", file=path, key="--features", fix=fix)
     if pa.types.is_floating(kind) and not pc.all(pc.is_finite(column)).as_py():
