@@ -26,7 +26,9 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.training.journal import Journal, YieldError
 from bfm.training.records import Observer
+from bfm.training.task import Account, RungTask
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses
 from ray_jobs.trial import away_from, open_shards, train_here
@@ -138,9 +140,6 @@ def train_on_workers(
         _delete_runs(store, trial_folder)
     answer = json.loads(store.get(answer_name))
     if "yielded" in answer:
-        from bfm.training.journal import YieldError
-        from bfm.training.task import Account
-
         raise YieldError(Account(**answer["yielded"]))
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
@@ -157,9 +156,7 @@ def _delete_runs(store: Store, trial_folder: str) -> None:
 def _out_of_memory_row(task: Mapping[str, Any], shards: str, store: Store) -> dict[str, Any] | None:
     """That of a group whose workers left the mark; None where they left none."""
     from bfm.training.engine import EngineFactory
-    from bfm.training.journal import Journal
     from bfm.training.rung import run_rung
-    from bfm.training.task import RungTask
 
     rung_task = RungTask.from_task(task)
     if not Journal(rung_task, store).ran_out_of_memory():
@@ -190,7 +187,6 @@ def _group_environment() -> Iterator[None]:
 
 def _rank_main(config: dict[str, Any]) -> None:
     """What every rank runs. Imports live here: the controller and the driver need neither torch nor DeepSpeed."""
-    from bfm.training.journal import YieldError
     from bfm.training.zero import ZeroFactory
 
     task, store = config["task"], Store(config["storage"])

@@ -22,15 +22,15 @@ import ray
 from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.files import Store
 from bfm.training.journal import YieldError
-from bfm.training.task import Account
+from bfm.training.task import Account, RungTask
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses, at_work
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.events.verified import Verification
-    from bfm.files import Store
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Observer, Record
@@ -182,8 +182,6 @@ class Workplace:
         return trial_writer(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
 
     def _train_alone(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
-        from bfm.files import Store
-
         with closing(self.writer(task)) as writer:
             row = train_here(
                 task,
@@ -217,7 +215,6 @@ def train_here(
     import torch
 
     from bfm.training.rung import run_rung
-    from bfm.training.task import RungTask
 
     torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
     with at_work(pulses, task["task_id"], notice):
@@ -238,8 +235,6 @@ def train_here(
 
 def check_mounted(storage: str) -> None:
     """Raises UserError where a sweep's folder is not there: writing would fill this node's own disk."""
-    from bfm.files import Store
-
     store = Store(storage)
     if store.is_local and not store.exists("sweep.yaml"):
         raise UserError("this node does not see the sweep", file=storage, fix="mount the storage on every node")

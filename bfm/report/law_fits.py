@@ -59,7 +59,7 @@ def _fitted(law: str, rows: Sequence[Row], metric: str) -> Fitted:
             return Fitted(law, metric, runs, surface.fit, outlook=_outlook(surface, runs))
         return Fitted(law, metric, runs, fit_law(law, runs))
     except UserError as error:
-        return Fitted(law, metric, runs, None, f"{error.what}; {error.fix}" if error.fix else error.what)
+        return Fitted(law, metric, runs, None, error.reason)
 
 
 def _outlook(surface: Surface, runs: Runs) -> tuple[tuple[float, Estimate], ...]:

@@ -52,7 +52,7 @@ def surface_of(runs: Runs) -> tuple[Surface | None, str]:
     try:
         return fit_surface(runs), ""
     except UserError as error:
-        return None, f"{error.what}; {error.fix}" if error.fix else error.what
+        return None, error.reason
 
 
 def stage_factor(surface: Surface, rows: Sequence[Row], metric: str) -> float:
