@@ -44,7 +44,7 @@ NODE = "node"
 LEAVES = "leaves"
 """Beside `yielded`: the actor ends, and is no place for another task."""
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
-FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
+FATAL_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError, CorruptError)}
 STANDBY_S = 0.1
 COORDINATOR_CPUS = 1.0
 SAVE_EVERY_S = 60.0
@@ -279,7 +279,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, InfeasibleError):
         # That task's matter alone, and the same at every try.
         return {LOST: str(error), "retry": False}
-    if isinstance(error, tuple(FATAL_ERRORS.values())):
-        kind = "UserError" if isinstance(error, UserError) else "CorruptError"
-        return {FATAL: kind, "message": str(error)}
+    for name, kind in FATAL_ERRORS.items():
+        if isinstance(error, kind):
+            return {FATAL: name, "message": str(error)}
     return {LOST: f"{type(error).__name__}: {error}", "retry": True}
