@@ -141,7 +141,7 @@ class Workplace:
         check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
             return self._train_alone(task, assigned_at_s)
-        from ray_jobs.train import GroupSettings, train_on_workers
+        from ray_jobs.train import train_on_workers
 
         row = train_on_workers(
             task,
@@ -151,7 +151,7 @@ class Workplace:
             assigned_at_s=assigned_at_s,
             # A group that restarted by itself would train parts again that nobody has reserved under the cap. So it
             # ends, and the driver's next try, with a reservation of its own, goes on from the in-rung checkpoint.
-            settings=GroupSettings(max_failures=0),
+            max_failures=0,
             pulses=self.pulses,
         )
         with closing(self.writer(task)) as writer:

@@ -86,7 +86,7 @@ def best_losses(spec: SweepSpec, law: Law) -> list[float]:
 
 
 def _run(spec: SweepSpec, law: Law, fleet: Fleet, optimum: Sequence[float], policy: str, seed: int) -> Forecast:
-    method = policy if policy in ("random", "grid") else spec.method
+    method = "random" if policy == "random" else "grid" if policy == "grid" else spec.method
     seeds = tuple(seed + 1000 * place for place in range(len(spec.seeds)))
     spec = replace(spec, method=method, seeds=seeds, scheduler=replace(spec.scheduler, type=policy))
     arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
