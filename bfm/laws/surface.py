@@ -80,6 +80,11 @@ class Surface:
         middle = mean.estimate + self.noise.shift
         return self._metric(Estimate(mean.estimate, middle - low, middle + high))
 
+    def best(self, flops: float) -> tuple[float, float]:
+        """The best (N, D) at C, each event seen once, without the intervals of `optimum`."""
+        log_n, log_d = self._log_best(self.fitted.theta_P, flops)
+        return math.exp(log_n), math.exp(log_d)
+
     def optimum(self, flops: float) -> BudgetOptimum:
         """The best N and D at C, each event seen once."""
         size = _exp(self.fitted.uncertainty.interval(lambda theta_P: self._log_best(theta_P, flops)[0]))

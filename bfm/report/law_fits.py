@@ -66,12 +66,8 @@ def _outlook(surface: Surface, runs: Runs) -> tuple[tuple[float, Estimate], ...]
     """What the surface expects at its own optimum, events repeated where the log holds no more."""
     places = np.geomspace(runs["flops"].min(), _OUTLOOK * runs["flops"].max(), _OUTLOOK_PLACES)
     distinct = float(runs["unique_events"].max()) if runs.has("unique_events") else float("inf")
-    cost, power = surface.cost, surface.cost.power
-    scale_n, scale_d, alpha, beta = (surface.fit.parameters[name].estimate for name in ("A", "B", "alpha", "beta"))
-    balance = (alpha * scale_n / (power * beta * scale_d)) ** (1 / (alpha + power * beta))
     found = []
     for flops in places.tolist():
-        params = balance * (flops / cost.scale) ** (beta / (alpha + power * beta))
-        events = cost.events(params, flops)
+        params, events = surface.best(flops)
         found.append((flops, surface.predict(params, events, min(events, distinct))))
     return tuple(found)
