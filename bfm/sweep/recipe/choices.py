@@ -1,7 +1,7 @@
 """A recipe's settings beside N: embedder share, batch, negatives, learning rate at a C that was not spent yet.
 
 Enters: sweeps by axis (bfm.sweep.recipe.evidence), a metric, C. Leaves: one Choice per setting with its source, and the
-configurations that they make of every N. A law decides where its sweep was run and the runs identify it; otherwise the
+sizes that can be trained with them. A law decides where its sweep was run and the runs identify it; otherwise the
 best runs of the top rung do, and the choice says so. No setting leaves the range that was swept.
 """
 
@@ -122,8 +122,7 @@ def choose_batch(evidence: Evidence, metric: str) -> tuple[Choice, Power]:
     found = _fit(BATCH, evidence, metric)
     if isinstance(found, str):
         return _unscaled(BATCH, batch, best, found, "at all"), Power(batch, 0.0)
-    runs, law = found
-    critical = power_of(law, _LAWS[BATCH].power)
+    runs, _, critical = found
     if critical is None:
         reason = "the runs do not tell how the critical batch grows with N"
         return _unscaled(BATCH, batch, best, reason, "at all"), Power(batch, 0.0)
@@ -153,8 +152,7 @@ def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice 
     found = _fit(name, evidence, metric)
     if isinstance(found, str):
         return found
-    runs, law = found
-    power = power_of(law, _LAWS[name].power)
+    runs, law, power = found
     bracketed = [budget for budget in law.budgets if budget.bracketed and budget.optima]
     if power is not None:
         value, source = power.at(flops), f"the {law.law} law in C"
@@ -167,16 +165,17 @@ def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice 
     return _within(Choice(name, value, source, by_law=True, runs=runs.names), runs[law.law])
 
 
-def _fit(name: str, evidence: Evidence, metric: str) -> tuple[Runs, LawFit] | str:
-    """The law of a setting's own sweep and its runs, or why there is none."""
+def _fit(name: str, evidence: Evidence, metric: str) -> tuple[Runs, LawFit, Power | None] | str:
+    """The runs of a setting's own sweep, their law and its power, or why there is no law."""
     law, sweep = _LAWS[name], evidence.on(name)
     if sweep is None:
         return f"no sweep of the {name.replace('_', ' ')}"
     try:
         runs = runs_of_sweep(law.name, sweep.rows, metric, sweep.folder)
-        return runs, fit_law(law.name, runs)
+        fitted = fit_law(law.name, runs)
     except UserError as error:
         return f"the {law.words} cannot be fitted ({error.what})"
+    return runs, fitted, power_of(fitted, law.power)
 
 
 def power_of(law: LawFit, name: str) -> Power | None:

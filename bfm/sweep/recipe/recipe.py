@@ -200,8 +200,8 @@ def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: 
 
 def _rests_on(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...]) -> dict[str, dict[str, Any]]:
     sizes = evidence.sizes
-    envelope = "the best row of each rung and quarter of a decade of N"
-    rests = {"sizes": (sizes, "all rung rows" if sizes.axis == ALLOCATION else envelope, runs.names)}
+    bests = "the best row of each rung and quarter of a decade of N"
+    rests = {"sizes": (sizes, "all rung rows" if sizes.axis == ALLOCATION else bests, runs.names)}
     for choice in choices:
         sweep = evidence.on(choice.name) if choice.by_law else sizes
         assert sweep is not None
