@@ -8,9 +8,12 @@ class UserError(ValueError):
 
     def __init__(self, what: str, *, file: str | None = None, key: str | None = None, fix: str | None = None) -> None:
         self.what, self.file, self.key, self.fix = what, file, key, fix
-        place = ": ".join(part for part in (file, key) if part)
-        line = f"{place}: {what}" if place else what
-        super().__init__(f"{line}; {fix}" if fix else line)
+        super().__init__(": ".join(part for part in (file, key, self.reason) if part))
+
+    @property
+    def reason(self) -> str:
+        """What is wrong and what to do, wherever that is."""
+        return f"{self.what}; {self.fix}" if self.fix else self.what
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive pickling (Ray carries them between processes).

@@ -78,9 +78,6 @@ class DriverSearcher(Searcher):
             return one.ending
         return self.desk.finished or self.desk.clock() - one.settled_at_s > IDLE_LIMIT_S
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: `may_end` has seen the result."""
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The Tune trial is over; without a row its task is lost."""
         one = self._trials.pop(trial_id)

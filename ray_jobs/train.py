@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -26,7 +26,9 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.training.journal import Journal, YieldError
 from bfm.training.records import Observer
+from bfm.training.task import Account, RungTask
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses
 from ray_jobs.trial import away_from, open_shards, train_here
@@ -43,21 +45,11 @@ _GROUP_ENV = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_COLLECTIVE_TIMEOUT_S = 600
+"""A rank that hangs this long in a collective fails its group."""
 _RUN = "ray-"
 _STATE_API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 _PLAIN_ERRORS = {"UserError": UserError, "InfeasibleError": InfeasibleError}
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """How a worker group runs a task."""
-
-    save_every_s: float = 30.0
-    """Seconds between in-rung checkpoints: what a kill can cost, beside the restart."""
-    max_failures: int = 2
-    """Restarts of the group before the task is given up; preemptions and crashes are counted apart."""
-    collective_timeout_s: float = 600.0
-    """A rank that hangs this long in a collective fails its group."""
 
 
 def train_on_workers(
@@ -67,7 +59,8 @@ def train_on_workers(
     *,
     make_observer: MakeObserver | None = None,
     assigned_at_s: float | None = None,
-    settings: GroupSettings = GroupSettings(),
+    save_every_s: float = 30.0,
+    max_failures: int = 2,
     pulses: Pulses | None = None,
 ) -> dict[str, Any]:
     """Run a task on `task["scaling"]["workers"]` workers; returns its row (see `bfm.training.rung.run_rung`).
@@ -78,7 +71,8 @@ def train_on_workers(
         storage: path or URI of the sweep's store, shared by all nodes.
         make_observer: builds rank 0's observer from the task.
         assigned_at_s: wall-clock time of the task's assignment.
-        settings: checkpoints, restarts, timeouts.
+        save_every_s: seconds between in-rung checkpoints: what a kill can cost, beside the restart.
+        max_failures: restarts of the group before the task is given up; preemptions and crashes are counted apart.
         pulses: where every worker tells that it moves.
 
     Raises:
@@ -104,10 +98,10 @@ def train_on_workers(
             "answer_name": answer_name,
             "make_observer": make_observer,
             "assigned_at_s": assigned_at_s or time.time(),
-            "settings": asdict(settings),
+            "save_every_s": save_every_s,
             "pulses": pulses,
         },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.collective_timeout_s)),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=int(scaling["workers"]),
             use_gpu=use_gpu,
@@ -117,9 +111,7 @@ def train_on_workers(
         run_config=ray.train.RunConfig(
             name=run_name,
             storage_path=f"{store.uri}/{trial_folder}",
-            failure_config=ray.train.FailureConfig(
-                max_failures=settings.max_failures, max_preemption_failures=settings.max_failures
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures, max_preemption_failures=max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -138,9 +130,6 @@ def train_on_workers(
         _delete_runs(store, trial_folder)
     answer = json.loads(store.get(answer_name))
     if "yielded" in answer:
-        from bfm.training.journal import YieldError
-        from bfm.training.task import Account
-
         raise YieldError(Account(**answer["yielded"]))
     if "error" in answer:
         raise _PLAIN_ERRORS[answer["error"]](answer["what"], file=answer["file"], key=answer["key"], fix=answer["fix"])
@@ -157,9 +146,7 @@ def _delete_runs(store: Store, trial_folder: str) -> None:
 def _out_of_memory_row(task: Mapping[str, Any], shards: str, store: Store) -> dict[str, Any] | None:
     """That of a group whose workers left the mark; None where they left none."""
     from bfm.training.engine import EngineFactory
-    from bfm.training.journal import Journal
     from bfm.training.rung import run_rung
-    from bfm.training.task import RungTask
 
     rung_task = RungTask.from_task(task)
     if not Journal(rung_task, store).ran_out_of_memory():
@@ -190,7 +177,6 @@ def _group_environment() -> Iterator[None]:
 
 def _rank_main(config: dict[str, Any]) -> None:
     """What every rank runs. Imports live here: the controller and the driver need neither torch nor DeepSpeed."""
-    from bfm.training.journal import YieldError
     from bfm.training.zero import ZeroFactory
 
     task, store = config["task"], Store(config["storage"])
@@ -209,7 +195,7 @@ def _rank_main(config: dict[str, Any]) -> None:
             observer,
             notice=Notice(),
             pulses=config["pulses"],
-            save_every_s=config["settings"]["save_every_s"],
+            save_every_s=config["save_every_s"],
             assigned_at_s=config["assigned_at_s"],
         )
         answer: dict[str, Any] = {"row": row}

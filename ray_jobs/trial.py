@@ -22,15 +22,15 @@ import ray
 from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.files import Store
 from bfm.training.journal import YieldError
-from bfm.training.task import Account
+from bfm.training.task import Account, RungTask
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses, at_work
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
     from bfm.events.verified import Verification
-    from bfm.files import Store
     from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Observer, Record
@@ -44,7 +44,7 @@ NODE = "node"
 LEAVES = "leaves"
 """Beside `yielded`: the actor ends, and is no place for another task."""
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
-FATAL_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "CorruptError": CorruptError}
+FATAL_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError, CorruptError)}
 STANDBY_S = 0.1
 COORDINATOR_CPUS = 1.0
 SAVE_EVERY_S = 60.0
@@ -141,7 +141,7 @@ class Workplace:
         check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
             return self._train_alone(task, assigned_at_s)
-        from ray_jobs.train import GroupSettings, train_on_workers
+        from ray_jobs.train import train_on_workers
 
         row = train_on_workers(
             task,
@@ -151,7 +151,7 @@ class Workplace:
             assigned_at_s=assigned_at_s,
             # A group that restarted by itself would train parts again that nobody has reserved under the cap. So it
             # ends, and the driver's next try, with a reservation of its own, goes on from the in-rung checkpoint.
-            settings=GroupSettings(max_failures=0),
+            max_failures=0,
             pulses=self.pulses,
         )
         with closing(self.writer(task)) as writer:
@@ -182,8 +182,6 @@ class Workplace:
         return trial_writer(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
 
     def _train_alone(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
-        from bfm.files import Store
-
         with closing(self.writer(task)) as writer:
             row = train_here(
                 task,
@@ -217,7 +215,6 @@ def train_here(
     import torch
 
     from bfm.training.rung import run_rung
-    from bfm.training.task import RungTask
 
     torch.set_num_threads(max(1, int(task["scaling"]["cpus"])))
     with at_work(pulses, task["task_id"], notice):
@@ -238,8 +235,6 @@ def train_here(
 
 def check_mounted(storage: str) -> None:
     """Raises UserError where a sweep's folder is not there: writing would fill this node's own disk."""
-    from bfm.files import Store
-
     store = Store(storage)
     if store.is_local and not store.exists("sweep.yaml"):
         raise UserError("this node does not see the sweep", file=storage, fix="mount the storage on every node")
@@ -284,7 +279,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, InfeasibleError):
         # That task's matter alone, and the same at every try.
         return {LOST: str(error), "retry": False}
-    if isinstance(error, tuple(FATAL_ERRORS.values())):
-        kind = "UserError" if isinstance(error, UserError) else "CorruptError"
-        return {FATAL: kind, "message": str(error)}
+    for name, kind in FATAL_ERRORS.items():
+        if isinstance(error, kind):
+            return {FATAL: name, "message": str(error)}
     return {LOST: f"{type(error).__name__}: {error}", "retry": True}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bfm.cli.common import Json, Overrides, show
 from bfm.errors import UserError
+
+if TYPE_CHECKING:
+    from bfm.sweep.simulator.fleet import Fleet
 
 app = typer.Typer()
 
@@ -56,21 +59,24 @@ def simulate(
 
     bfm simulate search_spaces/full_study.yaml --law paper --workers 64 --throughput 4e14 --price-per-hour 2.5
     """
+    from bfm.report.console import Display
+    from bfm.sweep.simulator.contest import Contest, as_dict, compete, render
     from bfm.sweep.simulator.fleet import Fleet, parse_schedule
+    from bfm.sweep.simulator.table import read_curves
     from bfm.units import parse_number
 
     if (space is None) == (curves is None):
         raise UserError("needs a space or --curves", key="simulate", fix="give one of them: SPACE.yaml --law paper")
     fleet = Fleet(
-        parse_schedule(workers),
-        parse_number(throughput, key="--throughput"),
-        startup_s,
-        task_startup_s,
-        preempted_per_hour,
-        failure_share,
-        straggler_share,
-        notice_s,
-        efficiency,
+        schedule=parse_schedule(workers),
+        flops_per_s=parse_number(throughput, key="--throughput"),
+        startup_s=startup_s,
+        task_startup_s=task_startup_s,
+        preempted_per_hour=preempted_per_hour,
+        failure_share=failure_share,
+        straggler_share=straggler_share,
+        notice_s=notice_s,
+        efficiency=efficiency,
     )
     if seeds < 1:
         raise UserError(f"{seeds} seeds", key="--seeds", fix="at least 1")
@@ -78,41 +84,18 @@ def simulate(
         _space(space, law, fleet, policy, seeds, price_per_hour, overrides, as_json)
         return
     assert curves is not None
-    columns = {"features": _names(features), "params_column": params_column, "resumable_column": resumable_column}
-    settings = {
-        "rungs_flops": _ladder(rungs),
-        "budget_fraction": budget_fraction,
-        "subset": subset,
-        "cooldown_fraction": cooldown_fraction,
-        "eta": eta,
-        "fleet": fleet,
-    }
-    _curves(curves, where, columns, settings, _policies(policy or "frontier"), seeds, as_json)
-
-
-def _curves(
-    table: Path,
-    where: str | None,
-    columns: dict[str, Any],
-    settings: dict[str, Any],
-    policies: list[str],
-    seeds: int,
-    as_json: bool,
-) -> None:
-    from bfm.report.console import Display
-    from bfm.sweep.simulator.contest import Contest, as_dict, compete, render
-    from bfm.sweep.simulator.table import read_curves
-
-    contest = Contest(read_curves(table, where=where, **columns), **settings)
+    ladder, policies = _ladder(rungs), _policies(policy or "frontier")
+    known = read_curves(curves, _names(features), params_column, resumable_column, where)
+    contest = Contest(known, ladder, budget_fraction, subset, cooldown_fraction, eta, fleet=fleet)
     with Display("simulate") as display:
         standings = compete(contest, policies, range(seeds), display.show)
-    show(as_dict(str(table), contest, standings), as_json, render)
+    show(as_dict(str(curves), contest, standings), as_json, render)
 
 
 def _space(
     space: Path,
     law: str | None,
-    fleet: Any,
+    fleet: Fleet,
     policy: str,
     seeds: int,
     price_per_hour: float,

@@ -194,7 +194,7 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
         Runs(
             source,
             values,
-            tuple(f"{row['trial']} at {float(row['rung_flops']):g}" for row in found),
+            tuple(map(run_name, found)),
             metric,
             {name: np.array([metric_value(row, name) for row in found]) for name in sorted(names)},
             {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
@@ -202,6 +202,11 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             warnings,
         )
     )
+
+
+def run_name(row: Row) -> str:
+    """How laws name a run of a ledger."""
+    return f"{row['trial']} at {float(row['rung_flops']):g}"
 
 
 def _checked(runs: Runs) -> Runs:

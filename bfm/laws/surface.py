@@ -57,6 +57,10 @@ class Surface:
     drift: float
     """Half width of the error of extrapolation per unit of ln C above the runs; NaN: not measured."""
 
+    def expected(self, params: float, events: float, unique_events: float | None = None) -> float:
+        """What `mean` estimates, without the interval, which takes time."""
+        return self._value(self._log_loss(self.fitted.theta_P, *_logs(params, events, unique_events)))
+
     def mean(self, params: float, events: float, unique_events: float | None = None) -> Estimate:
         """The metric expected at (N, D, unique events), with the interval of that mean; in the metric's units."""
         return self._metric(self._log_mean(params, events, unique_events))
@@ -75,6 +79,11 @@ class Surface:
         high = math.hypot(mean.high - mean.estimate, one, beyond)
         middle = mean.estimate + self.noise.shift
         return self._metric(Estimate(mean.estimate, middle - low, middle + high))
+
+    def best(self, flops: float) -> tuple[float, float]:
+        """The best (N, D) at C, each event seen once, without the intervals of `optimum`."""
+        log_n, log_d = self._log_best(self.fitted.theta_P, flops)
+        return math.exp(log_n), math.exp(log_d)
 
     def optimum(self, flops: float) -> BudgetOptimum:
         """The best N and D at C, each event seen once."""
@@ -111,11 +120,8 @@ class Surface:
         return float(n + center_n), float(paid - power * n + center_d)
 
     def _log_mean(self, params: float, events: float, unique_events: float | None) -> Estimate:
-        seen = events if unique_events is None else min(unique_events, events)
-        if min(params, events, seen) <= 0:
-            raise UserError("N, D and the unique events of a prediction are above 0", fix="give positive counts")
-        log_n, log_d, log_u = math.log(params), math.log(events), math.log(seen)
-        return self.fitted.uncertainty.interval(lambda theta_P: self._log_loss(theta_P, log_n, log_d, log_u))
+        logs = _logs(params, events, unique_events)
+        return self.fitted.uncertainty.interval(lambda theta_P: self._log_loss(theta_P, *logs))
 
     def _log_loss(self, theta_P: np.ndarray, log_n: float, log_d: float, log_u: float) -> float:
         center_n, center_d = self.center
@@ -135,6 +141,14 @@ class Surface:
         if math.isinf(log_loss):
             return -log_loss if falls else log_loss
         return from_loss(self.fit.metric, math.exp(log_loss))
+
+
+def _logs(params: float, events: float, unique_events: float | None) -> tuple[float, float, float]:
+    """ln of N, D and the unique events."""
+    seen = events if unique_events is None else min(unique_events, events)
+    if min(params, events, seen) <= 0:
+        raise UserError("N, D and the unique events of a prediction are above 0", fix="give positive counts")
+    return math.log(params), math.log(events), math.log(seen)
 
 
 def fit_surface(

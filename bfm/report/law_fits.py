@@ -59,19 +59,15 @@ def _fitted(law: str, rows: Sequence[Row], metric: str) -> Fitted:
             return Fitted(law, metric, runs, surface.fit, outlook=_outlook(surface, runs))
         return Fitted(law, metric, runs, fit_law(law, runs))
     except UserError as error:
-        return Fitted(law, metric, runs, None, f"{error.what}; {error.fix}" if error.fix else error.what)
+        return Fitted(law, metric, runs, None, error.reason)
 
 
 def _outlook(surface: Surface, runs: Runs) -> tuple[tuple[float, Estimate], ...]:
     """What the surface expects at its own optimum, events repeated where the log holds no more."""
     places = np.geomspace(runs["flops"].min(), _OUTLOOK * runs["flops"].max(), _OUTLOOK_PLACES)
     distinct = float(runs["unique_events"].max()) if runs.has("unique_events") else float("inf")
-    cost, power = surface.cost, surface.cost.power
-    scale_n, scale_d, alpha, beta = (surface.fit.parameters[name].estimate for name in ("A", "B", "alpha", "beta"))
-    balance = (alpha * scale_n / (power * beta * scale_d)) ** (1 / (alpha + power * beta))
     found = []
     for flops in places.tolist():
-        params = balance * (flops / cost.scale) ** (beta / (alpha + power * beta))
-        events = cost.events(params, flops)
+        params, events = surface.best(flops)
         found.append((flops, surface.predict(params, events, min(events, distinct))))
     return tuple(found)

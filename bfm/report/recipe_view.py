@@ -24,7 +24,7 @@ from bfm.units import format_count, format_flops
 def foretell(folder: str, flops: float, metric: str | None, shards: str | None) -> tuple[Recipe, Swept, str]:
     """(recipe, the sweep of sizes that it rests on, its shard set). Raises as `read_evidence` and `make_recipe`."""
     evidence = read_evidence(folder)
-    sizes = evidence.of_sizes()
+    sizes = evidence.sizes
     place = shards or sizes.spec.data.shards
     try:
         opened = Shards.open(place)

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 
@@ -168,18 +168,17 @@ class Costs:
     def __init__(self, facts: LogFacts) -> None:
         self.facts = facts
         self.num_catalogue = facts.num_catalogue
-        self._groups: dict[tuple[int, int, str], GroupMeans] = {}
-        self._joined: dict[tuple[int, int, str, int, float], GroupMeans] = {}
+        self._groups, self._joined = functools.cache(facts.groups), functools.cache(self._join)
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
         shape = config.shape()
-        groups = self._joined_statistics(config)
-        targets = self._statistics(config).distinct_targets_mean
+        alone = self._groups(config.window, config.group_windows, config.targets)
+        groups = self._joined(alone, config.live_negatives, config.live_exponent)
         cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
         first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
         freezes = config.freeze_at_flops is not None
-        candidates = config.negatives + targets
+        candidates = config.negatives + alone.distinct_targets_mean
         second_flops = self._group_flops(cost, config, groups, 2, candidates) if freezes else None
         return ConfigCost(
             params=shape.params,
@@ -199,26 +198,17 @@ class Costs:
             catalogue_flops=cost.catalogue_flops(self.facts.num_items) if freezes else 0,
         )
 
-    def _statistics(self, config: TrainConfig) -> GroupMeans:
-        key = config.window, config.group_windows, config.targets
-        if key not in self._groups:
-            self._groups[key] = self.facts.groups(config.window, config.group_windows, cast(Targets, config.targets))
-        return self._groups[key]
-
-    def _joined_statistics(self, config: TrainConfig) -> GroupMeans:
+    def _join(self, groups: GroupMeans, negatives: int, exponent: float) -> GroupMeans:
         """Means per group, the drawn candidates of stage 1 among its items and targets."""
-        key = config.window, config.group_windows, config.targets, config.live_negatives, config.live_exponent
-        if key not in self._joined:
-            groups = self._statistics(config)
-            if config.live_negatives:
-                pi_V = drawn_inclusion(self.facts.train_counts, config.live_negatives, config.live_exponent)
-                groups = dataclasses.replace(
-                    groups,
-                    distinct_items_mean=union_mean(groups.distinct_items_mean, self.facts.train_counts, pi_V),
-                    distinct_targets_mean=union_mean(groups.distinct_targets_mean, self.facts.train_counts, pi_V),
-                )
-            self._joined[key] = groups
-        return self._joined[key]
+        if not negatives:
+            return groups
+        counts_V = self.facts.train_counts
+        pi_V = drawn_inclusion(counts_V, negatives, exponent)
+        return dataclasses.replace(
+            groups,
+            distinct_items_mean=union_mean(groups.distinct_items_mean, counts_V, pi_V),
+            distinct_targets_mean=union_mean(groups.distinct_targets_mean, counts_V, pi_V),
+        )
 
     def _group_flops(
         self, cost: ModelCost, config: TrainConfig, groups: GroupMeans, stage: int, candidates: float

@@ -7,7 +7,7 @@ its text. Figures are nominal: the allotment of the cap to rungs, over a fixed s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -168,6 +168,12 @@ def task_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
     return spec.task_flops(point.config.cooldown_fraction, rung, _below(point, rung))
 
 
+def _evaluation_flops(spec: SweepSpec, point: Feasible, rung: int) -> int:
+    """Of its row, and of the probes on the way to it."""
+    probes = spec.probes_between(point.config.cooldown_fraction, rung, _below(point, rung))
+    return point.cost.evaluation_flops + len(probes) * point.cost.probe_flops
+
+
 def _below(point: Feasible, rung: int) -> int | None:
     """The rung whose trunk its row at `rung` goes on from; None where it enters."""
     return rung - 1 if rung > point.rungs[0] else None
@@ -199,25 +205,17 @@ def _rung_plan(
     spec = feasible.spec
     rung_flops = spec.budget.ladder_flops[rung]
     points, trained_flops = zip(*tasks, strict=True)
-    probes = [spec.probes_between(point.config.cooldown_fraction, rung, _below(point, rung)) for point in points]
-    evaluation_flops = [
-        point.cost.evaluation_flops + len(passed) * point.cost.probe_flops
-        for point, passed in zip(points, probes, strict=True)
-    ]
-    events = [point.cost.events(rung_flops) for point in points]
-    epochs = [point.cost.epochs(rung_flops) for point in points]
-    params = [point.cost.params for point in points]
     places = [place for point in points for place in feasible.holding(point.config, point.cost, rung)]
-    task_s = [flops / _speed(size, speeds) for flops, size in zip(trained_flops, params, strict=True)] if speeds else []
+    task_s = [flops / _speed(point.cost.params, speeds) for point, flops in tasks] if speeds else []
     return RungPlan(
         rung=rung,
         rung_flops=rung_flops,
         trials=trials,
-        params=(min(params), max(params)),
-        events=(min(events), max(events)),
-        epochs=(min(epochs), max(epochs)),
+        params=_range(point.cost.params for point in points),
+        events=_range(point.cost.events(rung_flops) for point in points),
+        epochs=_range(point.cost.epochs(rung_flops) for point in points),
         training_flops=round(trials * float(np.mean(trained_flops))),
-        evaluation_flops=round(trials * float(np.mean(evaluation_flops))),
+        evaluation_flops=round(trials * float(np.mean([_evaluation_flops(spec, point, rung) for point in points]))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
         workers=tuple(sorted({place.tier.workers for place in places})),
         train_s=trials * float(np.mean(task_s)) / max(1, min(spec.scaling.slots, trials)) if task_s else None,
@@ -234,6 +232,11 @@ def _speed(params: int, speeds: Sequence[tuple[int, float]]) -> float:
     """FLOP/s at a size, between the measured sizes on log scales."""
     sizes, rates = zip(*speeds, strict=True)
     return float(np.exp(np.interp(np.log(params), np.log(sizes), np.log(rates))))
+
+
+def _range(values: Iterable[float]) -> Range:
+    known = list(values)
+    return min(known), max(known)
 
 
 def _span(ends: Range, text: Callable[[float], str]) -> str:

@@ -127,6 +127,7 @@ def test_repeats_count_less_where_the_runs_say_so():
     assert behind["low"] < epochs_behind(15.0) < behind["high"]
     worth = 1e9 * (1 + 15 * -math.expm1(-9 / 15))
     assert fitted.mean(1e8, 1e10, 1e9).estimate == pytest.approx(surface(1e8, worth), abs=0.005)
+    assert fitted.expected(1e8, 1e10, 1e9) == fitted.mean(1e8, 1e10, 1e9).estimate
     assert fitted.mean(1e8, 1e10).estimate == pytest.approx(surface(1e8, 1e10), abs=0.005)
 
 

@@ -83,15 +83,16 @@ def curve(store: Store, name: str, attempt: int) -> dict[int, str]:
 
 @pytest.mark.timeout(600)
 def test_killed_worker_is_recovered_on_the_same_curve(cluster, toy_shards, tmp_path, monkeypatch):
-    from ray_jobs.train import GroupSettings, train_on_workers
+    from ray_jobs.train import train_on_workers
 
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     store, shards = Store(tmp_path), str(toy_shards.path)
-    settings = GroupSettings(save_every_s=0.0, max_failures=1)
     rows = {}
     for name, kill_at in (("whole", None), ("cut", 60)):
         make = MakeKillOnce(str(tmp_path), kill_at)
-        rows[name] = train_on_workers(task(name), shards, str(tmp_path), make_observer=make, settings=settings)
+        rows[name] = train_on_workers(
+            task(name), shards, str(tmp_path), make_observer=make, save_every_s=0.0, max_failures=1
+        )
     assert "RAY_API_SERVER_ADDRESS" not in os.environ, "the group's environment must not outlive it"
     whole, first, second = curve(store, "whole", 0), curve(store, "cut", 0), curve(store, "cut", 1)
     assert max(first) == 60

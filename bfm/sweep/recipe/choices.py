@@ -1,7 +1,7 @@
 """A recipe's settings beside N: embedder share, batch, negatives, learning rate at a C that was not spent yet.
 
 Enters: sweeps by axis (bfm.sweep.recipe.evidence), a metric, C. Leaves: one Choice per setting with its source, and the
-configurations that they make of every N. A law decides where its sweep was run and the runs identify it; otherwise the
+sizes that can be trained with them. A law decides where its sweep was run and the runs identify it; otherwise the
 best runs of the top rung do, and the choice says so. No setting leaves the range that was swept.
 """
 
@@ -10,32 +10,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import InfeasibleError, UserError
-from bfm.laws.batch import fit_batch
+from bfm.laws.fitting import fit_law, runs_of_sweep
 from bfm.laws.frontier import Row
-from bfm.laws.negatives import fit_negatives
 from bfm.laws.result import LawFit
-from bfm.laws.runs import Runs, from_rows
-from bfm.laws.share import fit_share
-from bfm.laws.targets import events_to_target
+from bfm.laws.runs import Runs, run_name
 from bfm.sweep.costs import CostModel
 from bfm.sweep.recipe.evidence import Evidence, Swept, best_quarter
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.training.config import TrainConfig
-from bfm.training.schedule import rule_learning_rate
 from bfm.units import format_flops
 
 SHARE, BATCH, NEGATIVES = "embedder_share", "batch", "negatives"
 _TOP_RUNGS = 2
 """Rungs from which the ratio of the best rates to the rule is taken."""
-_STAGE_2 = ("freeze_at_flops", "negatives", "negatives_exponent")
-_ONE_STAGE = {"freeze_at_flops": None, "negatives": 0}
+_SIZES_PER_DECADE = 40
+SIZE_STEP = 10 ** (1 / _SIZES_PER_DECADE)
+"""Factor between neighbouring sizes that are tried."""
+_BEYOND = 4.0
+"""Sizes are tried so far beyond the fitted ones, and further up as C exceeds the highest rung."""
 
 
 @dataclass(frozen=True)
@@ -59,53 +58,50 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class BatchRule:
-    """B = scale * N^exponent, in target events per step."""
+class Power:
+    """scale * x^exponent, x being C or N."""
 
     scale: float
     exponent: float
 
-    def at(self, params: float) -> float:
-        """B at a model size."""
-        return self.scale * params**self.exponent
-
-
-def run_name(row: Row) -> str:
-    """As laws name a run of a ledger."""
-    return f"{row['trial']} at {float(row['rung_flops']):g}"
+    def at(self, x: float) -> float:
+        """Its value."""
+        return self.scale * x**self.exponent
 
 
 @dataclass(frozen=True)
 class _Law:
-    """How a setting is fitted on its own sweep; what is called how: the optimum at a C, its power of C, the column."""
+    """The law of a setting's own sweep."""
 
-    fit: Callable[[Runs], LawFit]
-    optimum: str
+    name: str
+    """In bfm.laws.fitting; of a law in C also the column of the setting."""
+    words: str
     power: str
-    column: str
+    """Name of its power of C or N, see `power_of`."""
 
 
 _LAWS = {
-    SHARE: _Law(fit_share, optimum="s_opt", power="share", column="share"),
-    NEGATIVES: _Law(fit_negatives, optimum="K_opt", power="K", column="negatives"),
+    SHARE: _Law("share", "embedder share law", "share"),
+    BATCH: _Law("batch", "critical batch", "gain_halving"),
+    NEGATIVES: _Law("negatives", "negatives law", "K"),
 }
 
 
-def choose_share(evidence: Evidence, sizes: Swept, metric: str, flops: float) -> Choice:
+def choose_share(evidence: Evidence, metric: str, flops: float) -> Choice:
     """s: from the share law, else the median of the best runs at the top rung."""
     found = _by_law(SHARE, evidence, metric, flops)
     if isinstance(found, Choice):
         return found
-    best = sizes.top_runs(metric)
+    best = evidence.sizes.top_runs(metric)
     return _unscaled(SHARE, statistics.median(float(row["embedder_share"]) for row in best), best, found)
 
 
-def choose_negatives(evidence: Evidence, sizes: Swept, metric: str, flops: float) -> Choice:
+def choose_negatives(evidence: Evidence, metric: str, flops: float) -> Choice:
     """K: from the negatives law, else that of the best run at the top rung (0 where it has one stage)."""
     found = _by_law(NEGATIVES, evidence, metric, flops)
     if isinstance(found, Choice):
         return found
-    best = sizes.top_runs(metric)[:1]
+    best = evidence.sizes.top_runs(metric)[:1]
     kept = _unscaled(NEGATIVES, float(best[0]["config"].get("negatives") or 0), best, found)
     if kept.value:
         return kept
@@ -113,35 +109,27 @@ def choose_negatives(evidence: Evidence, sizes: Swept, metric: str, flops: float
     return dataclasses.replace(kept, source=source, note=f"{found}: K = 0, stage 1 only")
 
 
-def choose_batch(evidence: Evidence, sizes: Swept, metric: str) -> tuple[Choice, BatchRule]:
+def choose_batch(evidence: Evidence, metric: str) -> tuple[Choice, Power]:
     """B in target events per step: that of the best runs at the top rung, moved with N as the critical batch moves.
 
     So the batch stays as far below the critical one as in the runs that the prediction rests on; that one is
     gain-halving, whose exponent does not hang on which batches were tested. Without a law B is not scaled at all. The
-    choice's value is the rule's at the N of those runs.
+    choice's value is that of the power of N at the N of those runs.
     """
-    best = sizes.top_runs(metric)
+    best = evidence.sizes.top_runs(metric)
     batch = statistics.median_low(float(row["batch_events"]) for row in best)
     params = statistics.median(float(row["params"]) for row in best)
-    sweep, words = evidence.on(BATCH), f"{_taken(best)} at the top rung"
-    if sweep is None:
-        reason = "no sweep of the batch"
-    else:
-        try:
-            law, names = _fit_batch(sweep, metric)
-        except UserError as error:
-            reason = f"the critical batch cannot be fitted ({error.what})"
-        else:
-            power = _power(law, "gain_halving")
-            if power is not None:
-                scale, exponent = power
-                share = min(1.0, batch / (scale * params**exponent))
-                source = f"{share:.3g} of the critical batch (that needs twice the least events), as {words}"
-                rule = BatchRule(share * scale, exponent)
-                return Choice(BATCH, rule.at(params), source, by_law=True, runs=names), rule
-            reason = "the runs do not tell how the critical batch grows with N"
-    note = f"{reason}: batch {batch:.4g} is {words}, not scaled at all"
-    return Choice(BATCH, batch, words, note=note, runs=tuple(map(run_name, best))), BatchRule(batch, 0.0)
+    found = _fit(BATCH, evidence, metric)
+    if isinstance(found, str):
+        return _unscaled(BATCH, batch, best, found, "at all"), Power(batch, 0.0)
+    runs, _, critical = found
+    if critical is None:
+        reason = "the runs do not tell how the critical batch grows with N"
+        return _unscaled(BATCH, batch, best, reason, "at all"), Power(batch, 0.0)
+    share = min(1.0, batch / critical.at(params))
+    source = f"{share:.3g} of the critical batch (that needs twice the least events), as {_taken(best)}"
+    rule = Power(share * critical.scale, critical.exponent)
+    return Choice(BATCH, rule.at(params), source, by_law=True, runs=runs.names), rule
 
 
 def choose_rate(sizes: Swept, metric: str) -> Choice:
@@ -151,7 +139,7 @@ def choose_rate(sizes: Swept, metric: str) -> Choice:
         return Choice(name, 1.0, "the rule in (N, B)", note="the rate was not searched: the rule in (N, B) stands")
     rungs = list(sizes.rungs(metric).values())[-_TOP_RUNGS:]
     best = [row for rows in rungs for row in best_quarter(rows)]
-    ratio = statistics.median(_rate_ratio(row) for row in best)
+    ratio = statistics.median(row["config"]["learning_rate"] / _rule_rate(row["config"]) for row in best)
     source = f"the rule in (N, B) times {ratio:.3g}, the median of the best {len(best)} runs at the top rungs"
     return Choice(name, ratio, source, runs=tuple(run_name(row) for row in best))
 
@@ -161,40 +149,47 @@ def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice 
 
     By the law's power of C where its exponent is bounded, else the highest bracketed optimum.
     """
-    words, names, sweep = name.replace("_", " "), _LAWS[name], evidence.on(name)
-    if sweep is None:
-        return f"no sweep of the {words}"
-    try:
-        runs = from_rows(sweep.rows, metric, source=sweep.folder)
-        law = names.fit(runs)
-    except UserError as error:
-        return f"the {words} law cannot be fitted ({error.what})"
-    power = _power(law, names.power)
-    bracketed = [budget for budget in law.budgets if budget.bracketed and names.optimum in budget.optima]
+    found = _fit(name, evidence, metric)
+    if isinstance(found, str):
+        return found
+    runs, law, power = found
+    bracketed = [budget for budget in law.budgets if budget.bracketed and budget.optima]
     if power is not None:
-        scale, exponent = power
-        value, source = scale * flops**exponent, f"the {law.law} law in C"
+        value, source = power.at(flops), f"the {law.law} law in C"
     elif bracketed:
         top = max(bracketed, key=lambda budget: budget.flops)
-        value = top.optima[names.optimum].estimate
-        source = f"the optimum at {format_flops(top.flops)}, the highest bracketed one"
+        (optimum,) = top.optima.values()
+        value, source = optimum.estimate, f"the optimum at {format_flops(top.flops)}, the highest bracketed one"
     else:
-        return f"the runs do not identify the {words} law"
-    return _within(Choice(name, value, source, by_law=True, runs=runs.names), runs[names.column])
+        return f"the runs do not identify the {_LAWS[name].words}"
+    return _within(Choice(name, value, source, by_law=True, runs=runs.names), runs[law.law])
 
 
-def _power(law: LawFit, name: str) -> tuple[float, float] | None:
-    """(coefficient, exponent) of a power law; None where the runs do not bound the exponent."""
+def _fit(name: str, evidence: Evidence, metric: str) -> tuple[Runs, LawFit, Power | None] | str:
+    """The runs of a setting's own sweep, their law and its power, or why there is no law."""
+    law, sweep = _LAWS[name], evidence.on(name)
+    if sweep is None:
+        return f"no sweep of the {name.replace('_', ' ')}"
+    try:
+        runs = runs_of_sweep(law.name, sweep.rows, metric, sweep.folder)
+        fitted = fit_law(law.name, runs)
+    except UserError as error:
+        return f"the {law.words} cannot be fitted ({error.what})"
+    return runs, fitted, power_of(fitted, law.power)
+
+
+def power_of(law: LawFit, name: str) -> Power | None:
+    """The power of C or N that a law's parameters of a name make; None where the runs do not bound the exponent."""
     scale, exponent = (law.parameters.get(f"{name}_{part}") for part in ("coefficient", "exponent"))
     if scale is None or exponent is None or not math.isfinite(exponent.high - exponent.low):
         return None
-    return scale.estimate, exponent.estimate
+    return Power(scale.estimate, exponent.estimate)
 
 
-def _unscaled(name: str, value: float, best: Sequence[Row], reason: str) -> Choice:
+def _unscaled(name: str, value: float, best: Sequence[Row], reason: str, with_what: str = "with C") -> Choice:
     """What the best runs at the top rung have."""
-    words, source = name.replace("_", " "), f"{_taken(best)} at the top rung"
-    note = f"{reason}: {words} {value:.4g} is {source}, not scaled with C"
+    words, source = name.replace("_", " "), _taken(best)
+    note = f"{reason}: {words} {value:.4g} is {source}, not scaled {with_what}"
     return Choice(name, value, source, note=note, runs=tuple(map(run_name, best)))
 
 
@@ -209,98 +204,85 @@ def _within(choice: Choice, swept_R: np.ndarray) -> Choice:
 
 
 def _taken(best: Sequence[Row]) -> str:
-    return "the best run's" if len(best) == 1 else f"the median of the best {len(best)} runs"
+    whose = "the best run's" if len(best) == 1 else f"the median of the best {len(best)} runs"
+    return f"{whose} at the top rung"
 
 
-def _rate_ratio(row: Row) -> float:
-    config = row["config"]
-    positions = config["groups_per_step"] * config["group_windows"] * config["window"]
-    return float(config["learning_rate"] / rule_learning_rate(config["params"], positions))
+def _rule_rate(config: Mapping[str, Any]) -> float:
+    """What the rule in (N, B) says for a configuration."""
+    return TrainConfig.from_dict({**config, "learning_rate": 0.0}).learning_rate
 
 
-def _fit_batch(sweep: Swept, metric: str) -> tuple[LawFit, tuple[str, ...]]:
-    """The critical batch from events to a target, on probe rows."""
-    runs = events_to_target(from_rows(sweep.rows, metric, source=sweep.folder, probes=True))
-    return fit_batch(runs), runs.names
+def stage_settings(run: Row, negatives: float, flops: float) -> dict[str, Any]:
+    """Stage 2 as in a run, begun at the same share of C and with so many negatives; one stage where the run has one."""
+    config = run["config"]
+    if config.get("freeze_at_flops") is None:
+        return {"freeze_at_flops": None, "negatives": 0}
+    share = config["freeze_at_flops"] / float(run["rung_flops"])
+    exponent = config["negatives_exponent"]
+    return {"freeze_at_flops": share * flops, "negatives": round(negatives), "negatives_exponent": exponent}
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What is the same at every N."""
+class Sizes:
+    """The sizes that were tried at a C, by N."""
 
-    embedder_share: float
-    batch: BatchRule
-    rate_ratio: float
-    """Learning rate over the rule in (N, B)."""
-    negatives: int
-    """K."""
-    second_stage: Row | None
-    """The run that stage 2 is taken from; None: one stage."""
+    flops: float
+    """C."""
+    trainable: tuple[Feasible, ...]
+    rejected: tuple[tuple[float, Rejection], ...]
+    """(N, why it cannot be trained)."""
 
 
-class Configurations:
-    """The configurations that a C allows, by model size.
+def try_sizes(
+    swept: Swept,
+    runs: Runs,
+    costs: CostModel,
+    flops: float,
+    *,
+    settings: Mapping[str, Any],
+    batch: Power,
+    rate_ratio: float,
+) -> Sizes:
+    """The sizes about those of some runs of a sweep, all else as in its best run but for `settings`.
 
-    A base configuration (that of a sweep's best run) with what was chosen for the C. Verdicts are by the bounds of the
-    sweep's own points: steps, D/N, epochs, memory of the tier.
+    `batch` is target events per step at an N, `rate_ratio` the learning rate over the rule in (N, B). Verdicts are by
+    the bounds of the sweep's own points: steps, D/N, epochs, memory of the tier. Raises InfeasibleError where no size
+    can be trained.
     """
+    best = swept.top_runs(runs.metric)[0]
+    spec = dataclasses.replace(swept.spec, budget=dataclasses.replace(swept.spec.budget, ladder_flops=(round(flops),)))
+    feasible, base = FeasibleSet(spec, costs), {**best["config"], **_depths(swept, best), **settings}
+    step_events = costs.of(TrainConfig.from_dict(best["config"])).step_events
+    group_events = step_events / best["config"]["groups_per_step"]
 
-    def __init__(self, sizes: Swept, best: Row, chosen: Chosen, costs: CostModel, flops: float) -> None:
-        self.flops, self.chosen = flops, chosen
-        budget = dataclasses.replace(sizes.spec.budget, ladder_flops=(round(flops),))
-        self._spec = dataclasses.replace(sizes.spec, budget=budget)
-        self._feasible = FeasibleSet(self._spec, costs)
-        self._base = {**best["config"], **self._depths(sizes, best), **self._stage_2()}
-        probe = costs.of(TrainConfig.from_dict(best["config"]))
-        self._group_events = probe.step_events / best["config"]["groups_per_step"]
-
-    def at(self, params: float) -> Feasible | Rejection:
-        """The verdict on a size; widths, depths, steps and D follow from it."""
-        return self._feasible.judge_config(self.config(params))
-
-    def config(self, params: float) -> TrainConfig:
-        """The configuration of a size, feasible or not."""
+    def config(params: float) -> TrainConfig:
         # A number that the most workers share can be shared by fewer, too.
-        workers = self._spec.tiers_at(self.flops, params)[-1].workers
-        groups = workers * max(1, round(self.chosen.batch.at(params) / self._group_events / workers))
-        positions = groups * self._base["group_windows"] * self._base["window"]
-        rate = self.chosen.rate_ratio * rule_learning_rate(params, positions)
-        sized = {"params": params, "embedder_share": self.chosen.embedder_share}
-        return TrainConfig.from_dict({**self._base, **sized, "groups_per_step": groups, "learning_rate": rate})
+        workers = spec.tiers_at(flops, params)[-1].workers
+        groups = workers * max(1, round(batch.at(params) / group_events / workers))
+        sized = {**base, "params": params, "groups_per_step": groups}
+        return TrainConfig.from_dict({**sized, "learning_rate": rate_ratio * _rule_rate(sized)})
 
-    def grid(self, low: float, high: float, per_decade: int) -> tuple[list[Feasible], list[tuple[float, Rejection]]]:
-        """Feasible sizes between two N, ascending, and the others. Raises InfeasibleError where there is none."""
-        steps = max(2, math.ceil(per_decade * math.log10(high / low)))
-        feasible: list[Feasible] = []
-        rejected: list[tuple[float, Rejection]] = []
-        for step in range(steps + 1):
-            params = low * (high / low) ** (step / steps)
-            verdict = self.at(params)
-            if isinstance(verdict, Feasible):
-                feasible.append(verdict)
-            else:
-                rejected.append((params, verdict))
-        if not feasible:
-            params, first = rejected[len(rejected) // 2]
-            raise InfeasibleError(
-                f"no model size can be trained at {format_flops(self.flops)} FLOPs; N = {params:.3g}: {first.reason} "
-                f"({first.detail})",
-                key=first.key,
-                fix=first.fix,
-            )
-        return feasible, rejected
+    beyond = _BEYOND * max(1.0, flops / float(runs["flops"].max()))
+    low, high = float(runs["params"].min()) / _BEYOND, float(runs["params"].max()) * beyond
+    steps = max(2, math.ceil(_SIZES_PER_DECADE * math.log10(high / low)))
+    asked = [low * (high / low) ** (step / steps) for step in range(steps + 1)]
+    verdicts = [(params, feasible.judge_config(config(params))) for params in asked]
+    trainable = tuple(verdict for _, verdict in verdicts if isinstance(verdict, Feasible))
+    rejected = tuple((params, verdict) for params, verdict in verdicts if isinstance(verdict, Rejection))
+    if not trainable:
+        params, first = rejected[len(rejected) // 2]
+        raise InfeasibleError(
+            f"no model size can be trained at {format_flops(flops)} FLOPs; N = {params:.3g}: {first.reason} "
+            f"({first.detail})",
+            key=first.key,
+            fix=first.fix,
+        )
+    return Sizes(flops, trainable, rejected)
 
-    def _depths(self, sizes: Swept, best: Row) -> dict[str, Any]:
-        """A depth that was searched belongs to its own N; its width per layer goes on to others."""
-        if not sizes.searched("depth") or best["config"].get("depth") is None:
-            return {}
-        return {"depth": None, "aspect": best["shape"]["width"] / best["shape"]["depth"]}
 
-    def _stage_2(self) -> Mapping[str, Any]:
-        """Stage 2 begins at the same share of C as in the run that it is taken from."""
-        row = self.chosen.second_stage
-        if row is None:
-            return _ONE_STAGE
-        share = row["config"]["freeze_at_flops"] / float(row["rung_flops"])
-        taken = {name: row["config"][name] for name in _STAGE_2}
-        return {**taken, "freeze_at_flops": share * self.flops, "negatives": self.chosen.negatives}
+def _depths(swept: Swept, best: Row) -> dict[str, Any]:
+    """A depth that was searched belongs to its own N; its width per layer goes on to others."""
+    if not swept.searched("depth") or best["config"].get("depth") is None:
+        return {}
+    return {"depth": None, "aspect": best["shape"]["width"] / best["shape"]["depth"]}

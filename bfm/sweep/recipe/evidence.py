@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from bfm.errors import UserError
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Row, goal_of, measured, metric_names, metric_value
+from bfm.laws.frontier import Row, by_rung, measured, metric_names, metric_value
 from bfm.sweep.ledger import read_state
+from bfm.sweep.metric import Metric
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 from bfm.sweep.study import by_axis, is_study, joined, study_folders
@@ -44,13 +46,8 @@ class Swept:
 
     def rungs(self, metric: str) -> dict[float, list[Row]]:
         """C, ascending -> the rows that have the metric, best first."""
-        found = measured(self.rows, metric)
-        sign = 1.0 if goal_of(metric) == "minimize" else -1.0
-        found.sort(key=lambda row: (float(row["rung_flops"]), sign * metric_value(row, metric)))
-        rungs: dict[float, list[Row]] = {}
-        for row in found:
-            rungs.setdefault(float(row["rung_flops"]), []).append(row)
-        return rungs
+        groups = by_rung(measured(self.rows, metric))
+        return {flops: sorted(rows, key=_loss_of(metric)) for flops, rows in groups.items()}
 
     def top_runs(self, metric: str) -> list[Row]:
         """The best quarter (at least one) of the rows at the highest rung, best first."""
@@ -72,7 +69,8 @@ class Evidence:
         """The sweep that was run to find a setting."""
         return next((sweep for sweep in self.sweeps if sweep.axis == axis), None)
 
-    def of_sizes(self) -> Swept:
+    @cached_property
+    def sizes(self) -> Swept:
         """The sweep that tells how large a model should be: the allocation sweep, else the one of all settings.
 
         Raises UserError where there is neither.
@@ -95,18 +93,18 @@ def read_evidence(folder: str) -> Evidence:
     where a ledger is damaged.
     """
     root = folder.rstrip("/")
-    places = study_folders(Store(folder), folder) if is_study(folder) else [""]
+    places = study_folders(Store(folder), folder) if is_study(folder) else []
     found, waiting = [], []
-    for place in places:
-        sweep = _read_sweep(f"{root}/{place}" if place else folder)
-        if sweep is not None and metric_names(sweep.rows):
-            found.append(sweep)
-        elif sweep is None and not place:
+    for location in [f"{root}/{place}" for place in places] or [folder]:
+        sweep = _read_sweep(location)
+        if sweep is None and not places:
             raise UserError(
                 "there is no sweep here", file=folder, fix="name the folder <storage>/<name> of a sweep or a study"
             )
+        if sweep is not None and metric_names(sweep.rows):
+            found.append(sweep)
         else:
-            waiting.append(place or folder)
+            waiting.append(location.removeprefix(f"{root}/"))
     if not found:
         raise UserError("no row has a metric yet", file=folder, fix="let the sweep finish a rung")
     hashes = {row["protocol_hash"] for sweep in found for row in sweep.rows if row.get("protocol_hash")}
@@ -131,28 +129,31 @@ def best_quarter(ranked: Sequence[Row]) -> list[Row]:
 
 def envelope(rows: Iterable[Row], metric: str) -> list[Row]:
     """The best row of each rung and quarter of a decade of N: what is left where other settings were searched too."""
-    sign = 1.0 if goal_of(metric) == "minimize" else -1.0
-    best: dict[tuple[float, int], Row] = {}
+    places: dict[tuple[float, int], list[Row]] = {}
     for row in measured(rows, metric):
         place = float(row["rung_flops"]), math.floor(BINS_PER_DECADE * math.log10(row["params"]))
-        if place not in best or sign * metric_value(row, metric) < sign * metric_value(best[place], metric):
-            best[place] = row
-    return [best[place] for place in sorted(best)]
+        places.setdefault(place, []).append(row)
+    return [min(places[place], key=_loss_of(metric)) for place in sorted(places)]
 
 
-def seed_noise(rows: Iterable[Row], metric: str) -> tuple[float, int]:
-    """(standard deviation over seeds, its degrees of freedom) from rows alike in all but the seed; (NaN, 0): none."""
+def seed_noise(rows: Iterable[Row], metric: str) -> float:
+    """Standard deviation over seeds, from rows alike in all but the seed; NaN where there are none."""
     alike: dict[tuple[float, bytes], list[float]] = {}
     for row in measured(rows, metric):
         if row.get("seed") is not None:
             place = float(row["rung_flops"]), canonical_json(row["config"])
             alike.setdefault(place, []).append(metric_value(row, metric))
     groups = [values for values in alike.values() if len(values) > 1]
-    free = sum(len(values) - 1 for values in groups)
-    if not free:
-        return math.nan, 0
+    if not groups:
+        return math.nan
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
-    return math.sqrt(squares / free), free
+    return math.sqrt(squares / sum(len(values) - 1 for values in groups))
+
+
+def _loss_of(metric: str) -> Callable[[Row], float]:
+    """A row's value, signed so that smaller is better."""
+    named = Metric(metric)
+    return lambda row: named.loss(metric_value(row, metric))
 
 
 def _read_sweep(folder: str) -> Swept | None:

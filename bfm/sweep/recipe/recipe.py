@@ -18,18 +18,21 @@ from bfm.laws.frontier import Row, measured, metric_error
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, from_rows
 from bfm.sweep.costs import CostModel
+from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.choices import (
     NEGATIVES,
     Choice,
-    Chosen,
-    Configurations,
+    Sizes,
     choose_batch,
     choose_negatives,
     choose_rate,
     choose_share,
+    stage_settings,
+    try_sizes,
 )
-from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, Swept, envelope, seed_noise
+from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, envelope, seed_noise
 from bfm.sweep.recipe.expectation import Expectation, by_surface, by_trend, stage_factor, surface_of
+from bfm.sweep.rows import without_nan
 from bfm.units import format_flops
 
 MANY_EPOCHS = 4.0
@@ -87,8 +90,9 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        plain = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {**plain, "choices": {choice.name: choice.as_dict() for choice in self.choices}}
+        choices = {choice.name: choice.as_dict() for choice in self.choices}
+        # N is what the configuration has, however little is known of the best one: no Estimate.as_dict.
+        return without_nan({**dataclasses.asdict(self), "choices": choices})
 
 
 def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str | None = None) -> Recipe:
@@ -98,12 +102,11 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
     leave it. Raises UserError where rows lack the metric, are too few to say anything, or C lies below the lowest rung
     with rows; InfeasibleError naming the bound where no size can be trained at that C.
     """
-    sizes = evidence.of_sizes()
+    sizes = evidence.sizes
     metric = metric or sizes.spec.metric.name
     rows = measured(sizes.rows, metric) if sizes.axis == ALLOCATION else envelope(sizes.rows, metric)
     runs = from_rows(rows, metric, source=sizes.folder)
-    rungs = sizes.rungs(metric)
-    lowest, highest = min(rungs), max(rungs)
+    lowest = min(sizes.rungs(metric))
     if flops < lowest:
         raise UserError(
             f"{format_flops(flops)} FLOPs lie below the lowest rung with rows ({format_flops(lowest)})",
@@ -111,45 +114,40 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
             key="--flops",
             fix=f"ask for {format_flops(lowest)} or more",
         )
-    batch, rule = choose_batch(evidence, sizes, metric)
-    share = choose_share(evidence, sizes, metric, flops)
+    batch, rule = choose_batch(evidence, metric)
+    share = choose_share(evidence, metric, flops)
     rate = choose_rate(sizes, metric)
-    law = choose_negatives(evidence, sizes, metric, flops)
+    law = choose_negatives(evidence, metric, flops)
 
-    def configurations(stage: Row, negatives: float) -> Configurations:
-        froze = stage if stage["config"].get("freeze_at_flops") is not None else None
-        chosen = Chosen(share.value, rule, rate.value, round(negatives), froze)
-        return Configurations(sizes, rungs[highest][0], chosen, costs, flops)
+    def sizes_with(stages_of: Row, negatives: float) -> Sizes:
+        settings = {"embedder_share": share.value, **stage_settings(stages_of, negatives, flops)}
+        return try_sizes(sizes, runs, costs, flops, settings=settings, batch=rule, rate_ratio=rate.value)
 
-    negatives, found = _expect(evidence, sizes, runs, law, configurations, flops)
+    negatives, found = _expect(evidence, runs, law, sizes_with)
     batch = dataclasses.replace(batch, value=found.point.cost.step_events)
-    return _recipe(evidence, sizes, runs, (share, batch, negatives, rate), found, flops)
+    return _recipe(evidence, runs, (share, batch, negatives, rate), found, flops)
 
 
 def _expect(
-    evidence: Evidence,
-    sizes: Swept,
-    runs: Runs,
-    law: Choice,
-    configurations: Callable[[Row, float], Configurations],
-    flops: float,
+    evidence: Evidence, runs: Runs, law: Choice, sizes_with: Callable[[Row, float], Sizes]
 ) -> tuple[Choice, Expectation]:
     """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
-    metric = runs.metric
-    best, sweep = sizes.top_runs(metric)[0], evidence.on(NEGATIVES)
+    metric, sweep = Metric(runs.metric), evidence.on(NEGATIVES)
+    best = evidence.sizes.top_runs(metric.name)[0]
     own = float(best["config"].get("negatives") or 0)
+    sizes = sizes_with(best, own)
     surface, reason = surface_of(runs)
-    plain = reason if surface is None else by_surface(surface, runs, configurations(best, own), flops)
+    plain = reason if surface is None else by_surface(surface, sizes)
     if surface is None or isinstance(plain, str):
-        found = by_trend(sizes, runs, configurations(best, own), flops, str(plain))
+        found = by_trend(evidence.sizes, runs, sizes, str(plain))
         kept = _kept(law, own, "what a second stage brings cannot be held against one stage")
         return kept if law.by_law else law, found
     if not law.by_law or sweep is None:
         return law, plain
-    rows = sweep.top_runs(metric)
-    factor = stage_factor(surface, rows, metric)
-    two = by_surface(surface, runs, configurations(rows[0], law.value), flops, factor)
-    if isinstance(two, str) or not two.beats(plain, metric):
+    rows = sweep.top_runs(metric.name)
+    factor = stage_factor(surface, rows, metric.name)
+    two = by_surface(surface, sizes_with(rows[0], law.value), factor)
+    if isinstance(two, str) or metric.loss(two.predicted.estimate) >= metric.loss(plain.predicted.estimate):
         return _kept(law, own, "a second stage promises no better value"), plain
     note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"
     return law, dataclasses.replace(two, notes=(*two.notes, note))
@@ -161,23 +159,16 @@ def _kept(law: Choice, own: float, reason: str) -> Choice:
     return dataclasses.replace(law, value=own, source="the sweep of sizes", by_law=False, note=note)
 
 
-def _recipe(
-    evidence: Evidence,
-    sizes: Swept,
-    runs: Runs,
-    choices: tuple[Choice, ...],
-    found: Expectation,
-    flops: float,
-) -> Recipe:
+def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: Expectation, flops: float) -> Recipe:
     metric, cost, config = runs.metric, found.point.cost, found.point.config
-    rungs = sizes.rungs(metric)
-    errors = [metric_error(row, metric) for rows in rungs.values() for row in rows]
-    known = [error for error in errors if math.isfinite(error)]
-    noise, _ = seed_noise([row for sweep in evidence.sweeps for row in sweep.rows], metric)
+    rows = measured(evidence.sizes.rows, metric)
+    errors = [error for row in rows if math.isfinite(error := metric_error(row, metric))]
+    noise = seed_noise([row for sweep in evidence.sweeps for row in sweep.rows], metric)
     epochs = cost.epochs(flops)
-    flops_beyond, params_beyond = flops / max(rungs), cost.params / float(runs["params"].max())
+    flops_beyond = flops / max(float(row["rung_flops"]) for row in rows)
+    params_beyond = cost.params / float(runs["params"].max())
     choice_notes = [choice.note for choice in choices if choice.note]
-    hashes = {row["protocol_hash"] for rows in rungs.values() for row in rows if row.get("protocol_hash")}
+    hashes = {row["protocol_hash"] for row in rows if row.get("protocol_hash")}
     return Recipe(
         flops=flops,
         metric=metric,
@@ -199,36 +190,31 @@ def _recipe(
         flops_beyond=flops_beyond,
         params_beyond=params_beyond,
         seed_noise=noise,
-        evaluation_noise=statistics.median(known) if known else math.nan,
-        rests_on=_rests_on(evidence, sizes, runs, choices),
-        notes=(*found.notes, *choice_notes, *_notes(evidence, sizes, found, noise, epochs)),
+        evaluation_noise=statistics.median(errors) if errors else math.nan,
+        rests_on=_rests_on(evidence, runs, choices),
+        notes=(*found.notes, *choice_notes, *_notes(evidence, found, noise, epochs)),
         warnings=(*_warnings(metric, found, flops_beyond, params_beyond, epochs), *found.warnings),
         protocol_hash=next(iter(hashes), None),
     )
 
 
-def _rests_on(evidence: Evidence, sizes: Swept, runs: Runs, choices: tuple[Choice, ...]) -> dict[str, dict[str, Any]]:
-    selection = (
-        "all rung rows" if sizes.axis == ALLOCATION else "the best row of each rung and quarter of a decade of N"
-    )
-    rests = {
-        "sizes": {"sweep": sizes.folder, "axis": sizes.axis, "rows": selection, "runs": list(runs.names)},
-    }
+def _rests_on(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...]) -> dict[str, dict[str, Any]]:
+    sizes = evidence.sizes
+    bests = "the best row of each rung and quarter of a decade of N"
+    rests = {"sizes": (sizes, "all rung rows" if sizes.axis == ALLOCATION else bests, runs.names)}
     for choice in choices:
         sweep = evidence.on(choice.name) if choice.by_law else sizes
         assert sweep is not None
-        rests[choice.name] = {
-            "sweep": sweep.folder,
-            "axis": sweep.axis,
-            "rows": choice.source,
-            "runs": list(choice.runs),
-        }
-    return rests
+        rests[choice.name] = (sweep, choice.source, choice.runs)
+    return {
+        name: {"sweep": sweep.folder, "axis": sweep.axis, "rows": rows, "runs": list(names)}
+        for name, (sweep, rows, names) in rests.items()
+    }
 
 
-def _notes(evidence: Evidence, sizes: Swept, found: Expectation, noise: float, epochs: float) -> list[str]:
+def _notes(evidence: Evidence, found: Expectation, noise: float, epochs: float) -> list[str]:
     notes = []
-    if sizes.axis != ALLOCATION:
+    if evidence.sizes.axis != ALLOCATION:
         notes.append(
             "the sweep searched other settings together with N: sizes are compared by the best row of each rung and "
             "quarter of a decade of N, which holds luck as well as merit"
@@ -252,14 +238,3 @@ def _warnings(metric: str, found: Expectation, flops_beyond: float, params_beyon
         buys = "" if found.fresh is None else f"; fresh events would give {metric} {found.fresh.estimate:.4g}"
         warnings.append(f"{epochs:.3g} epochs over this log{buys}: more data would serve better")
     return warnings
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        # N is what the configuration has, however little is known of the best one.
-        return {name: _plain(getattr(value, name)) for name in ("estimate", "low", "high")}
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,7 +19,7 @@ from bfm.errors import UserError
 from bfm.sweep.metric import Selection
 from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.sweep.simulator.fleet import Fleet
-from bfm.sweep.simulator.run import Progress, Timeline, decision_ms, run_all, simulate
+from bfm.sweep.simulator.run import Progress, Timeline, decision_times, run_all, simulate
 from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
 from bfm.sweep.state import SweepState
 from bfm.units import aligned
@@ -83,17 +83,16 @@ class Standing:
     def as_dict(self, rungs_flops: Sequence[int]) -> dict[str, Any]:
         """JSON-able figures."""
         regret_SR = np.array([entry.regret_R for entry in self.entries])
-        times_s = [seconds for entry in self.entries for seconds in entry.timeline.decision_s]
+        timelines = [entry.timeline for entry in self.entries]
         return {
             "policy": self.policy,
             "regret": [{"rung": flops, **_mean(regret_SR[:, rung])} for rung, flops in enumerate(rungs_flops)],
             "regret_sum": _mean(regret_SR.sum(1)),
             "spent_fraction": float(np.mean([entry.spent_flops / entry.budget_flops for entry in self.entries])),
-            "decisions": sum(entry.timeline.decisions for entry in self.entries),
-            "seconds": float(sum(times_s)),
-            "decision_ms": decision_ms(times_s),
-            "hours": float(np.mean([entry.timeline.elapsed_s for entry in self.entries])) / 3600,
-            "lost_tasks": sum(entry.timeline.lost for entry in self.entries),
+            "decisions": sum(timeline.decisions for timeline in timelines),
+            **decision_times(timelines),
+            "hours": float(np.mean([timeline.elapsed_s for timeline in timelines])) / 3600,
+            "lost_tasks": sum(timeline.lost for timeline in timelines),
         }
 
 

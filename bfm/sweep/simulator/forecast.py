@@ -7,7 +7,8 @@ would have taken without a pause.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from bfm.sweep.plan import task_flops
 from bfm.sweep.settings import Budget, SweepSpec
 from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.law import Law, LawCosts, law_row
-from bfm.sweep.simulator.run import Progress, Timeline, decision_ms, run_all, simulate
+from bfm.sweep.simulator.run import Progress, Timeline, decision_times, run_all, simulate
 from bfm.sweep.space import Feasible, FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
 from bfm.units import format_flops, format_seconds
@@ -38,8 +39,6 @@ class Found:
     """Its loss under the law (noise apart) above the best of the space; NaN without a row."""
     hours: float
     """When it came."""
-    spent_flops: int
-    """By then."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class Forecast:
     """One policy, one seed."""
 
     policy: str
-    seed: int
     rungs: tuple[Found, ...]
     timeline: Timeline
     spent_flops: int
@@ -95,14 +93,14 @@ def _run(spec: SweepSpec, law: Law, fleet: Fleet, optimum: Sequence[float], poli
     state, timeline = simulate(spec, arena, partial(law_row, law), fleet, np.random.default_rng(seed))
     rungs = []
     for rung, flops in enumerate(spec.budget.ladder_flops):
-        rows = [(hours, spent, row) for hours, spent, row in timeline.rows if row["rung"] == rung]
+        rows = [(now_s, row) for now_s, row in timeline.rows if row["rung"] == rung]
         if not rows:
-            rungs.append(Found(flops, 0, float("nan"), float("nan"), 0))
+            rungs.append(Found(flops, 0, math.nan, math.nan))
             continue
-        now_s, spent, best = min(rows, key=lambda found: found[2]["metrics"]["nll"])
+        now_s, best = min(rows, key=lambda found: found[1]["metrics"]["nll"])
         gap = law.loss_of(best["config"], best["params"], flops) - optimum[rung]
-        rungs.append(Found(flops, len(rows), gap, now_s / 3600, spent))
-    return Forecast(policy, seed, tuple(rungs), timeline, state.spent_flops, len(state.trials))
+        rungs.append(Found(flops, len(rows), gap, now_s / 3600))
+    return Forecast(policy, tuple(rungs), timeline, state.spent_flops, len(state.trials))
 
 
 def as_dict(
@@ -142,30 +140,37 @@ def _grid(spec: SweepSpec, fleet: Fleet, price_per_hour: float) -> dict[str, Any
 
 
 def _policy(policy: str, made: Sequence[Forecast], price_per_hour: float) -> dict[str, Any]:
-    worker_hours = float(np.mean([one.timeline.provisioned_s for one in made])) / 3600
-    decision_s = [seconds for one in made for seconds in one.timeline.decision_s]
-    rungs = []
-    for found in zip(*(one.rungs for one in made), strict=True):
-        here = [one for one in found if one.rows]
-        means = {
-            name: float(np.mean([getattr(one, name) for one in here])) if here else None for name in ("gap", "hours")
-        }
-        rungs.append({"rung": found[0].rung_flops, "rows": float(np.mean([one.rows for one in found])), **means})
+    timelines = [one.timeline for one in made]
+    worker_hours = _mean(line.provisioned_s for line in timelines) / 3600
     return {
         "policy": policy,
         "seeds": len(made),
-        "rungs": rungs,
-        "trials": float(np.mean([one.trials for one in made])),
-        "spent_flops": float(np.mean([one.spent_flops for one in made])),
-        "hours": float(np.mean([one.timeline.elapsed_s for one in made])) / 3600,
+        "rungs": [_rung(found) for found in zip(*(one.rungs for one in made), strict=True)],
+        "trials": _mean(one.trials for one in made),
+        "spent_flops": _mean(one.spent_flops for one in made),
+        "hours": _mean(line.elapsed_s for line in timelines) / 3600,
         "worker_hours": worker_hours,
-        "busy_hours": float(np.mean([one.timeline.busy_s for one in made])) / 3600,
+        "busy_hours": _mean(line.busy_s for line in timelines) / 3600,
         "cost": worker_hours * price_per_hour,
-        "lost_tasks": float(np.mean([one.timeline.lost for one in made])),
-        "yielded_tasks": float(np.mean([one.timeline.yielded for one in made])),
-        "decision_ms": decision_ms(decision_s),
-        "seconds": float(sum(decision_s)),
+        "lost_tasks": _mean(line.lost for line in timelines),
+        "yielded_tasks": _mean(line.yielded for line in timelines),
+        **decision_times(timelines),
     }
+
+
+def _rung(found: Sequence[Found]) -> dict[str, Any]:
+    """Over seeds; gap and hours over those that have a row there."""
+    known = [one for one in found if one.rows]
+    return {
+        "rung": found[0].rung_flops,
+        "rows": _mean(one.rows for one in found),
+        "gap": _mean(one.gap for one in known) if known else None,
+        "hours": _mean(one.hours for one in known) if known else None,
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def render(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ workers, as in real sweeps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,15 +43,17 @@ class Timeline:
     decisions: int = 0
     decision_s: list[float] = field(default_factory=list)
     """Real seconds that each took."""
-    rows: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
-    """(virtual second, spent FLOPs, row)."""
+    rows: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    """(virtual second, row)."""
     lost: int = 0
     yielded: int = 0
 
 
-def decision_ms(decision_s: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile of what decisions took, JSON-able."""
-    return {"median": 1e3 * float(np.median(decision_s)), "p99": 1e3 * float(np.quantile(decision_s, 0.99))}
+def decision_times(timelines: Iterable[Timeline]) -> dict[str, Any]:
+    """What decisions took in real time, JSON-able: median and 99th percentile, and all together."""
+    decision_s = [seconds for timeline in timelines for seconds in timeline.decision_s]
+    median, p99 = (1e3 * float(np.quantile(decision_s, share)) for share in (0.5, 0.99))
+    return {"decision_ms": {"median": median, "p99": p99}, "seconds": float(sum(decision_s))}
 
 
 def simulated_row(
@@ -110,7 +112,7 @@ def simulate(
             if how == DONE:
                 row = {**execute(task), **cluster.timings(task)}
                 driver.report(task.task_id, row)
-                timeline.rows.append((cluster.now_s, driver.state.spent_flops, row))
+                timeline.rows.append((cluster.now_s, row))
             elif how == YIELDED:
                 timeline.yielded += driver.yielded(task.task_id, cluster.account(task))
             else:

@@ -85,9 +85,8 @@ def read_curves(
         _check_feature(table[name], name, str(path))
     if resumable_column is not None:
         _check_flag(table[resumable_column], resumable_column, str(path))
-    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in table.select(list(dict.fromkeys(columns))).to_pylist():
         groups.setdefault(str(row["config_id"]), []).append(row)
     return tuple(_curve(name, groups[name], others, size, resumable_column, str(path)) for name in sorted(groups))
 
@@ -104,14 +103,9 @@ def _check_numbers(column: pa.ChunkedArray, name: str, path: str) -> None:
 def _check_feature(column: pa.ChunkedArray, name: str, path: str) -> None:
     """A number, a text or a yes or no: what a ledger can hold and a surrogate can tell apart."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    known = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    if not pa.types.is_null(kind) and not any(is_kind(kind) for is_kind in known):
+    of_numbers = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean
+    of_text = pa.types.is_string, pa.types.is_large_string
+    if not any(is_kind(kind) for is_kind in (*of_numbers, *of_text, pa.types.is_null)):
         fix = "leave it out, or write it as number or text"
         raise UserError(f"{name} is {kind}", file=path, key="--features", fix=fix)
     if pa.types.is_floating(kind) and not pc.all(pc.is_finite(column)).as_py():
@@ -223,8 +217,7 @@ class TableArena:
 
     def execute(self, task: Task) -> dict[str, Any]:
         """The row that a task brings."""
-        curve = self.curves[task.config["config_id"]]
-        loss = curve.losses[self._places[task.config["config_id"]][task.rung]]
+        curve, loss = self.curves[task.config["config_id"]], self._loss(task.config["config_id"], task.rung)
         known = math.isfinite(loss)
         return simulated_row(
             task,
@@ -240,31 +233,30 @@ class TableArena:
 
     def regrets(self, state: SweepState) -> np.ndarray:
         """Per rung, best loss seen within its C minus the best there is; the worst known one if nothing was seen."""
-        found = []
+        regrets, seen = [], math.inf
         for rung, flops in enumerate(self._rungs):
             best = min(curve.best_within(flops) for curve in self.curves.values())
-            seen = _lowest(
-                self._seen(trial.config["config_id"], at)
-                for trial in state.trials.values()
-                for at in trial.rows
-                if at <= rung
-            )
-            found.append((seen if math.isfinite(seen) else self._worst(rung, best)) - best)
-        # Where there is nothing to be seen there is nothing to regret.
-        return np.nan_to_num(np.array(found), nan=0.0)
+            here = (trial.config["config_id"] for trial in state.trials.values() if rung in trial.rows)
+            seen = min(seen, _lowest(self._seen(name, rung) for name in here))
+            reached = seen if math.isfinite(seen) else self._worst(rung, best)
+            # Where there is nothing to be seen there is nothing to regret.
+            regrets.append(reached - best if math.isfinite(best) else 0.0)
+        return np.array(regrets)
 
     def _worst(self, rung: int, best: float) -> float:
         """The worst known loss at a rung; `best` where it has none."""
-        rows = ((curve, curve.row_at(self._rungs, rung)) for curve in self.curves.values())
-        losses = [curve.losses[row] for curve, row in rows if row is not None]
-        return max((loss for loss in losses if math.isfinite(loss)), default=best)
+        losses = (self._loss(name, rung) for name, rows in self._places.items() if rung in rows)
+        return max(filter(math.isfinite, losses), default=best)
 
     def _seen(self, name: str, rung: int) -> float:
-        """The best loss of a curve that was run to a rung: all of its rows on the way if it is one run."""
-        curve, row = self.curves[name], self._places[name][rung]
-        return _lowest(curve.losses[: row + 1]) if curve.resumable else curve.losses[row]
+        """The best loss of a curve that was run to a rung: of all of its rows on the way if it is one run."""
+        curve = self.curves[name]
+        return curve.best_within(self._rungs[rung]) if curve.resumable else self._loss(name, rung)
+
+    def _loss(self, name: str, rung: int) -> float:
+        return self.curves[name].losses[self._places[name][rung]]
 
 
 def _lowest(losses: Iterable[float]) -> float:
     """Of those that are numbers; inf where there is none."""
-    return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+    return min(filter(math.isfinite, losses), default=math.inf)

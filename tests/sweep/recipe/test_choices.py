@@ -66,7 +66,7 @@ def sizes() -> Swept:
 
 
 def test_the_share_is_that_of_its_law(sizes):
-    found = choose_share(evidence(sizes, share_sweep()), sizes, "nll", 10 * RUNGS[-1])
+    found = choose_share(evidence(sizes, share_sweep()), "nll", 10 * RUNGS[-1])
     assert found.by_law
     assert found.value == pytest.approx(BEST_SHARE, rel=0.1)
     assert len(found.runs) == 21
@@ -75,14 +75,14 @@ def test_the_share_is_that_of_its_law(sizes):
 def test_a_share_outside_of_what_was_swept_is_not_taken(sizes):
     sweep = share_sweep()
     high = [r for r in sweep.rows if r["embedder_share"] > 0.06]
-    found = choose_share(evidence(sizes, dataclasses.replace(sweep, rows=tuple(high))), sizes, "nll", RUNGS[-1])
+    found = choose_share(evidence(sizes, dataclasses.replace(sweep, rows=tuple(high))), "nll", RUNGS[-1])
     shares = [r["embedder_share"] for r in high]
     assert (min(shares) <= found.value <= max(shares)) if found.by_law else "not scaled" in found.note
     assert found.note
 
 
 def test_the_batch_moves_with_the_critical_batch(sizes):
-    found, rule = choose_batch(evidence(sizes, batch_sweep()), sizes, "nll")
+    found, rule = choose_batch(evidence(sizes, batch_sweep()), "nll")
     assert found.by_law, found.note
     assert rule.exponent == pytest.approx(0.3, abs=0.1)
     top = sizes.top_runs("nll")
@@ -92,7 +92,7 @@ def test_the_batch_moves_with_the_critical_batch(sizes):
 
 
 def test_negatives_are_taken_where_a_second_stage_promises_more(sizes):
-    law = choose_negatives(evidence(sizes, negatives_sweep(0.97)), sizes, "nll", 4 * RUNGS[-1])
+    law = choose_negatives(evidence(sizes, negatives_sweep(0.97)), "nll", 4 * RUNGS[-1])
     assert law.by_law, law.note
     assert law.value == pytest.approx(200, rel=0.1)
     better = make_recipe(evidence(sizes, negatives_sweep(0.97)), LogCosts(), 4 * RUNGS[-1], "nll")

@@ -58,13 +58,13 @@ def run_groups(seconds, fleet, counts=(1, 2, 4), total=1e15, seed=0, **changes):
 
 def ends(timeline):
     """When the rows came, and whose they are."""
-    return [(at_s, row["config"]["config_id"]) for at_s, _, row in timeline.rows]
+    return [(at_s, row["config"]["config_id"]) for at_s, row in timeline.rows]
 
 
 def test_three_tasks_on_two_workers():
     state, timeline = run([3, 5, 4], Fleet(((0.0, 2),), RATE))
     assert ends(timeline) == [(3, "c000"), (5, "c001"), (7, "c002")]
-    assert [spent for _, spent, _ in timeline.rows] == [3e9, 8e9, 12e9]
+    assert [row["task_flops"] for _, row in timeline.rows] == [3e9, 5e9, 4e9]
     assert (timeline.elapsed_s, timeline.busy_s, timeline.decisions, timeline.lost) == (7, 12, 3, 0)
     assert timeline.provisioned_s == 14
     assert len(timeline.decision_s) >= 3
@@ -75,7 +75,7 @@ def test_workers_and_tasks_start_up():
     _, timeline = run([3, 5, 4], Fleet(((0.0, 2),), RATE, startup_s=10, task_startup_s=1))
     assert ends(timeline) == [(14, "c000"), (16, "c001"), (19, "c002")]
     assert (timeline.elapsed_s, timeline.busy_s, timeline.provisioned_s) == (19, 15, 38)
-    assert {(row["warm_start_s"], row["train_s"]) for _, _, row in timeline.rows} == {(1, 3), (1, 5), (1, 4)}
+    assert {(row["warm_start_s"], row["train_s"]) for _, row in timeline.rows} == {(1, 3), (1, 5), (1, 4)}
 
 
 def test_workers_come_later():
@@ -259,7 +259,7 @@ def test_whatever_comes_and_goes(seconds, changes, counts, total, fleet):
     assert not state.attempts
     assert state.spent_flops <= total * RATE
     assert timeline.busy_s <= timeline.provisioned_s * (1 + 1e-9)
-    assert timeline.elapsed_s >= max((at_s for at_s, _, _ in timeline.rows), default=0)
+    assert timeline.elapsed_s >= max((at_s for at_s, _ in timeline.rows), default=0)
     if sum(seconds) <= total and not state.losses:
         assert len(timeline.rows) == len(seconds)
     assert ends(timeline) == ends(again)
@@ -269,7 +269,7 @@ def test_whatever_comes_and_goes(seconds, changes, counts, total, fleet):
 def test_a_task_takes_the_workers_that_all_free_slots_could_take():
     _, timeline = run_groups([80, 80], Fleet(((0.0, 4),), RATE, efficiency=0.8), slots=2)
     # Two workers each: 1.6 times as fast.
-    assert [row["workers"] for _, _, row in timeline.rows] == [2, 2]
+    assert [row["workers"] for _, row in timeline.rows] == [2, 2]
     assert ends(timeline) == [(50, "c000"), (50, "c001")]
     assert timeline.busy_s == timeline.provisioned_s == 200
 
@@ -279,7 +279,7 @@ def test_a_task_alone_grows_into_what_comes():
     # 300 of 400 s of one worker were left.
     assert ends(timeline) == [(175, "c000")]
     assert timeline.yielded == 1
-    assert timeline.rows[0][2]["workers"] == 4
+    assert timeline.rows[0][1]["workers"] == 4
 
 
 def test_little_work_left_is_not_worth_a_new_group():
@@ -291,7 +291,7 @@ def test_little_work_left_is_not_worth_a_new_group():
 @pytest.mark.parametrize(("efficiency", "expected"), [(1.0, {4}), (0.6, {1})])
 def test_what_groups_brought_decides_how_many_workers_later_tasks_take(efficiency, expected):
     _, timeline = run_groups([100] * 12, Fleet(((0.0, 1), (250.0, 4)), RATE, efficiency=efficiency), slots=1)
-    assert {row["workers"] for _, _, row in timeline.rows[-5:]} == expected
+    assert {row["workers"] for _, row in timeline.rows[-5:]} == expected
 
 
 def test_a_task_that_no_schedule_will_hold_is_a_users_error():

@@ -54,7 +54,7 @@ def test_what_is_paid_is_what_is_there():
 
 def test_tasks_take_as_many_workers_as_their_tier_allows_and_the_slots_share():
     made, _ = run(Fleet(parse_schedule("16"), RATE))
-    assert {row["workers"] for _, _, row in made.timeline.rows} == {4}
+    assert {row["workers"] for _, row in made.timeline.rows} == {4}
     assert made.timeline.busy_s == pytest.approx(made.spent_flops / RATE)
     half, _ = run(Fleet(parse_schedule("16"), RATE, efficiency=0.5))
     # More workers bring nothing, and cost as many times as much until that is known.
@@ -63,9 +63,9 @@ def test_tasks_take_as_many_workers_as_their_tier_allows_and_the_slots_share():
 
 def test_no_more_tasks_run_than_the_space_has_slots():
     one, _ = run(Fleet(parse_schedule("16"), RATE), replace(SPEC, scaling=replace(SPEC.scaling, slots=1)))
-    ends = [0.0, *(at_s for at_s, _, _ in one.timeline.rows)]
+    ends = [0.0, *(at_s for at_s, _ in one.timeline.rows)]
     assert ends == sorted(ends)
-    took_s = [row["train_s"] for _, _, row in one.timeline.rows]
+    took_s = [row["train_s"] for _, row in one.timeline.rows]
     assert [after - before for before, after in itertools.pairwise(ends)] == pytest.approx(took_s)
 
 
