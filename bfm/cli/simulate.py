@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,24 @@ if TYPE_CHECKING:
     from bfm.sweep.simulator.fleet import Fleet
 
 app = typer.Typer()
+_OF_SPACE = {"law": "--law", "price_per_hour": "--price-per-hour", "overrides": "--set"}
+_OF_CURVES = {
+    "rungs": "--rungs",
+    "budget_fraction": "--budget-fraction",
+    "features": "--features",
+    "params_column": "--params-column",
+    "resumable_column": "--resumable-column",
+    "where": "--where",
+    "subset": "--subset",
+    "eta": "--eta",
+    "cooldown_fraction": "--cooldown-fraction",
+}
+"""Parameters that only one of the two ways to simulate takes, by the names that a person writes."""
 
 
 @app.command()
 def simulate(
+    context: typer.Context,
     space: Annotated[Path | None, typer.Argument(help="Search-space YAML (with --law).")] = None,
     law: Annotated[str | None, typer.Option(help="Planted law for a space: paper.")] = None,
     curves: Annotated[
@@ -67,6 +82,7 @@ def simulate(
 
     if (space is None) == (curves is None):
         raise UserError("needs a space or --curves", key="simulate", fix="give one of them: SPACE.yaml --law paper")
+    _check_serves(context, _OF_CURVES if curves is None else _OF_SPACE, "a space" if curves is None else "--curves")
     fleet = Fleet(
         schedule=parse_schedule(workers),
         flops_per_s=parse_number(throughput, key="--throughput"),
@@ -115,6 +131,14 @@ def _space(
     show(as_dict(spec, law, fleet, price_per_hour, made), as_json, render)
 
 
+def _check_serves(context: typer.Context, others: Mapping[str, str], mode: str) -> None:
+    """Raises UserError for an option that says nothing of what is simulated."""
+    for parameter, option in others.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"says nothing of {mode}", key=option, fix="leave it out")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -131,7 +155,7 @@ def _policies(text: str) -> list[str]:
     from bfm.sweep.settings import POLICIES
     from bfm.yaml import did_you_mean
 
-    names = _names(text)
+    names = list(dict.fromkeys(_names(text)))
     for name in names:
         if name not in POLICIES:
             raise UserError(f"unknown policy {name!r}", key="--policy", fix=did_you_mean(name, POLICIES))

@@ -57,6 +57,7 @@ def check_recipe(
                 return check
         trained = {**known[0], "task_flops": 0, "eval_flops": 0} if known else None
         row = trained or _train(recipe, sizes, shards, store.child(folder).uri, seed, observer)
+        _check_measured(recipe, row, store.child(folder).uri)
         record = check_record(recipe, row, folder, seed)
         ledger.append([record])
         return record
@@ -113,7 +114,7 @@ def _train(
     recipe: Recipe, sizes: Swept, shards: str, storage: str, seed: int, observer: Observer | None
 ) -> Mapping[str, Any]:
     tier = sizes.spec.tiers_at(recipe.flops, recipe.params.estimate)[0]
-    row = train_single(
+    return train_single(
         TrainConfig.from_dict(recipe.config),
         seed,
         shards,
@@ -123,10 +124,14 @@ def _train(
         scaling={"micro_groups": tier.micro_groups},
         observer=observer,
     )
-    if row["status"] != "ok" or not math.isfinite(metric_value(row, recipe.metric)):
+
+
+def _check_measured(recipe: Recipe, row: Mapping[str, Any], storage: str) -> None:
+    if row.get("status", "ok") != "ok":
         raise UserError(
             f"the run of the recipe {row['status']} at {row['path_flops']:.3g} FLOPs",
             file=storage,
             fix="check a smaller C, or train it on a larger machine with `bfm train`",
         )
-    return row
+    if not math.isfinite(metric_value(row, recipe.metric)):
+        raise UserError(f"the run of the recipe has no {recipe.metric}", file=storage, fix="check another --metric")

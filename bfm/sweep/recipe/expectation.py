@@ -180,18 +180,18 @@ def _shifted(value: Estimate, factor: float, metric: str) -> Estimate:
 
 def _edge_notes(sizes: Sizes, place: int) -> list[str]:
     """Whether the best size is only the best that can be trained."""
-    last = len(sizes.trainable) - 1
-    if 0 < place < last:
-        return []
-    above, asked = place == last, sizes.trainable[place].config.params
-    beside = [found for params, found in sizes.rejected if (params > asked) == above]
-    side = "larger" if above else "smaller"
-    if not beside:
-        return [f"the best N may be {side} than all that were tried"]
-    nearest = beside[0] if above else beside[-1]
-    return [
-        f"a {side} N is expected to be better, but cannot be trained at that C: {nearest.reason} ({nearest.detail})"
-    ]
+    asked, last = sizes.trainable[place].config.params, len(sizes.trainable) - 1
+    smaller = [found for params, found in sizes.rejected if params < asked][-1:]
+    larger = [found for params, found in sizes.rejected if params > asked][:1]
+    notes = []
+    for side, is_edge, beside in (("smaller", place == 0, smaller), ("larger", place == last, larger)):
+        if is_edge and not beside:
+            notes.append(f"the best N may be {side} than all that were tried")
+        elif is_edge:
+            why = f"{beside[0].reason} ({beside[0].detail})"
+            better = "may be" if last == 0 else "is expected to be"
+            notes.append(f"a {side} N {better} better, but cannot be trained at that C: {why}")
+    return notes
 
 
 def _size_notes(size: Estimate) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.laws.frontier import Row, measured, metric_error
 from bfm.laws.result import Estimate
-from bfm.laws.runs import Runs, from_rows
+from bfm.laws.runs import Runs, from_rows, run_name
 from bfm.sweep.costs import CostModel
 from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.choices import (
@@ -134,29 +134,30 @@ def _expect(
     """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
     metric, sweep = Metric(runs.metric), evidence.on(NEGATIVES)
     best = evidence.sizes.top_runs(metric.name)[0]
-    own = float(best["config"].get("negatives") or 0)
-    sizes = sizes_with(best, own)
+    sizes = sizes_with(best, float(best["config"].get("negatives") or 0))
     surface, reason = surface_of(runs)
     plain = reason if surface is None else by_surface(surface, sizes)
     if surface is None or isinstance(plain, str):
         found = by_trend(evidence.sizes, runs, sizes, str(plain))
-        kept = _kept(law, own, "what a second stage brings cannot be held against one stage")
-        return kept if law.by_law else law, found
+        return _kept(law, best, "what a second stage brings cannot be held against one stage"), found
     if not law.by_law or sweep is None:
         return law, plain
     rows = sweep.top_runs(metric.name)
     factor = stage_factor(surface, rows, metric.name)
     two = by_surface(surface, sizes_with(rows[0], law.value), factor)
     if isinstance(two, str) or metric.loss(two.predicted.estimate) >= metric.loss(plain.predicted.estimate):
-        return _kept(law, own, "a second stage promises no better value"), plain
+        return _kept(law, best, "a second stage promises no better value"), plain
     note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"
     return law, dataclasses.replace(two, notes=(*two.notes, note))
 
 
-def _kept(law: Choice, own: float, reason: str) -> Choice:
-    """The negatives of the sweep of sizes, against the law."""
-    note = f"the law asks for {law.value:.4g} negatives, but {reason}: K = {own:g}"
-    return dataclasses.replace(law, value=own, source="the sweep of sizes", by_law=False, note=note)
+def _kept(choice: Choice, best: Row, reason: str) -> Choice:
+    """The negatives of the best run of the sweep of sizes, where the choice is a law's."""
+    if not choice.by_law:
+        return choice
+    own = float(best["config"].get("negatives") or 0)
+    note = f"the law asks for {choice.value:.4g} negatives, but {reason}: K = {own:g}"
+    return Choice(choice.name, own, "the sweep of sizes", note=note, runs=(run_name(best),))
 
 
 def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: Expectation, flops: float) -> Recipe:

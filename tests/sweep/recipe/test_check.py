@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from bfm.errors import CorruptError
+from bfm.errors import CorruptError, UserError
 from bfm.files import Store
 from bfm.report.law_sections import recipe_part
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.driver import run_serial
 from bfm.sweep.ledger import read_state
-from bfm.sweep.recipe.check import check_record
+from bfm.sweep.recipe.check import _check_measured, check_record
 from bfm.sweep.recipe.recipe import make_recipe
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.state import SweepState
@@ -43,6 +44,16 @@ def test_inside_means_within_the_predicted_interval(recipe):
     assert above["measured"] == recipe.predicted.high * 1.01
     assert above["predicted"] == recipe.predicted.as_dict()
     assert above["error"] == 0.01
+
+
+def test_a_run_that_does_not_hold_the_metric_is_no_check_of_it(recipe):
+    """Of a second metric that the first check's run could not be scored by."""
+    other = dataclasses.replace(recipe, metric="coverage@10")
+    with pytest.raises(UserError, match=r"has no coverage@10"):
+        _check_measured(other, record(recipe, recipe.predicted.estimate), "checks/x")
+    _check_measured(recipe, record(recipe, recipe.predicted.estimate), "checks/x")
+    with pytest.raises(UserError, match="diverged"):
+        _check_measured(recipe, {**run(recipe, 1.0), "status": "diverged"}, "checks/x")
 
 
 def test_a_check_survives_resume_and_changes_no_decision(recipe, tmp_path):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from bfm.laws.runs import run_name
 from bfm.sweep.recipe.choices import choose_batch, choose_negatives, choose_share
 from bfm.sweep.recipe.evidence import Swept
 from bfm.sweep.recipe.recipe import make_recipe
@@ -104,3 +105,5 @@ def test_negatives_are_taken_where_a_second_stage_promises_more(sizes):
     worse = make_recipe(evidence(sizes, negatives_sweep(1.05)), LogCosts(), 4 * RUNGS[-1], "nll")
     assert (worse.negatives, worse.config["freeze_at_flops"]) == (0, None)
     assert any("promises no better value" in note for note in worse.notes)
+    rests = worse.rests_on["negatives"]
+    assert (rests["axis"], rests["runs"]) == ("allocation", [run_name(sizes.top_runs("nll")[0])])

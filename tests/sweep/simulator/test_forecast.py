@@ -107,3 +107,17 @@ def test_as_a_user_types_it(bfm, tmp_path):
     code, _, err = bfm(*words, "--efficiency", "1.5")
     assert code == 2
     assert "--efficiency" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("space.yaml", "--law", "paper", "--rungs", "1e9,4e9"), "--rungs"),
+        (("--curves", "runs.csv", "--rungs", "1e9", "--price-per-hour", "2"), "--price-per-hour"),
+        (("--curves", "runs.csv", "--rungs", "1e9", "--set", "data.shards=x"), "--set"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(bfm, words, option):
+    code, _, err = bfm("simulate", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert option in err
