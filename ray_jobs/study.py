@@ -15,11 +15,8 @@ from pathlib import Path
 import yaml
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
-from bfm.sweep.on_log import on_log
+from bfm.sweep.on_log import open_space
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
@@ -54,11 +51,9 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
 
 
 def _check_feasible(spec: SweepSpec, file: str) -> None:
-    shards = Shards.open(spec.data.shards)
-    protocol = Protocol.load(shards)
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
     try:
-        _ = FeasibleSet(on_log(spec, shards, protocol), costs).sample
+        opened = open_space(spec)
+        _ = FeasibleSet(opened.spec, opened.costs).sample
     except UserError as error:
         raise type(error)(error.what, file=error.file or file, key=error.key, fix=error.fix) from None
 

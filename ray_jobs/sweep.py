@@ -20,8 +20,6 @@ import ray
 import yaml
 
 from bfm.errors import CorruptError, PausedError, UserError
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store, check_encoding
 from bfm.laws.frontier import Row
 from bfm.ranking.baselines import baseline_scores
@@ -30,12 +28,11 @@ from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer
-from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
-from bfm.sweep.on_log import on_log
+from bfm.sweep.on_log import OpenedSpace, open_space
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import resolve
@@ -115,20 +112,20 @@ def run_sweep(
     """
     store = _sweep_store(storage, spec.name, resume, extend)
     shards = spec.data.shards if "://" in spec.data.shards else str(Path(spec.data.shards).absolute())
-    opened = Shards.open(shards)
-    protocol = Protocol.load(opened)
-    spec = on_log(spec, opened, protocol)
+    opened = open_space(spec)
+    spec = opened.spec
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
         check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, opened, protocol, extend, runs) as (driver, imported):
+    with signals_raise(), _driver(opened, store, extend, runs) as (driver, imported):
         store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
         if progress is not None and imported:
             progress(SweepEvent("imported", reason=imported), driver)
         try:
             if driver.state.finished is None:
                 # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                scores = baseline_scores(opened, protocol, "validation", queries=spec.data.evaluation_queries)
+                queries = spec.data.evaluation_queries
+                scores = baseline_scores(opened.shards, opened.protocol, "validation", queries=queries)
                 floors = publish_floors(store, scores)
                 with (
                     quiet_session(os.cpu_count()),
@@ -167,15 +164,16 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 @contextmanager
 def _driver(
-    spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, extend: bool, runs: str | Path | None
+    opened: OpenedSpace, store: Store, extend: bool, runs: str | Path | None
 ) -> Iterator[tuple[SweepDriver, str]]:
     """The driver, and what came of the runs."""
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
+    spec, costs = opened.spec, opened.costs
+    log = {"shards_hash": opened.shards.hash, "protocol_hash": opened.protocol.hash}
     # A table that is refused begins no sweep.
-    table = None if runs is None else read_runs(runs, spec, FeasibleSet(spec, costs), protocol.hash)
+    table = None if runs is None else read_runs(runs, spec, FeasibleSet(spec, costs), log["protocol_hash"])
     lease = Lease.acquire(store)
     try:
-        ledger, log = Ledger(store, lease), {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
+        ledger = Ledger(store, lease)
         driver = SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), extend=extend, log=log)
         yield driver, "" if table is None else driver.take_runs(table)
     finally:

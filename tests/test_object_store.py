@@ -15,7 +15,7 @@ from bfm.files import Store
 from bfm.report.events_file import stored_events
 from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer, trial_writer
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
@@ -82,7 +82,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     budget = {**SPACE["budget"], "max_trials": 2, "total_flops": "4e8"}
     data = {**SPACE["data"], "shards": f"{s3}/shards"}
     spec, store = from_dict({**SPACE, "budget": budget, "data": data, "probes": []}), Store(f"{s3}/runs/toy")
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
+    costs = Costs.on(shards, Protocol.load(shards), spec.data.evaluation_queries)
 
     def drive(rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""
