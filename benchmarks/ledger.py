@@ -25,7 +25,6 @@ from common import machine, publish
 
 from bfm.files import Store
 from bfm.report.console import Leaders, row_words
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import sweep_writer
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
@@ -102,9 +101,6 @@ def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dic
     spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
     took_s: dict[str, list[float]] = {name: [] for name in DRIVER}
 
-    def standing() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        return sweep_rows(state), sweep_summary(state)
-
     def timed(name: str, call: Callable[[], Any]) -> None:
         begun_s = time.perf_counter()
         call()
@@ -125,7 +121,7 @@ def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dic
             commit([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
             rows = len(state.arrivals)
             if any(place - WINDOW < rows <= place for place in places):
-                timed("curves", lambda rows=rows: writer.update(rows, standing))
+                timed("curves", lambda: writer.update(state))
                 timed("line", lambda row=row: row_words(row, "nll", leaders.beside(row, state)))
     writer.close()
     lease.release()

@@ -26,7 +26,6 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
@@ -189,21 +188,20 @@ def _curves(
 
     def listen(event: SweepEvent) -> None:
         if event.kind == "row":
-            writer.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
+            writer.update(driver.state)
         if progress is not None:
             progress(event, driver)
 
     try:
         yield listen
-        writer.finish(sweep_rows(driver.state), compare=Pairing(store, read_floor_scores(store)))
+        writer.finish(driver.state.all_rows(), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()
 
 
 def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:
     state = driver.state
-    trained = [row for row in sweep_rows(state) if row.get("source") != IMPORT]
-    rows = [row for row in trained if row.get("kind", "rung") == "rung"]
+    rows = [row for here in state.rungs.values() for row in here.values() if row.get("source") != IMPORT]
     ok = sum(row["status"] == "ok" for row in rows)
     cap_flops, failed = driver.spec.budget.total_flops, len(rows) - ok
     return SweepOutcome(

@@ -13,7 +13,6 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.events_file import stored_events
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer, trial_writer
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
@@ -102,7 +101,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
             with s3_server.counted() as requests:
                 driver.report(task.task_id, row)
             assert requests.total() == 1
-            curves.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
+            curves.update(driver.state)
         curves.close()
         return driver
 

@@ -39,7 +39,7 @@ class Member:
     @property
     def axis(self) -> str | None:
         """What the sweep measures."""
-        return self.view.spec.get("axis") if self.view else None
+        return self.view.axis if self.view else None
 
 
 def _begun(members: Iterable[Member]) -> list[tuple[str, SweepView]]:
@@ -151,9 +151,9 @@ def _about(member: Member) -> str:
     if member.view is None:
         return paragraph(f"{member.folder}: not begun.", "muted")
     trials = len({str(row["trial"]) for row in member.view.rows})
-    state = member.view.summary.get("state", "unfinished")
+    state = "finished" if member.view.state.finished else "unfinished"
     link = f'<a href="../{escape(member.folder)}/report/index.html">{escape(member.folder)}</a>'
-    return f"<p>{link}: axis {escape(member.axis or 'none')}, {trials} trials, {escape(str(state))}.</p>"
+    return f"<p>{link}: axis {escape(member.axis or 'none')}, {trials} trials, {state}.</p>"
 
 
 def _read_begun(store: Store) -> SweepView | None:

@@ -12,10 +12,9 @@ from bfm.files import Store
 from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
 from bfm.sweep.ledger import read_state
-from bfm.sweep.state import SweepState
+from bfm.sweep.state import Record, SweepState
 from bfm.sweep.status import life_text, summarise
 
 if TYPE_CHECKING:
@@ -27,11 +26,12 @@ class SweepView:
     """What a sweep's ledger says."""
 
     store: Store
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-    """What the report shows beside the rows."""
     state: SweepState
-    spec: dict[str, Any]
+
+    @property
+    def axis(self) -> str | None:
+        """What the sweep measures."""
+        return (self.state.spec or {}).get("axis")
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
@@ -41,6 +41,11 @@ class SweepView:
         """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
         found = self.results.frontiers(self.compare)
         return {metric: [_point_dict(point) for point in points] for metric, points in found.items()}
+
+    @cached_property
+    def rows(self) -> list[Record]:
+        """All of the ledger."""
+        return self.state.all_rows()
 
     @cached_property
     def results(self) -> Results:
@@ -63,7 +68,7 @@ class SweepView:
         # Nobody who asks how a sweep stands waits until scipy is loaded.
         from bfm.report.law_fits import sweep_laws
 
-        return sweep_laws(self.rows, self.spec.get("axis"))
+        return sweep_laws(self.rows, self.axis)
 
 
 def read_sweep(sweep_dir: str) -> SweepView:
@@ -72,13 +77,13 @@ def read_sweep(sweep_dir: str) -> SweepView:
     state = read_state(store)
     if state.spec is None:
         raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
-    return SweepView(store, sweep_rows(state), sweep_summary(state), state, state.spec)
+    return SweepView(store, state)
 
 
 def status_text(view: SweepView) -> str:
     """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.summary)]
-    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.summary), life_text(view.state)]
+    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.state)]
+    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
     return "\n\n".join(part for part in parts if part)
 
 

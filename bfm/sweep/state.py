@@ -149,6 +149,15 @@ class SweepState:
         self.num_records += 1
 
     @property
+    def cap_flops(self) -> int | None:
+        """What `spent_flops` may grow to; None where nothing was started."""
+        return None if self.spec is None else self.spec["budget"]["total_flops"]
+
+    def all_rows(self) -> list[Record]:
+        """Rung rows by rung, in order of arrival, then probe rows."""
+        return [row for rung in sorted(self.rungs) for row in self.rungs[rung].values()] + self.probes
+
+    @property
     def given_up(self) -> set[str]:
         """Trials with a task that will not be tried again."""
         return {trial for trial, _ in self.abandoned}

@@ -24,7 +24,7 @@ def summarise(state: SweepState) -> dict[str, Any]:
 
     Raises ValueError for a ledger without a spec: nothing was started there.
     """
-    spec = _spec(state)
+    spec = spec_of(state)
     budget = spec.budget
     return {
         "name": spec.name,
@@ -63,7 +63,7 @@ def life_text(state: SweepState) -> str:
 
     Raises as `summarise`.
     """
-    spec = _spec(state)
+    spec = spec_of(state)
     blocks = [_winner_lines(winner(state, spec)), [_import_line(record) for record in state.imports]]
     blocks += [_storage_lines(_storage(state, spec)), checks_lines(state.checks)]
     if state.decisions:
@@ -72,7 +72,8 @@ def life_text(state: SweepState) -> str:
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def _spec(state: SweepState) -> SweepSpec:
+def spec_of(state: SweepState) -> SweepSpec:
+    """The spec that a ledger was last driven by. Raises ValueError for one that holds none."""
     if state.spec is None:
         raise ValueError("the ledger holds no sweep")
     return from_dict(state.spec)

@@ -22,9 +22,8 @@ from bfm.report.law_sections import estimate_text, headline_table, law_parts, re
 from bfm.report.page import render_report
 from bfm.report.style import svg_text
 from bfm.report.sweep_view import SweepView
-from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
-from tests.report.planted import planted_sweep
+from tests.report.planted import planted_sweep, state_of
 from tests.report.test_report_page import parsed
 
 ROWS = {
@@ -159,7 +158,7 @@ def test_rows_that_no_law_fits_say_why_in_one_line():
     for found in laws:
         assert (found.fit is None) == bool(found.refused)
         assert "\n" not in found.refused
-    files = render_report(sweep["rows"], sweep["summary"], sweep["baselines"], {}, {}, laws=laws)
+    files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, laws=laws)
     html = files["index.html"].decode()
     parsed(html)
     assert '<section id="laws">' in html
@@ -229,9 +228,8 @@ def planted_study(tmp_path, monkeypatch):
         (tmp_path / folder / "ledger").mkdir(parents=True)
         (tmp_path / folder / "ledger" / "segment").touch()
         store = Store(tmp_path / folder)
-        views[store.uri] = SweepView(store, rows, {"name": folder, "state": "finished"}, SweepState(), {"axis": axis})
-        # The shards' facts and floors are not what these tests are about.
-        views[store.uri].__dict__["data"] = {"provenance": {}}
+        spec = {"name": folder, "axis": axis, "budget": {"ladder_flops": [], "total_flops": 10**20}}
+        views[store.uri] = SweepView(store, state_of(rows, spec=spec))
     monkeypatch.setattr(study, "read_sweep", lambda location: views[location])
     return tmp_path
 

@@ -159,5 +159,4 @@ def _read_sweep(folder: str) -> Swept | None:
     state = read_state(Store(folder))
     if state.spec is None:
         return None
-    rows = [row for rung in sorted(state.rungs) for row in state.rungs[rung].values()]
-    return Swept(folder, from_dict(state.spec), (*rows, *state.probes))
+    return Swept(folder, from_dict(state.spec), tuple(state.all_rows()))
