@@ -62,7 +62,7 @@ def _list_sweeps(store: Store, names: Sequence[str]) -> None:
     """Add to the study's list; sweeps of an earlier call stay."""
     listed: list[str] = []
     if store.exists(STUDY_FILE):
-        listed = study_folders(store, store.uri)
+        listed = study_folders(store)
     sweeps = [*listed, *(name for name in names if name not in listed)]
     store.put(STUDY_FILE, yaml.safe_dump({"sweeps": sweeps}, sort_keys=False).encode())
 

@@ -7,31 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bfm.errors import UserError
-from bfm.files import Store
 from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
-from bfm.sweep.ledger import read_state
-from bfm.sweep.state import Record, SweepState
 from bfm.sweep.status import life_text, summarise
+from bfm.sweep.study import StoredSweep, read_alone
 
 if TYPE_CHECKING:
     from bfm.report.law_fits import Fitted
 
 
 @dataclass(frozen=True)
-class SweepView:
+class SweepView(StoredSweep):
     """What a sweep's ledger says."""
-
-    store: Store
-    state: SweepState
-
-    @property
-    def axis(self) -> str | None:
-        """What the sweep measures."""
-        return (self.state.spec or {}).get("axis")
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
@@ -41,11 +30,6 @@ class SweepView:
         """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
         found = self.results.frontiers(self.compare)
         return {metric: [_point_dict(point) for point in points] for metric, points in found.items()}
-
-    @cached_property
-    def rows(self) -> list[Record]:
-        """All of the ledger."""
-        return self.state.all_rows()
 
     @cached_property
     def results(self) -> Results:
@@ -72,12 +56,9 @@ class SweepView:
 
 
 def read_sweep(sweep_dir: str) -> SweepView:
-    """Read a sweep's ledger. Raises UserError where there is none, CorruptError where a segment is damaged."""
-    store = Store(sweep_dir)
-    state = read_state(store)
-    if state.spec is None:
-        raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
-    return SweepView(store, state)
+    """Read a sweep's ledger. Raises as `read_alone`."""
+    sweep = read_alone(sweep_dir)
+    return SweepView(sweep.store, sweep.state)
 
 
 def status_text(view: SweepView) -> str:

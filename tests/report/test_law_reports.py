@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.files import Store
 from bfm.laws.result import Estimate
 from bfm.report import study
 from bfm.report.law_figures import law_figures
@@ -21,7 +20,7 @@ from bfm.report.law_panels import _apart
 from bfm.report.law_sections import estimate_text, headline_table, law_parts, recipe_part
 from bfm.report.page import render_report
 from bfm.report.style import svg_text
-from bfm.report.sweep_view import SweepView
+from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
 from tests.report.planted import planted_sweep, state_of
 from tests.report.test_report_page import parsed
@@ -220,17 +219,14 @@ def test_labels_do_not_overlap(labels):
 def planted_study(tmp_path, monkeypatch):
     """A study of three sweeps: two begun, whose ledgers are stood in for, one not."""
     (tmp_path / "study.yaml").write_text("sweeps: [share, mixed, later]\n")
-    views = {}
+    states = {}
     for folder, axis, rows in (
         ("share", "embedder_share", planted.share_rows()),
         ("mixed", None, planted_sweep(4)["rows"]),
     ):
-        (tmp_path / folder / "ledger").mkdir(parents=True)
-        (tmp_path / folder / "ledger" / "segment").touch()
-        store = Store(tmp_path / folder)
         spec = {"name": folder, "axis": axis, "budget": {"ladder_flops": [], "total_flops": 10**20}}
-        views[store.uri] = SweepView(store, state_of(rows, spec=spec))
-    monkeypatch.setattr(study, "read_sweep", lambda location: views[location])
+        states[str(tmp_path / folder)] = state_of(rows, spec=spec)
+    monkeypatch.setattr("bfm.sweep.study.read_state", lambda store: states.get(store.uri, SweepState()))
     return tmp_path
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bfm.errors import UserError
-from bfm.files import Store, canonical_json
+from bfm.files import canonical_json
 from bfm.laws.frontier import Row, goal_of, measured, metric_names, metric_value
-from bfm.sweep.ledger import read_state
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.spec import from_dict
-from bfm.sweep.study import by_axis, is_study, joined, study_folders
+from bfm.sweep.status import spec_of
+from bfm.sweep.study import by_axis, joined, read_sweeps
 
 ALLOCATION = "allocation"
 BINS_PER_DECADE = 4
@@ -94,19 +93,8 @@ def read_evidence(folder: str) -> Evidence:
     Raises UserError where there is none, where none has a row, or where rows are of several protocols; CorruptError
     where a ledger is damaged.
     """
-    root = folder.rstrip("/")
-    places = study_folders(Store(folder), folder) if is_study(folder) else [""]
-    found, waiting = [], []
-    for place in places:
-        sweep = _read_sweep(f"{root}/{place}" if place else folder)
-        if sweep is not None and metric_names(sweep.rows):
-            found.append(sweep)
-        elif sweep is None and not place:
-            raise UserError(
-                "there is no sweep here", file=folder, fix="name the folder <storage>/<name> of a sweep or a study"
-            )
-        else:
-            waiting.append(place or folder)
+    sweeps = read_sweeps(folder)
+    found = [sweep for sweep in sweeps if metric_names(sweep.rows)]
     if not found:
         raise UserError("no row has a metric yet", file=folder, fix="let the sweep finish a rung")
     hashes = {row["protocol_hash"] for sweep in found for row in sweep.rows if row.get("protocol_hash")}
@@ -117,11 +105,10 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
-    sweeps = tuple(
-        replace(group[0], rows=tuple(joined([(sweep.folder.removeprefix(f"{root}/"), sweep.rows) for sweep in group])))
-        for group in by_axis(found).values()
+    swept = (
+        Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found).values()
     )
-    return Evidence(folder, sweeps, tuple(waiting))
+    return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))
 
 
 def best_quarter(ranked: Sequence[Row]) -> list[Row]:
@@ -153,10 +140,3 @@ def seed_noise(rows: Iterable[Row], metric: str) -> tuple[float, int]:
         return math.nan, 0
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups)
     return math.sqrt(squares / free), free
-
-
-def _read_sweep(folder: str) -> Swept | None:
-    state = read_state(Store(folder))
-    if state.spec is None:
-        return None
-    return Swept(folder, from_dict(state.spec), tuple(state.all_rows()))
