@@ -36,6 +36,7 @@ from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT
+from bfm.sweep.status import import_words
 from bfm.training.journal import settle
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts
@@ -174,7 +175,7 @@ def _driver(
     try:
         ledger = Ledger(store, lease)
         driver = SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), extend=extend, log=log)
-        yield driver, "" if table is None else driver.take_runs(table)
+        yield driver, "" if table is None else import_words(driver.take_runs(table))
     finally:
         lease.release()
 

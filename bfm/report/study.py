@@ -23,7 +23,7 @@ from bfm.report.style import svg_text
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
 from bfm.report.template import escape, page, paragraph, section
-from bfm.sweep.study import by_axis, is_study, joined, read_sweeps
+from bfm.sweep.study import by_axis, joined, read_sweeps
 
 
 def read_study(location: str) -> list[SweepView]:
@@ -31,16 +31,14 @@ def read_study(location: str) -> list[SweepView]:
     return [SweepView(sweep.store, sweep.state, sweep.folder) for sweep in read_sweeps(location)]
 
 
-def law_rows(location: str, law: str) -> tuple[list[Row], list[str]]:
+def law_rows(location: str, law: str) -> tuple[Sequence[Row], list[str]]:
     """Rows to fit a law on, and their headline metrics, losses first: of a sweep, or of a study's sweeps of its axis.
 
     Sweeps without an axis serve every law. Raises UserError where no sweep of a study can.
     """
-    sweeps, needed = read_sweeps(location), AXIS_OF_LAW[law]
-    begun = [sweep for sweep in sweeps if sweep.has_begun]
-    fitting = begun
-    if is_study(location):
-        fitting = [sweep for sweep in begun if needed is None or sweep.axis in (needed, None)]
+    needed = AXIS_OF_LAW[law]
+    begun = [sweep for sweep in read_sweeps(location) if sweep.has_begun]
+    fitting = [sweep for sweep in begun if not sweep.folder or needed is None or sweep.axis in (needed, None)]
     if not fitting:
         measured = ", ".join(f"{sweep.folder} ({sweep.axis or 'no axis'})" for sweep in begun)
         raise UserError(

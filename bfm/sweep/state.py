@@ -272,9 +272,8 @@ class SweepState:
             self.trials[trial["trial"]] = Trial(**trial, number=None, source=IMPORT)
         for row in record["rows"]:
             self._place(row)
-        counts = {name: len(record[name]) for name in ("rows", "trials")}
         self.arrivals_before_proposal = len(self.arrivals)
-        self.imports.append({**{name: record[name] for name in ("file", "known", "left_out")}, **counts})
+        self.imports.append(counted_import(record))
         self.finished = None
 
     def _place(self, row: Record) -> None:
@@ -305,6 +304,12 @@ _HANDLERS = {
     "check": SweepState._check,
     "finished": SweepState._finish,
 }
+
+
+def counted_import(record: Record) -> Record:
+    """What is told of an import: its rows and trials as counts."""
+    told = {name: record[name] for name in ("file", "known", "left_out")}
+    return told | {name: len(record[name]) for name in ("rows", "trials")}
 
 
 def metric_value(row: Mapping[str, Any], metric: str, tolerance: float) -> float | None:

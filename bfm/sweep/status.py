@@ -64,7 +64,7 @@ def life_text(state: SweepState) -> str:
     Raises as `summarise`.
     """
     spec = spec_of(state)
-    blocks = [_winner_lines(winner(state, spec)), [_import_line(record) for record in state.imports]]
+    blocks = [_winner_lines(winner(state, spec)), [import_words(record) for record in state.imports]]
     blocks += [_storage_lines(_storage(state, spec)), checks_lines(state.checks)]
     if state.decisions:
         lines = [f"  {_decision_line(decision)}" for decision in state.decisions]
@@ -86,9 +86,11 @@ def _winner_lines(winner: Mapping[str, Any] | None) -> list[str]:
     return [f"best at rung {winner['rung']}: {winner['trial']}, {winner['metric']} {winner['value']:.5g} ({over})"]
 
 
-def _import_line(record: Mapping[str, Any]) -> str:
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
+def import_words(record: Mapping[str, Any]) -> str:
+    """One line for a person, of an import as the state counts it."""
     words = f"imported {record['rows']} rows of {record['trials']} new trials from {record['file']}"
+    words += f", {record['known']} known already" if record["known"] else ""
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
     return f"{words}; left out: {reasons}" if reasons else words
 
 

@@ -41,9 +41,9 @@ class StoredSweep:
         return (self.state.spec or {}).get("axis")
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
         """Rung rows and probe rows."""
-        return list(self.state.all_rows())
+        return self.state.all_rows()
 
 
 Sweep = TypeVar("Sweep", bound=StoredSweep)
@@ -89,7 +89,7 @@ def by_axis(sweeps: Iterable[Sweep]) -> dict[str, list[Sweep]]:
     return groups
 
 
-def joined(sweeps: Sequence[StoredSweep]) -> list[Row]:
+def joined(sweeps: Sequence[StoredSweep]) -> Sequence[Row]:
     """The rows of all.
 
     Every sweep counts its trials from t00000, so those of several are named by their folder too.
