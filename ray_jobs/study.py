@@ -15,13 +15,14 @@ from pathlib import Path
 import yaml
 
 from bfm.errors import UserError
+from bfm.exits import exit_code
 from bfm.files import Store
 from bfm.sweep.on_log import open_space
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
 from bfm.sweep.study import STUDY_FILE, study_folders
-from ray_jobs.sweep import exit_code, sweep_verb
+from ray_jobs.sweep import sweep_verb
 
 SIGNALLED = 128
 """Exit codes from here up are signals."""

@@ -19,8 +19,9 @@ from pathlib import Path
 import ray
 import yaml
 
-from bfm.errors import CorruptError, PausedError, UserError
-from bfm.files import Store, check_encoding
+from bfm.errors import CorruptError, UserError
+from bfm.exits import exit_code
+from bfm.files import Store
 from bfm.laws.frontier import Row
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
@@ -266,22 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     return exit_code(lambda: sweep_verb(**vars(options)))
-
-
-def exit_code(verb: Callable[[], int]) -> int:
-    """That of a verb; wrong input and faults are one line on stderr and 2 or 1."""
-    try:
-        check_encoding()
-        return verb()
-    except UserError as error:
-        print(f"bfm: {error}", file=sys.stderr)
-        return 2
-    except PausedError as error:
-        print(f"bfm: {error}", file=sys.stderr)
-        return 1
-    except (CorruptError, OSError) as error:
-        print(f"bfm: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":
