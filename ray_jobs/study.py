@@ -19,7 +19,6 @@ from bfm.exits import exit_code
 from bfm.files import Store
 from bfm.sweep.on_log import open_space
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
 from bfm.sweep.study import STUDY_FILE, study_folders
 from ray_jobs.sweep import sweep_verb
@@ -53,8 +52,7 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
 
 def _check_feasible(spec: SweepSpec, file: str) -> None:
     try:
-        opened = open_space(spec)
-        _ = FeasibleSet(opened.spec, opened.costs).sample
+        _ = open_space(spec).feasible.sample
     except UserError as error:
         raise type(error)(error.what, file=error.file or file, key=error.key, fix=error.fix) from None
 

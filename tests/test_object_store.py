@@ -13,7 +13,7 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.events_file import stored_events
-from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer, trial_writer
+from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter, TrialWriter
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import read_state
@@ -86,13 +86,13 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     def drive(rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""
         driver = SweepDriver.start(spec, mortal_ledger(store), costs)
-        curves = sweep_writer(f"{store.uri}/tensorboard/_sweep", {})
+        curves = SweepWriter(f"{store.uri}/tensorboard/_sweep", {})
         for _ in range(rows):
             task = driver.next_task()
             if isinstance(task, Finished):
                 break
             s3_server.faults[:] = ["503"]
-            writer = trial_writer(f"{store.uri}/tensorboard/{task.trial}", task.config, HPARAMS_METRICS)
+            writer = TrialWriter(f"{store.uri}/tensorboard/{task.trial}", task.config, HPARAMS_METRICS)
             row = run_rung(
                 RungTask.from_task(dataclasses.asdict(task)), shards, EngineFactory(), Store(store.uri), writer.take
             )

@@ -72,7 +72,11 @@ _VALIDATION_TAGS = {"trunk": "validation", "cooldown": "validation_cooled"}
 
 
 class TrialWriter:
-    """Scalars of one trial. Steps up to the last one in the folder are not written again."""
+    """Scalars of one trial; hands `.take` to training as its observer.
+
+    Steps up to the last one in the folder are not written again. config: for HParams; metrics: names of the protocol's
+    metrics, such as nll and recall@10.
+    """
 
     def __init__(
         self,
@@ -271,19 +275,6 @@ class SweepWriter:
         """Write what waits and close the file."""
         self._write_waiting()
         self._file.close()
-
-
-def trial_writer(log_dir: str | Path, config: Mapping[str, Any], metrics: Sequence[str]) -> TrialWriter:
-    """The writer of a trial, new or taken up again; hands `.take` to training as its observer.
-
-    config: the configuration (HParams); metrics: names of the protocol's metrics, such as nll and recall@10.
-    """
-    return TrialWriter(log_dir, config, metrics)
-
-
-def sweep_writer(log_dir: str | Path, baselines: Baselines) -> SweepWriter:
-    """The writer of the sweep-level curves, new or taken up again."""
-    return SweepWriter(log_dir, baselines)
 
 
 def _validation(row: Row) -> dict[str, float]:

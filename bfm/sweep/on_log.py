@@ -12,6 +12,7 @@ from bfm.events.shards import Shards
 from bfm.sweep.costs import Costs
 from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.stage1 import with_stage1
 from bfm.training.config import log_defaults
 
@@ -25,6 +26,11 @@ class OpenedSpace:
     shards: Shards
     protocol: Protocol
     costs: Costs
+
+    @property
+    def feasible(self) -> FeasibleSet:
+        """Its points that can be trained."""
+        return FeasibleSet(self.spec, self.costs)
 
 
 def open_space(spec: SweepSpec) -> OpenedSpace:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.files import parent_store
+from bfm.files import absolute, parent_store
 from bfm.model.flops import FLOPS_VERSION
 from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import Stage1, SweepSpec
@@ -31,8 +30,7 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
     """
     if spec.stage1 is None:
         return spec
-    place = spec.stage1.checkpoint
-    place = place if "://" in place else str(Path(place).absolute())
+    place = absolute(spec.stage1.checkpoint)
     store, name = parent_store(place)
     meta = read_meta(store, name)
     _check_trunk(spec, meta, place)
@@ -44,11 +42,10 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
                 key=f"parameters.{parameter.name}",
                 fix=f"give it one value; only {', '.join(sorted(STAGE2_KEYS))} may vary",
             )
-    stage2 = {"freeze_at_flops": _stands_at(meta)}
-    config = replace(spec, parameters=tuple(parameters)).config(stage2)
+    frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))
+    config = replace(spec, parameters=tuple(parameters)).config({frozen.name: frozen.values[0]})
     known = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
     load_checkpoint(store, name, {"config": config.as_dict(), **known})
-    frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))
     others = (parameter for parameter in spec.parameters if parameter.name != frozen.name)
     return replace(
         spec,

@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from bfm.files import Store
 from bfm.report.events_file import EventFile, flops_step, stored_events
-from bfm.report.tensorboard import SweepWriter, TrialWriter, sweep_writer, trial_writer
+from bfm.report.tensorboard import SweepWriter, TrialWriter
 from bfm.sweep.state import SweepState
 from bfm.training.records import StepRecord
 from tests.report.planted import VALIDATION, planted_sweep, state_of
@@ -92,7 +92,7 @@ def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
 
 
 def test_hparams_and_layout_are_there_from_the_start(tmp_path):
-    trial_writer(tmp_path, CONFIG, METRICS)
+    TrialWriter(tmp_path, CONFIG, METRICS)
     contents = read(tmp_path).summary_metadata
     plugins = [metadata.plugin_data.plugin_name for metadata in contents.values()]
     assert plugins.count("hparams") == 3
@@ -213,7 +213,7 @@ def test_a_writer_that_costs_too_much_writes_less(tmp_path, monkeypatch):
 
 
 def test_a_failed_trial_marks_its_session(tmp_path):
-    writer = trial_writer(tmp_path, CONFIG, METRICS)
+    writer = TrialWriter(tmp_path, CONFIG, METRICS)
     writer.row(rung_row(10) | {"status": "diverged", "metrics": {}, "errors": {}})
     writer.row({"kind": "probe", "steps": 5, "metrics": {"nll": 1.0}})
     writer.close()
@@ -227,7 +227,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        writer = trial_writer(tmp_path / "file" / "logs", CONFIG, METRICS)
+        writer = TrialWriter(tmp_path / "file" / "logs", CONFIG, METRICS)
         for step in range(1, 20):
             writer.step(record(step))
         writer.row(rung_row(20))
@@ -255,10 +255,10 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path, monkeypatch):
 def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     sweep = planted_sweep()
     rows = sweep["rows"]
-    writer = sweep_writer(tmp_path, sweep["baselines"])
+    writer = SweepWriter(tmp_path, sweep["baselines"])
     for count in range(1, len(rows)):
         writer.update(state_of(rows[:count], spent_flops=1e12, open_tasks={"a": None, "b": None}))
-    again = sweep_writer(tmp_path, sweep["baselines"])
+    again = SweepWriter(tmp_path, sweep["baselines"])
     for count in range(len(rows) - 3, len(rows) + 1):
         again.update(state_of(rows[:count], spent_flops=1.5e13))
     again.finish(rows)
