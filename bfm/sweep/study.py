@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+import yaml
+
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.laws.frontier import Row
@@ -61,6 +63,13 @@ def study_folders(store: Store) -> list[str]:
     if not isinstance(places, list) or not places or not all(isinstance(place, str) for place in places):
         raise UserError("is no list of folders", file=file, key="sweeps", fix="write sweeps: [allocation, batch]")
     return places
+
+
+def list_sweeps(store: Store, folders: Sequence[str]) -> None:
+    """Add folders to a study's file; those that it names already stay. Raises as `study_folders`."""
+    listed = study_folders(store) if store.exists(STUDY_FILE) else []
+    places = [*listed, *(folder for folder in folders if folder not in listed)]
+    store.put(STUDY_FILE, yaml.safe_dump({"sweeps": places}, sort_keys=False).encode())
 
 
 def read_alone(location: str) -> StoredSweep:
