@@ -5,12 +5,11 @@ Enters: a SweepSpec. Leaves: the SweepSpec that plans, sweeps and ledgers hold, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.sweep.costs import Costs
-from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.stage1 import with_stage1
@@ -45,6 +44,4 @@ def on_log(spec: SweepSpec, shards: Shards, protocol: Protocol) -> SweepSpec:
     """The space with a constant for every value that it leaves to the log; raises what with_stage1 raises."""
     named = {parameter.name for parameter in spec.parameters}
     decided = log_defaults(named, protocol.filter_seen, shards.history_length)
-    added = [Parameter(name, "constant", (value,)) for name, value in decided.items()]
-    parameters = tuple(sorted((*spec.parameters, *added), key=lambda parameter: parameter.name))
-    return with_stage1(replace(spec, parameters=parameters), shards.hash)
+    return with_stage1(spec.with_constants(decided), shards.hash)

@@ -14,7 +14,6 @@ from typing import Any
 from bfm.errors import UserError
 from bfm.files import absolute, parent_store
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import Stage1, SweepSpec
 from bfm.training.checkpoint import STAGE2_KEYS, load_checkpoint, read_meta
 from bfm.units import format_flops
@@ -42,16 +41,11 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
                 key=f"parameters.{parameter.name}",
                 fix=f"give it one value; only {', '.join(sorted(STAGE2_KEYS))} may vary",
             )
-    frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))
-    config = replace(spec, parameters=tuple(parameters)).config({frozen.name: frozen.values[0]})
+    freeze = {"freeze_at_flops": _stands_at(meta)}
+    config = replace(spec, parameters=tuple(parameters)).config(freeze)
     known = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
     load_checkpoint(store, name, {"config": config.as_dict(), **known})
-    others = (parameter for parameter in spec.parameters if parameter.name != frozen.name)
-    return replace(
-        spec,
-        stage1=Stage1(place, meta["state_sha256"]),
-        parameters=tuple(sorted((*others, frozen), key=lambda parameter: parameter.name)),
-    )
+    return replace(spec.with_constants(freeze), stage1=Stage1(place, meta["state_sha256"]))
 
 
 def _check_trunk(spec: SweepSpec, meta: dict[str, Any], place: str) -> None:
