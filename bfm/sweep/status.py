@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.laws.frontier import numbers
+from bfm.laws.frontier import goal_of, numbers
 from bfm.sweep.metric import METRICS, Metric
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.settings import SweepSpec
@@ -157,7 +157,7 @@ def _bests(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for metric, value_R in numbers(rows.values(), "metrics", METRICS).items():
         known_R = value_R[np.isfinite(value_R)]
         if known_R.size:
-            value = float(known_R.min() if metric.endswith("nll") else known_R.max())
+            value = float(known_R.min() if goal_of(metric) == "minimize" else known_R.max())
             trial = min(trials[place] for place in np.flatnonzero(value_R == value))
             bests[metric] = {"trial": trial, "value": value, "params": rows[trial].get("params")}
     return bests
