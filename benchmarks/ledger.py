@@ -25,8 +25,7 @@ from common import machine, publish
 
 from bfm.files import Store
 from bfm.report.console import Leaders, row_words
-from bfm.report.summary import sweep_rows, sweep_summary
-from bfm.report.tensorboard import sweep_writer
+from bfm.report.tensorboard import SweepWriter
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
 from bfm.sweep.state import SweepState
@@ -98,12 +97,9 @@ A point of the curves is written where results have grown by 0.5 % (or for at mo
 def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dict[str, list[float]]:
     """Seconds of what a driver does for every row beside its policy; curves and lines of the rows before `places`."""
     lease, leaders = Lease.acquire(store), Leaders("nll")
-    ledger, state, writer, dice = Ledger(store, lease), SweepState(), sweep_writer(curves, {}), random.Random(0)
+    ledger, state, writer, dice = Ledger(store, lease), SweepState(), SweepWriter(curves, {}), random.Random(0)
     spec = make_spec(budget={"ladder_flops": [f"{4**rung}e9" for rung in range(RUNGS)], "total_flops": "1e18"})
     took_s: dict[str, list[float]] = {name: [] for name in DRIVER}
-
-    def standing() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        return sweep_rows(state), sweep_summary(state)
 
     def timed(name: str, call: Callable[[], Any]) -> None:
         begun_s = time.perf_counter()
@@ -125,7 +121,7 @@ def _write(store: Store, trials: int, places: Sequence[int], curves: str) -> dic
             commit([{"kind": "row", "probes": [], "task_id": task["task_id"], "row": row, "memory": None}])
             rows = len(state.arrivals)
             if any(place - WINDOW < rows <= place for place in places):
-                timed("curves", lambda rows=rows: writer.update(rows, standing))
+                timed("curves", lambda: writer.update(state))
                 timed("line", lambda row=row: row_words(row, "nll", leaders.beside(row, state)))
     writer.close()
     lease.release()

@@ -19,7 +19,7 @@ from common import machine, publish
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.spec import from_dict
@@ -59,7 +59,7 @@ def run(job: tuple[str, int, argparse.Namespace]) -> dict[str, float]:
     torch.set_num_threads(1)
     shards = Shards.open(options.shards)
     spec = from_dict(spec_values(policy, seed, options))
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
+    costs = Costs.on(shards, Protocol.load(shards), spec.data.evaluation_queries)
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         store, factory = Store(folder), EngineFactory(torch.device("cpu"))

@@ -30,9 +30,9 @@ def summary(study: str) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *METRICS])
-    for member in read_study(study):
-        for row in rung_rows(member.view.rows) if member.view else []:
-            writer.writerow([member.folder, *_cells(row)])
+    for sweep in read_study(study):
+        for row in rung_rows(sweep.rows):
+            writer.writerow([sweep.folder, *_cells(row)])
     return text.getvalue()
 
 
@@ -75,8 +75,8 @@ def main() -> None:
         told = chapters(read_study(study))
         lines += ["", f"## {name}", "", "| axis | law | metric | what the runs say |", "|---|---|---|---|"]
         lines += [line for chapter in told for line in laws(chapter)]
-        views = [member.view for chapter in told for member in chapter.members if member.view is not None]
-        lines += ["", *[check_text(check) for view in views for check in view.state.checks]]
+        sweeps = [sweep for chapter in told for sweep in chapter.sweeps]
+        lines += ["", *[check_text(check) for sweep in sweeps for check in sweep.state.checks]]
         (RESULTS / f"real_laws_{name}.csv").write_text(summary(study))
     publish("real_laws", "\n".join([*lines, "", machine("torch", "ray", "scipy"), ""]))
 

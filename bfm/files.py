@@ -27,6 +27,11 @@ def check_encoding() -> None:
         raise UserError(f"this Python takes the names of files for {encoding}", key="PYTHONUTF8", fix=fix)
 
 
+def absolute(place: str) -> str:
+    """A path or URI that means the same from any working directory."""
+    return place if "://" in place else str(Path(place).absolute())
+
+
 def sha256_bytes(data: bytes) -> str:
     """Hex digest."""
     return hashlib.sha256(data).hexdigest()

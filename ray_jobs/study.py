@@ -12,19 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
+from bfm.exits import exit_code
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
-from bfm.sweep.on_log import on_log
+from bfm.sweep.on_log import open_space
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import check_name, resolve
-from bfm.sweep.study import STUDY_FILE, study_folders
-from ray_jobs.sweep import exit_code, sweep_verb
+from bfm.sweep.study import list_sweeps
+from ray_jobs.sweep import sweep_verb
 
 SIGNALLED = 128
 """Exit codes from here up are signals."""
@@ -43,7 +38,7 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
             raise UserError(f"{spec.name!r} is there twice", file=str(spaces[place]), key="name", fix="name it anew")
         _check_feasible(spec, str(spaces[place]))
     store = Store(storage).child(name)
-    _list_sweeps(store, names)
+    list_sweeps(store, names)
     worst = 0
     for space in spaces:
         code = sweep_verb(space, store.uri, overrides=overrides)
@@ -54,22 +49,10 @@ def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides:
 
 
 def _check_feasible(spec: SweepSpec, file: str) -> None:
-    shards = Shards.open(spec.data.shards)
-    protocol = Protocol.load(shards)
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
     try:
-        _ = FeasibleSet(on_log(spec, shards, protocol), costs).sample
+        _ = open_space(spec).feasible.sample
     except UserError as error:
         raise type(error)(error.what, file=error.file or file, key=error.key, fix=error.fix) from None
-
-
-def _list_sweeps(store: Store, names: Sequence[str]) -> None:
-    """Add to the study's list; sweeps of an earlier call stay."""
-    listed: list[str] = []
-    if store.exists(STUDY_FILE):
-        listed = study_folders(store, store.uri)
-    sweeps = [*listed, *(name for name in names if name not in listed)]
-    store.put(STUDY_FILE, yaml.safe_dump({"sweeps": sweeps}, sort_keys=False).encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,27 +19,24 @@ from pathlib import Path
 import ray
 import yaml
 
-from bfm.errors import CorruptError, PausedError, UserError
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
-from bfm.files import Store, check_encoding
+from bfm.errors import CorruptError, UserError
+from bfm.exits import exit_code
+from bfm.files import Store, absolute
 from bfm.laws.frontier import Row
 from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
-from bfm.report.summary import sweep_rows, sweep_summary
-from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
-from bfm.sweep.on_log import on_log
+from bfm.sweep.on_log import OpenedSpace, open_space
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT
+from bfm.sweep.status import import_words
 from bfm.training.journal import settle
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts
@@ -114,34 +111,21 @@ def run_sweep(
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
-    shards = spec.data.shards if "://" in spec.data.shards else str(Path(spec.data.shards).absolute())
-    opened = Shards.open(shards)
-    protocol = Protocol.load(opened)
-    spec = on_log(spec, opened, protocol)
+    opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
-        check_fits(spec, machine_capacity())
-    with signals_raise(), _driver(spec, store, opened, protocol, extend, runs) as (driver, imported):
-        store.put("sweep.yaml", yaml.safe_dump(spec.as_dict(), sort_keys=False).encode())
-        if progress is not None and imported:
-            progress(SweepEvent("imported", reason=imported), driver)
+        check_fits(opened.spec, machine_capacity())
+    # A table that is refused begins no sweep.
+    table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
+    with signals_raise(), _driver(opened, store, extend) as driver:
+        store.put("sweep.yaml", yaml.safe_dump(opened.spec.as_dict(), sort_keys=False).encode())
+        if table is not None:
+            imported = driver.take_runs(table)
+            if progress is not None:
+                progress(SweepEvent("imported", reason=import_words(imported)), driver)
         try:
             if driver.state.finished is None:
-                # Ray takes the signals for itself when it starts, so they are taken back afterwards.
-                scores = baseline_scores(opened, protocol, "validation", queries=spec.data.evaluation_queries)
-                floors = publish_floors(store, scores)
-                with (
-                    quiet_session(os.cpu_count()),
-                    signals_raise() as signals,
-                    _curves(store, driver, floors, progress) as on_event,
-                    closing(Pulses()) as pulses,
-                ):
-                    signals.waits = True
-                    room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
-                    desk = Desk(
-                        driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals
-                    )
-                    run_tasks(desk, execute or Workplace(shards, store.uri, HPARAMS_METRICS, pulses))
+                _train(opened, store, driver, joins, progress, execute)
         except Interrupted as interrupt:
             print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
             raise
@@ -153,8 +137,7 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
         raise UserError(f"{resume!r} is not a way to resume", key="--resume", fix=f"write {', '.join(RESUME)}")
     if extend and resume == "never":
         raise UserError("never goes on, but --extend must", key="--resume", fix="leave out one of the two")
-    base = storage if "://" in storage else str(Path(storage).absolute())
-    store = Store(base).child(name)
+    store = Store(absolute(storage)).child(name)
     begun = has_begun(store)
     if begun and resume == "never":
         raise UserError("there is a sweep already", file=store.uri, fix="give another --name, or --resume auto")
@@ -166,20 +149,40 @@ def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:
 
 
 @contextmanager
-def _driver(
-    spec: SweepSpec, store: Store, shards: Shards, protocol: Protocol, extend: bool, runs: str | Path | None
-) -> Iterator[tuple[SweepDriver, str]]:
-    """The driver, and what came of the runs."""
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
-    # A table that is refused begins no sweep.
-    table = None if runs is None else read_runs(runs, spec, FeasibleSet(spec, costs), protocol.hash)
+def _driver(opened: OpenedSpace, store: Store, extend: bool) -> Iterator[SweepDriver]:
+    log = {"shards_hash": opened.shards.hash, "protocol_hash": opened.protocol.hash}
     lease = Lease.acquire(store)
     try:
-        ledger, log = Ledger(store, lease), {"shards_hash": shards.hash, "protocol_hash": protocol.hash}
-        driver = SweepDriver.start(spec, ledger, costs, settle=partial(settle, store=store), extend=extend, log=log)
-        yield driver, "" if table is None else driver.take_runs(table)
+        ledger, tidy = Ledger(store, lease), partial(settle, store=store)
+        yield SweepDriver.start(opened.spec, ledger, opened.costs, settle=tidy, extend=extend, log=log)
     finally:
         lease.release()
+
+
+def _train(
+    opened: OpenedSpace,
+    store: Store,
+    driver: SweepDriver,
+    joins: bool,
+    progress: Progress | None,
+    execute: Executor | None,
+) -> None:
+    """Run tasks on Ray until the sweep ends. `joins`: the cluster is another's, and may grow."""
+    spec = opened.spec
+    scores = baseline_scores(opened.shards, opened.protocol, "validation", queries=spec.data.evaluation_queries)
+    floors = publish_floors(store, scores)
+    with (
+        quiet_session(os.cpu_count()),
+        # Ray takes the signals for itself when it starts, so they are taken back afterwards.
+        signals_raise() as signals,
+        _curves(store, driver, floors, progress) as on_event,
+        closing(Pulses()) as pulses,
+    ):
+        signals.waits = True
+        room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
+        desk = Desk(driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals)
+        place = Workplace(absolute(spec.data.shards), store.uri, HPARAMS_METRICS, pulses)
+        run_tasks(desk, execute or place)
 
 
 @contextmanager
@@ -187,25 +190,24 @@ def _curves(
     store: Store, driver: SweepDriver, floors: Baselines, progress: Progress | None
 ) -> Iterator[Callable[[SweepEvent], None]]:
     """Sweep-level TensorBoard, and the caller's display, as one listener."""
-    writer = sweep_writer(f"{store.uri}/tensorboard/_sweep", floors)
+    writer = SweepWriter(f"{store.uri}/tensorboard/_sweep", floors)
 
     def listen(event: SweepEvent) -> None:
         if event.kind == "row":
-            writer.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
+            writer.update(driver.state)
         if progress is not None:
             progress(event, driver)
 
     try:
         yield listen
-        writer.finish(sweep_rows(driver.state), compare=Pairing(store, read_floor_scores(store)))
+        writer.finish(driver.state.all_rows(), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()
 
 
 def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:
     state = driver.state
-    trained = [row for row in sweep_rows(state) if row.get("source") != IMPORT]
-    rows = [row for row in trained if row.get("kind", "rung") == "rung"]
+    rows = [row for here in state.rungs.values() for row in here.values() if row.get("source") != IMPORT]
     ok = sum(row["status"] == "ok" for row in rows)
     cap_flops, failed = driver.spec.budget.total_flops, len(rows) - ok
     return SweepOutcome(
@@ -269,22 +271,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     return exit_code(lambda: sweep_verb(**vars(options)))
-
-
-def exit_code(verb: Callable[[], int]) -> int:
-    """That of a verb; wrong input and faults are one line on stderr and 2 or 1."""
-    try:
-        check_encoding()
-        return verb()
-    except UserError as error:
-        print(f"bfm: {error}", file=sys.stderr)
-        return 2
-    except PausedError as error:
-        print(f"bfm: {error}", file=sys.stderr)
-        return 1
-    except (CorruptError, OSError) as error:
-        print(f"bfm: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

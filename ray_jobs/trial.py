@@ -177,9 +177,9 @@ class Workplace:
 
     def writer(self, task: dict[str, Any]) -> TrialWriter:
         """The trial's TensorBoard folder, taken up again."""
-        from bfm.report.tensorboard import trial_writer
+        from bfm.report.tensorboard import TrialWriter
 
-        return trial_writer(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
+        return TrialWriter(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
 
     def _train_alone(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         with closing(self.writer(task)) as writer:

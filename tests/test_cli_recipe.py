@@ -10,7 +10,7 @@ import yaml
 
 from bfm.events.protocol import Protocol
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
@@ -49,7 +49,7 @@ class Sweep:
             }
         )
         protocol = Protocol.load(shards)
-        return cls(spec, Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries)), protocol.hash)
+        return cls(spec, Costs.on(shards, protocol, spec.data.evaluation_queries), protocol.hash)
 
     def run(self, folder, execute):
         store = Store(folder / "tiny")

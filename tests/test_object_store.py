@@ -13,9 +13,8 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.events_file import stored_events
-from bfm.report.summary import sweep_rows, sweep_summary
-from bfm.report.tensorboard import HPARAMS_METRICS, sweep_writer, trial_writer
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter, TrialWriter
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import read_state
 from bfm.sweep.spec import from_dict
@@ -82,18 +81,18 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     budget = {**SPACE["budget"], "max_trials": 2, "total_flops": "4e8"}
     data = {**SPACE["data"], "shards": f"{s3}/shards"}
     spec, store = from_dict({**SPACE, "budget": budget, "data": data, "probes": []}), Store(f"{s3}/runs/toy")
-    costs = Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
+    costs = Costs.on(shards, Protocol.load(shards), spec.data.evaluation_queries)
 
     def drive(rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""
         driver = SweepDriver.start(spec, mortal_ledger(store), costs)
-        curves = sweep_writer(f"{store.uri}/tensorboard/_sweep", {})
+        curves = SweepWriter(f"{store.uri}/tensorboard/_sweep", {})
         for _ in range(rows):
             task = driver.next_task()
             if isinstance(task, Finished):
                 break
             s3_server.faults[:] = ["503"]
-            writer = trial_writer(f"{store.uri}/tensorboard/{task.trial}", task.config, HPARAMS_METRICS)
+            writer = TrialWriter(f"{store.uri}/tensorboard/{task.trial}", task.config, HPARAMS_METRICS)
             row = run_rung(
                 RungTask.from_task(dataclasses.asdict(task)), shards, EngineFactory(), Store(store.uri), writer.take
             )
@@ -102,7 +101,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
             with s3_server.counted() as requests:
                 driver.report(task.task_id, row)
             assert requests.total() == 1
-            curves.update(len(driver.state.arrivals), lambda: (sweep_rows(driver.state), sweep_summary(driver.state)))
+            curves.update(driver.state)
         curves.close()
         return driver
 

@@ -7,9 +7,7 @@ import sys
 import typer
 
 from bfm.cli import data, laws, model, recipe, simulate, sweep
-from bfm.cli.common import fail
-from bfm.errors import CorruptError, DivergedError, PausedError, UserError
-from bfm.files import check_encoding
+from bfm.exits import exit_code
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
@@ -20,13 +18,5 @@ for verbs in (model.app, sweep.app, simulate.app, laws.app, recipe.app):
 
 
 def main() -> None:
-    """Run a verb; a user's mistake is one line and exit 2, a fault one line and exit 1. BFM_DEBUG=1 shows the trace."""
-    try:
-        check_encoding()
-        app(standalone_mode=True)
-    except UserError as error:
-        fail(error, 2)
-    except (CorruptError, DivergedError, PausedError, OSError) as error:
-        fail(error, 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run a verb and leave with its exit code."""
+    sys.exit(exit_code(app))

@@ -1,32 +1,20 @@
-"""What the verbs share: options, printing, faults as one line and an exit code."""
+"""What the verbs share: options and printing."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from bfm.errors import PausedError, UserError
+from bfm.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the file: budget.total_flops=1e13")
 ]
 ShardsOption = Annotated[str, typer.Option("--shards", help="Prepared shard set (a folder or URI).")]
-
-
-def fail(error: Exception, code: int) -> None:
-    """Leave with one line on stderr; BFM_DEBUG=1 shows the trace."""
-    import os
-
-    if os.environ.get("BFM_DEBUG"):
-        raise error
-    line = str(error) if isinstance(error, (UserError, PausedError)) else f"{type(error).__name__}: {error}"
-    print(f"bfm: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 def parse_ks(text: str) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def train(
     from bfm.events.shards import Shards
     from bfm.report.console import Display, step_words, validation_text
     from bfm.report.matmul_peak import matmul_peak
-    from bfm.report.tensorboard import HPARAMS_METRICS, trial_writer
+    from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
     from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
@@ -56,7 +56,7 @@ def train(
     opened, values = Shards.open(shards), load_yaml(config)
     decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
-    writer = trial_writer(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
+    writer = TrialWriter(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:
 

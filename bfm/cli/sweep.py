@@ -25,26 +25,19 @@ def plan(
     """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""
     import torch
 
-    from bfm.events.protocol import Protocol
-    from bfm.events.shards import Shards
-    from bfm.sweep.costs import Costs, LogFacts
-    from bfm.sweep.on_log import on_log
+    from bfm.sweep.on_log import open_space
     from bfm.sweep.plan import plan as make_plan
     from bfm.sweep.plan import render
     from bfm.sweep.spec import resolve
     from bfm.training.single import measure_speed
 
-    spec = resolve(space, with_shards(overrides, shards))
-    opened = Shards.open(spec.data.shards)
-    protocol = Protocol.load(opened)
-    spec = on_log(spec, opened, protocol)
-    costs = Costs(LogFacts.from_shards(opened, protocol, spec.data.evaluation_queries))
+    opened = open_space(resolve(space, with_shards(overrides, shards)))
     # As a task is trained: more threads than a slot has would wait for each other.
-    torch.set_num_threads(max(1, int(spec.scaling.tiers[0][0].cpus)))
-    measure = (lambda config, seconds: measure_speed(config, opened, seconds)) if probe_seconds > 0 else None
-    made = make_plan(spec, costs, measure, probe_seconds)
-    shown = {**made.as_dict(), "seen_items": protocol.seen_rule}
-    show(shown, as_json, lambda _: f"{render(made)}\nseen items {protocol.seen_rule}")
+    torch.set_num_threads(max(1, int(opened.spec.scaling.tiers[0][0].cpus)))
+    measure = (lambda config, seconds: measure_speed(config, opened.shards, seconds)) if probe_seconds > 0 else None
+    made, seen_rule = make_plan(opened.spec, opened.costs, measure, probe_seconds), opened.protocol.seen_rule
+    shown = {**made.as_dict(), "seen_items": seen_rule}
+    show(shown, as_json, lambda _: f"{render(made)}\nseen items {seen_rule}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ agreement of the loss with a ranking metric; where the FLOPs went. Any number of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from bfm.report.style import (
     size_bar,
     size_norm,
 )
+from bfm.sweep.state import SweepState
 
 _WIDTH_IN = 10.6
 
@@ -52,7 +53,7 @@ class NamedFigure:
     figure: Figure
 
 
-def sweep_figures(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines) -> list[NamedFigure]:
+def sweep_figures(rows: Sequence[Row], state: SweepState, baselines: Baselines) -> list[NamedFigure]:
     """All figures that the rows allow, in the order of the page."""
     loss, ranking = _lead_metrics(rows)
     figures = [
@@ -94,7 +95,7 @@ def sweep_figures(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Ba
             NamedFigure("agreement", "Loss and ranking", caption, agreement_figure(rows, loss, ranking or loss))
         )
     caption = "Training FLOPs by rung. Lost and redone work counts against the cap; evaluation does not."
-    figures.append(NamedFigure("spend", "Where the FLOPs went", caption, spend_figure(rows, summary)))
+    figures.append(NamedFigure("spend", "Where the FLOPs went", caption, spend_figure(rows, state)))
     return figures
 
 
@@ -174,7 +175,7 @@ def agreement_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
 
 
 @house_style
-def spend_figure(rows: Sequence[Row], summary: Mapping[str, Any]) -> Figure:
+def spend_figure(rows: Sequence[Row], state: SweepState) -> Figure:
     """FLOPs per rung, diverged and lost work, and what is left under the cap."""
     bars: list[tuple[str, float, Any, bool]] = []
     for flops, colour in rung_colours(rung_ladder(rows)).items():
@@ -185,8 +186,8 @@ def spend_figure(rows: Sequence[Row], summary: Mapping[str, Any]) -> Figure:
     if failed:
         bars.append((f"without a result: {len(failed)}", sum(_spent(row) for row in failed), BAD, True))
     in_rows = sum(bar[1] for bar in bars)
-    spent_all = float(summary.get("spent_flops") or in_rows)
-    cap = float(summary.get("cap_flops") or 0.0)
+    spent_all = float(state.spent_flops or in_rows)
+    cap = float(state.cap_flops or 0.0)
     if spent_all - in_rows > 1e-3 * max(spent_all, 1.0):
         bars.append(("lost, redone, probes", spent_all - in_rows, MUTED, True))
     if cap > spent_all:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bfm.files import write_atomic
 from bfm.laws.frontier import Compare, Row, no_answers
 from bfm.report import sections
 from bfm.report.figures import NamedFigure, overview_png, sweep_figures
@@ -19,71 +17,50 @@ from bfm.report.law_sections import law_parts, recipe_part
 from bfm.report.runs_file import runs_parquet
 from bfm.report.style import inline_svg, svg_text
 from bfm.report.template import escape, page, paragraph, section
+from bfm.sweep.state import SweepState
 
 _TRIALS_NOTE = "Click a head to sort. Under a value: its difference from the best of its rung, on the same queries."
 
 
-def write_report(
-    out_dir: Path,
-    rows: Sequence[Row],
-    summary: Mapping[str, Any],
-    baselines: Baselines,
-    spec: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    *,
-    overview: bool = False,
-) -> Path:
-    """Write the report and return the path of index.html, which is published last and whole.
-
-    summary: name, state, metric, rungs [FLOPs], spent_flops, cap_flops, elapsed_s, failures [{trial, rung, reason}],
-    rejected {reason: count}; spec: the resolved sweep.yaml; extra: manifest, protocol, provenance {name: value},
-    recipe (recipe.json), checks (of the ledger).
-    Every key of these may be missing. Raises OSError (full disk, read-only folder); an older report then stays.
-    """
-    for name, data in render_report(rows, summary, baselines, spec, extra, overview=overview).items():
-        write_atomic(out_dir / name, data)
-    return out_dir / "index.html"
-
-
 def render_report(
     rows: Sequence[Row],
-    summary: Mapping[str, Any],
+    state: SweepState,
     baselines: Baselines,
-    spec: Mapping[str, Any],
     extra: Mapping[str, Any],
     *,
     laws: Sequence[Fitted] = (),
     compare: Compare = no_answers,
     overview: bool = False,
 ) -> dict[str, bytes]:
-    """The files of the report by name, index.html last, for any store; arguments as in `write_report`.
+    """The files of the report by name, index.html last: it stands only where all that it names stands.
 
+    extra: manifest, protocol, provenance {name: value}, recipe (recipe.json), each of which may be missing;
     laws: what `law_fits.sweep_laws` tells from the rows; compare: what differences of rows are told by.
     """
-    figures, of_laws = sweep_figures(rows, summary, baselines), law_figures(laws)
+    figures, of_laws = sweep_figures(rows, state, baselines), law_figures(laws)
     drawn = {figure.name: svg_text(figure.figure) for figure in [*of_laws, *figures]}
     files = {f"figures/{name}.svg": text.encode() for name, text in drawn.items()}
     if overview:
         files["figures/overview.png"] = overview_png(rows, baselines)
-    shown = _laws_part(laws, of_laws, drawn, extra) + "\n".join(
+    shown = _laws_part(laws, of_laws, drawn, recipe_part(extra.get("recipe"), state.checks)) + "\n".join(
         section(figure.name, figure.heading, shown_figure(figure, drawn[figure.name])) for figure in figures
     )
     files["runs.parquet"] = runs_parquet(rows)
-    files["index.html"] = report_html(rows, summary, baselines, spec, extra, shown, compare).encode()
+    files["index.html"] = report_html(rows, state, baselines, extra, shown, compare).encode()
     return files
 
 
 def report_html(
     rows: Sequence[Row],
-    summary: Mapping[str, Any],
+    state: SweepState,
     baselines: Baselines,
-    spec: Mapping[str, Any],
     extra: Mapping[str, Any],
     figures: str,
     compare: Compare = no_answers,
 ) -> str:
     """The page as text; `figures` is the part of it that shows them."""
-    name = str(summary.get("name") or "sweep")
+    spec = state.spec or {}
+    name = str(spec.get("name") or "sweep")
     best = section("best", "Best so far", sections.best_table(rows, compare))
     every = sections.trial_table(rows, compare, every_row=True)
     all_rows = f"<details><summary>Every result at every rung</summary>{every}</details>" if every else ""
@@ -97,15 +74,15 @@ def report_html(
         section("trials", "Trials", _with_note(sections.trial_table(rows, compare), _TRIALS_NOTE) + all_rows),
         section("baselines", "Baselines", _with_note(sections.baseline_table(rows, baselines), "On the same queries.")),
         section("data", "Data and protocol", sections.data_part(extra)),
-        section("failures", "Failures", sections.failures_part(rows, summary)),
+        section("failures", "Failures", sections.failures_part(rows, state)),
         section("definitions", "Definitions", sections.definitions_part()),
         section("provenance", "Provenance", sections.provenance_part(rows, extra) + shown_spec),
     ]
-    state = f"{summary['state']} sweep" if summary.get("state") else "sweep"
+    standing = "finished" if state.finished else "unfinished"
     head = (
-        f'<header><p class="eyebrow">bfm report: {escape(state)}</p><h1>{escape(name)}</h1>'
-        f"{paragraph(sections.lede(rows, summary, baselines, compare), 'lede')}"
-        f"{sections.cards(rows, summary, baselines, compare)}"
+        f'<header><p class="eyebrow">bfm report: {standing} sweep</p><h1>{escape(name)}</h1>'
+        f"{paragraph(sections.lede(rows, state, baselines, compare), 'lede')}"
+        f"{sections.cards(rows, state, baselines, compare)}"
         f"<nav>{_links(parts)}</nav></header>"
     )
     foot = (
@@ -121,13 +98,10 @@ def shown_figure(figure: NamedFigure, drawn: str, name: str | None = None) -> st
     return f"<figure>{svg}<figcaption>{escape(figure.caption)}</figcaption></figure>"
 
 
-def _laws_part(
-    laws: Sequence[Fitted], figures: Sequence[NamedFigure], drawn: Mapping[str, str], extra: Mapping[str, Any]
-) -> str:
+def _laws_part(laws: Sequence[Fitted], figures: Sequence[NamedFigure], drawn: Mapping[str, str], recipe: str) -> str:
     shown = "".join(
         f"<h3>{escape(figure.heading)}</h3>{shown_figure(figure, drawn[figure.name])}" for figure in figures
     )
-    recipe = recipe_part(extra.get("recipe"), extra.get("checks") or ())
     predictions = f"<h3>Recipe: predicted and measured</h3>{recipe}" if recipe else ""
     return section("laws", "Scaling laws", shown + law_parts(laws) + predictions)
 

@@ -13,7 +13,7 @@ from bfm.errors import UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.recipe.evidence import Swept, read_evidence
 from bfm.sweep.recipe.recipe import Recipe, make_recipe
 from bfm.sweep.recipe.verdicts import check_text, range_text
@@ -30,8 +30,8 @@ def foretell(folder: str, flops: float, metric: str | None, shards: str | None) 
         opened = Shards.open(place)
     except UserError as error:
         raise UserError(error.what, file=place, key="--shards", fix="name the sweep's shard set") from error
-    facts = LogFacts.from_shards(opened, Protocol.load(opened), sizes.spec.data.evaluation_queries)
-    return make_recipe(evidence, Costs(facts), flops, metric), sizes, place
+    costs = Costs.on(opened, Protocol.load(opened), sizes.spec.data.evaluation_queries)
+    return make_recipe(evidence, costs, flops, metric), sizes, place
 
 
 def publish_recipe(folder: str, recipe: Recipe, check: Mapping[str, Any] | None) -> None:

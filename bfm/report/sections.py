@@ -32,10 +32,12 @@ from bfm.report.tables import (
     behind_text,
     change_text,
     failed_rows,
+    lost_tasks,
     point_text,
     trials_in_order,
 )
 from bfm.report.template import Cell, escape, facts, paragraph, table
+from bfm.sweep.state import SweepState
 from bfm.units import format_count, format_seconds
 
 _NAMED = 3
@@ -78,18 +80,18 @@ _DEFINITIONS = (
 )
 
 
-def lede(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
+def lede(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare = no_answers) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
     best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
-    return f"{_headline(rows, summary)} {sweep_verdict(best, baselines, compare)}".strip()
+    return f"{_headline(rows, state)} {sweep_verdict(best, baselines, compare)}".strip()
 
 
-def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+def _headline(rows: Sequence[Row], state: SweepState) -> str:
     results = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
     trials = {str(row["trial"]) for row in rung_rows(rows)}
     if not trials:
         return "No result is in the ledger yet."
-    ladder = [float(flops) for flops in summary.get("rungs") or []] or rung_ladder(rows)
+    ladder = rung_ladder(rows) if state.spec is None else state.spec["budget"]["ladder_flops"]
     steps = ", ".join(power_text(flops) for flops in ladder[:8])
     sizes = [float(row["params"]) for row in rung_rows(rows) if row.get("params")]
     text = f"{_plural(len(trials), 'trial')} with {_plural(len(results), 'result')} on a ladder of C = {steps} FLOPs"
@@ -98,11 +100,10 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     fields = varied_fields(rows)
     if fields:
         text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
-    elapsed_s = summary.get("elapsed_s")
-    return f"{text}, in {format_seconds(elapsed_s)}." if elapsed_s else f"{text}."
+    return f"{text}."
 
 
-def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines, compare: Compare = no_answers) -> str:
+def cards(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare = no_answers) -> str:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric, points in frontiers(rows).items():
@@ -116,7 +117,7 @@ def cards(rows: Sequence[Row], summary: Mapping[str, Any], baselines: Baselines,
                 f'<div class="card"><div class="name">{escape(metric)}</div><div class="value">{escape(value)}</div>'
                 f'<div class="note">{error}{notes}<br>{_beside_floor(best.row, metric, baselines, compare)}</div></div>'
             )
-    spent, cap = summary.get("spent_flops"), summary.get("cap_flops")
+    spent, cap = state.spent_flops, state.cap_flops
     if spent:
         share = min(spent / cap, 1.0) if cap else 1.0
         under = f"{spent / cap:.0%} of the cap of {power_text(cap)} FLOPs" if cap else "FLOPs of training, no cap"
@@ -213,7 +214,7 @@ def baseline_table(rows: Sequence[Row], baselines: Baselines) -> str:
     return table(["", *metrics], lines)
 
 
-def failures_part(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+def failures_part(rows: Sequence[Row], state: SweepState) -> str:
     """Divergences, lost tasks and refused proposals, each with its reason."""
     lines: list[list[Cell | str]] = [
         [
@@ -226,14 +227,14 @@ def failures_part(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
     ]
     lines += [
         [
-            Cell(str(lost.get("trial", "-"))),
-            Cell(f"rung {lost['rung']}" if lost.get("rung") is not None else "-"),
+            Cell(trial),
+            Cell(f"rung {rung}"),
             Cell("lost", kind="text bad"),
-            Cell(str(lost.get("reason", "")), kind="wrap"),
+            Cell(reason, kind="wrap"),
         ]
-        for lost in summary.get("failures") or []
+        for trial, rung, reason in lost_tasks(state)
     ]
-    refused = [[Cell(str(reason)), Cell(str(count))] for reason, count in (summary.get("rejected") or {}).items()]
+    refused = [[Cell(str(reason)), Cell(str(count))] for reason, count in state.rejected.items()]
     parts = [table(["trial", "C", "what", "detail"], lines)]
     if refused:
         parts += ["<h3>Proposals refused before they cost anything</h3>", table(["reason", "count"], refused)]

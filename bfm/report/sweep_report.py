@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from bfm.errors import CorruptError, UserError
@@ -14,24 +13,17 @@ from bfm.report.page import render_report
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import failures_text, frontier_text
 from bfm.sweep.recipe.verdicts import checks_lines
-from bfm.sweep.spec import from_dict
+from bfm.sweep.state import SweepState
+from bfm.sweep.status import spec_of
 
 
 def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    shown = {**_data(view.spec), "recipe": read_recipe(view.store), "checks": view.state.checks}
+    shown = {**_data(view.state), "recipe": read_recipe(view.store)}
     files = render_report(
-        view.rows,
-        view.summary,
-        view.floors,
-        view.spec,
-        shown,
-        laws=view.laws,
-        compare=view.compare,
-        overview=overview,
+        view.rows, view.state, view.floors, shown, laws=view.laws, compare=view.compare, overview=overview
     )
     folder = view.store.child("report")
-    # index.html is last in `files`: it stands only where all that it names stands.
     for name, data in files.items():
         folder.put(name, data)
     return [f"{folder.uri}/{name}" for name in reversed(files)]
@@ -39,7 +31,7 @@ def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
 
 def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
-    shown = [frontier_text(view.results, view.floors, view.compare), failures_text(view.rows, view.summary)]
+    shown = [frontier_text(view.results, view.floors, view.compare), failures_text(view.rows, view.state)]
     shown.append("\n".join(checks_lines(view.state.checks)))
     paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
     return "\n\n".join(part for part in [*shown, paths] if part)
@@ -51,10 +43,10 @@ def read_recipe(store: Store) -> dict[str, Any] | None:
     return json.loads(store.get(name)) if store.exists(name) else None
 
 
-def _data(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _data(state: SweepState) -> dict[str, Any]:
     """Manifest and protocol of the sweep's shards; a reason where they are out of reach."""
     try:
-        shards = Shards.open(from_dict(spec).data.shards)
+        shards = Shards.open(spec_of(state).data.shards)
         protocol = Protocol.load(shards)
         return {"manifest": shards.manifest.as_dict(), "protocol": {**protocol.info, "hash": protocol.hash}}
     except (UserError, CorruptError) as error:

@@ -7,31 +7,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bfm.errors import UserError
-from bfm.files import Store
 from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
-from bfm.sweep.ledger import read_state
-from bfm.sweep.state import SweepState
 from bfm.sweep.status import life_text, summarise
+from bfm.sweep.study import StoredSweep, read_alone
 
 if TYPE_CHECKING:
     from bfm.report.law_fits import Fitted
 
 
 @dataclass(frozen=True)
-class SweepView:
+class SweepView(StoredSweep):
     """What a sweep's ledger says."""
-
-    store: Store
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-    """What the report shows beside the rows."""
-    state: SweepState
-    spec: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
@@ -63,22 +52,19 @@ class SweepView:
         # Nobody who asks how a sweep stands waits until scipy is loaded.
         from bfm.report.law_fits import sweep_laws
 
-        return sweep_laws(self.rows, self.spec.get("axis"))
+        return sweep_laws(self.rows, self.axis)
 
 
 def read_sweep(sweep_dir: str) -> SweepView:
-    """Read a sweep's ledger. Raises UserError where there is none, CorruptError where a segment is damaged."""
-    store = Store(sweep_dir)
-    state = read_state(store)
-    if state.spec is None:
-        raise UserError("there is no sweep here", file=sweep_dir, fix="name the folder <storage>/<name> of a sweep")
-    return SweepView(store, sweep_rows(state), sweep_summary(state), state, state.spec)
+    """Read a sweep's ledger. Raises as `read_alone`."""
+    sweep = read_alone(sweep_dir)
+    return SweepView(sweep.store, sweep.state)
 
 
 def status_text(view: SweepView) -> str:
     """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.summary)]
-    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.summary), life_text(view.state)]
+    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.state)]
+    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
     return "\n\n".join(part for part in parts if part)
 
 

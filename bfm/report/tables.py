@@ -22,6 +22,7 @@ from bfm.laws.frontier import (
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
+from bfm.sweep.state import SweepState
 from bfm.units import aligned, format_count, format_flops, format_seconds
 
 _MARKS = (
@@ -88,7 +89,7 @@ def trials_text(results: Results, compare: Compare = no_answers, limit: int = 20
     return "\n".join([text, *notes])
 
 
-def spend_text(results: Results, summary: Mapping[str, Any]) -> str:
+def spend_text(results: Results, state: SweepState) -> str:
     """FLOPs and seconds spent per rung, and the cap, for a terminal."""
     lines = []
     for flops, here in results.by_rung.items():
@@ -98,20 +99,19 @@ def spend_text(results: Results, summary: Mapping[str, Any]) -> str:
         lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
         lines[-1].append(format_seconds(elapsed_s))
     table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines)
-    spent_flops, cap_flops = summary.get("spent_flops"), summary.get("cap_flops")
+    spent_flops, cap_flops, redone_flops = state.spent_flops, state.cap_flops, state.redone_flops
     if not spent_flops:
         return table
     under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
-    redone_flops = summary.get("redone_flops")
     redone = f", {format_flops(redone_flops)} of them redone for want of evicted trunks" if redone_flops else ""
     return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{redone}"
 
 
-def failures_text(rows: Sequence[Row], summary: Mapping[str, Any]) -> str:
+def failures_text(rows: Sequence[Row], state: SweepState) -> str:
     """Divergences, lost tasks and refused proposals with their reasons; empty where nothing failed."""
     lines = [f"{row['trial']} rung {row['rung']}: {row['status']}" for row in failed_rows(rows)]
-    lines += [f"{lost.get('trial')} rung {lost.get('rung')}: {lost.get('reason')}" for lost in _failures(summary)]
-    lines += [f"refused {count}: {reason}" for reason, count in (summary.get("rejected") or {}).items()]
+    lines += [f"{trial} rung {rung}: {reason}" for trial, rung, reason in lost_tasks(state)]
+    lines += [f"refused {count}: {reason}" for reason, count in state.rejected.items()]
     return "\n".join(lines)
 
 
@@ -159,6 +159,15 @@ def _compare_of(evaluation: Mapping[str, Any]) -> Compare:
 def failed_rows(rows: Sequence[Row]) -> list[Row]:
     """Rung rows without a result (diverged, oom)."""
     return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok"]
+
+
+def lost_tasks(state: SweepState) -> list[tuple[str, int, str]]:
+    """(trial, rung, why) of the tasks that ended without a row, then of those that will not be tried again."""
+    lost = [
+        (record["trial"], record["rung"], f"{record['reason']}, {record['charged_flops']:.3g} FLOPs charged")
+        for record in state.losses
+    ]
+    return lost + [(trial, rung, f"given up: {reason}") for (trial, rung), reason in state.abandoned.items()]
 
 
 def trials_in_order(results: Results) -> list[Row]:
@@ -219,7 +228,3 @@ def _tight(cell: str) -> str:
 def _strongest_name(baselines: Baselines, metric: str) -> str:
     floor = strongest(baselines, metric)
     return floor[0] if floor else "-"
-
-
-def _failures(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return summary.get("failures") or []

@@ -9,7 +9,6 @@ may be opened again in another process: they go on where the folder's files end.
 from __future__ import annotations
 
 import math
-import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from bfm.laws.frontier import (
 from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.floors import Baselines, shown_name, strongest
 from bfm.report.tables import frontier_text
+from bfm.sweep.state import SweepState
 from bfm.training.records import Record, StepRecord, Validation
 from bfm.training.watch import WATCHED
 from bfm.units import format_flops
@@ -65,7 +65,6 @@ _TAGS = {
         "cooldown/events_per_s": "events_per_s",
     },
 }
-Standing = Callable[[], tuple[Sequence[Row], Mapping[str, Any]]]
 HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 """Metrics that the HParams tab shows."""
 _MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
@@ -73,7 +72,11 @@ _VALIDATION_TAGS = {"trunk": "validation", "cooldown": "validation_cooled"}
 
 
 class TrialWriter:
-    """Scalars of one trial. Steps up to the last one in the folder are not written again."""
+    """Scalars of one trial; hands `.take` to training as its observer.
+
+    Steps up to the last one in the folder are not written again. config: for HParams; metrics: names of the protocol's
+    metrics, such as nll and recall@10.
+    """
 
     def __init__(
         self,
@@ -210,38 +213,36 @@ class SweepWriter:
         self._file = EventFile(log_dir, clock)
         self._baselines, self._clock = baselines, clock
         self._written_s, self._writing_s = -math.inf, 0.0
-        self._waiting: Standing | None = None
+        self._waiting: SweepState | None = None
         self._last_step = -1
         for event in stored_events(self._file.store):
             if any(value.tag == "spend/total" for value in event.summary.value):
                 self._last_step = max(self._last_step, event.step)
 
-    def update(self, results: int, standing: Standing) -> None:
+    def update(self, state: SweepState) -> None:
         """After a commit: frontier per metric and rung, spend and occupancy per rung, where a point is worth writing.
 
-        A point looks at all rows, so they are asked for only then: few points are written of many thousand results.
-
-        results: rung rows so far; standing: gives all rows, and a summary with spent_flops, cap_flops and running
-        (tasks now), each of which may be missing.
+        A point looks at all rows, so few are written of many thousand results.
         """
+        results = len(state.arrivals)
         if results <= self._last_step:
             return
-        self._waiting = standing
+        self._waiting = state
         grown = results >= POINT_GROWTH * self._last_step
         if grown or self._clock() - self._written_s >= self._writing_s / WRITING_SHARE:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
-        standing, self._waiting = self._waiting, None
-        if standing is None:
+        state, self._waiting = self._waiting, None
+        if state is None:
             return
         began_s = self._clock()
-        self._point(*standing())
+        self._point(state)
         self._written_s = self._clock()
         self._writing_s = self._written_s - began_s
 
-    def _point(self, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
-        found = rung_rows(rows)
+    def _point(self, state: SweepState) -> None:
+        found = rung_rows(state.all_rows())
         if not found:
             return
         self._last_step = len(found)
@@ -257,39 +258,23 @@ class SweepWriter:
             for name, values in self._baselines.items()
             if metric in values
         }
-        spent = float(summary.get("spent_flops") or sum(float(row.get("task_flops") or 0.0) for row in found))
-        self._file.scalars(len(found), {**best, **_spend(found, spent, summary), **_occupancy(found, summary)})
-        self._file.scalars(flops_step(spent), _by_flops(best))
+        self._file.scalars(len(found), {**best, **_spend(found, state), **_occupancy(found, state)})
+        self._file.scalars(flops_step(state.spent_flops), _by_flops(best))
         self._file.flush()
 
-    def finish(self, rows: Sequence[Row], overview_png: bytes | None = None, compare: Compare = no_answers) -> None:
-        """The frontier as a text table and, where given, the overview figure; closes the file."""
+    def finish(self, rows: Sequence[Row], compare: Compare = no_answers) -> None:
+        """The frontier as a text table; closes the file."""
         self._write_waiting()
         self._file.summary(
             text("frontier", f"<pre>\n{frontier_text(Results(rows), self._baselines, compare)}\n</pre>"),
             len(rung_rows(rows)),
         )
-        if overview_png is not None:
-            self._file.summary(_image("overview", overview_png), len(rung_rows(rows)))
         self.close()
 
     def close(self) -> None:
         """Write what waits and close the file."""
         self._write_waiting()
         self._file.close()
-
-
-def trial_writer(log_dir: str | Path, config: Mapping[str, Any], metrics: Sequence[str]) -> TrialWriter:
-    """The writer of a trial, new or taken up again; hands `.take` to training as its observer.
-
-    config: the configuration (HParams); metrics: names of the protocol's metrics, such as nll and recall@10.
-    """
-    return TrialWriter(log_dir, config, metrics)
-
-
-def sweep_writer(log_dir: str | Path, baselines: Baselines) -> SweepWriter:
-    """The writer of the sweep-level curves, new or taken up again."""
-    return SweepWriter(log_dir, baselines)
 
 
 def _validation(row: Row) -> dict[str, float]:
@@ -305,20 +290,19 @@ def _by_flops(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"by_flops/{tag}": value for tag, value in values.items() if tag != "progress/path_flops"}
 
 
-def _spend(found: Sequence[Row], spent_flops: float, summary: Mapping[str, Any]) -> dict[str, float]:
-    values = {"spend/total": spent_flops}
-    if summary.get("cap_flops"):
-        values["spend/share_of_cap"] = spent_flops / float(summary["cap_flops"])
+def _spend(found: Sequence[Row], state: SweepState) -> dict[str, float]:
+    values = {"spend/total": float(state.spent_flops)}
+    if state.cap_flops:
+        values["spend/share_of_cap"] = state.spent_flops / state.cap_flops
     for flops, here in by_rung(found).items():
         values[f"spend/C={format_flops(flops)}"] = sum(float(row.get("task_flops") or 0.0) for row in here)
     return values
 
 
-def _occupancy(found: Sequence[Row], summary: Mapping[str, Any]) -> dict[str, float]:
+def _occupancy(found: Sequence[Row], state: SweepState) -> dict[str, float]:
     values: dict[str, float] = {"occupancy/trials": len({str(row["trial"]) for row in found})}
     values["occupancy/failed"] = sum(row.get("status", "ok") != "ok" for row in found)
-    if summary.get("running") is not None:
-        values["occupancy/running"] = float(summary["running"])
+    values["occupancy/running"] = len(state.open_tasks)
     for flops, here in by_rung(found).items():
         values[f"occupancy/C={format_flops(flops)}"] = len(here)
     return values
@@ -349,9 +333,3 @@ def _session_end(status: str) -> Summary:
     value.metadata.plugin_data.plugin_name = PLUGIN_NAME
     value.metadata.plugin_data.content = content
     return Summary(value=[value])
-
-
-def _image(tag: str, png: bytes) -> Summary:
-    width, height = struct.unpack(">II", png[16:24])
-    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-    return Summary(value=[Summary.Value(tag=tag, image=image)])

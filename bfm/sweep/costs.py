@@ -41,44 +41,6 @@ STEP_MARGIN = 0.25
 
 
 @dataclass(frozen=True)
-class LogFacts:
-    """What costs depend on of a log."""
-
-    fields: tuple[FittedField, ...]
-    has_clock: bool
-    num_items: int
-    """All items (I)."""
-    num_catalogue: int
-    """Candidates (V)."""
-    train_targets: int
-    """Targets per epoch."""
-    train_counts: np.ndarray
-    """Training events of each catalogue item."""
-    context_lengths: np.ndarray
-    """Events known to each query of the validation part."""
-    evaluation_queries: int | None
-    """The first so many are evaluated; None: all."""
-    groups: Callable[[int, int, Targets], GroupMeans]
-    """(window, group_windows, targets) -> means per negative group."""
-
-    @classmethod
-    def from_shards(cls, shards: Shards, protocol: EvaluationProtocol, evaluation_queries: int | None) -> LogFacts:
-        """Of a shard set; distinct items as its windows hold them."""
-        manifest = shards.manifest
-        return cls(
-            fields=manifest.fields,
-            has_clock=manifest.has_clock,
-            num_items=manifest.items,
-            num_catalogue=manifest.catalogue,
-            train_targets=manifest.train_targets,
-            train_counts=shards.train_counts,
-            context_lengths=protocol.queries("validation").position + 1,
-            evaluation_queries=evaluation_queries,
-            groups=functools.partial(group_means, shards),
-        )
-
-
-@dataclass(frozen=True)
 class ConfigCost:
     """What a configuration costs on a log."""
 
@@ -154,28 +116,59 @@ class ConfigCost:
 class CostModel(Protocol):
     """From a configuration to its nominal cost."""
 
-    num_catalogue: int
-    """V, the bound of `negatives`."""
+    @property
+    def num_catalogue(self) -> int:
+        """V, the bound of `negatives`."""
+        ...
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Raises InfeasibleError where (N, s) cannot be built."""
         ...
 
 
+@dataclass(frozen=True, eq=False)
 class Costs:
-    """Costs on one log."""
+    """Costs on one log, and what they depend on of it."""
 
-    def __init__(self, facts: LogFacts) -> None:
-        self.facts = facts
-        self.num_catalogue = facts.num_catalogue
-        self._groups, self._joined = functools.cache(facts.groups), functools.cache(self._join)
+    fields: tuple[FittedField, ...]
+    has_clock: bool
+    num_items: int
+    """All items (I)."""
+    num_catalogue: int
+    """Candidates (V)."""
+    train_targets: int
+    """Targets per epoch."""
+    train_counts: np.ndarray
+    """Training events of each catalogue item."""
+    context_lengths: np.ndarray
+    """Events known to each query of the validation part."""
+    evaluation_queries: int | None
+    """The first so many are evaluated; None: all."""
+    groups: Callable[[int, int, Targets], GroupMeans]
+    """(window, group_windows, targets) -> means per negative group."""
+
+    @classmethod
+    def on(cls, shards: Shards, protocol: EvaluationProtocol, evaluation_queries: int | None) -> Costs:
+        """On a shard set; distinct items as its windows hold them."""
+        manifest = shards.manifest
+        return cls(
+            fields=manifest.fields,
+            has_clock=manifest.has_clock,
+            num_items=manifest.items,
+            num_catalogue=manifest.catalogue,
+            train_targets=manifest.train_targets,
+            train_counts=shards.train_counts,
+            context_lengths=protocol.queries("validation").position + 1,
+            evaluation_queries=evaluation_queries,
+            groups=functools.partial(group_means, shards),
+        )
 
     def of(self, config: TrainConfig) -> ConfigCost:
         """Nominal cost of a configuration; raises InfeasibleError where (N, s) cannot be built."""
         shape = config.shape()
-        alone = self._groups(config.window, config.group_windows, config.targets)
+        alone = self._means(config.window, config.group_windows, config.targets)
         groups = self._joined(alone, config.live_negatives, config.live_exponent)
-        cost = ModelCost(shape, self.facts.fields, config.table_width, config.window, self.facts.has_clock)
+        cost = ModelCost(shape, self.fields, config.table_width, config.window, self.has_clock)
         first_flops = self._group_flops(cost, config, groups, 1, groups.distinct_targets_mean)
         freezes = config.freeze_at_flops is not None
         candidates = config.negatives + alone.distinct_targets_mean
@@ -187,22 +180,30 @@ class Costs:
             table_params=cost.table_params,
             step_flops=first_flops * config.groups_per_step,
             step_events=groups.targets_mean * config.groups_per_step,
-            epoch_events=self.facts.train_targets,
-            evaluation_flops=self._evaluation_flops(cost, config.window, self.facts.evaluation_queries),
+            epoch_events=self.train_targets,
+            evaluation_flops=self._evaluation_flops(cost, config.window, self.evaluation_queries),
             probe_flops=self._evaluation_flops(cost, config.window, PROBE_QUERIES),
-            group_bytes=group_bytes(shape, config, self.facts.fields, groups),
+            group_bytes=group_bytes(shape, config, self.fields, groups),
             group_scores=groups.queries_mean * max(groups.distinct_targets_mean, candidates),
-            catalogue_bytes=FLOAT_BYTES * self.facts.num_items * config.d_item,
+            catalogue_bytes=FLOAT_BYTES * self.num_items * config.d_item,
             stage2_step_flops=None if second_flops is None else second_flops * config.groups_per_step,
             freeze_at_flops=config.freeze_at_flops,
-            catalogue_flops=cost.catalogue_flops(self.facts.num_items) if freezes else 0,
+            catalogue_flops=cost.catalogue_flops(self.num_items) if freezes else 0,
         )
+
+    @functools.cached_property
+    def _means(self) -> Callable[..., GroupMeans]:
+        return functools.cache(self.groups)
+
+    @functools.cached_property
+    def _joined(self) -> Callable[..., GroupMeans]:
+        return functools.cache(self._join)
 
     def _join(self, groups: GroupMeans, negatives: int, exponent: float) -> GroupMeans:
         """Means per group, the drawn candidates of stage 1 among its items and targets."""
         if not negatives:
             return groups
-        counts_V = self.facts.train_counts
+        counts_V = self.train_counts
         pi_V = drawn_inclusion(counts_V, negatives, exponent)
         return dataclasses.replace(
             groups,
@@ -222,11 +223,11 @@ class Costs:
         )
 
     def _evaluation_flops(self, cost: ModelCost, window: int, queries: int | None) -> int:
-        lengths = np.minimum(self.facts.context_lengths[:queries], window)
+        lengths = np.minimum(self.context_lengths[:queries], window)
         # Short contexts are packed into common rows.
         rows = math.ceil(int(lengths.sum()) / window)
-        scoring = cost.eval_flops(rows, len(lengths), self.facts.num_catalogue)
-        return scoring + cost.catalogue_flops(self.facts.num_items)
+        scoring = cost.eval_flops(rows, len(lengths), self.num_catalogue)
+        return scoring + cost.catalogue_flops(self.num_items)
 
 
 def union_mean(distinct_mean: float, counts_V: np.ndarray, pi_V: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from bfm.sweep.arena import Arena
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
 from bfm.sweep.costs import CostModel
-from bfm.sweep.imports import RunTable, import_record, import_words
+from bfm.sweep.imports import RunTable, import_record
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Promote, Propose, Stop
@@ -25,7 +25,7 @@ from bfm.sweep.rows import Row, checked_row, without_nan
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.state import DRIVER, WORKER, Record, SweepState, Trial
+from bfm.sweep.state import DRIVER, WORKER, Record, SweepState, Trial, counted_import
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.sweep.workers import GROW_LEFT_S, worthwhile
 from bfm.training.task import MADE, Account, object_name
@@ -186,13 +186,13 @@ class SweepDriver:
             if wider:
                 yield task, wider
 
-    def take_runs(self, runs: RunTable) -> str:
-        """Import what the ledger does not have yet of a table; what came of it, for a person."""
+    def take_runs(self, runs: RunTable) -> Record:
+        """Import what the ledger does not have yet of a table; what came of it, counted."""
         record = import_record(self.state, runs, self.spec)
         if record["rows"]:
             self._write(record)
             self._keep_quota()
-        return import_words(record)
+        return counted_import(record)
 
     def close(self) -> None:
         """Give the lease back; the sweep can be resumed."""

@@ -117,14 +117,6 @@ def import_record(state: SweepState, table: RunTable, spec: SweepSpec) -> Record
     }
 
 
-def import_words(record: Record) -> str:
-    """One line for a person."""
-    words = f"imported {len(record['rows'])} rows of {len(record['trials'])} new trials from {record['file']}"
-    words += f", {record['known']} known already" if record["known"] else ""
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
-    return f"{words}; left out: {reasons}" if reasons else words
-
-
 def _of_another(values: Mapping[str, Any], protocol_hash: str | None) -> str | None:
     """Why a run cannot be compared with those of the sweep; None where it says nothing against it."""
     if protocol_hash and values.get("protocol_hash") and values["protocol_hash"] != protocol_hash:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, WithJsonSchema
@@ -170,6 +171,12 @@ class SweepSpec:
             if parameter.name == "cooldown_fraction":
                 return parameter.ends
         return TrainConfig.cooldown_fraction, TrainConfig.cooldown_fraction
+
+    def with_constants(self, values: Mapping[str, Any]) -> SweepSpec:
+        """The space with these values in place of what it says of their settings."""
+        others = (parameter for parameter in self.parameters if parameter.name not in values)
+        constants = (Parameter(name, "constant", (value,)) for name, value in values.items())
+        return replace(self, parameters=tuple(sorted((*others, *constants), key=lambda parameter: parameter.name)))
 
     def config(self, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration of a point of the space; raises UserError where TrainConfig refuses it."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.files import parent_store
+from bfm.files import absolute, parent_store
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import Stage1, SweepSpec
 from bfm.training.checkpoint import STAGE2_KEYS, load_checkpoint, read_meta
 from bfm.units import format_flops
@@ -31,8 +29,7 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
     """
     if spec.stage1 is None:
         return spec
-    place = spec.stage1.checkpoint
-    place = place if "://" in place else str(Path(place).absolute())
+    place = absolute(spec.stage1.checkpoint)
     store, name = parent_store(place)
     meta = read_meta(store, name)
     _check_trunk(spec, meta, place)
@@ -44,17 +41,11 @@ def with_stage1(spec: SweepSpec, shards_hash: str) -> SweepSpec:
                 key=f"parameters.{parameter.name}",
                 fix=f"give it one value; only {', '.join(sorted(STAGE2_KEYS))} may vary",
             )
-    stage2 = {"freeze_at_flops": _stands_at(meta)}
-    config = replace(spec, parameters=tuple(parameters)).config(stage2)
+    freeze = {"freeze_at_flops": _stands_at(meta)}
+    config = replace(spec, parameters=tuple(parameters)).config(freeze)
     known = {"shards_hash": shards_hash, "flops_version": FLOPS_VERSION}
     load_checkpoint(store, name, {"config": config.as_dict(), **known})
-    frozen = Parameter("freeze_at_flops", "constant", (_stands_at(meta),))
-    others = (parameter for parameter in spec.parameters if parameter.name != frozen.name)
-    return replace(
-        spec,
-        stage1=Stage1(place, meta["state_sha256"]),
-        parameters=tuple(sorted((*others, frozen), key=lambda parameter: parameter.name)),
-    )
+    return replace(spec.with_constants(freeze), stage1=Stage1(place, meta["state_sha256"]))
 
 
 def _check_trunk(spec: SweepSpec, meta: dict[str, Any], place: str) -> None:

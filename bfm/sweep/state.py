@@ -149,6 +149,15 @@ class SweepState:
         self.num_records += 1
 
     @property
+    def cap_flops(self) -> int | None:
+        """What `spent_flops` may grow to; None where nothing was started."""
+        return None if self.spec is None else self.spec["budget"]["total_flops"]
+
+    def all_rows(self) -> list[Record]:
+        """Rung rows by rung, in order of arrival, then probe rows."""
+        return [row for rung in sorted(self.rungs) for row in self.rungs[rung].values()] + self.probes
+
+    @property
     def given_up(self) -> set[str]:
         """Trials with a task that will not be tried again."""
         return {trial for trial, _ in self.abandoned}
@@ -263,9 +272,8 @@ class SweepState:
             self.trials[trial["trial"]] = Trial(**trial, number=None, source=IMPORT)
         for row in record["rows"]:
             self._place(row)
-        counts = {name: len(record[name]) for name in ("rows", "trials")}
         self.arrivals_before_proposal = len(self.arrivals)
-        self.imports.append({**{name: record[name] for name in ("file", "known", "left_out")}, **counts})
+        self.imports.append(counted_import(record))
         self.finished = None
 
     def _place(self, row: Record) -> None:
@@ -296,6 +304,12 @@ _HANDLERS = {
     "check": SweepState._check,
     "finished": SweepState._finish,
 }
+
+
+def counted_import(record: Record) -> Record:
+    """What is told of an import: its rows and trials as counts."""
+    told = {name: record[name] for name in ("file", "known", "left_out")}
+    return told | {name: len(record[name]) for name in ("rows", "trials")}
 
 
 def metric_value(row: Mapping[str, Any], metric: str, tolerance: float) -> float | None:

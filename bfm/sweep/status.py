@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bfm.laws.frontier import numbers
+from bfm.laws.frontier import goal_of, numbers
 from bfm.sweep.metric import METRICS, Metric
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.settings import SweepSpec
@@ -24,7 +24,7 @@ def summarise(state: SweepState) -> dict[str, Any]:
 
     Raises ValueError for a ledger without a spec: nothing was started there.
     """
-    spec = _spec(state)
+    spec = spec_of(state)
     budget = spec.budget
     return {
         "name": spec.name,
@@ -63,8 +63,8 @@ def life_text(state: SweepState) -> str:
 
     Raises as `summarise`.
     """
-    spec = _spec(state)
-    blocks = [_winner_lines(winner(state, spec)), [_import_line(record) for record in state.imports]]
+    spec = spec_of(state)
+    blocks = [_winner_lines(winner(state, spec)), [import_words(record) for record in state.imports]]
     blocks += [_storage_lines(_storage(state, spec)), checks_lines(state.checks)]
     if state.decisions:
         lines = [f"  {_decision_line(decision)}" for decision in state.decisions]
@@ -72,7 +72,8 @@ def life_text(state: SweepState) -> str:
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def _spec(state: SweepState) -> SweepSpec:
+def spec_of(state: SweepState) -> SweepSpec:
+    """The spec that a ledger was last driven by. Raises ValueError for one that holds none."""
     if state.spec is None:
         raise ValueError("the ledger holds no sweep")
     return from_dict(state.spec)
@@ -85,9 +86,11 @@ def _winner_lines(winner: Mapping[str, Any] | None) -> list[str]:
     return [f"best at rung {winner['rung']}: {winner['trial']}, {winner['metric']} {winner['value']:.5g} ({over})"]
 
 
-def _import_line(record: Mapping[str, Any]) -> str:
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
+def import_words(record: Mapping[str, Any]) -> str:
+    """One line for a person, of an import as the state counts it."""
     words = f"imported {record['rows']} rows of {record['trials']} new trials from {record['file']}"
+    words += f", {record['known']} known already" if record["known"] else ""
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in record["left_out"].items())
     return f"{words}; left out: {reasons}" if reasons else words
 
 
@@ -154,7 +157,7 @@ def _bests(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for metric, value_R in numbers(rows.values(), "metrics", METRICS).items():
         known_R = value_R[np.isfinite(value_R)]
         if known_R.size:
-            value = float(known_R.min() if metric.endswith("nll") else known_R.max())
+            value = float(known_R.min() if goal_of(metric) == "minimize" else known_R.max())
             trial = min(trials[place] for place in np.flatnonzero(value_R == value))
             bests[metric] = {"trial": trial, "value": value, "params": rows[trial].get("params")}
     return bests

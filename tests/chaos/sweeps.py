@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs, LogFacts
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun, read_state
-from bfm.sweep.on_log import on_log
+from bfm.sweep.on_log import open_space
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import SweepState
 from bfm.training.engine import EngineFactory
@@ -46,18 +43,15 @@ def one_place(folder: Path, shards: Path, **changes: Any) -> Path:
 
 def unbroken(space: Path, storage: Path) -> Store:
     """The sweep of a space, run to its end in this process without Ray."""
-    spec = resolve(space)
-    shards = Shards.open(spec.data.shards)
-    protocol = Protocol.load(shards)
-    spec, store = on_log(spec, shards, protocol), Store(storage).child(spec.name)
-    costs = Costs(LogFacts.from_shards(shards, protocol, spec.data.evaluation_queries))
-    driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
+    opened = open_space(resolve(space))
+    store = Store(storage).child(opened.spec.name)
+    driver = SweepDriver.start(opened.spec, Ledger(store, Lease.acquire(store)), opened.costs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run_serial(
             driver,
-            lambda task: run_rung(RungTask.from_task(dataclasses.asdict(task)), shards, EngineFactory(), store),
+            lambda task: run_rung(RungTask.from_task(dataclasses.asdict(task)), opened.shards, EngineFactory(), store),
         )
     finally:
         torch.set_num_threads(threads)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from bfm.laws.frontier import Gap, unpaired
+from bfm.sweep.state import SweepState
 from bfm.training.records import Validation
 
 RUNGS = (1e11, 4e11, 1.6e12)
@@ -67,6 +69,15 @@ def diverged(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"status": "diverged", "metrics": {}, "errors": {}, "path_flops": row["rung_flops"] * 0.3}
 
 
+def state_of(rows: list[dict[str, Any]], **known: Any) -> SweepState:
+    """The state of a ledger with these rung rows."""
+    state = SweepState(**known)
+    for row in rows:
+        state.rungs.setdefault(row["rung"], {})[row["trial"]] = row
+        state.arrivals.append((row["trial"], row["rung"]))
+    return state
+
+
 def planted_sweep(num_trials: int = 24, seed: int = 3) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     configs = []
@@ -92,20 +103,16 @@ def planted_sweep(num_trials: int = 24, seed: int = 3) -> dict[str, Any]:
         for part in strata:
             best = min((below[i] for i in part), key=lambda row: row["metrics"]["nll"])
             rows.append(fake_row(int(best["trial"][1:]), rung, best["config"], rng))
-    spent = [sum(row["task_flops"] for row in rows if row["rung"] == rung) for rung in range(3)]
-    summary = {
-        "name": "quickstart", "state": "finished",
-        "metric": "nll", "rungs": list(RUNGS), "spent_flops": sum(spent) + 2e11,
-        "cap_flops": 2.4e13, "eval_flops": sum(row["eval_flops"] for row in rows), "elapsed_s": 412.0,
-        "spend": [{"rung_flops": c, "flops": f} for c, f in zip(RUNGS, spent, strict=True)],
-        "lost_flops": 2e11,
-        "failures": [
-            {"task_id": "t011-r1", "trial": "t011", "rung": 1, "reason": "worker killed (signal 9)", "flops": 2e11}
-        ],
-        "rejected": {"fewer than 100 steps": 7, "share below s_min": 2},
-    }  # fmt: skip
+    state = state_of(
+        rows,
+        spec={"name": "quickstart", "budget": {"ladder_flops": list(RUNGS), "total_flops": 2.4e13}},
+        finished="the space has no more points",
+        spent_flops=sum(row["task_flops"] for row in rows) + 2e11,
+        losses=[{"trial": "t011", "rung": 1, "reason": "worker killed (signal 9)", "charged_flops": 2e11}],
+        rejected=Counter({"fewer than 100 steps": 7, "share below s_min": 2}),
+    )
     baselines = {
         "popularity": {"nll": 8.91, "recall@10": 0.061, "ndcg@10": 0.034, "mrr@10": 0.024, "coverage@10": 0.0004},
         "co_occurrence": {"recall@10": 0.119, "ndcg@10": 0.071, "mrr@10": 0.055, "coverage@10": 0.21},
     }
-    return {"rows": rows, "summary": summary, "baselines": baselines}
+    return {"rows": rows, "state": state, "baselines": baselines}

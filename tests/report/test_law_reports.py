@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.files import Store
 from bfm.laws.result import Estimate
 from bfm.report import study
 from bfm.report.law_figures import law_figures
@@ -21,10 +20,9 @@ from bfm.report.law_panels import _apart
 from bfm.report.law_sections import estimate_text, headline_table, law_parts, recipe_part
 from bfm.report.page import render_report
 from bfm.report.style import svg_text
-from bfm.report.sweep_view import SweepView
 from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
-from tests.report.planted import planted_sweep
+from tests.report.planted import planted_sweep, state_of
 from tests.report.test_report_page import parsed
 
 ROWS = {
@@ -159,7 +157,7 @@ def test_rows_that_no_law_fits_say_why_in_one_line():
     for found in laws:
         assert (found.fit is None) == bool(found.refused)
         assert "\n" not in found.refused
-    files = render_report(sweep["rows"], sweep["summary"], sweep["baselines"], {}, {}, laws=laws)
+    files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, laws=laws)
     html = files["index.html"].decode()
     parsed(html)
     assert '<section id="laws">' in html
@@ -221,18 +219,14 @@ def test_labels_do_not_overlap(labels):
 def planted_study(tmp_path, monkeypatch):
     """A study of three sweeps: two begun, whose ledgers are stood in for, one not."""
     (tmp_path / "study.yaml").write_text("sweeps: [share, mixed, later]\n")
-    views = {}
+    states = {}
     for folder, axis, rows in (
         ("share", "embedder_share", planted.share_rows()),
         ("mixed", None, planted_sweep(4)["rows"]),
     ):
-        (tmp_path / folder / "ledger").mkdir(parents=True)
-        (tmp_path / folder / "ledger" / "segment").touch()
-        store = Store(tmp_path / folder)
-        views[store.uri] = SweepView(store, rows, {"name": folder, "state": "finished"}, SweepState(), {"axis": axis})
-        # The shards' facts and floors are not what these tests are about.
-        views[store.uri].__dict__["data"] = {"provenance": {}}
-    monkeypatch.setattr(study, "read_sweep", lambda location: views[location])
+        spec = {"name": folder, "axis": axis, "budget": {"ladder_flops": [], "total_flops": 10**20}}
+        states[str(tmp_path / folder)] = state_of(rows, spec=spec)
+    monkeypatch.setattr("bfm.sweep.study.read_state", lambda store: states.get(store.uri, SweepState()))
     return tmp_path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import UserError
+from bfm.files import Store
 from bfm.laws.frontier import Results, frontier
 from bfm.report import figures, style
-from bfm.report.page import render_report, write_report
+from bfm.report.page import render_report
+from bfm.report.sweep_report import publish_report
+from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, trials_in_order
+from bfm.sweep.state import SweepState
 from bfm.units import format_count
 from tests.report.planted import compare, diverged, planted_sweep
 
@@ -57,15 +62,14 @@ def parsed(html: str) -> Balanced:
     return parser
 
 
-def rendered(sweep, spec=None, extra=None) -> str:
-    return render_report(sweep["rows"], sweep["summary"], sweep["baselines"], spec or {}, extra or {})[
-        "index.html"
-    ].decode()
+def rendered(sweep, extra=None) -> str:
+    return render_report(sweep["rows"], sweep["state"], sweep["baselines"], extra or {})["index.html"].decode()
 
 
-def test_report_of_a_sweep_is_whole_and_self_contained(sweep, tmp_path):
-    path = write_report(tmp_path / "report", sweep["rows"], sweep["summary"], sweep["baselines"], {"name": "q"}, {})
-    html = path.read_text()
+def test_report_of_a_sweep_is_whole_and_self_contained(sweep):
+    files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {})
+    assert list(files)[-1] == "index.html"
+    html = files["index.html"].decode()
     page = parsed(html)
     assert page.fetched == []
     assert not re.search(r"@import|url\((?!#)", html)
@@ -74,9 +78,9 @@ def test_report_of_a_sweep_is_whole_and_self_contained(sweep, tmp_path):
         assert (reference[0] or reference[1]) in page.ids
     for anchor in ("best", "frontier", "curves", "isoflop", "settings", "agreement", "spend", "trials", "failures"):
         assert anchor in page.ids
-    assert pq.read_table(path.parent / "runs.parquet").num_rows == len(sweep["rows"])
+    assert pq.read_table(io.BytesIO(files["runs.parquet"])).num_rows == len(sweep["rows"])
     for figure in ("frontier", "curves", "isoflop", "settings", "agreement", "spend"):
-        ElementTree.parse(path.parent / "figures" / f"{figure}.svg")
+        ElementTree.fromstring(files[f"figures/{figure}.svg"])
     # Every trial has its line.
     assert all(f"<td>t{trial:03d}</td>" in html for trial in range(24))
 
@@ -94,9 +98,7 @@ def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
 
 
 def test_the_page_tells_differences_on_the_same_queries(sweep):
-    html = render_report(sweep["rows"], sweep["summary"], sweep["baselines"], {}, {}, compare=compare)[
-        "index.html"
-    ].decode()
+    html = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, compare=compare)["index.html"].decode()
     point = frontier(sweep["rows"], "nll", compare)[2]
     change, error = point.change.value, point.change.error
     remark = (
@@ -116,15 +118,15 @@ def test_the_page_is_a_function_of_its_input():
 def test_everything_from_outside_is_escaped():
     sweep = planted_sweep(6)
     evil = "<script>alert('x')</script>\"&"
-    sweep["summary"]["name"] = evil
-    sweep["summary"]["failures"] = [{"trial": evil, "rung": 1, "reason": evil}]
-    sweep["summary"]["rejected"] = {evil: 3}
+    sweep["state"].spec["name"] = evil
+    sweep["state"].losses = [{"trial": evil, "rung": 1, "reason": evil, "charged_flops": 1}]
+    sweep["state"].rejected = Counter({evil: 3})
     sweep["rows"][0] = sweep["rows"][0] | {"trial": evil, "device": evil, "engine": evil}
     best = min((row for row in sweep["rows"] if row["rung"] == 2), key=lambda row: row["metrics"]["nll"])
     best["trial"] = evil
     extra = {"manifest": {"name": evil, "split": {"by": evil}}, "protocol": {"hash": evil}, "provenance": {evil: evil}}
     sweep["baselines"][evil] = {"nll": 7.5, "recall@10": 0.2}
-    html = rendered(sweep, {"name": evil}, extra)
+    html = rendered(sweep, extra)
     assert "<script>alert" not in html
     assert html.count("<script>") == 1
     parsed(html)
@@ -139,7 +141,7 @@ def test_pages_of_few_and_bad_rows():
     same = [full["rows"][0] | {"trial": f"t{k}"} for k in range(5)]
     probes = [full["rows"][0] | {"kind": "probe"}]
     for rows in [*cases, same, probes]:
-        parsed(rendered({"rows": rows, "summary": {}, "baselines": full["baselines"] if rows else {}}))
+        parsed(rendered({"rows": rows, "state": SweepState(), "baselines": full["baselines"] if rows else {}}))
 
 
 def test_many_rungs_one_metric_and_long_names():
@@ -148,7 +150,8 @@ def test_many_rungs_one_metric_and_long_names():
          "params": 10 ** (3 + rung / 3), "metrics": {"mrr@10": 0.1 + 0.01 * rung}}
         for rung in range(12)
     ]  # fmt: skip
-    parsed(rendered({"rows": rows, "summary": {"rungs": [row["rung_flops"] for row in rows]}, "baselines": {}}))
+    spec = {"budget": {"ladder_flops": [row["rung_flops"] for row in rows], "total_flops": 10**14}}
+    parsed(rendered({"rows": rows, "state": SweepState(spec=spec), "baselines": {}}))
 
 
 def test_rows_of_two_protocols_are_refused(sweep):
@@ -158,18 +161,18 @@ def test_rows_of_two_protocols_are_refused(sweep):
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
-    sweep = planted_sweep(6)
-    arguments = (sweep["rows"], sweep["summary"], sweep["baselines"], {}, {})
-    path = write_report(tmp_path, *arguments)
-    before = path.read_bytes()
+    view = SweepView(Store(tmp_path), planted_sweep(6)["state"])
+    page = tmp_path / "report" / "index.html"
+    assert publish_report(view)[0] == str(page)
+    before = page.read_bytes()
 
-    def full_disk(path, data):
+    def full_disk(store, name, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bfm.report.page.write_atomic", full_disk)
+    monkeypatch.setattr(Store, "put", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_report(tmp_path, *arguments)
-    assert path.read_bytes() == before
+        publish_report(view)
+    assert page.read_bytes() == before
 
 
 def test_overview_is_a_picture(sweep):

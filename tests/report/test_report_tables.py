@@ -20,6 +20,7 @@ from bfm.report.tables import (
     trials_in_order,
     trials_text,
 )
+from bfm.sweep.state import SweepState
 from tests.report.planted import compare
 
 
@@ -127,14 +128,14 @@ def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
 
 
 def test_spend_and_failures(sweep):
-    text = spend_text(Results(sweep["rows"]), sweep["summary"])
+    text = spend_text(Results(sweep["rows"]), sweep["state"])
     assert "22       2" in text.splitlines()[2]
     assert text.splitlines()[-1] == "spent 1.09e13 FLOPs of 2.4e13 (45%)"
-    reasons = failures_text(sweep["rows"], sweep["summary"])
+    reasons = failures_text(sweep["rows"], sweep["state"])
     assert "t005 rung 0: diverged" in reasons
     assert "worker killed (signal 9)" in reasons
     assert "refused 7: fewer than 100 steps" in reasons
-    assert failures_text([], {}) == ""
+    assert failures_text([], SweepState()) == ""
 
 
 def test_an_evaluation_stands_beside_its_floors():

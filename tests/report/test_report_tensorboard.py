@@ -12,10 +12,10 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from bfm.files import Store
 from bfm.report.events_file import EventFile, flops_step, stored_events
-from bfm.report.figures import overview_png
-from bfm.report.tensorboard import SweepWriter, TrialWriter, sweep_writer, trial_writer
+from bfm.report.tensorboard import SweepWriter, TrialWriter
+from bfm.sweep.state import SweepState
 from bfm.training.records import StepRecord
-from tests.report.planted import VALIDATION, planted_sweep
+from tests.report.planted import VALIDATION, planted_sweep, state_of
 
 CONFIG = {"params": 1e5, "embedder_share": 0.02, "averaging": False, "depth": None, "shape": [1, 2]}
 METRICS = ["nll", "recall@10"]
@@ -92,7 +92,7 @@ def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
 
 
 def test_hparams_and_layout_are_there_from_the_start(tmp_path):
-    trial_writer(tmp_path, CONFIG, METRICS)
+    TrialWriter(tmp_path, CONFIG, METRICS)
     contents = read(tmp_path).summary_metadata
     plugins = [metadata.plugin_data.plugin_name for metadata in contents.values()]
     assert plugins.count("hparams") == 3
@@ -213,7 +213,7 @@ def test_a_writer_that_costs_too_much_writes_less(tmp_path, monkeypatch):
 
 
 def test_a_failed_trial_marks_its_session(tmp_path):
-    writer = trial_writer(tmp_path, CONFIG, METRICS)
+    writer = TrialWriter(tmp_path, CONFIG, METRICS)
     writer.row(rung_row(10) | {"status": "diverged", "metrics": {}, "errors": {}})
     writer.row({"kind": "probe", "steps": 5, "metrics": {"nll": 1.0}})
     writer.close()
@@ -227,7 +227,7 @@ def test_a_place_that_cannot_be_written_costs_one_warning(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        writer = trial_writer(tmp_path / "file" / "logs", CONFIG, METRICS)
+        writer = TrialWriter(tmp_path / "file" / "logs", CONFIG, METRICS)
         for step in range(1, 20):
             writer.step(record(step))
         writer.row(rung_row(20))
@@ -255,17 +255,18 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path, monkeypatch):
 def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     sweep = planted_sweep()
     rows = sweep["rows"]
-    writer = sweep_writer(tmp_path, sweep["baselines"])
+    writer = SweepWriter(tmp_path, sweep["baselines"])
     for count in range(1, len(rows)):
-        writer.update(count, lambda n=count: (rows[:n], {"cap_flops": 2.4e13, "running": 2}))
-    again = sweep_writer(tmp_path, sweep["baselines"])
+        writer.update(state_of(rows[:count], spent_flops=1e12, open_tasks={"a": None, "b": None}))
+    again = SweepWriter(tmp_path, sweep["baselines"])
     for count in range(len(rows) - 3, len(rows) + 1):
-        again.update(count, lambda n=count: (rows[:n], sweep["summary"]))
-    again.finish(rows, overview_png(rows, {}))
+        again.update(state_of(rows[:count], spent_flops=1.5e13))
+    again.finish(rows)
     board = read(tmp_path)
     total = board.Scalars("spend/total")
     assert [event.step for event in total] == list(range(1, len(rows) + 1))
-    assert total[-1].value == pytest.approx(sweep["summary"]["spent_flops"], rel=1e-6)
+    assert total[-1].value == pytest.approx(1.5e13, rel=1e-6)
+    assert {event.value for event in board.Scalars("occupancy/running")} == {0, 2}
     best = board.Scalars("frontier/nll/C=1.6e12")
     assert best[-1].value == pytest.approx(min(r["metrics"]["nll"] for r in rows if r["rung"] == 2), rel=1e-6)
     floor = board.Scalars("frontier/recall@10/floor=co-occurrence")
@@ -277,22 +278,25 @@ def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     assert board.Scalars("occupancy/failed")[-1].value == 2
     assert board.Scalars("spend/C=1e11")[-1].value == pytest.approx(2.4e12, rel=0.01)
     assert board.Scalars("by_flops/frontier/nll/C=1e11")
-    assert len(board.Images("overview")) == 1
     assert b"at most" in board.Tensors("frontier/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_a_long_sweep_is_looked_at_whole_only_now_and_then(tmp_path):
-    rows, looks, clock = planted_sweep()["rows"], [], Clock()
+    row, looks, clock = planted_sweep()["rows"][0], [], Clock()
     writer = SweepWriter(tmp_path, {}, clock)
 
-    def standing(count):
-        looks.append(count)
-        clock.now_s += 0.6
-        return [{**rows[0], "trial": str(number)} for number in range(count)], {}
+    class Growing(SweepState):
+        def all_rows(self):
+            looks.append(len(self.arrivals))
+            clock.now_s += 0.6
+            return super().all_rows()
 
-    for count in range(1, 3001):
+    state = Growing(rungs={0: {}})
+    for number in range(3000):
         clock.now_s += 0.1
-        writer.update(count, lambda n=count: standing(n))
+        state.rungs[0][str(number)] = {**row, "trial": str(number)}
+        state.arrivals.append((str(number), 0))
+        writer.update(state)
     # Every result up to 200, then log(3000 / 200) / log(1.005) = 543, and those that a hundredth of the time allows.
     assert len(looks) < 800
     writer.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bfm.objective.sampling import Proposal, drawn_inclusion
-from bfm.sweep.costs import Costs, LogFacts, union_mean
+from bfm.sweep.costs import Costs, union_mean
 from bfm.sweep.tiers import Tier
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory
@@ -21,7 +21,7 @@ from tests.training.common import STAGE_1
 def test_a_step_costs_about_what_is_planned(toy_shards, negatives, exponent):
     data = TrainingData.of(toy_shards)
     config = dataclasses.replace(STAGE_1, live_negatives=negatives, live_exponent=exponent)
-    planned = Costs(LogFacts.from_shards(toy_shards, data.protocol, None)).of(config)
+    planned = Costs.on(toy_shards, data.protocol, None).of(config)
     trainer = Trainer(config, 0, data, EngineFactory())
     trainer.run_trunk(20 * planned.step_flops)
     counted = trainer.counters.path_flops / trainer.counters.step
@@ -30,7 +30,7 @@ def test_a_step_costs_about_what_is_planned(toy_shards, negatives, exponent):
 
 def test_a_probe_costs_its_own_queries_however_many_a_row_has(toy_shards):
     protocol = TrainingData.of(toy_shards).protocol
-    few, whole = (Costs(LogFacts.from_shards(toy_shards, protocol, queries)).of(STAGE_1) for queries in (5, None))
+    few, whole = (Costs.on(toy_shards, protocol, queries).of(STAGE_1) for queries in (5, None))
     assert few.evaluation_flops < whole.evaluation_flops
     assert few.probe_flops == whole.probe_flops
     assert len(protocol.queries("validation").position) <= PROBE_QUERIES
@@ -51,11 +51,10 @@ def test_mean_of_a_union_of_popular_items_and_draws():
 
 
 def test_memory_does_not_grow_with_the_scores_of_many_negatives(toy_shards):
-    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    costs = Costs.on(toy_shards, TrainingData.of(toy_shards).protocol, None)
     stage_2 = {"window": 64, "group_windows": 64, "freeze_at_flops": 1e9}
     few, many = (
-        Costs(facts).of(dataclasses.replace(STAGE_1, **stage_2, negatives=negatives))
-        for negatives in (1 << 14, 1 << 21)
+        costs.of(dataclasses.replace(STAGE_1, **stage_2, negatives=negatives)) for negatives in (1 << 14, 1 << 21)
     )
     assert many.memory_bytes(Tier(), 1, False) == few.memory_bytes(Tier(), 1, False)
     reference = Tier(softmax="reference")
@@ -64,26 +63,26 @@ def test_memory_does_not_grow_with_the_scores_of_many_negatives(toy_shards):
 
 
 def test_memory_grows_with_tables_and_with_the_ids_of_bags(toy_shards):
-    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    costs = Costs.on(toy_shards, TrainingData.of(toy_shards).protocol, None)
     config = dataclasses.replace(STAGE_1, live_negatives=0)
 
     def cost(**changes):
-        fields = tuple(dataclasses.replace(f, **changes.get(f.name, {})) for f in facts.fields)
-        return Costs(dataclasses.replace(facts, fields=fields)).of(config)
+        fields = tuple(dataclasses.replace(f, **changes.get(f.name, {})) for f in costs.fields)
+        return dataclasses.replace(costs, fields=fields).of(config)
 
     plain, wide, long = cost(), cost(item_id={"rows": 1 << 20}), cost(tags={"columns": 64})
     more = ((1 << 20) - 1024) * config.table_width
     assert wide.table_params - plain.table_params == wide.state_params - plain.state_params == more
     assert wide.memory_bytes(Tier(), 1, False) - plain.memory_bytes(Tier(), 1, False) == 16 * more
-    tags = next(field for field in facts.fields if field.name == "tags")
-    items = facts.groups(config.window, config.group_windows).distinct_items_mean
+    tags = next(field for field in costs.fields if field.name == "tags")
+    items = costs.groups(config.window, config.group_windows).distinct_items_mean
     added = 2 * 4 * (64 - tags.columns) * config.table_width * items
     assert long.memory_bytes(Tier(), 1, False) - plain.memory_bytes(Tier(), 1, False) == pytest.approx(added, abs=2)
 
 
 def test_a_shared_catalogue_is_divided_among_workers_beside_activations(toy_shards):
-    facts = LogFacts.from_shards(toy_shards, TrainingData.of(toy_shards).protocol, None)
-    cost = Costs(facts).of(dataclasses.replace(STAGE_1, freeze_at_flops=1e9, negatives=64))
+    costs = Costs.on(toy_shards, TrainingData.of(toy_shards).protocol, None)
+    cost = costs.of(dataclasses.replace(STAGE_1, freeze_at_flops=1e9, negatives=64))
     cost = dataclasses.replace(cost, catalogue_bytes=1 << 20, group_bytes=1 << 30)
 
     def estimate(method: str) -> int:

@@ -13,7 +13,6 @@ import pytest
 from bfm.errors import UserError
 from bfm.model.flops import FLOPS_VERSION
 from bfm.report.page import render_report
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.sweep.driver import run_serial
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
@@ -223,5 +222,5 @@ def test_the_report_shows_them(table):
     driver = in_memory(make_spec(scheduler={"type": "frontier"}))
     import_runs(driver, table(many()))
     run_serial(driver, execute)
-    html = render_report(sweep_rows(driver.state), sweep_summary(driver.state), {}, driver.spec.as_dict(), {})
+    html = render_report(driver.state.all_rows(), driver.state, {}, {})
     assert b"x0000" in html["index.html"]

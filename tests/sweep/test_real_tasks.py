@@ -13,7 +13,7 @@ from bfm.laws.frontier import Gap, unpaired
 from bfm.report.digits import gap_text
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
@@ -48,7 +48,7 @@ SPACE = {
 
 def test_a_sweep_of_real_models(toy_shards, tmp_path):
     spec, store = from_dict(SPACE), Store(tmp_path / "toy")
-    costs = Costs(LogFacts.from_shards(toy_shards, Protocol.load(toy_shards), spec.data.evaluation_queries))
+    costs = Costs.on(toy_shards, Protocol.load(toy_shards), spec.data.evaluation_queries)
     driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
 
     def execute(task):

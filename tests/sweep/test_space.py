@@ -11,7 +11,7 @@ from bfm.errors import InfeasibleError
 from bfm.events.protocol import Protocol
 from bfm.events.statistics import group_means
 from bfm.model.flops import ModelCost
-from bfm.sweep.costs import STEP_MARGIN, Costs, LogFacts
+from bfm.sweep.costs import STEP_MARGIN, Costs
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
@@ -84,8 +84,7 @@ def test_the_grid_is_whole_and_its_reasons_are_counted():
 
 @pytest.fixture(scope="module")
 def toy_costs(toy_shards):
-    facts = LogFacts.from_shards(toy_shards, Protocol.load(toy_shards), None)
-    return Costs(facts)
+    return Costs.on(toy_shards, Protocol.load(toy_shards), None)
 
 
 def test_a_drawn_value_that_no_configuration_takes_is_a_rejection(toy_costs):

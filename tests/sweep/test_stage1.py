@@ -14,7 +14,7 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.protocol import Protocol
 from bfm.files import Store, parent_store
 from bfm.sweep.changes import check_changes
-from bfm.sweep.costs import Costs, LogFacts
+from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.plan import plan
@@ -61,7 +61,7 @@ def space(trunk: Path, **changes):
 
 
 def costs_on(shards, spec):
-    return Costs(LogFacts.from_shards(shards, Protocol.load(shards), spec.data.evaluation_queries))
+    return Costs.on(shards, Protocol.load(shards), spec.data.evaluation_queries)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bfm.laws.frontier import Results
-from bfm.report.summary import sweep_rows, sweep_summary
 from bfm.report.tables import spend_text
 from bfm.sweep.driver import run_serial
 from bfm.sweep.status import life_text, summarise
@@ -41,7 +40,7 @@ def test_evictions_redone_flops_and_models_above_the_quota_are_told():
     assert "cooled models of the rows alone take" in text
     assert f"{storage['trunks']} trunks kept, {storage['trunk_bytes'] / GIB:.3g} of 2 GiB" in text
     assert len(storage["evictions"]) <= 5
-    assert "redone for want of evicted trunks" in spend_text(Results(sweep_rows(state)), sweep_summary(state))
+    assert "redone for want of evicted trunks" in spend_text(Results(state.all_rows()), state)
 
 
 def test_imports_are_counted_apart(tmp_path):

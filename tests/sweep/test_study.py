@@ -7,9 +7,11 @@ import pytest
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.sweep.driver import run_serial
-from bfm.sweep.ledger import read_state
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.recipe.evidence import read_evidence
-from bfm.sweep.study import is_study, joined, study_folders
+from bfm.sweep.state import SweepState
+from bfm.sweep.study import StoredSweep, is_study, joined, read_sweeps, study_folders
 from tests.sweep.world import execute, make_spec, start
 
 
@@ -37,10 +39,21 @@ def test_sweeps_of_one_axis_are_one_with_trials_named_by_their_folders(tmp_path)
     assert sizes.folder == f"{tmp_path}/a/sizes"
 
 
+def test_a_ledger_that_was_only_opened_is_no_sweep_yet(tmp_path):
+    store = Store(tmp_path / "opened")
+    Ledger(store, Lease.acquire(store)).close()
+    (tmp_path / "study.yaml").write_text("sweeps: [opened]")
+    (sweep,) = read_sweeps(str(tmp_path))
+    assert (sweep.has_begun, sweep.axis, sweep.rows) == (False, None, [])
+    with pytest.raises(UserError, match="there is no sweep here"):
+        read_sweeps(store.uri)
+
+
 def test_one_sweep_keeps_its_names():
-    rows = [{"trial": "t00000"}]
-    assert joined([("a", rows)]) == rows
-    assert [row["trial"] for row in joined([("a", rows), ("b", rows)])] == ["a/t00000", "b/t00000"]
+    state = SweepState(rungs={0: {"t00000": {"trial": "t00000"}}})
+    first, second = (StoredSweep(Store(folder), state, folder) for folder in "ab")
+    assert joined([first]) == state.all_rows()
+    assert [row["trial"] for row in joined([first, second])] == ["a/t00000", "b/t00000"]
 
 
 @pytest.mark.parametrize("text", ["sweeps: none", "sweeps: []", "sweeps: [1]", "{}"])
@@ -49,5 +62,5 @@ def test_a_list_without_folders_is_one_line(tmp_path, text):
     (tmp_path / "study.yaml").write_text(text)
     assert is_study(str(tmp_path))
     with pytest.raises(UserError, match="is no list of folders") as caught:
-        study_folders(Store(tmp_path), f"{tmp_path}/")
+        study_folders(Store(f"{tmp_path}/"))
     assert (caught.value.key, caught.value.file) == ("sweeps", f"{tmp_path}/study.yaml")

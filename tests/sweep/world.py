@@ -18,6 +18,7 @@ from bfm.sweep.settings import SweepSpec
 from bfm.sweep.simulator.run import simulated_row
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
+from bfm.sweep.status import import_words
 from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
 
@@ -126,7 +127,7 @@ def in_memory(spec: SweepSpec, records=(), **options) -> SweepDriver:
 
 def import_runs(driver: SweepDriver, path, protocol_hash: str | None = None) -> str:
     """What comes of a table of runs."""
-    return driver.take_runs(read_runs(path, driver.spec, driver.arena.feasible, protocol_hash))
+    return import_words(driver.take_runs(read_runs(path, driver.spec, driver.arena.feasible, protocol_hash)))
 
 
 def first_tries(records) -> list[tuple]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from bfm.errors import UserError
-from bfm.files import Store, canonical_json
+from bfm.files import canonical_json
 from bfm.laws.frontier import Row, by_rung, measured, metric_names, metric_value
-from bfm.sweep.ledger import read_state
 from bfm.sweep.metric import Metric
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.spec import from_dict
-from bfm.sweep.study import by_axis, is_study, joined, study_folders
+from bfm.sweep.status import spec_of
+from bfm.sweep.study import by_axis, joined, read_sweeps
 
 ALLOCATION = "allocation"
 BINS_PER_DECADE = 4
@@ -92,19 +91,8 @@ def read_evidence(folder: str) -> Evidence:
     Raises UserError where there is none, where none has a row, or where rows are of several protocols; CorruptError
     where a ledger is damaged.
     """
-    root = folder.rstrip("/")
-    places = study_folders(Store(folder), folder) if is_study(folder) else []
-    found, waiting = [], []
-    for location in [f"{root}/{place}" for place in places] or [folder]:
-        sweep = _read_sweep(location)
-        if sweep is None and not places:
-            raise UserError(
-                "there is no sweep here", file=folder, fix="name the folder <storage>/<name> of a sweep or a study"
-            )
-        if sweep is not None and metric_names(sweep.rows):
-            found.append(sweep)
-        else:
-            waiting.append(location.removeprefix(f"{root}/"))
+    sweeps = read_sweeps(folder)
+    found = [sweep for sweep in sweeps if metric_names(sweep.rows)]
     if not found:
         raise UserError("no row has a metric yet", file=folder, fix="let the sweep finish a rung")
     hashes = {row["protocol_hash"] for sweep in found for row in sweep.rows if row.get("protocol_hash")}
@@ -115,11 +103,10 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
-    sweeps = tuple(
-        replace(group[0], rows=tuple(joined([(sweep.folder.removeprefix(f"{root}/"), sweep.rows) for sweep in group])))
-        for group in by_axis(found).values()
+    swept = (
+        Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found).values()
     )
-    return Evidence(folder, sweeps, tuple(waiting))
+    return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))
 
 
 def best_quarter(ranked: Sequence[Row]) -> list[Row]:
@@ -154,11 +141,3 @@ def _loss_of(metric: str) -> Callable[[Row], float]:
     """A row's value, signed so that smaller is better."""
     named = Metric(metric)
     return lambda row: named.loss(metric_value(row, metric))
-
-
-def _read_sweep(folder: str) -> Swept | None:
-    state = read_state(Store(folder))
-    if state.spec is None:
-        return None
-    rows = [row for rung in sorted(state.rungs) for row in state.rungs[rung].values()]
-    return Swept(folder, from_dict(state.spec), (*rows, *state.probes))

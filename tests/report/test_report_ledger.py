@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from bfm.report.page import render_report
-from bfm.report.summary import sweep_rows, sweep_summary
+from bfm.report.tables import lost_tasks
 from bfm.sweep.state import SweepState
 from tests.report.planted import RUNGS, planted_sweep
 
 
-def test_rows_and_summary_follow_the_ledger():
+def test_the_page_follows_the_ledger():
     rows = planted_sweep(6)["rows"]
     spec = {"name": "mini", "metric": {"name": "nll"}, "budget": {"ladder_flops": list(RUNGS), "total_flops": 10**13}}
     records: list[dict] = [{"kind": "opened"}, {"kind": "spec", "spec": spec}]
@@ -24,17 +24,17 @@ def test_rows_and_summary_follow_the_ledger():
         records.append({"kind": "task", "task": task})
         if place == 2:
             lost = {"kind": "lost", "task_id": "task-2", "fault": "worker", "charged_flops": 10**11, "reason": "killed"}
-            lost |= {"progress": None, "progress_flops": 0}
+            lost |= {"trial": row["trial"], "rung": row["rung"], "progress": None, "progress_flops": 0}
             records += [lost, {"kind": "task", "task": task | {"task_id": "task-2b"}}]
         task_id = "task-2b" if place == 2 else f"task-{place}"
         records.append({"kind": "row", "task_id": task_id, "row": row, "probes": []})
     state = SweepState.fold(records)
-    summary = sweep_summary(state, elapsed_s=61.0)
-    assert sorted(map(str, sweep_rows(state))) == sorted(map(str, rows))
-    assert summary["spent_flops"] == pytest.approx(sum(row["task_flops"] for row in rows) + 1e11)
-    assert (summary["cap_flops"], summary["rungs"], summary["state"]) == (10**13, list(RUNGS), "unfinished")
-    assert summary["rejected"] == {"fewer than 100 steps": 6}
-    assert summary["failures"] == [{"trial": "task-2", "rung": None, "reason": "killed, 1e+11 FLOPs charged"}]
-    html = render_report(sweep_rows(state), summary, {}, spec, {})["index.html"].decode()
+    assert sorted(map(str, state.all_rows())) == sorted(map(str, rows))
+    assert state.spent_flops == pytest.approx(sum(row["task_flops"] for row in rows) + 1e11)
+    assert state.cap_flops == 10**13
+    assert lost_tasks(state) == [(rows[2]["trial"], rows[2]["rung"], "killed, 1e+11 FLOPs charged")]
+    html = render_report(state.all_rows(), state, {}, {})["index.html"].decode()
     assert "<h1>mini</h1>" in html
+    assert "unfinished sweep" in html
+    assert "fewer than 100 steps" in html
     assert "killed, 1e+11 FLOPs charged" in html

@@ -1,0 +1,25 @@
+"""How a command ends: done is 0, a fault 1, wrong input 2; what went wrong is one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from bfm.errors import CorruptError, DivergedError, PausedError, UserError
+from bfm.files import check_encoding
+
+
+def exit_code(verb: Callable[[], int]) -> int:
+    """That of a verb, which says itself how it ended where nothing went wrong. BFM_DEBUG=1 raises what did."""
+    try:
+        check_encoding()
+        return verb()
+    except (UserError, CorruptError, DivergedError, PausedError, OSError) as error:
+        if os.environ.get("BFM_DEBUG"):
+            raise
+        line = str(error) if isinstance(error, (UserError, PausedError)) else f"{type(error).__name__}: {error}"
+        print(f"bfm: {' '.join(line.split())}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
