@@ -28,7 +28,8 @@ SIGNALLED = 128
 def study_verb(spaces: Sequence[str | Path], storage: str, name: str, overrides: Sequence[str] = ()) -> int:
     """`bfm study`: the exit code, that of the worst sweep; a signal ends the study.
 
-    Raises UserError before anything is trained where a space is wrong or infeasible, CorruptError for damage.
+    Raises UserError before anything is trained where a space is wrong or infeasible, and what a sweep raises: a fault
+    of one (damage, a pause, storage that is gone) is likely to be the next one's, too.
     """
     check_name(name, "--name")
     specs = [resolve(space, overrides) for space in spaces]

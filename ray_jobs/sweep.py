@@ -19,7 +19,7 @@ from pathlib import Path
 import ray
 import yaml
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.exits import exit_code
 from bfm.files import Store, absolute
 from bfm.laws.frontier import Row
@@ -126,8 +126,9 @@ def run_sweep(
         try:
             if driver.state.finished is None:
                 _train(opened, store, driver, joins, progress, execute)
-        except Interrupted as interrupt:
-            print(_outcome(driver, store, f"stopped by {interrupt}; the same command goes on").line(), file=sys.stderr)
+        except (Interrupted, PausedError) as end:
+            why = f"stopped by {end}; the same command goes on" if isinstance(end, Interrupted) else "paused"
+            print(_outcome(driver, store, why).line(), file=sys.stderr)
             raise
         return _outcome(driver, store, driver.state.finished or "ended")
 

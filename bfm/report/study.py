@@ -68,7 +68,7 @@ class Chapter:
 
 def chapters(sweeps: Sequence[SweepView]) -> list[Chapter]:
     """In the order in which their first sweep stands."""
-    return [Chapter(title.replace("_", " "), tuple(group)) for title, group in by_axis(sweeps).items()]
+    return [Chapter((group[0].axis or group[0].folder).replace("_", " "), tuple(group)) for group in by_axis(sweeps)]
 
 
 def publish_study(location: str, *, overview: bool = False) -> list[str]:

@@ -90,12 +90,12 @@ def read_sweeps(location: str) -> list[StoredSweep]:
     return [StoredSweep(place, read_state(place), folder) for folder, place in places]
 
 
-def by_axis(sweeps: Iterable[Sweep]) -> dict[str, list[Sweep]]:
-    """Axis -> its sweeps, in the order in which the first of them stands; a sweep without one is by its folder."""
-    groups: dict[str, list[Sweep]] = {}
+def by_axis(sweeps: Iterable[Sweep]) -> list[list[Sweep]]:
+    """Those of one axis together, in the order in which the first of them stands; one without an axis stands alone."""
+    groups: dict[tuple[str | None, str], list[Sweep]] = {}
     for sweep in sweeps:
-        groups.setdefault(sweep.axis or sweep.folder, []).append(sweep)
-    return groups
+        groups.setdefault((sweep.axis, "" if sweep.axis else sweep.folder), []).append(sweep)
+    return list(groups.values())
 
 
 def joined(sweeps: Sequence[StoredSweep]) -> Sequence[Row]:

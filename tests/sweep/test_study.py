@@ -11,7 +11,7 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.recipe.evidence import read_evidence
 from bfm.sweep.state import SweepState
-from bfm.sweep.study import StoredSweep, is_study, joined, read_sweeps, study_folders
+from bfm.sweep.study import StoredSweep, by_axis, is_study, joined, read_sweeps, study_folders
 from tests.sweep.world import execute, make_spec, start
 
 
@@ -37,6 +37,12 @@ def test_sweeps_of_one_axis_are_one_with_trials_named_by_their_folders(tmp_path)
     assert own == set(read_state(Store(tmp_path / "all")).trials)
     assert {row["trial"] for row in sizes.rows} == {f"{place}/sizes/{trial}" for place in "ab" for trial in own}
     assert sizes.folder == f"{tmp_path}/a/sizes"
+
+
+def test_a_sweep_without_an_axis_stands_alone_whatever_its_folder_is_called():
+    specs = [({"axis": "batch"}, "b1"), ({}, "batch"), ({"axis": "batch"}, "b2"), ({}, "other")]
+    sweeps = [StoredSweep(Store("x"), SweepState(spec=spec), folder) for spec, folder in specs]
+    assert [[sweep.folder for sweep in group] for group in by_axis(sweeps)] == [["b1", "b2"], ["batch"], ["other"]]
 
 
 def test_a_ledger_that_was_only_opened_is_no_sweep_yet(tmp_path):

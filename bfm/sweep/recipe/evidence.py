@@ -103,9 +103,7 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
-    swept = (
-        Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found).values()
-    )
+    swept = (Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found))
     return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))
 
 
