@@ -14,7 +14,7 @@ from typing import Any
 
 from bfm.sweep.arena import Arena, Config, Proposal
 from bfm.sweep.metric import Metric
-from bfm.sweep.policy import Promote, Propose
+from bfm.sweep.policy import Start
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
 
@@ -23,21 +23,13 @@ from bfm.sweep.state import SweepState, Trial, metric_value
 class Step:
     """A candidate: a paused trial or a new proposal, on its way to a rung, one task at a time."""
 
-    trial: Trial | None
-    proposal: Proposal | None
+    subject: Trial | Proposal
     first: int
     """The rung of the task that would be started now."""
     rung: int
     """The rung that it is meant for."""
     cost_flops: int
     """All tasks up to `rung`."""
-
-    @property
-    def subject(self) -> Trial | Proposal:
-        """Whose step it is."""
-        found = self.trial or self.proposal
-        assert found is not None
-        return found
 
     @property
     def params(self) -> int:
@@ -49,17 +41,9 @@ class Step:
         """The configuration."""
         return self.subject.config
 
-    @property
-    def key(self) -> str:
-        """Who it is: a new proposal is nobody yet."""
-        return "" if self.trial is None else self.trial.trial
-
-    def decision(self, reason: str, seed: int) -> Promote | Propose:
-        """Start its first task; a new proposal's with a seed."""
-        if self.trial is not None:
-            return Promote(self.trial.trial, self.first, reason, self.rung)
-        assert self.proposal is not None, "a step is of a trial or of a proposal"
-        return Propose(self.first, reason, self.proposal, self.rung, seed)
+    def start(self, reason: str) -> Start:
+        """The decision to begin with its first task."""
+        return Start(self.subject, self.first, reason, self.rung)
 
 
 class View:
@@ -101,7 +85,7 @@ class View:
     def climbs(self, trial: Trial) -> list[Step]:
         """A paused trial on its way to each of the rungs above."""
         ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
-        return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
+        return self._steps(trial, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
 
     def next_climb(self, trial: Trial) -> Step | None:
         """The first of them, if it may be reserved."""
@@ -110,22 +94,19 @@ class View:
     def entries(self, proposal: Proposal) -> list[Step]:
         """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
         rungs = self.arena.rungs(proposal.config)
-        steps = self._steps(None, proposal, rungs, None)
+        steps = self._steps(proposal, rungs, None)
         return steps if len(steps) == len(rungs) else []
 
-    def _steps(
-        self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
-    ) -> list[Step]:
-        config = trial.config if trial is not None else proposal.config if proposal is not None else {}
-        limits = self.state.memory_limits
+    def _steps(self, subject: Trial | Proposal, ways: Sequence[int], trunk: int | None) -> list[Step]:
+        config, limits = subject.config, self.state.memory_limits
         if limits:
             ways = list(takewhile(lambda way: self.arena.places(config, way, limits), ways))
         if not self.arena.climbs(config):
-            return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
+            return [Step(subject, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
         steps, cost_flops = [], 0
         for way in ways:
             cost_flops += self.arena.reserve_flops(config, way, trunk)
-            steps.append(Step(trial, proposal, ways[0], way, cost_flops))
+            steps.append(Step(subject, ways[0], way, cost_flops))
             trunk = way
         return steps
 
