@@ -57,7 +57,7 @@ class _Baseline(ABC):
         """The arena's next point at its entry rung, Optuna's before others."""
         pool = self.arena.pool(view.state, view.state.num_proposals) if self._may_begin(view) else ()
         for proposal in sorted(pool, key=lambda proposal: proposal.source != OPTUNA):
-            if steps := view.entries(proposal):
+            if steps := view.steps(proposal):
                 entry = self._entry(proposal)
                 fitting = (step for step in steps if step.rung == entry and step.cost_flops <= view.available_flops)
                 return next((step.start(why) for step in fitting), None)
@@ -154,11 +154,11 @@ class IsoflopWindow(_Baseline):
         ways: list[tuple[float, int, Step | None]] = []
         for trial in view.state.trials.values():
             if rung in self.arena.rungs(trial.config):
-                ups = view.climbs(trial) if view.is_paused(trial) and max(trial.rows) < rung else []
+                ups = view.steps(trial) if view.is_paused(trial) and max(trial.rows) < rung else []
                 way = next((step for step in ups if step.rung == rung), None)
                 ways.append((abs(math.log(trial.params / target)), next(numbers), way))
         for proposal in pool:
-            way = next((step for step in view.entries(proposal) if step.rung == rung), None)
+            way = next((step for step in view.steps(proposal) if step.rung == rung), None)
             if way is not None:
                 ways.append((abs(math.log(proposal.params / target)), next(numbers), way))
         near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])

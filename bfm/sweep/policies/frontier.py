@@ -218,7 +218,7 @@ class FrontierPolicy:
         if cheapest is None or not len(ways):
             return ways
         free = view.available_flops - sum(view.promised_flops)
-        kept = ways.take(np.asarray(free - ways.cost_M >= np.minimum(ways.beyond_M, cheapest), dtype=bool))
+        kept = ways.take(np.asarray(free - ways.cost_M >= np.minimum(ways.at("beyond_flops"), cheapest), dtype=bool))
         # Where the cap does not pay for the top at all, the rungs below have it.
         return kept if len(kept) or cheapest <= free else ways
 

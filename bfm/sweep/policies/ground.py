@@ -6,7 +6,6 @@ the signed metric, and a rung is an integer index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -82,33 +81,31 @@ class View:
         """Trials that may be trained on, in order of their proposals."""
         return [trial for trial in self.state.trials.values() if self.is_paused(trial)]
 
-    def climbs(self, trial: Trial) -> list[Step]:
-        """A paused trial on its way to each of the rungs above."""
-        ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
-        return self._steps(trial, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
+    def steps(self, subject: Trial | Proposal) -> list[Step]:
+        """On the way to each of its rungs, of a paused trial those above its rows.
+
+        They end below a rung at which it would run out of memory; a proposal then has none.
+        """
+        config, limits, trunk = subject.config, self.state.memory_limits, None
+        rungs = self.arena.rungs(config)
+        if isinstance(subject, Trial):
+            rungs = [rung for rung in rungs if rung > max(subject.rows)]
+            trunk = self.state.trunk_below(subject.trial, self.num_rungs)
+        if limits:
+            held = list(takewhile(lambda rung: self.arena.places(config, rung, limits), rungs))
+            rungs = held if isinstance(subject, Trial) or len(held) == len(rungs) else []
+        if not self.arena.climbs(config):
+            return [Step(subject, rung, rung, self.arena.reserve_flops(config, rung, None)) for rung in rungs]
+        steps, cost_flops = [], 0
+        for rung in rungs:
+            cost_flops += self.arena.reserve_flops(config, rung, trunk)
+            steps.append(Step(subject, rungs[0], rung, cost_flops))
+            trunk = rung
+        return steps
 
     def next_climb(self, trial: Trial) -> Step | None:
-        """The first of them, if it may be reserved."""
-        return next((step for step in self.climbs(trial)[:1] if step.cost_flops <= self.available_flops), None)
-
-    def entries(self, proposal: Proposal) -> list[Step]:
-        """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
-        rungs = self.arena.rungs(proposal.config)
-        steps = self._steps(proposal, rungs, None)
-        return steps if len(steps) == len(rungs) else []
-
-    def _steps(self, subject: Trial | Proposal, ways: Sequence[int], trunk: int | None) -> list[Step]:
-        config, limits = subject.config, self.state.memory_limits
-        if limits:
-            ways = list(takewhile(lambda way: self.arena.places(config, way, limits), ways))
-        if not self.arena.climbs(config):
-            return [Step(subject, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
-        steps, cost_flops = [], 0
-        for way in ways:
-            cost_flops += self.arena.reserve_flops(config, way, trunk)
-            steps.append(Step(subject, ways[0], way, cost_flops))
-            trunk = way
-        return steps
+        """The first of a paused trial's steps, if it may be reserved."""
+        return next((step for step in self.steps(trial)[:1] if step.cost_flops <= self.available_flops), None)
 
     @cached_property
     def promised_flops(self) -> list[int]:
