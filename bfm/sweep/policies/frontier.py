@@ -138,7 +138,7 @@ class FrontierPolicy:
         if not view.state.num_proposals:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - sum(view.spent_flops)
-        return min(view.available_flops - sum(view.promised_flops), share)
+        return min(view.free_flops, share)
 
     def _serve(self, view: View) -> Decision | None:
         ways = self._ways(view)
@@ -178,9 +178,8 @@ class FrontierPolicy:
 
     def _ways(self, view: View) -> dict[int, Ways]:
         """Rungs, ascending, with the candidates that could be brought there."""
-        available_flops = view.available_flops - sum(view.promised_flops)
         cheapest = self._cheapest_to_the_top(view)
-        every = (self._candidates.to(rung).within(available_flops) for rung in range(view.num_rungs))
+        every = (self._candidates.to(rung).within(view.free_flops) for rung in range(view.num_rungs))
         found = {rung: self._beside_the_top(view, ways, cheapest) for rung, ways in enumerate(every)}
         return {rung: ways for rung, ways in found.items() if len(ways)}
 
@@ -217,15 +216,15 @@ class FrontierPolicy:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         if cheapest is None or not len(ways):
             return ways
-        free = view.available_flops - sum(view.promised_flops)
-        kept = ways.take(np.asarray(free - ways.cost_M >= np.minimum(ways.at("beyond_flops"), cheapest), dtype=bool))
+        needed_M = ways.cost_M + np.minimum(ways.at("beyond_flops"), cheapest)
+        kept = ways.take(np.asarray(needed_M <= view.free_flops, dtype=bool))
         # Where the cap does not pay for the top at all, the rungs below have it.
-        return kept if len(kept) or cheapest <= free else ways
+        return kept if len(kept) or cheapest <= view.free_flops else ways
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops
         spent = view.spent_flops[rung] / total
-        expected, best = self._beliefs.shown(offer.predicted), self._beliefs.shown(offer.best)
+        expected, best = metric.from_model(offer.predicted), metric.from_model(offer.best)
         reason = (
             f"for rung {rung} ({spent:.0%} of the cap spent there, share {self.shares[rung]:.0%}): {metric.name} "
             f"{expected:.5g} expected (sd {offer.sd:.2g}), best {best:.5g}; "

@@ -6,9 +6,10 @@ the signed metric, and a rung is an integer index.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from bfm.sweep.arena import Arena, Config, Proposal
@@ -96,12 +97,8 @@ class View:
             rungs = held if isinstance(subject, Trial) or len(held) == len(rungs) else []
         if not self.arena.climbs(config):
             return [Step(subject, rung, rung, self.arena.reserve_flops(config, rung, None)) for rung in rungs]
-        steps, cost_flops = [], 0
-        for rung in rungs:
-            cost_flops += self.arena.reserve_flops(config, rung, trunk)
-            steps.append(Step(subject, rungs[0], rung, cost_flops))
-            trunk = rung
-        return steps
+        costs = accumulate(_climb_flops(self.arena, config, rungs, trunk))
+        return [Step(subject, rungs[0], rung, cost_flops) for rung, cost_flops in zip(rungs, costs, strict=True)]
 
     def next_climb(self, trial: Trial) -> Step | None:
         """The first of a paused trial's steps, if it may be reserved."""
@@ -113,11 +110,15 @@ class View:
         promised = [0] * self.num_rungs
         for name, rung in self.running.items():
             config = self.state.trials[name].config
-            for step in self.arena.rungs(config):
-                if rung < step <= self.meant[name]:
-                    promised[step] += self.arena.reserve_flops(config, step, rung)
-                    rung = step
+            ways = [way for way in self.arena.rungs(config) if rung < way <= self.meant[name]]
+            for way, flops in zip(ways, _climb_flops(self.arena, config, ways, rung), strict=True):
+                promised[way] += flops
         return promised
+
+    @property
+    def free_flops(self) -> int:
+        """What may be reserved beside what is promised."""
+        return self.available_flops - sum(self.promised_flops)
 
     @cached_property
     def spent_flops(self) -> list[int]:
@@ -127,9 +128,11 @@ class View:
 
 def ascent_flops(arena: Arena, config: Config, from_rung: int, rung: int) -> int:
     """All reservations from a rung's trunk up to another rung."""
-    steps = [step for step in arena.rungs(config) if from_rung < step <= rung]
-    total = 0
-    for step in steps if arena.climbs(config) else steps[-1:]:
-        total += arena.reserve_flops(config, step, from_rung)
-        from_rung = step
-    return total
+    ways = [way for way in arena.rungs(config) if from_rung < way <= rung]
+    return sum(_climb_flops(arena, config, ways if arena.climbs(config) else ways[-1:], from_rung))
+
+
+def _climb_flops(arena: Arena, config: Config, rungs: Sequence[int], trunk: int | None) -> list[int]:
+    """The reservation of each of some rungs, from a trunk (None: from nothing) to the first, and on from there."""
+    trunks = [trunk, *rungs[:-1]]
+    return [arena.reserve_flops(config, rung, below) for rung, below in zip(rungs, trunks, strict=False)]
