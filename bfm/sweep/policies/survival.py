@@ -21,7 +21,7 @@ from scipy.special import expit
 from bfm.sweep.policies.candidates import Ways
 from bfm.sweep.policies.ground import View
 from bfm.sweep.state import Trial
-from bfm.sweep.surrogate import Places, prior_sd, trend
+from bfm.sweep.surrogate import Places, trend
 
 _STEEPNESS = 6.0
 """Prior standard deviation of a coefficient in log odds, over that of the surrogate in spreads of the loss."""
@@ -70,7 +70,7 @@ class Survival:
         return np.where(alive_M >= min(_HOPELESS, float(alive_M.max())), alive_M, 0.0)
 
     def _features(self, places: Places) -> np.ndarray:
-        return trend(places, self._center) * (_STEEPNESS * prior_sd(places))
+        return trend(places, self._center, _STEEPNESS)
 
     def _coefficients(self) -> np.ndarray:
         count = sum(map(len, self._ended))
