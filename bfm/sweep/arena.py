@@ -20,13 +20,15 @@ OPTUNA = "optuna"
 
 @dataclass(frozen=True)
 class Proposal:
-    """A configuration that could be trained."""
+    """A configuration that could be trained, with a seed."""
 
     config: dict[str, Any]
     params: int
     """Nominal N."""
     source: str
-    """optuna, random, grid or table."""
+    """optuna, random, grid, table or replica."""
+    seed: int | None = None
+    """None: the sweep's first."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> draws that were not feasible, on the way to this one."""
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
-from bfm.sweep.arena import Arena
+from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
 from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
-from bfm.sweep.policy import Policy, Promote, Propose, Stop
+from bfm.sweep.policy import Policy, Start, Stop
 from bfm.sweep.quota import evictions
 from bfm.sweep.rows import Row, checked_row, without_nan
 from bfm.sweep.settings import SweepSpec
@@ -124,9 +124,7 @@ class SweepDriver:
                     return Wait(f"the last tasks are running ({decision.reason})")
                 self._write({"kind": "finished", "reason": decision.reason})
                 return Finished(decision.reason)
-            if isinstance(decision, Promote):
-                return self._promote(decision, fits)
-            return self._propose(decision, fits)
+            return self._begin(decision, fits)
 
     def report(self, task_id: str, row: Row) -> bool:
         """Commit a task's rung row; its key `probes`, if any, holds the probe rows of the way.
@@ -298,19 +296,14 @@ class SweepDriver:
         self._write_end(place, {"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
         return None
 
-    def _promote(self, decision: Promote, fits: Fits) -> Task | Wait:
-        from_rung = self.state.trunk_below(decision.trial, decision.rung)
-        task = self._task(self.state.trials[decision.trial], decision.rung, from_rung, 0)
-        return self._reserve(task, decision, fits)
-
-    def _propose(self, decision: Propose, fits: Fits) -> Task | Wait:
-        number, proposal, seed = self.state.num_proposals, decision.proposal, decision.seed
-        record: Record = {"kind": "proposal", "trial": f"t{number:05d}", "number": number, "seed": seed}
-        record |= asdict(proposal)
-        trial = Trial(record["trial"], number, proposal.config, seed, proposal.params, proposal.source)
-        return self._reserve(self._task(trial, decision.rung, None, 0), decision, fits, record)
-
-    def _reserve(self, task: Task, decision: Promote | Propose, fits: Fits, *before: Record) -> Task | Wait:
+    def _begin(self, decision: Start, fits: Fits) -> Task | Wait:
+        trial, records = decision.subject, []
+        if isinstance(trial, Proposal):
+            number, seed = self.state.num_proposals, self.spec.seeds[0] if trial.seed is None else trial.seed
+            who = {"trial": f"t{number:05d}", "number": number, "seed": seed}
+            records = [{"kind": "proposal", **asdict(trial), **who}]
+            trial = Trial.proposed(records[0])
+        task = self._task(trial, decision.rung, self.state.trunk_below(trial.trial, decision.rung), 0)
         placed = self._placed(task, fits, self.spec.scaling.slots - len(self.state.open_tasks))
         if isinstance(placed, Wait):
             return placed
@@ -321,7 +314,7 @@ class SweepDriver:
         if trained != task.from_rung:
             spared = self.arena.reserve_flops(task.config, task.rung, trained)
             also["redone_flops"] = task.reserved_flops - spared
-        self._write(*before, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
+        self._write(*records, {"kind": "task", "task": task.as_dict(), "reason": decision.reason, **also})
         return task
 
     def _placed(self, task: Task, fits: Fits, alike: int) -> Task | Wait:

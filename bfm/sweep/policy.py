@@ -12,31 +12,19 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from bfm.sweep.arena import Proposal
-from bfm.sweep.state import SweepState
+from bfm.sweep.state import SweepState, Trial
 from bfm.sweep.task import Wait
 
 
 @dataclass(frozen=True)
-class Promote:
-    """Train a trial on, from its trunk, to a rung."""
+class Start:
+    """Train a paused trial on from its trunk, or a proposal from nothing, to a rung."""
 
-    trial: str
+    subject: Trial | Proposal
     rung: int
     reason: str
     meant_for: int
-    """The rung that it is trained on for, step by step."""
-
-
-@dataclass(frozen=True)
-class Propose:
-    """Start a proposal, with its first row at a rung."""
-
-    rung: int
-    reason: str
-    proposal: Proposal
-    meant_for: int
-    """As of Promote."""
-    seed: int
+    """The rung that it is trained for, step by step."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ class Stop:
     reason: str
 
 
-Decision = Promote | Propose | Wait | Stop
+Decision = Start | Wait | Stop
 
 
 class Policy(Protocol):

@@ -63,6 +63,12 @@ class Place:
     scaling: dict[str, Any]
     needed_bytes: int
 
+    @classmethod
+    def at(cls, tier: Tier, config: TrainConfig, cost: ConfigCost) -> Place:
+        """Whether the tier holds it or not."""
+        scaling = tier.scaling(config.groups_per_step)
+        return cls(tier, scaling, cost.memory_bytes(tier, scaling["micro_groups"], config.averaging))
+
     def ran_out(self, limits: Mapping[str, int]) -> bool:
         """`limits`: kind of tier -> the smallest estimate that ran out of memory there (SweepState.memory_limits)."""
         return self.needed_bytes >= limits.get(self.tier.kind, math.inf)
@@ -122,9 +128,8 @@ class FeasibleSet:
     def holding(self, config: TrainConfig, cost: ConfigCost, rung: int) -> list[Place]:
         """The same without limits; never none, because a trial from before the space was changed goes on as it can."""
         tiers = self.spec.tiers_at(self.spec.budget.ladder_flops[rung], cost.params)
-        holding = [tier for tier in tiers if self._refuses(config, cost, tier) is None] or tiers[:1]
-        groups = config.groups_per_step
-        return [Place(tier, tier.scaling(groups), memory_bytes(config, cost, tier)) for tier in holding]
+        tried = [_tried(tier, config, cost) for tier in tiers]
+        return [place for place in tried if isinstance(place, Place)] or [Place.at(tiers[0], config, cost)]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""
@@ -226,33 +231,29 @@ class FeasibleSet:
         return None
 
     def _no_tier(self, config: TrainConfig, cost: ConfigCost, rung_flops: int) -> Rejection | None:
-        refusals = [self._refuses(config, cost, tier) for tier in self.spec.tiers_at(rung_flops, cost.params)]
-        return None if None in refusals else refusals[0]
+        tried = [_tried(tier, config, cost) for tier in self.spec.tiers_at(rung_flops, cost.params)]
+        refusals = [refusal for refusal in tried if isinstance(refusal, Rejection)]
+        return refusals[0] if len(refusals) == len(tried) else None
 
-    def _refuses(self, config: TrainConfig, cost: ConfigCost, tier: Tier) -> Rejection | None:
-        if config.groups_per_step % tier.workers:
-            return Rejection(
-                reason=f"{tier.workers} workers do not divide groups_per_step",
-                detail=f"groups_per_step = {config.groups_per_step}",
-                key="parameters.groups_per_step",
-                fix=f"use multiples of {tier.workers}, or a smaller group_windows with more groups per step",
-            )
-        if tier.memory_gib is None:
-            return None
-        needed_gib = memory_bytes(config, cost, tier) / GIB
-        if needed_gib <= tier.memory_gib:
-            return None
+
+def _tried(tier: Tier, config: TrainConfig, cost: ConfigCost) -> Place | Rejection:
+    if config.groups_per_step % tier.workers:
         return Rejection(
-            reason=f"more than {tier.memory_gib:g} GiB per worker",
-            detail=f"about {needed_gib:.3g} GiB with {tier.workers} workers at ZeRO {tier.zero_stage}",
-            key="scaling.tiers",
-            fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
+            reason=f"{tier.workers} workers do not divide groups_per_step",
+            detail=f"groups_per_step = {config.groups_per_step}",
+            key="parameters.groups_per_step",
+            fix=f"use multiples of {tier.workers}, or a smaller group_windows with more groups per step",
         )
-
-
-def memory_bytes(config: TrainConfig, cost: ConfigCost, tier: Tier) -> int:
-    """The estimate for one worker of a tier."""
-    return cost.memory_bytes(tier, tier.scaling(config.groups_per_step)["micro_groups"], config.averaging)
+    place = Place.at(tier, config, cost)
+    needed_gib = place.needed_bytes / GIB
+    if tier.memory_gib is None or needed_gib <= tier.memory_gib:
+        return place
+    return Rejection(
+        reason=f"more than {tier.memory_gib:g} GiB per worker",
+        detail=f"about {needed_gib:.3g} GiB with {tier.workers} workers at ZeRO {tier.zero_stage}",
+        key="scaling.tiers",
+        fix="use fewer micro_groups, more workers, a higher ZeRO stage or smaller models",
+    )
 
 
 def binding_bound(rejected: list[Rejection] | tuple[Rejection, ...]) -> InfeasibleError:

@@ -43,6 +43,11 @@ class Trial:
     rows: dict[int, Record] = field(default_factory=dict)
     """Rung rows by rung index."""
 
+    @classmethod
+    def proposed(cls, record: Record) -> Trial:
+        """What a `proposal` record begins."""
+        return cls(**{name: record[name] for name in ("trial", "number", "config", "seed", "params", "source")})
+
     @cached_property
     def key(self) -> ConfigKey:
         """Equal for equal configurations."""
@@ -187,7 +192,7 @@ class SweepState:
         self.finished = None
 
     def _propose(self, record: Record) -> None:
-        trial = Trial(**{name: record[name] for name in ("trial", "number", "config", "seed", "params", "source")})
+        trial = Trial.proposed(record)
         if trial.number != self.num_proposals:
             raise CorruptError(f"proposal {trial.number} stands where {self.num_proposals} is due")
         self.num_proposals += 1

@@ -36,7 +36,6 @@ _FLOPS_SPREAD = 1.5
 _FADING = 0.5
 """What shrinks of the differences between settings does so like C to the power of minus a third."""
 _OWN_FLOPS_SCALE = 3.0
-_SIZE_COLUMNS = 6
 _GLANCED_SDS = 96
 _MAX_LEVELS = 8
 """So many values of a choice have offsets of their own; further ones differ by the processes alone."""
@@ -156,7 +155,7 @@ class Surrogate:
         self.spread = spread if spread > 0 else max(abs(self.location) * 0.1, 1e-9)
         doubt_M = _DOUBT * np.maximum(0.0, loss_M - frontier_M) / self.spread
         residual_M = (loss_M - self.location) / self.spread
-        self._scaled_MP = trend(rows, self._center) * prior_sd(rows)
+        self._scaled_MP = trend(rows, self._center)
         between = _Between(rows, rows)
         linear_MM = self._scaled_MP @ self._scaled_MP.T
         fits = [_fit(h, between.kernel(h) + linear_MM, doubt_M, residual_M) for h in hypotheses]
@@ -183,7 +182,7 @@ class Surrogate:
         """Losses (without a new measurement's noise) at points; by all that are left, or so many of the likeliest."""
         order = np.argsort(-self._weight_H, kind="stable")[:hypotheses]
         weight_H = self._weight_H[order] / self._weight_H[order].sum()
-        scaled_MP = trend(points, self._center) * prior_sd(points)
+        scaled_MP = trend(points, self._center)
         between = _Between(points, self._rows)
         linear = scaled_MP @ self._scaled_MP.T
         prior_M = (scaled_MP**2).sum(1)
@@ -209,7 +208,7 @@ class Surrogate:
         h = fit.hypothesis
         near = _roughly_near(points, self._rows, h)
         mean_M = np.exp(near, out=near) @ (h.s_shared**2 * fit.alpha_M).astype(np.float32)
-        mean_M = mean_M + (trend(points, self._center) * prior_sd(points)) @ (self._scaled_MP.T @ fit.alpha_M)
+        mean_M = mean_M + trend(points, self._center) @ (self._scaled_MP.T @ fit.alpha_M)
         some = points.take(np.unique(np.linspace(0, len(points) - 1, _GLANCED_SDS).round().astype(int)))
         near = _roughly_near(points, some, h)
         near[(points.ids_M > 0)[:, None] != (some.ids_M > 0)] = -np.inf
@@ -231,29 +230,23 @@ def _roughly_near(left: Places, right: Places, h: _Hypothesis) -> np.ndarray:
     return near
 
 
-def trend(points: Places, center_log_flops: float) -> np.ndarray:
-    """(M, P): parabola in log N and log C, parabolas along the other axes, offsets of choices, some of them fading."""
+def trend(points: Places, center_log_flops: float, steepness: float = 1.0) -> np.ndarray:
+    """(M, P): parabola in log N and log C, parabolas along the other axes, offsets of choices, some of them fading.
+
+    Each times the prior standard deviation of its coefficient, in units of the losses' spread, and the steepness.
+    """
     size_M, flops_M = points.numbers_MX[:, 0], (points.log_flops_M - center_log_flops) / _FLOPS_SPREAD
-    columns = [np.ones(len(points)), size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2]
     fading_M = np.exp(-_FADING * flops_M)
+    columns = [(3.0, np.ones(len(points)))]
+    columns += [(1.0, column_M) for column_M in (size_M, flops_M, size_M**2, size_M * flops_M, flops_M**2)]
     for other_M in points.numbers_MX[:, 1:].T:
-        columns += [other_M, other_M**2, other_M * fading_M]
+        columns += [(0.3, other_M), (0.3, other_M**2), (0.15, other_M * fading_M)]
     for codes_M in points.codes_MG.T:
         for code in range(_MAX_LEVELS):
             chosen_M = (codes_M == code).astype(float)
-            columns += [chosen_M, chosen_M * fading_M]
-    return np.array(columns).T
-
-
-def prior_sd(points: Places) -> np.ndarray:
-    """Prior standard deviation of each coefficient, in units of the losses' spread."""
-    others = points.numbers_MX.shape[1] - 1
-    return np.array(
-        [3.0]
-        + [1.0] * (_SIZE_COLUMNS - 1)
-        + [0.3, 0.3, 0.15] * others
-        + [0.3, 0.15] * _MAX_LEVELS * points.codes_MG.shape[1]
-    )
+            columns += [(0.3, chosen_M), (0.15, chosen_M * fading_M)]
+    sd_P = np.array([sd for sd, _ in columns])
+    return np.array([column_M for _, column_M in columns]).T * (steepness * sd_P)
 
 
 class _Between:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bfm.sweep.arena import OPTUNA, Arena, Proposal
 from bfm.sweep.policies.ground import Step, View, ascent_flops
-from bfm.sweep.policy import Decision, Propose, Stop
+from bfm.sweep.policy import Decision, Stop
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial
 from bfm.sweep.task import Wait
@@ -57,10 +57,10 @@ class _Baseline(ABC):
         """The arena's next point at its entry rung, Optuna's before others."""
         pool = self.arena.pool(view.state, view.state.num_proposals) if self._may_begin(view) else ()
         for proposal in sorted(pool, key=lambda proposal: proposal.source != OPTUNA):
-            if steps := view.entries(proposal):
+            if steps := view.steps(proposal):
                 entry = self._entry(proposal)
-                fits = any(step.rung == entry and step.cost_flops <= view.available_flops for step in steps)
-                return Propose(entry, why, proposal, entry, self.spec.seeds[0]) if fits else None
+                fitting = (step for step in steps if step.rung == entry and step.cost_flops <= view.available_flops)
+                return next((step.start(why) for step in fitting), None)
         return None
 
 
@@ -71,7 +71,7 @@ class FullLength(_Baseline):
         own = (view.next_climb(trial) for trial in view.paused if trial.number is not None)
         step = next(filter(None, own), None)
         if step is not None:
-            return step.decision("every configuration is trained to the end", self.spec.seeds[0])
+            return step.start("every configuration is trained to the end")
         owed = sum(self._rest(view.state.trials[name], rung) for name, rung in view.running.items())
         if owed >= view.available_flops:
             return None
@@ -101,9 +101,7 @@ class AshaStop(_Baseline):
             arrived = list(view.state.rungs[rung])
             before = [losses[name] for name in arrived[: arrived.index(trial.trial)] if name in losses]
             if own is not None and (not before or own <= np.percentile(before, 100 / eta)):
-                return step.decision(
-                    f"within the best 1/{eta:g} of the {len(before)} rows before it", self.spec.seeds[0]
-                )
+                return step.start(f"within the best 1/{eta:g} of the {len(before)} rows before it")
         return self._start(view, "no trial goes on; a new one")
 
 
@@ -120,7 +118,7 @@ class AshaPromote(_Baseline):
                 trial = view.state.trials[name]
                 step = view.next_climb(trial) if name in paused and max(trial.rows) == rung else None
                 if step is not None:
-                    return step.decision(f"among the best {quota} of {len(losses)} at rung {rung}", self.spec.seeds[0])
+                    return step.start(f"among the best {quota} of {len(losses)} at rung {rung}")
         return self._start(view, "no row is among the best of its rung; a new trial")
 
 
@@ -145,7 +143,7 @@ class IsoflopWindow(_Baseline):
             f"the next nearest to N = {format_count(self._target(rung))} for rung {rung}: "
             f"N = {format_count(step.params)}, {done} nearer ones are there"
         )
-        return step.decision(reason, self.spec.seeds[0])
+        return step.start(reason)
 
     def _target(self, rung: int) -> float:
         return math.sqrt(self.spec.budget.ladder_flops[rung] / (6 * _EVENTS_PER_PARAM))
@@ -156,11 +154,11 @@ class IsoflopWindow(_Baseline):
         ways: list[tuple[float, int, Step | None]] = []
         for trial in view.state.trials.values():
             if rung in self.arena.rungs(trial.config):
-                ups = view.climbs(trial) if view.is_paused(trial) and max(trial.rows) < rung else []
+                ups = view.steps(trial) if view.is_paused(trial) and max(trial.rows) < rung else []
                 way = next((step for step in ups if step.rung == rung), None)
                 ways.append((abs(math.log(trial.params / target)), next(numbers), way))
         for proposal in pool:
-            way = next((step for step in view.entries(proposal) if step.rung == rung), None)
+            way = next((step for step in view.steps(proposal) if step.rung == rung), None)
             if way is not None:
                 ways.append((abs(math.log(proposal.params / target)), next(numbers), way))
         near = sorted((way for way in ways if way[0] <= math.log(_WINDOW)), key=lambda way: way[:2])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,10 +75,6 @@ class Beliefs:
         for model in [*self._models, *(model for model, _ in self._bounds)]:
             model.take(view)
         self._survival.take(view)
-
-    def shown(self, loss: float) -> float:
-        """A loss of the first metric as a user knows it."""
-        return self.spec.metric.from_model(loss)
 
     def screen(self, ways: Ways) -> Ways:
         """The candidates for a rung that are worth a close look: at most CLOSELY, those that promise most per FLOP."""
@@ -147,8 +144,15 @@ class Beliefs:
         return self._known[subject.trial]
 
 
-_Row = tuple[str, int, float]
-"""Trial, rung, loss; NaN: diverged."""
+class _Row(NamedTuple):
+    trial: str
+    rung: int
+    loss: float
+    """NaN: diverged."""
+    breaks: bool
+    """A constraint."""
+
+
 _Running = tuple[tuple[str, int], ...]
 
 
@@ -173,8 +177,6 @@ class _Model:
         self._rows: list[_Row] = []
         """In order of arrival."""
         self._row_places: Places | None = None
-        self._breaks: list[bool] = []
-        """Which of them break a constraint."""
         self._lowest: dict[int, float] = {}
         """Rung -> the best loss of a row."""
         self._seen = 0
@@ -206,18 +208,18 @@ class _Model:
 
     def take(self, view: View) -> None:
         """New rows; running tasks count as what is expected of them."""
-        bound, known = bool(self.beliefs.spec.metric.constraints), len(self._rows)
+        known = len(self._rows)
         for trial, rung in view.state.arrivals[self._seen :]:
             loss = view.loss(view.state.trials[trial], rung, self.metric)
             diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
             if loss is not None or diverged:
-                self._rows.append((trial, rung, math.nan if loss is None else self.metric.to_model(loss)))
-                self._breaks.append(bound and self.beliefs.breaks(view, trial, rung))
+                modelled = math.nan if loss is None else self.metric.to_model(loss)
+                self._rows.append(_Row(trial, rung, modelled, self.beliefs.breaks(view, trial, rung)))
                 if loss is not None:
                     self._finite += 1
-                    self._lowest[rung] = min(self._rows[-1][2], self._lowest.get(rung, math.inf))
+                    self._lowest[rung] = min(modelled, self._lowest.get(rung, math.inf))
         if len(self._rows) > known:
-            new = self._places(view, [row[:2] for row in self._rows[known:]])
+            new = self._places(view, [(row.trial, row.rung) for row in self._rows[known:]])
             self._row_places = new if self._row_places is None else self._row_places.and_also(new)
         self._seen = len(view.state.arrivals)
         self._view = view
@@ -234,15 +236,16 @@ class _Model:
         assert places is not None
         self._weigh(view, places)
         if self._known is None or self._known[0] != count:
-            self._known = count, self._fit(view, self._rows, self._breaks, places)
+            self._known = count, self._fit(view, self._rows, places)
         fitted = self._known[1]
         if running:
             also = self._places(view, running)
             expected = fitted.surrogate.predict(also).mean_M
-            rows = [*self._rows, *((*place, float(loss)) for place, loss in zip(running, expected, strict=True))]
-            bound = bool(self.beliefs.spec.metric.constraints)
-            breaks = [*self._breaks, *(bound and self.beliefs.breaks(view, *place) for place in running)]
-            fitted = self._fit(view, rows, breaks, places.and_also(also))
+            rows = [
+                _Row(*place, float(loss), self.beliefs.breaks(view, *place))
+                for place, loss in zip(running, expected, strict=True)
+            ]
+            fitted = self._fit(view, [*self._rows, *rows], places.and_also(also))
         self._with_running = (count, running), fitted
         return fitted
 
@@ -257,14 +260,14 @@ class _Model:
             self._weighed_at = due
             self._likely = draw_hypotheses()
             rows = self._rows[:due]
-            if any(math.isfinite(loss) for _, _, loss in rows):
-                fitted = self._fit(view, rows, self._breaks[:due], places.take(slice(due)))
+            if any(math.isfinite(row.loss) for row in rows):
+                fitted = self._fit(view, rows, places.take(slice(due)))
                 self._likely = fitted.surrogate.likely[:_MAX_LIKELY]
 
-    def _fit(self, view: View, rows: Sequence[_Row], breaks: Sequence[bool], places: Places) -> _Fitted:
-        rung_M, loss_M = np.array([rung for _, rung, _ in rows]), np.array([loss for _, _, loss in rows])
+    def _fit(self, view: View, rows: Sequence[_Row], places: Places) -> _Fitted:
+        rung_M, loss_M = np.array([row.rung for row in rows]), np.array([row.loss for row in rows])
         # What breaks a constraint is no part of the frontier.
-        keeps_M, finite_M = ~np.array(breaks), np.isfinite(loss_M)
+        keeps_M, finite_M = ~np.array([row.breaks for row in rows]), np.isfinite(loss_M)
         anywhere = loss_M[finite_M].max()
         best: dict[int, float] = {}
         for rung in np.unique(rung_M).tolist():

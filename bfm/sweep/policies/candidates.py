@@ -4,7 +4,7 @@ Enters: Views and the pools of their arenas. Leaves: Ways, candidates as arrays 
 from a trial's rows, or from a proposal, alone is kept from one decision to the next; that is for speed, and changes
 nothing. Costs are kept as Python's whole numbers: beyond 2^53 FLOPs a double would round what has to fit under a cap.
 
-Shape legend: M candidates, S slots (one per trial or proposal seen), R rungs, X numeric axes, G axes of choices.
+Shape legend: M candidates, R rungs, X numeric axes, G axes of choices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bfm.sweep.surrogate import Places
 
 _ROOM = 1024
 _STALE = 20_000
-"""So many slots of proposals and trials that are gone are worth a fresh start."""
+"""So many lines of proposals that are gone, and of trials as they were, are worth a fresh start."""
 Coordinates = Callable[[Trial | Proposal], tuple[np.ndarray, np.ndarray, int]]
 """Numbers, codes of choices, and who it is (0: a new proposal)."""
 
@@ -31,17 +31,23 @@ Coordinates = Callable[[Trial | Proposal], tuple[np.ndarray, np.ndarray, int]]
 class Ways:
     """Some candidates, each on its way to a rung."""
 
-    of: Candidates
-    slots_M: np.ndarray
+    table: dict[str, np.ndarray]
+    """See Candidates."""
+    lines_M: np.ndarray
     rungs_M: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.slots_M)
+        return len(self.lines_M)
+
+    def at(self, name: str, rung: int | None = None) -> np.ndarray:
+        """A column of the table at a rung; None: at the one that each is on its way to."""
+        found: np.ndarray = self.table[name][self.lines_M, self.rungs_M if rung is None else rung]
+        return found
 
     @property
     def cost_M(self) -> np.ndarray:
         """FLOPs of all tasks up to the rung; whole numbers of Python."""
-        return self.of.cost_SR[self.slots_M, self.rungs_M]
+        return self.at("cost_flops")
 
     @property
     def rung(self) -> int:
@@ -49,29 +55,20 @@ class Ways:
         return int(self.rungs_M[0])
 
     @property
-    def first_M(self) -> np.ndarray:
-        """The rung of the task that would be started now."""
-        return self.of.first_SR[self.slots_M, self.rungs_M]
-
-    @property
-    def beyond_M(self) -> np.ndarray:
-        """What the rest of the way to the top rung costs; inf without a row there."""
-        return np.array([self.of.beyond(*at) for at in zip(self.slots_M, self.rungs_M, strict=True)], dtype=object)
-
-    @property
     def places(self) -> Places:
         """Coordinates of the rows that they are on their way to."""
-        of, slots_M = self.of, self.slots_M
-        log_flops_M = np.log(of.flops_SR[slots_M, self.rungs_M])
-        return Places(of.numbers_SX[slots_M], of.codes_SG[slots_M], log_flops_M, of.ids_S[slots_M])
+        table, lines_M = self.table, self.lines_M
+        log_flops_M = np.log(self.at("row_flops"))
+        return Places(table["numbers"][lines_M], table["codes"][lines_M], log_flops_M, table["id"][lines_M])
 
     def step(self, place: int) -> Step:
         """One of them."""
-        return self.of.steps_S[self.slots_M[place]][int(self.rungs_M[place])]
+        found: Step = self.table["step"][self.lines_M[place], self.rungs_M[place]]
+        return found
 
     def take(self, kept: np.ndarray | Sequence[int]) -> Ways:
         """Those of an index or a mask."""
-        return Ways(self.of, self.slots_M[kept], self.rungs_M[kept])
+        return Ways(self.table, self.lines_M[kept], self.rungs_M[kept])
 
     def within(self, available_flops: int) -> Ways:
         """Those whose whole way may be reserved."""
@@ -79,107 +76,90 @@ class Ways:
 
 
 class Candidates:
-    """See the module."""
+    """A table with a line for each, and which of its lines may be begun now."""
 
     def __init__(self, arena: Arena, coordinates: Coordinates, num_rungs: int) -> None:
         self.arena, self._coordinates, self._num_rungs = arena, coordinates, num_rungs
         self._limits: dict[str, int] | None = None
+        self._num_arrivals = self._num_evicted = 0
+        """How many of them were seen."""
 
     def _forget(self) -> None:
         axes, num_rungs = self.arena.axes, self._num_rungs
-        self._slots: dict[str | int, int] = {}
-        self._stands: list[tuple[int, int, int | None]] = []
-        """Of a trial's slot: rows that it had, trunks evicted by then, the trunk that it went on from."""
-        self._held: list[Trial | Proposal] = []
-        """So that no other proposal can get the id of one that is known."""
-        self.steps_S: list[dict[int, Step]] = []
-        self.numbers_SX = np.zeros((0, 1 + len(axes.numbers)))
-        self.codes_SG = np.zeros((0, len(axes.choices)), dtype=int)
-        self.ids_S = np.zeros(0, dtype=int)
-        self.flops_SR = np.ones((0, num_rungs))
-        self.cost_SR = np.zeros((0, num_rungs), dtype=object)
-        self.first_SR = np.zeros((0, num_rungs), dtype=int)
-        self.leads_SR = np.zeros((0, num_rungs), dtype=bool)
-        """Whether there is a way to the rung."""
-        self._beyond: dict[tuple[int, int], float] = {}
+        self._table = {
+            "subject": np.zeros(0, object),
+            "numbers": np.zeros((0, 1 + len(axes.numbers))),
+            "codes": np.zeros((0, len(axes.choices)), int),
+            "id": np.zeros(0, int),
+            # Of each rung, whether there is a way to it, and the way.
+            "leads": np.zeros((0, num_rungs), bool),
+            "step": np.zeros((0, num_rungs), object),
+            "cost_flops": np.zeros((0, num_rungs), object),
+            # The rung of the task that would be started now.
+            "first": np.zeros((0, num_rungs), int),
+            "row_flops": np.zeros((0, num_rungs)),
+            # What the rest of the way to the top rung costs; inf without a row there.
+            "beyond_flops": np.zeros((0, num_rungs), object),
+        }
+        self._lines: dict[str | int, int] = {}
+        """Of a trial by its name, of a proposal by its id, which is its own as long as the table holds it."""
+        self._end = 0
         self._pool: Sequence[Proposal] | None = None
 
     def take(self, view: View, pool: Sequence[Proposal], trials: Sequence[Trial] | None = None) -> None:
         """What may be begun now: new proposals, and some trials (None: all that are paused)."""
-        alive = len(view.state.trials) + len(pool)
-        if self._limits != view.state.memory_limits or len(self._held) > alive + _STALE:
-            self._limits = dict(view.state.memory_limits)
+        state = view.state
+        if self._limits != state.memory_limits or self._end > len(state.trials) + len(pool) + _STALE:
+            self._limits = dict(state.memory_limits)
             self._forget()
-        num_evicted = len(view.state.evicted)
+        for name, _ in [*state.arrivals[self._num_arrivals :], *list(state.evicted)[self._num_evicted :]]:
+            self._lines.pop(name, None)
+        self._num_arrivals, self._num_evicted = len(state.arrivals), len(state.evicted)
         trials = view.paused if trials is None else trials
-        self._trials_now = np.array([self._of_trial(view, trial, num_evicted) for trial in trials], dtype=int)
+        self._trials_now = np.array([self._line(view, trial) for trial in trials], dtype=int)
         if pool is not self._pool:
             self._pool = pool
-            self._new_now = np.array([self._of_new(view, proposal) for proposal in pool], dtype=int)
+            self._new_now = np.array([self._line(view, proposal) for proposal in pool], dtype=int)
 
     def to(self, rung: int) -> Ways:
         """All on their way to a rung."""
-        slots_M = np.concatenate([self._trials_now, self._new_now])
-        slots_M = slots_M[self.leads_SR[slots_M, rung]]
-        return Ways(self, slots_M, np.full(len(slots_M), rung))
-
-    def entries(self) -> Ways:
-        """New proposals, each on its way to its first rung."""
-        slots_M = self._new_now[self.leads_SR[self._new_now].any(1)]
-        return Ways(self, slots_M, self.leads_SR[slots_M].argmax(1))
+        return self._to(rung, np.concatenate([self._trials_now, self._new_now]))
 
     def trials_to(self, rung: int) -> Ways:
         """Trials alone."""
-        slots_M = self._trials_now[self.leads_SR[self._trials_now, rung]]
-        return Ways(self, slots_M, np.full(len(slots_M), rung))
+        return self._to(rung, self._trials_now)
 
-    def beyond(self, slot: int, rung: int) -> float:
-        """See Ways.beyond_M."""
-        key = int(slot), int(rung)
-        if key not in self._beyond:
-            config, top = self._held[slot].config, self._num_rungs - 1
-            reaches = top in self.arena.rungs(config)
-            self._beyond[key] = ascent_flops(self.arena, config, key[1], top) if reaches else math.inf
-        return self._beyond[key]
+    def entries(self) -> Ways:
+        """New proposals, each on its way to its first rung."""
+        leads_MR = self._table["leads"][self._new_now]
+        some_M = leads_MR.any(1)
+        return Ways(self._table, self._new_now[some_M], leads_MR[some_M].argmax(1))
 
-    def _of_trial(self, view: View, trial: Trial, num_evicted: int) -> int:
-        slot, num_rows = self._slots.get(trial.trial), len(trial.rows)
-        if slot is not None and self._stands[slot][:2] == (num_rows, num_evicted):
-            return slot
-        trunk = view.state.trunk_below(trial.trial, view.num_rungs)
-        if slot is None:
-            slot = self._new_slot(trial.trial, trial)
-        elif self._stands[slot][::2] == (num_rows, trunk):
-            self._stands[slot] = num_rows, num_evicted, trunk
-            return slot
-        self._stands[slot] = num_rows, num_evicted, trunk
-        self._put(slot, view.climbs(trial))
-        return slot
+    def _to(self, rung: int, lines_M: np.ndarray) -> Ways:
+        lines_M = lines_M[self._table["leads"][lines_M, rung]]
+        return Ways(self._table, lines_M, np.full(len(lines_M), rung))
 
-    def _of_new(self, view: View, proposal: Proposal) -> int:
-        slot = self._slots.get(id(proposal))
-        if slot is None:
-            slot = self._new_slot(id(proposal), proposal)
-            self._put(slot, view.entries(proposal))
-        return slot
+    def _line(self, view: View, subject: Trial | Proposal) -> int:
+        key = subject.trial if isinstance(subject, Trial) else id(subject)
+        if key not in self._lines:
+            self._lines[key] = self._written(subject, view.steps(subject))
+        return self._lines[key]
 
-    def _new_slot(self, key: str | int, subject: Trial | Proposal) -> int:
-        slot = self._slots[key] = len(self._held)
-        self._held.append(subject)
-        self._stands.append((0, 0, None))
-        self.steps_S.append({})
-        if slot == len(self.ids_S):
-            for name in ("numbers_SX", "codes_SG", "ids_S", "flops_SR", "cost_SR", "first_SR", "leads_SR"):
-                array = getattr(self, name)
-                room = np.zeros((max(_ROOM, slot), *array.shape[1:]), array.dtype)
-                setattr(self, name, np.concatenate([array, room]))
-        self.numbers_SX[slot], self.codes_SG[slot], self.ids_S[slot] = self._coordinates(subject)
-        return slot
-
-    def _put(self, slot: int, steps: Sequence[Step]) -> None:
-        self.steps_S[slot] = {step.rung: step for step in steps}
-        self.leads_SR[slot] = False
+    def _written(self, subject: Trial | Proposal, steps: Sequence[Step]) -> int:
+        """The number of a new line."""
+        line, config, top = self._end, subject.config, self._num_rungs - 1
+        if line == len(self._table["id"]):
+            for name, column in self._table.items():
+                room = np.zeros((max(_ROOM, line), *column.shape[1:]), column.dtype)
+                self._table[name] = np.concatenate([column, room])
+        table, reaches = self._table, top in self.arena.rungs(config)
+        table["subject"][line] = subject
+        table["numbers"][line], table["codes"][line], table["id"][line] = self._coordinates(subject)
         for step in steps:
-            self.leads_SR[slot, step.rung] = True
-            self.cost_SR[slot, step.rung], self.first_SR[slot, step.rung] = step.cost_flops, step.first
-            self.flops_SR[slot, step.rung] = self.arena.row_flops(step.config, step.rung)
+            at = line, step.rung
+            table["leads"][at], table["step"][at] = True, step
+            table["cost_flops"][at], table["first"][at] = step.cost_flops, step.first
+            table["row_flops"][at] = self.arena.row_flops(config, step.rung)
+            table["beyond_flops"][at] = ascent_flops(self.arena, config, step.rung, top) if reaches else math.inf
+        self._end += 1
+        return line

@@ -26,9 +26,9 @@ from bfm.sweep.policies.beliefs import Beliefs
 from bfm.sweep.policies.candidates import Candidates, Ways
 from bfm.sweep.policies.ground import Step, View, ascent_flops
 from bfm.sweep.policies.replicas import REPLICA, kept_flops, next_replica
-from bfm.sweep.policy import Decision, Promote, Propose, Stop
+from bfm.sweep.policy import Decision, Start, Stop
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState
+from bfm.sweep.state import SweepState, Trial
 from bfm.sweep.task import Wait
 from bfm.units import format_count, format_flops
 
@@ -76,7 +76,7 @@ class FrontierPolicy:
         """See Policy."""
         kept = kept_flops(self.spec, state)
         decision = self._explore(state, available_flops - kept)
-        if isinstance(decision, Promote | Propose) or len(self.spec.seeds) == 1:
+        if isinstance(decision, Start) or len(self.spec.seeds) == 1:
             return decision
         if any(state.trials[name].source != REPLICA for name, _ in state.attempts):
             return decision
@@ -115,7 +115,9 @@ class FrontierPolicy:
             if len(ways):
                 for place, gain in enumerate(self._beliefs.judge(ways).improvement_M):
                     step = ways.step(place)
-                    rates[step.key] = max(rates[step.key], float(gain) * total_flops / step.cost_flops)
+                    assert isinstance(step.subject, Trial)
+                    name = step.subject.trial
+                    rates[name] = max(rates[name], float(gain) * total_flops / step.cost_flops)
         return rates
 
     def _open(self, view: View) -> Decision | None:
@@ -128,7 +130,7 @@ class FrontierPolicy:
         target = (0.1 + number * _GOLDEN) % 1.0
         step = fitting.step(self._beliefs.spread_out(view, fitting.places, target))
         reason = f"size {number + 1} of the opening: N = {format_count(step.params)}, {target:.0%} up the pool's sizes"
-        return step.decision(reason, self.spec.seeds[0])
+        return step.start(reason)
 
     def _opening_flops(self, view: View) -> int:
         """While rows are few only the lowest rung's share may go into new configurations, at whichever rung they enter;
@@ -136,7 +138,7 @@ class FrontierPolicy:
         if not view.state.num_proposals:
             return view.available_flops
         share = round(self.shares[0] * self.spec.budget.total_flops) - sum(view.spent_flops)
-        return min(view.available_flops - sum(view.promised_flops), share)
+        return min(view.free_flops, share)
 
     def _serve(self, view: View) -> Decision | None:
         ways = self._ways(view)
@@ -162,7 +164,8 @@ class FrontierPolicy:
 
     def _patience(self, view: View, rung: int, step: Step) -> Wait | None:
         """Hold a step that few like it can follow while much cheaper tasks are running: they may change the choice."""
-        trunk = None if step.trial is None else view.state.trunk_below(step.trial.trial, step.first)
+        subject = step.subject
+        trunk = view.state.trunk_below(subject.trial, step.first) if isinstance(subject, Trial) else None
         task_flops = self.arena.reserve_flops(step.config, step.first, trunk)
         left = self.shares[rung] * self.spec.budget.total_flops - view.spent_flops[rung]
         if left > _SCARCE * self.spec.scaling.slots * task_flops:
@@ -175,9 +178,8 @@ class FrontierPolicy:
 
     def _ways(self, view: View) -> dict[int, Ways]:
         """Rungs, ascending, with the candidates that could be brought there."""
-        available_flops = view.available_flops - sum(view.promised_flops)
         cheapest = self._cheapest_to_the_top(view)
-        every = (self._candidates.to(rung).within(available_flops) for rung in range(view.num_rungs))
+        every = (self._candidates.to(rung).within(view.free_flops) for rung in range(view.num_rungs))
         found = {rung: self._beside_the_top(view, ways, cheapest) for rung, ways in enumerate(every)}
         return {rung: ways for rung, ways in found.items() if len(ways)}
 
@@ -214,22 +216,22 @@ class FrontierPolicy:
         """As long as nothing is at the top, a step must leave enough for something to get there."""
         if cheapest is None or not len(ways):
             return ways
-        free = view.available_flops - sum(view.promised_flops)
-        kept = ways.take(np.asarray(free - ways.cost_M >= np.minimum(ways.beyond_M, cheapest), dtype=bool))
+        needed_M = ways.cost_M + np.minimum(ways.at("beyond_flops"), cheapest)
+        kept = ways.take(np.asarray(needed_M <= view.free_flops, dtype=bool))
         # Where the cap does not pay for the top at all, the rungs below have it.
-        return kept if len(kept) or cheapest <= free else ways
+        return kept if len(kept) or cheapest <= view.free_flops else ways
 
     def _take(self, view: View, rung: int, offer: Offer) -> Decision:
         metric, total = self.spec.metric, self.spec.budget.total_flops
         spent = view.spent_flops[rung] / total
-        expected, best = self._beliefs.shown(offer.predicted), self._beliefs.shown(offer.best)
+        expected, best = metric.from_model(offer.predicted), metric.from_model(offer.best)
         reason = (
             f"for rung {rung} ({spent:.0%} of the cap spent there, share {self.shares[rung]:.0%}): {metric.name} "
             f"{expected:.5g} expected (sd {offer.sd:.2g}), best {best:.5g}; "
             f"most expected improvement per FLOP of {offer.rivals + 1} "
             f"(N = {format_count(offer.step.params)}, {format_flops(offer.step.cost_flops)} FLOPs to get there)"
         )
-        return offer.step.decision(reason, self.spec.seeds[0])
+        return offer.step.start(reason)
 
     def _idle(self, view: View, why: str) -> Decision:
         left = format_flops(max(0, view.available_flops))

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from bfm.sweep.arena import Arena, Config, Proposal
 from bfm.sweep.metric import Metric
-from bfm.sweep.policy import Promote, Propose
+from bfm.sweep.policy import Start
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState, Trial, metric_value
 
@@ -23,21 +23,13 @@ from bfm.sweep.state import SweepState, Trial, metric_value
 class Step:
     """A candidate: a paused trial or a new proposal, on its way to a rung, one task at a time."""
 
-    trial: Trial | None
-    proposal: Proposal | None
+    subject: Trial | Proposal
     first: int
     """The rung of the task that would be started now."""
     rung: int
     """The rung that it is meant for."""
     cost_flops: int
     """All tasks up to `rung`."""
-
-    @property
-    def subject(self) -> Trial | Proposal:
-        """Whose step it is."""
-        found = self.trial or self.proposal
-        assert found is not None
-        return found
 
     @property
     def params(self) -> int:
@@ -49,17 +41,9 @@ class Step:
         """The configuration."""
         return self.subject.config
 
-    @property
-    def key(self) -> str:
-        """Who it is: a new proposal is nobody yet."""
-        return "" if self.trial is None else self.trial.trial
-
-    def decision(self, reason: str, seed: int) -> Promote | Propose:
-        """Start its first task; a new proposal's with a seed."""
-        if self.trial is not None:
-            return Promote(self.trial.trial, self.first, reason, self.rung)
-        assert self.proposal is not None, "a step is of a trial or of a proposal"
-        return Propose(self.first, reason, self.proposal, self.rung, seed)
+    def start(self, reason: str) -> Start:
+        """The decision to begin with its first task."""
+        return Start(self.subject, self.first, reason, self.rung)
 
 
 class View:
@@ -98,36 +82,27 @@ class View:
         """Trials that may be trained on, in order of their proposals."""
         return [trial for trial in self.state.trials.values() if self.is_paused(trial)]
 
-    def climbs(self, trial: Trial) -> list[Step]:
-        """A paused trial on its way to each of the rungs above."""
-        ways = [rung for rung in self.arena.rungs(trial.config) if rung > max(trial.rows)]
-        return self._steps(trial, None, ways, self.state.trunk_below(trial.trial, ways[0])) if ways else []
+    def steps(self, subject: Trial | Proposal) -> list[Step]:
+        """On the way to each of its rungs, of a paused trial those above its rows.
+
+        They end below a rung at which it would run out of memory; a proposal then has none.
+        """
+        config, limits, trunk = subject.config, self.state.memory_limits, None
+        rungs = self.arena.rungs(config)
+        if isinstance(subject, Trial):
+            rungs = [rung for rung in rungs if rung > max(subject.rows)]
+            trunk = self.state.trunk_below(subject.trial, self.num_rungs)
+        if limits:
+            held = list(takewhile(lambda rung: self.arena.places(config, rung, limits), rungs))
+            rungs = held if isinstance(subject, Trial) or len(held) == len(rungs) else []
+        if not self.arena.climbs(config):
+            return [Step(subject, rung, rung, self.arena.reserve_flops(config, rung, None)) for rung in rungs]
+        costs = accumulate(_climb_flops(self.arena, config, rungs, trunk))
+        return [Step(subject, rungs[0], rung, cost_flops) for rung, cost_flops in zip(rungs, costs, strict=True)]
 
     def next_climb(self, trial: Trial) -> Step | None:
-        """The first of them, if it may be reserved."""
-        return next((step for step in self.climbs(trial)[:1] if step.cost_flops <= self.available_flops), None)
-
-    def entries(self, proposal: Proposal) -> list[Step]:
-        """A new proposal on its way to each of its rungs; none where it would run out of memory at one of them."""
-        rungs = self.arena.rungs(proposal.config)
-        steps = self._steps(None, proposal, rungs, None)
-        return steps if len(steps) == len(rungs) else []
-
-    def _steps(
-        self, trial: Trial | None, proposal: Proposal | None, ways: Sequence[int], trunk: int | None
-    ) -> list[Step]:
-        config = trial.config if trial is not None else proposal.config if proposal is not None else {}
-        limits = self.state.memory_limits
-        if limits:
-            ways = list(takewhile(lambda way: self.arena.places(config, way, limits), ways))
-        if not self.arena.climbs(config):
-            return [Step(trial, proposal, way, way, self.arena.reserve_flops(config, way, None)) for way in ways]
-        steps, cost_flops = [], 0
-        for way in ways:
-            cost_flops += self.arena.reserve_flops(config, way, trunk)
-            steps.append(Step(trial, proposal, ways[0], way, cost_flops))
-            trunk = way
-        return steps
+        """The first of a paused trial's steps, if it may be reserved."""
+        return next((step for step in self.steps(trial)[:1] if step.cost_flops <= self.available_flops), None)
 
     @cached_property
     def promised_flops(self) -> list[int]:
@@ -135,11 +110,15 @@ class View:
         promised = [0] * self.num_rungs
         for name, rung in self.running.items():
             config = self.state.trials[name].config
-            for step in self.arena.rungs(config):
-                if rung < step <= self.meant[name]:
-                    promised[step] += self.arena.reserve_flops(config, step, rung)
-                    rung = step
+            ways = [way for way in self.arena.rungs(config) if rung < way <= self.meant[name]]
+            for way, flops in zip(ways, _climb_flops(self.arena, config, ways, rung), strict=True):
+                promised[way] += flops
         return promised
+
+    @property
+    def free_flops(self) -> int:
+        """What may be reserved beside what is promised."""
+        return self.available_flops - sum(self.promised_flops)
 
     @cached_property
     def spent_flops(self) -> list[int]:
@@ -149,9 +128,11 @@ class View:
 
 def ascent_flops(arena: Arena, config: Config, from_rung: int, rung: int) -> int:
     """All reservations from a rung's trunk up to another rung."""
-    steps = [step for step in arena.rungs(config) if from_rung < step <= rung]
-    total = 0
-    for step in steps if arena.climbs(config) else steps[-1:]:
-        total += arena.reserve_flops(config, step, from_rung)
-        from_rung = step
-    return total
+    ways = [way for way in arena.rungs(config) if from_rung < way <= rung]
+    return sum(_climb_flops(arena, config, ways if arena.climbs(config) else ways[-1:], from_rung))
+
+
+def _climb_flops(arena: Arena, config: Config, rungs: Sequence[int], trunk: int | None) -> list[int]:
+    """The reservation of each of some rungs, from a trunk (None: from nothing) to the first, and on from there."""
+    trunks = [trunk, *rungs[:-1]]
+    return [arena.reserve_flops(config, rung, below) for rung, below in zip(rungs, trunks, strict=False)]

@@ -10,7 +10,7 @@ import math
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.policies.ground import View
-from bfm.sweep.policy import Propose
+from bfm.sweep.policy import Start
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
 from bfm.sweep.winner import by_config
@@ -33,7 +33,7 @@ def kept_flops(spec: SweepSpec, state: SweepState) -> int:
     return max(0, kept - top * sum(trial.source == REPLICA for trial in state.trials.values()))
 
 
-def next_replica(view: View, noise: float) -> Propose | None:
+def next_replica(view: View, noise: float) -> Start | None:
     """The next (configuration, seed) to compare; None where the leader has no near rival or all are begun."""
     top = view.num_rungs - 1
     groups = by_config(view.state, top, view.spec)
@@ -49,5 +49,5 @@ def next_replica(view: View, noise: float) -> Propose | None:
             cost_flops = view.arena.reserve_flops(trial.config, top, None)
             if seed not in begun and cost_flops <= view.available_flops:
                 reason = f"{len(near)} configurations are within the noise of the best at the top: {trial.trial} again"
-                return Propose(top, reason, Proposal(trial.config, trial.params, REPLICA), top, seed)
+                return Start(Proposal(trial.config, trial.params, REPLICA, seed), top, reason, top)
     return None

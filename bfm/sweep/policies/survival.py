@@ -21,7 +21,7 @@ from scipy.special import expit
 from bfm.sweep.policies.candidates import Ways
 from bfm.sweep.policies.ground import View
 from bfm.sweep.state import Trial
-from bfm.sweep.surrogate import Places, prior_sd, trend
+from bfm.sweep.surrogate import Places, trend
 
 _STEEPNESS = 6.0
 """Prior standard deviation of a coefficient in log odds, over that of the surrogate in spreads of the loss."""
@@ -60,17 +60,17 @@ class Survival:
         alive_M = np.ones(len(ways))
         if not self._ended[1]:
             return alive_M
-        places, first_M, coefficient_P = ways.places, ways.first_M, self._coefficients()
+        places, first_M, coefficient_P = ways.places, ways.at("first"), self._coefficients()
         for rung in range(int(first_M.min()), int(ways.rungs_M.max()) + 1):
             # Where there is no row there are no FLOPs either, and nothing is multiplied.
-            here = replace(places, log_flops_M=np.log(np.maximum(1.0, ways.of.flops_SR[ways.slots_M, rung])))
+            here = replace(places, log_flops_M=np.log(np.maximum(1.0, ways.at("row_flops", rung))))
             hazard_M = expit(self._features(here) @ coefficient_P)
-            trains_M = (first_M <= rung) & (rung <= ways.rungs_M) & ways.of.leads_SR[ways.slots_M, rung]
+            trains_M = (first_M <= rung) & (rung <= ways.rungs_M) & ways.at("leads", rung)
             alive_M *= np.where(trains_M, 1.0 - hazard_M, 1.0)
         return np.where(alive_M >= min(_HOPELESS, float(alive_M.max())), alive_M, 0.0)
 
     def _features(self, places: Places) -> np.ndarray:
-        return trend(places, self._center) * (_STEEPNESS * prior_sd(places))
+        return trend(places, self._center, _STEEPNESS)
 
     def _coefficients(self) -> np.ndarray:
         count = sum(map(len, self._ended))

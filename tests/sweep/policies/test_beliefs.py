@@ -38,7 +38,7 @@ def test_a_glance_at_very_many_candidates_finds_what_a_look_at_all_does(monkeypa
             monkeypatch.setattr(beliefs, "CLOSELY", most)
             kept = screen(self, ways)
             assert len(kept) == min(most, len(ways))
-            best.append(kept.slots_M[np.argmax(self.judge(kept).improvement_M / kept.cost_M.astype(float))])
+            best.append(kept.lines_M[np.argmax(self.judge(kept).improvement_M / kept.cost_M.astype(float))])
         if len(ways) > 30:
             agreed.append(best[0] == best[1])
         return kept

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from bfm.sweep.arena import Proposal
 from bfm.sweep.policies import survival
 from bfm.sweep.policies.survival import Survival
 from tests.sweep.curves import begin, curve, sweep, table_spec, tasks_of
@@ -83,7 +84,7 @@ def test_chances_are_those_of_the_region():
     policy = driver.policy
     for rung in range(4):
         ways = policy._candidates.to(rung)
-        new = ways.take(np.array([ways.step(place).proposal is not None for place in range(len(ways))]))
+        new = ways.take(np.array([isinstance(ways.step(place).subject, Proposal) for place in range(len(ways))]))
         chance_M = policy._beliefs._survival.chance_M(new)
         names = [new.step(place).config["config_id"] for place in range(len(new))]
         ends_M = np.array([math.isnan(driver.arena.curves[name].losses[rung]) for name in names])
