@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -129,7 +129,10 @@ class FeasibleSet:
         """The same without limits; never none, because a trial from before the space was changed goes on as it can."""
         tiers = self.spec.tiers_at(self.spec.budget.ladder_flops[rung], cost.params)
         tried = [_tried(tier, config, cost) for tier in tiers]
-        return [place for place in tried if isinstance(place, Place)] or [Place.at(tiers[0], config, cost)]
+        if held := [place for place in tried if isinstance(place, Place)]:
+            return held
+        workers = math.gcd(tiers[0].workers, config.groups_per_step)
+        return [Place.at(replace(tiers[0], workers=workers), config, cost)]
 
     def draw(self, rng: np.random.Generator) -> dict[str, Any]:
         """Values of the free parameters, from their distributions, feasible or not."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from bfm.sweep.driver import run_serial
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
-from tests.sweep.world import execute, in_memory, make_spec
+from bfm.training.config import TrainConfig
+from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
 
 TIERS = {"tiers": [{"workers": 1}, {"from_rung_flops": "4e9", "micro_groups": 2}]}
 POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]
@@ -93,3 +95,11 @@ def test_optuna_does_not_take_it_for_a_bad_loss():
     study = driver.arena.proposer._study(driver.state, driver.state.rungs, 0)
     ok = [row for row in driver.state.rungs[0].values() if row["status"] != "oom"]
     assert len(study.trials) == len(ok)
+
+
+@pytest.mark.parametrize(("groups", "workers"), [(2, 2), (6, 2), (3, 1), (8, 4)])
+def test_a_trial_that_a_new_tier_cannot_share_out_goes_on_with_as_many_workers_as_can(groups, workers):
+    spec = make_spec(scaling={"tiers": [{"engine": "deepspeed", "workers": 4}]})
+    config = TrainConfig(params=1000, groups_per_step=groups).as_dict()
+    (place,) = FeasibleSet(spec, PlantedCosts()).places(config, 0, {})
+    assert place.scaling["workers"] == workers
