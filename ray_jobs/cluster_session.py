@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,8 @@ _ANSWER_S = 5.0
 _LOOK_S = 5.0
 _HEAD_LIMIT_S = 40.0
 """A minute is what Ray's core waits."""
+_OWN_LIMIT_S = 10.0
+"""A head on this machine that does not answer is none that comes back."""
 
 
 @contextmanager
@@ -56,8 +58,9 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
             raise UserError(
                 " ".join(str(error).split()), key="RAY_ADDRESS", fix="use the versions of the cluster"
             ) from error
+        fix = "start it again, or another one, and the same command goes on"
         try:
-            with _head_watched(ray.get_runtime_context().gcs_address):
+            with _head_watched(_HEAD_LIMIT_S, lambda: f"the cluster's head at {address} is gone; {fix}"):
                 yield
         finally:
             ray.shutdown()
@@ -71,8 +74,14 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         logging_level=logging.ERROR,
         include_dashboard=dashboard,
     )
+
+    def gone() -> str:
+        shutil.rmtree(folder, ignore_errors=True)
+        return "Ray's processes on this machine were ended; run the same command again"
+
     try:
-        yield
+        with _head_watched(_OWN_LIMIT_S, gone):
+            yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -105,12 +114,12 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _head_watched(address: str) -> Iterator[None]:
-    """Ends the process with one line when the cluster's head has been away for so long that it will not come back.
+def _head_watched(limit_s: float, gone: Callable[[], str]) -> Iterator[None]:
+    """Ends the process with one line, told by `gone`, when the head has been away for longer than it ever is.
 
     Ray's core would do so a little later, with words that help nobody, and nothing that waits for Ray can be unwound.
     """
-    left = threading.Event()
+    address, left = ray.get_runtime_context().gcs_address, threading.Event()
 
     def watch() -> None:
         seen_s = time.monotonic()
@@ -118,11 +127,9 @@ def _head_watched(address: str) -> Iterator[None]:
             try:
                 _knock(address)
                 seen_s = time.monotonic()
-            except OSError as error:
-                away_s = time.monotonic() - seen_s
-                if away_s > _HEAD_LIMIT_S and not left.is_set():
-                    fix = "start it again, or another one, and the same command goes on"
-                    print(f"bfm: the cluster's head at {address} is gone ({error}); {fix}", file=sys.stderr, flush=True)
+            except OSError:
+                if time.monotonic() - seen_s > limit_s and not left.is_set():
+                    print(f"bfm: {gone()}", file=sys.stderr, flush=True)
                     os._exit(1)
 
     threading.Thread(target=watch, name="head", daemon=True).start()

@@ -67,8 +67,11 @@ def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_
 
 
 def trials_text(results: Results, compare: Compare = no_answers, limit: int = 20) -> str:
-    """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal."""
+    """The trials by their best loss at their highest rung, with the difference from the best there, for a terminal;
+    empty where none has a row."""
     metrics, ordered = results.metrics[:3], trials_in_order(results)
+    if not ordered:
+        return ""
     bests = results.bests(metrics[0]) if metrics else {}
     lines = [
         [
@@ -98,13 +101,13 @@ def spend_text(results: Results, state: SweepState) -> str:
         good = len(results.finished[flops])
         lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
         lines[-1].append(format_seconds(elapsed_s))
-    table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines)
+    table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines) if lines else ""
     spent_flops, cap_flops, redone_flops = state.spent_flops, state.cap_flops, state.redone_flops
     if not spent_flops:
         return table
     under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
     redone = f", {format_flops(redone_flops)} of them redone for want of evicted trunks" if redone_flops else ""
-    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{redone}"
+    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{redone}".lstrip()
 
 
 def failures_text(rows: Sequence[Row], state: SweepState) -> str:

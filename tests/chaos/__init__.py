@@ -23,7 +23,8 @@
 21 a space without a point              sweep/test_space.py; sweep/test_plan.py
 22 tasks that end together at the cap   sweep/test_driver.py and policies/test_frontier.py over cap_machine.py
 23 late, repeated, missing reports      cap_machine.py late; ray_jobs/test_search.py
-24 SIGINT, SIGTERM, ray job stop        ray_jobs/test_sweep.py a_stopped_sweep; ray_jobs/test_search.py a_stopped_sweep
+24 SIGINT, SIGTERM, ray job stop        ray_jobs/test_sweep.py a_stopped_sweep; ray_jobs/test_search.py a_stopped_sweep;
+                                        test_head.py a_signal_to_a_driver
 25 clocks, locale, odd and long paths   test_environment.py; sweep/test_lease.py; test_head.py (a time zone)
 26 no dashboard, a foreign cluster      test_cli.py doctor; ray_jobs/test_train.py; ray_jobs/test_sweep.py an_address
    versions that differ                 test_environment.py a_cluster_of_another_version

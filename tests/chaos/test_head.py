@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 
+import psutil
 import pytest
 
 from bfm.files import Store
 from tests.chaos.invariants import check_nothing_held, check_nothing_runs, check_sweep
 from tests.chaos.sweeps import Driver, decisions, is_in_the_middle, one_place
 from tests.ray_jobs.one_machine import one_machine
+from tests.ray_jobs.toys import child_environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +55,31 @@ def test_a_driver_and_then_the_head_are_killed_and_the_same_command_goes_on(tmp_
         check_nothing_held(cluster)
     state = check_sweep(store)
     assert [loss["reason"] for loss in state.losses] == ["the driver ended"] * 2
+    assert decisions(store) == whole
+
+
+def test_a_signal_to_a_driver_and_all_that_it_started_is_one_line_and_the_same_command_goes_on(
+    tmp_path, toy_shards, whole
+) -> None:
+    """As `timeout`, `systemctl stop` and job schedulers send it: this machine's Ray is gone before tasks can yield."""
+    space, store = one_place(tmp_path, toy_shards.path), Store(tmp_path / "tiny")
+    environment = child_environment()
+    with Driver(space, tmp_path, environment) as driver:
+        driver.wait_for(lambda: is_in_the_middle(store), "a task is in its middle")
+        family = [driver.process.pid, *(child.pid for child in psutil.Process(driver.process.pid).children(True))]
+        processes = [psutil.Process(pid) for pid in family]
+        os.killpg(driver.process.pid, signal.SIGTERM)
+        began_s = time.monotonic()
+        assert driver.end() in (1, 128 + signal.SIGTERM)
+        print(f"SIGTERM to all of a sweep's processes: it ends after {time.monotonic() - began_s:.0f} s")
+        assert "Traceback" not in driver.said
+        assert driver.said.splitlines()[-1].startswith(("bfm: Ray's processes", "2 trials", "1 trials")), driver.said
+        check_nothing_runs(processes)
+    check_sweep(store)
+    with Driver(space, tmp_path, environment, "--resume", "must") as driver:
+        assert driver.end() == 0, driver.said
+    state = check_sweep(store)
+    print(f"SIGTERM to all of a sweep's processes: {state.lost_flops:.2g} FLOPs lost")
     assert decisions(store) == whole
 
 
