@@ -38,8 +38,8 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is imported, assigned, row, lost, yielded, growing, quarantined, waiting or
-    finished."""
+    """Something a display may show: `kind` is opened, imported, assigned, row, lost, yielded, growing, quarantined,
+    waiting or finished."""
 
     kind: str
     task: Task | None = None

@@ -119,10 +119,10 @@ def run_sweep(
     table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
     with signals_raise(), _driver(opened, store, extend) as driver:
         store.put("sweep.yaml", yaml.safe_dump(opened.spec.as_dict(), sort_keys=False).encode())
+        tell = progress or (lambda event, driver: None)
+        tell(SweepEvent("opened"), driver)
         if table is not None:
-            imported = driver.take_runs(table)
-            if progress is not None:
-                progress(SweepEvent("imported", reason=import_words(imported)), driver)
+            tell(SweepEvent("imported", reason=import_words(driver.take_runs(table))), driver)
         try:
             if driver.state.finished is None:
                 _train(opened, store, driver, joins, progress, execute)
@@ -235,6 +235,9 @@ def sweep_verb(
             state = driver.state
             if event.row is not None:
                 display.say(_row_line(event.row, spec.metric.name, leaders.beside(event.row, state), compare))
+            elif event.kind == "opened":
+                ladder = ", ".join(map(format_flops, driver.spec.budget.ladder_flops))
+                display.say(f"sweep {driver.spec.name}: ladder {ladder} FLOPs")
             elif event.kind == "imported":
                 display.say(event.reason)
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
@@ -243,7 +246,6 @@ def sweep_verb(
             words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"
             display.show(words, state.spent_flops / spec.budget.total_flops)
 
-        display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
         try:
             outcome = run_sweep(spec, storage, resume=resume, extend=extend, runs=runs, progress=show)
         except Interrupted as interrupt:

@@ -231,7 +231,7 @@ def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
     assert len(done) == outcome.rows == len({(row["trial"], row["rung"]) for row in done})
     assert len({row["pid"] for row in done}) <= 2
     assert sorted(row["warm_start_s"] for row in done)[len(done) // 2] < 0.5
-    assert Counter(events) == {"assigned": len(done), "row": len(done), "finished": 1}
+    assert Counter(events) == {"opened": 1, "assigned": len(done), "row": len(done), "finished": 1}
     assert yaml.safe_load((tmp_path / "well" / "sweep.yaml").read_text())["name"] == "well"
     board = EventAccumulator(str(tmp_path / "well" / "tensorboard" / "_sweep")).Reload()
     assert any(tag.startswith("frontier/nll/C=") for tag in board.Tags()["scalars"])
