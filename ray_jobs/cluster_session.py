@@ -60,7 +60,7 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
             ) from error
         fix = "start it again, or another one, and the same command goes on"
         try:
-            with _head_watched(_HEAD_LIMIT_S, lambda: f"the cluster's head at {address} is gone; {fix}"):
+            with _head_watched(_HEAD_LIMIT_S, lambda why: f"the cluster's head at {address} is gone ({why}); {fix}"):
                 yield
         finally:
             ray.shutdown()
@@ -75,12 +75,13 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         include_dashboard=dashboard,
     )
 
-    def gone() -> str:
+    def gone(why: OSError) -> str:
         shutil.rmtree(folder, ignore_errors=True)
-        return "Ray's processes on this machine were ended; run the same command again"
+        return f"Ray's processes on this machine were ended ({why}); run the same command again"
 
     try:
-        with _head_watched(_OWN_LIMIT_S, gone):
+        # Other errors may be those of this machine's network, or of this process.
+        with _head_watched(_OWN_LIMIT_S, gone, only=ConnectionRefusedError):
             yield
     finally:
         ray.shutdown()
@@ -114,8 +115,9 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def _head_watched(limit_s: float, gone: Callable[[], str]) -> Iterator[None]:
-    """Ends the process with one line, told by `gone`, when the head has been away for longer than it ever is.
+def _head_watched(limit_s: float, gone: Callable[[OSError], str], *, only: type[OSError] = OSError) -> Iterator[None]:
+    """Ends the process with one line, told by `gone`, when the head has been away for longer than it ever is: when
+    `only` such errors came for so long.
 
     Ray's core would do so a little later, with words that help nobody, and nothing that waits for Ray can be unwound.
     """
@@ -127,9 +129,11 @@ def _head_watched(limit_s: float, gone: Callable[[], str]) -> Iterator[None]:
             try:
                 _knock(address)
                 seen_s = time.monotonic()
-            except OSError:
-                if time.monotonic() - seen_s > limit_s and not left.is_set():
-                    print(f"bfm: {gone()}", file=sys.stderr, flush=True)
+            except OSError as error:
+                if not isinstance(error, only):
+                    seen_s = time.monotonic()
+                elif time.monotonic() - seen_s > limit_s and not left.is_set():
+                    print(f"bfm: {gone(error)}", file=sys.stderr, flush=True)
                     os._exit(1)
 
     threading.Thread(target=watch, name="head", daemon=True).start()

@@ -103,6 +103,8 @@ class Desk:
         self._on_event, self._signals = on_event, signals
         self._room, self._running = room, running
         self._next: Task | None = None
+        self._excused: set[tuple[str, int]] = set()
+        """(trial, rung) that went with their node; it may also be what kills nodes, so that is believed once."""
         self._growing: str | None = None
         """Id of the task that was asked for a checkpoint, to go on with more workers."""
         self._paused: PausedError | None = None
@@ -182,7 +184,9 @@ class Desk:
         if live.settled_at_s is None:
             seen = self._running.nodes(live.task)
             # One that told of no step yet was on any of them: as a sweep begins, idle nodes may just be taken away.
-            if (set(seen) or live.nodes) - self._room.nodes().keys():
+            gone, place = (set(seen) or live.nodes) - self._room.nodes().keys(), (live.task.trial, live.task.rung)
+            if gone and place not in self._excused:
+                self._excused.add(place)
                 self._lose(live, DIED, None, fault=NODE)
             else:
                 self._lose(live, DIED, seen[0] if len(seen) == 1 else None)
@@ -299,7 +303,7 @@ class Desk:
             fault = NODE
         self._guard(lambda: self.driver.lost(task.task_id, reason, retry=retry, fault=fault))
         self._on_event(SweepEvent("lost", task=task, reason=reason))
-        if node in self.quarantine.nodes:
+        if fault == NODE and node is not None:
             self._on_event(SweepEvent("quarantined", task=task, reason=f"node {node} gets no more tasks: {reason}"))
 
     def _guard(self, call: Callable[[], Answer]) -> Answer | None:

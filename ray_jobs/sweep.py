@@ -226,7 +226,7 @@ def sweep_verb(
     runs: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> int:
-    """`bfm sweep`: run with a display on stderr; the exit code. Raises UserError and CorruptError for the caller."""
+    """`bfm sweep`: run with a display on stderr; the exit code. Raises as `run_sweep`, but for signals."""
     spec = resolve(space, [*overrides, *([f"name={name}"] if name else [])])
     compare, leaders = Pairing(Store(storage).child(spec.name)), Leaders(spec.metric.name)
     with Display("sweep") as display:

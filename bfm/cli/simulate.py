@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from bfm.sweep.simulator.fleet import Fleet
 
 app = typer.Typer()
-_OF_SPACE = {"law": "--law", "price_per_hour": "--price-per-hour", "overrides": "--set"}
+_OF_SPACE = {
+    "law": "--law",
+    "price_per_hour": "--price-per-hour",
+    "efficiency": "--efficiency",
+    "overrides": "--set",
+}
 _OF_CURVES = {
     "rungs": "--rungs",
     "budget_fraction": "--budget-fraction",

@@ -1,4 +1,4 @@
-"""The written parts of the report page: rows, summary, baselines and provenance in, pieces of HTML out."""
+"""The written parts of the report page: rows, state, baselines and provenance in, pieces of HTML out."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from bfm.sweep.study import by_axis, joined, read_sweeps
 
 
 def read_study(location: str) -> list[SweepView]:
-    """The sweeps of a study in its order, begun or not. Raises UserError for a study.yaml that names none."""
+    """The sweeps of a study in its order, begun or not. Raises as `read_sweeps`."""
     return [SweepView(sweep.store, sweep.state, sweep.folder) for sweep in read_sweeps(location)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import count, takewhile
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
@@ -204,9 +205,11 @@ class SweepDriver:
             records.append({"kind": "spec", "spec": self.spec.as_dict(), "hash": self.spec.hash})
         records += [self._loss(task_id, "the driver ended", DRIVER) for task_id in self.state.open_tasks]
         self._write(*records)
+        # The last holder may have died between a record and what it drops.
         for evicted in self.state.evicted.values():
-            # The last holder may have died between the record and the deletion.
             self._ledger.drop(evicted["checkpoint"])
+        for place in (*self.state.arrivals[-1:], *list(self.state.abandoned)[-1:]):
+            self._drop_made(place)
         self._keep_quota()
 
     def _keep_quota(self) -> None:
@@ -219,21 +222,24 @@ class SweepDriver:
 
     def _write_end(self, place: tuple[str, int], *records: Record) -> None:
         """A try, or a place for good, is over: what neither a row nor the next try goes on from is dropped."""
-        attempt = self.state.attempts[place]
-        before = attempt.progress
+        before = self.state.attempts[place].progress
         self._write(*records)
-        if place in self.state.attempts:
-            if before not in (None, attempt.progress):
-                self._ledger.drop(before)
-            return
+        attempt = self.state.attempts.get(place)
+        if attempt is None:
+            self._drop_made(place)
+        elif before not in (None, attempt.progress):
+            self._ledger.drop(before)
+
+    def _drop_made(self, place: tuple[str, int]) -> None:
+        """Drop what the tries of a place have made and its row does not name, also where no account has named it: a
+        writer may be killed between a checkpoint and the note of it."""
         trial, rung = place
         row = self.state.rungs.get(rung, {}).get(trial, {})
-        if attempt.tries == 1 and row.get("status") == "ok":
+        tries = len(list(takewhile(self.state.closed_tasks.__contains__, (_task_id(*place, n) for n in count()))))
+        if tries == 1 and row.get("status") == "ok":
             # It has tidied up behind itself.
             return
-        # Also what an account never named, because its writer was killed between a checkpoint and the note of it.
-        made = (object_name(trial, rung, number, what) for number in range(attempt.tries) for what in MADE)
-        for name in made:
+        for name in (object_name(trial, rung, number, what) for number in range(tries) for what in MADE):
             if name not in (row.get("checkpoint"), row.get("model")):
                 self._ledger.drop(name)
 
@@ -348,7 +354,7 @@ class SweepDriver:
         # The part of the trunk that is trained again after an eviction has its probe rows.
         trained = self.state.trunk_below(trial.trial, rung, or_evicted=True)
         return Task(
-            task_id=f"{trial.trial}-r{rung}-a{tries}",
+            task_id=_task_id(trial.trial, rung, tries),
             attempt=tries,
             trial=trial.trial,
             rung=rung,
@@ -363,6 +369,10 @@ class SweepDriver:
             evaluation_queries=spec.data.evaluation_queries,
             stage1=None if spec.stage1 is None else spec.stage1.checkpoint,
         )
+
+
+def _task_id(trial: str, rung: int, tries: int) -> str:
+    return f"{trial}-r{rung}-a{tries}"
 
 
 def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:

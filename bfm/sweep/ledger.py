@@ -129,7 +129,7 @@ class Ledger:
         return True
 
     def drop(self, folder: str) -> None:
-        """Delete a folder of the sweep that the ledger says is kept no longer; a failure is left to the next resume."""
+        """Delete a folder of the sweep that the ledger says is kept no longer; where that fails, it may stay."""
         if not self.lease.is_held:
             return
         try:

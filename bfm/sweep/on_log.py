@@ -6,6 +6,7 @@ Enters: a SweepSpec. Leaves: the SweepSpec that plans, sweeps and ledgers hold, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
@@ -26,7 +27,7 @@ class OpenedSpace:
     protocol: Protocol
     costs: Costs
 
-    @property
+    @cached_property
     def feasible(self) -> FeasibleSet:
         """Its points that can be trained."""
         return FeasibleSet(self.spec, self.costs)

@@ -74,20 +74,24 @@ def list_sweeps(store: Store, folders: Sequence[str]) -> None:
 
 def read_alone(location: str) -> StoredSweep:
     """The sweep that stands there. Raises UserError where none does, CorruptError where its ledger is damaged."""
-    store = Store(location)
-    sweep = StoredSweep(store, read_state(store))
-    if not sweep.has_begun:
-        raise UserError("there is no sweep here", file=location, fix="name the folder <storage>/<name> of a sweep")
-    return sweep
+    return _read(location, "a sweep")
 
 
 def read_sweeps(location: str) -> list[StoredSweep]:
     """The sweeps of a study in its order, begun or not; elsewhere the one that stands there. Raises as those two."""
     if not is_study(location):
-        return [read_alone(location)]
+        return [_read(location, "a sweep or a study")]
     store = Store(location)
     places = [(folder, store.child(folder)) for folder in study_folders(store)]
     return [StoredSweep(place, read_state(place), folder) for folder, place in places]
+
+
+def _read(location: str, kind: str) -> StoredSweep:
+    store = Store(location)
+    sweep = StoredSweep(store, read_state(store))
+    if not sweep.has_begun:
+        raise UserError("there is no sweep here", file=location, fix=f"name the folder <storage>/<name> of {kind}")
+    return sweep
 
 
 def by_axis(sweeps: Iterable[Sweep]) -> list[list[Sweep]]:

@@ -103,16 +103,9 @@ class Journal:
     def saved(self, progress_flops: int) -> None:
         """The in-rung checkpoint stands at `progress_flops`. Raises FencedError where the task was given up."""
         with self._change:
-            named = self._noted.progress is not None
             self._want(progress=self.checkpoint, progress_flops=progress_flops)
             wanted = self._wanted
-            try:
-                self._wait(lambda: self._noted == wanted)
-            except FencedError:
-                # Nobody knows of it, so nobody else would drop it.
-                if not named:
-                    self.clear()
-                raise
+            self._wait(lambda: self._noted == wanted)
 
     def close(self, spent_flops: int) -> None:
         """Say exactly what was trained, if the storage still listens; the last promise stands where it does not."""
@@ -127,7 +120,7 @@ class Journal:
             self._write(exact)
 
     def clear(self) -> None:
-        """Drop the in-rung checkpoint; the row is in hand, or nobody will go on from it."""
+        """Drop the in-rung checkpoint; the row is in hand."""
         self.store.delete_folder(self.checkpoint)
 
     def note_out_of_memory(self) -> None:

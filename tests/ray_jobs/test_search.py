@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
-from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, SweepEvent
+from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Live, SweepEvent
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
 from ray_jobs.trial import FATAL, LEAVES, LOST, NODE, ROW, YIELDED, slot_resources
@@ -310,3 +310,9 @@ def test_a_worker_whose_node_is_gone_is_held_against_nobody() -> None:
     assert list(driver.losses) == ["t0-r0-a0", "t1-r0-a0", "t2-r0-a0"]
     assert driver.faults == ["worker", "node", "node"]
     assert not searcher.desk.quarantine.nodes
+    # A task that goes with one node after the other may be what kills them.
+    for _ in range(2):
+        driver.open["t1-r0-a0"] = make_task(1)
+        searcher._trials["again"] = Live(make_task(1), frozenset({"node0", "node9"}))
+        searcher.on_trial_complete("again", error=True)
+    assert driver.faults[3:] == ["worker", "worker"]

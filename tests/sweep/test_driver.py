@@ -157,6 +157,17 @@ def test_a_lost_task_is_charged_what_it_may_have_trained_and_reserves_the_rest()
     assert set(driver._ledger.dropped) == made - kept, "the row is there: what no account named goes, too"
 
 
+def test_what_the_last_driver_had_no_time_to_drop_is_dropped():
+    account = Account(700_000_000, "trials/t00000/checkpoints/rung0-a0-progress", 600_000_000)
+    spec = make_spec()
+    driver = in_memory(spec, settle=lambda task: account)
+    driver.lost(driver.next_task().task_id, "killed")
+    again = driver.next_task()
+    driver.report(again.task_id, execute(again))
+    resumed = in_memory(spec, records=driver._ledger.records)
+    assert account.progress in resumed._ledger.dropped
+
+
 def test_what_a_task_left_that_brought_no_checkpoints_is_dropped():
     """A run that diverged, or was given up, may have left one on its way there."""
     driver = in_memory(make_spec(scaling={"max_retries": 0}))

@@ -109,18 +109,22 @@ def test_progress_that_is_damaged_is_given_back_untrained(toy_shards, tmp_path):
     assert not again
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_checkpoint_that_comes_too_late_stays_only_where_it_was_named_before(tmp_path, hasty, named):
-    store = Store(tmp_path)
-    found = Journal(task(), store)
-    if named:
-        found.saved(40)
-    account = settle(task(), store)
-    store.put(f"{found.checkpoint}/meta.json", b"{}")
+def test_a_checkpoint_that_the_driver_goes_on_from_stays(tmp_path, hasty):
+    """The task is given up between the account that names its first checkpoint and the look at `stop`."""
+    accounts = []
+
+    class GivenUp(Store):
+        def put(self, name, data):
+            super().put(name, data)
+            if name.endswith("account.json") and not accounts:
+                accounts.append(settle(task(), Store(tmp_path)))
+
+    found = Journal(task(), GivenUp(tmp_path))
+    Store(tmp_path).put(f"{found.checkpoint}/meta.json", b"{}")
     with pytest.raises(FencedError):
         found.saved(50)
-    assert store.names(found.checkpoint) == ([f"{found.checkpoint}/meta.json"] if named else [])
-    assert account.progress == (found.checkpoint if named else None), "what the driver goes on from"
+    assert accounts == [Account(0, found.checkpoint, 50)]
+    assert Store(tmp_path).names(found.checkpoint)
 
 
 class Slow(Store):

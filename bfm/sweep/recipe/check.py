@@ -35,8 +35,8 @@ def check_recipe(
 
     A run that was killed goes on from its last checkpoint; one that stands in the ledger is not trained again, and its
     first answer stays. Raises UserError where another process writes the ledger,
-    where the shards' protocol is not that of the sweep's rows, or where training diverged or ran out of memory:
-    nothing is recorded then.
+    where the shards' protocol is not that of the sweep's rows, or where training diverged, ran out of memory,
+    or has no value of the metric: nothing is recorded then.
     """
     hash_here = Protocol.load(Shards.open(shards)).hash
     if recipe.protocol_hash not in (None, hash_here):
