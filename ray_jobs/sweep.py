@@ -233,11 +233,11 @@ def sweep_verb(
 
         def show(event: SweepEvent, driver: SweepDriver) -> None:
             state = driver.state
+            if event.kind == "opened":
+                display.say(f"sweep {spec.name}: ladder {', '.join(map(format_flops, spec.budget.ladder_flops))} FLOPs")
+                return
             if event.row is not None:
                 display.say(_row_line(event.row, spec.metric.name, leaders.beside(event.row, state), compare))
-            elif event.kind == "opened":
-                ladder = ", ".join(map(format_flops, driver.spec.budget.ladder_flops))
-                display.say(f"sweep {driver.spec.name}: ladder {ladder} FLOPs")
             elif event.kind == "imported":
                 display.say(event.reason)
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
