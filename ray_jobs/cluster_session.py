@@ -103,15 +103,16 @@ def cluster_address() -> str:
         )
     if colon and port.isdigit():
         try:
-            _knock(address)
+            knock(address)
         except OSError as error:
             raise _no_cluster(address, str(error)) from error
     return address
 
 
-def _knock(address: str) -> None:
+def knock(address: str, limit_s: float = _ANSWER_S) -> None:
+    """Raises OSError where nobody listens at host:port."""
     host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def _head_watched(limit_s: float, gone: Callable[[OSError], str], *, only: type[
         seen_s = time.monotonic()
         while not left.wait(_LOOK_S):
             try:
-                _knock(address)
+                knock(address)
                 seen_s = time.monotonic()
             except OSError as error:
                 if not isinstance(error, only):

@@ -184,8 +184,8 @@ class Desk:
         if live.settled_at_s is None:
             seen = self._running.nodes(live.task)
             # One that told of no step yet was on any of them: as a sweep begins, idle nodes may just be taken away.
-            gone, place = (set(seen) or live.nodes) - self._room.nodes().keys(), (live.task.trial, live.task.rung)
-            if gone and place not in self._excused:
+            place = live.task.trial, live.task.rung
+            if place not in self._excused and self._room.gone(seen or live.nodes):
                 self._excused.add(place)
                 self._lose(live, DIED, None, fault=NODE)
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from bfm.errors import UserError
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.task import Task
 from bfm.sweep.tiers import Tier
+from ray_jobs.cluster_session import knock
 from ray_jobs.preemption import draining_nodes
 from ray_jobs.trial import slot_resources
 
@@ -29,6 +30,7 @@ Resources = dict[str, float]
 _NAMES = ("GPU", "CPU")
 _SLACK = 1e-9
 ASK_LESS_S = 180.0
+_ANSWER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class ClusterRoom:
             if node["Alive"] and node["NodeID"] not in leaving
         }
 
+    def gone(self, nodes: Iterable[str]) -> set[str]:
+        """Those of some nodes that do not answer: Ray takes seconds to find that out."""
+        told = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        return {node for node in nodes if node not in told or not _answers(told[node])}
+
     def ask(self, tasks: Sequence[Task], more: Sequence[Task] = ()) -> None:
         """Have room made for these tasks and some more beside them; without more, what is idle may go."""
         if self._grows:
@@ -136,6 +143,14 @@ class ClusterRoom:
         if not number or num_nodes != self._num_nodes:
             self._num_nodes, self._since_s = num_nodes, now_s
         return max(1, number >> int((now_s - self._since_s) / ASK_LESS_S))
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        knock(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", _ANSWER_S)
+    except OSError:
+        return False
+    return True
 
 
 def _pack(parts: Sequence[Resources], nodes: Sequence[Resources]) -> bool:

@@ -48,8 +48,8 @@ def test_a_node_that_is_killed_in_the_middle_of_a_task_changes_nothing(cluster, 
         assert driver.end() == 0, driver.said
     assert "Traceback" not in driver.said
     state = check_sweep(store)
-    assert [loss["reason"] for loss in state.losses] == [
-        "its worker process died (killed, out of memory, or its node is gone)"
+    assert [(loss["reason"], loss["fault"]) for loss in state.losses] == [
+        ("its worker process died (killed, out of memory, or its node is gone)", "node")
     ]
     assert decisions(store) == whole
     check_nothing_runs(family)

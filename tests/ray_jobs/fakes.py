@@ -124,6 +124,9 @@ class Machines:
     def nodes(self):
         return {f"node{place}": machine for place, machine in enumerate(self.machines)}
 
+    def gone(self, nodes):
+        return set(nodes) - self.nodes().keys()
+
     def ask(self, tasks, more=()):
         self.asked.append([task.scaling["workers"] for task in (*tasks, *more)])
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
 from ray_jobs.trial import ROW, YIELDED
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_desk, make_task
+from tests.ray_jobs.toys import free_port
 
 SMALL = {**CPU_SCALING, "cpus": 1.0}
 GROUP = {**CPU_SCALING, "cpus": 1.0, "workers": 4, "engine": "deepspeed"}
@@ -242,3 +245,17 @@ def test_a_node_that_is_drained_is_no_room(monkeypatch) -> None:
     monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(room.ray._private.state.state, "get_draining_nodes", lambda: {"goes": 0})
     assert ClusterRoom(grows=True).nodes() == {"stays": {"GPU": 1.0, "CPU": 2.0}}
+
+
+def test_a_node_that_does_not_answer_is_gone_before_ray_says_so(monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        places = {"well": (True, port), "killed": (True, free_port()), "dead": (False, port)}
+        told = [
+            {"NodeID": name, "Alive": alive, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": at}
+            for name, (alive, at) in places.items()
+        ]
+        monkeypatch.setattr(ray, "nodes", lambda: told)
+        found = ClusterRoom(grows=False)
+        assert found.gone([*places, "unknown"]) == {"killed", "dead", "unknown"}
+        assert found.gone(["well"]) == set()
