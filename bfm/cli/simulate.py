@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,24 +15,19 @@ if TYPE_CHECKING:
     from bfm.sweep.simulator.fleet import Fleet
 
 app = typer.Typer()
-_OF_SPACE = {
-    "law": "--law",
-    "price_per_hour": "--price-per-hour",
-    "efficiency": "--efficiency",
-    "overrides": "--set",
-}
+_OF_SPACE = {"law", "price_per_hour", "efficiency", "overrides"}
 _OF_CURVES = {
-    "rungs": "--rungs",
-    "budget_fraction": "--budget-fraction",
-    "features": "--features",
-    "params_column": "--params-column",
-    "resumable_column": "--resumable-column",
-    "where": "--where",
-    "subset": "--subset",
-    "eta": "--eta",
-    "cooldown_fraction": "--cooldown-fraction",
+    "rungs",
+    "budget_fraction",
+    "features",
+    "params_column",
+    "resumable_column",
+    "where",
+    "subset",
+    "eta",
+    "cooldown_fraction",
 }
-"""Parameters that only one of the two ways to simulate takes, by the names that a person writes."""
+"""Parameters that only one of the two ways to simulate takes."""
 
 
 @app.command()
@@ -136,12 +131,12 @@ def _space(
     show(as_dict(spec, law, fleet, price_per_hour, made), as_json, render)
 
 
-def _check_serves(context: typer.Context, others: Mapping[str, str], mode: str) -> None:
+def _check_serves(context: typer.Context, others: Collection[str], mode: str) -> None:
     """Raises UserError for an option that says nothing of what is simulated."""
-    for parameter, option in others.items():
-        source = context.get_parameter_source(parameter)
-        if source is not None and source.name == "COMMANDLINE":
-            raise UserError(f"says nothing of {mode}", key=option, fix="leave it out")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in others and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"says nothing of {mode}", key=parameter.opts[0], fix="leave it out")
 
 
 def _names(text: str) -> list[str]:

@@ -102,11 +102,16 @@ def choose_negatives(evidence: Evidence, metric: str, flops: float) -> Choice:
     if isinstance(found, Choice):
         return found
     best = evidence.sizes.top_runs(metric)[:1]
-    kept = _unscaled(NEGATIVES, float(best[0]["config"].get("negatives") or 0), best, found)
+    kept = _unscaled(NEGATIVES, own_negatives(best[0]), best, found)
     if kept.value:
         return kept
     source = "one stage, as the best run at the top rung"
     return dataclasses.replace(kept, source=source, note=f"{found}: K = 0, stage 1 only")
+
+
+def own_negatives(run: Row) -> float:
+    """K of a run; 0 where it has one stage."""
+    return float(run["config"].get("negatives") or 0)
 
 
 def choose_batch(evidence: Evidence, metric: str) -> tuple[Choice, Power]:

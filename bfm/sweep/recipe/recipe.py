@@ -27,6 +27,7 @@ from bfm.sweep.recipe.choices import (
     choose_negatives,
     choose_rate,
     choose_share,
+    own_negatives,
     stage_settings,
     try_sizes,
 )
@@ -134,7 +135,7 @@ def _expect(
     """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
     metric, sweep = Metric(runs.metric), evidence.on(NEGATIVES)
     best = evidence.sizes.top_runs(metric.name)[0]
-    sizes = sizes_with(best, float(best["config"].get("negatives") or 0))
+    sizes = sizes_with(best, own_negatives(best))
     surface, reason = surface_of(runs)
     plain = reason if surface is None else by_surface(surface, sizes)
     if surface is None or isinstance(plain, str):
@@ -155,7 +156,7 @@ def _kept(choice: Choice, best: Row, reason: str) -> Choice:
     """The negatives of the best run of the sweep of sizes, where the choice is a law's."""
     if not choice.by_law:
         return choice
-    own = float(best["config"].get("negatives") or 0)
+    own = own_negatives(best)
     note = f"the law asks for {choice.value:.4g} negatives, but {reason}: K = {own:g}"
     return Choice(choice.name, own, "the sweep of sizes", note=note, runs=(run_name(best),))
 
