@@ -108,6 +108,9 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         build.fit_all(job, split)
     with _watched(job, "write", len(partitions), progress, folder="written"):
         _over(partitions, functools.partial(build.write_partition, job, split))
+    names = build.event_files(job)
+    with _watched(job, "join", len(names), progress, folder="joined"):
+        _over(names, functools.partial(build.join_events, job))
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
 
@@ -123,7 +126,7 @@ def _sort(job: Job, table: pa.Table) -> pa.Table:
     return pa.table({"done": [index]})
 
 
-def _over(partitions: list[Path], stage: Callable[[int, Path], None]) -> None:
+def _over(partitions: list[Any], stage: Callable[[int, Any], None]) -> None:
     """Run a stage for each shard in the making and its sorted partition."""
 
     def run(batch: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, Ties()
-    for user, _, index in shards.user_events(shards.user_lengths):
+    for user, _, index in shards.user_events(shards.all_events):
         events = shards.at(index)
         item = events.item
         first_times += len(np.unique(user * np.int64(shards.num_items) + item))

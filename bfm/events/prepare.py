@@ -5,7 +5,7 @@
     sort_partition    per partition: quarantine file; events by (user, time, seeded hash of the whole row)
     choose_split      once: boundaries from the merged histogram of times
 
-and in build.py: measure_partition, fit_all, write_partition, finish_set.
+and in build.py: measure_partition, fit_all, write_partition, join_events, finish_set.
 
 Partitions and their order are functions of the rows and the seed alone, so all that follows is; the order of files,
 blocks and workers leaves no trace but in the check of the raw order inside ties.
@@ -55,6 +55,10 @@ class Job:
     def shard_set(self) -> Path:
         """The shard set in the making."""
         return self.folder / "set"
+
+    def part(self, index: int) -> Path:
+        """The folder of a part of the events in the making."""
+        return self.folder / "work" / "parts" / f"{index:05d}"
 
     def save(self, stage: str, index: int, value: Any) -> None:
         """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
@@ -180,7 +184,7 @@ def rows_read(job: Job) -> int:
 
 
 def num_partitions(rows: int) -> int:
-    """Partitions (and shards) of a log: a function of its row count only."""
+    """Partitions of a log: a function of its row count only."""
     return -(-rows // PARTITION_ROWS)
 
 
@@ -249,7 +253,7 @@ def choose_split(job: Job) -> Split:
 
 
 def sorted_partitions(job: Job) -> list[Path]:
-    """Files of the partitions that some row fell into: each becomes a shard, in their order."""
+    """Files of the partitions that some row fell into: each becomes a part of the events, in their order."""
     return job.files("partitions")
 
 

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
+from bfm.events.encoding import map_array
 from bfm.events.manifest import SHARD_SET
 from bfm.events.ragged import Ragged, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards
+from bfm.events.shards import Shards, Span
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
@@ -74,7 +75,7 @@ class Protocol:
         files = shards.manifest.files
         check_files(shards.path, {name: files[name] for name in (PROTOCOL, *map(table_name, PARTS))})
         info = read_json(shards.path / PROTOCOL)
-        columns = {part: np.load(shards.path / table_name(part), allow_pickle=False) for part in PARTS}
+        columns = {part: map_array(shards.path / table_name(part)) for part in PARTS}
         return cls(info, {part: _table(columns[part], info["filter_seen"]) for part in PARTS})
 
     @cached_property
@@ -164,22 +165,21 @@ def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | N
     return Protocol(info, tables)
 
 
-def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """[U], [U]: first query position and number of candidate positions of each user (p + 1 lies in the part)."""
+def _candidates(shards: Shards, part: str, users: slice) -> Span:
+    """Positions of users that may be queries: the event after one lies in the part."""
     if part == "validation":
-        start, stop = shards.train_lengths, shards.valid_lengths
+        start, stop = shards.train_lengths[users], shards.valid_lengths[users]
     else:
-        start, stop = shards.valid_lengths, shards.user_lengths
+        start, stop = shards.valid_lengths[users], np.diff(shards.user_starts[users.start : users.stop + 1])
     first = np.maximum(start - 1, 0)
     return first, np.maximum(stop - 1 - first, 0)
 
 
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
-    """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
-    first_U, count_U = _part_bounds(shards, part)
-    limit = int(count_U.sum()) if limit is None else limit
+    """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(limit)."""
+    limit = shards.manifest.events if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
-    for user, position, event in shards.user_events(count_U, first_U):
+    for user, position, event in shards.user_events(partial(_candidates, shards, part)):
         now, following = shards.at(event).time, shards.at(event + 1).time
         wanted = (now == following) if basket else (now < following)
         found = np.stack([user[wanted], position[wanted]])

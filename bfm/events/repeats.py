@@ -22,7 +22,7 @@ NOISE = 0.01
 def training_repeats(shards: Shards) -> dict[str, int]:
     """Targets of the training range, and how many of them were `seen`, over all users."""
     targets = seen = 0
-    for user_E, position_E, event_E in shards.user_events(shards.train_lengths):
+    for user_E, position_E, event_E in shards.user_events(shards.train_events):
         events = shards.at(event_E)
         item_E, time_E = events.item.astype(np.int64), events.time
         moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))

@@ -37,11 +37,13 @@ def prepare_serially(
                 prepare.sort_partition(job, index, part)
         split = prepare.choose_split(job)
         partitions = prepare.sorted_partitions(job)
-        for shard, partition in enumerate(partitions):
-            build.measure_partition(job, split, shard, partition)
+        for index, partition in enumerate(partitions):
+            build.measure_partition(job, split, index, partition)
         build.fit_all(job, split)
-        for shard, partition in enumerate(partitions):
-            build.write_partition(job, split, shard, partition)
+        for index, partition in enumerate(partitions):
+            build.write_partition(job, split, index, partition)
+        for index, name in enumerate(build.event_files(job)):
+            build.join_events(job, index, name)
         manifest = build.finish_set(job)
         publish(job.shard_set, out)
     return manifest

@@ -32,7 +32,7 @@ def brute_force(shards, part):
 @pytest.mark.parametrize("kind", ["time", "leave one out", "leave one out with ties"])
 def test_queries_and_targets_equal_brute_force(tmp_path, part, kind):
     options = {
-        "time": {"num_shards": 3},
+        "time": {"num_parts": 3},
         "leave one out": {"split": "leave_one_out", "clock": False},
         "leave one out with ties": {"split": "leave_one_out"},
     }[kind]
@@ -82,7 +82,7 @@ def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
 
 
 def test_protocol_does_not_depend_on_the_partition(tmp_path):
-    one, three = (make_shards(tmp_path / str(n), num_shards=n) for n in (1, 3))
+    one, three = (make_shards(tmp_path / str(n), num_parts=n) for n in (1, 3))
     assert Protocol.load(one).hash == Protocol.load(three).hash
 
 

@@ -26,7 +26,7 @@ def brute_force(shards) -> dict[str, int]:
     return {"targets": targets, "seen": seen}
 
 
-@pytest.mark.parametrize("options", [{"num_shards": 3}, {"split": "leave_one_out", "clock": False}])
+@pytest.mark.parametrize("options", [{"num_parts": 3}, {"split": "leave_one_out", "clock": False}])
 def test_repeats_equal_brute_force_in_chunks_of_any_size(tmp_path, monkeypatch, options):
     shards = make_shards(tmp_path, users=50, **options)
     expected = brute_force(shards)
