@@ -56,8 +56,8 @@ def test_queries_and_targets_equal_brute_force(tmp_path, part, kind):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_queries_are_nested_and_stratified(tmp_path, part):
-    shards = make_shards(tmp_path / "all", users=60)
-    everything = Protocol.load(shards).queries(part)
+    everything = Protocol.load(make_shards(tmp_path / "all", users=60)).queries(part)
+    shards = make_shards(tmp_path / "sampled", users=60)
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
