@@ -1,21 +1,19 @@
-"""`bfm data prepare` on Ray Data: runs the stages of bfm.events.prepare and build over pieces and partitions.
+"""`bfm data prepare` on Ray: runs the stages of bfm.events.prepare and build over pieces, partitions and columns.
 
 The folder of the shard set must be visible to every worker (one machine, or a shared file system); a URI is filled from
 a local folder at the end."""
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import ray.data
-from ray.data.context import ShuffleStrategy
+import ray
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
@@ -24,7 +22,7 @@ from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
 from bfm.files import Store
 from bfm.sealed import check_free, publish, staging
-from ray_jobs.cluster_session import local_ray, quiet_ray_data
+from ray_jobs.cluster_session import local_ray
 
 Progress = Callable[[str, float], None]
 """Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
@@ -67,9 +65,6 @@ def prepare_shards(
         progress("start", 0.0)
         with local_ray(num_cpus):
             progress("start", 1.0)
-            quiet_ray_data()
-            # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
-            ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
             manifest = _run(job, pieces, progress)
         publish(job.shard_set, target)
     return manifest
@@ -88,54 +83,45 @@ def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bo
 
 def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     with _watched(job, "read", len(pieces), progress):
-        source = ray.data.from_items(
-            [{"piece": index} for index in range(len(pieces))], override_num_blocks=len(pieces)
-        )
-        cleaned = source.map_batches(functools.partial(_clean, job, pieces), batch_size=1).materialize()
+        _over(partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
     count = prepare.num_partitions(prepare.rows_read(job))
     with _watched(job, "sort", count, progress, folder="sorted"):
-        assign = functools.partial(prepare.assign_partitions, job, partitions=count)
-        assigned = cleaned.map_batches(assign, batch_size=None, batch_format="pyarrow")
-        assigned.groupby(prepare.PARTITION).map_groups(
-            functools.partial(_sort, job), batch_format="pyarrow"
-        ).materialize()
-    del cleaned, assigned
+        _over(partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
+    job.drop("cleaned")
     split = prepare.choose_split(job)
-    partitions = prepare.sorted_partitions(job)
+    partitions = list(enumerate(prepare.sorted_partitions(job)))
     with _watched(job, "measure", len(partitions), progress, folder="measured"):
-        _over(partitions, functools.partial(build.measure_partition, job, split))
+        _over(partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):
         build.fit_all(job, split)
     with _watched(job, "write", len(partitions), progress, folder="written"):
-        _over(partitions, functools.partial(build.write_partition, job, split))
-    names = build.event_files(job)
-    with _watched(job, "join", len(names), progress, folder="joined"):
-        _over(names, functools.partial(build.join_events, job))
+        _over(partial(build.write_partition, job, split), partitions)
+    job.drop("partitions")
+    files = list(enumerate(build.event_files(job)))
+    with _watched(job, "join", len(files), progress, folder="joined"):
+        _over(partial(build.join_events, job), files)
+    job.drop("parts")
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
 
 
-def _clean(job: Job, pieces: list[Piece], batch: dict[str, Any]) -> Iterator[pa.Table]:
-    for index in batch["piece"]:
-        yield from prepare.clean_piece(job, pieces[int(index)])
+def _over(stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Run a stage for all arguments, as tasks; the first error ends them all."""
+    shared = ray.put(stage)
+    tasks = [_task.remote(shared, *given) for given in arguments]
+    try:
+        ray.get(tasks)
+    except BaseException:
+        for task in tasks:
+            ray.cancel(task)
+        # Nobody may write into a folder that is swept away.
+        ray.wait(tasks, num_returns=len(tasks))
+        raise
 
 
-def _sort(job: Job, table: pa.Table) -> pa.Table:
-    index = table[prepare.PARTITION][0].as_py()
-    prepare.sort_partition(job, index, table)
-    return pa.table({"done": [index]})
-
-
-def _over(partitions: list[Any], stage: Callable[[int, Any], None]) -> None:
-    """Run a stage for each shard in the making and its sorted partition."""
-
-    def run(batch: dict[str, Any]) -> dict[str, Any]:
-        for shard in batch["shard"]:
-            stage(int(shard), partitions[shard])
-        return {"done": batch["shard"]}
-
-    items = [{"shard": shard} for shard in range(len(partitions))]
-    ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1).materialize()
+@ray.remote
+def _task(stage: Callable[..., None], *given: Any) -> None:
+    stage(*given)
 
 
 @contextmanager

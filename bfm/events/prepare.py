@@ -1,20 +1,20 @@
 """From a raw log to a shard set, as stages that know no engine: each reads and writes files of one staging folder.
 
-    clean_piece       per piece of the log: raw rows -> cleaned rows
-    assign_partitions the shuffle key of each row: a seeded hash of the user, modulo a number that the row count gives
-    sort_partition    per partition: quarantine file; events by (user, time, seeded hash of the whole row)
+    clean_piece       per piece of the log: raw rows -> cleaned rows, ordered by a seeded hash of their user
+    sort_partition    per range of hashes: quarantine file; events by (user, time, seeded hash of the whole row)
     choose_split      once: boundaries from the merged histogram of times
 
 and in build.py: measure_partition, fit_all, write_partition, join_events, finish_set.
 
-Partitions and their order are functions of the rows and the seed alone, so all that follows is; the order of files,
-blocks and workers leaves no trace but in the check of the raw order inside ties.
+Users stand in the order of their hashes, and all that follows is a function of the rows and the seed alone; the order
+of files and workers leaves no trace but in the check of the raw order inside ties.
 """
 
 from __future__ import annotations
 
 import functools
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,14 +29,15 @@ import pyarrow.parquet as pq
 from bfm.events import clean, source
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import numbers, plain, to_mask
+from bfm.events.parse import encoded, numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
 from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
-PARTITION = "partition"
+_SPREAD = "spread"
+_MOST_MAPS = 64
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Job:
         """The folder of a part of the events in the making."""
         return self.folder / "work" / "parts" / f"{index:05d}"
 
-    def save(self, stage: str, index: int, value: Any) -> None:
+    def save(self, stage: str, index: int, value: Any, *, part: int = 0) -> None:
         """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
-        path = self.folder / "work" / stage / f"{index:05d}"
+        path = self.folder / "work" / stage / f"{index:05d}-{part:05d}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not isinstance(value, pa.Table):
             path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
@@ -78,6 +79,10 @@ class Job:
     def load(self, stage: str) -> Iterator[Any]:
         """What the tasks of a stage made, in the order of their indices."""
         return map(load_file, self.files(stage))
+
+    def drop(self, stage: str) -> None:
+        """Remove what a stage made, once nobody needs it."""
+        shutil.rmtree(self.folder / "work" / stage)
 
 
 def load_file(path: Path) -> Any:
@@ -140,16 +145,26 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 # ---------------------------------------------------------------- clean
 
 
-def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
-    """Cleaned tables of bounded size; what was read, repaired and tied is reported in a file."""
+def clean_piece(job: Job, piece: Piece) -> None:
+    """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
     rows, seen, losses, ties = 0, set[str](), clean.Losses(), Ties()
-    for cleaned in clean.read_cleaned(piece, job.schema, job.event_item_fields):
+    for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
         rows += cleaned.table.num_rows
         seen.update(cleaned.raw.column_names)
         losses += cleaned.losses
         ties += _raw_ties(job.schema, cleaned.raw, cleaned.table)
-        yield cleaned.table
+        job.save("cleaned", piece.index, _by_hash(cleaned.table, job.seed), part=part)
     job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
+
+
+def _by_hash(table: pa.Table, seed: int) -> pa.Table:
+    """The rows in the order of the column _SPREAD (uint64): a hash of the user, of unusable rows that of their content."""
+    hashed = hash_column(encoded(plain(table[clean.USER])), seed)
+    faulty = to_mask(table[clean.FAULT].is_valid())
+    if faulty.any():
+        hashed[faulty] = hash_column(plain(table[clean.RAW]).filter(pa.array(faulty)), seed)
+    order = np.argsort(hashed)
+    return table.take(pa.array(order)).append_column(_SPREAD, pa.array(hashed[order]))
 
 
 def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> Ties:
@@ -184,25 +199,15 @@ def rows_read(job: Job) -> int:
 
 
 def num_partitions(rows: int) -> int:
-    """Partitions of a log: a function of its row count only."""
+    """Partitions of a log of so many rows: what one task holds in memory."""
     return -(-rows // PARTITION_ROWS)
 
 
-def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
-    """Append the column PARTITION (int32): by user, for unusable rows by their content."""
-    user, raw = plain(table[clean.USER]), plain(table[clean.RAW])
-    faulty = to_mask(table[clean.FAULT].is_valid())
-    hashed = hash_column(user, job.seed)
-    if faulty.any():
-        hashed = np.where(faulty, hash_column(raw, job.seed), hashed)
-    ids = (hashed % np.uint64(partitions)).astype(np.int32)
-    return table.append_column(PARTITION, pa.array(ids))
-
-
-def sort_partition(job: Job, index: int, table: pa.Table) -> None:
-    """Write the partition's quarantine and its events in their final order."""
+def sort_partition(job: Job, partitions: int, index: int) -> None:
+    """Write the quarantine and the events, in their final order, of one of so many equal ranges of hashes."""
+    table = _gathered(job, partitions, index)
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good = clean.usable(table.drop_columns([PARTITION]), job.seed)
+    good = clean.usable(table.drop_columns([_SPREAD]), job.seed)
     users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
     order, repeated = order_events(user, good[clean.TIME].to_numpy(), good[clean.HASH].to_numpy())
     if job.schema.clean.drop_duplicates and repeated.any():
@@ -212,11 +217,26 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     reasons = _write_quarantine(job, index, unusable)
     ranked = pa.DictionaryArray.from_arrays(pa.array(user), users)
     events = good.set_column(0, clean.USER, ranked).take(pa.array(order))
-    job.save("partitions", index, events)
     time = events[clean.TIME].to_numpy()
+    if len(time):
+        job.save("partitions", index, events)
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
     job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
+
+
+def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
+    """All cleaned rows of a range of hashes, in memory."""
+    low, high = ((number << 64) // partitions for number in (index, index + 1))
+    files, gathered = job.files("cleaned"), []
+    for start in range(0, len(files), _MOST_MAPS):
+        ranges = []
+        for table in map(load_file, files[start : start + _MOST_MAPS]):
+            hashed = table[_SPREAD].to_numpy()
+            first = np.searchsorted(hashed, np.uint64(low), side="left")
+            ranges.append(table.slice(first, np.searchsorted(hashed, np.uint64(high - 1), side="right") - first))
+        gathered.append(pa.concat_tables(ranges).combine_chunks())
+    return pa.concat_tables(gathered)
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:

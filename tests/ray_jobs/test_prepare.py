@@ -79,13 +79,13 @@ def test_mistakes_found_by_workers_arrive_as_one_line(shop):
 
 
 def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop):
-    def full(shard, partition):
+    def full(partition):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill():
         with staging(shop / "out") as folder, ray_prepare._plain_errors():
             (folder / "half").write_text("made")
-            ray_prepare._over([shop], full)
+            ray_prepare._over(full, [(shop,), (shop,)])
 
     with pytest.raises(UserError, match="no space left on the disk"):
         fill()
