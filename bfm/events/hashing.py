@@ -86,7 +86,14 @@ def order_events(user: np.ndarray, time: np.ndarray, row_hash: np.ndarray) -> tu
     By user, time and the hash of the row: equal rows are interchangeable, and that different rows of one user and time
     share 64 bits is not to be expected in any log.
     """
-    order = np.lexsort((row_hash, time, user))
+    # Sorting one whole number is quicker than three in turn: the number of the moment, and what bits of the hash fit in.
+    _, time_rank = np.unique(time, return_inverse=True)
+    _, moment = np.unique(user.astype(np.int64) * (len(time) + 1) + time_rank, return_inverse=True)
+    bits = np.uint64(max(len(moment), 1).bit_length())
+    key = (moment.astype(np.uint64) << (np.uint64(64) - bits)) | (row_hash >> bits)
+    order = np.argsort(key)
+    if ((np.diff(key[order]) == 0) & (np.diff(row_hash[order]) != 0)).any():
+        order = np.lexsort((row_hash, moment))
     repeated = np.zeros(len(order), bool)
-    repeated[1:] = np.logical_and.reduce([np.diff(key[order]) == 0 for key in (user, time, row_hash)])
+    repeated[1:] = np.logical_and.reduce([np.diff(of[order]) == 0 for of in (moment, row_hash)])
     return order, repeated

@@ -158,7 +158,7 @@ def clean_piece(job: Job, piece: Piece) -> None:
 
 
 def _by_hash(table: pa.Table, seed: int) -> pa.Table:
-    """The rows in the order of the column _SPREAD (uint64): a hash of the user, of unusable rows that of their content."""
+    """The rows in the order of the column _SPREAD (uint64): a hash of the user, of unusable rows one of their content."""
     hashed = hash_column(encoded(plain(table[clean.USER])), seed)
     faulty = to_mask(table[clean.FAULT].is_valid())
     if faulty.any():

@@ -21,7 +21,7 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.events.encoding import map_array
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, place_in_run, runs
+from bfm.events.ragged import Ragged, distinct, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words, training_repeats
 from bfm.events.shards import Shards, Span
@@ -240,7 +240,7 @@ def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Rag
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
     item = shards.at(runs(first, length)).item.astype(np.int64)
-    pair = np.unique(query * shards.num_items + item)
+    pair = distinct(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
 
@@ -99,11 +100,11 @@ def _count_windows(shards: Shards, window: int, sampled: int) -> _Counted:
         read = order.windows(place_R * order.windows_per_epoch // sampled)
         for count_I, ids_RX in ((items_I, np.hstack([read.item_RL, read.target_RL])), (targets_I, read.target_RL)):
             row_P, place_P = np.nonzero(ids_RX >= 0)
-            pairs = np.unique(row_P * shards.num_items + ids_RX[row_P, place_P])
+            pairs = distinct(row_P * shards.num_items + ids_RX[row_P, place_P])
             count_I += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
         row_T, place_T = np.nonzero(read.target_RL >= 0)
         num_targets += len(row_T)
-        num_queries += len(np.unique(row_T * window + read.query_RL[row_T, place_T]))
+        num_queries += len(distinct(row_T * window + read.query_RL[row_T, place_T]))
     return _Counted(items_I, targets_I, num_queries / num_targets if num_targets else 1.0)
 
 
