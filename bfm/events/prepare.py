@@ -27,9 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.events import clean, source
-from bfm.events.hashing import hash_column, order_events
+from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import encoded, numbers, plain, to_mask
+from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
@@ -152,38 +152,41 @@ def clean_piece(job: Job, piece: Piece) -> None:
         rows += cleaned.table.num_rows
         seen.update(cleaned.raw.column_names)
         losses += cleaned.losses
-        ties += _raw_ties(job.schema, cleaned.raw, cleaned.table)
-        job.save("cleaned", piece.index, _by_hash(cleaned.table, job.seed), part=part)
+        order, table = _by_hash(cleaned.table, job.seed)
+        ties += _raw_ties(job.schema, cleaned.raw, order, table)
+        job.save("cleaned", piece.index, table, part=part)
     job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
 
 
-def _by_hash(table: pa.Table, seed: int) -> pa.Table:
-    """The rows in the order of the column _SPREAD (uint64): a hash of the user, of unusable rows one of their content."""
-    hashed = hash_column(encoded(plain(table[clean.USER])), seed)
-    faulty = to_mask(table[clean.FAULT].is_valid())
-    if faulty.any():
-        hashed[faulty] = hash_column(plain(table[clean.RAW]).filter(pa.array(faulty)), seed)
-    order = np.argsort(hashed)
-    return table.take(pa.array(order)).append_column(_SPREAD, pa.array(hashed[order]))
+def _by_hash(cleaned: pa.Table, seed: int) -> tuple[np.ndarray, pa.Table]:
+    """The order of rows by user, time and place in the log, and the rows in this order.
+
+    Users stand by their hash, _SPREAD (uint64), unusable rows by a hash of their content.
+    """
+    who = plain(pc.if_else(cleaned[clean.FAULT].is_null(), cleaned[clean.USER], cleaned[clean.RAW]))
+    codes = who.dictionary_encode()
+    hashed, code = hash_column(codes.dictionary, seed), codes.indices.to_numpy()
+    rank = np.argsort(np.argsort(hashed))
+    moment = moments(rank[code], plain(cleaned[clean.TIME]).fill_null(0).to_numpy())
+    order = np.argsort((moment << len(moment).bit_length()) | np.arange(len(moment)))
+    return order, cleaned.take(pa.array(order)).append_column(_SPREAD, pa.array(hashed[code[order]]))
 
 
-def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> Ties:
+def _raw_ties(schema: EventSchema, raw: pa.Table, order: np.ndarray, table: pa.Table) -> Ties:
     """Order inside ties as the log has it, in the columns of the item and the context."""
-    good = np.flatnonzero(to_mask(cleaned[clean.FAULT].is_null()))
-    user = plain(cleaned[clean.USER]).take(pa.array(good)).dictionary_encode().indices.to_numpy()
-    time = cleaned[clean.TIME].to_numpy()[good]
-    order = np.lexsort((time, user))
+    good = to_mask(table[clean.FAULT].is_null())
+    user, time = (plain(table[name]).fill_null(0).to_numpy()[good] for name in (_SPREAD, clean.TIME))
     columns: dict[str, Any] = {}
     names = {part.column for part in schema.item} | {spec.column for spec in schema.context_fields.values()}
     for name in names.intersection(raw.column_names):
-        values = plain(raw[name]).take(pa.array(good[order]))
+        values = plain(raw[name]).take(pa.array(order[good]))
         as_number, wrong, _ = numbers(values)
         # Text ids that are numbers are sorted as numbers by those who sort them.
         if not wrong.any():
             columns[name] = as_number
         elif pa.types.is_large_string(values.type):
             columns[name] = values
-    return count_ties(user[order], time[order], columns)
+    return count_ties(user, time, columns)
 
 
 def rows_read(job: Job) -> int:
