@@ -16,6 +16,7 @@ from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField
 from bfm.events.parts import KEYS, column_files, join_column, write_part
 from bfm.events.protocol import build_protocol
+from bfm.events.repeats import training_repeats
 from bfm.events.shards import Manifest, Shards, finish
 
 DAY_MS = 86_400_000
@@ -84,7 +85,8 @@ def make_shards(
         rows_read=len(item),
     )
     shards = Shards(directory, draft)
-    build_protocol(shards, queries=queries, filter_seen=filter_seen, seed=seed)
+    repeats = training_repeats(shards)
+    build_protocol(shards, repeats=repeats, queries=queries, filter_seen=filter_seen, seed=seed)
     finish(directory, draft)
     return Shards.open(directory)
 

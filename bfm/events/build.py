@@ -2,7 +2,7 @@
 
 measure_partition per partition: partial statistics of items and fields over the training range
 fit_all           once: item ids, field values, fitted fields; a draft of the manifest
-write_partition   per partition: a part of the events
+write_partition   per partition: a part of the events, and how much repeats in it
 join_events       per column: the file of all parts
 finish_set        once: evaluation protocol, manifest
 """
@@ -42,6 +42,7 @@ from bfm.events.parts import column_files, join_column, write_part
 from bfm.events.prepare import Job, PartitionFacts, load_file, quarantined, rows_read
 from bfm.events.protocol import build_protocol
 from bfm.events.ragged import runs
+from bfm.events.repeats import training_repeats
 from bfm.events.schema import MAX_LENGTH, FieldSpec
 from bfm.events.shards import Shards, finish
 from bfm.events.split import Split
@@ -182,13 +183,14 @@ def _encoding(shard_set: Path, fitted: Path) -> tuple[Encoding, pa.Array]:
 
 
 def write_partition(job: Job, split: Split, index: int, partition: Path) -> None:
-    """Encode a sorted partition and write it as a part."""
+    """Encode a sorted partition, write it as a part, and count its repeats."""
     table, losses = load_file(partition), Losses()
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     train_end, valid_end = split.ends(time, offsets)
     encoding, keys = _encoding(job.shard_set, job.files("fitted")[0])
+    folder = job.part(index)
     write_part(
-        job.part(index),
+        folder,
         item=item_ids(table[clean.ITEM].combine_chunks(), keys),
         time=time,
         context=fitting.encode_context(table, encoding, losses),
@@ -197,7 +199,8 @@ def write_partition(job: Job, split: Split, index: int, partition: Path) -> None
         valid_end=valid_end,
         users=table[clean.USER].combine_chunks().dictionary,
     )
-    job.save("written", index, losses)
+    part = Shards(folder, dataclasses.replace(encoding.manifest, users=len(train_end), events=len(time)))
+    job.save("written", index, (losses, training_repeats(part)))
 
 
 def event_files(job: Job) -> list[str]:
@@ -216,8 +219,15 @@ def finish_set(job: Job) -> Manifest:
     """Choose the queries, publish the manifest in the staged shard set."""
     draft, of_items = next(job.load("fitted"))
     shards, asked = Shards(job.shard_set, draft), job.schema.evaluation
-    protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    ties, losses = Ties(), sum(job.load("written"), of_items)
+    of_parts, repeats = zip(*job.load("written"), strict=True)
+    protocol = build_protocol(
+        shards,
+        repeats={name: sum(part[name] for part in repeats) for name in repeats[0]},
+        queries=asked.queries,
+        filter_seen=asked.filter_seen,
+        seed=job.seed,
+    )
+    ties, losses = Ties(), sum(of_parts, of_items)
     for piece in job.load("read"):
         losses += piece.losses
         ties += piece.ties

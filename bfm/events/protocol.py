@@ -12,6 +12,7 @@ Order of a table: headline queries first, then basket queries; inside each, roun
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -23,7 +24,7 @@ from bfm.events.encoding import map_array
 from bfm.events.manifest import SHARD_SET
 from bfm.events.ragged import Ragged, distinct, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
-from bfm.events.repeats import rule_facts, rule_words, training_repeats
+from bfm.events.repeats import rule_facts, rule_words
 from bfm.events.shards import Shards, Span
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
@@ -112,11 +113,14 @@ def _table(columns: np.ndarray, filter_seen: bool) -> QueryTable:
 # ---------------------------------------------------------------- building
 
 
-def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | None, seed: int) -> Protocol:
+def build_protocol(
+    shards: Shards, *, repeats: Mapping[str, int], queries: int | None, filter_seen: bool | None, seed: int
+) -> Protocol:
     """Choose the queries of both parts and write protocol.json and its tables into the shard set (before `finish`).
 
     Args:
         shards: opened from a draft manifest.
+        repeats: what `training_repeats` counts in them.
         queries: headline queries per part (and a quarter as many basket queries); None takes all of them.
         filter_seen: keep items of a query's history out of its list; None: as the log's repeats say (repeats.py).
         seed: of the sample and its order.
@@ -124,7 +128,7 @@ def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | N
     Raises:
         UserError: the validation part has no headline query.
     """
-    rule = rule_facts(training_repeats(shards), filter_seen)
+    rule = rule_facts(repeats, filter_seen)
     parts, tables = {}, {}
     for number, part in enumerate(PARTS):
         key = stream_key(seed, 0x9107, number)

@@ -6,6 +6,7 @@ import pytest
 from bfm.errors import CorruptError, UserError
 from bfm.events import protocol as module
 from bfm.events.protocol import PARTS, Protocol, build_protocol, query_targets
+from bfm.events.repeats import training_repeats
 from bfm.events.shards import Shards
 from tests.helpers import history_of, make_shards
 
@@ -13,6 +14,10 @@ from tests.helpers import history_of, make_shards
 def bounds(shards, user, part):
     history = history_of(shards, user)
     return (history.train_end, history.valid_end) if part == "validation" else (history.valid_end, len(history.item))
+
+
+def built(shards, **choices):
+    return build_protocol(shards, repeats=training_repeats(shards), **choices)
 
 
 def brute_force(shards, part):
@@ -61,7 +66,7 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
-        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
+        sampled = built(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
         # A smaller sample is the beginning of a larger one ...
         assert np.array_equal(sampled.user[:limit], everything.user[:limit])
         assert np.array_equal(sampled.position[:limit], everything.position[:limit])
@@ -75,10 +80,10 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
 
 def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
     shards = make_shards(tmp_path, users=60)
-    usual = build_protocol(shards, queries=20, filter_seen=None, seed=9)
+    usual = built(shards, queries=20, filter_seen=None, seed=9)
     monkeypatch.setattr(module, "_SPARE_CANDIDATES", 3)
     monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 3)
-    assert build_protocol(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
+    assert built(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
 
 
 def test_protocol_does_not_depend_on_the_partition(tmp_path):
@@ -89,7 +94,7 @@ def test_protocol_does_not_depend_on_the_partition(tmp_path):
 def test_hash_names_the_rule_the_sample_and_the_answers(tmp_path):
     shards = make_shards(tmp_path, users=40)
     hashes = {
-        build_protocol(shards, queries=queries, filter_seen=seen, seed=seed).hash
+        built(shards, queries=queries, filter_seen=seen, seed=seed).hash
         for queries in (20, None)
         for seen in (False, True)
         for seed in (0, 1)
