@@ -1,7 +1,9 @@
 """`bfm data prepare` on Ray: runs the stages of bfm.events.prepare and build over pieces, partitions and columns.
 
-The folder of the shard set must be visible to every worker (one machine, or a shared file system); a URI is filled from
-a local folder at the end."""
+Every node must see the log and the folder of the shard set (one machine, or a shared file system); one that does not
+says so. The log may be a URI; a shard set at a URI is filled at the end from a folder below $TMPDIR, which every node
+must see then.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,7 @@ def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bo
     with tempfile.TemporaryDirectory(prefix="bfm-prepare-") as folder:
         manifest = prepare_shards(schema, logs, f"{folder}/set", **settings)
         for name in [*sorted(manifest.files), MANIFEST]:
-            store.put(name, Path(folder, "set", name).read_bytes())
+            store.put(name, Path(folder, "set", name))
     return manifest
 
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bfm.errors import UserError
 from bfm.events import clean, source
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
@@ -64,7 +65,11 @@ class Job:
     def save(self, stage: str, index: int, value: Any, *, part: int = 0) -> None:
         """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
         path = self.folder / "work" / stage / f"{index:05d}-{part:05d}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            fix = "give an --out (for a URI, a TMPDIR) on a file system that all nodes share"
+            raise UserError("a node of the cluster does not see this folder", file=str(self.folder), fix=fix) from error
         if not isinstance(value, pa.Table):
             path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
             return
@@ -138,6 +143,7 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
     pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
     (folder / "set").mkdir(parents=True)
+    (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
     return Job(checked, seed, folder, from_events, item_table), pieces
 

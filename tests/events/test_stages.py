@@ -1,5 +1,6 @@
 """The whole preparation, stage after stage in one process, against plain counts and against itself."""
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -353,6 +354,15 @@ def test_a_full_disk_leaves_the_old_set_and_nothing_half_made(shop, monkeypatch)
     with pytest.raises(UserError, match="no space left on the disk"):
         prepare_serially(*arguments, overwrite=True)
     assert contents(folder) == before
+
+
+def test_a_node_that_does_not_see_the_folder_says_so_and_makes_none(shop, tmp_path):
+    folder, _ = shop
+    job, pieces = prepare.plan_job(str(folder / "shop.yaml"), [str(folder / "log.parquet")], tmp_path / "staging", 0)
+    elsewhere = dataclasses.replace(job, folder=tmp_path / "not mounted")
+    with pytest.raises(UserError, match=r"a node of the cluster does not see.*--out"):
+        prepare.clean_piece(elsewhere, pieces[0])
+    assert not elsewhere.folder.exists()
 
 
 # ---------------------------------------------------------------- real logs
