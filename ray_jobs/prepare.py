@@ -153,13 +153,11 @@ def _plain_errors() -> Iterator[None]:
     """A user's mistake found by a worker reaches the caller as the UserError that it is."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and type(cause) is not UserError:
-            # Ray wraps errors of tasks: `cause` is the original.
+            # Ray wraps errors of tasks, in a class that is also the original's: `cause` is the original.
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        if cause is None or cause is error:
             raise
         raise cause from None
