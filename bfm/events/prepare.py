@@ -13,10 +13,11 @@ of files and workers leaves no trace but in the check of the raw order inside ti
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
 _SPREAD = "spread"
-_MOST_MAPS = 64
+_BIN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Job:
         """The folder of a part of the events in the making."""
         return self.folder / "work" / "parts" / f"{index:05d}"
 
-    def save(self, stage: str, index: int, value: Any, *, part: int = 0) -> None:
-        """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
+    def save(self, stage: str, index: int, value: Any, *, part: int = 0, starts: Sequence[int] = (0,)) -> None:
+        """Keep what a task of a stage made: a table (memory-mappable, record batches that begin at `starts`) or another
+        value."""
         path = self.folder / "work" / stage / f"{index:05d}-{part:05d}"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -73,9 +75,10 @@ class Job:
         if not isinstance(value, pa.Table):
             path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
             return
-        table = value.combine_chunks()
-        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        rows = pa.RecordBatch.from_struct_array(value.to_struct_array().combine_chunks())
+        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            for start, stop in itertools.pairwise([*starts, len(rows)]):
+                writer.write_batch(rows.slice(start, stop - start))
 
     def files(self, stage: str) -> list[Path]:
         """Files of what the tasks of a stage made, in the order of their indices."""
@@ -160,7 +163,9 @@ def clean_piece(job: Job, piece: Piece) -> None:
         losses += cleaned.losses
         order, table = _by_hash(cleaned.table, job.seed)
         ties += _raw_ties(job.schema, cleaned.raw, order, table)
-        job.save("cleaned", piece.index, table, part=part)
+        bins = table[_SPREAD].to_numpy() >> np.uint64(64 - _BIN_BITS)
+        starts = np.searchsorted(bins, np.arange(1 << _BIN_BITS, dtype=np.uint64))
+        job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
     job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
 
 
@@ -236,16 +241,17 @@ def sort_partition(job: Job, partitions: int, index: int) -> None:
 
 def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
     """All cleaned rows of a range of hashes, in memory."""
-    low, high = ((number << 64) // partitions for number in (index, index + 1))
-    files, gathered = job.files("cleaned"), []
-    for start in range(0, len(files), _MOST_MAPS):
-        ranges = []
-        for table in map(load_file, files[start : start + _MOST_MAPS]):
-            hashed = table[_SPREAD].to_numpy()
-            first = np.searchsorted(hashed, np.uint64(low), side="left")
-            ranges.append(table.slice(first, np.searchsorted(hashed, np.uint64(high - 1), side="right") - first))
-        gathered.append(pa.concat_tables(ranges).combine_chunks())
-    return pa.concat_tables(gathered)
+    low, high = (number * (1 << 64) // partitions for number in (index, index + 1))
+    ranges = []
+    for path in job.files("cleaned"):
+        # Read, not mapped: of a log larger than memory a range is a few whole bins of every file.
+        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+            for number in range(low >> (64 - _BIN_BITS), ((high - 1) >> (64 - _BIN_BITS)) + 1):
+                rows = reader.get_batch(number)
+                hashed = rows[_SPREAD].to_numpy()
+                start = np.searchsorted(hashed, np.uint64(low))
+                ranges.append(rows.slice(start, np.searchsorted(hashed, np.uint64(high - 1), side="right") - start))
+    return pa.Table.from_batches(ranges)
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
