@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,46 +84,49 @@ def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bo
 
 
 def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
+    over = partial(_over, job.folder)
     with _watched(job, "read", len(pieces), progress):
-        _over(partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
+        over(partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
     count = prepare.num_partitions(prepare.rows_read(job))
     with _watched(job, "sort", count, progress, folder="sorted"):
-        _over(partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
+        over(partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")
     split = prepare.choose_split(job)
     partitions = list(enumerate(prepare.sorted_partitions(job)))
     with _watched(job, "measure", len(partitions), progress, folder="measured"):
-        _over(partial(build.measure_partition, job, split), partitions)
+        over(partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):
         build.fit_all(job, split)
     with _watched(job, "write", len(partitions), progress, folder="written"):
-        _over(partial(build.write_partition, job, split), partitions)
+        over(partial(build.write_partition, job, split), partitions)
     job.drop("partitions")
     files = list(enumerate(build.event_files(job)))
     with _watched(job, "join", len(files), progress, folder="joined"):
-        _over(partial(build.join_events, job), files)
+        over(partial(build.join_events, job), files)
     job.drop("parts")
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
 
 
-def _over(stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Run a stage for all arguments, as tasks; the first error ends them all."""
-    shared = ray.put(stage)
-    tasks = [_task.remote(shared, *given) for given in arguments]
+def _over(folder: Path, stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Run a stage for all arguments, as tasks that work in `folder`; none begins after the first error."""
+    shared, failed = ray.put(stage), folder / "failed"
+    tasks = [_task.remote(failed, shared, *given) for given in arguments]
     try:
         ray.get(tasks)
     except BaseException:
-        for task in tasks:
-            ray.cancel(task)
-        # Nobody may write into a folder that is swept away.
+        # Not `ray.cancel`: of a task that is just being sent it ends this process. And nobody may write into a folder
+        # that is swept away.
+        with suppress(OSError):
+            failed.touch()
         ray.wait(tasks, num_returns=len(tasks))
         raise
 
 
 @ray.remote
-def _task(stage: Callable[..., None], *given: Any) -> None:
-    stage(*given)
+def _task(failed: Path, stage: Callable[..., None], *given: Any) -> None:
+    if not failed.exists():
+        stage(*given)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import time
 
 import pytest
 import ray
@@ -80,16 +81,25 @@ def test_mistakes_found_by_workers_arrive_as_one_line(shop):
 
 
 def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop):
-    def full(partition):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """The first task finds it so; of the others, none begins once that is known, and none is left at work."""
+
+    def write(number):
+        if number == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        time.sleep(0.2)
+        (shop / f"begun-{number}").touch()
 
     def fill():
         with staging(shop / "out") as folder, ray_prepare._plain_errors():
             (folder / "half").write_text("made")
-            ray_prepare._over(full, [(shop,), (shop,)])
+            ray_prepare._over(folder, write, [(number,) for number in range(40)])
 
     with pytest.raises(UserError, match="no space left on the disk"):
         fill()
+    begun = len(list(shop.glob("begun-*")))
+    assert begun < 20
+    time.sleep(0.5)
+    assert len(list(shop.glob("begun-*"))) == begun
     assert not [path.name for path in shop.iterdir() if "out" in path.name]
 
 
