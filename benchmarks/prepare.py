@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,11 @@ for name in context:
 
 @dataclass
 class Usage:
-    """Of one piece of work: seconds, and the largest private memory of any one process and of all of them."""
+    """Of one piece of work: seconds, processors' seconds, the largest private memory of one process and of all."""
 
     elapsed_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of processes that outlive the work: of Ray, all that it needed."""
     largest_mb: float = 0.0
     together_mb: float = 0.0
 
@@ -68,26 +71,35 @@ class Watch:
     """Samples this process and all its descendants."""
 
     def __enter__(self) -> Watch:
-        self.usage, self._done, self._start = Usage(), threading.Event(), time.perf_counter()
+        self.usage, self._done, self._start = Usage(cpu_s=-self._cpu_s()), threading.Event(), time.perf_counter()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.usage.elapsed_s = time.perf_counter() - self._start
+        self.usage.cpu_s += self._cpu_s()
         self._done.set()
         self._thread.join()
 
+    def _cpu_s(self) -> float:
+        total_s = 0.0
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                total_s += sum(process.cpu_times()[:2])
+        return total_s
+
+    def _processes(self) -> list[psutil.Process]:
+        return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
     def _sample(self) -> None:
         while not self._done.wait(0.2):
-            private = []
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
+            private = [0.0]
+            for process in self._processes():
+                with suppress(psutil.NoSuchProcess):
                     memory = process.memory_info()
-                except psutil.NoSuchProcess:
-                    continue
-                # Mapped files and Ray's object store are shared memory: counted for no process.
-                private.append((memory.rss - memory.shared) / 2**20)
+                    # Mapped files and Ray's object store are shared memory: counted for no process.
+                    private.append((memory.rss - memory.shared) / 2**20)
             self.usage.largest_mb = max(self.usage.largest_mb, *private)
             self.usage.together_mb = max(self.usage.together_mb, sum(private))
 
@@ -174,8 +186,8 @@ def growing(folder: Path, sizes: list[int], cpus: int) -> list[str]:
     rows = [
         "Synthetic logs, Ray workers warm (private memory; pages of files apart, which the system takes back):",
         "",
-        "| events | seconds | events/s | largest process, MB | all processes, MB |",
-        "|---|---|---|---|---|",
+        "| events | seconds | events/s | CPU seconds per million | load after | largest process, MB | all, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     with local_ray(cpus):
         run_prepare("complete_journey", [], folder / "warm")
@@ -185,7 +197,8 @@ def growing(folder: Path, sizes: list[int], cpus: int) -> list[str]:
             shutil.rmtree(folder / "out")
             shutil.rmtree(source)
             rows.append(
-                f"| {events:,} | {usage.elapsed_s:.1f} | {events / usage.elapsed_s:,.0f} | {usage.largest_mb:.0f} "
+                f"| {events:,} | {usage.elapsed_s:.1f} | {events / usage.elapsed_s:,.0f} "
+                f"| {usage.cpu_s / events * 1e6:.2f} | {os.getloadavg()[1]:.1f} | {usage.largest_mb:.0f} "
                 f"| {usage.together_mb:.0f} |"
             )
     return rows
