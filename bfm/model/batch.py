@@ -34,6 +34,12 @@ class QueryPlaces:
 
     position_Q: Tensor
     """int64 flat index r * L + l; ascending in training."""
+    window_Q: Tensor
+    """int64 r."""
+    column_Q: Tensor
+    """int64 l."""
+    first_Q: Tensor
+    """int64 column where the query's user begins."""
     slot_Q: Tensor
     """int64 index r * S + s."""
     slots: int
@@ -87,8 +93,8 @@ class ModelBatch:
     """int64 item ids, distinct and ascending inside each group: its inputs and its targets."""
     item_RL: Tensor
     """int64 index into items_U; 0 where padded."""
-    segment_RL: Tensor
-    """int32; equal numbers inside a row are one user; -1 where padded."""
+    first_RL: Tensor
+    """int64 column where the position's user begins in the window; pads are a user of their own."""
     gap_RL: Tensor
     """float32 seconds (positions where the log has no clock) since the user's previous event."""
     time_RL: Tensor
@@ -138,18 +144,11 @@ class ModelBatch:
 
     def window_Q(self, group: int) -> Tensor:
         """Window of each of a group's queries, counted from the group's first; int64."""
-        position_Q = self.places.position_Q[self.queries_of(group)]
-        return position_Q // self.item_RL.shape[1] - self._span("windows", group).start
+        return self.places.window_Q[self.queries_of(group)] - self._span("windows", group).start
 
     def window_T(self, group: int) -> Tensor:
         """The same of its targets."""
         return self.window_Q(group)[self.query_T[self.targets_of(group)] - self.queries_of(group).start]
-
-    def attended_QL(self) -> Tensor:
-        """bool: whether a position of the query's window is an event of its user up to the query."""
-        length, position_Q = self.item_RL.shape[1], self.places.position_Q
-        own_QL = self.segment_RL.index_select(0, position_Q // length) == self.places.take(self.segment_RL)[:, None]
-        return own_QL & (torch.arange(length, device=position_Q.device) <= (position_Q % length)[:, None])
 
 
 def make_batch(
@@ -192,12 +191,10 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
     return _join([windows], [_count(0, windows, position_Q, part)], [part], device)
 
 
-def attended_events(segment_RL: np.ndarray) -> np.ndarray:
-    """Int64 [R, L]: how many events of its user a position attends to, those up to itself; 0 at pads."""
-    columns = np.arange(segment_RL.shape[1])
+def first_columns(segment_RL: np.ndarray) -> np.ndarray:
+    """Int64 [R, L]: where the run of equal numbers that a position is in begins."""
     begins_RL = np.diff(segment_RL, axis=1, prepend=-2) != 0
-    first_RL = np.maximum.accumulate(np.where(begins_RL, columns, 0), axis=1)
-    return np.where(segment_RL >= 0, columns - first_RL + 1, 0)
+    return np.maximum.accumulate(np.where(begins_RL, np.arange(segment_RL.shape[1]), 0), axis=1)
 
 
 def _index_group(
@@ -245,7 +242,7 @@ def _places(ids: np.ndarray, distinct_U: np.ndarray, first: int = 0) -> np.ndarr
 def _count(index: int, windows: Windows, position_Q: np.ndarray, part: dict[str, np.ndarray]) -> Group:
     """Counts of a group whose queries stand at these positions of its windows."""
     rows, length = windows.item_RL.shape
-    attended_RL = attended_events(windows.segment_RL)
+    attended_RL = np.where(windows.segment_RL >= 0, np.arange(1, length + 1) - part["first_RL"], 0)
     return Group(
         index=int(index),
         windows=rows,
@@ -271,7 +268,7 @@ def _join(
     return ModelBatch(
         groups=tuple(counts),
         context={name: _tensor([group.context[name] for group in groups], device) for name in groups[0].context},
-        places=_query_places(position_Q, groups[0].item_RL.shape[1], device),
+        places=query_places(position_Q, np.concatenate([part["first_RL"] for part in parts]), device),
         frozen=(),
         **tensors,
     )
@@ -280,7 +277,7 @@ def _join(
 def _known_at(windows: Windows, position_T: np.ndarray) -> dict[str, np.ndarray]:
     """What windows say of all their positions, and what is counted at the positions of targets."""
     known: dict[str, np.ndarray] = {
-        "segment_RL": windows.segment_RL.astype(np.int32),
+        "first_RL": first_columns(windows.segment_RL),
         "gap_RL": windows.gap_RL.astype(np.float32),
         "time_RL": windows.time_RL.astype(np.int64),
         "later_RL": windows.later_RL,
@@ -307,11 +304,14 @@ def _find_copies(
     return copies_T, np.repeat(query_T * length, copies_T) + key_P[runs(low_T, copies_T)] % length
 
 
-def _query_places(position_Q: np.ndarray, length: int, device: torch.device | str) -> QueryPlaces:
-    row_Q = position_Q // length
-    slot_Q = place_among_equal(row_Q, np.argsort(row_Q, kind="stable"))
+def query_places(position_Q: np.ndarray, first_RL: np.ndarray, device: torch.device | str) -> QueryPlaces:
+    """Of queries at these flat positions of windows in which every position's user begins at a column."""
+    length = first_RL.shape[1]
+    window_Q, column_Q = np.divmod(position_Q, length)
     slots = _most_of_a_window(position_Q, length)
-    return QueryPlaces(_tensor([position_Q], device), _tensor([row_Q * slots + slot_Q], device), slots)
+    slot_Q = window_Q * slots + place_among_equal(window_Q, np.argsort(window_Q, kind="stable"))
+    places = (position_Q, window_Q, column_Q, first_RL.ravel()[position_Q], slot_Q)
+    return QueryPlaces(*(_tensor([of_Q], device) for of_Q in places), slots)
 
 
 def _most_of_a_window(position_Q: np.ndarray, length: int) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bfm.model.attended import attention_mask
 from bfm.model.batch import ModelBatch
 from bfm.model.blocks import Block, GroupDropout, look_up, make_linear, make_rotation, rms_norm, unit
 from bfm.model.mixture import NeighbourAttention, Pointer, Queries, mix_counts
@@ -50,19 +51,19 @@ class Contextualizer(nn.Module):
             x_RLW = drop_windows(x_RLW)
         rotation = make_rotation(length, self.head_dim, x_RLW.device)
         *lower, last = self.blocks
+        places, first_RL = batch.places, batch.first_RL
         if lower:
-            mask = attention_mask(batch.segment_RL, x_RLW.dtype)
+            mask = _mask(first_RL, torch.arange(length, device=first_RL.device).expand_as(first_RL), length, x_RLW)
             for block in lower:
                 x_RLW = block(x_RLW, mask, rotation, drop_windows)
-        attended_QL = batch.attended_QL()
-        # A free slot attends to everything, and nobody reads what comes of it.
-        mask = batch.places.spread(_additive(attended_QL, x_RLW.dtype), len(x_RLW)).unsqueeze(1)
-        x_QW = rms_norm(last(x_RLW, mask, rotation, drop_queries, batch.places))
+        # A free slot attends to the first event, and nobody reads what comes of it.
+        slots = [places.spread(columns_Q, len(x_RLW)) for columns_Q in (places.first_Q, places.column_Q)]
+        x_QW = rms_norm(last(x_RLW, _mask(*slots, length, x_RLW), rotation, drop_queries, places))
         x_RLW = rms_norm(x_RLW)
         h_QD = unit(self.out(x_QW))
         gates, pointer_QL, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
         if self.pointer is not None:
-            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, attended_QL, batch)
+            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, batch)
             gates.append(look_up(gate_Q1, batch.query_T))
         if self.neighbours is not None:
             gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
@@ -87,16 +88,7 @@ def _start_at_the_item(inputs: nn.Linear, out: nn.Linear, generator: torch.Gener
     out.weight.copy_(inputs.weight.T * (min(1.0, d_item / width) ** 0.5))
 
 
-def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, 1, L, L], additive: 0 where the key is an event of the same user up to the query, else -inf.
-
-    Pads form a segment of their own, so no row of the softmax is empty.
-    """
-    length = segment_RL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_RL.device).tril()
-    allowed_RLL = (segment_RL[:, :, None] == segment_RL[:, None, :]) & causal_LL
-    return _additive(allowed_RLL, dtype).unsqueeze(1)
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+def _mask(first_RS: Tensor, last_RS: Tensor, length: int, like: Tensor) -> Tensor:
+    """Of the columns from first to last of every window's tokens, [R, 1, S, L], additive."""
+    mask = attention_mask(first_RS.flatten(), last_RS.flatten(), length, like.dtype)
+    return mask.view(len(first_RS), 1, -1, length)

@@ -189,6 +189,16 @@ class TwoPartModel(nn.Module):
 
         return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
 
+    def add_to_table_gradients(self) -> set[nn.Parameter]:
+        """From here on the tables that are trained keep their gradients, which the caller zeroes; they are returned."""
+        tables = set()
+        for encoder in (self.embedder.fields, self.context.fields):
+            if encoder.table is not None and encoder.table.requires_grad:
+                encoder.adds_in_place = True
+                encoder.table.grad = torch.zeros_like(encoder.table)
+                tables.add(encoder.table)
+        return tables
+
     def freeze_embedder(self) -> None:
         """Stage 2: no gradients for the embedder from here on."""
         self.embedder.requires_grad_(False)

@@ -96,7 +96,7 @@ class Objective:
         q_QD = model.scale * queries.h_QD
         log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(len(batch.groups))])
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
-        softmax_T = look_up(log_sum_Q[:, None], batch.query_T).squeeze(-1) - score_T
+        softmax_T = look_up(log_sum_Q, batch.query_T) - score_T
         loss_T = mixture_loss(softmax_T, queries.log_gate_TX1, target_mass(batch, queries))
         # The last group of a small log may hold no target, and its mean would be NaN.
         weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Engine:
         self.micro_batches, self.clip_norm, self.model = micro_batches, config.clip_norm, model
         self.called: Callable[[ModelBatch, Objective], Losses] = model
         """The model, or what is wrapped around it."""
+        self.added_in_place = model.add_to_table_gradients()
         self.optimizer = build_optimizer(model, config)
         self.optimizer.start_state(self.trainable.values(), config.averaging)
         self.load_state(state)
@@ -98,9 +99,15 @@ class Engine:
             if parameter.grad is None:
                 # AdamW would skip it, where ZeRO's flat partitions decay it and move its moments.
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        # What the kernel divides by in the pass that it makes anyway.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp_(min=1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            if parameter in self.added_in_place:
+                cast(Tensor, parameter.grad).zero_()
+            else:
+                parameter.grad = None
         return float(norm)
 
     def load_state(self, state: EngineState) -> None:

@@ -35,6 +35,8 @@ class AveragingAdamW(torch.optim.AdamW):
 
     average_weight = 0.0
     """Set before each step; 0 leaves the average alone."""
+    grad_scale: Tensor | None = None
+    """What gradients are divided by in the next step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bfm.events.windows import EvalWindows, Windows
-from bfm.model.batch import attended_events, make_batch, make_query_batch
+from bfm.model.batch import first_columns, make_batch, make_query_batch
 from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, make_windows
 
 
@@ -27,7 +27,10 @@ def test_indices_lead_back_to_the_windows(groups):
     np.testing.assert_array_equal(batch.places.position_Q[batch.query_T], query_RL[target_RL >= 0])
     assert len(np.unique(query_RL[target_RL >= 0])) == len(batch.places.position_Q) < len(batch.query_T)
     np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
-    for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
+    first_RL = np.concatenate([first_columns(group.segment_RL) for group in groups])
+    np.testing.assert_array_equal(batch.first_RL, first_RL)
+    np.testing.assert_array_equal(batch.places.first_Q, first_RL.ravel()[batch.places.position_Q])
+    for name in ("gap_RL", "time_RL", "later_RL"):
         np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
     assert [(group.index, group.windows) for group in batch.groups] == [(7, 2), (8, 4), (11, 3)]
 
@@ -112,6 +115,6 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     assert (counts.queries, counts.targets, counts.candidates, counts.windows) == (4, 0, 0, 3)
 
 
-def test_attended_events_of_known_rows():
+def test_first_columns_of_known_rows():
     segment_RL = np.array([[0, 0, 0, 1, 1, -1], [5, 5, 5, 5, 5, 5]], np.int32)
-    assert attended_events(segment_RL).tolist() == [[1, 2, 3, 1, 2, 0], [1, 2, 3, 4, 5, 6]]
+    assert first_columns(segment_RL).tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6]

@@ -9,7 +9,7 @@ import torch
 
 from bfm.events.fields import FittedField
 from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch, QueryPlaces
+from bfm.model.batch import ModelBatch, query_places
 from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
@@ -129,7 +129,7 @@ def contextualize(model: TwoPartModel, batch: ModelBatch) -> Queries:
 def every_position(batch: ModelBatch) -> ModelBatch:
     """The batch with a query at every position, pads included."""
     positions = torch.arange(batch.item_RL.numel())
-    places = QueryPlaces(positions, positions, batch.item_RL.shape[1])
+    places = query_places(positions.numpy(), batch.first_RL.numpy(), "cpu")
     groups = (dataclasses.replace(batch.groups[0], queries=len(positions)),)
     return dataclasses.replace(batch, places=places, query_T=positions, groups=groups)
 

@@ -9,6 +9,7 @@ import torch
 from bfm.errors import UserError
 from bfm.events.statistics import inclusion_elsewhere
 from bfm.events.windows import WindowOrder
+from bfm.model.attended import attention_mask
 from bfm.model.batch import make_batch
 from bfm.model.mixture import Queries, mixture_loss
 from bfm.objective import objective as objective_module
@@ -50,7 +51,8 @@ class StandIn(torch.nn.Module):
             return Queries(h_QD, h_QD.new_zeros(len(batch.query_T), 1), None)
         row_Q = batch.places.position_Q // batch.item_RL.shape[1]
         score_QL = (v_UD[batch.item_RL[row_Q]] @ last_QD[:, :, None]).squeeze(-1)
-        score_QL = score_QL.masked_fill(~batch.attended_QL(), -torch.inf)
+        places = batch.places
+        score_QL = score_QL + attention_mask(places.first_Q, places.column_Q, batch.item_RL.shape[1], score_QL.dtype)
         log_gate_TX1 = (last_QD @ self.gate).log_softmax(-1)[batch.query_T]
         return Queries(h_QD, log_gate_TX1, score_QL.softmax(-1))
 
