@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import NO_ITEMS, ModelBatch, make_batch
 from bfm.model.blocks import look_up
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.two_part import TwoPartModel
@@ -67,19 +67,21 @@ class Objective:
                 key="item",
                 fix="train on a log with more items before the split",
             )
-        self.seed, self.items, self.method = seed, items, method
+        self.seed, self.items, self.method, self.draws = seed, items, method, negatives > 0
         drawn_pi_V = drawn_inclusion(popularity_V, negatives, exponent) if negatives else np.zeros(num_items)
         self.proposal = Proposal.of(drawn_pi_V)
         self.pi_V = mix_inclusion(log_pi_batch_V.double().exp().cpu().numpy(), drawn_pi_V)
         self.log_pi_V = torch.from_numpy(self.pi_V).log().to(log_pi_batch_V)
 
-    def batch(self, groups: Sequence[Windows], indices: Sequence[int]) -> ModelBatch:
+    def batch(self, windows: Windows, indices: Sequence[int]) -> ModelBatch:
         """A batch of whole groups with what is drawn for each, a function of the seed and its index in the order."""
         device = self.log_pi_V.device
-        drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
+        drawn = [NO_ITEMS] * len(indices)
+        if self.draws:
+            drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
         if self.items is None:
-            return make_batch(groups, device, indices, drawn)
-        batch = make_batch(groups, device, indices)
+            return make_batch(windows, indices, device, drawn)
+        batch = make_batch(windows, indices, device)
         beside = []
         for group, ids in enumerate(drawn):
             ids_K, targets_K = torch.from_numpy(ids).to(device), batch.items_U[batch.candidates_of(group)]

@@ -61,7 +61,7 @@ class StepPlanner:
         own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
-            batch = objective.batch([self.order.group(index) for index in indices], indices)
+            batch = objective.batch(self.order.groups(indices), indices)
             batches.append(batch)
             embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
             frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)

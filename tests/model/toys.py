@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from bfm.events.fields import FittedField
-from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch, query_places
+from bfm.events.windows import Counted, Windows
+from bfm.model.batch import ModelBatch, make_batch, query_places
 from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
@@ -95,6 +96,30 @@ def make_windows(
         gap_RL=rng.exponential(1e5, shape).astype(np.float32),
         context={field.name: encode(rng, field, shape) for field in fields if field.side == "context"},
     )
+
+
+def join(groups: Sequence[Windows]) -> Windows:
+    """The windows of groups, one group after the other."""
+    first = groups[0]
+    rows = {
+        field.name: np.concatenate([getattr(group, field.name) for group in groups])
+        for field in dataclasses.fields(Windows)
+        if field.name not in ("context", "counted")
+    }
+    context = {name: np.concatenate([group.context[name] for group in groups]) for name in first.context}
+    counted = None
+    if first.counted is not None:
+        of_groups = [group.counted for group in groups if group.counted is not None]
+        counted = Counted(*(np.concatenate([getattr(of, name) for of in of_groups]) for name in vars(first.counted)))
+    return Windows(**rows, context=context, counted=counted)
+
+
+def batch_of(
+    groups: Sequence[Windows], group_indices: Sequence[int] | None = None, drawn: Sequence[np.ndarray] | None = None
+) -> ModelBatch:
+    """A batch of whole groups, 0, 1, ... where no indices are given."""
+    sizes = [len(group.item_RL) for group in groups]
+    return make_batch(join(groups), group_indices or range(len(groups)), drawn=drawn, group_windows=sizes)
 
 
 def make_model(

@@ -10,14 +10,13 @@ from bfm.errors import UserError
 from bfm.events.statistics import inclusion_elsewhere
 from bfm.events.windows import WindowOrder
 from bfm.model.attended import attention_mask
-from bfm.model.batch import make_batch
 from bfm.model.mixture import Queries, mixture_loss
 from bfm.objective import objective as objective_module
 from bfm.objective.frozen import WholeItems
 from bfm.objective.objective import Objective
 from bfm.objective.sampling import drawn_inclusion, group_rng
 from tests.helpers import make_shards
-from tests.model.toys import ALL_FIELDS, make_model, make_windows, perturb
+from tests.model.toys import ALL_FIELDS, batch_of, join, make_model, make_windows, perturb
 
 DIM = 6
 
@@ -60,7 +59,7 @@ class StandIn(torch.nn.Module):
 @pytest.fixture(params=["next_basket", "next_event"])
 def world(toy_shards, request):
     order = WindowOrder(toy_shards, 16, 2, seed=0, targets=request.param)
-    return toy_shards, [order.group(index) for index in range(4)]
+    return toy_shards, [order.groups([index]) for index in range(4)]
 
 
 def in_batch_log_pi(shards):
@@ -80,12 +79,12 @@ def objectives(shards, model):
     return [live(shards), live(shards, 9), frozen(shards, model, 7), frozen(shards, model, 0)]
 
 
-def batch_of(groups, indices, objective):
-    return objective.batch([groups[index] for index in indices], indices)
+def drawn_batch(groups, indices, objective):
+    return objective.batch(join([groups[index] for index in indices]), indices)
 
 
 def loss_of(objective, model, groups, indices=(0,)):
-    return objective(model, batch_of(groups, indices, objective))[0]
+    return objective(model, drawn_batch(groups, indices, objective))[0]
 
 
 def candidates(batch):
@@ -114,7 +113,7 @@ def test_micro_batches_change_neither_value_nor_gradient(world, which, pointer):
     objective = objectives(shards, model)[which]
     results = []
     for size in (4, 2, 1):
-        batches = [batch_of(groups, range(start, start + size), objective) for start in range(0, 4, size)]
+        batches = [drawn_batch(groups, range(start, start + size), objective) for start in range(0, 4, size)]
         results.append((*value_and_gradient(model, objective, batches), [candidates(batch) for batch in batches]))
     for value, gradient, counts in results[1:]:
         assert value == pytest.approx(results[0][0], rel=1e-12)
@@ -127,7 +126,7 @@ def test_losses_are_summed_by_whether_the_target_is_later(world, which, monkeypa
     shards, groups = world
     model = StandIn(shards.num_items)
     objective = objectives(shards, model)[which]
-    batch = batch_of(groups, range(4), objective)
+    batch = drawn_batch(groups, range(4), objective)
     told = []
     monkeypatch.setattr(objective_module, "mixture_loss", lambda *given: told.append(given) or mixture_loss(*given))
     _, sums_2X2 = objective(model, batch)
@@ -207,7 +206,7 @@ def test_the_loss_of_a_real_model_in_half_precision_is_near_single(autocast):
     model = perturb(make_model(share=0.2, fields=ALL_FIELDS))
     groups = [make_windows(ALL_FIELDS, num_items=20, seed=seed) for seed in range(3)]
     objective = Objective(torch.linspace(-2, 0, 20), np.ones(20), 0, 0.0, 0)
-    batch = make_batch(groups)
+    batch = batch_of(groups)
     expected, _ = objective(model, batch)
     whole_D = torch.cat([part.flatten() for part in gradients(model, expected)])
     if not autocast:
@@ -236,7 +235,7 @@ def test_live_draws_join_the_targets_and_are_corrected_by_both(world):
     assert not np.array_equal(ids, others)
     union = np.union1d(ids, groups[1].target_RL[groups[1].target_RL >= 0])
     pi_V = 1 - (1 - pi_batch_V) * (1 - 9 / shards.num_catalogue)
-    assert candidates(batch_of(groups, [1], objective)) == [len(union)]
+    assert candidates(drawn_batch(groups, [1], objective)) == [len(union)]
     loss = loss_of(objective, model, groups, [1])
     assert loss.item() == pytest.approx(plain_loss(model, groups[1], union, pi_V).item())
 
@@ -253,17 +252,17 @@ def test_frozen_draws_join_the_targets_and_are_corrected_by_both(world):
     pi_V = 1 - (1 - np.exp(in_batch_log_pi(shards).numpy())) * (1 - drawn_pi_V)
     expected = plain_loss(model, groups[0], sorted(ids | targets), pi_V)
     assert loss_of(objective, model, groups).item() == pytest.approx(expected.item(), rel=1e-6)
-    batch = batch_of(groups, [0], objective)
+    batch = drawn_batch(groups, [0], objective)
     assert set(batch.frozen[0].tolist()) == ids - targets
     assert candidates(batch) == [len(ids | targets)]
-    assert candidates(batch_of(groups, [0], frozen(shards, model, 0))) == [len(targets)]
+    assert candidates(drawn_batch(groups, [0], frozen(shards, model, 0))) == [len(targets)]
 
 
 def test_the_frozen_catalogue_gets_no_gradient_and_draws_follow_the_groups_index(world):
     shards, groups = world
     model = StandIn(shards.num_items)
     objective = frozen(shards, model, 7)
-    first, again, other = (objective(model, objective.batch(groups[:1], [index]))[0] for index in (0, 0, 1))
+    first, again, other = (objective(model, objective.batch(groups[0], [index]))[0] for index in (0, 0, 1))
     first.backward()
     assert model.table.grad is None
     assert again.item() == first.item() != other.item()
