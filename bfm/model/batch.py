@@ -258,6 +258,7 @@ def _batch(
         groups=counts,
         context={name: _tensor(values, device) for name, values in windows.context.items()},
         places=places,
+        frozen=(),
         **{name: _tensor(values, device) for name, values in arrays.items()},
     )
 
@@ -267,8 +268,14 @@ def query_places(position_Q: np.ndarray, first_RL: np.ndarray, device: torch.dev
     window_Q, column_Q = np.divmod(position_Q, first_RL.shape[1])
     slots = int(np.bincount(window_Q).max(initial=1))
     slot_Q = window_Q * slots + place_among_equal(window_Q, np.argsort(window_Q, kind="stable"))
-    places = (position_Q, window_Q, column_Q, first_RL.ravel()[position_Q], slot_Q)
-    return QueryPlaces(*(_tensor(of_Q, device) for of_Q in places), slots)
+    places = {
+        "position_Q": position_Q,
+        "window_Q": window_Q,
+        "column_Q": column_Q,
+        "first_Q": first_RL.ravel()[position_Q],
+        "slot_Q": slot_Q,
+    }
+    return QueryPlaces(**{name: _tensor(of_Q, device) for name, of_Q in places.items()}, slots=slots)
 
 
 def _tensor(values: np.ndarray, device: torch.device | str) -> Tensor:

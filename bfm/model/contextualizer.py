@@ -57,8 +57,8 @@ class Contextualizer(nn.Module):
             for block in lower:
                 x_RLW = block(x_RLW, mask, rotation, drop_windows)
         # A free slot attends to the first event, and nobody reads what comes of it.
-        slots = [places.spread(columns_Q, len(x_RLW)) for columns_Q in (places.first_Q, places.column_Q)]
-        x_QW = rms_norm(last(x_RLW, _mask(*slots, length, x_RLW), rotation, drop_queries, places))
+        first_RS, last_RS = (places.spread(of_Q, len(x_RLW)) for of_Q in (places.first_Q, places.column_Q))
+        x_QW = rms_norm(last(x_RLW, _mask(first_RS, last_RS, length, x_RLW), rotation, drop_queries, places))
         x_RLW = rms_norm(x_RLW)
         h_QD = unit(self.out(x_QW))
         gates, pointer_QL, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
