@@ -44,10 +44,11 @@ def log_sum(
     candidate is absent; where all of a line are, the log sum is -inf and its gradient 0. Differentiable in q and, by
     `reference` and `two_pass`, the table.
 
-    `reference` stores Q x K scores; the others keep one tile of them. A score that is not finite gives its query a log
-    sum of NaN or infinity. Where the table needs a gradient or there are windows, methods that serve neither
-    (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a method that is none of one process, and what
-    fused_softmax_state raises where `triton` cannot run.
+    All methods have one value, up to the rounding of sums, where q and the table have passed `as_multiplied`; where
+    products are bfloat16, so are the weights of the gradient's means. `reference` stores Q x K scores; the others keep
+    one tile of them. A score that is not finite gives its query a log sum of NaN or infinity. Where the table needs a
+    gradient or there are windows, methods that serve neither (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a
+    method that is none of one process, and what fused_softmax_state raises where `triton` cannot run.
     """
     live = window_Q is not None or (table_RD.requires_grad and torch.is_grad_enabled())
     if method == "auto" or (live and method in CONSTANT_ONLY):
@@ -64,9 +65,11 @@ def log_sum(
 
 def choose_method(num_queries: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
     """What `auto` takes for a problem of these sizes; live: the table needs a gradient, or pi differs by window."""
+    # The dense form multiplies in the dtype of q, which leaves a GPU's tensor cores idle.
+    dense = table_RD.device.type == "cpu"
     if live:
-        return "two_pass" if computes_scores_twice(num_queries, num_candidates) else "reference"
-    if num_queries * num_candidates <= _DENSE_SCORES:
+        return "reference" if dense and not computes_scores_twice(num_queries, num_candidates) else "two_pass"
+    if dense and num_queries * num_candidates <= _DENSE_SCORES:
         return "reference"
     return "triton" if prefers_fused(table_RD) else "one_pass"
 
@@ -104,7 +107,7 @@ def _reference_log_sum(
     if window_Q is not None:
         log_pi_XK, absent_X = log_pi_XK.index_select(0, window_Q), absent_G.index_select(0, window_Q)
     vectors_KD = look_up(table_RD, ids_K).to(q_QD.dtype)
-    # In half precision the target's own term would not cancel against its score.
+    # Scores in half precision would be no sum of exact products.
     with torch.autocast(q_QD.device.type, enabled=False):
         logits_QK = q_QD @ vectors_KD.T - log_pi_XK
         log_sum_Q = torch.logsumexp(logits_QK, dim=1) + nan_unless_finite(vectors_KD.detach())
