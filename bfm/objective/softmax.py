@@ -25,7 +25,8 @@ from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, softmax_sta
 
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
-_BLOCK_SCORES = 1 << 22
+# Of a fixed sample's loss; a GPU only has to be filled.
+_BLOCK_SCORES, _GPU_BLOCK_SCORES = 1 << 22, 1 << 27
 
 
 def log_sum(
@@ -89,7 +90,8 @@ def fixed_sample_loss(q_TD: Tensor, target_T: Tensor, table_RD: Tensor, ids_K: T
     of the table, beside the candidates ids_K (distinct rows of the table), among which it is not counted again.
     """
     s_T = (q_TD * table_RD[target_T]).sum(-1)
-    log_sum_T, block = s_T, max(1, _BLOCK_SCORES // max(1, len(q_TD)))
+    most = _BLOCK_SCORES if q_TD.device.type == "cpu" else _GPU_BLOCK_SCORES
+    log_sum_T, block = s_T, max(1, most // max(1, len(q_TD)))
     for ids_C, log_pi_C in zip(ids_K.split(block), log_pi_K.split(block), strict=True):
         logits_TC = q_TD @ table_RD[ids_C].T - log_pi_C
         logits_TC.masked_fill_(ids_C == target_T[:, None], -torch.inf)
