@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.ragged import place_among_equal, runs
+from bfm.model.attention import Segments
 
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
@@ -89,6 +90,8 @@ class ModelBatch:
     """int64 index into items_U; 0 where padded."""
     segment_RL: Tensor
     """int32; equal numbers inside a row are one user; -1 where padded."""
+    segments: Segments
+    """The same, as attention reads them."""
     gap_RL: Tensor
     """float32 seconds (positions where the log has no clock) since the user's previous event."""
     time_RL: Tensor
@@ -271,6 +274,7 @@ def _join(
     return ModelBatch(
         groups=tuple(counts),
         context={name: _tensor([group.context[name] for group in groups], device) for name in groups[0].context},
+        segments=Segments.of(np.concatenate([group.segment_RL for group in groups]), device),
         places=_query_places(position_Q, groups[0].item_RL.shape[1], device),
         frozen=(),
         **tensors,

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bfm.model.attention import attention_mask
 from bfm.model.batch import QueryPlaces
 from bfm.model.blocks import Block, look_up, make_linear, make_rotation, rms_norm, rotate, unit
-from bfm.model.contextualizer import attention_mask
 
 
 def test_rms_norm_keeps_the_dtype():
