@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.ragged import begins, place_among_equal
+from bfm.model.attention import Segments
 from bfm.model.index import Index, index_items
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class ModelBatch:
     """int64 index into items_U; 0 where padded."""
     first_RL: Tensor
     """int64 column where the position's user begins in the window; pads are a user of their own."""
+    segments: Segments
+    """The same, as packed attention reads it."""
     gap_RL: Tensor
     """float32 seconds (positions where the log has no clock) since the user's previous event."""
     time_RL: Tensor
@@ -258,6 +261,7 @@ def _batch(
         groups=counts,
         context={name: _tensor(values, device) for name, values in windows.context.items()},
         places=places,
+        segments=Segments.of(windows.segment_RL, device),
         frozen=(),
         **{name: _tensor(values, device) for name, values in arrays.items()},
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bfm.events.randomness import stream_key
+from bfm.model.attention import Segments, attend
 from bfm.model.batch import Group, QueryPlaces
 
 _ROPE_BASE = 10_000.0
@@ -136,19 +137,19 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLW: Tensor,
-        mask: Tensor | None,
+        allowed: Tensor | Segments | None,
         rotation: Tensor | None,
         drop: Drop | None = None,
         queries: QueryPlaces | None = None,
     ) -> Tensor:
         """What comes of every token, [B, L, W], or of the queries alone, [Q, W].
 
-        `mask` is added to the logits and broadcasts to [B, H, L, L], or [B, H, S, L] for queries; rotation None: tokens
-        have no positions. `drop` is applied to what is added to the residual stream.
+        `allowed` is that of `attend`; rotation None: tokens have no positions. `drop` is applied to what is added to
+        the residual stream.
         """
         normed_BLW = rms_norm(x_BLW)
         x_NW, normed_NW = (x_BLW, normed_BLW) if queries is None else map(queries.take, (x_BLW, normed_BLW))
-        added_NW = self.attention_out(self._attend(normed_NW, normed_BLW, mask, rotation, queries))
+        added_NW = self.attention_out(self._attend(normed_NW, normed_BLW, allowed, rotation, queries))
         x_NW = x_NW + (added_NW if drop is None else drop(added_NW))
         gate_NX, up_NX = self.gate_up(rms_norm(x_NW)).chunk(2, -1)
         added_NW = self.down(F.silu(gate_NX) * up_NX)
@@ -158,7 +159,7 @@ class Block(nn.Module):
         self,
         x_NW: Tensor,
         x_BLW: Tensor,
-        mask: Tensor | None,
+        allowed: Tensor | Segments | None,
         rotation: Tensor | None,
         queries: QueryPlaces | None,
     ) -> Tensor:
@@ -169,9 +170,7 @@ class Block(nn.Module):
             at_queries = rotation if queries is None else rotation.index_select(0, queries.column_Q)
             q_NHP, k_BLHP = rotate(q_NHP, at_queries), rotate(k_BLHP, rotation)
         q_BSHP = q_NHP if queries is None else queries.spread(q_NHP, len(x_BLW))
-        q_BHSP, k_BHLP, v_BHLP = (part.transpose(1, 2) for part in (q_BSHP, k_BLHP, v_BLHP))
-        out_BHSP = F.scaled_dot_product_attention(q_BHSP, k_BHLP, v_BHLP, attn_mask=mask, scale=self.logit_scale)
-        out_BSW = out_BHSP.transpose(1, 2).flatten(2)
+        out_BSW = attend(q_BSHP, k_BLHP, v_BLHP, allowed, self.logit_scale).flatten(2)
         return out_BSW if queries is None else queries.gather(out_BSW)
 
 

@@ -38,6 +38,7 @@ from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import FrozenItems
 from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng, mix_inclusion
 from bfm.objective.softmax import log_sum
+from bfm.objective.tiled import as_multiplied
 
 
 class Objective:
@@ -93,9 +94,11 @@ class Objective:
 
         The loss is the mean over groups of the weighted mean over their targets; one without targets counts as zero.
         """
-        v_UD = model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
+        v_UD = as_multiplied(
+            model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
+        )
         queries = model.contextualize(batch, v_UD)
-        q_QD = model.scale * queries.h_QD
+        q_QD = as_multiplied(model.scale * queries.h_QD)
         log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(len(batch.groups))])
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
         softmax_T = look_up(log_sum_Q, batch.query_T) - score_T

@@ -25,7 +25,8 @@ from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, softmax_sta
 
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
-_BLOCK_SCORES = 1 << 22
+# Of a fixed sample's loss; a GPU only has to be filled.
+_BLOCK_SCORES, _GPU_BLOCK_SCORES = 1 << 22, 1 << 27
 
 
 def log_sum(
@@ -44,10 +45,11 @@ def log_sum(
     candidate is absent; where all of a line are, the log sum is -inf and its gradient 0. Differentiable in q and, by
     `reference` and `two_pass`, the table.
 
-    `reference` stores Q x K scores; the others keep one tile of them. A score that is not finite gives its query a log
-    sum of NaN or infinity. Where the table needs a gradient or there are windows, methods that serve neither
-    (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a method that is none of one process, and what
-    fused_softmax_state raises where `triton` cannot run.
+    All methods have one value, up to the rounding of sums, where q and the table have passed `as_multiplied`; where
+    products are bfloat16, so are the weights of the gradient's means. `reference` stores Q x K scores; the others keep
+    one tile of them. A score that is not finite gives its query a log sum of NaN or infinity. Where the table needs a
+    gradient or there are windows, methods that serve neither (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a
+    method that is none of one process, and what fused_softmax_state raises where `triton` cannot run.
     """
     live = window_Q is not None or (table_RD.requires_grad and torch.is_grad_enabled())
     if method == "auto" or (live and method in CONSTANT_ONLY):
@@ -64,9 +66,11 @@ def log_sum(
 
 def choose_method(num_queries: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
     """What `auto` takes for a problem of these sizes; live: the table needs a gradient, or pi differs by window."""
+    # The dense form multiplies in the dtype of q, which leaves a GPU's tensor cores idle.
+    dense = table_RD.device.type == "cpu"
     if live:
-        return "two_pass" if computes_scores_twice(num_queries, num_candidates) else "reference"
-    if num_queries * num_candidates <= _DENSE_SCORES:
+        return "reference" if dense and not computes_scores_twice(num_queries, num_candidates) else "two_pass"
+    if dense and num_queries * num_candidates <= _DENSE_SCORES:
         return "reference"
     return "triton" if prefers_fused(table_RD) else "one_pass"
 
@@ -86,7 +90,8 @@ def fixed_sample_loss(q_TD: Tensor, target_T: Tensor, table_RD: Tensor, ids_K: T
     of the table, beside the candidates ids_K (distinct rows of the table), among which it is not counted again.
     """
     s_T = (q_TD * table_RD[target_T]).sum(-1)
-    log_sum_T, block = s_T, max(1, _BLOCK_SCORES // max(1, len(q_TD)))
+    most = _BLOCK_SCORES if q_TD.device.type == "cpu" else _GPU_BLOCK_SCORES
+    log_sum_T, block = s_T, max(1, most // max(1, len(q_TD)))
     for ids_C, log_pi_C in zip(ids_K.split(block), log_pi_K.split(block), strict=True):
         logits_TC = q_TD @ table_RD[ids_C].T - log_pi_C
         logits_TC.masked_fill_(ids_C == target_T[:, None], -torch.inf)
@@ -104,7 +109,7 @@ def _reference_log_sum(
     if window_Q is not None:
         log_pi_XK, absent_X = log_pi_XK.index_select(0, window_Q), absent_G.index_select(0, window_Q)
     vectors_KD = look_up(table_RD, ids_K).to(q_QD.dtype)
-    # In half precision the target's own term would not cancel against its score.
+    # Scores in half precision would be no sum of exact products.
     with torch.autocast(q_QD.device.type, enabled=False):
         logits_QK = q_QD @ vectors_KD.T - log_pi_XK
         log_sum_Q = torch.logsumexp(logits_QK, dim=1) + nan_unless_finite(vectors_KD.detach())

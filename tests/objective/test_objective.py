@@ -15,6 +15,7 @@ from bfm.objective import objective as objective_module
 from bfm.objective.frozen import WholeItems
 from bfm.objective.objective import Objective
 from bfm.objective.sampling import drawn_inclusion, group_rng
+from bfm.objective.softmax import log_sum
 from tests.helpers import make_shards
 from tests.model.toys import ALL_FIELDS, batch_of, join, make_model, make_windows, perturb
 
@@ -44,6 +45,7 @@ class StandIn(torch.nn.Module):
         return torch.nn.functional.normalize(self.table[ids_U], dim=-1)
 
     def contextualize(self, batch, v_UD):
+        v_UD = v_UD.to(self.weight.dtype)
         last_QD = v_UD[batch.places.take(batch.item_RL)]
         h_QD = torch.nn.functional.normalize(last_QD @ self.weight, dim=-1)
         if not self.pointer:
@@ -137,6 +139,40 @@ def test_losses_are_summed_by_whether_the_target_is_later(world, which, monkeypa
         expected[int(batch.later_RL.flatten()[place])] += weight * np.array([loss, 1.0, *gates])
     assert expected[:, 1].min() > 1, "targets of both kinds"
     np.testing.assert_allclose(sums_2X2.numpy(), expected)
+
+
+@pytest.mark.parametrize("scale", [20.0, 60.0, 100.0])
+def test_in_bfloat16_the_loss_is_that_of_single_precision_by_any_method(world, scale, monkeypatch):
+    """Whatever is multiplied has been rounded once, so targets cancel against their own terms of the sums."""
+    shards, groups = world
+    model = StandIn(shards.num_items).float()
+    model.log_scale.data.fill_(np.log(scale))
+    seen, losses = [], []
+    monkeypatch.setattr(
+        objective_module,
+        "log_sum",
+        lambda q_QD, v_UD, *more, **named: seen.append((q_QD, v_UD)) or log_sum(q_QD, v_UD, *more, **named),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        items = model.embed_items(torch.arange(shards.num_items)).detach().bfloat16()
+        # The maps of the model are no subject here.
+        model.contextualize = torch.autocast("cpu", enabled=False)(model.contextualize)
+        for method in ("reference", "two_pass"):
+            for frozen_method in ("reference", "two_pass", "one_pass"):
+                objective = frozen(shards, model, 7, method=frozen_method)
+                objective.items, objective.method = WholeItems(items, frozen_method), method
+                losses.append(float(loss_of(objective, model, groups, range(4)).detach()))
+    for q_QD, v_UD in seen:
+        assert torch.equal(q_QD, q_QD.bfloat16().float())
+        assert torch.equal(v_UD, v_UD.bfloat16().to(v_UD.dtype))
+    double = StandIn(shards.num_items)
+    double.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    exact = frozen(shards, double, 7)
+    exact.items = WholeItems(items.double(), "reference")
+    monkeypatch.setattr(objective_module, "as_multiplied", lambda x_ND: x_ND.bfloat16().double())
+    single = float(loss_of(exact, double, groups, range(4)).detach())
+    assert max(losses) - min(losses) < 1e-4
+    assert single == pytest.approx(losses[0], abs=2e-3)
 
 
 def plain_loss(model, group, candidate_ids, pi_V):
