@@ -120,6 +120,8 @@ class ModelBatch:
     """int64 index of a target among its group's candidates."""
     weight_T: Tensor
     """float32 weight of each target in the loss of its group."""
+    share_T: Tensor
+    """float32: the same as a share of the group's weight and of the batch, whose groups count alike."""
     copies_T: Tensor
     """int64: how many of the user's events up to a target's query have its item; 0 in evaluation."""
     copy_N: Tensor
@@ -178,6 +180,8 @@ def make_batch(
     is_query_P = np.zeros(rows * length, bool)
     is_query_P[from_T] = True
     position_Q, query_T = np.flatnonzero(is_query_P), (np.cumsum(is_query_P) - 1)[from_T]
+    weight_T, group_T = windows.weight_RL.ravel()[position_T], group_R[position_T // length]
+    weight_G = np.bincount(group_T, weight_T, groups)
     arrays = {
         "items_U": index.items_U,
         "item_RL": index.item_RL,
@@ -185,7 +189,8 @@ def make_batch(
         "target_index_T": index.target_T,
         "candidates_C": index.candidates_C,
         "candidate_T": index.candidate_T,
-        "weight_T": windows.weight_RL.ravel()[position_T],
+        "weight_T": weight_T,
+        "share_T": (weight_T / weight_G[group_T] / groups).astype(np.float32),
         "copies_T": index.copies_T,
         "copy_N": np.repeat(query_T * length, index.copies_T) + index.copied_N,
     }
@@ -204,7 +209,7 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         "item_RL": index.item_RL,
         "query_T": np.arange(len(position_Q)),
         **dict.fromkeys(("target_index_T", "candidates_C", "candidate_T", "copy_N"), NO_ITEMS),
-        "weight_T": np.zeros(0, np.float32),
+        **dict.fromkeys(("weight_T", "share_T"), np.zeros(0, np.float32)),
         "copies_T": np.zeros(len(position_Q), np.int64),
     }
     counts = _counts([0], np.array([rows]), windows, first_RL, position_Q, NO_ITEMS, index)

@@ -99,24 +99,25 @@ class Objective:
         )
         queries = model.contextualize(batch, v_UD)
         q_QD = as_multiplied(model.scale * queries.h_QD)
-        log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(len(batch.groups))])
+        log_sum_Q = self._log_sum(batch, q_QD, v_UD)
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
         softmax_T = look_up(log_sum_Q, batch.query_T) - score_T
         loss_T = mixture_loss(softmax_T, queries.log_gate_TX1, target_mass(batch, queries))
-        # The last group of a small log may hold no target, and its mean would be NaN.
-        weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
-        groups = [batch.targets_of(group) for group in range(len(batch.groups))]
-        loss = torch.stack([weighted_T[own].sum() / weight_T[own].sum().clamp(min=1e-9) for own in groups]).mean()
-        return loss, _sums(batch, loss_T.detach(), queries.log_gate_TX1.detach())
+        return (loss_T * batch.share_T).sum(), _sums(batch, loss_T.detach(), queries.log_gate_TX1.detach())
 
-    def _log_sum(self, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
-        """Log of a group's sum over its candidates, for each of its queries."""
-        q_QD, (log_pi_GK, line_Q) = q_QD[batch.queries_of(group)], self._log_pi(batch, group)
-        log_sum_Q = log_sum(q_QD, v_UD, batch.candidates_of(group), log_pi_GK, window_Q=line_Q, method=self.method)
-        if self.items is None:
-            return log_sum_Q
-        ids_K = batch.frozen[group]
-        return torch.logaddexp(log_sum_Q, self.items.log_sum(q_QD, ids_K, self.log_pi_V[ids_K]))
+    def _log_sum(self, batch: ModelBatch, q_QD: Tensor, v_UD: Tensor) -> Tensor:
+        """Log of the sum over the candidates of its group, for each query."""
+        sums, first_item = [], 0
+        queries, items = ([getattr(counts, what) for counts in batch.groups] for what in ("queries", "items"))
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        for group, (own_QD, own_UD) in enumerate(zip(q_QD.split(queries), v_UD.split(items), strict=True)):
+            ids_K, (log_pi_GK, line_Q) = batch.candidates_of(group) - first_item, self._log_pi(batch, group)
+            sums.append(log_sum(own_QD, own_UD, ids_K, log_pi_GK, window_Q=line_Q, method=self.method))
+            first_item += items[group]
+            if self.items is not None:
+                ids_K = batch.frozen[group]
+                sums[-1] = torch.logaddexp(sums[-1], self.items.log_sum(own_QD, ids_K, self.log_pi_V[ids_K]))
+        return torch.cat(sums)
 
     def _log_pi(self, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
         """Lines of log pi of a group's own candidates, and the line of each of its queries: that of its window."""
