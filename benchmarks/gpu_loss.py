@@ -276,9 +276,9 @@ def measure_loss(name: str, queries: int, candidates: int, width: int, device: s
     yield "ms", 1e3 * elapsed_s
     yield "useful TFLOP/s", useful_flops / elapsed_s / 1e12
     yield "share of the matmul peak", useful_flops / elapsed_s / matmul_peak(device)
-    for part in (1, 4):
-        extra = extra_bytes(way, problem(SCALES[0], candidates // part), device)
-        yield f"extra peak MB at K = {candidates // part:,}", extra / 2**20
+    extra, of_fewer = (extra_bytes(way, problem(SCALES[0], candidates // part), device) for part in (1, 4))
+    yield "extra peak MB", extra / 2**20
+    yield "extra peak over that at K / 4", extra / max(1, of_fewer)
     yield "relative error of the gradient", gradient_error(way, problem(SCALES[0], candidates))
     for scale in SCALES:
         yield f"largest error of a loss at scale {scale:g}, nats", largest_error(way, problem(scale, candidates))

@@ -77,11 +77,12 @@ def _by_segment(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, segments: Segments,
 
 def _by_kernel(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, segments: Segments, scale: float) -> Tensor:
     """All segments at once."""
-    width = q_THP.shape[-1]
-    # Zeros change no product of queries and keys.
-    padded = (F.pad(part, (0, -width % _HEAD_MULTIPLE)) for part in (q_THP, k_THP, v_THP))
+    tokens, width = (q_THP, k_THP, v_THP), q_THP.shape[-1]
+    if missing := -width % _HEAD_MULTIPLE:
+        # Zeros change no product of queries and keys.
+        tokens = (F.pad(q_THP, (0, missing)), F.pad(k_THP, (0, missing)), F.pad(v_THP, (0, missing)))
     kernel = _Flash if q_THP.dtype in (torch.bfloat16, torch.float16) else _Efficient
-    return kernel.apply(*padded, segments.bounds_N1, segments.longest, scale)[..., :width]
+    return kernel.apply(*tokens, segments.bounds_N1, segments.longest, scale)[..., :width]
 
 
 class _Flash(torch.autograd.Function):

@@ -103,11 +103,13 @@ class _Layer:
     def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The items that hold points, and what they are worth."""
         length = self.end_N[-1]
-        place_M = rng.choice(self.cells, self.points, replace=False, shuffle=False) + rng.random(self.points)
-        place_M = np.sort((place_M + rng.random()) * (length / self.cells) % length)
+        cell_M = rng.choice(self.cells, self.points, replace=False, shuffle=False)
+        place_M = (cell_M + rng.random(self.points) + rng.random()) * (length / self.cells)
+        place_M -= length * (place_M >= length)
+        place_M.sort()
         index_M = self._item_at(place_M)
-        index_C, count_C = np.unique(index_M, return_counts=True)
-        return self.item_N[index_C], count_C * (length / self.points)
+        first_C = np.flatnonzero(np.diff(index_M, prepend=-1))
+        return self.item_N[index_M[first_C]], np.diff(first_C, append=self.points) * (length / self.points)
 
     def _item_at(self, place_M: NDArray[np.float64]) -> NDArray[np.int64]:
         """The first item that ends behind each place; as np.searchsorted, in a few steps."""

@@ -69,8 +69,9 @@ class Pass:
 
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
 _CPU_PASS = Pass(256, 2 << 20, waits=True)
-# A few blocks of this size are within any card's memory, and each is milliseconds of work. Not measured.
-_GPU_PASS = Pass(4096, 1 << 29, waits=False)
+# A few blocks of this size are within any card's memory, and each is a millisecond of work; wide ones have few lists to
+# merge. Not measured.
+_GPU_PASS = Pass(1024, 1 << 29, waits=False)
 
 
 def pass_on(device: torch.device) -> Pass:
