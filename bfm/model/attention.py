@@ -40,10 +40,10 @@ class Segments:
     """Most tokens of a segment: known without asking the device."""
 
     @classmethod
-    def of(cls, segment_RL: np.ndarray, device: torch.device | str) -> Segments:
+    def of(cls, segment_RL: np.ndarray) -> Segments:
         """From numbers that are equal for neighbours of one user in a window."""
         bounds_N1 = np.append(np.flatnonzero(begins(segment_RL)), segment_RL.size).astype(np.int32)
-        return cls(torch.from_numpy(bounds_N1).to(device, non_blocking=True), int(np.diff(bounds_N1).max()))
+        return cls(torch.from_numpy(bounds_N1), int(np.diff(bounds_N1).max()))
 
 
 def packs(device: torch.device) -> bool:

@@ -12,10 +12,11 @@ target's query, N events that are of a target's item, C live candidates of all g
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
 
 NO_ITEMS = np.zeros(0, np.int64)
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,32 @@ class ModelBatch:
     frozen: tuple[Tensor, ...] = ()
     """int64 ids of further candidates of each group, none of them live: their vectors are constants; stage 2 alone."""
 
+    def to(self, device: torch.device) -> ModelBatch:
+        """The batch on another device, by one transfer that the host does not wait for."""
+        return self if device.type == "cpu" else self._sent(device)
+
+    def _sent(self, device: torch.device) -> ModelBatch:
+        """A copy whose tensors lie in one block of memory on the device."""
+        parts: list[Tensor] = []
+
+        def note(part: Tensor) -> Tensor:
+            parts.append(part)
+            return part
+
+        _replaced(self, note)
+        # Every part begins where any number may.
+        starts = list(itertools.accumulate((-(-part.nbytes // _ALIGNED) * _ALIGNED for part in parts), initial=0))
+        host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for start, part in zip(starts, parts, strict=False):
+            host[start : start + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+        sent, begin = host.to(device, non_blocking=True), iter(starts)
+
+        def place(part: Tensor) -> Tensor:
+            start = next(begin)
+            return sent[start : start + part.nbytes].view(part.dtype).view(part.shape)
+
+        return _replaced(self, place)
+
     def queries_of(self, group: int) -> slice:
         """A group's queries."""
         return self._span("queries", group)
@@ -161,7 +189,6 @@ class ModelBatch:
 def make_batch(
     windows: Windows,
     group_indices: Sequence[int],
-    device: torch.device | str = "cpu",
     drawn: Sequence[np.ndarray] | None = None,
     group_windows: Sequence[int] | None = None,
 ) -> ModelBatch:
@@ -195,10 +222,10 @@ def make_batch(
         "copy_N": np.repeat(query_T * length, index.copies_T) + index.copied_N,
     }
     counts = _counts(group_indices, windows_G, windows, first_RL, position_Q, position_T, index)
-    return _batch(counts, windows, arrays, query_places(position_Q, first_RL, device), position_T, device)
+    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_T)
 
 
-def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cpu") -> ModelBatch:
+def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
     """Query contexts as one group with the queries in their order; no targets, no candidates."""
     windows, rows = eval_windows.windows, len(eval_windows.windows.item_RL)
     first_RL = first_columns(windows.segment_RL)
@@ -213,7 +240,7 @@ def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cp
         "copies_T": np.zeros(len(position_Q), np.int64),
     }
     counts = _counts([0], np.array([rows]), windows, first_RL, position_Q, NO_ITEMS, index)
-    return _batch(counts, windows, arrays, query_places(position_Q, first_RL, device), position_Q, device)
+    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_Q)
 
 
 def first_columns(segment_RL: np.ndarray) -> np.ndarray:
@@ -250,7 +277,6 @@ def _batch(
     arrays: dict[str, np.ndarray],
     places: QueryPlaces,
     position_T: np.ndarray,
-    device: torch.device | str,
 ) -> ModelBatch:
     """With what windows say of all their positions, and what is counted at the positions of targets."""
     arrays |= {
@@ -264,15 +290,15 @@ def _batch(
         arrays |= {name: of_RLM.reshape(-1, of_RLM.shape[-1])[position_T] for name, of_RLM in counted.items()}
     return ModelBatch(
         groups=counts,
-        context={name: _tensor(values, device) for name, values in windows.context.items()},
+        context={name: _tensor(values) for name, values in windows.context.items()},
         places=places,
-        segments=Segments.of(windows.segment_RL, device),
+        segments=Segments.of(windows.segment_RL),
         frozen=(),
-        **{name: _tensor(values, device) for name, values in arrays.items()},
+        **{name: _tensor(values) for name, values in arrays.items()},
     )
 
 
-def query_places(position_Q: np.ndarray, first_RL: np.ndarray, device: torch.device | str) -> QueryPlaces:
+def query_places(position_Q: np.ndarray, first_RL: np.ndarray) -> QueryPlaces:
     """Of queries at these flat positions of windows in which every position's user begins at a column."""
     window_Q, column_Q = np.divmod(position_Q, first_RL.shape[1])
     slots = int(np.bincount(window_Q).max(initial=1))
@@ -284,8 +310,21 @@ def query_places(position_Q: np.ndarray, first_RL: np.ndarray, device: torch.dev
         "first_Q": first_RL.ravel()[position_Q],
         "slot_Q": slot_Q,
     }
-    return QueryPlaces(**{name: _tensor(of_Q, device) for name, of_Q in places.items()}, slots=slots)
+    return QueryPlaces(**{name: _tensor(of_Q) for name, of_Q in places.items()}, slots=slots)
 
 
-def _tensor(values: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass, tuple or dict with all tensors inside changed, in a fixed order."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _replaced(part, change) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_replaced(part, change) for part in value)
+    if isinstance(value, (ModelBatch, QueryPlaces, Segments)):
+        return dataclasses.replace(value, **{name: _replaced(part, change) for name, part in vars(value).items()})
+    return value

@@ -76,18 +76,17 @@ class Objective:
 
     def batch(self, windows: Windows, indices: Sequence[int]) -> ModelBatch:
         """A batch of whole groups with what is drawn for each, a function of the seed and its index in the order."""
-        device = self.log_pi_V.device
         drawn = [NO_ITEMS] * len(indices)
         if self.draws:
             drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
         if self.items is None:
-            return make_batch(windows, indices, device, drawn)
-        batch = make_batch(windows, indices, device)
+            return make_batch(windows, indices, drawn).to(self.log_pi_V.device)
+        batch = make_batch(windows, indices)
         beside = []
         for group, ids in enumerate(drawn):
-            ids_K, targets_K = torch.from_numpy(ids).to(device), batch.items_U[batch.candidates_of(group)]
+            ids_K, targets_K = torch.from_numpy(ids), batch.items_U[batch.candidates_of(group)]
             beside.append(ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)])
-        return dataclasses.replace(batch, frozen=tuple(beside))
+        return dataclasses.replace(batch, frozen=tuple(beside)).to(self.log_pi_V.device)
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Loss of what `batch` has made, and the sums of its targets (`_sums`).

@@ -72,7 +72,7 @@ def answer(
     filled_Q = np.minimum(table.position + 1, window)
     most = _BATCH_POSITIONS if model.device.type == "cpu" else _GPU_BATCH_POSITIONS
     for chosen in itertools.starmap(slice, chunks(filled_Q, most)):
-        batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
+        batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours)).to(model.device)
         queries = model.contextualize(batch, vectors_ID[batch.items_U].float())
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)
         h.append(queries.h_QD)

@@ -179,7 +179,8 @@ class Trainer:
         return self.data.build_model(self.config, self.seed, weight).to(self.factory.device).eval()
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, end the planner's thread."""
+        self.planner.close()
         if "_built" in vars(self):
             self.engine.close()
 

@@ -52,7 +52,7 @@ def test_segments_are_the_runs_of_equal_numbers_inside_windows(seed):
     segment_RL = make_segments(4, 30, seed)
     # The first user of a window may have the number of the last one of the window before.
     segment_RL[1, 0] = segment_RL[0, -1]
-    segments = Segments.of(segment_RL, "cpu")
+    segments = Segments.of(segment_RL)
     runs, longest = [], 0
     for row in range(4):
         for column in range(30):
@@ -68,7 +68,7 @@ def test_segments_are_the_runs_of_equal_numbers_inside_windows(seed):
 def test_both_forms_are_the_same(seed):
     segment_RL, tokens = make_segments(5, 40, seed), make_tokens(5, 40, 3, 6, seed=seed)
     dense = value_and_gradients(tokens, dense_mask(segment_RL, torch.float64))
-    torch.testing.assert_close(value_and_gradients(tokens, Segments.of(segment_RL, "cpu")), dense)
+    torch.testing.assert_close(value_and_gradients(tokens, Segments.of(segment_RL)), dense)
 
 
 class Kernels:
@@ -125,7 +125,7 @@ def test_the_kernels_are_given_what_makes_them_the_dense_form(monkeypatch, dtype
     """Heads of any even width, in float32 and in half precision; the backward pass asks for a fixed order."""
     kernels = Kernels(monkeypatch)
     segment_RL, tokens = make_segments(4, 24), make_tokens(4, 24, 2, width, dtype)
-    segments = Segments.of(segment_RL, "cpu")
+    segments = Segments.of(segment_RL)
     flat = [part.flatten(0, 1) for part in tokens]
     out_THP = attention._by_kernel(*flat, segments, 0.7)
     weight_THP = torch.randn(out_THP.shape, generator=torch.Generator().manual_seed(5)).to(dtype)

@@ -94,6 +94,29 @@ def test_every_group_needs_an_index(groups):
         batch_of(groups, [4])
 
 
+def test_a_batch_is_sent_as_one_block_and_is_what_it_was(groups):
+    batch = batch_of(groups, drawn=[np.array([3, 5]), np.array([], np.int64), np.array([7])])
+    batch = dataclasses.replace(batch, frozen=(torch.tensor([1, 2]), torch.zeros(0, dtype=torch.int64)))
+    sent, blocks = batch._sent(torch.device("cpu")), set()
+
+    def compare(here, there):
+        if torch.is_tensor(here):
+            assert here.dtype == there.dtype
+            assert torch.equal(here, there)
+            blocks.add(there.untyped_storage().data_ptr())
+        elif isinstance(here, (dict, tuple)):
+            values = (part.values() if isinstance(part, dict) else part for part in (here, there))
+            for pair in zip(*values, strict=True):
+                compare(*pair)
+        elif dataclasses.is_dataclass(here):
+            compare(vars(here), vars(there))
+        else:
+            assert here == there
+
+    compare(batch, sent)
+    assert len(blocks) == 1
+
+
 def test_query_rows_stand_in_the_order_of_the_queries():
     windows = make_windows(PLAIN_FIELDS, rows=3, length=16)
     row, column = np.array([2, 0, 0, 1]), np.array([5, 15, 3, 0])

@@ -54,7 +54,7 @@ def test_queries_alone_are_what_the_block_says_at_their_positions():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     x_BLW = torch.randn(3, 7, 16, generator=generator)
     rotation, mask_LL = make_rotation(7, 8, x_BLW.device), torch.full((7, 7), -torch.inf).triu(1)
-    places = query_places(np.array([6, 0, 18, 15]), np.zeros((3, 7), np.int64), "cpu")
+    places = query_places(np.array([6, 0, 18, 15]), np.zeros((3, 7), np.int64))
     mask_BSL = places.spread(mask_LL[places.position_Q % 7], 3)
     alone_QW = block(x_BLW, mask_BSL[:, None], rotation, queries=places)
     torch.testing.assert_close(alone_QW, places.take(block(x_BLW, mask_LL, rotation)))

@@ -154,7 +154,7 @@ def contextualize(model: TwoPartModel, batch: ModelBatch) -> Queries:
 def every_position(batch: ModelBatch) -> ModelBatch:
     """The batch with a query at every position, pads included."""
     positions = torch.arange(batch.item_RL.numel())
-    places = query_places(positions.numpy(), batch.first_RL.numpy(), "cpu")
+    places = query_places(positions.numpy(), batch.first_RL.numpy())
     groups = (dataclasses.replace(batch.groups[0], queries=len(positions)),)
     return dataclasses.replace(batch, places=places, query_T=positions, groups=groups)
 
