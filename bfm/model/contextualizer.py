@@ -53,7 +53,7 @@ class Contextualizer(nn.Module):
             x_RLW = drop_windows(x_RLW)
         rotation = make_rotation(length, self.head_dim, x_RLW.device)
         *lower, last = self.blocks
-        packed = packs(x_RLW.device)
+        packed = packs(x_RLW.device, length)
         attended_QL = None if packed and self.pointer is None else batch.attended_QL()
         if lower:
             allowed = batch.segments if packed else attention_mask(batch.segment_RL, x_RLW.dtype)
