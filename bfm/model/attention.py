@@ -1,9 +1,10 @@
 """Who attends to whom in packed windows: an event to its own user's events up to itself.
 
 Enters: queries, keys and values of tokens. Leaves: what each query takes from the values. There are two forms of the
-same thing. Dense: an additive mask of all pairs of a row (attended.py), fastest on a CPU. Packed: users stand one after
-the other (`Segments`), so each is a causal sequence of its own and no pair of tokens is ever written down; on CUDA that
-is a flash kernel, in float32 the memory-efficient one, each with a backward pass of fixed order, as equal reruns need.
+same thing. Dense: an additive mask of all pairs of a row (attended.py), fastest on a CPU for short windows. Packed: users
+stand one after the other (`Segments`), so each is a causal sequence of its own and no pair of tokens is ever written
+down; on CUDA that is a flash kernel, in float32 the memory-efficient one, each with a backward pass of fixed order, as
+equal reruns need it.
 
 B sequences (R windows) of L tokens, S of them with queries, H heads, P head dimension, T tokens of all sequences,
 N segments.
@@ -28,6 +29,8 @@ from bfm.events.ragged import begins
 # Head dimensions that the kernels take are multiples of this.
 _HEAD_MULTIPLE = 8
 _CAUSAL = 1
+# From here on a CPU, too, is faster segment by segment, with users of ten events as with one (measured, one thread).
+_PACKED_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Segments:
         return cls(torch.from_numpy(bounds_N1), int(np.diff(bounds_N1).max()))
 
 
-def packs(device: torch.device) -> bool:
-    """Whether the packed form is the faster one on the device."""
-    return device.type == "cuda"
+def packs(device: torch.device, length: int) -> bool:
+    """Whether the packed form is the faster one for windows of a length."""
+    return device.type == "cuda" or length >= _PACKED_LENGTH
 
 
 def attend(q_BSHP: Tensor, k_BLHP: Tensor, v_BLHP: Tensor, allowed: Tensor | Segments | None, scale: float) -> Tensor:

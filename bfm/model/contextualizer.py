@@ -78,7 +78,7 @@ class Contextualizer(nn.Module):
 def _of_positions(batch: ModelBatch, dtype: torch.dtype) -> Tensor | Segments:
     """What every position may attend to."""
     first_RL, length = batch.first_RL, batch.first_RL.shape[1]
-    if packs(first_RL.device):
+    if packs(first_RL.device, length):
         return batch.segments
     last_RL = torch.arange(length, device=first_RL.device).expand_as(first_RL)
     return attention_mask(first_RL.flatten(), last_RL.flatten(), length, dtype).view(-1, 1, length, length)
@@ -91,7 +91,7 @@ def _of_queries(batch: ModelBatch, dtype: torch.dtype) -> tuple[Tensor | Segment
     nothing, and else they attend to the first event.
     """
     places, (rows, length) = batch.places, batch.first_RL.shape
-    if packs(batch.first_RL.device):
+    if packs(batch.first_RL.device, length):
         return batch.segments, dataclasses.replace(places, slot_Q=places.position_Q, slots=length)
     first_RS, last_RS = (places.spread(of_Q, rows) for of_Q in (places.first_Q, places.column_Q))
     mask = attention_mask(first_RS.flatten(), last_RS.flatten(), length, dtype)

@@ -36,7 +36,7 @@ from bfm.events.ragged import Ragged
 from bfm.ranking.top_items import GROUP, TopItems, TopKeys, TopRows
 
 Scores = Callable[[slice], Callable[[slice], Tensor]]
-"""query rows -> (items -> fresh scores [R, C] in float32 or float64, which the caller may overwrite)."""
+"""query rows -> (items -> fresh scores [R, C] in float32, on a CPU also float64, which the caller may overwrite)."""
 
 _SCORE_BYTES = 4
 # e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.

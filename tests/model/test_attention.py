@@ -171,8 +171,13 @@ def test_a_model_says_the_same_in_both_forms(monkeypatch, pointer):
         return said, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     dense = told()
-    monkeypatch.setattr(contextualizer_module, "packs", lambda device: True)
+    monkeypatch.setattr(contextualizer_module, "packs", lambda device, length: True)
     torch.testing.assert_close(told(), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_long_windows_and_accelerators_are_packed():
+    for device, length, packed in (("cpu", 512, False), ("cpu", 1 << 16, True), ("cuda", 16, True), ("mps", 16, False)):
+        assert attention.packs(torch.device(device), length) == packed
 
 
 class Largest(TorchDispatchMode):
@@ -193,7 +198,7 @@ class Largest(TorchDispatchMode):
 
 def test_packed_attention_makes_nothing_of_the_window_squared(monkeypatch):
     model = make_model(shape=size_model(6e3, 0.0, d_item=16, depth=2, pointer=False))
-    monkeypatch.setattr(contextualizer_module, "packs", lambda device: True)
+    monkeypatch.setattr(contextualizer_module, "packs", lambda device, length: True)
     found = []
     for length in (256, 1024):
         batch = batch_of([make_windows(PLAIN_FIELDS, rows=1, length=length)])
