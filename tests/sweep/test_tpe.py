@@ -33,7 +33,9 @@ def asked(told, losses, running, goal, seed):
         study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions=AXES))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True
+        )
     return study.ask(AXES).params
 
 
