@@ -71,8 +71,8 @@ class Display:
 
 
 def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) -> str:
-    """The live line of training: C, losses, and by the last minute events/s, share of the machine's measured matmul peak
-    and the time left."""
+    """The live line of training: C, losses, and of the last minute events/s, share of the machine's matmul peak, and
+    the time left by that."""
     left_s = (limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
     headline = f" (headline {record.loss_headline:.4f})" if math.isfinite(record.loss_headline) else ""
     return (

@@ -1,8 +1,8 @@
 """Whether more threads want to run here than there are cores: training beside other work loses more than its share.
 
-Enters: the kernel's load average; in a container with a quota of the cores, how long its threads wait. Leaves: a clause.
-Both sides of the first are the whole machine's, in a container too; a quota that is used up shows in the container's
-own pressure alone.
+Enters: the kernel's load average; in a container with a quota of the cores, how long its threads wait. Leaves: a
+clause. Both sides of the first are the whole machine's, in a container too; a quota that is used up shows in the
+container's own pressure alone.
 """
 
 from __future__ import annotations

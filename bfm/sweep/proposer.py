@@ -134,7 +134,7 @@ class Proposer:
     def _told(
         self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]], rung: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What TPE learns from: (M, X) points with a row at a rung, their (M,) losses, (M, X) points without any row."""
+        """What TPE learns from: (M, X) points with a row at a rung, their (M,) losses, (M, X) points without a row."""
         sign = 1.0 if self.spec.metric.goal == "minimize" else -1.0
         told, losses = [], []
         for name, row in rungs[rung].items():
@@ -167,7 +167,7 @@ class Proposer:
         return {parameter.name: _from_value(parameter, config[parameter.name]) for parameter in free}
 
     def _point(self, trial: Trial) -> list[float] | None:
-        """As TPE knows a trial; None outside this space: an earlier one may have been another, and TPE knows only one."""
+        """As TPE knows a trial; None outside this space: earlier ones may have been others, and TPE knows only one."""
         if trial.trial not in self._points:
             free, config = self.spec.free_parameters, trial.config
             inside = all(parameter.contains(config[parameter.name]) for parameter in free)

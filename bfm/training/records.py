@@ -110,7 +110,7 @@ _Mark = tuple[float, int, int]
 
 
 class RecentSteps:
-    """Loss over the last RATE_STEPS steps, and rates over the last RATE_S seconds or the last step, whichever is longer;
+    """Loss over the last RATE_STEPS steps, and rates over the last RATE_S seconds, or the last step if that is longer;
     the making of batches and other pauses count in the rates."""
 
     def __init__(self) -> None:
