@@ -23,13 +23,17 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 
 @contextmanager
-def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+def _written_beside(path: Path, data: bytes | Path) -> Iterator[Path]:
     """A durable temporary file in the folder of `path`, with the permissions of any new file; gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as handle:
-            handle.write(data)
+            if isinstance(data, Path):
+                with open(data, "rb") as source:
+                    shutil.copyfileobj(source, handle)
+            else:
+                handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         yield temporary
@@ -43,8 +47,8 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def put(self, name: str, data: bytes) -> None:
-        """Publish an object over what stands under the name; a full disk leaves the old one."""
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Publish bytes, or those of a file, over what stands under the name; a full disk leaves the old one."""
         path = self.folder / name
         with _written_beside(path, data) as temporary:
             os.replace(temporary, path)

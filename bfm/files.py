@@ -113,8 +113,8 @@ class Store:
         assert isinstance(self._place, Disk), f"{self.uri} is not local"
         return self._place.folder / name
 
-    def put(self, name: str, data: bytes) -> None:
-        """Publish an object whole or not at all."""
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Publish bytes, or those of a file of any size, whole or not at all."""
         self._patiently(name, lambda _: self._place.put(name, data))
 
     def put_new(self, name: str, data: bytes) -> bool:

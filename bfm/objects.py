@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -45,8 +46,8 @@ class Objects:
         other._prefix = f"{self._prefix}{name}/"
         return other
 
-    def put(self, name: str, data: bytes) -> None:
-        """Publish an object over what stands under the name; large ones go in parts, and are seen whole."""
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Publish bytes, or a file's, over what stands under the name; large ones go in parts, and are seen whole."""
         with self._plain_errors(name):
             self._client.put(self._prefix + name, data)
 

@@ -1,1 +1,1 @@
-"""Thin adapters from the rooms of bfm to Ray Data, Ray Train and Ray Tune."""
+"""Thin adapters from the rooms of bfm to Ray, Ray Train and Ray Tune."""

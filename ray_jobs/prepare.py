@@ -1,21 +1,21 @@
-"""`bfm data prepare` on Ray Data: runs the stages of bfm.events.prepare and build over pieces and partitions.
+"""`bfm data prepare` on Ray: runs the stages of bfm.events.prepare and build over pieces, partitions and columns.
 
-The folder of the shard set must be visible to every worker (one machine, or a shared file system); a URI is filled from
-a local folder at the end."""
+Every node must see the log and the folder of the shard set (one machine, or a shared file system); one that does not
+says so. The log may be a URI; a shard set at a URI is filled at the end from a folder below $TMPDIR, which every node
+must see then.
+"""
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import ray.data
-from ray.data.context import ShuffleStrategy
+import ray
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
@@ -24,7 +24,7 @@ from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
 from bfm.files import Store
 from bfm.sealed import check_free, publish, staging
-from ray_jobs.cluster_session import local_ray, quiet_ray_data
+from ray_jobs.cluster_session import local_ray
 
 Progress = Callable[[str, float], None]
 """Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
@@ -67,9 +67,6 @@ def prepare_shards(
         progress("start", 0.0)
         with local_ray(num_cpus):
             progress("start", 1.0)
-            quiet_ray_data()
-            # Its tasks run in the pooled workers; the hash shuffle starts processes of its own for every shuffle.
-            ray.data.DataContext.get_current().shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
             manifest = _run(job, pieces, progress)
         publish(job.shard_set, target)
     return manifest
@@ -82,57 +79,54 @@ def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bo
     with tempfile.TemporaryDirectory(prefix="bfm-prepare-") as folder:
         manifest = prepare_shards(schema, logs, f"{folder}/set", **settings)
         for name in [*sorted(manifest.files), MANIFEST]:
-            store.put(name, Path(folder, "set", name).read_bytes())
+            store.put(name, Path(folder, "set", name))
     return manifest
 
 
 def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
+    over = partial(_over, job.folder)
     with _watched(job, "read", len(pieces), progress):
-        source = ray.data.from_items(
-            [{"piece": index} for index in range(len(pieces))], override_num_blocks=len(pieces)
-        )
-        cleaned = source.map_batches(functools.partial(_clean, job, pieces), batch_size=1).materialize()
+        over(partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
     count = prepare.num_partitions(prepare.rows_read(job))
     with _watched(job, "sort", count, progress, folder="sorted"):
-        assign = functools.partial(prepare.assign_partitions, job, partitions=count)
-        assigned = cleaned.map_batches(assign, batch_size=None, batch_format="pyarrow")
-        assigned.groupby(prepare.PARTITION).map_groups(
-            functools.partial(_sort, job), batch_format="pyarrow"
-        ).materialize()
-    del cleaned, assigned
+        over(partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
+    job.drop("cleaned")
     split = prepare.choose_split(job)
-    partitions = prepare.sorted_partitions(job)
+    partitions = list(enumerate(prepare.sorted_partitions(job)))
     with _watched(job, "measure", len(partitions), progress, folder="measured"):
-        _over(partitions, functools.partial(build.measure_partition, job, split))
+        over(partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):
         build.fit_all(job, split)
     with _watched(job, "write", len(partitions), progress, folder="written"):
-        _over(partitions, functools.partial(build.write_partition, job, split))
+        over(partial(build.write_partition, job, split), partitions)
+    job.drop("partitions")
+    files = list(enumerate(build.event_files(job)))
+    with _watched(job, "join", len(files), progress, folder="joined"):
+        over(partial(build.join_events, job), files)
+    job.drop("parts")
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
 
 
-def _clean(job: Job, pieces: list[Piece], batch: dict[str, Any]) -> Iterator[pa.Table]:
-    for index in batch["piece"]:
-        yield from prepare.clean_piece(job, pieces[int(index)])
+def _over(folder: Path, stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Run a stage for all arguments, as tasks that work in `folder`; none begins after the first error."""
+    shared, failed = ray.put(stage), folder / "failed"
+    tasks = [_task.remote(failed, shared, *given) for given in arguments]
+    try:
+        ray.get(tasks)
+    except BaseException:
+        # Not `ray.cancel`: of a task that is just being sent it ends this process. And nobody may write into a folder
+        # that is swept away.
+        with suppress(OSError):
+            failed.touch()
+        ray.wait(tasks, num_returns=len(tasks))
+        raise
 
 
-def _sort(job: Job, table: pa.Table) -> pa.Table:
-    index = table[prepare.PARTITION][0].as_py()
-    prepare.sort_partition(job, index, table)
-    return pa.table({"done": [index]})
-
-
-def _over(partitions: list[Path], stage: Callable[[int, Path], None]) -> None:
-    """Run a stage for each shard in the making and its sorted partition."""
-
-    def run(batch: dict[str, Any]) -> dict[str, Any]:
-        for shard in batch["shard"]:
-            stage(int(shard), partitions[shard])
-        return {"done": batch["shard"]}
-
-    items = [{"shard": shard} for shard in range(len(partitions))]
-    ray.data.from_items(items, override_num_blocks=len(items)).map_batches(run, batch_size=1).materialize()
+@ray.remote
+def _task(failed: Path, stage: Callable[..., None], *given: Any) -> None:
+    if not failed.exists():
+        stage(*given)
 
 
 @contextmanager
@@ -162,13 +156,11 @@ def _plain_errors() -> Iterator[None]:
     """A user's mistake found by a worker reaches the caller as the UserError that it is."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and type(cause) is not UserError:
-            # Ray wraps errors of tasks: `cause` is the original.
+            # Ray wraps errors of tasks, in a class that is also the original's: `cause` is the original.
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        if cause is None or cause is error:
             raise
         raise cause from None

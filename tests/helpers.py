@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,10 @@ import pytest
 
 from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField
+from bfm.events.parts import KEYS, column_files, join_column, write_part
 from bfm.events.protocol import build_protocol
-from bfm.events.shards import Manifest, Shards, finish, write_shard
+from bfm.events.repeats import training_repeats
+from bfm.events.shards import Manifest, Shards, finish
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000  # 2024-01-01
@@ -44,7 +47,7 @@ def make_shards(
     split: str = "time",
     filter_seen: bool = False,
     queries: int | None = None,
-    num_shards: int = 1,
+    num_parts: int = 1,
     every_kind: bool = False,
     context: bool = True,
 ) -> Shards:
@@ -61,7 +64,7 @@ def make_shards(
     item, raw_of_item, train_count = _number_items(log)
     item_fields, encoded = _item_fields(rng, raw_of_item, every_kind)
     context_fields, context_arrays = _context_fields(rng, len(item)) if context else ((), {})
-    _write_shards(directory, log, item, context_arrays, num_shards)
+    _write_events(directory, log, item, context_arrays, num_parts)
     first_time = np.full(len(raw_of_item), np.iinfo(np.int64).max)
     np.minimum.at(first_time, item, log.time)
     table = {"item": pa.array([f"item-{raw}" for raw in raw_of_item]), "train_count": train_count}
@@ -73,7 +76,6 @@ def make_shards(
         events=len(item),
         items=len(raw_of_item),
         catalogue=int((train_count > 0).sum()),
-        shards=num_shards,
         has_clock=clock,
         split={"by": split},
         fields=(*item_fields, *context_fields),
@@ -83,7 +85,8 @@ def make_shards(
         rows_read=len(item),
     )
     shards = Shards(directory, draft)
-    build_protocol(shards, queries=queries, filter_seen=filter_seen, seed=seed)
+    repeats = training_repeats(shards)
+    build_protocol(shards, repeats=repeats, queries=queries, filter_seen=filter_seen, seed=seed)
     finish(directory, draft)
     return Shards.open(directory)
 
@@ -171,21 +174,24 @@ def _context_fields(rng, num) -> tuple[tuple[FittedField, ...], dict[str, np.nda
     return fields, {"channel": rng.integers(0, 5, num).astype(np.int32), "quantity": quantity}
 
 
-def _write_shards(directory, log, item, context, num_shards) -> None:
-    bounds = np.linspace(0, len(log.train_end), num_shards + 1).astype(int)
-    for index, (low, high) in enumerate(itertools.pairwise(bounds)):
-        rows = slice(log.offsets[low], log.offsets[high])
-        write_shard(
-            directory,
-            index,
-            item=item[rows],
-            time=log.time[rows],
-            context={name: values[rows] for name, values in context.items()},
-            user_offsets=log.offsets[low : high + 1] - log.offsets[low],
-            train_end=log.train_end[low:high],
-            valid_end=log.valid_end[low:high],
-            users=pa.array([f"user-{number}" for number in range(low, high)], pa.string()),
-        )
+def _write_events(directory, log, item, context, num_parts) -> None:
+    bounds = np.linspace(0, len(log.train_end), num_parts + 1).astype(int)
+    with TemporaryDirectory() as scratch:
+        parts = [Path(scratch, str(index)) for index in range(num_parts)]
+        for part, (low, high) in zip(parts, itertools.pairwise(bounds), strict=True):
+            rows = slice(log.offsets[low], log.offsets[high])
+            write_part(
+                part,
+                item=item[rows],
+                time=log.time[rows],
+                context={name: values[rows] for name, values in context.items()},
+                user_offsets=log.offsets[low : high + 1] - log.offsets[low],
+                train_end=log.train_end[low:high],
+                valid_end=log.valid_end[low:high],
+                users=pa.array([f"user-{number}" for number in range(low, high)], pa.string()),
+            )
+        for name in column_files(parts[0]):
+            join_column(parts, directory, name)
 
 
 @dataclass(frozen=True)
@@ -209,8 +215,7 @@ def history_of(shards: Shards, user: int) -> History:
 
 def user_keys(shards: Shards) -> pa.ChunkedArray:
     """Original user keys [U] in global order."""
-    paths = sorted(shards.path.glob("shard-*/users.parquet"))
-    return pa.concat_tables([pq.read_table(path) for path in paths])["user"]
+    return pq.read_table(shards.path / KEYS)["user"]
 
 
 def published(name: str) -> Path:

@@ -83,13 +83,16 @@ def test_store_publishes_lists_and_deletes(store):
     assert store.walk("ledger") == []
 
 
-def test_large_objects_are_whole(store):
+def test_large_objects_are_whole(store, tmp_path):
     data = os.urandom(11 << 20)
     store.put("large", data)
     assert store.get("large") == data
     with store.open("large") as stream:
         stream.seek(1 << 20)
         assert stream.read(9 << 20) == data[1 << 20 : 10 << 20]
+    (tmp_path / "file").write_bytes(data)
+    store.put("of a file", tmp_path / "file")
+    assert store.get("of a file") == data
 
 
 def test_put_new_never_overwrites(store):

@@ -24,7 +24,7 @@ def prepare(
     cpus: Annotated[int | None, typer.Option(help="Cores to use (default: all).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Clean a log, fit its fields, split it and write memory-mapped shards, on Ray Data."""
+    """Clean a log, fit its fields, split it and write memory-mapped shards."""
     from bfm.report.console import Display
     from ray_jobs.prepare import prepare_shards
 

@@ -1,8 +1,9 @@
-"""From sorted partitions to a finished shard set: statistics, fit, shards, protocol, manifest (see prepare.py).
+"""From sorted partitions to a finished shard set: statistics, fit, columns, protocol, manifest (see prepare.py).
 
 measure_partition per partition: partial statistics of items and fields over the training range
 fit_all           once: item ids, field values, fitted fields; a draft of the manifest
-write_partition   per partition: one shard
+write_partition   per partition: a part of the events, and how much repeats in it
+join_events       per column: the file of all parts
 finish_set        once: evaluation protocol, manifest
 """
 
@@ -37,11 +38,13 @@ from bfm.events.items import (
     merge_items,
 )
 from bfm.events.manifest import Manifest
+from bfm.events.parts import column_files, join_column, write_part
 from bfm.events.prepare import Job, PartitionFacts, load_file, quarantined, rows_read
 from bfm.events.protocol import build_protocol
 from bfm.events.ragged import runs
+from bfm.events.repeats import training_repeats
 from bfm.events.schema import MAX_LENGTH, FieldSpec
-from bfm.events.shards import Shards, finish, write_shard
+from bfm.events.shards import Shards, finish
 from bfm.events.split import Split
 from bfm.events.ties import Ties, tie_facts
 
@@ -52,8 +55,8 @@ _MANY_CONFLICTS = 0.05
 # ---------------------------------------------------------------- statistics
 
 
-def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
-    """Write partial statistics of a shard in the making over the training range, one file per field."""
+def measure_partition(job: Job, split: Split, index: int, partition: Path) -> None:
+    """Write partial statistics of a sorted partition over the training range, one file per field."""
     table = load_file(partition)
     time, offsets = table[clean.TIME].to_numpy(), user_offsets(table)
     train_end, _ = split.ends(time, offsets)
@@ -61,14 +64,14 @@ def measure_partition(job: Job, split: Split, shard: int, partition: Path) -> No
     train = (runs(0, lengths) < np.repeat(train_end, lengths)).astype(np.int64)
     item = table[clean.ITEM].combine_chunks()
     events = pa.table({"item": item, "train_count": train, "first_time": time, "first_hash": table[clean.HASH]})
-    job.save("items", shard, count_items(events))
+    job.save("items", index, count_items(events))
     for name in job.event_item_fields:
         values = events.append_column("value", table[clean.item_column(name)])
-        job.save(f"values-{name}", shard, count_values(values))
+        job.save(f"values-{name}", index, count_values(values))
     for name, spec in job.schema.context_fields.items():
         values = table[clean.context_column(name)].combine_chunks()
-        job.save(f"context-{name}", shard, fitting.measure(values, spec.kind, train))
-    job.save("measured", shard, int(np.maximum(train_end - 1, 0).sum()))
+        job.save(f"context-{name}", index, fitting.measure(values, spec.kind, train))
+    job.save("measured", index, int(np.maximum(train_end - 1, 0).sum()))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -155,7 +158,6 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
         events=sum(partition.events for partition in partitions),
         items=len(items.keys),
         catalogue=items.catalogue,
-        shards=len(partitions),
         has_clock=job.schema.has_clock,
         split=split.as_dict(),
         fields=(),
@@ -180,15 +182,15 @@ def _encoding(shard_set: Path, fitted: Path) -> tuple[Encoding, pa.Array]:
     return encoding, known_keys(encoding)
 
 
-def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None:
-    """Encode the sorted partition that becomes this shard, and write it."""
+def write_partition(job: Job, split: Split, index: int, partition: Path) -> None:
+    """Encode a sorted partition, write it as a part, and count its repeats."""
     table, losses = load_file(partition), Losses()
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     train_end, valid_end = split.ends(time, offsets)
     encoding, keys = _encoding(job.shard_set, job.files("fitted")[0])
-    write_shard(
-        job.shard_set,
-        shard,
+    folder = job.part(index)
+    write_part(
+        folder,
         item=item_ids(table[clean.ITEM].combine_chunks(), keys),
         time=time,
         context=fitting.encode_context(table, encoding, losses),
@@ -197,15 +199,35 @@ def write_partition(job: Job, split: Split, shard: int, partition: Path) -> None
         valid_end=valid_end,
         users=table[clean.USER].combine_chunks().dictionary,
     )
-    job.save("written", shard, losses)
+    part = Shards(folder, dataclasses.replace(encoding.manifest, users=len(train_end), events=len(time)))
+    job.save("written", index, (losses, training_repeats(part)))
+
+
+def event_files(job: Job) -> list[str]:
+    """Names of the files of all events, once the partitions are written."""
+    return column_files(job.part(0))
+
+
+def join_events(job: Job, index: int, name: str) -> None:
+    """Write one of these files, number `index`, into the staged shard set."""
+    parts = [job.part(part) for part in range(len(job.files("written")))]
+    join_column(parts, job.shard_set, name)
+    job.save("joined", index, None)
 
 
 def finish_set(job: Job) -> Manifest:
     """Choose the queries, publish the manifest in the staged shard set."""
     draft, of_items = next(job.load("fitted"))
     shards, asked = Shards(job.shard_set, draft), job.schema.evaluation
-    protocol = build_protocol(shards, queries=asked.queries, filter_seen=asked.filter_seen, seed=job.seed)
-    ties, losses = Ties(), sum(job.load("written"), of_items)
+    of_parts, repeats = zip(*job.load("written"), strict=True)
+    protocol = build_protocol(
+        shards,
+        repeats={name: sum(part[name] for part in repeats) for name in repeats[0]},
+        queries=asked.queries,
+        filter_seen=asked.filter_seen,
+        seed=job.seed,
+    )
+    ties, losses = Ties(), sum(of_parts, of_items)
     for piece in job.load("read"):
         losses += piece.losses
         ties += piece.ties

@@ -126,7 +126,8 @@ def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequenc
 
 def usable(cleaned: pa.Table, seed: int) -> pa.Table:
     """The rows without a fault in columns of one chunk, text as dictionaries, with the hash of the whole row: HASH."""
-    rows = cleaned.filter(cleaned[FAULT].is_null()).drop_columns([FAULT, RAW])
+    faultless = cleaned[FAULT].null_count == cleaned.num_rows
+    rows = (cleaned if faultless else cleaned.filter(cleaned[FAULT].is_null())).drop_columns([FAULT, RAW])
     columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
     return pa.table({**columns, HASH: hash_rows(list(columns.values()), seed)})
 
@@ -237,6 +238,8 @@ def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
 
 def _raw_text(raw: pa.Table, found: np.ndarray) -> pa.Array:
     """The original row as JSON where `found`, else null."""
+    if not found.any():
+        return pa.nulls(raw.num_rows, _TEXT)
     texts = pa.array(list(_json_lines(raw.filter(pa.array(found)))), _TEXT)
     return pc.replace_with_mask(pa.nulls(raw.num_rows, _TEXT), pa.array(found), texts)
 

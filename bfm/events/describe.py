@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from bfm.events.protocol import PARTS, Protocol
+from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.ties import Ties, count_ties, tie_facts
 from bfm.units import format_count
@@ -61,10 +62,10 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
 def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, Ties()
-    for user, _, index in shards.user_events(shards.user_lengths):
+    for user, _, index in shards.user_events(shards.all_events):
         events = shards.at(index)
         item = events.item
-        first_times += len(np.unique(user * np.int64(shards.num_items) + item))
+        first_times += len(distinct(user * np.int64(shards.num_items) + item))
         ties += count_ties(user, events.time, {"item": pa.array(item)})
     return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": tie_facts(ties)}
 

@@ -80,13 +80,27 @@ def hash_rows(columns: list[pa.Array], seed: int) -> np.ndarray:
     return hashed
 
 
+def moments(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """Int64 [n]: the place of each row's (user, time) among all distinct ones, in their order; users are small numbers.
+
+    Sorting one whole number is several times quicker than several in turn.
+    """
+    _, time_rank = np.unique(time, return_inverse=True)
+    return np.unique(user.astype(np.int64) * len(time) + time_rank, return_inverse=True)[1]
+
+
 def order_events(user: np.ndarray, time: np.ndarray, row_hash: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The final order of events, and which places [n] of it repeat the row before.
 
     By user, time and the hash of the row: equal rows are interchangeable, and that different rows of one user and time
     share 64 bits is not to be expected in any log.
     """
-    order = np.lexsort((row_hash, time, user))
+    moment = moments(user, time)
+    bits = np.uint64(len(moment).bit_length())
+    key = (moment.astype(np.uint64) << (np.uint64(64) - bits)) | (row_hash >> bits)
+    order = np.argsort(key)
+    if ((np.diff(key[order]) == 0) & (np.diff(row_hash[order]) != 0)).any():
+        order = np.lexsort((row_hash, moment))
     repeated = np.zeros(len(order), bool)
-    repeated[1:] = np.logical_and.reduce([np.diff(key[order]) == 0 for key in (user, time, row_hash)])
+    repeated[1:] = np.logical_and.reduce([np.diff(of[order]) == 0 for of in (moment, row_hash)])
     return order, repeated

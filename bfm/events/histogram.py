@@ -27,8 +27,11 @@ class Histogram:
     @classmethod
     def of(cls, values: np.ndarray, weights: np.ndarray | None = None) -> Histogram:
         """Histogram of int64 values, each counted once or with its whole weight."""
-        counts = np.ones(len(values), np.int64) if weights is None else weights.astype(np.int64)
-        return _coarsened(0, values[counts > 0].astype(np.int64), counts[counts > 0])
+        if weights is not None:
+            values, weights = values[weights > 0], weights[weights > 0]
+        if weights is None or weights.max(initial=1) == 1:
+            return _coarsened(0, *np.unique(values.astype(np.int64), return_counts=True))
+        return _coarsened(0, values.astype(np.int64), weights.astype(np.int64))
 
     def merged(self, other: Histogram) -> Histogram:
         """Histogram of the values of both."""

@@ -28,9 +28,10 @@ from bfm.events.encoding import Encoding
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
+from bfm.events.parts import write_part
 from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
-from bfm.events.shards import Shards, write_shard
+from bfm.events.shards import Shards
 from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
@@ -43,7 +44,7 @@ class Part:
     """Some users of a log: whole histories, encoded as the shard set's own."""
 
     shards: Shards
-    """One shard, without training events."""
+    """Without training events."""
     users: pa.Array
     """Large strings [U]: keys of the shard's users."""
     without_event: pa.Array
@@ -126,9 +127,8 @@ class Histories:
             order = order[~repeated]
         offsets = np.searchsorted(codes[order], np.arange(len(user.dictionary) + 1))
         none = np.zeros(len(user.dictionary), np.int64)
-        write_shard(
+        write_part(
             folder,
-            0,
             item=events[clean.ITEM].to_numpy()[order],
             time=time[order],
             context=fitting.encode_context(events.take(pa.array(order)), self.encoding, self.losses),
@@ -140,7 +140,7 @@ class Histories:
         users = plain(table[clean.USER]).unique()
         without = users.filter(pc.invert(pc.is_in(users, value_set=user.dictionary)))
         items = self.encoding.num_items + len(self.new.ids)
-        manifest = replace(self.encoding.manifest, users=len(none), events=len(order), items=items, shards=1)
+        manifest = replace(self.encoding.manifest, users=len(none), events=len(order), items=items)
         return Part(Shards(folder, manifest), user.dictionary, without)
 
 

@@ -21,7 +21,7 @@ from bfm.objects import READ_BYTES
 from bfm.sealed import Files, Sealed, check_files, staging
 
 MANIFEST = "manifest.json"
-SHARD_SET = Sealed("shard set", MANIFEST, version=4, fix="prepare it with `bfm data prepare`")
+SHARD_SET = Sealed("shard set", MANIFEST, version=5, fix="prepare it with `bfm data prepare`")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Manifest:
     """All items, cold ones included (I)."""
     catalogue: int
     """Items with at least one training event (V); their ids are 0..V-1."""
-    shards: int
-    """Number of shard-* directories."""
     has_clock: bool
     """Times are milliseconds since the epoch; else they are positions."""
     fields: tuple[FittedField, ...]

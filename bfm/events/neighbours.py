@@ -282,7 +282,7 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     Each pair of events comes both ways round.
     """
     yield np.zeros(0, np.int64)
-    for user_E, _, event_E in shards.user_events(shards.train_lengths[: counted_users(shards)]):
+    for user_E, _, event_E in shards.user_events(shards.train_events, counted_users(shards)):
         item_E = shards.at(event_E).item.astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]

@@ -91,11 +91,13 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         # The shortest text of a float32 is not that of the same value as float64.
         exact = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
         return pc.coalesce(as_int, exact), wrong, infinite
-    text = column.cast(pa.large_string())
+    # Casting and trimming each distinct value once.
+    codes = column.dictionary_encode()
+    text = codes.dictionary.cast(pa.large_string())
     if pa.types.is_large_string(kind):
         text = pc.utf8_trim_whitespace(text)
         text = pc.if_else(pc.equal(text, ""), None, text)
-    return text, wrong, infinite
+    return text.take(codes.indices), wrong, infinite
 
 
 def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:

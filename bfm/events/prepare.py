@@ -1,22 +1,23 @@
 """From a raw log to a shard set, as stages that know no engine: each reads and writes files of one staging folder.
 
-    clean_piece       per piece of the log: raw rows -> cleaned rows
-    assign_partitions the shuffle key of each row: a seeded hash of the user, modulo a number that the row count gives
-    sort_partition    per partition: quarantine file; events by (user, time, seeded hash of the whole row)
+    clean_piece       per piece of the log: raw rows -> cleaned rows, ordered by a seeded hash of their user
+    sort_partition    per range of hashes: quarantine file; events by (user, time, seeded hash of the whole row)
     choose_split      once: boundaries from the merged histogram of times
 
-and in build.py: measure_partition, fit_all, write_partition, finish_set.
+and in build.py: measure_partition, fit_all, write_partition, join_events, finish_set.
 
-Partitions and their order are functions of the rows and the seed alone, so all that follows is; the order of files,
-blocks and workers leaves no trace but in the check of the raw order inside ties.
+Users stand in the order of their hashes, and all that follows is a function of the rows and the seed alone; the order
+of files and workers leaves no trace but in the check of the raw order inside ties.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import pickle
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bfm.errors import UserError
 from bfm.events import clean, source
-from bfm.events.hashing import hash_column, order_events
+from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.parse import numbers, plain, to_mask
 from bfm.events.schema import EventSchema, load_schema, schema_path
@@ -36,7 +38,8 @@ from bfm.events.split import Split, time_split
 from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
-PARTITION = "partition"
+_SPREAD = "spread"
+_BIN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,26 @@ class Job:
         """The shard set in the making."""
         return self.folder / "set"
 
-    def save(self, stage: str, index: int, value: Any) -> None:
-        """Keep what a task of a stage made: a table (memory-mappable, as one record batch) or another value."""
-        path = self.folder / "work" / stage / f"{index:05d}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def part(self, index: int) -> Path:
+        """The folder of a part of the events in the making."""
+        return self.folder / "work" / "parts" / f"{index:05d}"
+
+    def save(self, stage: str, index: int, value: Any, *, part: int = 0, starts: Sequence[int] = (0,)) -> None:
+        """Keep what a task of a stage made: a table (memory-mappable, record batches that begin at `starts`) or another
+        value."""
+        path = self.folder / "work" / stage / f"{index:05d}-{part:05d}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            fix = "give an --out (for a URI, a TMPDIR) on a file system that all nodes share"
+            raise UserError("a node of the cluster does not see this folder", file=str(self.folder), fix=fix) from error
         if not isinstance(value, pa.Table):
             path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
             return
-        table = value.combine_chunks()
-        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        rows = pa.RecordBatch.from_struct_array(value.to_struct_array().combine_chunks())
+        with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            for start, stop in itertools.pairwise([*starts, len(rows)]):
+                writer.write_batch(rows.slice(start, stop - start))
 
     def files(self, stage: str) -> list[Path]:
         """Files of what the tasks of a stage made, in the order of their indices."""
@@ -74,6 +87,10 @@ class Job:
     def load(self, stage: str) -> Iterator[Any]:
         """What the tasks of a stage made, in the order of their indices."""
         return map(load_file, self.files(stage))
+
+    def drop(self, stage: str) -> None:
+        """Remove what a stage made, once nobody needs it."""
+        shutil.rmtree(self.folder / "work" / stage)
 
 
 def load_file(path: Path) -> Any:
@@ -129,6 +146,7 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
     pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
     (folder / "set").mkdir(parents=True)
+    (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
     return Job(checked, seed, folder, from_events, item_table), pieces
 
@@ -136,35 +154,50 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 # ---------------------------------------------------------------- clean
 
 
-def clean_piece(job: Job, piece: Piece) -> Iterator[pa.Table]:
-    """Cleaned tables of bounded size; what was read, repaired and tied is reported in a file."""
+def clean_piece(job: Job, piece: Piece) -> None:
+    """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
     rows, seen, losses, ties = 0, set[str](), clean.Losses(), Ties()
-    for cleaned in clean.read_cleaned(piece, job.schema, job.event_item_fields):
+    for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
         rows += cleaned.table.num_rows
         seen.update(cleaned.raw.column_names)
         losses += cleaned.losses
-        ties += _raw_ties(job.schema, cleaned.raw, cleaned.table)
-        yield cleaned.table
+        order, table = _by_hash(cleaned.table, job.seed)
+        ties += _raw_ties(job.schema, cleaned.raw, order, table)
+        bins = table[_SPREAD].to_numpy() >> np.uint64(64 - _BIN_BITS)
+        starts = np.searchsorted(bins, np.arange(1 << _BIN_BITS, dtype=np.uint64))
+        job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
     job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
 
 
-def _raw_ties(schema: EventSchema, raw: pa.Table, cleaned: pa.Table) -> Ties:
+def _by_hash(cleaned: pa.Table, seed: int) -> tuple[np.ndarray, pa.Table]:
+    """The order of rows by user, time and place in the log, and the rows in this order.
+
+    Users stand by their hash, _SPREAD (uint64), unusable rows by a hash of their content.
+    """
+    who = plain(pc.if_else(cleaned[clean.FAULT].is_null(), cleaned[clean.USER], cleaned[clean.RAW]))
+    codes = who.dictionary_encode()
+    hashed, code = hash_column(codes.dictionary, seed), codes.indices.to_numpy()
+    rank = np.argsort(np.argsort(hashed))
+    moment = moments(rank[code], plain(cleaned[clean.TIME]).fill_null(0).to_numpy())
+    order = np.argsort((moment << len(moment).bit_length()) | np.arange(len(moment)))
+    return order, cleaned.take(pa.array(order)).append_column(_SPREAD, pa.array(hashed[code[order]]))
+
+
+def _raw_ties(schema: EventSchema, raw: pa.Table, order: np.ndarray, table: pa.Table) -> Ties:
     """Order inside ties as the log has it, in the columns of the item and the context."""
-    good = np.flatnonzero(to_mask(cleaned[clean.FAULT].is_null()))
-    user = plain(cleaned[clean.USER]).take(pa.array(good)).dictionary_encode().indices.to_numpy()
-    time = cleaned[clean.TIME].to_numpy()[good]
-    order = np.lexsort((time, user))
+    good = to_mask(table[clean.FAULT].is_null())
+    user, time = (plain(table[name]).fill_null(0).to_numpy()[good] for name in (_SPREAD, clean.TIME))
     columns: dict[str, Any] = {}
     names = {part.column for part in schema.item} | {spec.column for spec in schema.context_fields.values()}
     for name in names.intersection(raw.column_names):
-        values = plain(raw[name]).take(pa.array(good[order]))
+        values = plain(raw[name]).take(pa.array(order[good]))
         as_number, wrong, _ = numbers(values)
         # Text ids that are numbers are sorted as numbers by those who sort them.
         if not wrong.any():
             columns[name] = as_number
         elif pa.types.is_large_string(values.type):
             columns[name] = values
-    return count_ties(user[order], time[order], columns)
+    return count_ties(user, time, columns)
 
 
 def rows_read(job: Job) -> int:
@@ -180,25 +213,15 @@ def rows_read(job: Job) -> int:
 
 
 def num_partitions(rows: int) -> int:
-    """Partitions (and shards) of a log: a function of its row count only."""
+    """Partitions of a log of so many rows: what one task holds in memory."""
     return -(-rows // PARTITION_ROWS)
 
 
-def assign_partitions(job: Job, table: pa.Table, partitions: int) -> pa.Table:
-    """Append the column PARTITION (int32): by user, for unusable rows by their content."""
-    user, raw = plain(table[clean.USER]), plain(table[clean.RAW])
-    faulty = to_mask(table[clean.FAULT].is_valid())
-    hashed = hash_column(user, job.seed)
-    if faulty.any():
-        hashed = np.where(faulty, hash_column(raw, job.seed), hashed)
-    ids = (hashed % np.uint64(partitions)).astype(np.int32)
-    return table.append_column(PARTITION, pa.array(ids))
-
-
-def sort_partition(job: Job, index: int, table: pa.Table) -> None:
-    """Write the partition's quarantine and its events in their final order."""
+def sort_partition(job: Job, partitions: int, index: int) -> None:
+    """Write the quarantine and the events, in their final order, of one of so many equal ranges of hashes."""
+    table = _gathered(job, partitions, index)
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good = clean.usable(table.drop_columns([PARTITION]), job.seed)
+    good = clean.usable(table.drop_columns([_SPREAD]), job.seed)
     users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
     order, repeated = order_events(user, good[clean.TIME].to_numpy(), good[clean.HASH].to_numpy())
     if job.schema.clean.drop_duplicates and repeated.any():
@@ -208,11 +231,27 @@ def sort_partition(job: Job, index: int, table: pa.Table) -> None:
     reasons = _write_quarantine(job, index, unusable)
     ranked = pa.DictionaryArray.from_arrays(pa.array(user), users)
     events = good.set_column(0, clean.USER, ranked).take(pa.array(order))
-    job.save("partitions", index, events)
     time = events[clean.TIME].to_numpy()
+    if len(time):
+        job.save("partitions", index, events)
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
     job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
+
+
+def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
+    """All cleaned rows of a range of hashes, in memory."""
+    low, high = (number * (1 << 64) // partitions for number in (index, index + 1))
+    ranges = []
+    for path in job.files("cleaned"):
+        # Read, not mapped: of a log larger than memory a range is a few whole bins of every file.
+        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
+            for number in range(low >> (64 - _BIN_BITS), ((high - 1) >> (64 - _BIN_BITS)) + 1):
+                rows = reader.get_batch(number)
+                hashed = rows[_SPREAD].to_numpy()
+                start = np.searchsorted(hashed, np.uint64(low))
+                ranges.append(rows.slice(start, np.searchsorted(hashed, np.uint64(high - 1), side="right") - start))
+    return pa.Table.from_batches(ranges)
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
@@ -249,7 +288,7 @@ def choose_split(job: Job) -> Split:
 
 
 def sorted_partitions(job: Job) -> list[Path]:
-    """Files of the partitions that some row fell into: each becomes a shard, in their order."""
+    """Files of the partitions that some row fell into: each becomes a part of the events, in their order."""
     return job.files("partitions")
 
 

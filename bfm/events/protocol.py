@@ -12,18 +12,20 @@ Order of a table: headline queries first, then basket queries; inside each, roun
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
+from bfm.events.encoding import map_array
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, place_in_run, runs
+from bfm.events.ragged import Ragged, distinct, place_in_run, runs
 from bfm.events.randomness import keyed, mix64, stream_key
-from bfm.events.repeats import rule_facts, rule_words, training_repeats
-from bfm.events.shards import Shards
+from bfm.events.repeats import rule_facts, rule_words
+from bfm.events.shards import Shards, Span
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 from bfm.sealed import check_files
 
@@ -74,7 +76,7 @@ class Protocol:
         files = shards.manifest.files
         check_files(shards.path, {name: files[name] for name in (PROTOCOL, *map(table_name, PARTS))})
         info = read_json(shards.path / PROTOCOL)
-        columns = {part: np.load(shards.path / table_name(part), allow_pickle=False) for part in PARTS}
+        columns = {part: map_array(shards.path / table_name(part)) for part in PARTS}
         return cls(info, {part: _table(columns[part], info["filter_seen"]) for part in PARTS})
 
     @cached_property
@@ -111,11 +113,14 @@ def _table(columns: np.ndarray, filter_seen: bool) -> QueryTable:
 # ---------------------------------------------------------------- building
 
 
-def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | None, seed: int) -> Protocol:
+def build_protocol(
+    shards: Shards, *, repeats: Mapping[str, int], queries: int | None, filter_seen: bool | None, seed: int
+) -> Protocol:
     """Choose the queries of both parts and write protocol.json and its tables into the shard set (before `finish`).
 
     Args:
         shards: opened from a draft manifest.
+        repeats: what `training_repeats` counts in them.
         queries: headline queries per part (and a quarter as many basket queries); None takes all of them.
         filter_seen: keep items of a query's history out of its list; None: as the log's repeats say (repeats.py).
         seed: of the sample and its order.
@@ -123,7 +128,7 @@ def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | N
     Raises:
         UserError: the validation part has no headline query.
     """
-    rule = rule_facts(training_repeats(shards), filter_seen)
+    rule = rule_facts(repeats, filter_seen)
     parts, tables = {}, {}
     for number, part in enumerate(PARTS):
         key = stream_key(seed, 0x9107, number)
@@ -164,22 +169,21 @@ def build_protocol(shards: Shards, *, queries: int | None, filter_seen: bool | N
     return Protocol(info, tables)
 
 
-def _part_bounds(shards: Shards, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """[U], [U]: first query position and number of candidate positions of each user (p + 1 lies in the part)."""
+def _candidates(shards: Shards, part: str, users: slice) -> Span:
+    """Positions of users that may be queries: the event after one lies in the part."""
     if part == "validation":
-        start, stop = shards.train_lengths, shards.valid_lengths
+        start, stop = shards.train_lengths[users], shards.valid_lengths[users]
     else:
-        start, stop = shards.valid_lengths, shards.user_lengths
+        start, stop = shards.valid_lengths[users], np.diff(shards.user_starts[users.start : users.stop + 1])
     first = np.maximum(start - 1, 0)
     return first, np.maximum(stop - 1 - first, 0)
 
 
 def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: int | None) -> tuple[np.ndarray, int]:
-    """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(users + limit)."""
-    first_U, count_U = _part_bounds(shards, part)
-    limit = int(count_U.sum()) if limit is None else limit
+    """Int64 [3, <= limit] queries in protocol order, and how many candidates there were. Memory: O(limit)."""
+    limit = shards.manifest.events if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
-    for user, position, event in shards.user_events(count_U, first_U):
+    for user, position, event in shards.user_events(partial(_candidates, shards, part)):
         now, following = shards.at(event).time, shards.at(event + 1).time
         wanted = (now == following) if basket else (now < following)
         found = np.stack([user[wanted], position[wanted]])
@@ -240,7 +244,7 @@ def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Rag
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
     item = shards.at(runs(first, length)).item.astype(np.int64)
-    pair = np.unique(query * shards.num_items + item)
+    pair = distinct(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))
 

@@ -16,12 +16,14 @@ _FEISTEL_ROUNDS = 4
 
 def mix64(values: np.ndarray) -> np.ndarray:
     """Splitmix64's finaliser, elementwise: a bijection of uint64."""
-    mixed = values.astype(np.uint64) * _GOLDEN
-    mixed ^= mixed >> np.uint64(30)
+    mixed = values.astype(np.uint64)
+    mixed *= _GOLDEN
+    shifted = mixed >> np.uint64(30)
+    mixed ^= shifted
     mixed *= _FIRST
-    mixed ^= mixed >> np.uint64(27)
+    mixed ^= np.right_shift(mixed, np.uint64(27), out=shifted)
     mixed *= _SECOND
-    mixed ^= mixed >> np.uint64(31)
+    mixed ^= np.right_shift(mixed, np.uint64(31), out=shifted)
     return mixed
 
 

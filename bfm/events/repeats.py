@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 
 NOISE = 0.01
@@ -22,14 +23,14 @@ NOISE = 0.01
 def training_repeats(shards: Shards) -> dict[str, int]:
     """Targets of the training range, and how many of them were `seen`, over all users."""
     targets = seen = 0
-    for user_E, position_E, event_E in shards.user_events(shards.train_lengths):
+    for user_E, position_E, event_E in shards.user_events(shards.train_events):
         events = shards.at(event_E)
         item_E, time_E = events.item.astype(np.int64), events.time
         moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))
-        moment_B = np.unique(moment_E * shards.num_items + item_E) // shards.num_items
+        moment_B = distinct(moment_E * shards.num_items + item_E) // shards.num_items
         targets += len(moment_B) - int(np.isin(moment_B, moment_E[position_E == 0]).sum())
         # Of all the timestamps at which a user had an item, every one but the earliest is a repeat.
-        seen += len(moment_B) - len(np.unique(user_E * shards.num_items + item_E))
+        seen += len(moment_B) - len(distinct(user_E * shards.num_items + item_E))
     return {"targets": targets, "seen": seen}
 
 

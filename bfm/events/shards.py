@@ -1,16 +1,15 @@
-"""The shard set on disk: low-level writers (nothing but numpy and pyarrow), the memory-mapping reader.
+"""The shard set on disk, memory-mapped.
 
 Layout of a shard set (one directory):
 
     manifest.json        written last by `finish`: a directory without it is not a shard set
     protocol.json, protocol-<part>.npy
     items.parquet, items/*.npy, vocabulary/*.parquet       see encoding.py
-    shard-00000/         item.npy time.npy context/<field>.npy user_offsets.npy train_end.npy valid_end.npy
-                         users.parquet
+    events/, users/                                        see parts.py
     quarantine/*.parquet
     .cache/              see `Shards.kept`; not in the manifest, may be deleted at any time
 
-How to write one: `write_shard` per partition, `write_items`, then `Shards(path, draft_manifest)` reads what stands
+How to write one: `write_part` and `join_column`, `write_items`, then `Shards(path, draft_manifest)` reads what stands
 already (for the protocol and the checks), then `finish(path, manifest)` hashes every file and publishes manifest.json.
 """
 
@@ -19,66 +18,25 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bfm.errors import CorruptError
-from bfm.events.encoding import Encoding, map_array, save_array
+from bfm.events.encoding import Encoding, map_array
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
 from bfm.events.ragged import chunks, runs
 from bfm.files import Store, sha256_bytes, write_atomic
 from bfm.sealed import check_files, list_files
 
 _CHUNK_EVENTS = 1 << 20
+_CHUNK_USERS = 1 << 20
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 _DIGEST_BYTES = 64
-
-# ---------------------------------------------------------------- writers
-
-
-def shard_name(index: int) -> str:
-    """The directory name of a shard."""
-    return f"shard-{index:05d}"
-
-
-def write_shard(
-    directory: Path,
-    index: int,
-    *,
-    item: np.ndarray,
-    time: np.ndarray,
-    context: Mapping[str, np.ndarray],
-    user_offsets: np.ndarray,
-    train_end: np.ndarray,
-    valid_end: np.ndarray,
-    users: pa.Array,
-) -> None:
-    """Write one user partition. E events of U users, already in their final order.
-
-    Args:
-        directory: the shard set.
-        index: the shard's number, from 0 without gaps.
-        item: item ids [E]. time: milliseconds or positions [E]. context: encoded context fields [E] or [E, M].
-        user_offsets: [U+1], first event of each user. train_end, valid_end: [U], counts of the user's events that lie
-            in training, and before the end of validation (train_end <= valid_end <= the user's events).
-        users: [U] original keys.
-    """
-    assert {len(time), int(user_offsets[-1]), *map(len, context.values())} == {len(item)}, f"events of shard {index}"
-    assert len(user_offsets) == len(users) + 1, f"users of shard {index}"
-    ends = (train_end >= 0) & (train_end <= valid_end) & (valid_end <= np.diff(user_offsets))
-    assert ends.all(), f"parts of shard {index}"
-    base = directory / shard_name(index)
-    save_array(base / "item.npy", item, np.int32)
-    columns = {"time": time, "user_offsets": user_offsets, "train_end": train_end, "valid_end": valid_end}
-    for name, values in columns.items():
-        save_array(base / f"{name}.npy", values, np.int64)
-    for name, values in context.items():
-        save_array(base / "context" / f"{name}.npy", values, values.dtype)
-    pq.write_table(pa.table({"user": users}), base / "users.parquet")
+Span = tuple[np.ndarray | int, np.ndarray]
+"""Of users: the position [U] in each history at which some events begin, and how many [U] they are."""
 
 
 def finish(directory: Path, manifest: Manifest) -> Manifest:
@@ -89,28 +47,31 @@ def finish(directory: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-# ---------------------------------------------------------------- reader
-
-
 class Shards(Encoding):
-    """A shard set, memory-mapped and read-only. Events have a global index: shards one after the other."""
+    """A shard set, memory-mapped and read-only: its memory is the page cache's, shared by all processes.
+
+    Events have a global index: users one after the other.
+    """
+
+    user_starts: np.ndarray
+    """[U+1] global index of each user's first event."""
+    train_lengths: np.ndarray
+    """[U] training events of each user."""
+    valid_lengths: np.ndarray
+    """[U] events of each user up to the end of validation."""
+    train_stops: np.ndarray
+    """[U] training events of this user and all users before."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Map the files that stand under `path` as the manifest describes them, without verification."""
         super().__init__(path, manifest)
-        bases = [path / shard_name(index) for index in range(manifest.shards)]
         names = ["item", "time", *(f"context/{field.name}" for field in self.context_fields)]
-        self._columns = {name: [map_array(base / f"{name}.npy") for base in bases] for name in names}
-        self._first_event = np.cumsum([0] + [len(items) for items in self._columns["item"]])
-        offsets = [np.load(base / "user_offsets.npy") for base in bases]
-        starts = [values[:-1] + first for values, first in zip(offsets, self._first_event, strict=False)]
-        self.user_starts: np.ndarray = np.concatenate([*starts, self._first_event[-1:]])
-        """[U+1] global index of each user's first event."""
-        self.train_lengths: np.ndarray = np.concatenate([np.load(base / "train_end.npy") for base in bases])
-        """[U] training events of each user."""
-        self.valid_lengths: np.ndarray = np.concatenate([np.load(base / "valid_end.npy") for base in bases])
-        """[U] events of each user up to the end of validation."""
-        if len(self.train_lengths) != manifest.users or self._first_event[-1] != manifest.events:
+        self._columns = {name: map_array(path / f"events/{name}.npy") for name in names}
+        self.user_starts, train_starts, self.train_lengths, self.valid_lengths = (
+            map_array(path / f"users/{name}.npy") for name in ("start", "train_start", "train_length", "valid_length")
+        )
+        self.train_stops = train_starts[1:]
+        if len(self.train_lengths) != manifest.users or self.user_starts[-1] != manifest.events:
             raise CorruptError(f"{path}: users or events differ from what {MANIFEST} says")
 
     @classmethod
@@ -143,18 +104,12 @@ class Shards(Encoding):
     @property
     def history_length(self) -> float:
         """Training events that the user of a training event has, on average."""
-        lengths = self.train_lengths.astype(np.float64)
-        return float(lengths @ lengths / lengths.sum())
+        return int(self.train_lengths @ self.train_lengths) / self.manifest.train_events
 
     @cached_property
     def train_counts(self) -> np.ndarray:
         """Int64 [V]: training events of each catalogue item, falling."""
         return self.items_table(["train_count"])["train_count"].to_numpy()[: self.num_catalogue]
-
-    @cached_property
-    def train_stops(self) -> np.ndarray:
-        """Int64 [U]: training events of this user and all users before."""
-        return np.cumsum(self.train_lengths)
 
     @property
     def user_lengths(self) -> np.ndarray:
@@ -163,21 +118,33 @@ class Shards(Encoding):
 
     def at(self, index_N: np.ndarray) -> Events:
         """The events with these global indices."""
-        return Events(self._columns, self._first_event, index_N)
+        return Events(self._columns, index_N)
+
+    def all_events(self, users: slice) -> Span:
+        """The whole histories of users."""
+        return 0, np.diff(self.user_starts[users.start : users.stop + 1])
+
+    def train_events(self, users: slice) -> Span:
+        """The training events of users."""
+        return 0, self.train_lengths[users]
 
     def user_events(
-        self, length_U: np.ndarray, first_U: np.ndarray | int = 0
+        self, span: Callable[[slice], Span], num_users: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Walk through the histories of the first U users, whole users at a time, about a million events per chunk.
+        """Walk through the histories of the first users, whole users at a time, about a million events per chunk.
 
-        Yields user [E], position in the user's history [E] and global index [E] of events: length_U of each user, from
-        position first_U on.
+        Yields user [E], position in the user's history [E] and global index [E] of the events of a `span`, that of all
+        users without `num_users`.
         """
-        first_U = np.broadcast_to(first_U, length_U.shape)
-        for low, high in chunks(length_U, _CHUNK_EVENTS):
-            user_E = np.repeat(np.arange(low, high), length_U[low:high])
-            position_E = runs(first_U[low:high], length_U[low:high])
-            yield user_E, position_E, self.user_starts[user_E] + position_E
+        num_users = self.num_users if num_users is None else num_users
+        for start in range(0, num_users, _CHUNK_USERS):
+            users = slice(start, min(start + _CHUNK_USERS, num_users))
+            first_U, length_U = span(users)
+            first_U = np.broadcast_to(first_U, length_U.shape)
+            for low, high in chunks(length_U, _CHUNK_EVENTS):
+                user_E = np.repeat(np.arange(start + low, start + high), length_U[low:high])
+                position_E = runs(first_U[low:high], length_U[low:high])
+                yield user_E, position_E, self.user_starts[user_E] + position_E
 
     def kept_path(self, name: str) -> Path:
         """Where a kept value lies. The name is bound to this set's hash: nothing of an older preparation is read."""
@@ -201,38 +168,23 @@ class Shards(Encoding):
         return data
 
 
+@dataclass(frozen=True)
 class Events:
-    """Some events of a shard set: split by shard once, every column read when it is asked for."""
+    """Some events of a shard set; every column is read when it is asked for."""
 
-    def __init__(self, columns: Mapping[str, list[np.ndarray]], first_event: np.ndarray, index_N: np.ndarray) -> None:
-        self._columns, self._first_event, self._index_N = columns, first_event, index_N
-
-    @cached_property
-    def _by_shard(self) -> list[tuple[np.intp, np.ndarray, np.ndarray]]:
-        """Shard, places among the N events, rows in the shard."""
-        shard_N = np.searchsorted(self._first_event, self._index_N, side="right") - 1
-        places = ((shard, np.flatnonzero(shard_N == shard)) for shard in np.flatnonzero(np.bincount(shard_N)))
-        return [(shard, place, self._index_N[place] - self._first_event[shard]) for shard, place in places]
+    _columns: Mapping[str, np.ndarray]
+    _index_N: np.ndarray
 
     @property
     def item(self) -> np.ndarray:
         """Int32 [N]: item ids."""
-        return self._read("item")
+        return self._columns["item"][self._index_N]
 
     @property
     def time(self) -> np.ndarray:
         """Int64 [N]: milliseconds or positions."""
-        return self._read("time")
+        return self._columns["time"][self._index_N]
 
     def context(self, name: str) -> np.ndarray:
         """A context field [N] or [N, M]."""
-        return self._read(f"context/{name}")
-
-    def _read(self, name: str) -> np.ndarray:
-        of_shards = self._columns[name]
-        if len(of_shards) == 1:
-            return of_shards[0][self._index_N]
-        out = np.empty((len(self._index_N), *of_shards[0].shape[1:]), of_shards[0].dtype)
-        for shard, place, row in self._by_shard:
-            out[place] = of_shards[shard][row]
-        return out
+        return self._columns[f"context/{name}"][self._index_N]

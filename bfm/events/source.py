@@ -10,10 +10,12 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import io
+import itertools
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from bfm.yaml import did_you_mean
 
 CHUNK_ROWS = 1 << 18
 _CHUNK_BYTES = 1 << 24
+_PIECE_CHUNKS = 4
 _FORMATS = {
     ".parquet": "parquet", ".pq": "parquet",
     ".csv": "csv", ".tsv": "tsv",
@@ -48,6 +51,8 @@ class Piece:
     path: str
     row_groups: tuple[int, ...] = ()
     """Parquet only."""
+    rows: tuple[int, int] = (0, sys.maxsize)
+    """Of these row groups, from one to before another."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +104,38 @@ def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> 
 
 
 def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
-    """Cut files into pieces; Parquet files by row groups, others whole. Checks the columns where a file names them.
+    """Cut files into pieces; Parquet files by row groups, large ones of these by rows, others whole.
+
+    Checks the columns where a file names them.
 
     Raises:
         UserError: a file is unreadable or lacks a column.
     """
     pieces: list[Piece] = []
     for path in paths:
-        form, groups = file_format(path), list[tuple[int, ...]]([()])
+        form, parts = file_format(path), [Piece(0, path)]
         if form == "parquet":
             file = _open_parquet(path)
             present = file.schema_arrow.names
             num_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-            groups = [tuple(range(low, high)) for low, high in chunks(np.array(num_rows), CHUNK_ROWS)]
+            parts = [
+                Piece(0, path, tuple(range(low, high)), rows)
+                for low, high in chunks(np.array(num_rows), CHUNK_ROWS)
+                for rows in _equal_parts(sum(num_rows[low:high]))
+            ]
         else:
             present = [] if form == "jsonl" else _csv_header(path, form)
         if present:
             require_columns(columns, present, path)
-        pieces += [Piece(len(pieces) + n, path, group) for n, group in enumerate(groups)]
+        pieces += [replace(part, index=len(pieces) + n) for n, part in enumerate(parts)]
     return pieces
+
+
+def _equal_parts(num_rows: int) -> list[tuple[int, int]]:
+    """Ranges of rows. To read the end of a row group is to decode its beginning, so the parts are few."""
+    count = max(1, -(-num_rows // (_PIECE_CHUNKS * CHUNK_ROWS)))
+    bounds = [num_rows * part // count for part in range(count + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
@@ -129,8 +147,13 @@ def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
     with _readable(piece.path):
         if form == "parquet":
             file = _open_parquet(piece.path)
+            place, (low, high) = 0, piece.rows
             for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
-                yield RawChunk(pa.Table.from_batches([batch]))
+                inside = batch.slice(max(low - place, 0), max(high - max(low, place), 0))
+                if inside.num_rows:
+                    yield RawChunk(pa.Table.from_batches([inside]))
+                if (place := place + batch.num_rows) >= high:
+                    break
         elif form == "jsonl":
             yield from _read_json(piece.path)
         elif _csv_header(piece.path, form):

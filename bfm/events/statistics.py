@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
 
@@ -65,9 +66,9 @@ def inclusion_elsewhere(shards: Shards, window: int, group_windows: int) -> np.n
 
 def target_windows(shards: Shards, window: int) -> np.ndarray:
     """Int64 [V]: windows of the stream among whose targets each catalogue item is. Cached."""
-    every = np.arange(shards.manifest.windows_per_epoch(window))
 
     def make() -> bytes:
+        every = shards.manifest.windows_per_epoch(window)
         return _count_windows(shards, window, every).targets_I[: shards.num_catalogue].astype("<i8").tobytes()
 
     return np.frombuffer(shards.kept(f"target-windows-L{window}", make), "<i8").astype(np.int64)
@@ -88,28 +89,27 @@ def group_means(shards: Shards, window: int, group_windows: int, targets: Target
     return GroupMeans(distinct(counted.items_I), distinct(counted.targets_I), targets_mean, queries_mean)
 
 
-@lru_cache(maxsize=8)
-def _count_sample(shards: Shards, window: int, sampled: int) -> _Counted:
-    """Count so many windows, evenly spaced over the stream. A plan asks for groups of many sizes of one window."""
-    return _count_windows(shards, window, np.arange(sampled) * shards.manifest.windows_per_epoch(window) // sampled)
-
-
-def _count_windows(shards: Shards, window: int, window_R: np.ndarray) -> _Counted:
-    """Count these windows of the stream."""
+def _count_windows(shards: Shards, window: int, sampled: int) -> _Counted:
+    """Count so many windows, evenly spaced over the stream."""
     order = WindowOrder(shards, window, 1, shards.manifest.seed, targets="next_basket")
     num_targets, num_queries = 0, 0
     items_I, targets_I = np.zeros((2, shards.num_items), np.int64)
     step = max(1, _PIECE_POSITIONS // window)
-    for start in range(0, len(window_R), step):
-        read = order.windows(window_R[start : start + step])
+    for start in range(0, sampled, step):
+        place_R = np.arange(start, min(start + step, sampled))
+        read = order.windows(place_R * order.windows_per_epoch // sampled)
         for count_I, ids_RX in ((items_I, np.hstack([read.item_RL, read.target_RL])), (targets_I, read.target_RL)):
             row_P, place_P = np.nonzero(ids_RX >= 0)
-            pairs = np.unique(row_P * shards.num_items + ids_RX[row_P, place_P])
+            pairs = distinct(row_P * shards.num_items + ids_RX[row_P, place_P])
             count_I += np.bincount(pairs % shards.num_items, minlength=shards.num_items)
         row_T, place_T = np.nonzero(read.target_RL >= 0)
         num_targets += len(row_T)
-        num_queries += len(np.unique(row_T * window + read.query_RL[row_T, place_T]))
+        num_queries += len(distinct(row_T * window + read.query_RL[row_T, place_T]))
     return _Counted(items_I, targets_I, num_queries / num_targets if num_targets else 1.0)
+
+
+# A plan asks for groups of many sizes of one window.
+_count_sample = lru_cache(maxsize=8)(_count_windows)
 
 
 def _log_absent(count_X: np.ndarray, num_windows: int, drawn: int) -> np.ndarray:

@@ -30,12 +30,12 @@ def count_ties(user: np.ndarray, time: np.ndarray, columns: Mapping[str, pa.Arra
         columns: name -> [n] of an ordered type; missing values are left out.
     """
     same_user = user[1:] == user[:-1]
-    tied = np.flatnonzero(same_user & (time[1:] == time[:-1]))
-    ties = Ties({("neighbours", ""): int(np.count_nonzero(same_user)), ("tied", ""): len(tied)})
+    tied = same_user & (time[1:] == time[:-1])
+    ties = Ties({("neighbours", ""): int(np.count_nonzero(same_user)), ("tied", ""): int(np.count_nonzero(tied))})
     for name, values in columns.items():
-        before, after = values.take(pa.array(tied)), values.take(pa.array(tied + 1))
-        ties["rises", name] = pc.sum(pc.less(before, after), min_count=0).as_py()
-        ties["falls", name] = pc.sum(pc.greater(before, after), min_count=0).as_py()
+        for what, compare in (("rises", pc.less), ("falls", pc.greater)):
+            found = pc.and_(compare(values[:-1], values[1:]), pa.array(tied))
+            ties[what, name] = pc.sum(found, min_count=0).as_py()
     return ties
 
 

@@ -1,10 +1,10 @@
 """Who attends to whom in packed windows: an event to its own user's events up to itself.
 
 Enters: queries, keys and values of tokens. Leaves: what each query takes from the values. There are two forms of the
-same thing. Dense: an additive mask of all pairs of a row (attended.py), fastest on a CPU for short windows. Packed: users
-stand one after the other (`Segments`), so each is a causal sequence of its own and no pair of tokens is ever written
-down; on CUDA that is a flash kernel, in float32 the memory-efficient one, each with a backward pass of fixed order, as
-equal reruns need it.
+same thing. Dense: an additive mask of all pairs of a row (attended.py), faster on a CPU for short windows. Packed: the
+users stand one after the other (`Segments`), so each is a causal sequence of its own and no pair of tokens is ever
+written down; on CUDA that is a flash kernel, in float32 the memory-efficient one, each with a backward pass of fixed
+order, as equal reruns need it.
 
 B sequences (R windows) of L tokens, S of them with queries, H heads, P head dimension, T tokens of all sequences,
 N segments.

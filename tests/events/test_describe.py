@@ -14,7 +14,7 @@ from tests.helpers import history_of, make_shards
 
 def test_figures_equal_brute_force(tmp_path, monkeypatch):
     monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 100)
-    shards = make_shards(tmp_path, users=50, num_shards=3)
+    shards = make_shards(tmp_path, users=50, num_parts=3)
     found = describe(shards)
     json.dumps(found, allow_nan=False)
     repeats = ties = 0

@@ -19,7 +19,7 @@ WINDOW = 24
 @pytest.fixture
 def shards(tmp_path):
     """Few items: histories repeat them, and pairs are often seen once."""
-    return make_shards(tmp_path / "toy", users=12, items=20, num_shards=2, seed=3)
+    return make_shards(tmp_path / "toy", users=12, items=20, num_parts=2, seed=3)
 
 
 def plain_pairs(histories, counting, users):

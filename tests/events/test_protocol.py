@@ -6,6 +6,7 @@ import pytest
 from bfm.errors import CorruptError, UserError
 from bfm.events import protocol as module
 from bfm.events.protocol import PARTS, Protocol, build_protocol, query_targets
+from bfm.events.repeats import training_repeats
 from bfm.events.shards import Shards
 from tests.helpers import history_of, make_shards
 
@@ -13,6 +14,10 @@ from tests.helpers import history_of, make_shards
 def bounds(shards, user, part):
     history = history_of(shards, user)
     return (history.train_end, history.valid_end) if part == "validation" else (history.valid_end, len(history.item))
+
+
+def built(shards, **choices):
+    return build_protocol(shards, repeats=training_repeats(shards), **choices)
 
 
 def brute_force(shards, part):
@@ -32,7 +37,7 @@ def brute_force(shards, part):
 @pytest.mark.parametrize("kind", ["time", "leave one out", "leave one out with ties"])
 def test_queries_and_targets_equal_brute_force(tmp_path, part, kind):
     options = {
-        "time": {"num_shards": 3},
+        "time": {"num_parts": 3},
         "leave one out": {"split": "leave_one_out", "clock": False},
         "leave one out with ties": {"split": "leave_one_out"},
     }[kind]
@@ -56,12 +61,12 @@ def test_queries_and_targets_equal_brute_force(tmp_path, part, kind):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_queries_are_nested_and_stratified(tmp_path, part):
-    shards = make_shards(tmp_path / "all", users=60)
-    everything = Protocol.load(shards).queries(part)
+    everything = Protocol.load(make_shards(tmp_path / "all", users=60)).queries(part)
+    shards = make_shards(tmp_path / "sampled", users=60)
     assert not everything.basket[: everything.num_headline].any()
     assert everything.basket[everything.num_headline :].all()
     for limit in (1, 5, 17, 40, 80):
-        sampled = build_protocol(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
+        sampled = built(shards, queries=limit, filter_seen=None, seed=shards.manifest.seed).queries(part)
         # A smaller sample is the beginning of a larger one ...
         assert np.array_equal(sampled.user[:limit], everything.user[:limit])
         assert np.array_equal(sampled.position[:limit], everything.position[:limit])
@@ -75,21 +80,21 @@ def test_queries_are_nested_and_stratified(tmp_path, part):
 
 def test_small_chunks_choose_the_same_queries(tmp_path, monkeypatch):
     shards = make_shards(tmp_path, users=60)
-    usual = build_protocol(shards, queries=20, filter_seen=None, seed=9)
+    usual = built(shards, queries=20, filter_seen=None, seed=9)
     monkeypatch.setattr(module, "_SPARE_CANDIDATES", 3)
     monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", 3)
-    assert build_protocol(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
+    assert built(shards, queries=20, filter_seen=None, seed=9).hash == usual.hash
 
 
 def test_protocol_does_not_depend_on_the_partition(tmp_path):
-    one, three = (make_shards(tmp_path / str(n), num_shards=n) for n in (1, 3))
+    one, three = (make_shards(tmp_path / str(n), num_parts=n) for n in (1, 3))
     assert Protocol.load(one).hash == Protocol.load(three).hash
 
 
 def test_hash_names_the_rule_the_sample_and_the_answers(tmp_path):
     shards = make_shards(tmp_path, users=40)
     hashes = {
-        build_protocol(shards, queries=queries, filter_seen=seen, seed=seed).hash
+        built(shards, queries=queries, filter_seen=seen, seed=seed).hash
         for queries in (20, None)
         for seen in (False, True)
         for seed in (0, 1)

@@ -26,7 +26,7 @@ def brute_force(shards) -> dict[str, int]:
     return {"targets": targets, "seen": seen}
 
 
-@pytest.mark.parametrize("options", [{"num_shards": 3}, {"split": "leave_one_out", "clock": False}])
+@pytest.mark.parametrize("options", [{"num_parts": 3}, {"split": "leave_one_out", "clock": False}])
 def test_repeats_equal_brute_force_in_chunks_of_any_size(tmp_path, monkeypatch, options):
     shards = make_shards(tmp_path, users=50, **options)
     expected = brute_force(shards)
@@ -73,7 +73,7 @@ def test_the_default_follows_the_log_whatever_the_split(tmp_path, order, repeats
 
 def test_the_rule_of_the_toy_log_is_in_its_protocol(tmp_path):
     shards = make_shards(tmp_path, users=50)
-    by_log = build_protocol(shards, queries=None, filter_seen=None, seed=0)
+    by_log = build_protocol(shards, repeats=training_repeats(shards), queries=None, filter_seen=None, seed=0)
     assert by_log.info["training_repeats"] == brute_force(shards)
     assert by_log.info["filter_seen_by"] == "log"
     assert not by_log.filter_seen

@@ -9,7 +9,8 @@ import pytest
 
 from bfm.errors import CorruptError, UserError
 from bfm.events.manifest import MANIFEST, Manifest
-from bfm.events.shards import Shards, write_shard
+from bfm.events.parts import write_part
+from bfm.events.shards import Shards
 from tests.helpers import history_of, make_shards, user_keys
 
 
@@ -33,7 +34,7 @@ def test_shards_say_what_was_written(toy_shards):
 
 
 def test_partition_does_not_change_histories(tmp_path):
-    one, three = (make_shards(tmp_path / str(n), users=40, num_shards=n) for n in (1, 3))
+    one, three = (make_shards(tmp_path / str(n), users=40, num_parts=n) for n in (1, 3))
     index = np.random.default_rng(0).integers(0, one.manifest.events, 200)
     for user in range(40):
         first, second = history_of(one, user), history_of(three, user)
@@ -58,9 +59,7 @@ def test_same_input_same_bytes(tmp_path):
     assert make_shards(tmp_path / "c", users=20, seed=4).hash != first.hash
 
 
-@pytest.mark.parametrize(
-    "name", ["shard-00000/item.npy", "shard-00000/context/quantity.npy", "items/price.npy", "protocol.json"]
-)
+@pytest.mark.parametrize("name", ["events/item.npy", "events/context/quantity.npy", "items/price.npy", "protocol.json"])
 def test_a_truncated_file_is_named(copied, name):
     with open(copied / name, "r+b") as handle:
         handle.truncate(os.path.getsize(copied / name) - 3)
@@ -69,10 +68,10 @@ def test_a_truncated_file_is_named(copied, name):
 
 
 def test_an_altered_file_is_named(copied):
-    raw = bytearray((copied / "shard-00000/time.npy").read_bytes())
+    raw = bytearray((copied / "events/time.npy").read_bytes())
     raw[-1] ^= 1
-    (copied / "shard-00000/time.npy").write_bytes(raw)
-    with pytest.raises(CorruptError, match=r"shard-00000/time\.npy"):
+    (copied / "events/time.npy").write_bytes(raw)
+    with pytest.raises(CorruptError, match=r"events/time\.npy"):
         Shards.open(copied, verify=True)
 
 
@@ -114,7 +113,7 @@ def test_a_uri_is_cached_and_checked(toy_shards, copied, tmp_path, monkeypatch):
     assert fetched.hash == toy_shards.hash
     assert (tmp_path / "cache") in fetched.path.parents
     # The second opening needs nothing but the remote manifest.
-    shutil.rmtree(copied / "shard-00000")
+    shutil.rmtree(copied / "events")
     assert np.array_equal(history_of(Shards.open(f"file://{copied}"), 3).item, history_of(toy_shards, 3).item)
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(CorruptError, match="is missing"):
@@ -134,19 +133,19 @@ def test_writer_refuses_lengths_that_do_not_fit(tmp_path):
         "item": np.zeros(3), "time": np.zeros(3), "context": {}, "user_offsets": np.array([0, 3]),
         "train_end": np.array([1]), "valid_end": np.array([2]), "users": pa.array(["a"]),
     }  # fmt: skip
-    write_shard(tmp_path, 0, **good)
+    write_part(tmp_path, **good)
     for bad in (
         {"time": np.zeros(2)},
         {"valid_end": np.array([0])},
         {"context": {"x": np.zeros(1)}},
         {"users": pa.array([], pa.string())},
     ):
-        with pytest.raises(AssertionError, match="shard 0"):
-            write_shard(tmp_path, 0, **{**good, **bad})
+        with pytest.raises(AssertionError, match=" of "):
+            write_part(tmp_path, **{**good, **bad})
 
 
 def test_an_empty_partition_is_harmless(tmp_path):
-    shards = make_shards(tmp_path, users=3, num_shards=5)
+    shards = make_shards(tmp_path, users=3, num_parts=5)
     assert shards.num_users == 3
     assert sum(len(history_of(shards, user).item) for user in range(3)) == shards.manifest.events
 

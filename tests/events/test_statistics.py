@@ -15,7 +15,7 @@ from tests.model.toys import batch_of
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """Enough events and items for groups of many sizes."""
-    return make_shards(tmp_path_factory.mktemp("many") / "shards", users=300, items=800, max_events=90, num_shards=2)
+    return make_shards(tmp_path_factory.mktemp("many") / "shards", users=300, items=800, max_events=90, num_parts=2)
 
 
 def all_windows(shards, window):

@@ -20,7 +20,7 @@ def shards(toy_shards, tmp_path, monkeypatch):
 
 
 def flip(shards):
-    path = shards.path / "shard-00000" / "item.npy"
+    path = shards.path / "events" / "item.npy"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -16,7 +16,7 @@ SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 9), st.integers(0, 2**40))
 
 @pytest.fixture(scope="module")
 def split_in_three(tmp_path_factory):
-    return make_shards(tmp_path_factory.mktemp("three") / "shards", num_shards=3)
+    return make_shards(tmp_path_factory.mktemp("three") / "shards", num_parts=3)
 
 
 @pytest.fixture(scope="module")

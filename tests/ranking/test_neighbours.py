@@ -30,11 +30,11 @@ def plain_weights(shards, counting):
 
 
 @pytest.mark.parametrize("counting", [BROAD, SHARP])
-@pytest.mark.parametrize(("num_shards", "pass_pairs", "chunk_events"), [(1, 1 << 23, 1 << 20), (3, 500, 100)])
-def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_shards, pass_pairs, chunk_events):
+@pytest.mark.parametrize(("num_parts", "pass_pairs", "chunk_events"), [(1, 1 << 23, 1 << 20), (3, 500, 100)])
+def test_neighbours_equal_plain_counting(tmp_path, monkeypatch, counting, num_parts, pass_pairs, chunk_events):
     monkeypatch.setattr(module, "_PASS_PAIRS", pass_pairs)
     monkeypatch.setattr("bfm.events.shards._CHUNK_EVENTS", chunk_events)
-    shards = make_shards(tmp_path / "toy", users=30, num_shards=num_shards)
+    shards = make_shards(tmp_path / "toy", users=30, num_parts=num_parts)
     neighbours, expected = count_neighbours(shards, [counting])[0], plain_weights(shards, counting)
     assert len(neighbours.lists) == shards.num_catalogue
     for item in range(shards.num_catalogue):

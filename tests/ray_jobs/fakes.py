@@ -256,7 +256,7 @@ class FakeTune:
             return {}
         trial.delivered = True
         if trial.task["task_id"] == self.fatal_task:
-            return {FATAL: "CorruptError", "message": "shard-00000/item.npy: truncated"}
+            return {FATAL: "CorruptError", "message": "events/item.npy: truncated"}
         if self.rng.random() < self.errors:
             return {LOST: "ValueError: boo", "retry": True}
         return {ROW: json.dumps({"trial": trial.task["trial"], "kind": "rung", "probes": [{"kind": "probe"}]})}

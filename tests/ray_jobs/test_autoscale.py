@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.events.serial import contents, prepare_serially
+from tests.events.test_stages import make_log
 from tests.ray_jobs.one_machine import Cluster, manage, one_machine
-from tests.ray_jobs.toys import wait_for, write_space
+from tests.ray_jobs.toys import BIN, wait_for, write_space
 
 
 @pytest.fixture
@@ -47,6 +49,24 @@ def test_a_sweep_scales_the_cluster_from_none_and_back(cluster, tmp_path, toy_sh
     assert max(seen) == 2
     wait_for(lambda: cluster.workers() == 0, 120, "the idle nodes are gone")
     assert "head up" in manage("status", "--state", str(cluster.state)).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(sys.platform != "linux", reason="loopback addresses beside 127.0.0.1 need Linux")
+def test_two_nodes_prepare_what_one_process_prepares(cluster, tmp_path) -> None:
+    (tmp_path / "shop.yaml").write_text("name: shop\nuser: user\ntime: time\nitem: item\n")
+    (tmp_path / "logs").mkdir()
+    log = make_log(num=400_000)
+    for part in range(8):
+        log.iloc[part::8].to_parquet(tmp_path / "logs" / f"{part}.parquet")
+    words = ["data", "prepare", str(tmp_path / "shop.yaml"), str(tmp_path / "logs"), "--out", str(tmp_path / "two")]
+    driver = subprocess.run([str(BIN / "bfm"), *words], env=cluster.environment(), capture_output=True, text=True)
+    assert driver.returncode == 0, driver.stdout + driver.stderr
+    nodes = {node["node_id"] for node in cluster.listed("tasks") if node["name"] == "_task"}
+    assert len(nodes) == 2
+    prepare_serially(tmp_path / "shop.yaml", [tmp_path / "logs"], tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -264,7 +264,7 @@ def test_run_serial_tries_a_failing_task_again_and_raises_what_is_the_users():
     assert len(driver.state.losses) == 1
 
     def broken(task):
-        raise CorruptError("shard-00000 was altered")
+        raise CorruptError("events/item was altered")
 
     with pytest.raises(CorruptError, match="altered"):
         run_serial(in_memory(make_spec()), broken)
