@@ -152,26 +152,22 @@ class FieldLayout:
 
     def _numeric_features(self, raw_NF: Tensor) -> Tensor:
         """[value, is zero, is missing, bins] of each field in turn: a shifted, scaled and clamped input per column."""
-        input_X, shift_X, ratio_X, low_X, high_X, missing_F = self._numeric_constants(raw_NF.device)
+        input_X, shift_X, ratio_X, low_X, high_X = self._numeric_constants(raw_NF.device)
         log_NF = raw_NF.sign() * raw_NF.abs().log1p()
-        inputs_NI = torch.cat([log_NF, (raw_NF == 0).float(), torch.zeros_like(log_NF)], 1)
+        inputs_NI = torch.cat([log_NF, (raw_NF == 0).float(), raw_NF.isnan().float()], 1)
         features_NX = inputs_NI.index_select(1, input_X).sub_(shift_X).mul_(ratio_X)
         torch.clamp(features_NX, low_X, high_X, out=features_NX)
         # A missing number has no value and no bin: only its flag.
-        features_NX.nan_to_num_(0.0)
-        features_NX[:, missing_F] = raw_NF.isnan().float()
-        return features_NX
+        return features_NX.nan_to_num_(0.0)
 
     def _numeric_constants(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Of every column: which input, shift, ratio and bounds; and the columns that flag missing numbers.
+        """Of every column: which input, shift, ratio and bounds.
 
         Bins of E edges e: below e_1, at least e_E, and a ramp from each edge to the next.
         """
         if device not in self._constants:
             columns: list[tuple[float, ...]] = []
-            flags = []
             for place, field in enumerate(self.numeric):
-                flags.append(len(columns) + 2)
                 columns.append((place, field.mean, field.std, -_CLAMP_STD, _CLAMP_STD))
                 columns += [(len(self.numeric) * kind + place, 0.0, 1.0, 0.0, 1.0) for kind in (1, 2)]
                 edges = np.asarray(field.edges, np.float64)
@@ -185,7 +181,7 @@ class FieldLayout:
             which, shift, span, low, high = np.array(columns).T
             floats = [torch.tensor(part, dtype=torch.float32, device=device) for part in (shift, 1 / span, low, high)]
             which_input = torch.tensor(which, dtype=torch.int64, device=device)
-            self._constants[device] = (which_input, *floats, torch.tensor(flags, device=device))
+            self._constants[device] = (which_input, *floats)
         return self._constants[device]
 
 

@@ -189,15 +189,10 @@ class TwoPartModel(nn.Module):
 
         return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
 
-    def add_to_table_gradients(self) -> set[nn.Parameter]:
-        """From here on the tables that are trained keep their gradients, which the caller zeroes; they are returned."""
-        tables = set()
+    def add_to_table_gradients(self) -> None:
+        """From here on what comes is added to the gradients that the trained tables have."""
         for encoder in (self.embedder.fields, self.context.fields):
-            if encoder.table is not None and encoder.table.requires_grad:
-                encoder.adds_in_place = True
-                encoder.table.grad = torch.zeros_like(encoder.table)
-                tables.add(encoder.table)
-        return tables
+            encoder.adds_in_place = encoder.table is not None and encoder.table.grad is not None
 
     def freeze_embedder(self) -> None:
         """Stage 2: no gradients for the embedder from here on."""

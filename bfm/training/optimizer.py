@@ -68,8 +68,8 @@ class AveragingAdamW(torch.optim.AdamW):
             state["step"].fill_(steps)
 
 
-def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
-    """AdamW over the trainable parameters, in groups by `TwoPartModel.parameter_kinds`."""
+def parameter_groups(model: TwoPartModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """The trainable parameters in groups by `TwoPartModel.parameter_kinds`, with what AdamW does to each."""
     kinds = model.parameter_kinds()
     groups: dict[str, dict[str, Any]] = {
         "dense": {"params": [], "weight_decay": config.weight_decay, "rate_ratio": 1.0},
@@ -84,8 +84,13 @@ def build_optimizer(model: TwoPartModel, config: TrainConfig) -> AveragingAdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[kinds[name]]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> AveragingAdamW:
+    """AdamW over `parameter_groups`."""
     return AveragingAdamW(
-        [group for group in groups.values() if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         # One kernel per group: 3 times as fast as foreach on a CPU, whole tables included.
