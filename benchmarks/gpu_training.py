@@ -1,8 +1,8 @@
-"""Training and evaluation on one device, for benchmarks/gpu.py: speed, resume, precision, the catalogue pass.
+"""Training on one device, for benchmarks/gpu.py: speed, resume, precision. Needs pyarrow for its log.
 
 The log is drawn here, without Ray: users who like one kind of item each, Zipf popularity, baskets.
 
-Q = queries, V = items, D = width, U = users, E = events.
+U = users, E = events, V = items.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.gpu_loss import matmul_peak, timed_s
+from benchmarks.gpu_scores import matmul_peak
 from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField
 from bfm.events.manifest import Manifest
 from bfm.events.protocol import build_protocol
-from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards, finish, write_shard
 from bfm.files import Store
-from bfm.ranking.ranks import DotScores, rank_targets
 from bfm.training import engine as engine_module
 from bfm.training.checkpoint import resume
 from bfm.training.config import TrainConfig
@@ -196,35 +194,6 @@ def compare_precisions(shards: Path, device: str, tiny: bool) -> Iterator[tuple[
     yield "mean loss of the last quarter, difference in nats", float(apart[-max(1, steps // 4) :].mean())
     yield "largest difference in nats", float(np.abs(apart).max())
     yield "fall of the loss in float32, nats", float(curves["float32"][0] - curves["float32"][-1])
-
-
-def measure_evaluation(device: str, tiny: bool) -> Iterator[tuple[str, object]]:
-    """One pass of 1e5 queries over a catalogue of 1e7 items, and ranks against float64."""
-    queries, items, width = (64, 5000, 16) if tiny else (100_000, 10_000_000, 64)
-    generator = torch.Generator(device).manual_seed(0)
-    h_QD, v_VD = (
-        torch.nn.functional.normalize(torch.randn(number, width, generator=generator, device=device), dim=1)
-        for number in (queries, items)
-    )
-    ids = np.random.default_rng(0).integers(0, items, queries).astype(np.int32)
-    # A fifth of the targets lie near their query, so that some are ranked.
-    near = torch.arange(0, queries, 5, device=device)
-    h_QD[near] = torch.nn.functional.normalize(
-        h_QD[near] + v_VD[torch.from_numpy(ids[::5].copy()).long().to(device)], dim=1
-    )
-    found = []
-    targets = Ragged(ids, np.arange(queries + 1))
-    elapsed_s = timed_s(lambda: found.append(rank_targets(DotScores(20 * h_QD, v_VD), targets, items, 10)), device)
-    yield "s", elapsed_s
-    yield "scores per s", queries * items / elapsed_s
-    if device == "cuda":
-        yield "peak GB", torch.cuda.max_memory_allocated() / 2**30
-    wrong = 0
-    for query in range(0, min(320, queries), 5):
-        score_V = torch.cat([part.double() @ h_QD[query].double() for part in v_VD.split(1 << 20)])
-        rank = 1 + int((score_V > score_V[int(ids[query])]).sum())
-        wrong += (rank if rank <= 10 else np.inf) != found[0].rank_N[query]
-    yield "ranks that differ from float64, of 64", int(wrong)
 
 
 def compare_deepspeed(shards: Path, device: str, tiny: bool) -> Iterator[tuple[str, object]]:

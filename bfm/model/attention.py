@@ -29,8 +29,9 @@ from bfm.events.ragged import begins
 # Head dimensions that the kernels take are multiples of this.
 _HEAD_MULTIPLE = 8
 _CAUSAL = 1
-# From here on a CPU, too, is faster segment by segment, with users of ten events as with one (measured, one thread).
-_PACKED_LENGTH = 2048
+PACKED_LENGTH = 2048
+"""Events of a window from which a CPU, too, is faster segment by segment, with users of ten events as with a single one
+(measured, one thread)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Segments:
 
 def packs(device: torch.device, length: int) -> bool:
     """Whether the packed form is the faster one for windows of a length."""
-    return device.type == "cuda" or length >= _PACKED_LENGTH
+    return device.type == "cuda" or length >= PACKED_LENGTH
 
 
 def attend(q_BSHP: Tensor, k_BLHP: Tensor, v_BLHP: Tensor, allowed: Tensor | Segments | None, scale: float) -> Tensor:

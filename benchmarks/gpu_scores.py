@@ -1,10 +1,12 @@
-"""The sampled softmax on one device, for benchmarks/gpu.py: ways to compute it, their time, memory and errors.
+"""What scores items on one device, for benchmarks/gpu.py: the sampled softmax and the pass over a catalogue.
+
+Of the loss: ways to compute it, their time, memory and errors.
 
 A problem is q = scale * h and unit vectors, both rounded to bfloat16, so that every way has the same right answer: the
 float64 loss of these. Time is of forward and backward of the mean loss in q, the gathering of candidates included;
 useful work is 4 x queries x K x d, 6 where the table is trained too. SDPA has no room for log pi and gets pi = 1.
 
-Q = queries, K = candidates, R = table rows, D = width, H = heads that share the candidates of attention.
+Q = queries, K = candidates, R = table rows, V = items, D = width, H = heads that share the candidates of attention.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bfm.events.ragged import Ragged
 from bfm.objective.fused import Tile, fused_softmax_state, num_splits
 from bfm.objective.softmax import log_sum
 from bfm.objective.tiled import State, log_sum_of_state, merge
+from bfm.ranking.ranks import DotScores, rank_targets
 
 SCALES = (20.0, 60.0, 100.0)
 SUBSET = 256
@@ -285,3 +290,30 @@ def measure_loss(name: str, queries: int, candidates: int, width: int, device: s
     note = way(problem(SCALES[0], candidates)).note
     if note or failures:
         yield "note", "; ".join(filter(None, [note, f"{len(failures)} variants failed" if failures else ""]))
+
+
+def measure_evaluation(device: str, tiny: bool) -> Iterator[tuple[str, object]]:
+    """One pass of 1e5 queries over a catalogue of 1e7 items, and ranks against float64."""
+    queries, items, width = (64, 5000, 16) if tiny else (100_000, 10_000_000, 64)
+    generator = torch.Generator(device).manual_seed(0)
+    h_QD, v_VD = (
+        F.normalize(torch.randn(number, width, generator=generator, device=device), dim=1)
+        for number in (queries, items)
+    )
+    ids = np.random.default_rng(0).integers(0, items, queries).astype(np.int32)
+    # A fifth of the targets lie near their query, so that some are ranked.
+    near = torch.arange(0, queries, 5, device=device)
+    h_QD[near] = F.normalize(h_QD[near] + v_VD[torch.from_numpy(ids[::5].copy()).long().to(device)], dim=1)
+    found = []
+    targets = Ragged(ids, np.arange(queries + 1))
+    elapsed_s = timed_s(lambda: found.append(rank_targets(DotScores(20 * h_QD, v_VD), targets, items, 10)), device)
+    yield "s", elapsed_s
+    yield "scores per s", queries * items / elapsed_s
+    if device == "cuda":
+        yield "peak GB", torch.cuda.max_memory_allocated() / 2**30
+    wrong = 0
+    for query in range(0, min(320, queries), 5):
+        score_V = torch.cat([part.double() @ h_QD[query].double() for part in v_VD.split(1 << 20)])
+        rank = 1 + int((score_V > score_V[int(ids[query])]).sum())
+        wrong += (rank if rank <= 10 else np.inf) != found[0].rank_N[query]
+    yield "ranks that differ from float64, of 64", int(wrong)
