@@ -29,6 +29,7 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger, read_state
 from bfm.sweep.policies import make_policy
+from bfm.sweep.proposer import POOL_SIZE, Proposer
 from bfm.sweep.simulator.contest import Contest, Entry, Standing, contest_spec, enter
 from bfm.sweep.simulator.fleet import Fleet, parse_schedule
 from bfm.sweep.simulator.forecast import forecast
@@ -41,6 +42,7 @@ from bfm.units import parse_count
 
 POLICIES = ("frontier", "isoflop-window", "random", "asha-promote", "asha-stop")
 RATIO = 4
+POOL = POOL_SIZE + Proposer.optuna_draws
 PLANTED_LAWS = (
     Law.through(params=0.5e6, flops=1e15),
     Law.through(params=1e6, flops=1e15, model_exponent=0.4, data_exponent=0.4, model_scale=250.0, rate_bowl=0.1),
@@ -191,8 +193,9 @@ def _worth(world: Planted, names: dict[str, int], entry: Entry, top: int) -> flo
 
 def speed(options: argparse.Namespace) -> None:
     """Decision times at 600 trials and 5 rungs, growth up to 10,000 trials, replay of 100,000 rows."""
-    lines = ["| trials known | rows | median decision, ms | p99, ms | share waited |", "|---|---|---|---|---|"]
-    lines += [_growth(count, options.decisions) for count in options.trials]
+    lines = ["| trials known | rows | new candidates | median decision, ms | p99, ms | share waited |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [_growth(count, new, options.decisions) for count in options.trials for new in (POOL, count)]
     rungs = tuple(10**15 * RATIO**rung for rung in range(5))
     contest = Contest(plant(PLANTED_LAWS[0], 600, rungs, seed=3).curves, rungs, 0.25, fleet=Fleet(((0.0, 64),)))
     begun_s = time.perf_counter()
@@ -204,7 +207,8 @@ def speed(options: argparse.Namespace) -> None:
     head = f"""# Speed of decisions and replay
 
 The frontier policy over planted tables of 5 rungs, one process: decisions of a sweep that knows so many trials (each
-with its lowest row, a quarter of them with the next, and so on), as many configurations again not begun, one worker.
+with its lowest row, a quarter of them with the next, and so on), one worker; CPU time. New candidates: a search space
+offers 112 at a time, a table all of its configurations.
 Share waited: of the time of 64 workers whose tasks take 10 to 30 s, one decision after the other in real time.
 Written by `python benchmarks/frontier.py speed` on {datetime.date.today()}.
 
@@ -212,9 +216,9 @@ Written by `python benchmarks/frontier.py speed` on {datetime.date.today()}.
     publish("frontier_speed", head + "\n".join(lines) + "\n\n" + machine("numpy", "scipy") + "\n")
 
 
-def _growth(count: int, decisions: int) -> str:
+def _growth(count: int, new: int, decisions: int) -> str:
     rungs = tuple(10**15 * RATIO**rung for rung in range(5))
-    world = plant(PLANTED_LAWS[0], 2 * count, rungs, seed=3)
+    world = plant(PLANTED_LAWS[0], count + new, rungs, seed=3)
     arena = TableArena(world.curves, rungs)
     spec = contest_spec(Contest(world.curves, rungs, 1.0), "frontier", int(arena.full_flops(rungs[-1])), 0)
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
@@ -222,14 +226,15 @@ def _growth(count: int, decisions: int) -> str:
     _fill(driver, arena, depths.tolist())
     rows, times_ms = len(driver.state.arrivals), []
     for _ in range(decisions):
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()
         task = driver.next_task()
-        times_ms.append(1e3 * (time.perf_counter() - begun_s))
+        times_ms.append(1e3 * (time.process_time() - begun_s))
         assert isinstance(task, Task)
         driver.report(task.task_id, arena.execute(task))
     # The first one learns all rows at once, as after a resume.
     share = share_waited([ms / 1e3 for ms in times_ms[1:]])
-    return f"| {count:,} | {rows:,} | {np.median(times_ms):.1f} | {np.quantile(times_ms[1:], 0.99):.1f} | {share:.1%} |"
+    median_ms, p99_ms = np.median(times_ms), np.quantile(times_ms[1:], 0.99)
+    return f"| {count:,} | {rows:,} | {new:,} | {median_ms:.1f} | {p99_ms:.1f} | {share:.1%} |"
 
 
 def share_waited(decision_s: Sequence[float], workers: int = 64, task_s: float = 20.0, rounds: int = 50) -> float:
