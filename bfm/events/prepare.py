@@ -213,8 +213,8 @@ def rows_read(job: Job) -> int:
 
 
 def num_partitions(rows: int) -> int:
-    """Partitions of a log of so many rows: what one task holds in memory."""
-    return -(-rows // PARTITION_ROWS)
+    """Partitions of a log of so many rows, each of what one task holds in memory: a power of two, so of whole bins."""
+    return 1 << max((rows // PARTITION_ROWS).bit_length() - 1, 0)
 
 
 def sort_partition(job: Job, partitions: int, index: int) -> None:
