@@ -39,7 +39,7 @@ from bfm.events.ties import Ties, count_ties
 
 PARTITION_ROWS = 1 << 18
 _SPREAD = "spread"
-_BIN_BITS = 8
+_MOST_BIN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Job:
     """Item fields that stand in the log itself."""
     item_table: str | None
     """Holds the other ones."""
+    bin_bits: int
+    """So many first bits of the hash say in which bin of its file a cleaned row lies."""
 
     @property
     def shard_set(self) -> Path:
@@ -148,7 +150,10 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
-    return Job(checked, seed, folder, from_events, item_table), pieces
+    # A bin for each partition; of text files nobody knows the rows beforehand.
+    rows = sum(high - low for low, high in (piece.rows for piece in pieces))
+    bin_bits = min(num_partitions(rows).bit_length() - 1, _MOST_BIN_BITS)
+    return Job(checked, seed, folder, from_events, item_table, bin_bits), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -163,8 +168,8 @@ def clean_piece(job: Job, piece: Piece) -> None:
         losses += cleaned.losses
         order, table = _by_hash(cleaned.table, job.seed)
         ties += _raw_ties(job.schema, cleaned.raw, order, table)
-        bins = table[_SPREAD].to_numpy() >> np.uint64(64 - _BIN_BITS)
-        starts = np.searchsorted(bins, np.arange(1 << _BIN_BITS, dtype=np.uint64))
+        bounds = [number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)]
+        starts = np.searchsorted(table[_SPREAD].to_numpy(), np.array(bounds, np.uint64))
         job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
     job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
 
@@ -246,7 +251,7 @@ def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
     for path in job.files("cleaned"):
         # Read, not mapped: of a log larger than memory a range is a few whole bins of every file.
         with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-            for number in range(low >> (64 - _BIN_BITS), ((high - 1) >> (64 - _BIN_BITS)) + 1):
+            for number in range(low >> (64 - job.bin_bits), ((high - 1) >> (64 - job.bin_bits)) + 1):
                 rows = reader.get_batch(number)
                 hashed = rows[_SPREAD].to_numpy()
                 start = np.searchsorted(hashed, np.uint64(low))
