@@ -2,7 +2,8 @@
 
 `tables`: summed frontier regret of every policy on tables of real curves (--curves names them) and on a planted one.
 `planted`: 600 configurations under laws with noise 0.002 nats, a tenth of the grid's FLOPs: how much compute the
-configuration found at the top is worth. `speed`: decision times, replay, growth with the number of trials.
+configuration found at the top is worth. `speed`: decision times, what waiting for them costs 64 workers with tasks of
+10 to 30 s, replay, growth with the number of trials; OPENBLAS_NUM_THREADS=1 is what bfm's own commands set.
 Run with `python benchmarks/frontier.py tables --curves NAME=PATH:RUNGS:FEATURES[:WHERE] ...` (and so on).
 Writes benchmarks/results/frontier_<part>.md.
 """
@@ -11,31 +12,37 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import heapq
 import itertools
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from common import machine, publish
+from common import ROOT, machine, publish
 
 from bfm.files import Store
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger, read_state
 from bfm.sweep.policies import make_policy
+from bfm.sweep.proposer import POOL_SIZE, Proposer
 from bfm.sweep.simulator.contest import Contest, Entry, Standing, contest_spec, enter
-from bfm.sweep.simulator.fleet import Fleet
-from bfm.sweep.simulator.law import Law
+from bfm.sweep.simulator.fleet import Fleet, parse_schedule
+from bfm.sweep.simulator.forecast import forecast
+from bfm.sweep.simulator.law import LAWS, Law
 from bfm.sweep.simulator.table import Curve, TableArena, read_curves
+from bfm.sweep.spec import resolve
 from bfm.sweep.task import Task
 from bfm.training.schedule import rule_learning_rate
 from bfm.units import parse_count
 
 POLICIES = ("frontier", "isoflop-window", "random", "asha-promote", "asha-stop")
 RATIO = 4
+POOL = POOL_SIZE + Proposer.optuna_draws
 PLANTED_LAWS = (
     Law.through(params=0.5e6, flops=1e15),
     Law.through(params=1e6, flops=1e15, model_exponent=0.4, data_exponent=0.4, model_scale=250.0, rate_bowl=0.1),
@@ -186,30 +193,32 @@ def _worth(world: Planted, names: dict[str, int], entry: Entry, top: int) -> flo
 
 def speed(options: argparse.Namespace) -> None:
     """Decision times at 600 trials and 5 rungs, growth up to 10,000 trials, replay of 100,000 rows."""
-    lines = ["| trials known | rows | median decision, ms | p99, ms |", "|---|---|---|---|"]
-    lines += [_growth(count, options.decisions) for count in options.trials]
+    lines = ["| trials known | rows | new candidates | median decision, ms | p99, ms | share waited |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [_growth(count, new, options.decisions) for count in options.trials for new in (POOL, count)]
     rungs = tuple(10**15 * RATIO**rung for rung in range(5))
     contest = Contest(plant(PLANTED_LAWS[0], 600, rungs, seed=3).curves, rungs, 0.25, fleet=Fleet(((0.0, 64),)))
     begun_s = time.perf_counter()
     entry = enter(contest, "frontier", 0)
     took_s = time.perf_counter() - begun_s
-    ms = np.array(entry.timeline.decision_s) * 1e3
     lines += ["", f"A whole sweep with 64 workers, {len(entry.state.trials)} of 600 configurations begun, 5 rungs,"]
-    lines += [f"{len(entry.state.arrivals):,} rows: {took_s:.0f} s; median decision {np.median(ms):.0f} ms, "]
-    lines += [f"p99 {np.quantile(ms, 0.99):.0f} ms.", "", _replay(options.rows)]
+    lines += [f"{len(entry.state.arrivals):,} rows: {took_s:.0f} s; {_times(entry.timeline.decision_s)}."]
+    lines += ["", _simulated(), "", _replay(options.rows)]
     head = f"""# Speed of decisions and replay
 
 The frontier policy over planted tables of 5 rungs, one process: decisions of a sweep that knows so many trials (each
-with its lowest row, a quarter of them with the next, and so on), as many configurations again not begun, one worker.
+with its lowest row, a quarter of them with the next, and so on), one worker; CPU time. New candidates: a search space
+offers 112 at a time, a table all of its configurations.
+Share waited: of the time of 64 workers whose tasks take 10 to 30 s, one decision after the other in real time.
 Written by `python benchmarks/frontier.py speed` on {datetime.date.today()}.
 
 """
     publish("frontier_speed", head + "\n".join(lines) + "\n\n" + machine("numpy", "scipy") + "\n")
 
 
-def _growth(count: int, decisions: int) -> str:
+def _growth(count: int, new: int, decisions: int) -> str:
     rungs = tuple(10**15 * RATIO**rung for rung in range(5))
-    world = plant(PLANTED_LAWS[0], 2 * count, rungs, seed=3)
+    world = plant(PLANTED_LAWS[0], count + new, rungs, seed=3)
     arena = TableArena(world.curves, rungs)
     spec = contest_spec(Contest(world.curves, rungs, 1.0), "frontier", int(arena.full_flops(rungs[-1])), 0)
     driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
@@ -217,13 +226,47 @@ def _growth(count: int, decisions: int) -> str:
     _fill(driver, arena, depths.tolist())
     rows, times_ms = len(driver.state.arrivals), []
     for _ in range(decisions):
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()
         task = driver.next_task()
-        times_ms.append(1e3 * (time.perf_counter() - begun_s))
+        times_ms.append(1e3 * (time.process_time() - begun_s))
         assert isinstance(task, Task)
         driver.report(task.task_id, arena.execute(task))
     # The first one learns all rows at once, as after a resume.
-    return f"| {count:,} | {rows:,} | {np.median(times_ms):.1f} | {np.quantile(times_ms[1:], 0.99):.1f} |"
+    share = share_waited([ms / 1e3 for ms in times_ms[1:]])
+    median_ms, p99_ms = np.median(times_ms), np.quantile(times_ms[1:], 0.99)
+    return f"| {count:,} | {rows:,} | {new:,} | {median_ms:.1f} | {p99_ms:.1f} | {share:.1%} |"
+
+
+def share_waited(decision_s: Sequence[float], workers: int = 64, task_s: float = 20.0, rounds: int = 50) -> float:
+    """Of the time of workers, what goes by until each is told what comes next.
+
+    Decisions take turns, each as long as the next of `decision_s`, over and over; tasks take half of `task_s` to one
+    and a half; the first of each, which all workers ask for at once, are left out.
+    """
+    rng = np.random.default_rng(0)
+    free_s, decided_s, waited_s = [0.0] * workers, 0.0, 0.0
+    for number in range(workers * rounds):
+        asks_s = heapq.heappop(free_s)
+        decided_s = max(asks_s, decided_s) + decision_s[number % len(decision_s)]
+        heapq.heappush(free_s, decided_s + task_s * rng.uniform(0.5, 1.5))
+        waited_s += decided_s - asks_s if number >= workers else 0.0
+    return waited_s / (waited_s + workers * (rounds - 1) * task_s)
+
+
+def _times(decision_s: Sequence[float]) -> str:
+    median, p99 = np.quantile(decision_s, [0.5, 0.99]) * 1e3
+    return f"median decision {median:.0f} ms, p99 {p99:.0f} ms, share waited {share_waited(decision_s):.1%}"
+
+
+def _simulated() -> str:
+    """The README's example of a space under a law, TPE among its candidates."""
+    spec = resolve(ROOT / "search_spaces" / "full_study.yaml", [])
+    machines = {"startup_s": 120, "task_startup_s": 20, "preempted_per_hour": 0.05}
+    fleet, begun_s = Fleet(parse_schedule("8,64@1h"), 4e14, **machines), time.perf_counter()
+    (made,) = forecast(spec, LAWS["paper"], fleet, ["frontier"], [0])
+    took_s = time.perf_counter() - begun_s
+    times = _times(made.timeline.decision_s)
+    return f"`bfm simulate search_spaces/full_study.yaml` as in the README: {took_s:.0f} s; {times}."
 
 
 def _replay(rows: int) -> str:

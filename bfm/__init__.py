@@ -1,3 +1,9 @@
 """bfm: scaling laws of behavioral foundation models, from event log to recipe (arXiv 2606.05257 and beyond)."""
 
+import os
+
 __version__ = "0.1.0"
+
+# Numpy's matrices are small here: further threads of its BLAS wait for each other, by spinning, and beside other work
+# decisions take many times as long. It reads this when it is first imported; torch has threads of its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -153,3 +153,13 @@ def short_temp_folder() -> Path:
     """A fresh temporary folder whose path Ray can write, with room for its socket names."""
     base = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="bfm-", dir=base if base.isascii() and len(base) <= _LONGEST_TEMP else "/tmp"))
+
+
+def quiet_ray_data() -> None:
+    """No progress bars, no log lines for every execution of a dataset."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

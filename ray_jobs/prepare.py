@@ -1,4 +1,4 @@
-"""`bfm data prepare` on Ray: runs the stages of bfm.events.prepare and build over pieces, partitions and columns.
+"""`bfm data prepare` on Ray Data: the stages of bfm.events.prepare and build over pieces, partitions and columns.
 
 Every node must see the log and the folder of the shard set (one machine, or a shared file system); one that does not
 says so. The log may be a URI; a shard set at a URI is filled at the end from a folder below $TMPDIR, which every node
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.cloudpickle
+import ray.data
 
 from bfm.errors import UserError
 from bfm.events import build, prepare
@@ -24,7 +27,7 @@ from bfm.events.prepare import Job, plan_job
 from bfm.events.source import Piece
 from bfm.files import Store
 from bfm.sealed import check_free, publish, staging
-from ray_jobs.cluster_session import local_ray
+from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
 """Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
@@ -67,6 +70,7 @@ def prepare_shards(
         progress("start", 0.0)
         with local_ray(num_cpus):
             progress("start", 1.0)
+            quiet_ray_data()
             manifest = _run(job, pieces, progress)
         publish(job.shard_set, target)
     return manifest
@@ -109,24 +113,34 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
 
 
 def _over(folder: Path, stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Run a stage for all arguments, as tasks that work in `folder`; none begins after the first error."""
-    shared, failed = ray.put(stage), folder / "failed"
-    tasks = [_task.remote(failed, shared, *given) for given in arguments]
+    """Run a stage for all arguments, each a block of a Ray dataset; none begins after the first error, which is raised.
+
+    An error comes back as a value: Ray Data would cancel the others, and they could write into a folder that is swept
+    away, or end this process.
+    """
+    failed = folder / "failed"
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        if failed.exists():
+            return {"error": b""}
+        try:
+            stage(*arguments[row["id"]])
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            with suppress(OSError):
+                failed.touch()
+            return {"error": ray.cloudpickle.dumps(error)}
+        return {"error": b""}
+
     try:
-        ray.get(tasks)
+        told = ray.data.range(len(arguments), override_num_blocks=len(arguments)).map(run).take_all()
     except BaseException:
-        # Not `ray.cancel`: of a task that is just being sent it ends this process. And nobody may write into a folder
-        # that is swept away.
         with suppress(OSError):
             failed.touch()
-        ray.wait(tasks, num_returns=len(tasks))
         raise
-
-
-@ray.remote
-def _task(failed: Path, stage: Callable[..., None], *given: Any) -> None:
-    if not failed.exists():
-        stage(*given)
+    for row in told:
+        if row["error"]:
+            raise ray.cloudpickle.loads(row["error"])
 
 
 @contextmanager

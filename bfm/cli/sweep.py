@@ -25,17 +25,19 @@ def plan(
     """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""
     import torch
 
+    from bfm.sweep.machine import Machine
     from bfm.sweep.on_log import open_space
     from bfm.sweep.plan import plan as make_plan
     from bfm.sweep.plan import render
     from bfm.sweep.spec import resolve
     from bfm.training.single import measure_speed
 
-    opened = open_space(resolve(space, with_shards(overrides, shards)))
+    opened, machine = open_space(resolve(space, with_shards(overrides, shards))), Machine.here()
     # As a task is trained: more threads than a slot has would wait for each other.
-    torch.set_num_threads(max(1, int(opened.spec.scaling.tiers[0][0].cpus)))
+    torch.set_num_threads(max(1, min(int(opened.spec.scaling.tiers[0][0].cpus), machine.cores)))
     measure = (lambda config, seconds: measure_speed(config, opened.shards, seconds)) if probe_seconds > 0 else None
-    made, seen_rule = make_plan(opened.spec, opened.costs, measure, probe_seconds), opened.protocol.seen_rule
+    made = make_plan(opened.spec, opened.costs, machine, measure, probe_seconds)
+    seen_rule = opened.protocol.seen_rule
     shown = {**made.as_dict(), "seen_items": seen_rule}
     show(shown, as_json, lambda _: f"{render(made)}\nseen items {seen_rule}")
 

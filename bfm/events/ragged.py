@@ -50,14 +50,21 @@ def runs(start: np.ndarray | int, length: np.ndarray) -> np.ndarray:
     return np.arange(int(length.sum())) + np.repeat(start - (np.cumsum(length) - length), length)
 
 
+def begins(values: np.ndarray) -> np.ndarray:
+    """Bool: whether each number, along the last axis, differs from the one before it; the first does."""
+    out = np.ones(values.shape, bool)
+    np.not_equal(values[..., 1:], values[..., :-1], out=out[..., 1:])
+    return out
+
+
 def place_in_run(values: np.ndarray) -> np.ndarray:
-    """Int64 [n]: how many equal numbers, all at least 0, stand directly before each."""
-    starts = np.flatnonzero(np.diff(values, prepend=-1))
-    return runs(0, np.diff(np.append(starts, len(values))))
+    """Int64 [n]: how many equal numbers stand directly before each."""
+    starts = np.flatnonzero(begins(values))
+    return np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
 
 
 def place_among_equal(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Int64 [n]: how many equal numbers, all at least 0, stand before each in an `order` that sorts them."""
+    """Int64 [n]: how many equal numbers stand before each in an `order` that sorts them."""
     place = np.empty(len(values), np.int64)
     place[order] = place_in_run(values[order])
     return place

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,11 +28,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
-from bfm.events.ragged import place_among_equal, runs
+from bfm.events.ragged import begins, place_among_equal, place_in_run, runs
 from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
 
 _ORDER_STREAM = 0x0DE2
+_ORDER_BLOCK = 1024
+"""Windows of the order that are computed together: one by one they would take as long as reading them."""
 Targets = Literal["next_basket", "next_event"]
 
 
@@ -108,6 +112,7 @@ class WindowOrder:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
         self.neighbours, self.targets, self.basket_power = neighbours, targets, basket_power
+        self._known: dict[int, np.ndarray] = {}
 
     @property
     def windows_per_epoch(self) -> int:
@@ -119,86 +124,135 @@ class WindowOrder:
         """Training positions with a target, once each."""
         return self.shards.manifest.train_targets
 
-    def group(self, index: int) -> Windows:
-        """The windows of a group (index from 0, endless)."""
-        epoch_R, place_R = np.divmod(
-            np.arange(index * self.group_windows, (index + 1) * self.group_windows), self.windows_per_epoch
-        )
-        window_R = np.empty_like(place_R)
-        for epoch in range(int(epoch_R[0]), int(epoch_R[-1]) + 1):
-            here = epoch_R == epoch
-            key = stream_key(self.seed, _ORDER_STREAM, epoch)
-            window_R[here] = permuted(key, place_R[here], self.windows_per_epoch)
-        return self.windows(window_R)
+    def groups(self, indices: Sequence[int]) -> Windows:
+        """The windows of groups (each from 0, endless), one group after the other."""
+        index_R = np.repeat(np.asarray(indices) * self.group_windows, self.group_windows)
+        index_R += np.tile(np.arange(self.group_windows), len(indices))
+        first, last = int(index_R.min()) // _ORDER_BLOCK, int(index_R.max()) // _ORDER_BLOCK
+        order = np.concatenate([self._ordered(block) for block in range(first, last + 1)])
+        return self.windows(order[index_R - first * _ORDER_BLOCK])
+
+    def _ordered(self, block: int) -> np.ndarray:
+        """Numbers of the windows block * _ORDER_BLOCK, ... of the endless order."""
+        if block not in self._known:
+            index_B = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK)
+            epoch_B, place_B = np.divmod(index_B, self.windows_per_epoch)
+            window_B = np.empty_like(place_B)
+            for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
+                here = epoch_B == epoch
+                key = stream_key(self.seed, _ORDER_STREAM, epoch)
+                window_B[here] = permuted(key, place_B[here], self.windows_per_epoch)
+            self._known = {**dict(list(self._known.items())[-1:]), block: window_B}
+        return self._known[block]
 
     def windows(self, window_R: np.ndarray) -> Windows:
         """Windows by their number in the stream, 0..W-1."""
-        shards = self.shards
-        position_RL = window_R[:, None] * self.window + np.arange(self.window)
-        filled_RL = position_RL < shards.manifest.train_events
-        position_RL = np.minimum(position_RL, shards.manifest.train_events - 1)
-        user_RL = np.searchsorted(shards.train_stops, position_RL, side="right")
-        first_RL = shards.user_starts[user_RL]
-        stop_RL = first_RL + shards.train_lengths[user_RL]
-        event_RL = stop_RL - (shards.train_stops[user_RL] - position_RL)
-        segment_RL = np.cumsum(np.diff(user_RL, axis=1, prepend=user_RL[:, :1]) != 0, axis=1)
-        event_RL, segment_RL = (np.where(filled_RL, of, -1) for of in (event_RL, segment_RL))
-        windows = _gather(shards, event_RL, segment_RL, first_RL, stop_RL, with_targets=True)
+        pieces = self._pieces(window_R)
+        windows = _read(self.shards, pieces, len(window_R), self.window)
         if self.targets == "next_basket":
             windows = _from_the_basket_before(windows, self.basket_power)
         if self.neighbours is None:
             return windows
-        target = windows.target_RL >= 0
-        around_TJ = _items_around(shards, event_RL[target], first_RL[target], stop_RL[target])
-        counted_T = user_RL[target] < self.neighbours.users
-        return dataclasses.replace(windows, counted=_left_out(self.neighbours, windows, around_TJ, counted_T))
+        target_N = windows.target_RL.ravel()[pieces.places] >= 0
+        event_T, first_T, stop_T, user_T = (
+            of_N[target_N]
+            for of_N in (pieces.events, *map(pieces.each, (pieces.first_P, pieces.stop_P, pieces.user_P)))
+        )
+        around_TJ = _items_around(self.shards, event_T, first_T, stop_T)
+        left_out = _left_out(self.neighbours, windows, around_TJ, user_T < self.neighbours.users)
+        return dataclasses.replace(windows, counted=left_out)
+
+    def _pieces(self, window_R: np.ndarray) -> _Pieces:
+        """The users of windows."""
+        shards, begin_R = self.shards, window_R * self.window
+        stop_R = np.minimum(begin_R + self.window, shards.manifest.train_events)
+        first_user_R = np.searchsorted(shards.train_stops, begin_R, side="right")
+        users_R = np.searchsorted(shards.train_stops, stop_R - 1, side="right") - first_user_R + 1
+        row_P, user_P = np.repeat(np.arange(len(window_R)), users_R), runs(first_user_R, users_R)
+        train_P, until_P = shards.train_lengths[user_P], shards.train_stops[user_P]
+        from_P = np.maximum(begin_R[row_P], until_P - train_P)
+        length_P = np.minimum(stop_R[row_P], until_P) - from_P
+        some_P = length_P > 0
+        row_P, user_P, from_P, length_P = (of_P[some_P] for of_P in (row_P, user_P, from_P, length_P))
+        first_P = shards.user_starts[user_P]
+        stop_P = first_P + train_P[some_P]
+        return _Pieces(
+            event_P=stop_P - (until_P[some_P] - from_P),
+            length_P=length_P,
+            place_P=row_P * self.window + from_P - begin_R[row_P],
+            segment_P=place_in_run(row_P),
+            user_P=user_P,
+            first_P=first_P,
+            stop_P=stop_P,
+        )
 
 
-def _gather(
-    shards: Shards,
-    event_RL: np.ndarray,
-    segment_RL: np.ndarray,
-    first_RL: np.ndarray,
-    stop_RL: np.ndarray,
-    *,
-    with_targets: bool,
-) -> Windows:
-    """Read the events of windows.
+@dataclass(frozen=True)
+class _Pieces:
+    """P runs of neighbouring events of a user each, in their places among windows; N events of all of them."""
 
-    Args:
-        event_RL: global event index, -1 where padded. segment_RL: as in Windows.
-        first_RL: global index of the user's first event.
-        stop_RL: global index after the user's last event that may be known.
-    """
-    filled_RL = event_RL >= 0
-    event_N = event_RL[filled_RL]
-    events = shards.at(event_N)
-    item_N, time_N = events.item, events.time
-    followed_N = event_N + 1 < stop_RL[filled_RL]
-    following = shards.at(event_N + followed_N)
-    later_N = following.time > time_N
-    previous = shards.at(np.maximum(event_N - 1, first_RL[filled_RL]))
-    gap_N = (time_N - previous.time).astype(np.float64)
+    event_P: np.ndarray
+    """Global index of the first event."""
+    length_P: np.ndarray
+    place_P: np.ndarray
+    """Flat index r * L + l of the first event."""
+    segment_P: np.ndarray
+    user_P: np.ndarray
+    first_P: np.ndarray
+    """Global index of the user's first event."""
+    stop_P: np.ndarray
+    """Global index after the user's last event that may be known."""
+
+    @cached_property
+    def events(self) -> np.ndarray:
+        """Global index of every event [N]."""
+        return runs(self.event_P, self.length_P)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Flat index r * L + l of every event [N]."""
+        return runs(self.place_P, self.length_P)
+
+    def each(self, of_P: np.ndarray) -> np.ndarray:
+        """What is said of pieces, of their events [N]."""
+        return np.repeat(of_P, self.length_P)
+
+
+def _read(shards: Shards, pieces: _Pieces, rows: int, length: int) -> Windows:
+    """Windows whose events are these, and whose targets are the events after them, as far as they may be known."""
+    event_N, place_N = pieces.events, pieces.places
+    # An event of the user more at either side of every piece: what came before, and what follows.
+    around_E = runs(pieces.event_P - 1, pieces.length_P + 2)
+    around = shards.at(np.clip(around_E, 0, shards.manifest.events - 1, out=around_E))
+    item_E, time_E = around.item, around.time
+    inside_N = np.arange(len(event_N)) + 1 + 2 * pieces.each(np.arange(len(pieces.length_P)))
+    time_N = time_E[inside_N]
+    last_P = np.cumsum(pieces.length_P) - 1
+    target_N, later_N = item_E[inside_N + 1], time_E[inside_N + 1] > time_N
+    unknown_N = last_P[pieces.event_P + pieces.length_P >= pieces.stop_P]
+    target_N[unknown_N], later_N[unknown_N] = -1, False
+    gap_N = (time_N - time_E[inside_N - 1]).astype(np.float64)
+    gap_N[(last_P - pieces.length_P + 1)[pieces.event_P == pieces.first_P]] = 0.0
     if shards.manifest.has_clock:
         gap_N /= 1000.0
+    in_order = len(place_N) == rows * length and bool((np.diff(pieces.place_P) > 0).all())
 
     def spread(values: np.ndarray, pad: float, dtype: type) -> np.ndarray:
-        out = np.full((*filled_RL.shape, *values.shape[1:]), pad, dtype)
-        out[filled_RL] = values
-        return out
+        if in_order:
+            return values.astype(dtype, copy=False).reshape(rows, length, *values.shape[1:])
+        out = np.full((rows * length, *values.shape[1:]), pad, dtype)
+        out[place_N] = values
+        return out.reshape(rows, length, *values.shape[1:])
 
-    context = {}
+    context, events = {}, shards.at(event_N)
     for field in shards.context_fields:
         values = events.context(field.name)
-        missing = np.nan if field.kind == "numeric" else 0
-        context[field.name] = spread(values, missing, values.dtype.type)
-    target_N = np.where(followed_N & with_targets, following.item, -1)
-    columns = np.arange(filled_RL.shape[1], dtype=np.int32)
+        context[field.name] = spread(values, np.nan if field.kind == "numeric" else 0, values.dtype.type)
     return Windows(
-        item_RL=spread(item_N, -1, np.int32),
+        item_RL=spread(item_E[inside_N], -1, np.int32),
         target_RL=spread(target_N, -1, np.int32),
-        segment_RL=segment_RL.astype(np.int32),
-        query_RL=np.broadcast_to(columns, filled_RL.shape),
+        segment_RL=spread(pieces.each(pieces.segment_P), -1, np.int32),
+        query_RL=np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
         weight_RL=spread(target_N >= 0, 0.0, np.float32),
         later_RL=spread(later_N, False, np.bool_),
         time_RL=spread(time_N, 0, np.int64),
@@ -216,13 +270,15 @@ def _from_the_basket_before(windows: Windows, basket_power: float) -> Windows:
     ends_RL = np.maximum.accumulate(np.where(windows.later_RL, columns, -1), axis=1)
     known_RL = (ends_RL >= 0) & (np.take_along_axis(segment_RL, np.maximum(ends_RL, 0), 1) == segment_RL)
     query_RL = np.where(known_RL, ends_RL, columns)
-    # A basket has a number inside its row: its query, or L + the user, of whom only the first basket may stay.
+    # A basket has a number inside its row: its query, or L + the user, of whom only the first basket may stay. Its
+    # targets are neighbours.
     rows, length = columns.shape
     basket_RL = np.where(known_RL, ends_RL, length + segment_RL) + 2 * length * np.arange(rows)[:, None]
     target_RL = windows.target_RL >= 0
-    _, basket_T, size_B = np.unique(basket_RL[target_RL], return_inverse=True, return_counts=True)
+    starts_B = np.flatnonzero(begins(basket_RL[target_RL]))
+    size_B = np.diff(starts_B, append=np.count_nonzero(target_RL))
     weight_RL = np.zeros(segment_RL.shape, np.float32)
-    weight_RL[target_RL] = size_B[basket_T] ** (basket_power - 1.0)
+    weight_RL[target_RL] = np.repeat(size_B ** (basket_power - 1.0), size_B)
     return dataclasses.replace(windows, query_RL=query_RL, weight_RL=weight_RL)
 
 
@@ -269,21 +325,19 @@ def eval_windows(shards: Shards, queries: QueryTable, window: int, neighbours: N
     first, position = shards.user_starts[queries.user], queries.position
     length = np.minimum(position + 1, window)
     row, column, num_rows = _pack(length, window)
-    place = runs(row * window + column, length)
-
-    def spread(values: np.ndarray, pad: int) -> np.ndarray:
-        out = np.full(num_rows * window, pad)
-        out[place] = values
-        return out.reshape(-1, window)
-
-    windows = _gather(
-        shards,
-        event_RL=spread(runs(first + position + 1 - length, length), -1),
-        segment_RL=spread(np.repeat(place_among_equal(row, np.lexsort((column, row))), length), -1),
-        first_RL=spread(np.repeat(first, length), 0),
+    pieces = _Pieces(
+        event_P=first + position + 1 - length,
+        length_P=length,
+        place_P=row * window + column,
+        segment_P=place_among_equal(row, np.lexsort((column, row))),
+        user_P=queries.user,
+        first_P=first,
         # Inside a context the following event is known up to the query's own position.
-        stop_RL=spread(np.repeat(first + position + 1, length), 0),
-        with_targets=False,
+        stop_P=first + position + 1,
+    )
+    windows = _read(shards, pieces, num_rows, window)
+    windows = dataclasses.replace(
+        windows, target_RL=np.full_like(windows.target_RL, -1), weight_RL=np.zeros_like(windows.weight_RL)
     )
     last = column + length - 1
     windows.later_RL[row, last] = ~queries.basket

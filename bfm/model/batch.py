@@ -1,6 +1,6 @@
 """Packed windows as the tensors of a step.
 
-Enters: `Windows` (numpy) of one or more whole negative groups, or the windows of evaluation queries.
+Enters: the `Windows` (numpy) of whole negative groups, or those of evaluation queries.
 Leaves: one `ModelBatch`, in which every distinct item of a group stands once, so that the embedder runs per
 distinct item, and in which the live candidates of a group (its distinct targets, and what was drawn to them) are rows
 of the same item list.
@@ -12,20 +12,25 @@ target's query, N events that are of a target's item, C live candidates of all g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bfm.events.ragged import place_among_equal, runs
+from bfm.events.ragged import begins, place_among_equal
+from bfm.model.attention import Segments
+from bfm.model.index import Index, index_items
 
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows
 
 NO_ITEMS = np.zeros(0, np.int64)
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class QueryPlaces:
 
     position_Q: Tensor
     """int64 flat index r * L + l; ascending in training."""
+    window_Q: Tensor
+    """int64 r."""
+    column_Q: Tensor
+    """int64 l."""
+    first_Q: Tensor
+    """int64 column where the query's user begins."""
     slot_Q: Tensor
     """int64 index r * S + s."""
     slots: int
@@ -87,8 +98,10 @@ class ModelBatch:
     """int64 item ids, distinct and ascending inside each group: its inputs and its targets."""
     item_RL: Tensor
     """int64 index into items_U; 0 where padded."""
-    segment_RL: Tensor
-    """int32; equal numbers inside a row are one user; -1 where padded."""
+    first_RL: Tensor
+    """int64 column where the position's user begins in the window; pads are a user of their own."""
+    segments: Segments
+    """The same, as packed attention reads it."""
     gap_RL: Tensor
     """float32 seconds (positions where the log has no clock) since the user's previous event."""
     time_RL: Tensor
@@ -109,6 +122,8 @@ class ModelBatch:
     """int64 index of a target among its group's candidates."""
     weight_T: Tensor
     """float32 weight of each target in the loss of its group."""
+    share_T: Tensor
+    """float32: the same as a share of the group's weight and of the batch, whose groups count alike."""
     copies_T: Tensor
     """int64: how many of the user's events up to a target's query have its item; 0 in evaluation."""
     copy_N: Tensor
@@ -119,6 +134,32 @@ class ModelBatch:
     """float32 counted share of each target among the neighbours of those items; 0 in evaluation."""
     frozen: tuple[Tensor, ...] = ()
     """int64 ids of further candidates of each group, none of them live: their vectors are constants; stage 2 alone."""
+
+    def to(self, device: torch.device) -> ModelBatch:
+        """The batch on another device, by one transfer that the host does not wait for."""
+        return self if device.type == "cpu" else self._sent(device)
+
+    def _sent(self, device: torch.device) -> ModelBatch:
+        """A copy whose tensors lie in one block of memory on the device."""
+        parts: list[Tensor] = []
+
+        def note(part: Tensor) -> Tensor:
+            parts.append(part)
+            return part
+
+        _replaced(self, note)
+        # Every part begins where any number may.
+        starts = list(itertools.accumulate((-(-part.nbytes // _ALIGNED) * _ALIGNED for part in parts), initial=0))
+        host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for start, part in zip(starts, parts, strict=False):
+            host[start : start + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+        sent, begin = host.to(device, non_blocking=True), iter(starts)
+
+        def place(part: Tensor) -> Tensor:
+            start = next(begin)
+            return sent[start : start + part.nbytes].view(part.dtype).view(part.shape)
+
+        return _replaced(self, place)
 
     def queries_of(self, group: int) -> slice:
         """A group's queries."""
@@ -138,187 +179,152 @@ class ModelBatch:
 
     def window_Q(self, group: int) -> Tensor:
         """Window of each of a group's queries, counted from the group's first; int64."""
-        position_Q = self.places.position_Q[self.queries_of(group)]
-        return position_Q // self.item_RL.shape[1] - self._span("windows", group).start
+        return self.places.window_Q[self.queries_of(group)] - self._span("windows", group).start
 
     def window_T(self, group: int) -> Tensor:
         """The same of its targets."""
         return self.window_Q(group)[self.query_T[self.targets_of(group)] - self.queries_of(group).start]
 
-    def attended_QL(self) -> Tensor:
-        """bool: whether a position of the query's window is an event of its user up to the query."""
-        length, position_Q = self.item_RL.shape[1], self.places.position_Q
-        own_QL = self.segment_RL.index_select(0, position_Q // length) == self.places.take(self.segment_RL)[:, None]
-        return own_QL & (torch.arange(length, device=position_Q.device) <= (position_Q % length)[:, None])
-
 
 def make_batch(
-    groups: Sequence[Windows],
-    device: torch.device | str = "cpu",
-    group_indices: Sequence[int] | None = None,
+    windows: Windows,
+    group_indices: Sequence[int],
     drawn: Sequence[np.ndarray] | None = None,
+    group_windows: Sequence[int] | None = None,
 ) -> ModelBatch:
-    """A batch of whole groups. `group_indices` are their global indices (0, 1, ... where not given).
+    """A batch of whole groups, of which the windows stand one after the other.
 
-    `drawn` are further candidates of each group (distinct item ids): they join its items and its candidates.
+    `group_indices` are their global indices, `drawn` further candidates of each (distinct item ids), which join its
+    items and its candidates, `group_windows` how many windows each has (without: all the same number).
     """
-    if not groups:
-        raise ValueError("a batch needs at least one group")
-    indices = range(len(groups)) if group_indices is None else group_indices
-    counts: list[Group] = []
-    parts: list[dict[str, np.ndarray]] = []
-    for index, group, more in zip(indices, groups, drawn or [NO_ITEMS] * len(groups), strict=True):
-        own, part = _index_group(index, group, more, counts)
-        counts.append(own)
-        parts.append(part)
-    return _join(groups, counts, parts, device)
+    rows, length = windows.item_RL.shape
+    groups = len(group_indices)
+    windows_G = np.full(groups, rows // groups) if group_windows is None else np.asarray(group_windows)
+    group_R, first_RL = np.repeat(np.arange(groups), windows_G), first_columns(windows.segment_RL)
+    position_T = np.flatnonzero(windows.target_RL >= 0)
+    from_T = position_T // length * length + windows.query_RL.ravel()[position_T]
+    index = index_items(windows, group_R, first_RL, position_T, from_T, drawn or [NO_ITEMS] * groups)
+    is_query_P = np.zeros(rows * length, bool)
+    is_query_P[from_T] = True
+    position_Q, query_T = np.flatnonzero(is_query_P), (np.cumsum(is_query_P) - 1)[from_T]
+    weight_T, group_T = windows.weight_RL.ravel()[position_T], group_R[position_T // length]
+    weight_G = np.bincount(group_T, weight_T, groups)
+    arrays = {
+        "items_U": index.items_U,
+        "item_RL": index.item_RL,
+        "query_T": query_T,
+        "target_index_T": index.target_T,
+        "candidates_C": index.candidates_C,
+        "candidate_T": index.candidate_T,
+        "weight_T": weight_T,
+        "share_T": (weight_T / weight_G[group_T] / groups).astype(np.float32),
+        "copies_T": index.copies_T,
+        "copy_N": np.repeat(query_T * length, index.copies_T) + index.copied_N,
+    }
+    counts = _counts(group_indices, windows_G, windows, first_RL, position_Q, position_T, index)
+    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_T)
 
 
-def make_query_batch(eval_windows: EvalWindows, device: torch.device | str = "cpu") -> ModelBatch:
+def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
     """Query contexts as one group with the queries in their order; no targets, no candidates."""
-    windows = eval_windows.windows
-    items_U = _distinct(windows.item_RL)
+    windows, rows = eval_windows.windows, len(eval_windows.windows.item_RL)
+    first_RL = first_columns(windows.segment_RL)
     position_Q = np.asarray(eval_windows.row, np.int64) * windows.item_RL.shape[1] + eval_windows.column
-    part = {
-        "items_U": items_U,
-        "item_RL": _places(windows.item_RL, items_U),
-        "position_Q": position_Q,
+    index = index_items(windows, np.zeros(rows, np.int64), first_RL, NO_ITEMS, NO_ITEMS, [NO_ITEMS])
+    arrays = {
+        "items_U": index.items_U,
+        "item_RL": index.item_RL,
         "query_T": np.arange(len(position_Q)),
         **dict.fromkeys(("target_index_T", "candidates_C", "candidate_T", "copy_N"), NO_ITEMS),
-        "weight_T": np.zeros(0, np.float32),
+        **dict.fromkeys(("weight_T", "share_T"), np.zeros(0, np.float32)),
         "copies_T": np.zeros(len(position_Q), np.int64),
-        **_known_at(windows, position_Q),
     }
-    return _join([windows], [_count(0, windows, position_Q, part)], [part], device)
+    counts = _counts([0], np.array([rows]), windows, first_RL, position_Q, NO_ITEMS, index)
+    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_Q)
 
 
-def attended_events(segment_RL: np.ndarray) -> np.ndarray:
-    """Int64 [R, L]: how many events of its user a position attends to, those up to itself; 0 at pads."""
-    columns = np.arange(segment_RL.shape[1])
-    begins_RL = np.diff(segment_RL, axis=1, prepend=-2) != 0
-    first_RL = np.maximum.accumulate(np.where(begins_RL, columns, 0), axis=1)
-    return np.where(segment_RL >= 0, columns - first_RL + 1, 0)
+def first_columns(segment_RL: np.ndarray) -> np.ndarray:
+    """Int64 [R, L]: where the run of equal numbers that a position is in begins."""
+    return np.maximum.accumulate(begins(segment_RL) * np.arange(segment_RL.shape[1]), axis=1)
 
 
-def _index_group(
-    index: int, group: Windows, drawn: np.ndarray, before: Sequence[Group]
-) -> tuple[Group, dict[str, np.ndarray]]:
-    """Counts of a group, and its part of a batch's tensors, which comes after those of the groups before it."""
-    first_row, first_item, first_query = (
-        sum(getattr(counts, what) for counts in before) for what in ("windows", "items", "queries")
-    )
-    length, known_RL = group.item_RL.shape[1], group.target_RL >= 0
-    row_T, column_T = np.nonzero(known_RL)
-    targets_T = group.target_RL[known_RL]
-    items_U, candidates = _distinct(group.item_RL, targets_T, drawn), _distinct(targets_T, drawn)
-    from_T = row_T * length + group.query_RL[known_RL]
-    position_Q, query_T = np.unique(from_T, return_inverse=True)
-    item_RL, target_T = (_places(ids, items_U, first_item) for ids in (group.item_RL, targets_T))
-    copies_T, copy_N = _find_copies(group.segment_RL, item_RL, from_T, target_T, first_query + query_T)
-    part = {
-        "items_U": items_U,
-        "item_RL": item_RL,
-        "position_Q": first_row * length + position_Q,
-        "query_T": first_query + query_T,
-        "target_index_T": target_T,
-        "candidates_C": _places(candidates, items_U, first_item),
-        "candidate_T": _places(targets_T, candidates),
-        "weight_T": group.weight_RL[known_RL],
-        "copies_T": copies_T,
-        "copy_N": copy_N,
-        **_known_at(group, row_T * length + column_T),
-    }
-    return _count(index, group, position_Q, part), part
+def _counts(
+    indices: Sequence[int],
+    windows_G: np.ndarray,
+    windows: Windows,
+    first_RL: np.ndarray,
+    position_Q: np.ndarray,
+    position_T: np.ndarray,
+    index: Index,
+) -> tuple[Group, ...]:
+    """Counts of groups whose queries stand at these positions."""
+    rows, length = first_RL.shape
+    start_G = np.cumsum(windows_G) - windows_G
+    attended_RL = np.where(windows.segment_RL >= 0, np.arange(1, length + 1) - first_RL, 0)
+    window_Q = position_Q // length
+    queries_R = np.bincount(window_Q, minlength=rows)
+    of_queries_R = np.bincount(window_Q, attended_RL.ravel()[position_Q], rows).astype(np.int64)
+    sums = (queries_R, np.bincount(position_T // length, minlength=rows), attended_RL.sum(1), of_queries_R)
+    queries_G, targets_G, attended_G, of_queries_G = (np.add.reduceat(of_R, start_G) for of_R in sums)
+    free_G = windows_G * np.maximum(np.maximum.reduceat(queries_R, start_G), 1) - queries_G
+    numbers = (windows_G, index.items_G, queries_G, targets_G, index.candidates_G, attended_G, of_queries_G, free_G)
+    return tuple(itertools.starmap(Group, zip(indices, *(of_G.tolist() for of_G in numbers), strict=True)))
 
 
-def _distinct(*ids: np.ndarray) -> np.ndarray:
-    """Ascending int64 ids without pads."""
-    distinct = np.unique(np.concatenate([part.ravel() for part in ids])).astype(np.int64)
-    return distinct[distinct >= 0]
-
-
-def _places(ids: np.ndarray, distinct_U: np.ndarray, first: int = 0) -> np.ndarray:
-    """Where ids stand in a list of them that begins at `first`; 0 for pads."""
-    return np.where(ids >= 0, first + np.searchsorted(distinct_U, ids), 0)
-
-
-def _count(index: int, windows: Windows, position_Q: np.ndarray, part: dict[str, np.ndarray]) -> Group:
-    """Counts of a group whose queries stand at these positions of its windows."""
-    rows, length = windows.item_RL.shape
-    attended_RL = attended_events(windows.segment_RL)
-    return Group(
-        index=int(index),
-        windows=rows,
-        items=len(part["items_U"]),
-        queries=len(position_Q),
-        targets=len(part["candidate_T"]),
-        candidates=len(part["candidates_C"]),
-        attended_pairs=int(attended_RL.sum()),
-        query_pairs=int(attended_RL.flat[position_Q].sum()),
-        free_slots=rows * _most_of_a_window(position_Q, length) - len(position_Q),
-    )
-
-
-def _join(
-    groups: Sequence[Windows],
-    counts: Sequence[Group],
-    parts: Sequence[dict[str, np.ndarray]],
-    device: torch.device | str,
+def _batch(
+    counts: tuple[Group, ...],
+    windows: Windows,
+    arrays: dict[str, np.ndarray],
+    places: QueryPlaces,
+    position_T: np.ndarray,
 ) -> ModelBatch:
-    """Groups one after the other."""
-    tensors = {name: _tensor([part[name] for part in parts], device) for name in parts[0] if name != "position_Q"}
-    position_Q = np.concatenate([part["position_Q"] for part in parts])
-    return ModelBatch(
-        groups=tuple(counts),
-        context={name: _tensor([group.context[name] for group in groups], device) for name in groups[0].context},
-        places=_query_places(position_Q, groups[0].item_RL.shape[1], device),
-        frozen=(),
-        **tensors,
-    )
-
-
-def _known_at(windows: Windows, position_T: np.ndarray) -> dict[str, np.ndarray]:
-    """What windows say of all their positions, and what is counted at the positions of targets."""
-    known: dict[str, np.ndarray] = {
-        "segment_RL": windows.segment_RL.astype(np.int32),
-        "gap_RL": windows.gap_RL.astype(np.float32),
-        "time_RL": windows.time_RL.astype(np.int64),
+    """With what windows say of all their positions, and what is counted at the positions of targets."""
+    arrays |= {
+        "first_RL": first_columns(windows.segment_RL),
+        "gap_RL": windows.gap_RL,
+        "time_RL": windows.time_RL,
         "later_RL": windows.later_RL,
     }
     if windows.counted is not None:
         counted = {"counted_TM": windows.counted.item_RLM, "share_TM": windows.counted.share_RLM}
-        known |= {name: of_RLM.reshape(-1, of_RLM.shape[-1])[position_T] for name, of_RLM in counted.items()}
-    return known
+        arrays |= {name: of_RLM.reshape(-1, of_RLM.shape[-1])[position_T] for name, of_RLM in counted.items()}
+    return ModelBatch(
+        groups=counts,
+        context={name: _tensor(values) for name, values in windows.context.items()},
+        places=places,
+        segments=Segments.of(windows.segment_RL),
+        frozen=(),
+        **{name: _tensor(values) for name, values in arrays.items()},
+    )
 
 
-def _find_copies(
-    segment_RL: np.ndarray, item_RL: np.ndarray, from_T: np.ndarray, target_T: np.ndarray, query_T: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """copies_T and copy_N of a group; from_T is where each target is predicted from."""
-    rows, length = segment_RL.shape
-    positions, num_items = rows * length, 1 + int(max(item_RL.max(initial=0), target_T.max(initial=0)))
-    # A user of a window has a number of his own; pads, all -1, get one that no position of a target has.
-    user_P = (segment_RL + (length + 1) * np.arange(rows)[:, None]).ravel()
-    key_P = (user_P * num_items + item_RL.ravel()) * positions + np.arange(positions)
-    key_P.sort()
-    first_T = (user_P[from_T] * num_items + target_T) * positions
-    low_T = np.searchsorted(key_P, first_T)
-    copies_T = np.searchsorted(key_P, first_T + from_T, side="right") - low_T
-    return copies_T, np.repeat(query_T * length, copies_T) + key_P[runs(low_T, copies_T)] % length
+def query_places(position_Q: np.ndarray, first_RL: np.ndarray) -> QueryPlaces:
+    """Of queries at these flat positions of windows in which every position's user begins at a column."""
+    window_Q, column_Q = np.divmod(position_Q, first_RL.shape[1])
+    slots = int(np.bincount(window_Q).max(initial=1))
+    slot_Q = window_Q * slots + place_among_equal(window_Q, np.argsort(window_Q, kind="stable"))
+    places = {
+        "position_Q": position_Q,
+        "window_Q": window_Q,
+        "column_Q": column_Q,
+        "first_Q": first_RL.ravel()[position_Q],
+        "slot_Q": slot_Q,
+    }
+    return QueryPlaces(**{name: _tensor(of_Q) for name, of_Q in places.items()}, slots=slots)
 
 
-def _query_places(position_Q: np.ndarray, length: int, device: torch.device | str) -> QueryPlaces:
-    row_Q = position_Q // length
-    slot_Q = place_among_equal(row_Q, np.argsort(row_Q, kind="stable"))
-    slots = _most_of_a_window(position_Q, length)
-    return QueryPlaces(_tensor([position_Q], device), _tensor([row_Q * slots + slot_Q], device), slots)
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def _most_of_a_window(position_Q: np.ndarray, length: int) -> int:
-    """Queries of the window with most of them; at least 1."""
-    return int(np.bincount(position_Q // length).max(initial=1))
-
-
-def _tensor(parts: list[np.ndarray], device: torch.device | str) -> Tensor:
-    whole = np.concatenate(parts) if len(parts) > 1 else np.array(parts[0])
-    return torch.from_numpy(whole).to(device, non_blocking=True)
+def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass, tuple or dict with all tensors inside changed, in a fixed order."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _replaced(part, change) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_replaced(part, change) for part in value)
+    if isinstance(value, (ModelBatch, QueryPlaces, Segments)):
+        return dataclasses.replace(value, **{name: _replaced(part, change) for name, part in vars(value).items()})
+    return value

@@ -4,16 +4,20 @@ Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position
 Leaves: `Queries`. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an event see its own user's
 events up to itself; a final norm, the projection to d_item, and the sparse components (mixture.py). Nothing after the
 last block looks at other positions than the queries, so it runs at these alone, over keys and values of all events;
-the sparse components take their keys from what enters it. Attention is dense over the row, masked.
+the sparse components take their keys from what enters it (the pointer in Q x L scores, whatever the device).
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.batch import ModelBatch
+from bfm.model.attended import attention_mask
+from bfm.model.attention import Segments, packs
+from bfm.model.batch import ModelBatch, QueryPlaces
 from bfm.model.blocks import Block, GroupDropout, look_up, make_linear, make_rotation, rms_norm, unit
 from bfm.model.mixture import NeighbourAttention, Pointer, Queries, mix_counts
 from bfm.model.sizing import Shape
@@ -51,18 +55,16 @@ class Contextualizer(nn.Module):
         rotation = make_rotation(length, self.head_dim, x_RLW.device)
         *lower, last = self.blocks
         if lower:
-            mask = attention_mask(batch.segment_RL, x_RLW.dtype)
+            allowed = _of_positions(batch, x_RLW.dtype)
             for block in lower:
-                x_RLW = block(x_RLW, mask, rotation, drop_windows)
-        attended_QL = batch.attended_QL()
-        # A free slot attends to everything, and nobody reads what comes of it.
-        mask = batch.places.spread(_additive(attended_QL, x_RLW.dtype), len(x_RLW)).unsqueeze(1)
-        x_QW = rms_norm(last(x_RLW, mask, rotation, drop_queries, batch.places))
+                x_RLW = block(x_RLW, allowed, rotation, drop_windows)
+        allowed, places = _of_queries(batch, x_RLW.dtype)
+        x_QW = rms_norm(last(x_RLW, allowed, rotation, drop_queries, places))
         x_RLW = rms_norm(x_RLW)
         h_QD = unit(self.out(x_QW))
         gates, pointer_QL, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
         if self.pointer is not None:
-            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, attended_QL, batch)
+            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, batch)
             gates.append(look_up(gate_Q1, batch.query_T))
         if self.neighbours is not None:
             gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
@@ -71,6 +73,29 @@ class Contextualizer(nn.Module):
         if self.counts_share and batch.counted_TM is not None:
             log_gate_TX1, weight_TM = mix_counts(log_gate_TX1, batch.counted_TM, self.counts_share)
         return Queries(h_QD, log_gate_TX1, pointer_QL, weight_TM)
+
+
+def _of_positions(batch: ModelBatch, dtype: torch.dtype) -> Tensor | Segments:
+    """What every position may attend to."""
+    first_RL, length = batch.first_RL, batch.first_RL.shape[1]
+    if packs(first_RL.device, length):
+        return batch.segments
+    last_RL = torch.arange(length, device=first_RL.device).expand_as(first_RL)
+    return attention_mask(first_RL.flatten(), last_RL.flatten(), length, dtype).view(-1, 1, length, length)
+
+
+def _of_queries(batch: ModelBatch, dtype: torch.dtype) -> tuple[Tensor | Segments, QueryPlaces]:
+    """What the queries of the last block may attend to, and the slots in which they lie for it.
+
+    Nobody reads what comes of slots without a query: in packed segments, where every token has a slot, they ask for
+    nothing, and else they attend to the first event.
+    """
+    places, (rows, length) = batch.places, batch.first_RL.shape
+    if packs(batch.first_RL.device, length):
+        return batch.segments, dataclasses.replace(places, slot_Q=places.position_Q, slots=length)
+    first_RS, last_RS = (places.spread(of_Q, rows) for of_Q in (places.first_Q, places.column_Q))
+    mask = attention_mask(first_RS.flatten(), last_RS.flatten(), length, dtype)
+    return mask.view(rows, 1, places.slots, length), places
 
 
 @torch.no_grad()
@@ -85,18 +110,3 @@ def _start_at_the_item(inputs: nn.Linear, out: nn.Linear, generator: torch.Gener
     # Inputs of rms 1 stay so where the width is the larger of the two.
     nn.init.orthogonal_(inputs.weight, gain=max(1.0, width / d_item) ** 0.5, generator=generator)
     out.weight.copy_(inputs.weight.T * (min(1.0, d_item / width) ** 0.5))
-
-
-def attention_mask(segment_RL: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, 1, L, L], additive: 0 where the key is an event of the same user up to the query, else -inf.
-
-    Pads form a segment of their own, so no row of the softmax is empty.
-    """
-    length = segment_RL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_RL.device).tril()
-    allowed_RLL = (segment_RL[:, :, None] == segment_RL[:, None, :]) & causal_LL
-    return _additive(allowed_RLL, dtype).unsqueeze(1)
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)

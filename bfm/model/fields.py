@@ -25,16 +25,17 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from bfm.errors import UserError
 from bfm.events.fields import FittedField
-from bfm.model.blocks import look_up
+from bfm.model.blocks import add_rows
 
 TABLE_KINDS = ("categorical", "hashed", "text", "list")
 _BAG_KINDS = ("text", "list")
@@ -94,6 +95,7 @@ class FieldLayout:
         self.table_offsets = [0, *itertools.accumulate(field.rows for field in self.tables)]
         self.feature_counts = [count_features(field) for field in self.dense]
         self._constants: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def table_rows(self) -> int:
@@ -110,18 +112,25 @@ class FieldLayout:
         times = [arrays[field.name].reshape(rows, 1) for field in self.times]
         return PackedFields(*(torch.cat(parts, 1) if parts else None for parts in (ids, raw, times)))
 
-    def pool_slots(self, slots_NSW: Tensor, ids_NS: Tensor) -> Tensor:
-        """Table rows of all slots to one vector per table field, [N, F, W]."""
-        slots = [len(self.categorical), 2 * len(self.hashed), *(field.columns for field in self.bags)]
-        single_NFW, hashed_NSW, *bags_NMW = slots_NSW.split(slots, 1)
-        parts = [single_NFW, hashed_NSW.unflatten(1, (len(self.hashed), 2)).sum(2)]
-        offsets = self.table_offsets[len(self.categorical) + len(self.hashed) :]
-        for offset, bag_NMW, id_NM in zip(offsets, bags_NMW, ids_NS.split(slots, 1)[2:], strict=False):
-            valid_NM = (id_NM != offset).to(slots_NSW.dtype)
-            weight_NM = valid_NM / valid_NM.sum(1, keepdim=True).clamp(min=1)
-            parts.append((bag_NMW * weight_NM.unsqueeze(2)).sum(1, keepdim=True))
-        parts = [part for part in parts if part.shape[1]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    def weights(self, ids_NS: Tensor) -> Tensor | None:
+        """Float32 [N, S]: the share of each slot in its field; None where all slots count in full."""
+        if not self.bags:
+            return None
+        weight_NS = torch.ones(ids_NS.shape, device=ids_NS.device)
+        begin = ids_NS.shape[1] - sum(field.columns for field in self.bags)
+        for field, offset in zip(self.bags, self.table_offsets[len(self.tables) - len(self.bags) :], strict=False):
+            valid_NM = (ids_NS[:, begin : begin + field.columns] != offset).float()
+            weight_NS[:, begin : begin + field.columns] = valid_NM / valid_NM.sum(1, keepdim=True).clamp_(min=1)
+            begin += field.columns
+        return weight_NS
+
+    def slot_fields(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Int64: the field of every slot [S], and the first slot of every field [F]."""
+        if device not in self._slots:
+            slots = torch.tensor([1] * len(self.categorical) + [2] * len(self.hashed) + [f.columns for f in self.bags])
+            fields_S = torch.repeat_interleave(torch.arange(len(slots)), slots)
+            self._slots[device] = (fields_S.to(device), (slots.cumsum(0) - slots).to(device))
+        return self._slots[device]
 
     def features(self, packed: PackedFields, event_ms_N: Tensor | None) -> Tensor | None:
         """Dense features [N, X] of all numeric, vector and time fields, float32; None where there are none."""
@@ -142,39 +151,37 @@ class FieldLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _numeric_features(self, raw_NF: Tensor) -> Tensor:
-        lower_FE, span_FE, mean_F, std_F, columns_X = self._numeric_constants(raw_NF.device)
-        missing_NF = raw_NF.isnan()
-        known_NF = torch.nan_to_num(raw_NF)
-        log_NF = known_NF.sign() * known_NF.abs().log1p()
-        standard_NF = ((log_NF - mean_F) / std_F).clamp(-_CLAMP_STD, _CLAMP_STD)
-        bins_NFE = ((log_NF.unsqueeze(-1) - lower_FE) / span_FE).clamp(0, 1)
-        flags_NF3 = torch.stack([standard_NF, (known_NF == 0).float(), torch.zeros_like(log_NF)], -1)
+        """[value, is zero, is missing, bins] of each field in turn: a shifted, scaled and clamped input per column."""
+        input_X, shift_X, ratio_X, low_X, high_X = self._numeric_constants(raw_NF.device)
+        log_NF = raw_NF.sign() * raw_NF.abs().log1p()
+        inputs_NI = torch.cat([log_NF, (raw_NF == 0).float(), raw_NF.isnan().float()], 1)
+        features_NX = inputs_NI.index_select(1, input_X).sub_(shift_X).mul_(ratio_X)
+        torch.clamp(features_NX, low_X, high_X, out=features_NX)
         # A missing number has no value and no bin: only its flag.
-        all_NFX = torch.cat([flags_NF3, bins_NFE], -1) * (~missing_NF).unsqueeze(-1)
-        all_NFX[..., 2] = missing_NF
-        return all_NFX.flatten(1)[:, columns_X]
+        return features_NX.nan_to_num_(0.0)
 
     def _numeric_constants(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Bins of E edges e: below e_1, at least e_E, and a ramp from each edge to the next."""
+        """Of every column: which input, shift, ratio and bounds.
+
+        Bins of E edges e: below e_1, at least e_E, and a ramp from each edge to the next.
+        """
         if device not in self._constants:
-            longest = max(len(field.edges) for field in self.numeric)
-            lower = np.zeros((len(self.numeric), longest + 1))
-            span = np.ones_like(lower)
-            columns: list[int] = []
-            for row, field in enumerate(self.numeric):
+            columns: list[tuple[float, ...]] = []
+            for place, field in enumerate(self.numeric):
+                columns.append((place, field.mean, field.std, -_CLAMP_STD, _CLAMP_STD))
+                columns += [(len(self.numeric) * kind + place, 0.0, 1.0, 0.0, 1.0) for kind in (1, 2)]
                 edges = np.asarray(field.edges, np.float64)
-                count = _bins(field)
-                if count:
+                if len(edges):
                     # The outer bins are steps: ramps of negligible width that end just below their edge, where
                     # rounding cannot push a value that equals the edge to its lower side.
                     first, last = (_EDGE_WIDTH * max(1.0, abs(edge)) for edge in (edges[0], edges[-1]))
-                    lower[row, :count] = [edges[0] - first, *edges[:-1], edges[-1] - 2 * last]
-                    span[row, :count] = [-first, *np.diff(edges), last]
-                columns.extend(row * (longest + 4) + column for column in range(3 + count))
-            mean = np.array([field.mean for field in self.numeric])
-            std = np.array([field.std for field in self.numeric])
-            floats = (torch.tensor(part, dtype=torch.float32, device=device) for part in (lower, span, mean, std))
-            self._constants[device] = (*floats, torch.tensor(columns, device=device))
+                    lower = [edges[0] - first, *edges[:-1], edges[-1] - 2 * last]
+                    span = [-first, *np.diff(edges), last]
+                    columns += [(place, begin, width, 0.0, 1.0) for begin, width in zip(lower, span, strict=True)]
+            which, shift, span, low, high = np.array(columns).T
+            floats = [torch.tensor(part, dtype=torch.float32, device=device) for part in (shift, 1 / span, low, high)]
+            which_input = torch.tensor(which, dtype=torch.int64, device=device)
+            self._constants[device] = (which_input, *floats)
         return self._constants[device]
 
 
@@ -193,6 +200,8 @@ class FieldEncoder(nn.Module):
         self.layout = layout
         self.dense_inputs = [*layout.feature_counts, *([extra_features] if extra_features else [])]
         self.table = self.table_weight = self.dense_weight = None
+        self.adds_in_place = False
+        """Whether the table has a gradient that what comes is added to: a new one would be as large as the table."""
         if layout.tables:
             table = torch.randn(layout.table_rows, table_width, generator=generator) * TOKEN_STD
             self.table = nn.Parameter(table)
@@ -213,7 +222,8 @@ class FieldEncoder(nn.Module):
         if ids_NS is not None:
             assert self.table is not None
             assert self.table_weight is not None
-            pooled_NFW = self.layout.pool_slots(look_up(self.table, ids_NS), ids_NS)
+            slots = self.layout.slot_fields(ids_NS.device)
+            pooled_NFW = _PooledRows.apply(self.table, ids_NS, self.layout.weights(ids_NS), *slots, self.adds_in_place)
             if tokens:
                 parts.append(torch.bmm(pooled_NFW.transpose(0, 1), self.table_weight).transpose(0, 1))
             else:
@@ -231,6 +241,40 @@ class FieldEncoder(nn.Module):
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, 1) if tokens else parts[0] + parts[1]
+
+
+class _PooledRows(torch.autograd.Function):
+    """Table rows of all slots to one vector per table field, [N, F, W]: sums by the weights of the slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table_RW: Tensor,
+        ids_NS: Tensor,
+        weight_NS: Tensor | None,
+        field_S: Tensor,
+        first_F: Tensor,
+        adds_in_place: bool,
+    ) -> Tensor:
+        rows, slots = ids_NS.shape
+        index_N = ids_NS.flatten().long()
+        weight_N = None if weight_NS is None else weight_NS.flatten().to(table_RW.dtype)
+        ctx.save_for_backward(index_N, weight_NS, field_S)
+        ctx.table_RW, ctx.adds_in_place = table_RW, adds_in_place
+        begin_NF = torch.arange(0, rows * slots, slots, device=ids_NS.device)[:, None] + first_F
+        pooled = F.embedding_bag(index_N, table_RW, begin_NF.flatten(), mode="sum", per_sample_weights=weight_N)
+        return pooled.view(rows, len(first_F), -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index_N, weight_NS, field_S = ctx.saved_tensors
+        grad_NSW = grads[0].index_select(1, field_S)
+        if weight_NS is not None:
+            grad_NSW.mul_(weight_NS.unsqueeze(2))
+        grad_RW = ctx.table_RW.grad if ctx.adds_in_place else torch.zeros_like(ctx.table_RW)
+        add_rows(grad_RW, index_N, grad_NSW.flatten(0, 1))
+        return None if ctx.adds_in_place else grad_RW, None, None, None, None, None
 
 
 def count_features(field: FittedField) -> int:

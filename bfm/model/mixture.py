@@ -28,11 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bfm.model.attended import STEPS, past_numbers
 from bfm.model.batch import ModelBatch
 from bfm.model.blocks import look_up, make_linear, rms_norm
 
-_STEPS = 96
-"""Half powers of two up to 2^47: events, or 4,000 years in milliseconds."""
 _AGE_DECAY = 0.8
 """Of counted events, per event: between what the two ways of counting do well with."""
 
@@ -65,7 +64,7 @@ def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
     """What the sparse components give each target, [T, X]."""
     masses = [queries.h_QD.new_zeros(len(batch.query_T), 0)]
     if queries.pointer_QL is not None:
-        copied_N = look_up(queries.pointer_QL.flatten()[:, None], batch.copy_N).squeeze(-1)
+        copied_N = look_up(queries.pointer_QL.flatten(), batch.copy_N)
         masses.append(torch.segment_reduce(copied_N, "sum", lengths=batch.copies_T, unsafe=True)[:, None])
     if queries.counted_TM is not None:
         assert batch.share_TM is not None, "windows without what their model was to count"
@@ -86,21 +85,21 @@ class Pointer(nn.Module):
         self.key = make_linear(width, key_width, None)
         self.gate = make_linear(width, 1, None)
         self.gate_bias = nn.Parameter(torch.zeros(1))
-        self.distance_bias = nn.Parameter(torch.zeros(_STEPS))
-        self.elapsed_bias = nn.Parameter(torch.zeros(_STEPS))
+        self.distance_bias = nn.Parameter(torch.zeros(STEPS))
+        self.elapsed_bias = nn.Parameter(torch.zeros(STEPS))
 
-    def forward(self, x_RLW: Tensor, x_QW: Tensor, attended_QL: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, x_RLW: Tensor, x_QW: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Gate logits [Q, 1] and probabilities [Q, L], float32; both x are normalised."""
-        places, length = batch.places, x_RLW.shape[1]
-        k_RLP, q_RSP = self.key(x_RLW), places.spread(rms_norm(self.query(x_QW)), len(x_RLW))
-        score_QL = places.gather(q_RSP @ k_RLP.mT).float() * k_RLP.shape[2] ** -0.5
-        distance_QL = (places.position_Q % length)[:, None] - torch.arange(length, device=x_RLW.device)
-        time_QL = batch.time_RL.index_select(0, places.position_Q // length)
-        elapsed_QL = places.take(batch.time_RL)[:, None] - time_QL
-        for bias, past_QL in ((self.distance_bias, distance_QL), (self.elapsed_bias, elapsed_QL)):
-            score_QL = score_QL + look_up(bias[:, None], half_octave(past_QL)).squeeze(-1)
-        score_QL = score_QL.masked_fill(~attended_QL, -torch.inf)
-        return self.gate(x_QW).float() + self.gate_bias, F.softmax(score_QL, -1)
+        places, k_RLP = batch.places, self.key(x_RLW)
+        q_QP = rms_norm(self.query(x_QW)) * k_RLP.shape[2] ** -0.5
+        score_QL = places.gather(places.spread(q_QP, len(x_RLW)) @ k_RLP.mT).float()
+        time_RL = batch.time_RL.double()
+        number_QL = past_numbers(
+            places.first_Q, places.column_Q, places.take(time_RL), time_RL.index_select(0, places.window_Q)
+        )
+        # Of every pair of distance and elapsed time, and last of what is not attended to.
+        bias = F.pad((self.distance_bias[:, None] + self.elapsed_bias).flatten(), (0, 1), value=-torch.inf)
+        return self.gate(x_QW).float() + self.gate_bias, F.softmax(score_QL + look_up(bias, number_QL), -1)
 
 
 def mix_counts(log_gate_TX: Tensor, counted_TM: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -133,15 +132,7 @@ class NeighbourAttention(nn.Module):
         age_M = torch.arange(known_TM.shape[1], device=x_RLW.device)
         # A known event lies inside the window; any place does for the others.
         place_TM = (position_T[:, None] - age_M).clamp(min=0)
-        key_N = self.key(x_RLW).flatten().float()
-        score_TM = look_up(key_N[:, None], place_TM).squeeze(-1) + self.age_bias
+        score_TM = look_up(self.key(x_RLW).flatten().float(), place_TM) + self.age_bias
         weight_TM = F.softmax(score_TM.masked_fill(~known_TM, torch.finfo(torch.float32).min), -1)
         gate_T1 = look_up(self.gate(x_QW).float() + self.gate_bias, batch.query_T)
         return gate_T1.masked_fill(~known_TM.any(1, keepdim=True), -torch.inf), weight_TM * known_TM
-
-
-def half_octave(numbers: Tensor) -> Tensor:
-    """0 below 1, then one more for every half power of two (1, 1.5, 2, 3, 4, ...), at most 95; int32."""
-    # The exponent and the first bit of the mantissa.
-    bits = numbers.clamp(min=0).float().view(torch.int32) >> 22
-    return (bits - (2 * 127 - 1)).clamp(0, _STEPS - 1)

@@ -189,6 +189,11 @@ class TwoPartModel(nn.Module):
 
         return {name: kind(name, parameter) for name, parameter in self.named_parameters()}
 
+    def add_to_table_gradients(self) -> None:
+        """From here on what comes is added to the gradients that the trained tables have."""
+        for encoder in (self.embedder.fields, self.context.fields):
+            encoder.adds_in_place = encoder.table is not None and encoder.table.grad is not None
+
     def freeze_embedder(self) -> None:
         """Stage 2: no gradients for the embedder from here on."""
         self.embedder.requires_grad_(False)

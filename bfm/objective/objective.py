@@ -31,13 +31,14 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import NO_ITEMS, ModelBatch, make_batch
 from bfm.model.blocks import look_up
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.frozen import FrozenItems
 from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng, mix_inclusion
 from bfm.objective.softmax import log_sum
+from bfm.objective.tiled import as_multiplied
 
 
 class Objective:
@@ -67,51 +68,55 @@ class Objective:
                 key="item",
                 fix="train on a log with more items before the split",
             )
-        self.seed, self.items, self.method = seed, items, method
+        self.seed, self.items, self.method, self.draws = seed, items, method, negatives > 0
         drawn_pi_V = drawn_inclusion(popularity_V, negatives, exponent) if negatives else np.zeros(num_items)
         self.proposal = Proposal.of(drawn_pi_V)
         self.pi_V = mix_inclusion(log_pi_batch_V.double().exp().cpu().numpy(), drawn_pi_V)
         self.log_pi_V = torch.from_numpy(self.pi_V).log().to(log_pi_batch_V)
 
-    def batch(self, groups: Sequence[Windows], indices: Sequence[int]) -> ModelBatch:
+    def batch(self, windows: Windows, indices: Sequence[int]) -> ModelBatch:
         """A batch of whole groups with what is drawn for each, a function of the seed and its index in the order."""
-        device = self.log_pi_V.device
-        drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
+        drawn = [NO_ITEMS] * len(indices)
+        if self.draws:
+            drawn = [self.proposal.draw(group_rng(self.seed, index)) for index in indices]
         if self.items is None:
-            return make_batch(groups, device, indices, drawn)
-        batch = make_batch(groups, device, indices)
+            return make_batch(windows, indices, drawn).to(self.log_pi_V.device)
+        batch = make_batch(windows, indices)
         beside = []
         for group, ids in enumerate(drawn):
-            ids_K, targets_K = torch.from_numpy(ids).to(device), batch.items_U[batch.candidates_of(group)]
+            ids_K, targets_K = torch.from_numpy(ids), batch.items_U[batch.candidates_of(group)]
             beside.append(ids_K[~torch.isin(ids_K, targets_K, assume_unique=True)])
-        return dataclasses.replace(batch, frozen=tuple(beside))
+        return dataclasses.replace(batch, frozen=tuple(beside)).to(self.log_pi_V.device)
 
     def __call__(self, model: TwoPartModel, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Loss of what `batch` has made, and the sums of its targets (`_sums`).
 
         The loss is the mean over groups of the weighted mean over their targets; one without targets counts as zero.
         """
-        v_UD = model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
+        v_UD = as_multiplied(
+            model.embed_items(batch.items_U) if self.items is None else self.items.vectors(batch.items_U)
+        )
         queries = model.contextualize(batch, v_UD)
-        q_QD = model.scale * queries.h_QD
-        log_sum_Q = torch.cat([self._log_sum(batch, group, q_QD, v_UD) for group in range(len(batch.groups))])
+        q_QD = as_multiplied(model.scale * queries.h_QD)
+        log_sum_Q = self._log_sum(batch, q_QD, v_UD)
         score_T = (look_up(q_QD, batch.query_T) * look_up(v_UD, batch.target_index_T)).sum(-1)
-        softmax_T = look_up(log_sum_Q[:, None], batch.query_T).squeeze(-1) - score_T
+        softmax_T = look_up(log_sum_Q, batch.query_T) - score_T
         loss_T = mixture_loss(softmax_T, queries.log_gate_TX1, target_mass(batch, queries))
-        # The last group of a small log may hold no target, and its mean would be NaN.
-        weighted_T, weight_T = loss_T * batch.weight_T, batch.weight_T
-        groups = [batch.targets_of(group) for group in range(len(batch.groups))]
-        loss = torch.stack([weighted_T[own].sum() / weight_T[own].sum().clamp(min=1e-9) for own in groups]).mean()
-        return loss, _sums(batch, loss_T.detach(), queries.log_gate_TX1.detach())
+        return (loss_T * batch.share_T).sum(), _sums(batch, loss_T.detach(), queries.log_gate_TX1.detach())
 
-    def _log_sum(self, batch: ModelBatch, group: int, q_QD: Tensor, v_UD: Tensor) -> Tensor:
-        """Log of a group's sum over its candidates, for each of its queries."""
-        q_QD, (log_pi_GK, line_Q) = q_QD[batch.queries_of(group)], self._log_pi(batch, group)
-        log_sum_Q = log_sum(q_QD, v_UD, batch.candidates_of(group), log_pi_GK, window_Q=line_Q, method=self.method)
-        if self.items is None:
-            return log_sum_Q
-        ids_K = batch.frozen[group]
-        return torch.logaddexp(log_sum_Q, self.items.log_sum(q_QD, ids_K, self.log_pi_V[ids_K]))
+    def _log_sum(self, batch: ModelBatch, q_QD: Tensor, v_UD: Tensor) -> Tensor:
+        """Log of the sum over the candidates of its group, for each query."""
+        sums, first_item = [], 0
+        queries, items = ([getattr(counts, what) for counts in batch.groups] for what in ("queries", "items"))
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        for group, (own_QD, own_UD) in enumerate(zip(q_QD.split(queries), v_UD.split(items), strict=True)):
+            ids_K, (log_pi_GK, line_Q) = batch.candidates_of(group) - first_item, self._log_pi(batch, group)
+            sums.append(log_sum(own_QD, own_UD, ids_K, log_pi_GK, window_Q=line_Q, method=self.method))
+            first_item += items[group]
+            if self.items is not None:
+                ids_K = batch.frozen[group]
+                sums[-1] = torch.logaddexp(sums[-1], self.items.log_sum(own_QD, ids_K, self.log_pi_V[ids_K]))
+        return torch.cat(sums)
 
     def _log_pi(self, batch: ModelBatch, group: int) -> tuple[Tensor, Tensor]:
         """Lines of log pi of a group's own candidates, and the line of each of its queries: that of its window."""

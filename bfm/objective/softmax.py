@@ -15,17 +15,21 @@ candidates are taken from, D = retrieval width; T = targets of a fixed sample, C
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from bfm.model.blocks import look_up
+from bfm.model.blocks import add_rows
 from bfm.objective.fused import fused_softmax_state, prefers_fused
 from bfm.objective.methods import CONSTANT_ONLY
-from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, softmax_state, two_pass_log_sum
+from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, or_zero, softmax_state, two_pass_log_sum
 
 # Scores up to which the dense form is the fastest, for a constant and for a trained table (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 18
-_BLOCK_SCORES = 1 << 22
+# Of a fixed sample's loss; a GPU only has to be filled.
+_BLOCK_SCORES, _GPU_BLOCK_SCORES = 1 << 22, 1 << 27
 
 
 def log_sum(
@@ -44,16 +48,17 @@ def log_sum(
     candidate is absent; where all of a line are, the log sum is -inf and its gradient 0. Differentiable in q and, by
     `reference` and `two_pass`, the table.
 
-    `reference` stores Q x K scores; the others keep one tile of them. A score that is not finite gives its query a log
-    sum of NaN or infinity. Where the table needs a gradient or there are windows, methods that serve neither
-    (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a method that is none of one process, and what
-    fused_softmax_state raises where `triton` cannot run.
+    All methods have one value, up to the rounding of sums, where q and the table have passed `as_multiplied`; where
+    products are bfloat16, so are the weights of the gradient's means. `reference` stores Q x K scores; the others keep
+    one tile of them. A score that is not finite gives its query a log sum of NaN or infinity. Where the table needs a
+    gradient or there are windows, methods that serve neither (CONSTANT_ONLY) stand for `auto`. Raises ValueError for a
+    method that is none of one process, and what fused_softmax_state raises where `triton` cannot run.
     """
     live = window_Q is not None or (table_RD.requires_grad and torch.is_grad_enabled())
     if method == "auto" or (live and method in CONSTANT_ONLY):
         method = choose_method(len(q_QD), len(ids_K), table_RD, live)
     if method == "reference":
-        return _reference_log_sum(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
+        return _ReferenceLogSum.apply(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
     if method == "two_pass":
         return two_pass_log_sum(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
     if method not in ("one_pass", "triton"):
@@ -64,9 +69,11 @@ def log_sum(
 
 def choose_method(num_queries: int, num_candidates: int, table_RD: Tensor, live: bool) -> str:
     """What `auto` takes for a problem of these sizes; live: the table needs a gradient, or pi differs by window."""
+    # The dense form multiplies in the dtype of q, which leaves a GPU's tensor cores idle.
+    dense = table_RD.device.type == "cpu"
     if live:
-        return "two_pass" if computes_scores_twice(num_queries, num_candidates) else "reference"
-    if num_queries * num_candidates <= _DENSE_SCORES:
+        return "reference" if dense and not computes_scores_twice(num_queries, num_candidates) else "two_pass"
+    if dense and num_queries * num_candidates <= _DENSE_SCORES:
         return "reference"
     return "triton" if prefers_fused(table_RD) else "one_pass"
 
@@ -86,7 +93,8 @@ def fixed_sample_loss(q_TD: Tensor, target_T: Tensor, table_RD: Tensor, ids_K: T
     of the table, beside the candidates ids_K (distinct rows of the table), among which it is not counted again.
     """
     s_T = (q_TD * table_RD[target_T]).sum(-1)
-    log_sum_T, block = s_T, max(1, _BLOCK_SCORES // max(1, len(q_TD)))
+    most = _BLOCK_SCORES if q_TD.device.type == "cpu" else _GPU_BLOCK_SCORES
+    log_sum_T, block = s_T, max(1, most // max(1, len(q_TD)))
     for ids_C, log_pi_C in zip(ids_K.split(block), log_pi_K.split(block), strict=True):
         logits_TC = q_TD @ table_RD[ids_C].T - log_pi_C
         logits_TC.masked_fill_(ids_C == target_T[:, None], -torch.inf)
@@ -94,18 +102,35 @@ def fixed_sample_loss(q_TD: Tensor, target_T: Tensor, table_RD: Tensor, ids_K: T
     return log_sum_T - s_T
 
 
-def _reference_log_sum(
-    q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None
-) -> Tensor:
-    """The formula, with all Q x K scores."""
-    # Where nothing is present logsumexp's gradient would be NaN, so such lines are summed as another and then masked.
-    absent_G = (log_pi_GK == torch.inf).all(-1)
-    log_pi_XK, absent_X = log_pi_GK.to(q_QD.dtype).masked_fill(absent_G[..., None], 0.0), absent_G
-    if window_Q is not None:
-        log_pi_XK, absent_X = log_pi_XK.index_select(0, window_Q), absent_G.index_select(0, window_Q)
-    vectors_KD = look_up(table_RD, ids_K).to(q_QD.dtype)
-    # In half precision the target's own term would not cancel against its score.
-    with torch.autocast(q_QD.device.type, enabled=False):
-        logits_QK = q_QD @ vectors_KD.T - log_pi_XK
-        log_sum_Q = torch.logsumexp(logits_QK, dim=1) + nan_unless_finite(vectors_KD.detach())
-    return log_sum_Q.masked_fill(absent_X, -torch.inf)
+class _ReferenceLogSum(torch.autograd.Function):
+    """The formula, with all Q x K weights in one matrix: the gradient needs no further pass over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None
+    ) -> Tensor:
+        vectors_KD, negative_GK = table_RD.index_select(0, ids_K).to(q_QD.dtype), -log_pi_GK.to(q_QD.dtype)
+        # Scores in half precision would be no sum of exact products.
+        with torch.autocast(q_QD.device.type, enabled=False):
+            if window_Q is None:
+                weight_QK = torch.addmm(negative_GK, q_QD, vectors_KD.T)
+            else:
+                weight_QK = negative_GK.index_select(0, window_Q).addmm_(q_QD, vectors_KD.T)
+        max_Q = weight_QK.amax(1) if len(ids_K) else torch.full_like(q_QD[:, 0], -torch.inf)
+        sum_Q = weight_QK.sub_(or_zero(max_Q)[:, None]).exp_().sum(1)
+        ctx.save_for_backward(q_QD, vectors_KD, ids_K, weight_QK, sum_Q)
+        ctx.table = table_RD.shape, table_RD.dtype
+        return max_Q + sum_Q.log() + nan_unless_finite(vectors_KD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_QD, vectors_KD, ids_K, weight_QK, sum_Q = ctx.saved_tensors
+        factor_Q1 = (grads[0] / torch.where(sum_Q == 0, 1.0, sum_Q))[:, None]
+        grad_table_RD = None
+        if ctx.needs_input_grad[1]:
+            shape, dtype = ctx.table
+            grad_table_RD = q_QD.new_zeros(shape)
+            add_rows(grad_table_RD, ids_K, weight_QK.T @ (q_QD * factor_Q1))
+            grad_table_RD = grad_table_RD.to(dtype)
+        return (weight_QK @ vectors_KD).mul_(factor_Q1), grad_table_RD, None, None, None

@@ -1,7 +1,8 @@
 """The sum over the candidates of a sampled softmax in flat memory: one tile of queries and candidates at a time.
 
 Enters: queries q = scale * h, a table whose rows are the candidates, the log of their inclusion probabilities. Leaves:
-the log of the corrected sum of exponentials of every query, differentiable in q.
+the log of the corrected sum of exponentials of every query, differentiable in q. And what is multiplied in which
+precision: `as_multiplied` rounds queries and vectors once, for all who score with them.
 `softmax_state` serves a constant table: the gradient is accumulated with the sum, so a score is computed once (as
 FlashAttention does, arXiv 2205.14135, with the candidates as keys and values). `two_pass_log_sum` serves a table that
 is trained: it computes the scores again for the gradients of q and of the table.
@@ -36,17 +37,17 @@ _PLAIN_NORM, _PLAIN_LEAST_SUM = 40.0, 1e-20
 def softmax_state(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_K: Tensor) -> State:
     """The state of every query over the candidates ids_K; no gradient.
 
-    The state has the dtype of q, float32 or float64. Matmuls take it too, except that a bfloat16 table on a GPU is
-    multiplied as it is, with sums in float32.
+    The state has the dtype of q, float32 or float64; products are taken as `product_dtype` says.
     """
+    operand = product_dtype(q_QD, table_RD)
     with torch.no_grad(), torch.autocast(q_QD.device.type, enabled=False):
         if len(ids_K) and len(q_QD) and float(torch.linalg.vector_norm(q_QD, dim=1).max()) <= _PLAIN_NORM:
-            state = _plain_state(_tiles(q_QD, table_RD, ids_K), q_QD, log_pi_K)
+            state = _plain_state(_tiles(q_QD, table_RD, ids_K, operand), q_QD, log_pi_K)
             # Nothing has bounded the table's rows: where the sums left the range, the careful way is taken.
             fits = (state[1] > _PLAIN_LEAST_SUM).all() & state[1].isfinite().all() & state[2].isfinite().all()
             if fits:
                 return state
-        tiles, weighted_QD = _tiles(q_QD, table_RD, ids_K), torch.zeros_like(q_QD)
+        tiles, weighted_QD = _tiles(q_QD, table_RD, ids_K, operand), torch.zeros_like(q_QD)
         return *_online_sum(tiles, q_QD, log_pi_K, None, weighted_QD), weighted_QD
 
 
@@ -71,7 +72,33 @@ def two_pass_log_sum(
 
     log_pi_GK is [K] where no window_Q picks its lines.
     """
-    return _TwoPassLogSum.apply(q_QD, table_RD, ids_K, log_pi_GK, window_Q)
+    return _TwoPassLogSum.apply(q_QD, table_RD, ids_K, log_pi_GK, window_Q, product_dtype(q_QD, table_RD))
+
+
+def as_multiplied(x_ND: Tensor) -> Tensor:
+    """x with the values that matmuls see: rounded to bfloat16 where autocast says so; dtype and gradient are x's.
+
+    Products of bfloat16 numbers are exact in float32, so what has been rounded here has one score everywhere: in the
+    sum over the candidates by any method, and as a target, where it must cancel against its own term of the sum.
+    """
+    if not _autocasts_to_bfloat16(x_ND.device):
+        return x_ND
+    # The difference is exact in float32.
+    return x_ND + (x_ND.detach().bfloat16().to(x_ND.dtype) - x_ND.detach())
+
+
+def product_dtype(q_QD: Tensor, table_RD: Tensor) -> torch.dtype:
+    """What q and the table are multiplied in; sums have the dtype of q.
+
+    On a GPU bfloat16, where the table is or autocast says so (float16 would overflow: plain weights reach exp(40)); on
+    a CPU the dtype of q, which is faster there and the same for what `as_multiplied` has rounded.
+    """
+    half = table_RD.dtype == torch.bfloat16 or _autocasts_to_bfloat16(q_QD.device)
+    return torch.bfloat16 if half and q_QD.device.type != "cpu" else q_QD.dtype
+
+
+def _autocasts_to_bfloat16(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def nan_unless_finite(vectors_CD: Tensor) -> Tensor:
@@ -92,10 +119,7 @@ class _Tile:
 
     def scores(self) -> Tensor:
         """<q, c>, in the dtype of the room."""
-        q_PD = self.q_PD.to(self.vectors_CD.dtype)
-        if q_PD.dtype == self.room_PC.dtype:
-            return torch.mm(q_PD, self.vectors_CD.T, out=self.room_PC)
-        return torch.mm(q_PD, self.vectors_CD.T, out_dtype=self.room_PC.dtype, out=self.room_PC)
+        return _product(self.q_PD, self.vectors_CD.T, self.room_PC)
 
     def logits(self, log_pi_GK: Tensor, window_Q: Tensor | None) -> Tensor:
         """Corrected scores, -inf for absent candidates."""
@@ -103,14 +127,11 @@ class _Tile:
         return logits_PC.sub_(log_pi_GC if window_Q is None else log_pi_GC.index_select(0, window_Q[self.rows]))
 
 
-def _tiles(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor) -> Iterator[_Tile]:
+def _tiles(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, operand: torch.dtype) -> Iterator[_Tile]:
     """All tiles: block by block of candidates, so that one is gathered once, and for each over the queries."""
-    on_cpu = q_QD.device.type == "cpu"
-    most_rows, most_columns, scores = _CPU_TILE if on_cpu else _GPU_TILE
+    most_rows, most_columns, scores = _CPU_TILE if q_QD.device.type == "cpu" else _GPU_TILE
     rows = max(1, min(len(q_QD), most_rows))
     columns = max(1, min(len(ids_K), most_columns, scores // rows))
-    # float16 would overflow: the plain weights reach exp(40).
-    operand = table_RD.dtype if table_RD.dtype == torch.bfloat16 and not on_cpu else q_QD.dtype
     room = q_QD.new_empty(rows * columns)
     for column in range(0, len(ids_K), columns):
         chosen = slice(column, column + columns)
@@ -122,12 +143,20 @@ def _tiles(q_QD: Tensor, table_RD: Tensor, ids_K: Tensor) -> Iterator[_Tile]:
             yield _Tile(part, chosen, q_PD, vectors_CD, room_PC)
 
 
+def _product(left_PX: Tensor, right_XY: Tensor, out_PY: Tensor) -> Tensor:
+    """left @ right, multiplied in the dtype of right and summed in that of out."""
+    left_PX = left_PX.to(right_XY.dtype)
+    if right_XY.dtype == out_PY.dtype:
+        return torch.mm(left_PX, right_XY, out=out_PY)
+    return torch.mm(left_PX, right_XY, out_dtype=out_PY.dtype, out=out_PY)
+
+
 def _add_product(total_PD: Tensor, weight_PC: Tensor, vectors_CD: Tensor) -> None:
-    """total += weight @ vectors, summed in the dtype of total."""
+    """total += weight @ vectors, multiplied in the dtype of vectors."""
     if weight_PC.dtype == vectors_CD.dtype:
         total_PD.addmm_(weight_PC, vectors_CD)
     else:
-        total_PD += torch.mm(weight_PC.to(vectors_CD.dtype), vectors_CD, out_dtype=total_PD.dtype)
+        total_PD += _product(weight_PC, vectors_CD, torch.empty_like(total_PD))
 
 
 def _plain_state(tiles: Iterator[_Tile], q_QD: Tensor, log_pi_K: Tensor) -> State:
@@ -193,10 +222,17 @@ class _TwoPassLogSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_QD: Tensor, table_RD: Tensor, ids_K: Tensor, log_pi_GK: Tensor, window_Q: Tensor | None
+        ctx: Any,
+        q_QD: Tensor,
+        table_RD: Tensor,
+        ids_K: Tensor,
+        log_pi_GK: Tensor,
+        window_Q: Tensor | None,
+        operand: torch.dtype,
     ) -> Tensor:
+        ctx.operand = operand
         with torch.autocast(q_QD.device.type, enabled=False):
-            max_Q, sum_Q = _online_sum(_tiles(q_QD, table_RD, ids_K), q_QD, log_pi_GK, window_Q, None)
+            max_Q, sum_Q = _online_sum(_tiles(q_QD, table_RD, ids_K, operand), q_QD, log_pi_GK, window_Q, None)
         # Not log_sum: scores below -1000 with their rounding would come out of exp as wrong shares.
         ctx.save_for_backward(q_QD, table_RD, ids_K, log_pi_GK, window_Q, max_Q, sum_Q)
         return max_Q + sum_Q.log()
@@ -209,7 +245,7 @@ class _TwoPassLogSum(torch.autograd.Function):
         grad_table_RD = torch.zeros_like(table_RD, dtype=q_QD.dtype) if ctx.needs_input_grad[1] else None
         reference_Q, factor_Q = or_zero(max_Q), grads[0] / torch.where(sum_Q == 0, 1.0, sum_Q)
         with torch.autocast(q_QD.device.type, enabled=False):
-            for tile in _tiles(q_QD, table_RD, ids_K):
+            for tile in _tiles(q_QD, table_RD, ids_K, ctx.operand):
                 logits_PC = tile.logits(log_pi_GK, window_Q)
                 grad_PC = logits_PC.sub_(reference_Q[tile.rows, None]).exp_().mul_(factor_Q[tile.rows, None])
                 _add_product(grad_q_QD[tile.rows], grad_PC, tile.vectors_CD)
@@ -218,4 +254,4 @@ class _TwoPassLogSum(torch.autograd.Function):
                     _add_product(grad_CD, grad_PC.T, tile.q_PD.to(tile.vectors_CD.dtype))
                     grad_table_RD.index_add_(0, ids_K[tile.columns], grad_CD)
         grad_table_RD = None if grad_table_RD is None else grad_table_RD.to(table_RD.dtype)
-        return grad_q_QD, grad_table_RD, None, None, None
+        return grad_q_QD, grad_table_RD, None, None, None, None

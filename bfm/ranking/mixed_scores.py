@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.neighbours import Neighbours
-from bfm.ranking.ranks import DotScores
-
-_ROWS, _COLUMNS = 256, 8192
+from bfm.ranking.ranks import DotScores, pass_on
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,11 @@ class SparseMass:
         here = _between(self.query_P, rows)
         return SparseMass(self.query_P[here] - rows.start, self.item_P[here], self.mass_P[here])
 
-    def by_item(self) -> SparseMass:
-        """The same pairs by rising item, for `block`."""
+    def by_item(self) -> MassBlocks:
+        """The same pairs by rising item, for blocks of items."""
         order = self.item_P.argsort(stable=True)
-        return SparseMass(self.query_P[order], self.item_P[order], self.mass_P[order])
-
-    def block(self, items: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Of pairs by rising item: where those of some items lie in a block [Q, C], and their mass."""
-        here = _between(self.item_P, items)
-        return (self.query_P[here], self.item_P[here] - items.start), self.mass_P[here]
+        item_P = self.item_P[order]
+        return MassBlocks(self.query_P[order], item_P, self.mass_P[order], item_P.cpu().numpy())
 
     def totals(self, num_queries: int) -> Tensor:
         """Mass of every query [Q]."""
@@ -80,6 +74,21 @@ class SparseMass:
         key_P, key_N = self.query_P * stride + self.item_P, query_N * stride + item_N
         place_N = torch.searchsorted(key_P, key_N).clamp(max=len(key_P) - 1)
         return torch.where(key_P[place_N] == key_N, self.mass_P[place_N], 0.0)
+
+
+@dataclass(frozen=True)
+class MassBlocks:
+    """Pairs by rising item. Where a block's lie is known without asking the device."""
+
+    query_P: Tensor
+    item_P: Tensor
+    mass_P: Tensor
+    host_item_P: np.ndarray
+
+    def block(self, items: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Where the pairs of some items lie in a block [Q, C], and their mass."""
+        here = slice(*np.searchsorted(self.host_item_P, [items.start, items.stop]).tolist())
+        return (self.query_P[here], self.item_P[here] - items.start), self.mass_P[here]
 
 
 class NeighbourMass:
@@ -119,7 +128,7 @@ class MixtureScores:
 
     def __init__(self, softmax: DotScores, log_gate_Q: Tensor, components: Sequence[Component]) -> None:
         self._softmax, self._components = softmax, components
-        self.finite = softmax.finite
+        self.finite, self.device = softmax.finite, softmax.device
         """No score can be NaN or infinite."""
         self.shift_Q = log_gate_Q - _log_totals(softmax, len(log_gate_Q))
         """What makes a score of the softmax its share of log p."""
@@ -156,9 +165,10 @@ def _between(rising_P: Tensor, bounds: slice) -> slice:
 
 def _log_totals(scores: DotScores, num_queries: int) -> Tensor:
     """log sum over the catalogue of e^score of every query [Q], in blocks of bounded size."""
+    rows, columns = pass_on(scores.device).block_shape(num_queries, scores.num_items)
     totals = []
-    for start in range(0, num_queries, _ROWS):
-        softmax = scores(slice(start, min(start + _ROWS, num_queries)))
-        blocks = (slice(low, min(low + _COLUMNS, scores.num_items)) for low in range(0, scores.num_items, _COLUMNS))
+    for start in range(0, num_queries, rows):
+        softmax = scores(slice(start, min(start + rows, num_queries)))
+        blocks = (slice(low, min(low + columns, scores.num_items)) for low in range(0, scores.num_items, columns))
         totals.append(torch.logsumexp(torch.stack([softmax(items).logsumexp(1) for items in blocks]), 0))
     return torch.cat(totals) if totals else torch.zeros(0)

@@ -28,7 +28,7 @@ from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, Sp
 from bfm.ranking.ranks import DotScores
 
 # Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
-_BATCH_POSITIONS = 1 << 14
+_BATCH_POSITIONS, _GPU_BATCH_POSITIONS = 1 << 14, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def answer(
     no_masses = none.new_zeros(0, model.shape.counted_events)
     pointed, counted_items, counted_masses = [], [no_masses.long()], [no_masses]
     filled_Q = np.minimum(table.position + 1, window)
-    for chosen in itertools.starmap(slice, chunks(filled_Q, _BATCH_POSITIONS)):
-        batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours), model.device)
+    most = _BATCH_POSITIONS if model.device.type == "cpu" else _GPU_BATCH_POSITIONS
+    for chosen in itertools.starmap(slice, chunks(filled_Q, most)):
+        batch = make_query_batch(eval_windows(shards, table[chosen], window, model.neighbours)).to(model.device)
         queries = model.contextualize(batch, vectors_ID[batch.items_U].float())
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)
         h.append(queries.h_QD)

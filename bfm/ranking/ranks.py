@@ -10,8 +10,9 @@ Never a table of all queries times all items: blocks of rows and columns stream 
 first k items, a count, a running log sum and its targets' scores. A target behind the first k needs no exact rank; for
 one among them, every better item is in the list too, so nothing is sorted or counted over the catalogue.
 
-Row chunks run on as many threads as torch has, each with one: blocks stay in the cache of the core that made them, and
-the result does not depend on the number of threads.
+On a CPU row chunks run on as many threads as torch has, each with one: blocks stay in the cache of the core that made
+them, and the result does not depend on the number of threads. On a GPU blocks are as large as fills it, and the host
+waits for nothing but the end of a chunk.
 
 Q = queries, R = query rows of a chunk, C = items of a block, G = groups of neighbours in it, N = targets,
 P = filtered pairs, k = list length, D = width of the vectors.
@@ -20,9 +21,9 @@ P = filtered pairs, k = list length, D = width of the vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,18 +33,50 @@ from torch import Tensor
 
 from bfm.errors import DivergedError
 from bfm.events.ragged import Ragged
-from bfm.ranking.top_items import GROUP, TopItems, TopRows
+from bfm.ranking.top_items import GROUP, TopItems, TopKeys, TopRows
 
 Scores = Callable[[slice], Callable[[slice], Tensor]]
-"""query rows -> (items -> fresh scores [R, C] in float32 or float64, which the caller may overwrite)."""
+"""query rows -> (items -> fresh scores [R, C] in float32, on a CPU also float64, which the caller may overwrite)."""
 
-# Measured best on one thread: a block stays near its core from the matmul to the last reduction.
-BLOCK_BYTES = 2 * 2**20
-_ROWS = 256
 _SCORE_BYTES = 4
 # e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.
 _PLAIN_EXP = 60.0
 _NOT_FINITE = "a score is NaN or infinite: nothing can be ranked by it"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How the catalogue is passed over on a kind of device."""
+
+    rows: int
+    """Most query rows of a chunk."""
+    block_bytes: int
+    waits: bool
+    """Whether every block's results are looked at by the host before the next one is made."""
+
+    @property
+    def block_scores(self) -> int:
+        """Most scores of a block."""
+        return self.block_bytes // _SCORE_BYTES
+
+    def block_shape(self, num_queries: int, num_items: int) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        columns = max(1, min(num_items, self.block_scores // min(self.rows, max(1, num_queries))))
+        # Whole groups need no padding.
+        columns = columns // GROUP * GROUP or columns
+        return max(1, min(self.rows, self.block_scores // columns)), columns
+
+
+# Measured best on one thread: a block stays near its core from the matmul to the last reduction.
+_CPU_PASS = Pass(256, 2 << 20, waits=True)
+# A few blocks of this size are within any card's memory, and each is a millisecond of work; wide ones have few lists to
+# merge. Not measured.
+_GPU_PASS = Pass(1024, 1 << 29, waits=False)
+
+
+def pass_on(device: torch.device) -> Pass:
+    """What suits the device."""
+    return _CPU_PASS if device.type == "cpu" else _GPU_PASS
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,7 @@ class DotScores:
 
     def __init__(self, queries_QD: Tensor, items_VD: Tensor) -> None:
         self._queries_QD = queries_QD
-        self.num_items = len(items_VD)
+        self.num_items, self.device = len(items_VD), items_VD.device
         # The matmul of a block is faster where the items of a row of the operand are neighbours.
         self._items_DV = items_VD.T.contiguous()
         longest = [vectors.norm(dim=1).amax().double() for vectors in (queries_QD, items_VD) if len(vectors)]
@@ -87,19 +120,19 @@ def rank_targets(
     max_k: int,
     seen: Ragged | None = None,
     *,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> Ranked:
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
-    scores per thread. `scores` is called from several threads, unless torch is set to one.
+    scores per thread; block_bytes is what suits the device of the scores (their `device`, if they have one, else the
+    CPU). `scores` is called from several threads, unless torch is set to one or they are on a GPU.
     Raises DivergedError where a score is NaN or infinite.
     """
-    num_queries = len(targets)
-    columns = max(1, min(num_items, block_bytes // (_SCORE_BYTES * min(_ROWS, max(1, num_queries)))))
-    # Whole groups need no padding.
-    columns = columns // GROUP * GROUP or columns
-    rows = max(1, min(_ROWS, block_bytes // (_SCORE_BYTES * columns)))
+    num_queries, device = len(targets), getattr(scores, "device", torch.device("cpu"))
+    way = pass_on(device)
+    way = way if block_bytes is None else replace(way, block_bytes=block_bytes)
+    rows, columns = way.block_shape(num_queries, num_items)
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(num_queries + 1, np.int64))
     rank_N = np.full(len(targets.ids), np.inf)
     nll_N = np.full(len(targets.ids), np.nan)
@@ -109,25 +142,24 @@ def rank_targets(
     @torch.no_grad()
     def rank_rows(start: int) -> None:
         chunk = slice(start, min(start + rows, num_queries))
-        own = _Pairs.of(targets, chunk, num_items)
-        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items)
-        first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, num_items, columns, max_k)
-        row_N = torch.from_numpy(own.row_N).to(score_N.device)
-        rank_N[own.place_N] = _ranks(first, row_N, score_N)
-        nll_N[own.place_N] = (log_total_R[row_N] - score_N).double().cpu().numpy()
+        own = _Pairs.of(targets, chunk, num_items, device)
+        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items, device)
+        blocks = [slice(low, min(low + columns, num_items)) for low in range(0, num_items, columns)]
+        first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, blocks, max_k, way.waits)
+        rank_N[own.place_N] = _ranks(first, own.row_N, score_N)
+        nll_N[own.place_N] = (log_total_R[own.row_N] - score_N).double().cpu().numpy()
         top_Qk[chunk] = first.id_Rk.cpu().numpy()
         top_score_Qk[chunk] = first.value_Rk.float().cpu().numpy()
 
-    _for_each(rank_rows, range(0, num_queries, rows))
+    _for_each(rank_rows, range(0, num_queries, rows), torch.get_num_threads() if way.waits else 1)
     filtered_N = None if seen is None else targets.within(seen)
     if filtered_N is not None:
         rank_N[filtered_N] = np.inf
     return Ranked(rank_N, nll_N, top_Qk, top_score_Qk, filtered_N)
 
 
-def _for_each(work: Callable[[int], None], starts: range) -> None:
-    """Run `work` for every start on torch's number of threads."""
-    threads = torch.get_num_threads()
+def _for_each(work: Callable[[int], None], starts: range, threads: int) -> None:
+    """Run `work` for every start on so many threads, each of which torch gives one."""
     num_threads = min(threads, len(starts))
     if num_threads <= 1:
         for start in starts:
@@ -147,53 +179,65 @@ class _Pairs(NamedTuple):
 
     place_N: NDArray[np.int64]
     """In the lists of all queries."""
-    row_N: NDArray[np.int64]
-    item_N: NDArray[np.int64]
+    host_item_N: NDArray[np.int32]
+    row_N: Tensor
+    item_N: Tensor
 
     @classmethod
-    def of(cls, lists: Ragged, rows: slice, num_items: int) -> _Pairs:
+    def of(cls, lists: Ragged, rows: slice, num_items: int, device: torch.device) -> _Pairs:
         low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
         place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
         place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
-        return cls(place_N, lists.rows[place_N] - rows.start, lists.ids[place_N].astype(np.int64))
+        item_N = lists.ids[place_N]
+        row_N = torch.from_numpy(lists.rows[place_N] - rows.start).to(device)
+        return cls(place_N, item_N, row_N, torch.from_numpy(item_N.astype(np.int64)).to(device))
 
-    def inside(self, items: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    def inside(self, items: slice) -> tuple[Tensor, Tensor]:
         """Where those of some items lie in a block of these."""
-        low, high = np.searchsorted(self.item_N, [items.start, items.stop])
-        row, column = self.row_N[low:high], self.item_N[low:high] - items.start
-        return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
+        here = slice(*np.searchsorted(self.host_item_N, [items.start, items.stop]).tolist())
+        return self.row_N[here], self.item_N[here] - items.start
 
 
 def _pass_over_catalogue(
-    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, num_items: int, columns: int, max_k: int
+    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, blocks: Sequence[slice], max_k: int, waits: bool
 ) -> tuple[TopRows, Tensor, Tensor]:
-    """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N]."""
+    """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N].
+
+    Where it waits, a block's largest scores say how its exponentials are summed; else they are always shifted.
+    """
     finite, scores_of = getattr(scores, "finite", False), scores(rows)
-    log_totals, target_scores, first = [], [], None
-    for start in range(0, num_items, columns):
-        items = slice(start, min(start + columns, num_items))
+    log_totals, target_scores, ranges, first = [], [], [], None
+    for items in blocks:
         block_RC = scores_of(items)
-        if not finite and not torch.isfinite(block_RC.amin()):
-            raise DivergedError(_NOT_FINITE)
+        # 0, or NaN where a score is not finite.
+        unfit = 0.0 if finite else 0.0 * block_RC.amin()
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        target_scores.append(block_RC[own.inside(items, block_RC.device)])
-        hidden_P = hidden.inside(items, block_RC.device)
+        target_scores.append(block_RC[own.inside(items)])
+        hidden_P = hidden.inside(items)
         if block_RC.shape[1] % GROUP:
             block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
         hidden_score_P = block_RC[hidden_P]
         block_RC[hidden_P] = -torch.inf
         largest_RG = block_RC.unflatten(1, (-1, GROUP)).amax(-1)
         largest_R = largest_RG.amax(1).scatter_reduce(0, hidden_P[0], hidden_score_P, "amax")
-        least, most = map(float, torch.aminmax(largest_R))
-        if not math.isfinite(least) or not math.isfinite(most):
-            raise DivergedError(_NOT_FINITE)
-        first = first or TopItems(len(block_RC), max_k, block_RC)
-        first.add(block_RC, largest_RG, start)
+        ranges.append(torch.stack(torch.aminmax(largest_R)) + unfit)
+        shifted = not waits or _reach(ranges[-1]) > _PLAIN_EXP
+        first = first or (TopItems if waits else TopKeys)(len(block_RC), max_k, block_RC)
+        first.add(block_RC, largest_RG, items.start)
         block_RC[hidden_P] = hidden_score_P
-        log_totals.append(_log_sum_exp_(block_RC, largest_R, max(-least, most) > _PLAIN_EXP))
+        log_totals.append(_log_sum_exp_(block_RC, largest_R, shifted))
     assert first is not None, "an empty catalogue"
+    _reach(torch.stack(ranges))
     log_total_R = torch.logsumexp(torch.stack(log_totals), dim=0)
     return first.finish(), log_total_R, torch.cat(target_scores)
+
+
+def _reach(range_N: Tensor) -> float:
+    """The largest magnitude of some scores. Raises DivergedError where one is not finite."""
+    reach = float(range_N.abs().amax())
+    if not math.isfinite(reach):
+        raise DivergedError(_NOT_FINITE)
+    return reach
 
 
 def _log_sum_exp_(block_RC: Tensor, largest_R: Tensor, shifted: bool) -> Tensor:

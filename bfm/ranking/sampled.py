@@ -23,10 +23,7 @@ from numpy.typing import NDArray
 from bfm.errors import UserError
 from bfm.events.ragged import Ragged, chunks
 from bfm.ranking.metrics import query_metrics
-from bfm.ranking.ranks import Scores
-
-# Scores made at a time.
-_CHUNK_SCORES = 1 << 20
+from bfm.ranking.ranks import Scores, pass_on
 
 
 def sampled_metrics(
@@ -78,7 +75,8 @@ def _draw(
 def _ranks(scores: Scores, num_items: int, targets: Ragged, negatives_QS: NDArray[np.int64]) -> NDArray[np.float64]:
     """1 + #greater + 1/2 #equal among the query's negatives; inf for cold targets."""
     rank_N = np.full(len(targets.ids), np.inf)
-    for low, high in chunks(np.full(len(targets), num_items), _CHUNK_SCORES):
+    most_scores = pass_on(getattr(scores, "device", torch.device("cpu"))).block_scores
+    for low, high in chunks(np.full(len(targets), num_items), most_scores):
         score_RV = scores(slice(low, high))(slice(0, num_items))
         place_T = np.arange(targets.offsets[low], targets.offsets[high])
         place_T = place_T[targets.ids[place_T] < num_items]

@@ -7,8 +7,11 @@ The k-th largest of the group maxima seen so far is a bound: k items reach it, s
 group whose maximum is below it is never looked into. A later item that only equals a bound of earlier blocks is in no
 list either (k earlier ids reach it) and is just counted. What is left is a few dozen items per row.
 
+`TopItems` keeps only what reaches the bound, and waits for every block to know how much that is. `TopKeys` never waits,
+as a GPU wants it: it always looks into k groups, since those with the k largest maxima hold the first k of a block.
+
 R = rows, C = items of a block, W = GROUP neighbours, G = groups of a block, P = groups that are looked into,
-E = items kept, k = list length.
+E = items kept, k = list length, g = min(k, G), J = items of g groups.
 """
 
 from __future__ import annotations
@@ -100,3 +103,56 @@ class TopItems:
         kept = _Kept(row_E[left_E], id_E[left_E], value_E[left_E])
         self._kept, self._num_kept = [kept], len(kept.id_E)
         return kept
+
+
+class TopKeys:
+    """The same as TopItems for float32 scores, by operations whose shapes do not depend on the scores.
+
+    A kept item is one number that orders as the list does: the score's bits above, the id's complement below.
+    """
+
+    def __init__(self, num_rows: int, k: int, like: Tensor) -> None:
+        assert like.dtype == torch.float32, "keys are made of the bits of float32 scores"
+        nothing = _keys(like.new_full((1,), -torch.inf), torch.full((1,), _LARGEST_ID, device=like.device))
+        self._best_Rk = nothing.repeat(num_rows, k)
+        self._equal_R = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
+
+    def add(self, block_RC: Tensor, largest_RG: Tensor, first_id: int) -> None:
+        """Take in a block whose width is a multiple of GROUP; largest_RG are the maxima of its groups."""
+        k, num_groups = self._best_Rk.shape[1], largest_RG.shape[1]
+        place_G, place_W = (torch.arange(number, device=block_RC.device) for number in (num_groups, GROUP))
+        group_Rg = _ids(torch.topk(_keys(largest_RG, place_G), min(k, num_groups)).values)
+        value_RgW = block_RC.unflatten(1, (-1, GROUP)).gather(1, group_Rg[:, :, None].expand(-1, -1, GROUP))
+        key_RJ = _keys(value_RgW, first_id + group_Rg[:, :, None] * GROUP + place_W).flatten(1)
+        before_Rk = self._best_Rk
+        self._best_Rk = torch.topk(torch.cat([before_Rk, key_RJ], 1), k).values
+        last_R1 = _values(self._best_Rk[:, -1:])
+        # What was left out of the earlier blocks equals the k-th of these, if it equals the new one.
+        kept_R = (_values(before_Rk) == last_R1).sum(1)
+        earlier_R = torch.where(_values(before_Rk[:, -1]) == last_R1[:, 0], self._equal_R, kept_R)
+        self._equal_R = earlier_R + (block_RC == last_R1).sum(1)
+
+    def finish(self) -> TopRows:
+        """Take the keys apart."""
+        value_Rk = _values(self._best_Rk)
+        return TopRows(value_Rk, _ids(self._best_Rk).masked_fill_(value_Rk == -torch.inf, -1), self._equal_R)
+
+
+_LARGEST_ID = (1 << 32) - 1
+
+
+def _keys(value: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that fall with the value and, where it is equal, rise with ids below 2^32."""
+    # A sum with 0 makes -0 equal to 0. Negative floats order by their bits the other way round.
+    bits = (value + 0.0).view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
+    return (bits.long() << 32) | (_LARGEST_ID - ids)
+
+
+def _values(key: Tensor) -> Tensor:
+    bits = (key >> 32).int()
+    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).view(torch.float32)
+
+
+def _ids(key: Tensor) -> Tensor:
+    return _LARGEST_ID - (key & _LARGEST_ID)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from bfm.laws.frontier import Compare, Row, best_row, gap_between, metric_value, no_answers
+from bfm.report.crowding import crowding
 from bfm.report.digits import gap_text, value_text
 from bfm.report.floors import is_above, strongest
 from bfm.sweep.state import SweepState
@@ -22,7 +23,8 @@ LINE_EVERY_S = 10.0
 class Display:
     """One bar with words beside it; without a terminal, a line at most every `LINE_EVERY_S` seconds.
 
-    Use as a context manager. Lines meant to stay go through `say`.
+    Use as a context manager. Lines meant to stay go through `say`. Where more threads want to run than there are cores,
+    the words end with that.
     """
 
     def __init__(self, title: str) -> None:
@@ -30,6 +32,7 @@ class Display:
         self._title = title
         self._last_line_s = time.monotonic() - LINE_EVERY_S
         self._last_words = ""
+        self._crowding, self._looked_s = "", -math.inf
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -56,15 +59,20 @@ class Display:
 
     def show(self, words: str, fraction: float) -> None:
         """Move the bar to `fraction` (0..1) with `words` beside it."""
-        self._bar.update(self._task, completed=min(max(fraction, 0.0), 1.0), words=words)
-        due = time.monotonic() - self._last_line_s >= LINE_EVERY_S
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= LINE_EVERY_S:
+            self._looked_s, self._crowding = now_s, crowding()
+        shown = "  ".join(filter(None, (words, self._crowding)))
+        self._bar.update(self._task, completed=min(max(fraction, 0.0), 1.0), words=shown)
+        due = now_s - self._last_line_s >= LINE_EVERY_S
         if not self.console.is_terminal and words != self._last_words and (due or fraction >= 1.0):
-            self.say(f"{self._title}: {words} ({fraction:.0%})")
-            self._last_line_s, self._last_words = time.monotonic(), words
+            self.say(f"{self._title}: {shown} ({fraction:.0%})")
+            self._last_line_s, self._last_words = now_s, words
 
 
 def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) -> str:
-    """The live line of training: C, losses, events/s, share of the machine's measured matmul peak, time left."""
+    """The live line of training: C, losses, and of the last minute events/s, share of the machine's matmul peak, and
+    the time left by that."""
     left_s = (limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
     headline = f" (headline {record.loss_headline:.4f})" if math.isfinite(record.loss_headline) else ""
     return (

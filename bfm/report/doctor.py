@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bfm.report.crowding import crowding
 from bfm.report.matmul_peak import matmul_peak
 from bfm.units import GIB, format_flops
 
@@ -36,7 +37,7 @@ class Finding:
 
 
 def examine(storage: Path) -> list[Finding]:
-    """Versions, cores, memory, accelerator, disk at `storage` and the measured matmul peak (about 2 s)."""
+    """Versions, cores and who wants them, memory, accelerator, disk at `storage` and the matmul peak (about 2 s)."""
     findings = [Finding("python", platform.python_version(), True)]
     findings += [_package(name) for name in REQUIRED]
     missing = [name for name in DASHBOARD_MODULES if importlib.util.find_spec(name) is None]
@@ -49,7 +50,8 @@ def examine(storage: Path) -> list[Finding]:
         )
     )
     memory_bytes = psutil.virtual_memory().available
-    findings.append(Finding("cores", str(os.cpu_count()), True))
+    # Other work is no fault of the machine.
+    findings.append(Finding("cores", "; ".join(filter(None, (str(os.cpu_count()), crowding()))), True))
     findings.append(Finding("free memory", f"{memory_bytes / GIB:.1f} GiB", memory_bytes > 2 * GIB, "2 GiB are needed"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     findings.append(Finding("gpu", gpu, True))

@@ -21,6 +21,7 @@ from bfm.events.protocol import Protocol as EvaluationProtocol
 from bfm.events.shards import Shards
 from bfm.events.statistics import GroupMeans, group_means
 from bfm.events.windows import Targets
+from bfm.model.attention import PACKED_LENGTH
 from bfm.model.fields import TABLE_KINDS
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape
@@ -257,14 +258,15 @@ def _kept_scores(scores: float, method: str) -> float:
 def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: GroupMeans) -> int:
     """Activations kept for the backward of one group, fp32: blocks, attention scores, looked-up rows, field tokens.
 
-    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head; per id
-    of a table field its row of the table and that row's gradient.
+    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head (long
+    windows are packed and have none); per id of a table field its row of the table and that row's gradient.
     """
 
     def block(width: int, hidden: int, heads: int, length: int) -> int:
         return 10 * width + 3 * hidden + 2 * heads * length
 
     positions = config.group_windows * config.window
+    scored = config.window if config.window < PACKED_LENGTH else 0
     tokens = sum(1 for field in fields if field.side == "item")
     item_ids, context_ids = (
         sum(field.columns for field in fields if field.side == side and field.kind in TABLE_KINDS)
@@ -273,7 +275,7 @@ def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField]
     embedder_positions = groups.distinct_items_mean * (tokens if shape.embedder_kind == "transformer" else 1)
     embedder_block = block(shape.embedder_width, shape.embedder_hidden, shape.embedder_heads, tokens)
     numbers = (
-        positions * shape.depth * block(shape.width, shape.hidden, shape.heads, config.window)
+        positions * shape.depth * block(shape.width, shape.hidden, shape.heads, scored)
         + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
         + 2 * (groups.distinct_items_mean * item_ids + positions * context_ids) * config.table_width
         + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item

@@ -1,29 +1,34 @@
 """What a sweep will do and cost, before it starts.
 
-Enters: a SweepSpec, a cost model, and a callable that measures this machine on a configuration. Leaves: a Plan, and
-its text. Figures are nominal: the allotment of the cap to rungs, over a fixed sample of the feasible set.
+Enters: a SweepSpec, a cost model, this machine, and a callable that measures it on a configuration. Leaves: a Plan,
+and its text. Figures are nominal: the allotment of the cap to rungs, over a fixed sample of the feasible set. Times are
+of as many tasks at a time as this machine holds, and beside them of as many as the space allows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bfm.sweep.costs import FLOAT_BYTES, STATE_COPIES, CostModel
+from bfm.sweep.machine import USUAL_CARD_GIB, Machine
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet, Rejection
+from bfm.sweep.space import Feasible, FeasibleSet, Place, Rejection
+from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from bfm.units import GIB, aligned, format_count, format_flops, format_seconds
 
 Measure = Callable[[TrainConfig, float], float]
 """(configuration, seconds to take) -> training FLOP/s of one worker on this machine."""
 MEASURED_SIZES = 3
+MANY_EPOCHS = 100.0
+"""Beyond so many the log is learnt by heart: more FLOPs say nothing of more data."""
 _HEAD = ("rung", "C", "trials", "N", "D", "epochs", "train FLOPs", "share", "eval FLOPs", "memory", "workers", "time")
 Range = tuple[float, float]
 
@@ -47,9 +52,15 @@ class RungPlan:
     """Of the rows, and of the probes on their way."""
     memory_gib: float
     """Of one worker, the largest."""
+    unheld: float
+    """Share of the points whose worker needs more than there is (Machine.worker_gib) and whose tier does not tell."""
     workers: tuple[int, ...]
+    tasks_here: int
+    """So many at a time this machine holds; 0: not one could start."""
     train_s: float | None
-    """All of the rung's tasks, over the slots; None: not measured."""
+    """All of the rung's tasks on this machine, one at a time where it holds none; None: not measured."""
+    slots_train_s: float | None
+    """The same over the slots, each as fast as this machine."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,17 @@ class Plan:
     """Why parts of the space cannot be trained: (share of the draws, the first of them)."""
     flops_per_s: tuple[tuple[int, float], ...]
     """(N, measured FLOP/s)."""
+    slots: int
+    tasks_here: int
+    """The fewest of a rung."""
     train_s: float | None
     worst_s: float | None
-    """The whole cap at the slowest measured speed: no sweep takes longer, evaluation apart."""
+    """The whole cap at the slowest measured speed: no sweep takes longer on this machine, evaluation apart."""
+    slots_train_s: float | None
+    slots_worst_s: float | None
+    """The same where there is a place like this machine's for every slot."""
+    warnings: tuple[str, ...]
+    """What should be thought of before this is run."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -82,7 +101,9 @@ class Plan:
         return {**asdict(self), "refusals": refusals}
 
 
-def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, measure_s: float = 20.0) -> Plan:
+def plan(
+    spec: SweepSpec, costs: CostModel, machine: Machine, measure: Measure | None = None, measure_s: float = 20.0
+) -> Plan:
     """The plan of a sweep. Raises InfeasibleError naming the bound that binds where nothing can be trained.
 
     `measure` is called for the smallest, the middle and the largest model, `measure_s` seconds in all.
@@ -90,32 +111,39 @@ def plan(spec: SweepSpec, costs: CostModel, measure: Measure | None = None, meas
     feasible = FeasibleSet(spec, costs)
     points, rejected = feasible.sample
     by_size = sorted(points, key=lambda point: point.cost.params)
-    speeds = () if measure is None else _measure(by_size, measure, measure_s)
+    speeds = () if measure is None else _measure(by_size, machine, measure, measure_s)
     tasks = [
         [(point, task_flops(spec, point, rung)) for point in by_size if rung in point.rungs]
         for rung in range(len(spec.budget.ladder_flops))
     ]
     rows = _rows(feasible, [round(np.mean([flops for _, flops in here])) for here in tasks])
     rungs = tuple(
-        _rung_plan(feasible, rung, count, here, speeds)
+        _rung_plan(feasible, machine, rung, count, here, speeds)
         for rung, (count, here) in enumerate(zip(rows, tasks, strict=True))
     )
     counts = Counter(rejection.reason for rejection in rejected)
     tries = len(points) + len(rejected)
     firsts = {rejection.reason: rejection for rejection in reversed(rejected)}
-    slowest = min((speed for _, speed in speeds), default=None)
+    tables, slots = max(point.cost.table_params for point in points), spec.scaling.slots
+    here = min(rung.tasks_here for rung in rungs)
+    worst_s = spec.budget.total_flops / min(speed for _, speed in speeds) if speeds else None
     return Plan(
         name=spec.name,
         total_flops=spec.budget.total_flops,
         training_flops=sum(rung.training_flops for rung in rungs),
         evaluation_flops=sum(rung.evaluation_flops for rung in rungs),
         rungs=rungs,
-        table_params=max(point.cost.table_params for point in points),
+        table_params=tables,
         feasible_share=len(points) / tries,
         refusals=tuple((count / tries, firsts[reason]) for reason, count in counts.most_common()),
         flops_per_s=speeds,
+        slots=slots,
+        tasks_here=here,
         train_s=sum(rung.train_s or 0.0 for rung in rungs) if speeds else None,
-        worst_s=None if slowest is None else spec.budget.total_flops / slowest / spec.scaling.slots,
+        worst_s=None if worst_s is None else worst_s / max(1, min(slots, here)),
+        slots_train_s=sum(rung.slots_train_s or 0.0 for rung in rungs) if speeds else None,
+        slots_worst_s=None if worst_s is None else worst_s / slots,
+        warnings=tuple(_warnings(spec, machine, rungs, tables, speeds)),
     )
 
 
@@ -144,15 +172,63 @@ def render(sweep: Plan) -> str:
         f"training {format_flops(sweep.training_flops)} of at most {format_flops(sweep.total_flops)} FLOPs, "
         f"evaluation {format_flops(sweep.evaluation_flops)} FLOPs beside it"
     )
-    if sweep.train_s is not None and sweep.worst_s is not None:
-        lines.append(
-            f"training takes about {format_seconds(sweep.train_s)} here, at worst {format_seconds(sweep.worst_s)}"
-        )
-    if sweep.table_params > min(rung.params[0] for rung in sweep.rungs):
-        lines.append(_tables_line(sweep.table_params))
+    lines += _time_lines(sweep)
     lines.append(f"{sweep.feasible_share:.0%} of the space is feasible")
     lines += [f"  {share:.0%} {first.reason} ({first.detail}): {first.fix}" for share, first in sweep.refusals]
+    lines += [f"WARNING: {warning}" for warning in sweep.warnings]
     return "\n".join(lines)
+
+
+def _time_lines(sweep: Plan) -> Iterator[str]:
+    if sweep.train_s is None or sweep.worst_s is None:
+        return
+    at_a_time = max(1, min(sweep.slots, sweep.tasks_here))
+    yield (
+        f"training takes about {format_seconds(sweep.train_s)} here, {at_a_time} at a time, "
+        f"at worst {format_seconds(sweep.worst_s)}"
+    )
+    if at_a_time < sweep.slots and sweep.slots_train_s is not None and sweep.slots_worst_s is not None:
+        yield (
+            f"on {sweep.slots} places as fast as one here about {format_seconds(sweep.slots_train_s)}, "
+            f"at worst {format_seconds(sweep.slots_worst_s)}"
+        )
+
+
+def _warnings(
+    spec: SweepSpec,
+    machine: Machine,
+    rungs: Sequence[RungPlan],
+    table_params: int,
+    speeds: Sequence[tuple[int, float]],
+) -> Iterator[str]:
+    if speeds and speeds[-1][0] < max(rung.params[1] for rung in rungs):
+        yield (
+            f"models above N = {format_count(speeds[-1][0])} are taken to be as fast as that one: this machine has no "
+            "memory for them, or takes too long for a step"
+        )
+    if speeds and machine.gpus == 0 and any(tier.gpus for tiers in spec.scaling.tiers for tier in tiers):
+        yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores} CPUs"
+    for tiers in spec.scaling.tiers:
+        if not any(map(machine.holds, tiers)):
+            yield f"{machine.lack(tiers[0])}: it would not start here"
+    unheld = [rung for rung in rungs if rung.unheld]
+    if unheld:
+        shares = ", ".join(f"{rung.unheld:.0%} of the points at rung {rung.rung}" for rung in unheld)
+        most_gib = max(rung.memory_gib for rung in unheld)
+        card = "" if machine.gpus else f" (of the usual card: {USUAL_CARD_GIB:g} GiB)"
+        yield (
+            f"{shares} need more memory than a worker has{card}, up to {most_gib:.3g} GiB: name `memory_gib` in the "
+            "tiers, so that they are infeasible, or use fewer `micro_groups` or more workers"
+        )
+    repeated = [rung for rung in rungs if rung.epochs[1] > MANY_EPOCHS]
+    if repeated:
+        most = max(rung.epochs[1] for rung in repeated)
+        yield (
+            f"up to {most:.2g} epochs of this log, more than {MANY_EPOCHS:g} from rung {repeated[0].rung} on: such "
+            "runs tell of repetition; lower the ladder, bring more data, or set `budget.max_epochs`"
+        )
+    if table_params > min(rung.params[0] for rung in rungs):
+        yield _tables_line(table_params)
 
 
 def _tables_line(table_params: int) -> str:
@@ -196,6 +272,7 @@ def _rows(feasible: FeasibleSet, costs: Sequence[int]) -> Sequence[int]:
 
 def _rung_plan(
     feasible: FeasibleSet,
+    machine: Machine,
     rung: int,
     trials: int,
     tasks: Sequence[tuple[Feasible, int]],
@@ -205,8 +282,14 @@ def _rung_plan(
     spec = feasible.spec
     rung_flops = spec.budget.ladder_flops[rung]
     points, trained_flops = zip(*tasks, strict=True)
-    places = [place for point in points for place in feasible.holding(point.config, point.cost, rung)]
+    holding = [feasible.holding(point.config, point.cost, rung) for point in points]
+    places = [place for ways in holding for place in ways]
+    here, at_most = (
+        min(max(machine.holds(way.tier) for way in ways) for ways in holding),
+        min(spec.scaling.slots, trials),
+    )
     task_s = [flops / _speed(point.cost.params, speeds) for point, flops in tasks] if speeds else []
+    every_s = trials * float(np.mean(task_s)) if task_s else None
     return RungPlan(
         rung=rung,
         rung_flops=rung_flops,
@@ -217,15 +300,43 @@ def _rung_plan(
         training_flops=round(trials * float(np.mean(trained_flops))),
         evaluation_flops=round(trials * float(np.mean([_evaluation_flops(spec, point, rung) for point in points]))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
+        unheld=float(np.mean([all(_is_unheld(machine, way) for way in ways) for ways in holding])),
         workers=tuple(sorted({place.tier.workers for place in places})),
-        train_s=trials * float(np.mean(task_s)) / max(1, min(spec.scaling.slots, trials)) if task_s else None,
+        tasks_here=here,
+        train_s=None if every_s is None else every_s / max(1, min(at_most, here)),
+        slots_train_s=None if every_s is None else every_s / max(1, at_most),
     )
 
 
-def _measure(by_size: Sequence[Feasible], measure: Measure, measure_s: float) -> tuple[tuple[int, float], ...]:
-    places = np.linspace(0, len(by_size) - 1, MEASURED_SIZES).round().astype(int)
-    chosen = {by_size[place].cost.params: by_size[place].config for place in places}
-    return tuple((params, measure(config, measure_s / len(chosen))) for params, config in chosen.items())
+def _is_unheld(machine: Machine, place: Place) -> bool:
+    return place.tier.memory_gib is None and place.needed_bytes / GIB > machine.worker_gib(place.tier)
+
+
+def _measure(
+    by_size: Sequence[Feasible], machine: Machine, measure: Measure, measure_s: float
+) -> tuple[tuple[int, float], ...]:
+    """The smallest, and of those that can be measured here a middle one and the largest: a negative group of theirs has
+    room, and takes no longer than the time that each has."""
+    smallest, share_s = by_size[0], measure_s / MEASURED_SIZES
+    speeds = {smallest.cost.params: measure(_alone(smallest.config), share_s)}
+    group_flops = share_s * speeds[smallest.cost.params]
+    room_bytes = (machine.gpu_memory_gib or machine.memory_gib) * GIB / 2
+    able = [
+        point
+        for point in by_size
+        if point.cost.step_flops / point.config.groups_per_step <= group_flops
+        and point.cost.memory_bytes(Tier(), 1, point.config.averaging) <= room_bytes
+    ]
+    for place in np.linspace(0, len(able) - 1, MEASURED_SIZES).round().astype(int) if able else ():
+        params = able[place].cost.params
+        if params not in speeds:
+            speeds[params] = measure(_alone(able[place].config), share_s)
+    return tuple(sorted(speeds.items()))
+
+
+def _alone(config: TrainConfig) -> TrainConfig:
+    """With one group a step: how many there are does not change the speed, but the time to the end of the first."""
+    return replace(config, groups_per_step=1)
 
 
 def _speed(params: int, speeds: Sequence[tuple[int, float]]) -> float:

@@ -1,14 +1,13 @@
 """What the next configuration may be: Optuna's TPE, random draws or a grid, always inside the feasible set.
 
 Enters: a SweepState and the number of the proposal. Leaves: points that were not tried yet, with the counted reasons of
-the infeasible draws on the way. Nothing is remembered between calls: Optuna's study is rebuilt in memory from the rows
-of one rung (results at different C are never mixed), and all randomness is seeded by (seed, number or era, try).
+the infeasible draws on the way. What calls share is kept for speed alone: TPE learns anew from the rows of one rung
+(results at different C are never mixed), and all randomness is seeded by (seed, number or era, try).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -17,20 +16,19 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bfm.sweep.arena import OPTUNA, Proposal
 from bfm.sweep.parameters import ConfigKey, Parameter, config_key
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.sweep.state import Record, SweepState, Trial, metric_value
+from bfm.sweep.tpe import coordinates, draws
 
 STARTUP_ROWS = 10
 POOL_SIZE = 96
@@ -50,6 +48,7 @@ class Proposer:
     def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
         self.spec, self.feasible = spec, feasible
         self._random: dict[int, tuple[dict[ConfigKey, Proposal], dict[str, int]]] = {}
+        self._points: dict[str, list[float] | None] = {}
 
     def pool(self, state: SweepState, number: int) -> tuple[Proposal, ...]:
         """Feasible points that proposal `number` may be chosen from: TPE's, which refine, and random ones, which forget
@@ -117,59 +116,45 @@ class Proposer:
             return
         rows = _rows_before_proposal(state)
         rung = self._learning_rung(state, rows)
-        if rung is not None:
-            study = self._study(state, rows, rung)
-            for attempt in range(self.optuna_draws):
-                yield self._ask(study, np.random.default_rng((self.spec.seeds[0], number, attempt)))
+        if rung is None:
+            return
+        rngs = (np.random.default_rng((self.spec.seeds[0], number, draw)) for draw in range(self.optuna_draws))
+        seeds = [int(rng.integers(1 << 31)) for rng in rngs]
+        yield from map(self.from_optuna, draws(self.axes, *self._told(state, rows, rung), seeds))
 
     def _learning_rung(self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]]) -> int | None:
         """The highest rung with enough comparable rows; None before the entry rung has them."""
         for rung in reversed(range(len(self.spec.budget.ladder_flops))):
             rows = rungs.get(rung, {})
-            known = [
-                name for name, row in rows.items() if self._value(row) is not None and self._is_inside(state, name)
-            ]
-            if len(known) >= STARTUP_ROWS:
+            known = (self._value(row) is not None and self._point(state.trials[name]) for name, row in rows.items())
+            if sum(map(bool, known)) >= STARTUP_ROWS:
                 return rung
         return None
 
-    def _study(self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]], rung: int) -> optuna.Study:
-        direction = self.spec.metric.goal
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        study = optuna.create_study(direction=direction, storage=optuna.storages.InMemoryStorage())
-        worst = math.inf if direction == "minimize" else -math.inf
-        told = []
+    def _told(
+        self, state: SweepState, rungs: Mapping[int, Mapping[str, Record]], rung: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What TPE learns from: (M, X) points with a row at a rung, their (M,) losses, (M, X) points without a row."""
+        sign = 1.0 if self.spec.metric.goal == "minimize" else -1.0
+        told, losses = [], []
         for name, row in rungs[rung].items():
-            if row["status"] == "oom" or not self._is_inside(state, name):
-                continue
-            value = self._value(row)
-            # A trial that diverged is as bad as can be: TPE must learn to keep away.
-            told.append(self._frozen(state.trials[name], worst if value is None else value))
+            point = self._point(state.trials[name])
+            if point is not None and row["status"] != "oom":
+                value = self._value(row)
+                told.append(point)
+                # A trial that diverged is as bad as can be: TPE must learn to keep away.
+                losses.append(math.inf if value is None else sign * value)
         begun = {name for rows in rungs.values() for name in rows}
         # So it must from those that run: proposals of one moment would else lie where the best row is, all of them.
-        told += [
-            self._frozen(trial, None)
-            for name, trial in state.trials.items()
-            if name not in begun and self._is_inside(state, name)
-        ]
-        study.add_trials(told)
-        return study
-
-    def _ask(self, study: optuna.Study, rng: np.random.Generator) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.sampler = optuna.samplers.TPESampler(
-                seed=int(rng.integers(1 << 31)), n_startup_trials=STARTUP_ROWS, multivariate=True, constant_liar=True
-            )
-        trial = study.ask(self.axes)
-        # Only the draw is wanted: a failed trial is one that TPE never looks at.
-        study.tell(trial, state=TrialState.FAIL)
-        return self.from_optuna(trial.params)
+        points = (self._point(trial) for name, trial in state.trials.items() if name not in begun)
+        running = [point for point in points if point is not None]
+        return np.array(told), np.array(losses), np.array(running).reshape(-1, len(self.axes))
 
     @cached_property
     def axes(self) -> dict[str, BaseDistribution]:
         """The free parameters in Optuna's words."""
-        return {parameter.name: _distribution(parameter) for parameter in self.spec.free_parameters}
+        named = {parameter.name: _distribution(parameter) for parameter in self.spec.free_parameters}
+        return dict(sorted(named.items()))
 
     def from_optuna(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Values of the free parameters."""
@@ -181,15 +166,13 @@ class Proposer:
         free = self.spec.free_parameters
         return {parameter.name: _from_value(parameter, config[parameter.name]) for parameter in free}
 
-    def _frozen(self, trial: Trial, value: float | None) -> FrozenTrial:
-        """As Optuna knows a trial; without a value it is running."""
-        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
-        return create_trial(state=state, value=value, params=self.to_optuna(trial.config), distributions=self.axes)
-
-    def _is_inside(self, state: SweepState, name: str) -> bool:
-        """Whether a trial lies in this space: an earlier one may have been another, and TPE knows only one."""
-        config = state.trials[name].config
-        return all(parameter.contains(config[parameter.name]) for parameter in self.spec.free_parameters)
+    def _point(self, trial: Trial) -> list[float] | None:
+        """As TPE knows a trial; None outside this space: earlier ones may have been others, and TPE knows only one."""
+        if trial.trial not in self._points:
+            free, config = self.spec.free_parameters, trial.config
+            inside = all(parameter.contains(config[parameter.name]) for parameter in free)
+            self._points[trial.trial] = coordinates(self.axes, self.to_optuna(config)) if inside else None
+        return self._points[trial.trial]
 
     def _value(self, row: dict[str, Any]) -> float | None:
         return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)

@@ -20,7 +20,7 @@ import numpy as np
 
 from bfm.errors import InfeasibleError, UserError
 from bfm.sweep.costs import ConfigCost, CostModel
-from bfm.sweep.parameters import config_key
+from bfm.sweep.parameters import ConfigKey, config_key
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
@@ -80,6 +80,8 @@ class FeasibleSet:
     def __init__(self, spec: SweepSpec, costs: CostModel) -> None:
         self.spec, self.costs = spec, costs
         self._places: dict[tuple[Any, ...], list[Place]] = {}
+        self._known: dict[ConfigKey, range] = {}
+        """Rungs of points that were found feasible: what is proposed is asked for again."""
 
     def judge(self, values: Mapping[str, Any]) -> Feasible | Rejection:
         """The verdict on the values of the free parameters."""
@@ -97,7 +99,21 @@ class FeasibleSet:
             cost = self.costs.of(config)
         except InfeasibleError as error:
             return _from_error("cannot be built", error)
-        return self._rungs(config, cost)
+        verdict = self._rungs(config, cost)
+        if isinstance(verdict, Feasible):
+            self._known[config_key(config.as_dict())] = verdict.rungs
+        return verdict
+
+    def rungs(self, config: Mapping[str, Any]) -> range:
+        """Of a whole configuration: from the first rung that has 100 steps and a sensible D/N to the last one.
+
+        All, where none has: a trial from before the space was changed goes where its rows are.
+        """
+        key = config_key(config)
+        if key not in self._known:
+            verdict, whole = self.judge_config(TrainConfig.from_dict(config)), range(len(self.spec.budget.ladder_flops))
+            self._known[key] = verdict.rungs if isinstance(verdict, Feasible) else whole
+        return self._known[key]
 
     def _rungs(self, config: TrainConfig, cost: ConfigCost) -> Feasible | Rejection:
         rejections = [self._at(config, cost, rung) for rung in range(len(self.spec.budget.ladder_flops))]

@@ -11,12 +11,11 @@ from typing import Any
 
 from bfm.sweep.arena import Proposal
 from bfm.sweep.axes import Axes
-from bfm.sweep.parameters import ConfigKey, Parameter, config_key
+from bfm.sweep.parameters import Parameter
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import Feasible, FeasibleSet, Place
+from bfm.sweep.space import FeasibleSet, Place
 from bfm.sweep.state import SweepState
-from bfm.training.config import TrainConfig
 
 
 class SpaceArena:
@@ -30,7 +29,6 @@ class SpaceArena:
         self.spec, self.feasible, self._past = spec, feasible, past
         self._params = [point.cost.params for point in feasible.sample[0]]
         self.proposer = Proposer(spec, feasible)
-        self._rungs: dict[ConfigKey, range] = {}
         self._pool: tuple[int, Sequence[Proposal]] = (-1, ())
 
     @cached_property
@@ -44,14 +42,8 @@ class SpaceArena:
         return Axes.of_parameters(self._params, tuple(free.values()))
 
     def rungs(self, config: Mapping[str, Any]) -> range:
-        """From the first rung that has 100 steps and a sensible D/N to the last one."""
-        key = config_key(config)
-        if key not in self._rungs:
-            verdict = self.feasible.judge_config(TrainConfig.from_dict(config))
-            # A trial from before the space was changed goes where its rows are.
-            whole = range(len(self.spec.budget.ladder_flops))
-            self._rungs[key] = verdict.rungs if isinstance(verdict, Feasible) else whole
-        return self._rungs[key]
+        """See FeasibleSet."""
+        return self.feasible.rungs(config)
 
     def climbs(self, config: Mapping[str, Any]) -> bool:
         """A trunk passes every rung."""

@@ -210,9 +210,12 @@ class Surrogate:
         mean_M = np.exp(near, out=near) @ (h.s_shared**2 * fit.alpha_M).astype(np.float32)
         mean_M = mean_M + trend(points, self._center) @ (self._scaled_MP.T @ fit.alpha_M)
         some = points.take(np.unique(np.linspace(0, len(points) - 1, _GLANCED_SDS).round().astype(int)))
-        near = _roughly_near(points, some, h)
-        near[(points.ids_M > 0)[:, None] != (some.ids_M > 0)] = -np.inf
-        sd_M = self.predict(some, hypotheses=1).sd_HM[0][near.argmax(1)]
+        nearest_M = np.zeros(len(points), dtype=int)
+        for known in (True, False):
+            left, right = (np.flatnonzero((places.ids_M > 0) == known) for places in (points, some))
+            if len(left) and len(right):
+                nearest_M[left] = right[_roughly_near(points.take(left), some.take(right), h).argmax(1)]
+        sd_M = self.predict(some, hypotheses=1).sd_HM[0][nearest_M]
         return Prediction(self.location + self.spread * mean_M[None], sd_M[None], np.ones(1))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import STATE_KEYS, build_optimizer, set_rates
+from bfm.training.optimizer import STATE_KEYS, build_optimizer, parameter_groups, set_rates
 
 Losses = tuple[Tensor, Tensor]
 """The mean over a batch's groups (scalar), and what is told of its targets, without a gradient."""
@@ -62,9 +62,27 @@ class Engine:
         self.micro_batches, self.clip_norm, self.model = micro_batches, config.clip_norm, model
         self.called: Callable[[ModelBatch, Objective], Losses] = model
         """The model, or what is wrapped around it."""
-        self.optimizer = build_optimizer(model, config)
-        self.optimizer.start_state(self.trainable.values(), config.averaging)
+        groups = parameter_groups(model, config)
+        self._places: dict[nn.Parameter, tuple[nn.Parameter, slice]] = {}
+        """The vector that each trained parameter is a part of, and where."""
+        for group in groups:
+            group["params"] = [self._lay_out(group["params"])]
+        self.optimizer = build_optimizer(groups, config)
+        self._vectors = [group["params"][0] for group in groups]
+        self.optimizer.start_state(self._vectors, config.averaging)
+        model.add_to_table_gradients()
         self.load_state(state)
+
+    def _lay_out(self, parameters: list[nn.Parameter]) -> nn.Parameter:
+        """One vector of parameters, which become views of it, as their gradients do of its own: a step of a small model
+        would else spend as long on calls as on numbers."""
+        vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        vector.grad, begin = torch.zeros_like(vector), 0
+        for parameter in parameters:
+            place = slice(begin, begin + parameter.numel())
+            parameter.data, parameter.grad = (of[place].view_as(parameter) for of in (vector.detach(), vector.grad))
+            self._places[parameter], begin = (vector, place), place.stop
+        return vector
 
     def forward(self, batch: ModelBatch, objective: Objective) -> Losses:
         """Losses of one micro-batch, under the engine's precision."""
@@ -93,14 +111,13 @@ class Engine:
 
     def update(self) -> float:
         """Clips and updates by the rates that are set; returns the norm of the averaged gradient before clipping."""
-        parameters = list(self.trainable.values())
-        for parameter in parameters:
-            if parameter.grad is None:
-                # AdamW would skip it, where ZeRO's flat partitions decay it and move its moments.
-                parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        gradients = [cast(Tensor, vector.grad) for vector in self._vectors]
+        norm = nn.utils.get_total_norm(gradients)
+        # What the kernel divides by in the pass that it makes anyway.
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp_(min=1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for gradient in gradients:
+            gradient.zero_()
         return float(norm)
 
     def load_state(self, state: EngineState) -> None:
@@ -137,11 +154,15 @@ class Engine:
 
     def get_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """A full fp32 copy, on the CPU, of what the optimizer keeps of a parameter."""
-        return cpu_copy(self.optimizer.state[parameter][key])
+        return cpu_copy(self._kept(parameter, key))
 
     def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """The inverse of `get_state`."""
-        self.optimizer.state[parameter][key].copy_(value)
+        self._kept(parameter, key).copy_(value)
+
+    def _kept(self, parameter: nn.Parameter, key: str) -> Tensor:
+        vector, place = self._places[parameter]
+        return self.optimizer.state[vector][key][place].view_as(parameter)
 
     def close(self) -> None:
         """Frees what the engine holds; the model is not usable afterwards."""

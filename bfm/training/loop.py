@@ -35,6 +35,7 @@ from bfm.training.optimizer import average_weight
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk, repeats
 from bfm.training.step_plan import StepPlan, StepPlanner, Work
+from bfm.training.threads import training_threads, using_threads
 from bfm.units import format_flops
 
 COST_STEPS = 8
@@ -85,6 +86,9 @@ class Trainer:
         self.cost = data.cost(config)
         self.catalogue_flops = self.cost.catalogue_flops(data.shards.num_items)
         self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax, factory)
+        positions = own_groups * config.group_windows * config.window
+        self.threads = training_threads(6.0 * config.shape().params * positions, torch.get_num_threads())
+        """That train; evaluation takes all of the process."""
         self.warmup_events = config.shape().params if config.warmup_events is None else config.warmup_events
         self.counters = Counters() if start is None else Counters(**start.meta["counters"])
         self.spent_flops = 0
@@ -116,6 +120,10 @@ class Trainer:
         Raises DivergedError (on all workers) at a non-finite loss or gradient.
         """
         assert self.counters.phase == "trunk", "a cooled-down run has left its trunk"
+        with using_threads(self.threads):
+            self._run_trunk(until_flops)
+
+    def _run_trunk(self, until_flops: float) -> None:
         freeze_flops = math.inf if self.config.freeze_at_flops is None else self.config.freeze_at_flops
         while True:
             plan = self._next_plan()
@@ -136,12 +144,10 @@ class Trainer:
         counters = self.counters
         if counters.phase == "trunk":
             counters.phase, counters.branch_from_flops = "cooldown", counters.path_flops
-        while True:
-            plan = self._next_plan()
-            if counters.path_flops + plan.work.path_flops > until_flops:
-                return
-            factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
-            self._step(plan, factor * lr_factor_trunk(counters.events + plan.work.events, self.warmup_events), 0.0)
+        with using_threads(self.threads):
+            while counters.path_flops + (plan := self._next_plan()).work.path_flops <= until_flops:
+                factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
+                self._step(plan, factor * lr_factor_trunk(counters.events + plan.work.events, self.warmup_events), 0.0)
 
     def next_step_flops(self) -> int:
         """Exact cost of the next step."""
@@ -179,7 +185,8 @@ class Trainer:
         return self.data.build_model(self.config, self.seed, weight).to(self.factory.device).eval()
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, end the planner's thread."""
+        self.planner.close()
         if "_built" in vars(self):
             self.engine.close()
 

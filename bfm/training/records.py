@@ -1,6 +1,6 @@
 """What training tells those who watch it: a record after every optimizer step, and of every validation on the way.
 
-Enters: the counters and losses of a step. Leaves: records, and rates and losses over the last steps.
+Enters: the counters and losses of a step. Leaves: records, and rates and losses of late.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Literal
 
 Phase = Literal["trunk", "cooldown"]
 RATE_STEPS = 50
-"""Steps over which rates and the recent loss are taken."""
+"""Steps over which the recent loss is taken."""
+RATE_S = 60.0
+"""Seconds over which rates are taken: beside other work those of a second are chance."""
+_MARK_EVERY_S = 1.0
 RISE_ERRORS = 2.0
 """nll has risen where it is above its best by more than so many paired standard errors."""
 
@@ -102,13 +105,18 @@ class Validation:
 
 Record = StepRecord | Validation
 Observer = Callable[[Record], None]
+_Mark = tuple[float, int, int]
+"""Seconds, events, FLOPs of the path."""
 
 
 class RecentSteps:
-    """Loss and rates over the last RATE_STEPS steps; the making of batches and other pauses count in the rates."""
+    """Loss over the last RATE_STEPS steps, and rates over the last RATE_S seconds, or the last step if that is longer;
+    the making of batches and other pauses count in the rates."""
 
     def __init__(self) -> None:
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=RATE_STEPS)
+        self._marks: deque[_Mark] = deque()
+        """Where steps ended, one a second at most."""
+        self._last: _Mark | None = None
         self._losses: deque[float] = deque(maxlen=RATE_STEPS)
 
     def begin(self, begin_s: float, events: int, path_flops: int) -> None:
@@ -118,7 +126,12 @@ class RecentSteps:
 
     def end(self, events: int, path_flops: int, loss: float) -> None:
         """A step ends here."""
-        self._marks.append((time.monotonic(), events, path_flops))
+        now_s = time.monotonic()
+        if self._last is not None and self._last[0] - self._marks[-1][0] >= _MARK_EVERY_S:
+            self._marks.append(self._last)
+        while len(self._marks) > 1 and now_s - self._marks[1][0] >= RATE_S:
+            self._marks.popleft()
+        self._last = now_s, events, path_flops
         self._losses.append(loss)
 
     @property
@@ -127,8 +140,9 @@ class RecentSteps:
         return sum(self._losses) / len(self._losses) if self._losses else None
 
     def rates(self) -> tuple[float, float]:
-        """Events/s and FLOP/s."""
-        (first_s, first_events, first_flops), (last_s, last_events, last_flops) = self._marks[0], self._marks[-1]
+        """Events/s and FLOP/s; only after a step."""
+        assert self._last is not None
+        (first_s, first_events, first_flops), (last_s, last_events, last_flops) = self._marks[0], self._last
         elapsed_s = max(last_s - first_s, 1e-9)
         return (last_events - first_events) / elapsed_s, (last_flops - first_flops) / elapsed_s
 

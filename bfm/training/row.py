@@ -53,7 +53,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
         "dtype": str(compute_dtype(device)).removeprefix("torch."),
         "micro_groups": trainer.micro_groups,
         "softmax": trainer.softmax,
-        "threads": torch.get_num_threads(),
+        "threads": trainer.threads,
     }
 
 

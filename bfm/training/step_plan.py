@@ -1,10 +1,12 @@
 """The next step before it runs: the micro-batches of a worker, and what the step costs over all workers.
 
-Enters: stage and cursor of a run. Leaves: batches and exact whole numbers, so that a limit is never passed.
+Enters: stage and cursor of a run. Leaves: batches and exact whole numbers, so that a limit is never passed. While a
+step is trained, a thread reads and indexes the events of the one after it.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +40,13 @@ class Work:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """This worker's micro-batches, and the work of the step over all workers."""
+    """This worker's micro-batches, and the work of the step: its own or over all workers."""
 
     batches: list[ModelBatch]
     work: Work
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepPlanner:
     """Plans the steps of one run; collective over the factory's workers."""
 
@@ -55,19 +57,38 @@ class StepPlanner:
     softmax: str
     factory: EngineFactory
 
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-step")
+        self._ahead: tuple[tuple[int, int], Future[StepPlan]] | None = None
+
     def plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
-        """The step that takes the groups from `cursor` on."""
+        """The step that takes the groups from `cursor` on; the one after it is begun."""
+        own = None
+        if self._ahead is not None:
+            asked, future = self._ahead
+            own = future.result() if asked == (stage, cursor) else None
+        own = own or self.own_plan(stage, cursor, objective)
+        following = stage, cursor + self.config.groups_per_step
+        self._ahead = following, self._thread.submit(self.own_plan, *following, objective)
+        return StepPlan(own.batches, Work(*self.factory.all_reduce_sum(list(vars(own.work).values()))))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def own_plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
+        """This worker's part of a step."""
         factory, batches, work = self.factory, list[ModelBatch](), Work()
         own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
-            batch = objective.batch([self.order.group(index) for index in indices], indices)
+            batch = objective.batch(self.order.groups(indices), indices)
             batches.append(batch)
             embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
             frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)
             for group, constant in zip(batch.groups, frozen, strict=True):
                 work.add(self._work(stage, group, constant, embeds_again))
-        return StepPlan(batches, Work(*factory.all_reduce_sum(list(vars(work).values()))))
+        return StepPlan(batches, work)
 
     def _work(self, stage: int, group: Group, frozen: int, embeds_again: bool) -> Work:
         """Of a group with so many frozen candidates beside the live ones."""

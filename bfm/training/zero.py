@@ -21,7 +21,7 @@ from bfm.errors import UserError
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
 from bfm.training.engine import Engine, EngineFactory, EngineState, cpu_copy
-from bfm.training.optimizer import build_optimizer
+from bfm.training.optimizer import build_optimizer, parameter_groups
 
 # DeepSpeed allocates whole buckets whatever the model's size; its default of 5e8 numbers is 2 GB.
 _LARGEST_BUCKET = 12_288 * 4096
@@ -39,7 +39,7 @@ class ZeroEngine(Engine):
         num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config),
+            optimizer=build_optimizer(parameter_groups(model, config), config),
             config=_deepspeed_config(stage, micro_batches, config.clip_norm, num_trainable),
             dist_init_required=False,
         )
@@ -95,7 +95,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage == 0:
-            return super().get_state(parameter, key)
+            return cpu_copy(self.optimizer.state[parameter][key])
         return cpu_copy(safe_get_full_optimizer_state(parameter, key))
 
     def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
@@ -103,7 +103,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
-            super().set_state(parameter, key, value)
+            self.optimizer.state[parameter][key].copy_(value)
         elif self.stage == 3:
             # The whole-tensor setter fails where the size does not divide by the workers; ranks own padded slices.
             own, rank, world_size = cast(Any, parameter).partition_numel(), dist.get_rank(), dist.get_world_size()

@@ -91,7 +91,7 @@ def test_shares_are_those_of_a_count_without_the_targets_event(shards, monkeypat
 def test_a_pair_that_would_not_be_listed_without_its_event_has_no_share(shards, monkeypatch):
     monkeypatch.setattr(module, "NEIGHBOURS", 3)
     neighbours = count_neighbours(shards, [BROAD])[0]
-    windows = WindowOrder(shards, WINDOW, 2, 0, neighbours).group(0)
+    windows = WindowOrder(shards, WINDOW, 2, 0, neighbours).groups([0])
     share_RLM, item_RLM = windows.counted.share_RLM, windows.counted.item_RLM
     whole_RLM = np.where(item_RLM >= 0, neighbours.shares(item_RLM, windows.target_RL[..., None]), 0.0)
     assert ((share_RLM == 0) & (whole_RLM > 0)).any()

@@ -8,8 +8,8 @@ from bfm.events import statistics as module
 from bfm.events.shards import Shards
 from bfm.events.statistics import group_means, inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
-from bfm.model.batch import make_batch
 from tests.helpers import make_shards
+from tests.model.toys import batch_of
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,13 @@ def test_larger_groups_than_an_epoch_hold_everything(toy_shards):
 @pytest.mark.parametrize(("window", "group_windows"), [(8, 2), (32, 4), (64, 16), (50, 13), (24, 100)])
 def test_group_means_counts_equal_those_of_groups(many, window, group_windows):
     order = WindowOrder(many, window, group_windows, seed=3)
-    groups = [order.group(index) for index in range(200)]
+    groups = [order.groups([index]) for index in range(200)]
     embedded = [np.union1d(group.item_RL, group.target_RL) for group in groups]
     items = [len(ids[ids >= 0]) for ids in embedded]
     targets = [len(np.unique(group.target_RL[group.target_RL >= 0])) for group in groups]
     rows = [(group.target_RL >= 0).sum() for group in groups]
     baskets = WindowOrder(many, window, group_windows, seed=3, targets="next_basket")
-    queries = [make_batch([baskets.group(index)]).groups[0].queries for index in range(200)]
+    queries = [batch_of([baskets.groups([index])]).groups[0].queries for index in range(200)]
     expected = group_means(many, window, group_windows, "next_basket")
     assert expected.distinct_items_mean == pytest.approx(np.mean(items), rel=0.01)
     assert expected.distinct_targets_mean == pytest.approx(np.mean(targets), rel=0.01)

@@ -29,7 +29,7 @@ def epoch_rows(order, epoch):
     """All windows of an epoch, taken one by one."""
     single = WindowOrder(order.shards, order.window, 1, order.seed)
     first = epoch * order.windows_per_epoch
-    return [single.group(first + index) for index in range(order.windows_per_epoch)]
+    return [single.groups([first + index]) for index in range(order.windows_per_epoch)]
 
 
 def same(first, second):
@@ -46,13 +46,13 @@ def test_order_is_a_pure_function_of_seed_and_index(toy_shards, split_in_three, 
     order = WindowOrder(toy_shards, window, group_windows, seed)
     per_epoch = order.windows_per_epoch // group_windows
     indices = [0, 1, 7, per_epoch, per_epoch + 1, 3 * per_epoch]
-    forward = [order.group(index) for index in indices]
+    forward = [order.groups([index]) for index in indices]
     # Another reading order, another process's object, another partition into shards: the same groups.
     fresh = WindowOrder(toy_shards, window, group_windows, seed)
     elsewhere = WindowOrder(split_in_three, window, group_windows, seed)
     for index, group in reversed(list(zip(indices, forward, strict=True))):
-        assert same(fresh.group(index), group)
-        assert same(elsewhere.group(index), group)
+        assert same(fresh.groups([index]), group)
+        assert same(elsewhere.groups([index]), group)
 
 
 @settings(max_examples=25, deadline=None)
@@ -135,7 +135,7 @@ def test_a_basket_is_predicted_from_where_the_one_before_it_ended(split_in_three
 
 
 def test_logs_without_baskets_have_the_same_targets_either_way(leave_one_out):
-    first, second = (WindowOrder(leave_one_out, 16, 4, 0, None, targets).group(1) for targets in TARGETS)
+    first, second = (WindowOrder(leave_one_out, 16, 4, 0, None, targets).groups([1]) for targets in TARGETS)
     assert same(first, second)
     assert np.array_equal(first.query_RL, second.query_RL)
     assert np.array_equal(first.weight_RL, second.weight_RL)
@@ -186,7 +186,7 @@ def permuted_windows(order, index):
         (row.tobytes(), time.tobytes()): number
         for number, (row, time) in enumerate(zip(every.item_RL, every.time_RL, strict=True))
     }
-    group = order.group(index)
+    group = order.groups([index])
     return np.array(
         [first[row.tobytes(), time.tobytes()] for row, time in zip(group.item_RL, group.time_RL, strict=True)]
     )
@@ -201,7 +201,7 @@ def _user_of(shards, order, row):
 def test_epochs_and_seeds_have_other_orders(toy_shards):
     order = WindowOrder(toy_shards, 16, 2, seed=0)
     first, second = epoch_rows(order, 0)[0], epoch_rows(order, 1)[0]
-    other = WindowOrder(toy_shards, 16, 2, seed=1).group(0)
+    other = WindowOrder(toy_shards, 16, 2, seed=1).groups([0])
     assert not np.array_equal(first.item_RL, second.item_RL)
     assert not np.array_equal(first.item_RL[0], other.item_RL[0])
 
@@ -212,10 +212,10 @@ def test_the_cursor_is_one_integer(toy_shards, shape, index):
     """Group g is windows g*G .. g*G+G-1 of the endless order, across epochs."""
     window, group_windows, seed = shape
     order = WindowOrder(toy_shards, window, group_windows, seed)
-    group, single = order.group(index), WindowOrder(toy_shards, window, 1, seed)
+    group, single = order.groups([index]), WindowOrder(toy_shards, window, 1, seed)
     assert group.item_RL.shape == (group_windows, window)
     for row in range(group_windows):
-        alone = single.group(index * group_windows + row)
+        alone = single.groups([index * group_windows + row])
         assert np.array_equal(group.item_RL[row], alone.item_RL[0])
         assert np.array_equal(group.target_RL[row], alone.target_RL[0])
         assert np.array_equal(group.segment_RL[row], alone.segment_RL[0])
@@ -234,7 +234,7 @@ def test_no_target_after_the_split(toy_shards, leave_one_out):
 
 
 def test_positions_instead_of_times(leave_one_out):
-    row = WindowOrder(leave_one_out, 64, 1, seed=0).group(0)
+    row = WindowOrder(leave_one_out, 64, 1, seed=0).groups([0])
     inside = (row.segment_RL >= 0) & (row.time_RL > 0)
     assert (row.gap_RL[inside] == 1.0).all()
     assert (row.later_RL == (row.target_RL >= 0)).all()
@@ -242,7 +242,7 @@ def test_positions_instead_of_times(leave_one_out):
 
 def test_pads_are_marked_everywhere(tmp_path):
     shards = make_shards(tmp_path, users=9, max_events=9, every_kind=True)
-    group = WindowOrder(shards, 50, 2, seed=0).group(0)
+    group = WindowOrder(shards, 50, 2, seed=0).groups([0])
     pad = group.item_RL < 0
     assert pad.any()
     assert (group.segment_RL[pad] == -1).all()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bfm.events.windows import EvalWindows, Windows
-from bfm.model.batch import attended_events, make_batch, make_query_batch
-from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, make_windows
+from bfm.model.batch import first_columns, make_query_batch
+from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, batch_of, make_windows
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def groups() -> list[Windows]:
 
 
 def test_indices_lead_back_to_the_windows(groups):
-    batch = make_batch(groups, "cpu", [7, 8, 11])
+    batch = batch_of(groups, [7, 8, 11])
     item_RL = np.concatenate([group.item_RL for group in groups])
     target_RL = np.concatenate([group.target_RL for group in groups])
     valid_RL = item_RL >= 0
@@ -27,13 +27,16 @@ def test_indices_lead_back_to_the_windows(groups):
     np.testing.assert_array_equal(batch.places.position_Q[batch.query_T], query_RL[target_RL >= 0])
     assert len(np.unique(query_RL[target_RL >= 0])) == len(batch.places.position_Q) < len(batch.query_T)
     np.testing.assert_array_equal(batch.items_U[batch.target_index_T].numpy(), target_RL[target_RL >= 0])
-    for name in ("segment_RL", "gap_RL", "time_RL", "later_RL"):
+    first_RL = np.concatenate([first_columns(group.segment_RL) for group in groups])
+    np.testing.assert_array_equal(batch.first_RL, first_RL)
+    np.testing.assert_array_equal(batch.places.first_Q, first_RL.ravel()[batch.places.position_Q])
+    for name in ("gap_RL", "time_RL", "later_RL"):
         np.testing.assert_array_equal(getattr(batch, name), np.concatenate([getattr(group, name) for group in groups]))
     assert [(group.index, group.windows) for group in batch.groups] == [(7, 2), (8, 4), (11, 3)]
 
 
 def test_each_group_has_its_own_items_and_candidates(groups):
-    batch = make_batch(groups)
+    batch = batch_of(groups)
     for number, (group, counts) in enumerate(zip(groups, batch.groups, strict=True)):
         inputs, targets = set(group.item_RL.ravel()) - {-1}, set(group.target_RL.ravel()) - {-1}
         first_item = sum(before.items for before in batch.groups[:number])
@@ -50,21 +53,21 @@ def test_each_group_has_its_own_items_and_candidates(groups):
 
 
 def test_slots_hold_the_queries_of_their_window_once(groups):
-    places = make_batch(groups).places
+    places = batch_of(groups).places
     windows, x_QX = sum(len(group.item_RL) for group in groups), torch.rand(len(places.position_Q), 2)
     spread_RSX = places.spread(x_QX, windows)
     assert torch.equal(places.gather(spread_RSX), x_QX)
     assert torch.equal(places.slot_Q // places.slots, places.position_Q // 16)
     assert len(torch.unique(places.slot_Q)) == len(x_QX)
     assert places.slots == torch.bincount(places.position_Q // 16).max()
-    alone = [make_batch([group]) for group in groups]
+    alone = [batch_of([group]) for group in groups]
     free = [len(one.item_RL) * one.places.slots - len(one.places.position_Q) for one in alone]
-    assert [group.free_slots for group in make_batch(groups).groups] == free
+    assert [group.free_slots for group in batch_of(groups).groups] == free
 
 
 def test_copies_are_the_users_events_of_the_target_up_to_its_query():
     groups = [make_windows(ALL_FIELDS, rows, 16, num_items=5, seed=rows, baskets=True) for rows in (2, 3)]
-    batch = make_batch(groups)
+    batch = batch_of(groups)
     copies = iter(batch.copy_N.split(batch.copies_T.tolist()))
     for number, group in enumerate(groups):
         for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):
@@ -80,24 +83,37 @@ def test_a_group_without_targets_or_events_is_empty_not_an_error():
     windows = make_windows(PLAIN_FIELDS, rows=1, length=8)
     empty = np.full_like(windows.item_RL, -1)
     nothing = dataclasses.replace(windows, item_RL=empty, target_RL=empty, segment_RL=empty)
-    (counts,) = make_batch([nothing]).groups
+    (counts,) = batch_of([nothing]).groups
     assert counts.items == counts.targets == counts.queries == counts.candidates == counts.attended_pairs == 0
-    full, empty = make_batch([windows, nothing]).groups
-    assert (full, empty.candidates) == (make_batch([windows]).groups[0], 0)
+    full, empty = batch_of([windows, nothing]).groups
+    assert (full, empty.candidates) == (batch_of([windows]).groups[0], 0)
 
 
-def test_a_batch_needs_groups_and_one_index_for_each(groups):
-    with pytest.raises(ValueError, match="at least one group"):
-        make_batch([])
-    with pytest.raises(ValueError, match="longer"):
-        make_batch(groups, "cpu", [4])
+def test_every_group_needs_an_index(groups):
+    with pytest.raises(ValueError, match="broadcast"):
+        batch_of(groups, [4])
 
 
-def test_batches_do_not_share_memory_with_the_windows(groups):
-    batch = make_batch(groups[:1])
-    before = batch.gap_RL.clone()
-    groups[0].gap_RL[...] += 1
-    assert torch.equal(batch.gap_RL, before)
+def test_a_batch_is_sent_as_one_block_and_is_what_it_was(groups):
+    batch = batch_of(groups, drawn=[np.array([3, 5]), np.array([], np.int64), np.array([7])])
+    batch = dataclasses.replace(batch, frozen=(torch.tensor([1, 2]), torch.zeros(0, dtype=torch.int64)))
+    sent, blocks = batch._sent(torch.device("cpu")), set()
+
+    def compare(here, there):
+        if torch.is_tensor(here):
+            torch.testing.assert_close(here, there, rtol=0, atol=0, equal_nan=True)
+            blocks.add(there.untyped_storage().data_ptr())
+        elif isinstance(here, (dict, tuple)):
+            values = (part.values() if isinstance(part, dict) else part for part in (here, there))
+            for pair in zip(*values, strict=True):
+                compare(*pair)
+        elif dataclasses.is_dataclass(here):
+            compare(vars(here), vars(there))
+        else:
+            assert here == there
+
+    compare(batch, sent)
+    assert len(blocks) == 1
 
 
 def test_query_rows_stand_in_the_order_of_the_queries():
@@ -112,6 +128,6 @@ def test_query_rows_stand_in_the_order_of_the_queries():
     assert (counts.queries, counts.targets, counts.candidates, counts.windows) == (4, 0, 0, 3)
 
 
-def test_attended_events_of_known_rows():
+def test_first_columns_of_known_rows():
     segment_RL = np.array([[0, 0, 0, 1, 1, -1], [5, 5, 5, 5, 5, 5]], np.int32)
-    assert attended_events(segment_RL).tolist() == [[1, 2, 3, 1, 2, 0], [1, 2, 3, 4, 5, 6]]
+    assert first_columns(segment_RL).tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from bfm.model.batch import QueryPlaces
+from bfm.model.attended import attention_mask
+from bfm.model.batch import query_places
 from bfm.model.blocks import Block, look_up, make_linear, make_rotation, rms_norm, rotate, unit
-from bfm.model.contextualizer import attention_mask
 
 
 def test_rms_norm_keeps_the_dtype():
@@ -51,7 +54,7 @@ def test_queries_alone_are_what_the_block_says_at_their_positions():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     x_BLW = torch.randn(3, 7, 16, generator=generator)
     rotation, mask_LL = make_rotation(7, 8, x_BLW.device), torch.full((7, 7), -torch.inf).triu(1)
-    places = QueryPlaces(torch.tensor([6, 0, 18, 15]), torch.tensor([1, 0, 4, 5]), slots=2)
+    places = query_places(np.array([6, 0, 18, 15]), np.zeros((3, 7), np.int64))
     mask_BSL = places.spread(mask_LL[places.position_Q % 7], 3)
     alone_QW = block(x_BLW, mask_BSL[:, None], rotation, queries=places)
     torch.testing.assert_close(alone_QW, places.take(block(x_BLW, mask_LL, rotation)))
@@ -68,10 +71,10 @@ def test_look_up_is_indexing_with_a_summed_gradient():
 
 
 def test_the_mask_admits_the_users_own_past_and_leaves_no_row_empty():
-    segment_RL = torch.tensor([[0, 0, 2, -1], [1, 1, 1, 1]])
-    allowed = attention_mask(segment_RL, torch.float32) == 0
-    assert allowed[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert torch.equal(allowed[1, 0], torch.ones(4, 4).tril().bool())
+    first_N, last_N = torch.tensor([0, 0, 2, 3, 1]), torch.tensor([0, 1, 2, 3, 3])
+    mask_NL = attention_mask(first_N, last_N, 4, torch.float32)
+    assert (mask_NL == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 1, 1, 1]]
+    assert set(mask_NL.unique().tolist()) == {0.0, -math.inf}
 
 
 def test_linear_maps_are_drawn_from_their_generator():
@@ -79,3 +82,16 @@ def test_linear_maps_are_drawn_from_their_generator():
     assert torch.equal(drawn, make_linear(64, 200, torch.Generator().manual_seed(1)).weight)
     assert drawn.std().item() == pytest.approx(64**-0.5, rel=0.05)
     assert not make_linear(4, 4, None).weight.any()
+
+
+@pytest.mark.parametrize("normed", [rms_norm, unit])
+def test_norms_have_the_gradient_of_their_formula(normed):
+    x_NW = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9)[:, None]
+    size, epsilon = (6, 1e-6) if normed is rms_norm else (1, 0.0)
+    grad_NW = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
+    got_NW, exact_NW = x_NW.clone().requires_grad_(), x_NW.double().requires_grad_()
+    expected_NW = exact_NW / (exact_NW.square().sum(1, keepdim=True) / size + epsilon).sqrt()
+    torch.testing.assert_close(normed(got_NW), expected_NW.float())
+    normed(got_NW).backward(grad_NW)
+    expected_NW.backward(grad_NW.double())
+    torch.testing.assert_close(got_NW.grad.double(), exact_NW.grad, rtol=5e-5, atol=1e-9)

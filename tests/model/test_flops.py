@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bfm.model import two_part
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import ModelBatch
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import TwoPartModel
-from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, anything_of, contextualize, make_model, make_windows
+from tests.model.toys import ALL_FIELDS, PLAIN_FIELDS, anything_of, batch_of, contextualize, make_model, make_windows
 
 TABLE_WIDTH = 8
 ATTENTION_HEAVY = Shape(d_item=8, width=8, depth=3, heads=2, hidden=8)
@@ -70,7 +70,7 @@ def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor |
 def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, has_clock, pointer, baskets):
     shape = replace(shape, pointer_width=shape.d_item // 2 if pointer else 0)
     model = make_model(fields=fields, shape=shape, has_clock=has_clock)
-    batch = make_batch([make_windows(fields, rows, length, seed=rows, baskets=baskets) for rows in (2, 3)])
+    batch = batch_of([make_windows(fields, rows, length, seed=rows, baskets=baskets) for rows in (2, 3)])
     if stage == 2:
         model.freeze_embedder()
     frozen_KD = torch.randn(negatives, shape.d_item) if stage == 2 else None
@@ -85,7 +85,7 @@ def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, 
 
 def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
     model = make_model(2e4, 0.3, ALL_FIELDS)
-    batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
+    batch = batch_of([make_windows(ALL_FIELDS, rows=4)])
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     (group,) = batch.groups
     formula = cost.group_flops(1, group.items, group.queries, group.candidates, group.windows)
@@ -113,7 +113,7 @@ def test_catalogue_flops_equal_the_counter(share, monkeypatch):
 @pytest.mark.parametrize("pointer", [True, False])
 def test_eval_flops_equal_the_counter(pointer):
     model = make_model(fields=ALL_FIELDS, shape=size_model(2e4, 0.1, d_item=16, pointer=pointer))
-    batch = make_batch([make_windows(ALL_FIELDS, rows=4)])
+    batch = batch_of([make_windows(ALL_FIELDS, rows=4)])
     catalogue_ID = model.embed_all()
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ def test_stem_and_table_params_are_what_the_model_has():
 
 def test_useful_attention_counts_causal_pairs_inside_users():
     windows = make_windows(PLAIN_FIELDS, rows=3, length=16, baskets=True)
-    batch = make_batch([windows])
+    batch = batch_of([windows])
     attended = [
         sum(windows.segment_RL[row, query] == windows.segment_RL[row, key] >= 0 for key in range(query + 1))
         for row in range(3)
@@ -158,5 +158,5 @@ def test_useful_attention_counts_causal_pairs_inside_users():
 def test_contextualize_alone_spends_nothing_on_frozen_items():
     model = make_model(2e4, 0.3)
     model.freeze_embedder()
-    anything_of(contextualize(model, make_batch([make_windows(PLAIN_FIELDS)]))).backward()
+    anything_of(contextualize(model, batch_of([make_windows(PLAIN_FIELDS)]))).backward()
     assert all(weight.grad is None for weight in model.embedder.parameters())

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.events.windows import EvalWindows
+from bfm.model.attended import half_octave
 from bfm.model.batch import ModelBatch, make_query_batch
-from bfm.model.mixture import Pointer, half_octave, mixture_loss
+from bfm.model.mixture import Pointer, mixture_loss
 from tests.model.toys import PLAIN_FIELDS, make_windows
 
 WIDTH, KEY_WIDTH, ROWS, LENGTH = 10, 4, 3, 24
@@ -54,7 +55,7 @@ def history(seed: int = 0, positions: torch.Tensor | None = None) -> tuple[torch
 
 
 def point(pointer: Pointer, x_RLW: torch.Tensor, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    return pointer(x_RLW, batch.places.take(x_RLW), batch.attended_QL(), batch)
+    return pointer(x_RLW, batch.places.take(x_RLW), batch)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def pointer() -> Pointer:
 def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(pointer):
     position_Q = torch.randperm(ROWS * LENGTH, generator=torch.Generator().manual_seed(2))[:40]
     x_RLW, batch = history(positions=position_Q)
-    segment_RL, time_RL = batch.segment_RL, batch.time_RL
+    first_RL, time_RL = batch.first_RL, batch.time_RL
     gate_Q1, pointer_QL = point(pointer, x_RLW, batch)
     torch.testing.assert_close(pointer_QL.sum(1), torch.ones(40))
     for number, (row, place) in enumerate(zip(*np.divmod(position_Q.numpy(), LENGTH), strict=True)):
@@ -80,7 +81,7 @@ def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(
         q_P = q_P / q_P.square().mean().sqrt()
         scores = {}
         for past in range(place + 1):
-            if segment_RL[row, past] == segment_RL[row, place]:
+            if first_RL[row, past] == first_RL[row, place]:
                 k_P = pointer.key.weight.double() @ x_RLW[row, past].double()
                 elapsed = int(time_RL[row, place] - time_RL[row, past])
                 scores[past] = float(
@@ -99,11 +100,11 @@ def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(
 @torch.no_grad()
 def test_other_users_pads_and_later_events_change_nothing(pointer):
     x_RLW, every = history()
-    segment_RL, time_RL = every.segment_RL, every.time_RL
+    first_RL, time_RL = every.first_RL, every.time_RL
     for position in (0, 7, 23, 30, 2 * LENGTH + 19):
         row, place = divmod(position, LENGTH)
         other_RL = torch.ones(ROWS, LENGTH, dtype=torch.bool)
-        other_RL[row] = (segment_RL[row] != segment_RL[row, place]) | (torch.arange(LENGTH) > place)
+        other_RL[row] = (first_RL[row] != first_RL[row, place]) | (torch.arange(LENGTH) > place)
         noisy_RLW = torch.where(other_RL[..., None], x_RLW.flip(0, 1) + 1, x_RLW)
         noisy_RL = torch.where(other_RL, time_RL.flip(0) - 5_000, time_RL)
         _, alone = history(positions=torch.tensor([position]))
@@ -114,11 +115,11 @@ def test_other_users_pads_and_later_events_change_nothing(pointer):
 @torch.no_grad()
 def test_a_new_pointer_gives_the_events_so_far_equal_weights_and_an_open_gate():
     x_RLW, batch = history()
-    segment_RL = batch.segment_RL
+    first_RL = batch.first_RL
     made = Pointer(WIDTH, KEY_WIDTH, torch.Generator().manual_seed(0))
     gate_Q1, pointer_QL = point(made, x_RLW, batch)
     assert not gate_Q1.any()
-    own_RLL = ((segment_RL[:, :, None] == segment_RL[:, None, :]) & torch.ones(LENGTH, LENGTH).tril().bool()).float()
+    own_RLL = ((first_RL[:, :, None] == first_RL[:, None, :]) & torch.ones(LENGTH, LENGTH).tril().bool()).float()
     torch.testing.assert_close(pointer_QL, (own_RLL / own_RLL.sum(-1, keepdim=True)).flatten(0, 1))
 
 

@@ -10,7 +10,7 @@ import torch
 from bfm.errors import UserError
 from bfm.events.windows import Windows
 from bfm.model import two_part
-from bfm.model.batch import ModelBatch, make_batch
+from bfm.model.batch import ModelBatch
 from bfm.model.mixture import mixture_loss, target_mass
 from bfm.model.sizing import Shape
 from bfm.model.two_part import LARGEST_SCALE, ItemStore, TwoPartModel
@@ -20,6 +20,7 @@ from tests.model.toys import (
     NUM_ITEMS,
     PLAIN_FIELDS,
     anything_of,
+    batch_of,
     contextualize,
     every_position,
     make_model,
@@ -45,7 +46,7 @@ def model(request) -> TwoPartModel:
 
 def answers(model: TwoPartModel, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
     """At every position: h and log gates, [R, L, X], and the pointer's probabilities, [R, L, L] (or [R, L, 0])."""
-    h_ND, *others = parts(contextualize(model, every_position(make_batch([windows]))))
+    h_ND, *others = parts(contextualize(model, every_position(batch_of([windows]))))
     pointer_NL = others[1] if len(others) > 1 else h_ND.new_zeros(len(h_ND), 0)
     length = windows.item_RL.shape[1]
     return torch.cat([h_ND, others[0]], 1).unflatten(0, (-1, length)), pointer_NL.unflatten(0, (-1, length))
@@ -127,15 +128,15 @@ def test_item_vectors_do_not_depend_on_their_company(model, monkeypatch):
 
 def test_groups_of_a_batch_do_not_touch_each_other(model):
     first, second = make_windows(ALL_FIELDS, seed=1), make_windows(ALL_FIELDS, rows=2, seed=2)
-    together = make_batch([first, second])
+    together = batch_of([first, second])
     both = parts(contextualize(model, together))
     for number, group in enumerate((first, second)):
         rows = together.queries_of(number)
-        torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, make_batch([group]))))
+        torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, batch_of([group]))))
 
 
 def test_stage_2_uses_constant_vectors_and_leaves_the_embedder_alone(model):
-    batch = make_batch([make_windows(ALL_FIELDS)])
+    batch = batch_of([make_windows(ALL_FIELDS)])
     live = contextualize(model, batch)
     catalogue_ID = model.embed_all()
     model.freeze_embedder()
@@ -150,12 +151,12 @@ def test_stage_2_uses_constant_vectors_and_leaves_the_embedder_alone(model):
 def test_dropout_reaches_the_last_block_and_is_the_same_in_any_micro_batch():
     model = perturb(TwoPartModel(Shape(16, 24, 1, 2, 40, 8), PLAIN_FIELDS, make_store(PLAIN_FIELDS), True, 8, 0, 0.3))
     groups = [make_windows(PLAIN_FIELDS, rows=2, seed=seed, baskets=True) for seed in range(2)]
-    calm = contextualize(model.eval(), make_batch(groups[:1])).h_QD
+    calm = contextualize(model.eval(), batch_of(groups[:1])).h_QD
     model.train()
-    together = make_batch(groups)
+    together = batch_of(groups)
     both_QD = contextualize(model, together).h_QD
     for number, group in enumerate(groups):
-        alone_QD = contextualize(model, make_batch([group], group_indices=[number])).h_QD
+        alone_QD = contextualize(model, batch_of([group], group_indices=[number])).h_QD
         torch.testing.assert_close(both_QD[together.queries_of(number)], alone_QD)
     assert not torch.allclose(both_QD[together.queries_of(0)], calm, atol=1e-3)
     rows = []
@@ -166,7 +167,7 @@ def test_dropout_reaches_the_last_block_and_is_the_same_in_any_micro_batch():
 
 def test_every_weight_gets_a_gradient(model):
     # Of few items, so that targets stand in the histories.
-    batch = make_batch([make_windows(ALL_FIELDS, num_items=8)])
+    batch = batch_of([make_windows(ALL_FIELDS, num_items=8)])
 
     def objective(model: TwoPartModel, batch: ModelBatch) -> torch.Tensor:
         v_UD = model.embed_items(batch.items_U)
@@ -195,7 +196,7 @@ def test_a_fresh_embedder_adds_nothing_to_the_path_of_share_0():
     for residual in (("mlp", 0, 0, 0, 24), ("transformer", 16, 2, 2, 24)):
         nested = make_model(fields=ALL_FIELDS, shape=Shape(16, 24, 2, 2, 40, 8, *residual))
         torch.testing.assert_close(nested.embed_all(), base.embed_all())
-        batch = make_batch([make_windows(ALL_FIELDS)])
+        batch = batch_of([make_windows(ALL_FIELDS)])
         torch.testing.assert_close(parts(contextualize(nested, batch)), parts(contextualize(base, batch)))
 
 
@@ -208,7 +209,7 @@ def test_the_bit_later_is_seen_at_its_own_position(model):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_is_near_single(model, autocast):
-    batch = make_batch([make_windows(ALL_FIELDS)])
+    batch = batch_of([make_windows(ALL_FIELDS)])
     v_UD, single = model.embed_items(batch.items_U), contextualize(model, batch)
     if autocast:
         with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +232,7 @@ def test_the_gate_moves_mass_from_the_softmax_to_the_pointer():
     for bias in (0.0, 3.0):
         with torch.no_grad():
             model.contextualizer.pointer.gate_bias.fill_(bias)
-            gate_TX1 = contextualize(model, make_batch([make_windows(PLAIN_FIELDS)])).log_gate_TX1.exp()
+            gate_TX1 = contextualize(model, batch_of([make_windows(PLAIN_FIELDS)])).log_gate_TX1.exp()
         share = 1 / (1 + math.exp(-bias))
         torch.testing.assert_close(gate_TX1, torch.tensor([1 - share, share]).expand_as(gate_TX1))
 
@@ -279,7 +280,7 @@ def test_items_need_a_field_and_equal_lengths():
 
 @pytest.mark.parametrize("width", [16, 24])
 def test_without_a_pointer_a_query_begins_at_the_item_of_its_event(width):
-    batch = every_position(make_batch([make_windows(PLAIN_FIELDS)]))
+    batch = every_position(batch_of([make_windows(PLAIN_FIELDS)]))
 
     def begins_there(pointer_width: int) -> bool:
         model = make_model(shape=Shape(16, width, 2, 2, 40, pointer_width))

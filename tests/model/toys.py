@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from bfm.events.fields import FittedField
-from bfm.events.windows import Windows
-from bfm.model.batch import ModelBatch, QueryPlaces
+from bfm.events.windows import Counted, Windows
+from bfm.model.batch import ModelBatch, make_batch, query_places
 from bfm.model.mixture import Queries
 from bfm.model.sizing import Shape, size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
@@ -97,6 +98,30 @@ def make_windows(
     )
 
 
+def join(groups: Sequence[Windows]) -> Windows:
+    """The windows of groups, one group after the other."""
+    first = groups[0]
+    rows = {
+        field.name: np.concatenate([getattr(group, field.name) for group in groups])
+        for field in dataclasses.fields(Windows)
+        if field.name not in ("context", "counted")
+    }
+    context = {name: np.concatenate([group.context[name] for group in groups]) for name in first.context}
+    counted = None
+    if first.counted is not None:
+        of_groups = [group.counted for group in groups if group.counted is not None]
+        counted = Counted(*(np.concatenate([getattr(of, name) for of in of_groups]) for name in vars(first.counted)))
+    return Windows(**rows, context=context, counted=counted)
+
+
+def batch_of(
+    groups: Sequence[Windows], group_indices: Sequence[int] | None = None, drawn: Sequence[np.ndarray] | None = None
+) -> ModelBatch:
+    """A batch of whole groups, 0, 1, ... where no indices are given."""
+    sizes = [len(group.item_RL) for group in groups]
+    return make_batch(join(groups), group_indices or range(len(groups)), drawn=drawn, group_windows=sizes)
+
+
 def make_model(
     params: float = 6e3,
     share: float = 0.0,
@@ -129,7 +154,7 @@ def contextualize(model: TwoPartModel, batch: ModelBatch) -> Queries:
 def every_position(batch: ModelBatch) -> ModelBatch:
     """The batch with a query at every position, pads included."""
     positions = torch.arange(batch.item_RL.numel())
-    places = QueryPlaces(positions, positions, batch.item_RL.shape[1])
+    places = query_places(positions.numpy(), batch.first_RL.numpy())
     groups = (dataclasses.replace(batch.groups[0], queries=len(positions)),)
     return dataclasses.replace(batch, places=places, query_T=positions, groups=groups)
 

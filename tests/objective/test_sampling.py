@@ -69,29 +69,57 @@ def test_draws_have_the_stated_inclusion_and_every_pair_is_possible():
     assert ((shown_NV.T @ shown_NV) > 0).all()
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.7])
-def test_the_quick_order_of_many_items_leaves_no_pair_out(monkeypatch, exponent):
-    """Inclusion is exact, every size is K, and two items come together nearly as often as independent draws would."""
-    monkeypatch.setattr(sampling, "_PLACES", 16)
-    pi_V = drawn_inclusion(np.arange(1, 121) ** 2, 60, exponent)
-    shown_NV = shown(pi_V, 4000)
-    assert (shown_NV.sum(1) == 60).all()
-    covariance_VV = (shown_NV.T @ shown_NV) / 4000 - np.outer(pi_V, pi_V)
-    np.fill_diagonal(covariance_VV, 0)
-    # Impossible pairs of pi = 1/2, as neighbours in a fixed order, would show -.25.
-    assert np.abs(covariance_VV).max() < 0.15
-    assert np.abs(covariance_VV).mean() < 0.03
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 0.7])
+def test_layers_keep_inclusion_and_size_and_leave_no_pair_out(monkeypatch, exponent):
+    """Two items come together nearly as often as independent draws would."""
+    monkeypatch.setattr(sampling, "_FEW_ITEMS", 8)
+    pi_V = drawn_inclusion(np.arange(1, 161) ** 2, 30, exponent)
+    assert len(Proposal.of(pi_V).layers) >= 1
+    shown_NV = shown(pi_V, 6000)
+    assert (shown_NV.sum(1) == 30).all()
+    together_VV, product_VV = (shown_NV.T @ shown_NV) / 6000, np.outer(pi_V, pi_V)
+    apart_VV = ~np.eye(160, dtype=bool)
+    assert np.abs(together_VV - product_VV)[apart_VV].max() < 0.06
+    assert abs((together_VV / product_VV)[apart_VV & (product_VV > 0.005)].mean() - 1) < 0.05
 
 
-def test_many_items_are_drawn_in_ascending_order_and_in_steps(monkeypatch):
-    pi_V = drawn_inclusion(np.arange(1, 100_001), 40_000, 0.5)
-    proposal = Proposal.of(pi_V)
-    ids_K = proposal.draw(group_rng(1, 1))
-    assert len(ids_K) == 40_000
-    assert (np.diff(ids_K) > 0).all()
-    assert ids_K[-1] < 100_000
-    np.testing.assert_array_equal(ids_K, proposal.draw(group_rng(1, 1)))
-    assert (ids_K != proposal.draw(group_rng(1, 2))).any()
+def test_neighbours_on_a_layers_line_come_together_too():
+    pi_V = np.full(100, 0.1) * np.repeat([1.0, 0.9], 50)
+    (layer,) = Proposal.of(pi_V).layers
+    shown_NV = shown(pi_V, 6000)
+    ratio_N = (shown_NV[:, 1:] * shown_NV[:, :-1]).mean(0) / (pi_V[1:] * pi_V[:-1])
+    assert layer.cells > layer.points
+    assert ratio_N.min() > 0
+    assert 0.5 < ratio_N.mean() < 1.0
+
+
+@given(st.lists(st.floats(1e-9, 0.2499), min_size=64, max_size=300), st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_what_a_layer_hands_on_is_worth_its_length_and_no_item_more_than_one(values, seed):
+    pi_N = np.ldexp(np.frexp(values)[0], -3)
+    layer = sampling._Layer.of(np.arange(len(pi_N)) + 5, pi_N)
+    assert layer is not None
+    item_C, worth_C = layer.draw(group_rng(seed, 0))
+    assert (np.diff(item_C) > 0).all()
+    assert worth_C.sum() == pytest.approx(pi_N.sum(), rel=1e-9)
+    assert worth_C.max() <= 1 + 1e-12
+    place_M = np.append(group_rng(seed, 1).random(50) * layer.end_N[-1], layer.end_N)
+    found_M = np.minimum(np.searchsorted(layer.end_N, place_M, side="right"), len(pi_N) - 1)
+    np.testing.assert_array_equal(layer._item_at(place_M), found_M)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_a_draw_looks_at_a_few_items_per_negative_whatever_the_catalogue(exponent):
+    popularity_V = 10**9 // np.arange(1, 200_001)
+    for num_negatives in (100, 5000):
+        proposal = Proposal.of(drawn_inclusion(popularity_V, num_negatives, exponent))
+        looked_at = len(proposal.item_C) + sum(layer.points for layer in proposal.layers)
+        assert looked_at < 8 * num_negatives + 2000
+        ids_K = proposal.draw(group_rng(1, 1))
+        assert len(ids_K) == num_negatives
+        assert (np.diff(ids_K) > 0).all()
+        np.testing.assert_array_equal(ids_K, proposal.draw(group_rng(1, 1)))
+        assert (ids_K != proposal.draw(group_rng(1, 2))).any()
 
 
 def test_a_draw_is_a_pure_function_of_seed_and_group():

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.objective import softmax as softmax_module
+from bfm.objective import tiled
+from bfm.objective.fused import fused_available
 from bfm.objective.sampling import Proposal, drawn_inclusion, group_rng
 from bfm.objective.softmax import fixed_sample_loss, log_sum
+from bfm.objective.tiled import as_multiplied, log_sum_of_state, merge, softmax_state
 
 torch.set_num_threads(1)
 
@@ -160,16 +163,88 @@ def test_every_item_drawn_is_exact():
     assert gradient_errors(NUM_ITEMS, 1)[2] < 1e-12
 
 
-@pytest.mark.parametrize("scale", [20.0, 60.0, 95.0])
-def test_autocast_changes_neither_method_nor_sign(scale):
-    """A target that is almost certain: its own term must cancel against its score."""
-    generator = torch.Generator().manual_seed(0)
-    table_RD = torch.nn.functional.normalize(torch.randn(200, 32, generator=generator), dim=-1)
-    target_Q = torch.randint(200, (64,), generator=generator)
-    q_QD = scale * torch.nn.functional.normalize(table_RD[target_Q] + 0.05 * torch.randn(64, 32, generator=generator))
-    every_K, log_pi_K = torch.arange(200), torch.zeros(200)
-    exact_Q = log_sum(q_QD.double(), table_RD.double(), every_K, log_pi_K, method="reference")
-    for method in ("reference", "two_pass", "one_pass"):
-        with torch.autocast("cpu", torch.bfloat16):
-            log_sum_Q = log_sum(q_QD, table_RD, every_K, log_pi_K, method=method)
-        torch.testing.assert_close(log_sum_Q, exact_Q.float(), rtol=0, atol=1e-4)
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Products as a GPU takes them under autocast: of bfloat16 numbers, summed in float32."""
+
+    def product(left_PX, right_XY, out_PY):
+        both = (part.to(right_XY.dtype).float() for part in (left_PX, right_XY))
+        return torch.mm(*both, out=out_PY)
+
+    monkeypatch.setattr(tiled, "product_dtype", lambda q_QD, table_RD: torch.bfloat16)
+    monkeypatch.setattr(tiled, "_product", product)
+
+
+def sharded(q_QD, table_RD, ids_K, log_pi_K):
+    """The merge of the states of three shards."""
+    states = [softmax_state(q_QD, table_RD, ids_K[part::3], log_pi_K[part::3]) for part in range(3)]
+    return log_sum_of_state(q_QD, merge(merge(states[0], states[1]), states[2]))
+
+
+def by(method):
+    return sharded if method == "sharded" else lambda *arguments: log_sum(*arguments, method=method)
+
+
+BFLOAT16_METHODS = [
+    "reference",
+    "two_pass",
+    "one_pass",
+    "sharded",
+    pytest.param("triton", marks=pytest.mark.skipif(bool(fused_available()), reason="the kernel cannot run here")),
+]
+
+
+@pytest.mark.parametrize("scale", [20.0, 60.0, 100.0])
+@pytest.mark.parametrize("near", [0.0, 0.7, 3.0])
+@pytest.mark.parametrize("method", BFLOAT16_METHODS)
+@pytest.mark.usefixtures("tensor_cores")
+def test_in_bfloat16_every_method_has_the_loss_of_single_precision(method, scale, near):
+    """From targets at random to almost certain ones: a target's own term must cancel against its score."""
+    table_RD, target_Q = unit(700, 64).float(), torch.from_numpy(np.random.default_rng(1).integers(0, 700, 512))
+    leaf_QD = torch.nn.functional.normalize(near * table_RD[target_Q] + unit(512, 64, seed=2).float(), dim=-1)
+    leaf_QD.requires_grad_()
+    log_pi_K = torch.linspace(-3, 0, 700)
+    log_pi_K[target_Q] = 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        v_RD, q_QD = as_multiplied(table_RD), as_multiplied(scale * leaf_QD)
+        log_sum_Q = by(method)(q_QD, v_RD.bfloat16(), torch.arange(700), log_pi_K)
+        loss_Q = log_sum_Q - (q_QD * v_RD[target_Q]).sum(-1)
+        (gradient_QD,) = torch.autograd.grad(loss_Q.sum(), leaf_QD)
+    assert loss_Q.dtype == torch.float32
+
+    def exact(h_QD, v_RD):
+        h_QD = h_QD.detach().double().requires_grad_()
+        logits_QK = scale * h_QD @ v_RD.double().T
+        own_Q = logits_QK.gather(1, target_Q[:, None])[:, 0]
+        loss_Q = torch.logsumexp(logits_QK - log_pi_K.double(), 1) - own_Q
+        return loss_Q.detach(), torch.autograd.grad(loss_Q.sum(), h_QD)[0]
+
+    same_Q, same_gradient_QD = exact(q_QD / scale, v_RD)
+    assert (loss_Q - same_Q).abs().max() < 2e-4
+    # In the mean candidate the weights are rounded too, and what stands for 1 / pi.
+    assert (gradient_QD - same_gradient_QD).norm(dim=1).max() < 2**-7 * scale
+    # Rounding itself moves single losses, by up to scale * 2e-3 here, and not their mean.
+    unrounded_Q = exact(leaf_QD, table_RD)[0]
+    assert abs((loss_Q - unrounded_Q).mean()) < 2e-3
+    assert (loss_Q - unrounded_Q).abs().max() < 2e-3 * scale
+
+
+def test_rounding_is_once_and_for_all_and_leaves_the_gradient_alone():
+    x_ND = (3 * unit(50, 9)).float().requires_grad_()
+    assert as_multiplied(x_ND) is x_ND
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_ND = as_multiplied(x_ND)
+        assert torch.equal(as_multiplied(rounded_ND), rounded_ND)
+    assert torch.equal(rounded_ND, x_ND.bfloat16().float())
+    assert not torch.equal(rounded_ND, x_ND)
+    weight_ND = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.autograd.grad((weight_ND * rounded_ND).sum(), x_ND)[0], weight_ND)
+
+
+@pytest.mark.parametrize("method", ["reference", "two_pass", "one_pass"])
+def test_on_the_cpu_autocast_does_not_touch_the_products(method):
+    q_QD, table_RD = 60 * unit(64, 32).float(), unit(200, 32, seed=1).float()
+    arguments = (q_QD, table_RD, torch.arange(200), torch.zeros(200))
+    with torch.autocast("cpu", torch.bfloat16):
+        log_sum_Q = log_sum(*arguments, method=method)
+    assert torch.equal(log_sum_Q, log_sum(*arguments, method=method))

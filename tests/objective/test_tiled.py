@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,21 @@ def test_automatic_choice():
     assert choose_method(500, 300, frozen, live=True) == "reference"
     assert choose_method(128, 1 << 20, frozen, live=False) == "one_pass"
     assert choose_method(128, 1 << 20, frozen, live=True) == "two_pass"
+
+
+def test_on_a_gpu_scores_are_products_of_bfloat16_where_the_table_or_autocast_says_so(monkeypatch):
+    def on_a_gpu(dtype):
+        return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, is_cuda=True, shape=(10, 4))
+
+    single, half = on_a_gpu(torch.float32), on_a_gpu(torch.bfloat16)
+    for autocast in (False, True):
+        monkeypatch.setattr(tiled, "_autocasts_to_bfloat16", lambda device, autocast=autocast: autocast)
+        assert tiled.product_dtype(single, half) == torch.bfloat16
+        assert tiled.product_dtype(single, single) == (torch.bfloat16 if autocast else torch.float32)
+        assert tiled.product_dtype(torch.zeros(2, 4), torch.zeros(3, 4).bfloat16()) == torch.float32
+    # The dense form multiplies in float32.
+    assert choose_method(8, 16, single, live=True) == "two_pass"
+    assert choose_method(8, 16, single, live=False) == "one_pass"
 
 
 def test_an_unknown_method_is_refused():

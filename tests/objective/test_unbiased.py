@@ -10,10 +10,10 @@ import torch
 
 from bfm.events.statistics import inclusion_elsewhere, target_windows
 from bfm.events.windows import WindowOrder
-from bfm.model.batch import make_batch
 from bfm.objective.objective import own_window_certain
 from bfm.objective.softmax import log_sum
 from tests.helpers import make_shards
+from tests.model.toys import batch_of
 from tests.objective.cases import unit
 
 LENGTH, SCALE = 40, torch.tensor(4.0, dtype=torch.float64)
@@ -31,7 +31,7 @@ class World:
     def groups(self, window):
         others = [other for other in range(self.num_windows) if other != window]
         for chosen in itertools.combinations(others, self.group_windows - 1):
-            batch = make_batch([self.order.windows(np.array([window, *chosen]))])
+            batch = batch_of([self.order.windows(np.array([window, *chosen]))])
             log_pi_K = self.log_pi_V[batch.items_U[batch.candidates_C]]
             window_T = batch.window_Q(0)[batch.query_T]
             yield batch, own_window_certain(log_pi_K, window_T, batch.candidate_T, self.group_windows)

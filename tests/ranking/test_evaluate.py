@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bfm.errors import DivergedError, UserError
 from bfm.events.protocol import Protocol, query_targets
+from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import make_query_batch
+from bfm.model.flops import ModelCost
 from bfm.model.sizing import size_model
 from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective import softmax as softmax_module
@@ -133,6 +140,38 @@ def test_workers_together_equal_one(world, world_size):
     merged, single = summarise(merge(parts)), summarise(whole)
     assert merged.metrics == pytest.approx(single.metrics, rel=1e-5)
     assert merged.errors == pytest.approx(single.errors, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_that_are_a_group_embed_every_item_once(world, num_workers, tmp_path):
+    model, shards, protocol = world
+    whole = evaluate(model, shards, protocol, "test", WINDOW)
+    pointer = model.contextualizer.pointer is not None
+    mp.spawn(evaluate_in_group, (num_workers, str(shards.path), pointer, tmp_path), nprocs=num_workers)
+    parts = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(num_workers)]
+    assert summarise(merge(parts)).metrics == pytest.approx(summarise(whole).metrics, rel=1e-5)
+    alone = [
+        evaluate(model, shards, protocol, "test", WINDOW, rank=rank, world_size=num_workers)
+        for rank in range(num_workers)
+    ]
+    again = merge(alone).eval_flops - merge(parts).eval_flops
+    cost = ModelCost(model.shape, shards.manifest.fields, model.table_width, WINDOW, shards.manifest.has_clock)
+    assert again == pytest.approx((num_workers - 1) * cost.catalogue_flops(shards.num_items), rel=1e-6)
+
+
+def evaluate_in_group(rank: int, num_workers: int, path: str, pointer: bool, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=60), rank=rank, world_size=num_workers
+    )
+    try:
+        shards = Shards.open(path)
+        model = build_model(shards, pointer=pointer)
+        scores = evaluate(model, shards, Protocol.load(shards), "test", WINDOW, rank=rank, world_size=num_workers)
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(scores))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_worker_without_queries_adds_nothing(world):

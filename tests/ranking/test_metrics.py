@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bfm.errors import DivergedError
 from bfm.events.ragged import Ragged
+from bfm.ranking import ranks
 from bfm.ranking.metrics import clustered_error, merge, score_queries, summarise
+from bfm.ranking.mixed_scores import MixtureScores, SparseMass
 from bfm.ranking.ranks import DotScores, rank_targets
 
 
@@ -278,6 +281,76 @@ def test_the_number_of_threads_changes_no_bit():
     for other in found[1:]:
         for name in ("rank_N", "nll_N", "top_Qk"):
             np.testing.assert_array_equal(getattr(other, name), getattr(found[0], name))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The pass that a GPU makes, with blocks of at most 100 rows."""
+    monkeypatch.setattr(ranks, "pass_on", lambda device: ranks.Pass(100, 1 << 16, waits=False))
+
+
+def ranked_world(**options):
+    """Scores with ties, filtered and cold targets."""
+    generator = torch.Generator().manual_seed(0)
+    queries_QD, items_VD = (torch.randint(-2, 3, (n, 6), generator=generator).float() for n in (250, 1500))
+    targets = ragged([[q, q + 700, q + 1300] for q in range(250)])
+    seen = ragged([[q + 5, q + 50, q + 700][: q % 4] for q in range(250)])
+    return rank_targets(DotScores(queries_QD, items_VD), targets, 1500, 10, seen, **options)
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 14, 1 << 17, 1 << 24])
+@pytest.mark.parametrize("waits", [True, False])
+def test_neither_the_size_of_blocks_nor_the_kind_of_pass_changes_a_rank(monkeypatch, block_bytes, waits):
+    expected = ranked_world()
+    monkeypatch.setattr(ranks, "pass_on", lambda device: ranks.Pass(100, 1, waits=waits))
+    found = ranked_world(block_bytes=block_bytes)
+    for name in ("rank_N", "top_Qk", "top_score_Qk", "filtered_N"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.nll_N, expected.nll_N, rtol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a host would have to wait for: numbers it reads, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func.overloadpacket) in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")
+        masks = func.overloadpacket is torch.ops.aten.index and any(
+            i is not None and i.dtype is torch.bool for i in args[1]
+        )
+        self.count += masks
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_on_a_gpu_the_host_waits_for_no_block(mixed):
+    generator = torch.Generator().manual_seed(0)
+    queries_QD, counts = torch.randn(90, 6, generator=generator), []
+    query_P, item_P = torch.arange(90).repeat(2), torch.arange(180)
+    for num_items in (400, 8000):
+        scores = DotScores(queries_QD, torch.randn(num_items, 6, generator=generator))
+        with Waits() as waits:
+            if mixed:
+                mass = SparseMass.of(query_P, item_P, torch.full((180,), 0.1), num_items)
+                scores = MixtureScores(scores, torch.full((90,), 0.8).log(), [mass])
+            rank_targets(scores, ragged([[q] for q in range(90)]), num_items, 10, ragged([[q + 5] for q in range(90)]))
+        counts.append(waits.count)
+    assert counts[0] == counts[1] < 20
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_on_a_gpu_scores_that_are_not_finite_are_an_error_too(bad):
+    table_QV = torch.zeros(3, 50)
+    for row, seen in ((1, [[], [7], []]), (2, None)):
+        broken_QV = table_QV.clone()
+        broken_QV[row, 7] = bad
+        with pytest.raises(DivergedError, match="NaN or infinite"):
+            scored(broken_QV, [[1], [2], [3]], seen)
 
 
 def test_an_error_in_a_thread_reaches_the_caller():

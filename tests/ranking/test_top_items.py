@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.ranking.top_items import GROUP, TopItems
+from bfm.ranking.top_items import GROUP, TopItems, TopKeys
 
 
-def collect(table_RV, k, width):
+def collect(table_RV, k, width, kind=TopItems):
     """First items of a table that arrives in blocks of one width, padded to whole groups."""
-    collector, start = TopItems(len(table_RV), k, table_RV), 0
+    collector, start = kind(len(table_RV), k, table_RV), 0
     while start < table_RV.shape[1]:
         block = table_RV[:, start : start + width]
         padded = torch.nn.functional.pad(block, (0, -block.shape[1] % GROUP), value=-torch.inf)
@@ -40,15 +40,28 @@ def check(table_RV, k, first):
     hidden=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
     width=st.sampled_from([64, 130, 500, 1000]),
     trend=st.sampled_from([0, 1, -1]),
+    kind=st.sampled_from([TopItems, TopKeys]),
 )
-@settings(max_examples=60, deadline=None)
-def test_equals_a_stable_sort(seed, num_items, k, levels, hidden, width, trend):
+@settings(max_examples=120, deadline=None)
+def test_equals_a_stable_sort(seed, num_items, k, levels, hidden, width, trend, kind):
     generator = torch.Generator().manual_seed(seed)
     table_RV = torch.randint(levels, (5, num_items), generator=generator).float()
     # Rising scores replace the whole list again and again; falling ones leave it alone.
     table_RV += trend * (torch.arange(num_items) // 20)
     table_RV[torch.rand(5, num_items, generator=generator) < hidden] = -torch.inf
-    check(table_RV, k, collect(table_RV, k, width))
+    check(table_RV, k, collect(table_RV, k, width, kind))
+
+
+@pytest.mark.parametrize("kind", [TopItems, TopKeys])
+def test_scores_of_both_signs_and_both_zeros_are_in_order(kind):
+    generator = torch.Generator().manual_seed(0)
+    table_RV = torch.randn(4, 500, generator=generator) * 10.0 ** torch.randint(-30, 30, (4, 500), generator=generator)
+    table_RV[:, ::3] = 0.0
+    table_RV[:, ::7] *= -1.0
+    assert ((table_RV == 0) & table_RV.signbit()).any()
+    # The list ends among the zeros, and among the negative scores.
+    for k in (10, 200, 400):
+        check(table_RV, k, collect(table_RV, k, 128, kind))
 
 
 @pytest.mark.parametrize("trend", [0.0, 1.0])

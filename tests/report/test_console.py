@@ -1,10 +1,12 @@
-"""What a person reads of a validation on the way."""
+"""What a person reads on the way."""
 
+import os
 import random
 from dataclasses import replace
 
 from bfm.laws.frontier import Results
-from bfm.report.console import Leaders, memorising_words, validation_text
+from bfm.report import crowding
+from bfm.report.console import Display, Leaders, memorising_words, validation_text
 from bfm.sweep.state import SweepState
 from tests.report.planted import VALIDATION
 
@@ -53,3 +55,29 @@ def test_a_row_stands_beside_the_best_of_all_that_arrived_before_it():
             before = Results(rows).bests("nll") if rows and Results(rows).metrics else {}
             assert leaders.beside(row, state) is before.get(row["rung_flops"])
         rows.append(row)
+
+
+def test_the_live_line_says_that_the_machine_is_crowded_and_only_then(monkeypatch, capsys):
+    monkeypatch.setattr(crowding, "_read", lambda file: "")
+    for load, said in ((2.1, ""), (3.4, "  crowded: 3.4 threads for 2 cores")):
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
+        with Display("train") as display:
+            display.show("C 1e9", 0.5)
+        assert capsys.readouterr().err == f"train: C 1e9{said} (50%)\n"
+
+
+def test_a_container_looks_at_its_own_part_of_the_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "getloadavg", lambda: (200.0, 9.0, 9.0))
+    of_the_machine = "crowded: 200.0 threads for 64 cores"
+    assert crowding.crowding(tmp_path) == of_the_machine
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "cpu.pressure").write_text("some avg10=1.00 avg60=72.40 avg300=0.00 total=9\n")
+    assert crowding.crowding(tmp_path) == of_the_machine
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert crowding.crowding(tmp_path) == "crowded: threads wait 72% of the time for 1.5 cores"
+    (tmp_path / "cpu.pressure").write_text("some avg10=99.00 avg60=12.40 avg300=0.00 total=9\n")
+    assert crowding.crowding(tmp_path) == ""
+    (tmp_path / "cpu.pressure").unlink()
+    assert crowding.crowding(tmp_path) == of_the_machine

@@ -17,6 +17,7 @@ from bfm.sweep.changes import check_changes
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver, run_serial
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.machine import Machine
 from bfm.sweep.plan import plan
 from bfm.sweep.spec import from_dict
 from bfm.sweep.stage1 import _stands_at, with_stage1
@@ -109,7 +110,7 @@ def test_stage_1_is_in_every_path_and_in_no_spend(swept, trunk, toy_shards):
     assert replace(spec, probes=(stands_at, stands_at + 1)).probes_between(0.2, 0, None) == (stands_at + 1,)
     assert spec.task_flops(0.2, 1, 0) == replace(spec, stage1=None).task_flops(0.2, 1, 0)
     # What the sweep reserved is what was planned.
-    assert plan(spec, costs_on(toy_shards, spec)).training_flops == sum(state.nominal_flops.values())
+    assert plan(spec, costs_on(toy_shards, spec), Machine.here()).training_flops == sum(state.nominal_flops.values())
 
 
 def test_the_resolved_space_says_where_it_stands_and_goes_on(swept, trunk, toy_shards, tmp_path):
@@ -170,7 +171,7 @@ def test_a_damaged_trunk_is_found_before_anything_starts(trunk, toy_shards, tmp_
 def test_a_rung_without_room_for_stage_2_is_infeasible(trunk, toy_shards):
     spec = with_stage1(space(trunk, budget={"ladder_flops": ["2.4e8"]}), toy_shards.hash)
     with pytest.raises(UserError, match="stage 2 begins at"):
-        plan(spec, costs_on(toy_shards, spec))
+        plan(spec, costs_on(toy_shards, spec), Machine.here())
 
 
 def test_freezing_is_never_rounded_below_the_trunk():

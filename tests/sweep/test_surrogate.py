@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -193,3 +197,10 @@ def test_a_glance_is_roughly_what_the_likeliest_hypothesis_says():
     # Of few points all are looked at.
     few = new.take(np.arange(5))
     assert model.glance(few).sd_M == pytest.approx(model.predict(few, hypotheses=1).sd_M)
+
+
+def test_numpy_has_one_thread_however_many_cores_there_are():
+    code = "import bfm.sweep.surrogate, os; print(len(os.listdir('/proc/self/task')))"
+    unset = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    assert int(subprocess.check_output([sys.executable, "-c", code], env=environment)) == 1

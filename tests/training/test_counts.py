@@ -14,7 +14,6 @@ from bfm.events.neighbours import Neighbours
 from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.files import Store
-from bfm.model.batch import make_batch
 from bfm.objective.frozen import freeze_items
 from bfm.objective.objective import Objective
 from bfm.ranking.evaluate import evaluate
@@ -24,6 +23,7 @@ from bfm.training.checkpoint import load_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from tests.events.serial import prepare_serially
+from tests.model.toys import batch_of
 from tests.training.common import STAGE_1, STAGE_2, assert_equal_states, losses, train
 
 COUNTS = dataclasses.replace(STAGE_1, counts="neighbours")
@@ -50,8 +50,8 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
     """All items are drawn, so that the softmax is that of the catalogue."""
     config, data = dataclasses.replace(COUNTS, copy=copy), TrainingData.of(toy_shards)
     model, num_items = noisy(data.build_model(config, 0)), toy_shards.num_catalogue
-    windows = data.order(config, 0).group(2)
-    batch = make_batch([windows])
+    windows = data.order(config, 0).groups([2])
+    batch = batch_of([windows])
     v_ID, scale = model.embed_all(), model.scale.item()
     with torch.no_grad():
         queries = model.contextualize(batch, v_ID[batch.items_U])
@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
     ones = np.ones(num_items, np.int64)
     items = freeze_items(model, torch.float32, "auto", 0, 1)
     objective = Objective(torch.zeros(num_items), ones, num_items, 0.0, 0, items=items)
-    loss, _ = objective(model, objective.batch([windows], [0]))
+    loss, _ = objective(model, objective.batch(windows, [0]))
     assert loss.item() == pytest.approx(np.average(expected, weights=batch.weight_T), rel=1e-5)
 
 
@@ -158,7 +158,7 @@ def learned(shards, counts):
     model = trainer.plain_model(trainer.engine.export_state().weight)
     data = TrainingData.of(shards)
     nll = summarise(evaluate(model, shards, data.protocol, "validation", config.window)).metrics["nll"]
-    batch = make_batch([data.order(config, 0).group(0)])
+    batch = batch_of([data.order(config, 0).groups([0])])
     with torch.no_grad():
         gates = model.contextualize(batch, model.embed_items(batch.items_U)).log_gate_TX1.exp()
     return nll, gates[:, -1].mean().item()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import AVERAGE, LARGEST_DECAY, average_weight, build_optimizer, set_rates
+from bfm.training.optimizer import AVERAGE, LARGEST_DECAY, average_weight, build_optimizer, parameter_groups, set_rates
 
 
 class Tiny(nn.Module):
@@ -25,7 +25,7 @@ class Tiny(nn.Module):
 def test_matrices_decay_and_tables_as_events_repeat_at_their_own_rate(repeats, decay):
     model = Tiny()
     config = TrainConfig(params=1e3, weight_decay=0.3, table_weight_decay=0.2, table_learning_rate_ratio=4.0)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     set_rates(optimizer, 0.01, repeats)
     found = {tuple(group["params"][0].shape): (group["weight_decay"], group["lr"]) for group in optimizer.param_groups}
     assert found == {(3, 4): (0.3, 0.01), (7, 3): (decay, 0.04), (1,): (0.0, 0.01)}
@@ -33,7 +33,10 @@ def test_matrices_decay_and_tables_as_events_repeat_at_their_own_rate(repeats, d
 
 def test_no_step_takes_more_than_its_share_of_a_table():
     """However often events repeat; unbounded, a step would take more than all of it."""
-    optimizer = build_optimizer(Tiny(), TrainConfig(params=1e3, table_weight_decay=1.0))
+    optimizer = build_optimizer(
+        parameter_groups(Tiny(), TrainConfig(params=1e3, table_weight_decay=1.0)),
+        TrainConfig(params=1e3, table_weight_decay=1.0),
+    )
     for learning_rate in (8e-3, 8e-5, 0.0):
         set_rates(optimizer, learning_rate, 1e4)
         lost = {
@@ -45,14 +48,14 @@ def test_no_step_takes_more_than_its_share_of_a_table():
 def test_frozen_parameters_are_left_out():
     model = Tiny()
     model.table.requires_grad_(False)
-    optimizer = build_optimizer(model, TrainConfig(params=1e3))
+    optimizer = build_optimizer(parameter_groups(model, TrainConfig(params=1e3)), TrainConfig(params=1e3))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
 def test_average_is_the_polynomial_average():
     """avg_T = sum_t w_t * weight_t with weights from the product form of the recursion."""
     model = Tiny()
-    optimizer = build_optimizer(model, TrainConfig(params=1e3))
+    optimizer = build_optimizer(parameter_groups(model, TrainConfig(params=1e3)), TrainConfig(params=1e3))
     optimizer.start_state(model.parameters(), averaging=True)
     seen = []
     for step in range(1, 21):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -144,13 +143,32 @@ class Beliefs:
         return self._known[subject.trial]
 
 
-class _Row(NamedTuple):
-    trial: str
-    rung: int
-    loss: float
+@dataclass(frozen=True)
+class _Rows:
+    """In order of arrival."""
+
+    places: Places
+    rung_M: np.ndarray
+    loss_M: np.ndarray
     """NaN: diverged."""
-    breaks: bool
-    """A constraint."""
+    breaks_M: np.ndarray
+    """Whether a constraint is broken."""
+
+    def __len__(self) -> int:
+        return len(self.rung_M)
+
+    def take(self, index: slice) -> _Rows:
+        """Some of them."""
+        return _Rows(self.places.take(index), self.rung_M[index], self.loss_M[index], self.breaks_M[index])
+
+    def and_also(self, other: _Rows) -> _Rows:
+        """These, then others."""
+        return _Rows(
+            self.places.and_also(other.places),
+            np.concatenate([self.rung_M, other.rung_M]),
+            np.concatenate([self.loss_M, other.loss_M]),
+            np.concatenate([self.breaks_M, other.breaks_M]),
+        )
 
 
 _Running = tuple[tuple[str, int], ...]
@@ -174,9 +192,7 @@ class _Model:
         self.beliefs, self.metric = beliefs, metric
         self._believed_to = believed_to
         """Rows up to this loss are believed wholly, be they above the frontier: what matters is a bound there."""
-        self._rows: list[_Row] = []
-        """In order of arrival."""
-        self._row_places: Places | None = None
+        self._rows: _Rows | None = None
         self._lowest: dict[int, float] = {}
         """Rung -> the best loss of a row."""
         self._seen = 0
@@ -208,19 +224,20 @@ class _Model:
 
     def take(self, view: View) -> None:
         """New rows; running tasks count as what is expected of them."""
-        known = len(self._rows)
+        arrived: list[tuple[str, int]] = []
+        losses: list[float] = []
         for trial, rung in view.state.arrivals[self._seen :]:
             loss = view.loss(view.state.trials[trial], rung, self.metric)
             diverged = view.state.trials[trial].rows[rung]["status"] == "diverged"
             if loss is not None or diverged:
-                modelled = math.nan if loss is None else self.metric.to_model(loss)
-                self._rows.append(_Row(trial, rung, modelled, self.beliefs.breaks(view, trial, rung)))
+                arrived.append((trial, rung))
+                losses.append(math.nan if loss is None else self.metric.to_model(loss))
                 if loss is not None:
                     self._finite += 1
-                    self._lowest[rung] = min(modelled, self._lowest.get(rung, math.inf))
-        if len(self._rows) > known:
-            new = self._places(view, [(row.trial, row.rung) for row in self._rows[known:]])
-            self._row_places = new if self._row_places is None else self._row_places.and_also(new)
+                    self._lowest[rung] = min(losses[-1], self._lowest.get(rung, math.inf))
+        if arrived:
+            new = self._at(view, arrived, np.array(losses))
+            self._rows = new if self._rows is None else self._rows.and_also(new)
         self._seen = len(view.state.arrivals)
         self._view = view
         self._running = tuple(sorted({*view.running.items(), *view.meant.items()}))
@@ -228,46 +245,39 @@ class _Model:
     @property
     def _fitted(self) -> _Fitted:
         """As of the last view."""
-        view, count, running = self._view, len(self._rows), self._running
-        if self._with_running is not None and self._with_running[0] == (count, running):
-            return self._with_running[1]
-        places = self._row_places
+        view, rows, running = self._view, self._rows, self._running
         assert view is not None
-        assert places is not None
-        self._weigh(view, places)
-        if self._known is None or self._known[0] != count:
-            self._known = count, self._fit(view, self._rows, places)
+        assert rows is not None
+        if self._with_running is not None and self._with_running[0] == (len(rows), running):
+            return self._with_running[1]
+        self._weigh(view, rows)
+        if self._known is None or self._known[0] != len(rows):
+            self._known = len(rows), self._fit(view, rows)
         fitted = self._known[1]
         if running:
-            also = self._places(view, running)
-            expected = fitted.surrogate.predict(also).mean_M
-            rows = [
-                _Row(*place, float(loss), self.beliefs.breaks(view, *place))
-                for place, loss in zip(running, expected, strict=True)
-            ]
-            fitted = self._fit(view, [*self._rows, *rows], places.and_also(also))
-        self._with_running = (count, running), fitted
+            expected = fitted.surrogate.predict(self._places(view, running)).mean_M
+            fitted = self._fit(view, rows.and_also(self._at(view, running, expected)))
+        self._with_running = (len(rows), running), fitted
         return fitted
 
-    def _weigh(self, view: View, places: Places) -> None:
+    def _weigh(self, view: View, rows: _Rows) -> None:
         """All hypotheses, on a schedule that is a function of the number of rows alone."""
-        count = len(self._rows)
-        due = count
+        due = count = len(rows)
         if count > _WEIGHED_UP_TO:
             steps = math.floor(math.log(count / _WEIGHED_UP_TO) / math.log(_GROWTH) + 1e-9)
             due = math.ceil(_WEIGHED_UP_TO * _GROWTH**steps - 1e-9)
         if due != self._weighed_at:
             self._weighed_at = due
             self._likely = draw_hypotheses()
-            rows = self._rows[:due]
-            if any(math.isfinite(row.loss) for row in rows):
-                fitted = self._fit(view, rows, places.take(slice(due)))
+            stood = rows.take(slice(due))
+            if np.isfinite(stood.loss_M).any():
+                fitted = self._fit(view, stood)
                 self._likely = fitted.surrogate.likely[:_MAX_LIKELY]
 
-    def _fit(self, view: View, rows: Sequence[_Row], places: Places) -> _Fitted:
-        rung_M, loss_M = np.array([row.rung for row in rows]), np.array([row.loss for row in rows])
+    def _fit(self, view: View, rows: _Rows) -> _Fitted:
+        rung_M, loss_M = rows.rung_M, rows.loss_M.copy()
         # What breaks a constraint is no part of the frontier.
-        keeps_M, finite_M = ~np.array([row.breaks for row in rows]), np.isfinite(loss_M)
+        keeps_M, finite_M = ~rows.breaks_M, np.isfinite(loss_M)
         anywhere = loss_M[finite_M].max()
         best: dict[int, float] = {}
         for rung in np.unique(rung_M).tolist():
@@ -284,7 +294,14 @@ class _Model:
         worst_loss = float(loss_M.max())
         frontier_M = np.array([min(best.get(rung, math.inf), worst_loss) for rung in rung_M[kept].tolist()])
         frontier_M = np.maximum(frontier_M, self._believed_to)
-        return _Fitted(Surrogate(places.take(kept), loss_M, frontier_M, self.beliefs.center, self._likely), best, held)
+        return _Fitted(
+            Surrogate(rows.places.take(kept), loss_M, frontier_M, self.beliefs.center, self._likely), best, held
+        )
+
+    def _at(self, view: View, places: Sequence[tuple[str, int]], loss_M: np.ndarray) -> _Rows:
+        """Rows with these losses."""
+        breaks = [self.beliefs.breaks(view, *place) for place in places]
+        return _Rows(self._places(view, places), np.array([rung for _, rung in places]), loss_M, np.array(breaks))
 
     def _places(self, view: View, places: Sequence[tuple[str, int]]) -> Places:
         return self.beliefs.places([view.state.trials[trial] for trial, _ in places], [rung for _, rung in places])

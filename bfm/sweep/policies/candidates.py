@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 
@@ -103,6 +104,12 @@ class Candidates:
         }
         self._lines: dict[str | int, int] = {}
         """Of a trial by its name, of a proposal by its id, which is its own as long as the table holds it."""
+        self._place: dict[str, int] = {}
+        """Of a trial, in order of their proposals."""
+        self._line_T = np.full(0, -1)
+        """Of trials by their places; -1: its last row is not good, or it has none."""
+        self._changed: set[str] = set()
+        """Trials whose rows or trunks are others than when they were looked at."""
         self._end = 0
         self._pool: Sequence[Proposal] | None = None
 
@@ -114,9 +121,12 @@ class Candidates:
             self._forget()
         for name, _ in [*state.arrivals[self._num_arrivals :], *list(state.evicted)[self._num_evicted :]]:
             self._lines.pop(name, None)
+            self._changed.add(name)
         self._num_arrivals, self._num_evicted = len(state.arrivals), len(state.evicted)
-        trials = view.paused if trials is None else trials
-        self._trials_now = np.array([self._line(view, trial) for trial in trials], dtype=int)
+        if trials is None:
+            self._trials_now = self._paused(view)
+        else:
+            self._trials_now = np.array([self._line(view, trial) for trial in trials], dtype=int)
         if pool is not self._pool:
             self._pool = pool
             self._new_now = np.array([self._line(view, proposal) for proposal in pool], dtype=int)
@@ -134,6 +144,20 @@ class Candidates:
         leads_MR = self._table["leads"][self._new_now]
         some_M = leads_MR.any(1)
         return Ways(self._table, self._new_now[some_M], leads_MR[some_M].argmax(1))
+
+    def _paused(self, view: View) -> np.ndarray:
+        """Lines of View.paused; only trials that have changed are looked at."""
+        trials, known = view.state.trials, len(self._place)
+        new = list(islice(trials, known, None))
+        self._place.update(zip(new, count(known)))
+        self._line_T = np.concatenate([self._line_T, np.full(len(new), -1)])
+        for name in sorted({*self._changed, *new}, key=self._place.__getitem__):
+            trial = trials[name]
+            self._line_T[self._place[name]] = self._line(view, trial) if view.is_good(trial) else -1
+        self._changed.clear()
+        line_T = self._line_T.copy()
+        line_T[[self._place[name] for name in view.withheld]] = -1
+        return line_T[line_T >= 0]
 
     def _to(self, rung: int, lines_M: np.ndarray) -> Ways:
         lines_M = lines_M[self._table["leads"][lines_M, rung]]

@@ -56,12 +56,15 @@ class View:
         """Trial -> the rung of its task."""
         self.meant = {trial: attempt.meant_for for (trial, _), attempt in state.attempts.items()}
         """Trial -> the rung that it is on its way to."""
-        self._given_up = state.given_up
+        self.withheld = {*self.running, *state.given_up}
+        """Trials of which something runs or was given up."""
 
     def is_paused(self, trial: Trial) -> bool:
         """Whether it may be trained on: its last row is good, and nothing of it runs or was given up."""
-        if trial.trial in self.running or trial.trial in self._given_up:
-            return False
+        return trial.trial not in self.withheld and self.is_good(trial)
+
+    def is_good(self, trial: Trial) -> bool:
+        """Whether its last row is good."""
         return bool(trial.rows) and trial.rows[max(trial.rows)]["status"] == "ok"
 
     def loss(self, trial: Trial, rung: int, metric: Metric | None = None) -> float | None:
