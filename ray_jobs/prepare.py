@@ -90,57 +90,78 @@ def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bo
 def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     over = partial(_over, job.folder)
     with _watched(job, "read", len(pieces), progress):
-        over(partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
+        over(_blocks, partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
     count = prepare.num_partitions(prepare.rows_read(job))
     with _watched(job, "sort", count, progress, folder="sorted"):
-        over(partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
+        over(_blocks, partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")
     split = prepare.choose_split(job)
     partitions = list(enumerate(prepare.sorted_partitions(job)))
     with _watched(job, "measure", len(partitions), progress, folder="measured"):
-        over(partial(build.measure_partition, job, split), partitions)
+        over(_tasks, partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):
         build.fit_all(job, split)
     with _watched(job, "write", len(partitions), progress, folder="written"):
-        over(partial(build.write_partition, job, split), partitions)
+        over(_tasks, partial(build.write_partition, job, split), partitions)
     job.drop("partitions")
     files = list(enumerate(build.event_files(job)))
     with _watched(job, "join", len(files), progress, folder="joined"):
-        over(partial(build.join_events, job), files)
+        over(_tasks, partial(build.join_events, job), files)
     job.drop("parts")
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
 
 
-def _over(folder: Path, stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Run a stage for all arguments, each a block of a Ray dataset; none begins after the first error, which is raised.
+Spread = Callable[[Callable[[int], bytes], int], list[bytes]]
+"""What a function says of 0, 1, ..., run by all workers."""
 
-    An error comes back as a value: Ray Data would cancel the others, and they could write into a folder that is swept
-    away, or end this process.
+
+def _blocks(run: Callable[[int], bytes], count: int) -> list[bytes]:
+    """As blocks of a Ray dataset: for the stages that read the log and shard it."""
+    numbers = ray.data.range(count, override_num_blocks=count)
+    told = numbers.map(lambda row: {"told": run(row["id"])}).take_all()
+    return [row["told"] for row in told]
+
+
+def _tasks(run: Callable[[int], bytes], count: int) -> list[bytes]:
+    """As plain tasks: for what then measures and writes shards, where a dataset takes as long to begin as the work."""
+    shared = ray.put(run)
+    return ray.get([_task.remote(shared, number) for number in range(count)])
+
+
+@ray.remote
+def _task(run: Callable[[int], bytes], number: int) -> bytes:
+    return run(number)
+
+
+def _over(folder: Path, spread: Spread, stage: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Run a stage for all arguments; none begins after the first error, which is raised when none is left at work.
+
+    An error comes back as a value: to cancel the others can end this process, and they would write into a folder that
+    is swept away.
     """
     failed = folder / "failed"
 
-    def run(row: dict[str, Any]) -> dict[str, Any]:
+    def run(number: int) -> bytes:
         if failed.exists():
-            return {"error": b""}
+            return b""
         try:
-            stage(*arguments[row["id"]])
+            stage(*arguments[number])
         except Exception as error:
             error.add_note(traceback.format_exc())
             with suppress(OSError):
                 failed.touch()
-            return {"error": ray.cloudpickle.dumps(error)}
-        return {"error": b""}
+            return ray.cloudpickle.dumps(error)
+        return b""
 
     try:
-        told = ray.data.range(len(arguments), override_num_blocks=len(arguments)).map(run).take_all()
+        told = spread(run, len(arguments))
     except BaseException:
         with suppress(OSError):
             failed.touch()
         raise
-    for row in told:
-        if row["error"]:
-            raise ray.cloudpickle.loads(row["error"])
+    for error in filter(None, told):
+        raise ray.cloudpickle.loads(error)
 
 
 @contextmanager

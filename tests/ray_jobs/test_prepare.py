@@ -80,7 +80,8 @@ def test_mistakes_found_by_workers_arrive_as_one_line(shop):
     assert not [path.name for path in shop.iterdir() if "out" in path.name]
 
 
-def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop):
+@pytest.mark.parametrize("spread", [ray_prepare._blocks, ray_prepare._tasks])
+def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop, spread):
     """The first task finds it so; of the others, none begins once that is known, and none is left at work."""
 
     def write(number):
@@ -92,7 +93,7 @@ def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop):
     def fill():
         with staging(shop / "out") as folder, ray_prepare._plain_errors():
             (folder / "half").write_text("made")
-            ray_prepare._over(folder, write, [(number,) for number in range(40)])
+            ray_prepare._over(folder, spread, write, [(number,) for number in range(40)])
 
     with pytest.raises(UserError, match="no space left on the disk"):
         fill()
