@@ -22,8 +22,10 @@ from benchmarks.gpu_scores import matmul_peak
 from bfm.events.encoding import write_items
 from bfm.events.fields import FittedField
 from bfm.events.manifest import Manifest
+from bfm.events.parts import write_part
 from bfm.events.protocol import build_protocol
-from bfm.events.shards import Shards, finish, write_shard
+from bfm.events.repeats import training_repeats
+from bfm.events.shards import Shards, finish
 from bfm.files import Store
 from bfm.training import engine as engine_module
 from bfm.training.checkpoint import resume
@@ -59,9 +61,8 @@ def write_log(folder: Path, users: int, events_per_user: int, items: int) -> Non
     raw_V, count_V, item_E = raw_V[order_V], count_V[order_V], rank_V[id_E]
     offsets = np.arange(users + 1) * events_per_user
     keys = pa.array(np.arange(users)).cast(pa.string())
-    write_shard(
+    write_part(
         folder,
-        0,
         item=item_E,
         time=time_UE.ravel(),
         context={"channel": rng.integers(2, 5, events).astype(np.int32)},
@@ -90,7 +91,6 @@ def write_log(folder: Path, users: int, events_per_user: int, items: int) -> Non
         events=events,
         items=len(raw_V),
         catalogue=int((count_V > 0).sum()),
-        shards=1,
         has_clock=True,
         split={"by": "time"},
         fields=fields,
@@ -99,7 +99,8 @@ def write_log(folder: Path, users: int, events_per_user: int, items: int) -> Non
         time_range=(int(time_UE.min()), int(time_UE.max())),
         rows_read=events,
     )
-    build_protocol(Shards(folder, draft), queries=1000, filter_seen=False, seed=0)
+    shards = Shards(folder, draft)
+    build_protocol(shards, repeats=training_repeats(shards), queries=1000, filter_seen=False, seed=0)
     finish(folder, draft)
 
 

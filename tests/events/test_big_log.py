@@ -29,7 +29,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 before = private_mb()
 shards = Shards.open(sys.argv[1])
 order = WindowOrder(shards, 512, 16, 0, targets="next_basket")
-windows = [order.group(group) for group in (0, 1, 2**20)]
+windows = [order.groups([group]) for group in (0, 1, 2**20)]
 facts = [windows[0].item_RL.shape, all((of.target_RL >= 0).any() for of in windows), shards.history_length]
 print(json.dumps({"handles": len(os.listdir("/proc/self/fd")), "mb": private_mb() - before, "facts": facts}))
 """
