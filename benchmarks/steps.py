@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 SAME_MODEL = {"copy": "none", "targets": "next_event"}
 CONFIGS = {
-    name: {**sizes, **more}
-    for name, more in (("as before", SAME_MODEL), ("now", {}))
-    for name, sizes in ((f"{size}, {name}", sizes) for size, sizes in SIZES.items())
+    f"{size}, {model}": {**sizes, **more}
+    for model, more in (("as before", SAME_MODEL), ("now", {}))
+    for size, sizes in SIZES.items()
 }
 
 
@@ -42,18 +44,20 @@ def serve(shards_path: str, threads: int, seconds: float) -> None:
     import dataclasses
     import time
 
-    import torch
-
+    # Before torch, as everywhere: it says how threads wait.
     from bfm.events.shards import Shards
+
+    import torch  # isort: skip
+
     from bfm.training.config import TrainConfig
     from bfm.training.data import TrainingData
     from bfm.training.loop import Trainer
 
     try:
-        from bfm.training.engine import EngineFactory
-    except ImportError:
         # As it was called at the earlier commit.
-        from bfm.training.plain import PlainFactory as EngineFactory  # type: ignore[import-not-found,no-redef]
+        from bfm.training.plain import PlainFactory as EngineFactory  # type: ignore[import-not-found]
+    except ImportError:
+        from bfm.training.engine import EngineFactory
 
     torch.set_num_threads(threads)
     known = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -121,7 +125,39 @@ def measure(trees: dict[str, Tree], name: str, threads: int, rounds: int, second
     }
 
 
-def table(found: dict[tuple[str, int], dict[str, Any]], peaks: dict[int, float], before: str) -> str:
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes that keep a core busy each."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def beside_table(found: dict[tuple[str, int], dict[str, Any]], beside: dict[str, dict[str, Any]]) -> list[str]:
+    """The markdown of what is left beside as many busy processes as cores."""
+    lines = [
+        "",
+        f"Beside {os.cpu_count()} processes that keep the cores busy, {os.cpu_count()} threads given, medians:",
+        "",
+        "| configuration | idle, events/s | beside them | of idle |",
+        "|---|---|---|---|",
+    ]
+    for name, answer in beside.items():
+        idle, left = found[name, os.cpu_count() or 1]["now"]["median"], answer["now"]["median"]
+        lines.append(f"| {name} | {idle:,.0f} | {left:,.0f} | {left / idle:.0%} |")
+    return lines
+
+
+def table(
+    found: dict[tuple[str, int], dict[str, Any]],
+    beside: dict[str, dict[str, Any]],
+    peaks: dict[int, float],
+    before: str,
+) -> str:
     """The markdown."""
     lines = [
         f"# Training steps beside those of commit {before}",
@@ -142,6 +178,7 @@ def table(found: dict[tuple[str, int], dict[str, Any]], peaks: dict[int, float],
             f"{new['flops'] / peaks[threads]:.0%} |"
         )
     peak_words = ", ".join(f"{peak / 1e9:.0f} GFLOP/s with {threads}" for threads, peak in peaks.items())
+    lines += beside_table(found, beside)
     return "\n".join([*lines, "", f"Matmul peak (threads): {peak_words}.", "", machine("torch", "numpy"), ""])
 
 
@@ -175,9 +212,13 @@ def main() -> None:
                 for config in CONFIGS:
                     found[config, threads] = measure(trees, config, threads, options.rounds, options.seconds)
                     print(config, threads, found[config, threads], file=sys.stderr)
+            now, cores = {"now": trees["now"]}, os.cpu_count() or 1
+            with busy(cores):
+                names = [config for config in CONFIGS if config.endswith("now")]
+                beside = {config: measure(now, config, cores, options.rounds, 2 * options.seconds) for config in names}
         finally:
             subprocess.run([*git, "remove", "--force", str(folder / "tree")], check=True)
-    publish("steps", table(found, peaks, options.before))
+    publish("steps", table(found, beside, peaks, options.before))
 
 
 if __name__ == "__main__":
