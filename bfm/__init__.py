@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 # Numpy's matrices are small here: further threads of its BLAS wait for each other, by spinning, and beside other work
 # decisions take many times as long. It reads this when it is first imported; torch has threads of its own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Threads of a training step wait for each other by spinning, which beside other work holds the core that the others need:
-# a tenth of the usual turns, then they sleep. torch's OpenMP reads this when torch is first imported.
+# Threads of a training step wait for each other by spinning, which beside other work holds the core that others need: a
+# tenth of the usual turns, then they sleep. torch's OpenMP reads this when torch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
