@@ -134,16 +134,18 @@ class WindowOrder:
 
     def _ordered(self, block: int) -> np.ndarray:
         """Numbers of the windows block * _ORDER_BLOCK, ... of the endless order."""
-        if block not in self._known:
+        known_B = self._known.get(block)
+        if known_B is None:
             index_B = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK)
             epoch_B, place_B = np.divmod(index_B, self.windows_per_epoch)
-            window_B = np.empty_like(place_B)
+            known_B = np.empty_like(place_B)
             for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
                 here = epoch_B == epoch
                 key = stream_key(self.seed, _ORDER_STREAM, epoch)
-                window_B[here] = permuted(key, place_B[here], self.windows_per_epoch)
-            self._known = {**dict(list(self._known.items())[-1:]), block: window_B}
-        return self._known[block]
+                known_B[here] = permuted(key, place_B[here], self.windows_per_epoch)
+            # A new dictionary: another thread may be reading, too.
+            self._known = {**dict(list(self._known.items())[-1:]), block: known_B}
+        return known_B
 
     def windows(self, window_R: np.ndarray) -> Windows:
         """Windows by their number in the stream, 0..W-1."""

@@ -208,7 +208,7 @@ def make_batch(
     is_query_P[from_T] = True
     position_Q, query_T = np.flatnonzero(is_query_P), (np.cumsum(is_query_P) - 1)[from_T]
     weight_T, group_T = windows.weight_RL.ravel()[position_T], group_R[position_T // length]
-    weight_G = np.bincount(group_T, weight_T, groups)
+    weight_G = np.maximum(np.bincount(group_T, weight_T, groups), 1e-9)
     arrays = {
         "items_U": index.items_U,
         "item_RL": index.item_RL,

@@ -260,7 +260,7 @@ class _PooledRows(torch.autograd.Function):
         index_N = ids_NS.flatten().long()
         weight_N = None if weight_NS is None else weight_NS.flatten().to(table_RW.dtype)
         ctx.save_for_backward(index_N, weight_NS, field_S)
-        ctx.table_RW, ctx.adds_in_place = table_RW, adds_in_place
+        ctx.shape, ctx.total_RW = table_RW.shape, table_RW.grad if adds_in_place else None
         begin_NF = torch.arange(0, rows * slots, slots, device=ids_NS.device)[:, None] + first_F
         pooled = F.embedding_bag(index_N, table_RW, begin_NF.flatten(), mode="sum", per_sample_weights=weight_N)
         return pooled.view(rows, len(first_F), -1)
@@ -272,9 +272,9 @@ class _PooledRows(torch.autograd.Function):
         grad_NSW = grads[0].index_select(1, field_S)
         if weight_NS is not None:
             grad_NSW.mul_(weight_NS.unsqueeze(2))
-        grad_RW = ctx.table_RW.grad if ctx.adds_in_place else torch.zeros_like(ctx.table_RW)
+        grad_RW = grads[0].new_zeros(ctx.shape) if ctx.total_RW is None else ctx.total_RW
         add_rows(grad_RW, index_N, grad_NSW.flatten(0, 1))
-        return None if ctx.adds_in_place else grad_RW, None, None, None, None, None
+        return grad_RW if ctx.total_RW is None else None, None, None, None, None, None
 
 
 def count_features(field: FittedField) -> int:
