@@ -13,7 +13,7 @@ import pytest
 from tests.events.serial import contents, prepare_serially
 from tests.events.test_stages import make_log
 from tests.ray_jobs.one_machine import Cluster, manage, one_machine
-from tests.ray_jobs.toys import BIN, wait_for, write_space
+from tests.ray_jobs.toys import wait_for, write_space
 
 
 @pytest.fixture
@@ -51,6 +51,29 @@ def test_a_sweep_scales_the_cluster_from_none_and_back(cluster, tmp_path, toy_sh
     assert "head up" in manage("status", "--state", str(cluster.state)).stdout
 
 
+PREPARE_ON_TWO = """
+import time
+
+import ray
+
+from ray_jobs.prepare import prepare_shards
+
+ray.init()
+
+
+@ray.remote
+def hold():
+    time.sleep(3)
+    return ray.get_runtime_context().get_node_id()
+
+
+# A small log would be done before the second node is up.
+while len(set(ray.get([hold.remote(), hold.remote()]))) < 2:
+    pass
+prepare_shards({}, {}, {})
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(sys.platform != "linux", reason="loopback addresses beside 127.0.0.1 need Linux")
@@ -60,10 +83,17 @@ def test_two_nodes_prepare_what_one_process_prepares(cluster, tmp_path) -> None:
     log = make_log(num=400_000)
     for part in range(8):
         log.iloc[part::8].to_parquet(tmp_path / "logs" / f"{part}.parquet")
-    words = ["data", "prepare", str(tmp_path / "shop.yaml"), str(tmp_path / "logs"), "--out", str(tmp_path / "two")]
-    driver = subprocess.run([str(BIN / "bfm"), *words], env=cluster.environment(), capture_output=True, text=True)
+    words = [str(tmp_path / "shop.yaml"), [str(tmp_path / "logs")], str(tmp_path / "two")]
+    driver = subprocess.run(
+        [sys.executable, "-c", PREPARE_ON_TWO.format(*map(repr, words))],
+        env=cluster.environment(),
+        capture_output=True,
+        text=True,
+    )
     assert driver.returncode == 0, driver.stdout + driver.stderr
-    nodes = {node["node_id"] for node in cluster.listed("tasks") if node["name"] == "_task"}
+    # Blocks of datasets and plain tasks.
+    ours = [task for task in cluster.listed("tasks") if task["name"] == "_task" or "Map" in task["name"]]
+    nodes = {task["node_id"] for task in ours}
     assert len(nodes) == 2
     prepare_serially(tmp_path / "shop.yaml", [tmp_path / "logs"], tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
