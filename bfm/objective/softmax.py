@@ -26,8 +26,8 @@ from bfm.objective.fused import fused_softmax_state, prefers_fused
 from bfm.objective.methods import CONSTANT_ONLY
 from bfm.objective.tiled import log_sum_of_state, nan_unless_finite, or_zero, softmax_state, two_pass_log_sum
 
-# Scores up to which the dense form is the fastest, for a constant table, and for a trained one, of which it keeps 16 MB for
-# the backward pass (measured, one CPU thread).
+# Scores up to which the dense form is the fastest, for a constant table, and for a trained one, of which it keeps 16 MB
+# for the backward pass (measured, one CPU thread).
 _DENSE_SCORES, _DENSE_SCORES_LIVE = 1 << 17, 1 << 22
 # Of a fixed sample's loss; a GPU only has to be filled.
 _BLOCK_SCORES, _GPU_BLOCK_SCORES = 1 << 22, 1 << 27
