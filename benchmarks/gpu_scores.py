@@ -11,7 +11,6 @@ Q = queries, K = candidates, R = table rows, V = items, D = width, H = heads tha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from bfm.objective.fused import Tile, fused_softmax_state, num_splits
 from bfm.objective.softmax import log_sum
 from bfm.objective.tiled import State, log_sum_of_state, merge
 from bfm.ranking.ranks import DotScores, rank_targets
+from bfm.report.matmul_peak import timed_s
 
 SCALES = (20.0, 60.0, 100.0)
 SUBSET = 256
@@ -208,22 +208,11 @@ def exact(problem: Problem) -> tuple[Tensor, Tensor]:
     return max_Q + sum_Q.log() - (q_QD * target_QD).sum(-1), weighted_QD / sum_Q[:, None] - target_QD
 
 
-def timed_s(work: Callable[[], object], device: str) -> float:
-    """Seconds until the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def matmul_peak(device: str) -> float:
     """FLOP/s of the best of 20 bfloat16 products of random square matrices."""
     size = 8192 if device == "cuda" else 128
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    return 2.0 * size**3 / min(timed_s(lambda: left @ right, device) for _ in range(20))
+    return 2.0 * size**3 / min(timed_s(lambda: left @ right, torch.device(device)) for _ in range(20))
 
 
 def extra_bytes(way: Way, problem: Problem, device: str) -> int:
@@ -246,9 +235,9 @@ def fastest(variants: list[Way], problem: Problem, device: str) -> tuple[float, 
     for variant in variants:
         try:
             variant(problem)
-            spent_s = [timed_s(lambda run=variant: run(problem), device)]
+            spent_s = [timed_s(lambda run=variant: run(problem), torch.device(device))]
             while len(spent_s) < RUNS and sum(spent_s) < RUNS_S:
-                spent_s.append(timed_s(lambda run=variant: run(problem), device))
+                spent_s.append(timed_s(lambda run=variant: run(problem), torch.device(device)))
             found.append((min(spent_s), variant))
         except Exception as error:
             # A tile too large for this card; the others count.
@@ -306,7 +295,9 @@ def measure_evaluation(device: str, tiny: bool) -> Iterator[tuple[str, object]]:
     h_QD[near] = F.normalize(h_QD[near] + v_VD[torch.from_numpy(ids[::5].copy()).long().to(device)], dim=1)
     found = []
     targets = Ragged(ids, np.arange(queries + 1))
-    elapsed_s = timed_s(lambda: found.append(rank_targets(DotScores(20 * h_QD, v_VD), targets, items, 10)), device)
+    elapsed_s = timed_s(
+        lambda: found.append(rank_targets(DotScores(20 * h_QD, v_VD), targets, items, 10)), torch.device(device)
+    )
     yield "s", elapsed_s
     yield "scores per s", queries * items / elapsed_s
     if device == "cuda":

@@ -31,6 +31,8 @@ from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
 """Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
+Spread = Callable[[Callable[[int], bytes], int], list[bytes]]
+"""What a function says of 0, 1, ..., run by all workers."""
 _WATCH_S = 0.3
 
 
@@ -110,10 +112,6 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     job.drop("parts")
     with _watched(job, "finish", 0, progress):
         return build.finish_set(job)
-
-
-Spread = Callable[[Callable[[int], bytes], int], list[bytes]]
-"""What a function says of 0, 1, ..., run by all workers."""
 
 
 def _blocks(run: Callable[[int], bytes], count: int) -> list[bytes]:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from bfm.events.clean import Losses, field_values, item_key, join_key, to_text
 from bfm.events.encoding import KEY, Encoding
 from bfm.events.parse import SEPARATOR, plain
+from bfm.events.ragged import begins
 from bfm.events.schema import EventSchema, ItemPart
 from bfm.events.source import read_table
 
@@ -99,7 +100,7 @@ def choose_values(partials: list[pa.Table], items: Items) -> tuple[pa.Array, int
     order = {"item": "ascending", "count": "descending", **dict.fromkeys((*first, "value"), "ascending")}
     found = found.sort_by(list(order.items()))
     item, count = found["item"].to_numpy(), found["count"].to_numpy()
-    best = np.flatnonzero(np.diff(item, prepend=-1))
+    best = np.flatnonzero(begins(item))
     where = np.full(len(items.keys), -1)
     where[item[best]] = best
     chosen = plain(found["value"]).take(pa.array(where, mask=where < 0))

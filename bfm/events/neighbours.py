@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bfm.events.ragged import Ragged, chunks, place_in_run, runs
+from bfm.events.ragged import Ragged, begins, chunks, place_in_run, runs
 from bfm.events.shards import Shards
 
 REACH = 10
@@ -247,7 +247,7 @@ def _totals(
     """First item, second item and c_uv of each distinct pair, ascending."""
     pair_P, kind_P = np.divmod(key_P, 2 * REACH)
     counted_P = counting.near_J[kind_P] * times_P
-    starts = np.flatnonzero(np.diff(pair_P, prepend=-1))
+    starts = np.flatnonzero(begins(pair_P))
     first, second = np.divmod(pair_P[starts], num_items)
     return first, second, np.add.reduceat(counted_P, starts)
 

@@ -40,9 +40,7 @@ class Ragged:
 def distinct(values: np.ndarray) -> np.ndarray:
     """Distinct values, ascending. numpy's own way of hashing whole numbers takes ten times as long as sorting them."""
     ordered = np.sort(values)
-    first = np.ones(len(ordered), bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[first]
+    return ordered[begins(ordered)]
 
 
 def runs(start: np.ndarray | int, length: np.ndarray) -> np.ndarray:

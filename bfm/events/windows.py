@@ -20,7 +20,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -112,7 +112,6 @@ class WindowOrder:
             raise ValueError(f"{shards.path}: no training events")
         self.shards, self.window, self.group_windows, self.seed = shards, window, group_windows, seed
         self.neighbours, self.targets, self.basket_power = neighbours, targets, basket_power
-        self._known: dict[int, np.ndarray] = {}
 
     @property
     def windows_per_epoch(self) -> int:
@@ -129,23 +128,8 @@ class WindowOrder:
         index_R = np.repeat(np.asarray(indices) * self.group_windows, self.group_windows)
         index_R += np.tile(np.arange(self.group_windows), len(indices))
         first, last = int(index_R.min()) // _ORDER_BLOCK, int(index_R.max()) // _ORDER_BLOCK
-        order = np.concatenate([self._ordered(block) for block in range(first, last + 1)])
+        order = np.concatenate([_ordered(self.seed, self.windows_per_epoch, block) for block in range(first, last + 1)])
         return self.windows(order[index_R - first * _ORDER_BLOCK])
-
-    def _ordered(self, block: int) -> np.ndarray:
-        """Numbers of the windows block * _ORDER_BLOCK, ... of the endless order."""
-        known_B = self._known.get(block)
-        if known_B is None:
-            index_B = np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK)
-            epoch_B, place_B = np.divmod(index_B, self.windows_per_epoch)
-            known_B = np.empty_like(place_B)
-            for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
-                here = epoch_B == epoch
-                key = stream_key(self.seed, _ORDER_STREAM, epoch)
-                known_B[here] = permuted(key, place_B[here], self.windows_per_epoch)
-            # A new dictionary: another thread may be reading, too.
-            self._known = {**dict(list(self._known.items())[-1:]), block: known_B}
-        return known_B
 
     def windows(self, window_R: np.ndarray) -> Windows:
         """Windows by their number in the stream, 0..W-1."""
@@ -187,6 +171,18 @@ class WindowOrder:
             first_P=first_P,
             stop_P=stop_P,
         )
+
+
+@lru_cache(maxsize=4)
+def _ordered(seed: int, windows_per_epoch: int, block: int) -> np.ndarray:
+    """Numbers of the windows block * _ORDER_BLOCK, ... of the endless order."""
+    epoch_B, place_B = np.divmod(np.arange(block * _ORDER_BLOCK, (block + 1) * _ORDER_BLOCK), windows_per_epoch)
+    window_B = np.empty_like(place_B)
+    for epoch in range(int(epoch_B[0]), int(epoch_B[-1]) + 1):
+        here = epoch_B == epoch
+        key = stream_key(seed, _ORDER_STREAM, epoch)
+        window_B[here] = permuted(key, place_B[here], windows_per_epoch)
+    return window_B
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def make_batch(
         "copy_N": np.repeat(query_T * length, index.copies_T) + index.copied_N,
     }
     counts = _counts(group_indices, windows_G, windows, first_RL, position_Q, position_T, index)
-    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_T)
+    return _batch(counts, windows, arrays, first_RL, position_Q, position_T)
 
 
 def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
@@ -240,7 +240,7 @@ def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
         "copies_T": np.zeros(len(position_Q), np.int64),
     }
     counts = _counts([0], np.array([rows]), windows, first_RL, position_Q, NO_ITEMS, index)
-    return _batch(counts, windows, arrays, query_places(position_Q, first_RL), position_Q)
+    return _batch(counts, windows, arrays, first_RL, position_Q, position_Q)
 
 
 def first_columns(segment_RL: np.ndarray) -> np.ndarray:
@@ -275,12 +275,13 @@ def _batch(
     counts: tuple[Group, ...],
     windows: Windows,
     arrays: dict[str, np.ndarray],
-    places: QueryPlaces,
+    first_RL: np.ndarray,
+    position_Q: np.ndarray,
     position_T: np.ndarray,
 ) -> ModelBatch:
     """With what windows say of all their positions, and what is counted at the positions of targets."""
     arrays |= {
-        "first_RL": first_columns(windows.segment_RL),
+        "first_RL": first_RL,
         "gap_RL": windows.gap_RL,
         "time_RL": windows.time_RL,
         "later_RL": windows.later_RL,
@@ -291,8 +292,8 @@ def _batch(
     return ModelBatch(
         groups=counts,
         context={name: _tensor(values) for name, values in windows.context.items()},
-        places=places,
-        segments=Segments.of(windows.segment_RL),
+        places=query_places(position_Q, first_RL),
+        segments=Segments.of(first_RL),
         frozen=(),
         **{name: _tensor(values) for name, values in arrays.items()},
     )

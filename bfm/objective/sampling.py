@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
+from bfm.events.ragged import begins
 
 # Keeps draws of negatives apart from every other use of (seed, index) in the platform.
 _STREAM = 0x6E65_6761
@@ -108,7 +109,7 @@ class _Layer:
         place_M -= length * (place_M >= length)
         place_M.sort()
         index_M = self._item_at(place_M)
-        first_C = np.flatnonzero(np.diff(index_M, prepend=-1))
+        first_C = np.flatnonzero(begins(index_M))
         return self.item_N[index_M[first_C]], np.diff(first_C, append=self.points) * (length / self.points)
 
     def _item_at(self, place_M: NDArray[np.float64]) -> NDArray[np.int64]:

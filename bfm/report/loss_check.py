@@ -9,8 +9,7 @@ Q = queries, K = candidates, V = catalogue items, D = retrieval width.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor
 from bfm.objective.frozen import DealtItems
 from bfm.objective.fused import fused_available
 from bfm.objective.softmax import choose_method, log_sum
+from bfm.report.matmul_peak import timed_s
 from bfm.report.tables import ruled
 
 # The dense table last: what a process has once held it may keep, and would lend to those after it.
@@ -84,7 +84,7 @@ def check_losses(
             continue
         with _peak_mb(device) as extra_mb:
             log_sum_Q, grad_QD = _gradient(problem, method)
-        elapsed_s = min(_seconds(partial(_gradient, problem, method), device) for _ in range(repeats))
+        elapsed_s = min(timed_s(partial(_gradient, problem, method), torch.device(device)) for _ in range(repeats))
         rows.append(
             LossRow(
                 method,
@@ -161,16 +161,6 @@ def _lone_group() -> Iterator[None]:
 
 def _distance(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
-
-
-def _seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -28,14 +29,16 @@ def _measure(size: int, device: torch.device) -> float:
     torch.mm(a, a, out=out)
     # Best of several: other processes only ever make a run slower.
     while time.perf_counter() < deadline_s:
-        _synchronize(device)
-        begin_s = time.perf_counter()
-        torch.mm(a, a, out=out)
-        _synchronize(device)
-        best_flops_per_s = max(best_flops_per_s, 2 * size**3 / (time.perf_counter() - begin_s))
+        best_flops_per_s = max(best_flops_per_s, 2 * size**3 / timed_s(lambda: torch.mm(a, a, out=out), device))
     return best_flops_per_s
 
 
-def _synchronize(device: torch.device) -> None:
+def timed_s(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that work takes, until the device is done with it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    begin_s = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin_s
