@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bfm.model.batch import ModelBatch
 from bfm.model.two_part import TwoPartModel
 from bfm.training.config import TrainConfig
-from bfm.training.optimizer import STATE_KEYS, build_optimizer, parameter_groups, set_rates
+from bfm.training.optimizer import STATE_KEYS, TIDY_EVERY_STEPS, build_optimizer, parameter_groups, set_rates
 
 Losses = tuple[Tensor, Tensor]
 """The mean over a batch's groups (scalar), and what is told of its targets, without a gradient."""
@@ -97,19 +97,20 @@ class Engine:
         """Adds the gradient of loss / micro_batches; the last micro-batch reduces over workers."""
         (loss / self.micro_batches).backward()
 
-    def step(self, learning_rate: float, average_weight: float, repeats: float) -> float:
-        """Averages gradients over workers, clips, applies AdamW; returns the gradient's norm before clipping.
+    def step(self, learning_rate: float, average_weight: float, repeats: float) -> Tensor:
+        """Averages gradients over workers, clips, applies AdamW; the gradient's norm before clipping, on the device.
 
         `average_weight` is the new weights' share in the running average (0 leaves it alone), `repeats` the epochs
         beyond the first, by which the tables decay.
-        A non-finite norm is returned, the weights are then worthless.
+        Where the norm is not finite, the weights are worthless.
         """
         set_rates(self.optimizer, learning_rate, repeats)
         self.optimizer.average_weight = average_weight
         self.steps += 1
+        self.optimizer.tidies = self.steps % TIDY_EVERY_STEPS == 0
         return self.update()
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """Clips and updates by the rates that are set; returns the norm of the averaged gradient before clipping."""
         gradients = [cast(Tensor, vector.grad) for vector in self._vectors]
         norm = nn.utils.get_total_norm(gradients)
@@ -118,7 +119,7 @@ class Engine:
         self.optimizer.step()
         for gradient in gradients:
             gradient.zero_()
-        return float(norm)
+        return norm
 
     def load_state(self, state: EngineState) -> None:
         """Take up the optimizer's part of a state, once its own is laid out; before the first step."""
@@ -223,4 +224,4 @@ def _precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def cpu_copy(tensor: Tensor) -> Tensor:
     """A copy without gradient."""
-    return tensor.detach().cpu().clone()
+    return tensor.detach().to("cpu", copy=True)

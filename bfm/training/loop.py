@@ -3,7 +3,8 @@
 In: a configuration, a seed, the data and an engine factory. Out: counters, engine-neutral state, step records.
 The trunk is a pure function of (configuration, seed): group i of the global order belongs to step i // B, everything
 random is seeded by (seed, group index), and no decision looks at how far the run is meant to go. The cost of a step is
-known, as an exact integer summed over workers, before the step runs; so a limit is never passed.
+known, as an exact integer summed over workers, before the step runs; so a limit is never passed. What a step tells is
+read when the next one is under way, so that a device never waits for its host.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import Engine, EngineFactory, EngineState, compute_dtype
 from bfm.training.optimizer import average_weight
+from bfm.training.readings import Readings
 from bfm.training.records import Phase, RecentSteps, StepLoss, StepRecord
 from bfm.training.schedule import lr_factor_cooldown, lr_factor_trunk, repeats
 from bfm.training.step_plan import StepPlan, StepPlanner, Work
@@ -66,19 +68,22 @@ class Trainer:
         factory: EngineFactory,
         *,
         observer: Callable[[StepRecord], None] | None = None,
+        after_step: Callable[[], None] = lambda: None,
         micro_groups: int = 1,
         softmax: str = "auto",
         start: Checkpoint | None = None,
     ) -> None:
         """Begin at step 0, or where a loaded checkpoint stands.
 
-        `observer` is called on every worker after every step, and may save.
+        Both are called on every worker after every step: `observer` with the record of a step, when the next one is
+        under way or a limit is reached; `after_step` at once, and may save.
         `softmax` is how the loss is computed (bfm.objective.methods); its value does not depend on it.
         Raises UserError where the workers do not divide the groups of a step, or `softmax` is impossible here.
         """
         _check_softmax(softmax, config, factory)
         self.softmax = softmax
-        self.config, self.seed, self.data, self.factory, self.observer = config, seed, data, factory, observer
+        self.config, self.seed, self.data, self.factory = config, seed, data, factory
+        self.observer, self.after_step = observer, after_step
         own_groups = groups_per_worker(config, factory.world_size)
         self.micro_groups = max(m for m in range(1, micro_groups + 1) if own_groups % m == 0)
         self.micro_batches = own_groups // self.micro_groups
@@ -95,6 +100,7 @@ class Trainer:
         """FLOPs trained by this object, a diverged step included."""
         self._started_s = time.monotonic()
         self._plan: StepPlan | None = None
+        self._untold: _Untold | None = None
         self._recent = RecentSteps()
         self._embedder_hash = None if start is None else start.meta["embedder_hash"]
         self._start = EngineState({}) if start is None else start.state
@@ -114,14 +120,20 @@ class Trainer:
         """Mean loss over the last RATE_STEPS steps; None before the first one of this object."""
         return self._recent.loss
 
+    @property
+    def flops_per_s(self) -> float:
+        """Of late; 0 before the first step is told of."""
+        return self._recent.rates()[1]
+
     def run_trunk(self, until_flops: float) -> None:
         """Train the trunk to the largest step whose path_flops is at most `until_flops`.
 
-        Raises DivergedError (on all workers) at a non-finite loss or gradient.
+        Raises DivergedError (on all workers) at a non-finite loss or gradient, once the step after it has begun.
         """
         assert self.counters.phase == "trunk", "a cooled-down run has left its trunk"
         with using_threads(self.threads):
             self._run_trunk(until_flops)
+        self._tell()
 
     def _run_trunk(self, until_flops: float) -> None:
         freeze_flops = math.inf if self.config.freeze_at_flops is None else self.config.freeze_at_flops
@@ -148,6 +160,7 @@ class Trainer:
             while counters.path_flops + (plan := self._next_plan()).work.path_flops <= until_flops:
                 factor = lr_factor_cooldown(counters.path_flops, counters.branch_from_flops, until_flops)
                 self._step(plan, factor * lr_factor_trunk(counters.events + plan.work.events, self.warmup_events), 0.0)
+        self._tell()
 
     def next_step_flops(self) -> int:
         """Exact cost of the next step."""
@@ -155,15 +168,8 @@ class Trainer:
 
     def mean_step_flops(self) -> tuple[float, float | None]:
         """Mean cost of the next COST_STEPS steps in stage 1, and an estimate of it in stage 2 where there is one."""
-        counters, freezes = self.counters, self.config.freeze_at_flops is not None
-        assert counters.stage == 1, "asked before anything is frozen"
-        own_flops = stage2_flops = 0
-        for step in range(COST_STEPS):
-            cursor = counters.cursor + step * self.config.groups_per_step
-            plan = self.planner.plan(counters.stage, cursor, self.objective)
-            own_flops += plan.work.path_flops
-            stage2_flops += self.planner.stage2_flops(plan) if freezes else 0
-        return own_flops / COST_STEPS, stage2_flops / COST_STEPS if freezes else None
+        assert self.counters.stage == 1, "asked before anything is frozen"
+        return self.planner.mean_flops(1, self.counters.cursor, self.objective, COST_STEPS)
 
     def meta(self) -> dict[str, Any]:
         """JSON-able identity and counters of the present state."""
@@ -174,7 +180,8 @@ class Trainer:
         }
 
     def save(self, store: Store, name: str, extra: dict[str, Any] | None = None) -> None:
-        """Collective; rank 0 writes the checkpoint."""
+        """Collective; rank 0 writes the checkpoint. Raises DivergedError where the last step was not finite."""
+        self._tell()
         state = self.engine.export_state()
         if self.factory.rank == 0:
             save_checkpoint(store, name, state, {**self.meta(), **(extra or {})})
@@ -213,6 +220,7 @@ class Trainer:
 
     def _freeze(self) -> None:
         """Begin stage 2: embedder frozen, its optimizer state dropped, the catalogue embedded once."""
+        self._tell()
         names = set(self.engine.model.embedder_parameter_names())
         self._start = self.engine.export_state().without(names)
         self.engine.close()
@@ -229,34 +237,57 @@ class Trainer:
         return self._plan
 
     def _step(self, plan: StepPlan, lr_factor: float, weight_in_average: float) -> None:
-        self._recent.begin(time.monotonic(), self.counters.events, self.counters.path_flops)
-        self.spent_flops += plan.work.path_flops
-        losses = self._forward_backward(plan.batches)
-        learning_rate = lr_factor * self.config.learning_rate
-        grad_norm = math.nan
-        if math.isfinite(losses.loss):
-            repeated = repeats(self.counters.events, self.order.targets_per_epoch)
-            grad_norm = self.engine.step(learning_rate, weight_in_average, repeated)
         counters = self.counters
+        self._recent.begin(time.monotonic(), counters.events, counters.path_flops)
+        self.spent_flops += plan.work.path_flops
+        loss, sums_2X2 = self._forward_backward(plan.batches)
+        learning_rate = lr_factor * self.config.learning_rate
+        norm = self.engine.step(
+            learning_rate, weight_in_average, repeats(counters.events, self.order.targets_per_epoch)
+        )
         counters.step += 1
         counters.cursor += self.config.groups_per_step
         counters.add(plan.work)
         self._plan = None
-        if not math.isfinite(grad_norm):
-            what = f"gradient norm {grad_norm}" if math.isfinite(losses.loss) else f"loss {losses.loss}"
-            raise DivergedError(f"{what} at step {counters.step}, {format_flops(counters.path_flops)} FLOPs")
-        self._recent.end(counters.events, counters.path_flops, losses.loss)
+        self._tell()
+        self._untold = _Untold(dataclasses.replace(counters), learning_rate, Readings(loss, norm, sums_2X2))
+        self.after_step()
+
+    def _forward_backward(self, batches: list[ModelBatch]) -> tuple[Tensor, Tensor]:
+        """Accumulate the step's gradient; this worker's mean loss, and the sums of its batches."""
+        parts = []
+        for batch in batches:
+            loss, sums_2X2 = self.engine.forward(batch, self.objective)
+            self.engine.backward(loss)
+            parts.append((loss.detach(), sums_2X2))
+        losses, sums = zip(*parts, strict=True)
+        return functools.reduce(torch.add, losses) / len(batches), functools.reduce(torch.add, sums)
+
+    def _tell(self) -> None:
+        """Read what the last step has left, and tell it. Raises DivergedError where it is not finite."""
+        step, self._untold = self._untold, None
+        if step is None:
+            return
+        (own_loss,), (grad_norm,), own_sums = step.readings.read()
+        loss, *sums = self.factory.all_reduce_mean([own_loss, *own_sums])
+        at = step.counters
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            # What the step after it has spent is spent; where the run ended does not depend on who asked when.
+            self.counters = at
+            what = f"gradient norm {grad_norm}" if math.isfinite(loss) else f"loss {loss}"
+            raise DivergedError(f"{what} at step {at.step}, {format_flops(at.path_flops)} FLOPs")
+        self._recent.end(at.events, at.path_flops, loss)
         if self.observer is not None:
             events_per_s, flops_per_s = self._recent.rates()
             self.observer(
                 StepRecord(
-                    step=counters.step,
-                    stage=counters.stage,
-                    phase=counters.phase,
-                    path_flops=counters.path_flops,
-                    events=counters.events,
-                    **vars(losses),
-                    learning_rate=learning_rate,
+                    step=at.step,
+                    stage=at.stage,
+                    phase=at.phase,
+                    path_flops=at.path_flops,
+                    events=at.events,
+                    **vars(StepLoss.of(loss, sums, self.config.shape().components)),
+                    learning_rate=step.learning_rate,
                     grad_norm=grad_norm,
                     events_per_s=events_per_s,
                     flops_per_s=flops_per_s,
@@ -264,17 +295,14 @@ class Trainer:
                 )
             )
 
-    def _forward_backward(self, batches: list[ModelBatch]) -> StepLoss:
-        """Accumulate the step's gradient; the losses over all workers."""
-        parts = []
-        for batch in batches:
-            loss, sums_2X2 = self.engine.forward(batch, self.objective)
-            self.engine.backward(loss)
-            parts.append(torch.cat([loss.detach().reshape(1), sums_2X2.flatten()]))
-        # One wait for the device, one message between workers.
-        own_loss, *own_sums = functools.reduce(torch.add, parts).tolist()
-        loss_mean, *sums = self.factory.all_reduce_mean([own_loss / len(batches), *own_sums])
-        return StepLoss.of(loss_mean, sums, self.config.shape().components)
+
+@dataclass(frozen=True)
+class _Untold:
+    """A step whose figures are still on the device."""
+
+    counters: Counters
+    learning_rate: float
+    readings: Readings
 
 
 def _check_softmax(method: str, config: TrainConfig, factory: EngineFactory) -> None:

@@ -140,8 +140,9 @@ class RecentSteps:
         return sum(self._losses) / len(self._losses) if self._losses else None
 
     def rates(self) -> tuple[float, float]:
-        """Events/s and FLOP/s; only after a step."""
-        assert self._last is not None
+        """Events/s and FLOP/s; 0 before the first step."""
+        if self._last is None:
+            return 0.0, 0.0
         (first_s, first_events, first_flops), (last_s, last_events, last_flops) = self._marks[0], self._last
         elapsed_s = max(last_s - first_s, 1e-9)
         return (last_events - first_events) / elapsed_s, (last_flops - first_flops) / elapsed_s

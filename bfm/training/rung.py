@@ -28,7 +28,7 @@ from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
 from bfm.training.journal import Journal, YieldError
 from bfm.training.loop import Trainer
-from bfm.training.records import Observer, StepRecord
+from bfm.training.records import Observer
 from bfm.training.row import measured, trained
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, Account, RungTask
@@ -110,7 +110,8 @@ class _RungRun:
             task.seed,
             self.data,
             self.factory,
-            observer=self._observe,
+            observer=self.observer if self.factory.rank == 0 else None,
+            after_step=self._after_step,
             micro_groups=task.micro_groups,
             softmax=task.softmax,
             start=self._start(),
@@ -321,21 +322,19 @@ class _RungRun:
             "model_bytes": int(read_meta(self.store, model)["state_bytes"]),
         }
 
-    def _observe(self, record: StepRecord) -> None:
-        """On every rank after every step; rank 0's clock decides for all of them when to save."""
+    def _after_step(self) -> None:
+        """On every rank; rank 0's clock decides for all of them when to save."""
         save_due, stop_due = False, self.should_yield()
         if self.factory.rank == 0:
             save_due = time.monotonic() - self.saved_s >= self.save_every_s
             stop_due = stop_due or self.journal.stop_asked.is_set()
-            if self.observer is not None:
-                self.observer(record)
         saves, stops = self.factory.all_reduce_sum([int(save_due), int(stop_due)])
         if saves or stops:
             self._save_progress()
         if stops:
             path_flops = self.trainer.counters.path_flops
             raise YieldError(Account(self._spent_flops(), self.journal.checkpoint, path_flops))
-        self._allow_next_step(record.flops_per_s)
+        self._allow_next_step(self.trainer.flops_per_s)
 
     def _save_progress(self) -> None:
         extra = {"rung_flops": self.task.rung_flops, "probes": self.probe_rows, "trunk": self.trunk}

@@ -63,17 +63,34 @@ class StepPlanner:
 
     def plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
         """The step that takes the groups from `cursor` on; the one after it is begun."""
-        own = None
-        if self._ahead is not None:
-            asked, future = self._ahead
-            own = future.result() if asked == (stage, cursor) else None
-        own = own or self.own_plan(stage, cursor, objective)
+        own = self._planned_ahead(stage, cursor) or self.own_plan(stage, cursor, objective)
         following = stage, cursor + self.config.groups_per_step
         self._ahead = following, self._thread.submit(self.own_plan, *following, objective)
         return StepPlan(own.batches, Work(*self.factory.all_reduce_sum(list(vars(own.work).values()))))
 
+    def _planned_ahead(self, stage: int, cursor: int) -> StepPlan | None:
+        if self._ahead is None:
+            return None
+        # Forgotten before it is looked at: what it may raise is raised once.
+        (asked, future), self._ahead = self._ahead, None
+        if asked == (stage, cursor):
+            return future.result()
+        future.cancel()
+        return None
+
+    def mean_flops(self, stage: int, cursor: int, objective: Objective, steps: int) -> tuple[float, float | None]:
+        """Mean cost of so many steps from `cursor` on, and of stage 2 an estimate where there will be one."""
+        freezes, flops, stage2_flops = self.config.freeze_at_flops is not None, 0, 0
+        for step in range(steps):
+            own = self.own_plan(stage, cursor + step * self.config.groups_per_step, objective)
+            flops += own.work.path_flops
+            stage2_flops += self._stage2_flops(own) if freezes else 0
+        flops, stage2_flops = self.factory.all_reduce_sum([flops, stage2_flops])
+        return flops / steps, stage2_flops / steps if freezes else None
+
     def close(self) -> None:
         """End the thread."""
+        self._ahead = None
         self._thread.shutdown(cancel_futures=True)
 
     def own_plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
@@ -104,8 +121,8 @@ class StepPlanner:
             events=group.targets,
         )
 
-    def stage2_flops(self, plan: StepPlan) -> int:
-        """What the groups of a step of stage 1 would cost in stage 2, estimated."""
+    def _stage2_flops(self, plan: StepPlan) -> int:
+        """What this worker's groups of a step of stage 1 would cost in stage 2, estimated."""
         flops = 0
         for batch in plan.batches:
             for place, group in enumerate(batch.groups):
@@ -113,7 +130,7 @@ class StepPlanner:
                 targets = len(torch.unique(batch.target_index_T[batch.targets_of(place)]))
                 candidates = targets + self.config.negatives
                 flops += self.cost.group_flops(2, group.items, group.queries, candidates, group.windows)
-        return self.factory.all_reduce_sum([flops])[0]
+        return flops
 
     def _scores_again(self, group: Group, frozen: int) -> int:
         """Scores that the backward pass computes again, since they were not kept."""

@@ -9,6 +9,7 @@ This is the one module that knows DeepSpeed, and it is imported inside functions
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from typing import Any, cast
@@ -57,15 +58,16 @@ class ZeroEngine(Engine):
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """DeepSpeed clips and updates."""
         if self.stage == 0:
             # DeepSpeed clips here without telling the norm.
-            norm = float(nn.utils.clip_grad_norm_(list(self.trainable.values()), self.clip_norm))
+            norm: Any = nn.utils.clip_grad_norm_(list(self.trainable.values()), self.clip_norm)
             self.engine.step()
-            return norm
-        self.engine.step()
-        return float("nan") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        else:
+            self.engine.step()
+            norm = math.nan if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm)
 
     def close(self) -> None:
         """Frees hooks, partitions and buffers (an engine left alone leaks them all)."""
@@ -127,6 +129,8 @@ class ZeroFactory(EngineFactory):
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # What hosts tell each other must not wait for what their devices still have to do.
+        self._hosts = dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
 
     @property
     def rank(self) -> int:
@@ -140,20 +144,20 @@ class ZeroFactory(EngineFactory):
 
     def all_reduce_sum(self, values: list[int]) -> list[int]:
         """Exact sums over workers."""
-        total = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self._hosts)
         return total.tolist()
 
     def all_reduce_mean(self, values: list[float]) -> list[float]:
         """Means over workers."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._hosts)
         return (total / self.world_size).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable values of all workers, by rank, on all workers."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._hosts)
         return values
 
     def build(self, model: TwoPartModel, config: TrainConfig, state: EngineState, micro_batches: int) -> ZeroEngine:

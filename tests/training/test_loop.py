@@ -161,7 +161,7 @@ def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
     assert not frozen & (new.moment1.keys() | new.moment2.keys() | new.average.keys())
     catalogue_flops = trainer.cost.catalogue_flops(toy_shards.num_items)
     stage2_flops = records[switch].path_flops - records[switch - 1].path_flops
-    estimate_flops = before.planner.stage2_flops(before._next_plan())
+    _, estimate_flops = before.planner.mean_flops(1, before.counters.cursor, before.objective, 1)
     assert stage2_flops - catalogue_flops == pytest.approx(estimate_flops, rel=0.05)
 
 
@@ -206,7 +206,28 @@ def test_non_finite_values_end_the_run(toy_shards, bad):
     broken.batch = objective.batch
     with pytest.raises(DivergedError, match=bad):
         trainer.run_trunk(8e7)
-    assert trainer.spent_flops == trainer.counters.path_flops
+    # It is read beside the next step, which is paid for; the run ends where it diverged.
+    paid_flops = trainer.spent_flops - trainer.counters.path_flops
+    assert 0 < paid_flops < 2 * trainer.counters.path_flops / trainer.counters.step
+
+
+def test_where_a_run_diverges_does_not_depend_on_checkpoints(toy_shards, tmp_path):
+    def diverged(saves):
+        trainer, _ = train(STAGE_1, toy_shards, 0)
+        engine, objective = trainer._built
+
+        def broken(model, batch):
+            loss, sums_2X2 = objective(model, batch)
+            return loss * (float("nan") if engine.steps == 4 else 1.0), sums_2X2
+
+        broken.batch = objective.batch
+        trainer._built = engine, broken
+        trainer.after_step = lambda: trainer.save(Store(tmp_path), "now") if saves else None
+        with pytest.raises(DivergedError, match="at step 5"):
+            trainer.run_trunk(8e7)
+        return trainer.counters
+
+    assert diverged(saves=True) == diverged(saves=False)
 
 
 def test_a_record_tells_headline_from_basket_targets_and_the_gates(unbroken, toy_shards):
