@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.ragged import begins, place_among_equal
+from bfm.model.attended import Pairs
 from bfm.model.attention import Segments
 from bfm.model.index import Index, index_items
 
@@ -49,6 +50,12 @@ class QueryPlaces:
     """int64 index r * S + s."""
     slots: int
     """S: most queries of a window."""
+    num_pairs: int
+    """Pairs of a query and an event of its user up to it."""
+
+    def pairs(self) -> Pairs:
+        """Of all queries."""
+        return Pairs.of(self.first_Q, self.column_Q, self.position_Q, self.num_pairs)
 
     def take(self, x_RLX: Tensor) -> Tensor:
         """What stands at the queries' positions, [Q, ...]."""
@@ -84,8 +91,6 @@ class Group:
     """Pairs of a position and a user's event up to it, itself included."""
     query_pairs: int
     """The same pairs of the queries alone."""
-    free_slots: int
-    """Slots of its windows that no query has."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class ModelBatch:
     copies_T: Tensor
     """int64: how many of the user's events up to a target's query have its item; 0 in evaluation."""
     copy_N: Tensor
-    """int64 flat index q * L + l of those events, target after target: of query q, at position l of its window."""
+    """int64 index of those events among `places.pairs()`, target after target."""
     counted_TM: Tensor | None = None
     """int64 ids of the last items at a target's query that have counted neighbours, -1 elsewhere; None: not counted."""
     share_TM: Tensor | None = None
@@ -219,7 +224,7 @@ def make_batch(
         "weight_T": weight_T,
         "share_T": (weight_T / weight_G[group_T] / groups).astype(np.float32),
         "copies_T": index.copies_T,
-        "copy_N": np.repeat(query_T * length, index.copies_T) + index.copied_N,
+        "copy_N": _pairs_of_copies(position_Q, first_RL, query_T, index),
     }
     counts = _counts(group_indices, windows_G, windows, first_RL, position_Q, position_T, index)
     return _batch(counts, windows, arrays, first_RL, position_Q, position_T)
@@ -266,8 +271,7 @@ def _counts(
     of_queries_R = np.bincount(window_Q, attended_RL.ravel()[position_Q], rows).astype(np.int64)
     sums = (queries_R, np.bincount(position_T // length, minlength=rows), attended_RL.sum(1), of_queries_R)
     queries_G, targets_G, attended_G, of_queries_G = (np.add.reduceat(of_R, start_G) for of_R in sums)
-    free_G = windows_G * np.maximum(np.maximum.reduceat(queries_R, start_G), 1) - queries_G
-    numbers = (windows_G, index.items_G, queries_G, targets_G, index.candidates_G, attended_G, of_queries_G, free_G)
+    numbers = (windows_G, index.items_G, queries_G, targets_G, index.candidates_G, attended_G, of_queries_G)
     return tuple(itertools.starmap(Group, zip(indices, *(of_G.tolist() for of_G in numbers), strict=True)))
 
 
@@ -311,7 +315,15 @@ def query_places(position_Q: np.ndarray, first_RL: np.ndarray) -> QueryPlaces:
         "first_Q": first_RL.ravel()[position_Q],
         "slot_Q": slot_Q,
     }
-    return QueryPlaces(**{name: _tensor(of_Q) for name, of_Q in places.items()}, slots=slots)
+    num_pairs = int((column_Q - places["first_Q"] + 1).sum())
+    return QueryPlaces(**{name: _tensor(of_Q) for name, of_Q in places.items()}, slots=slots, num_pairs=num_pairs)
+
+
+def _pairs_of_copies(position_Q: np.ndarray, first_RL: np.ndarray, query_T: np.ndarray, index: Index) -> np.ndarray:
+    """Where the events of targets' items stand among the pairs of their queries."""
+    before_Q = position_Q % first_RL.shape[1] - first_RL.ravel()[position_Q]
+    last_T = np.cumsum(before_Q + 1)[query_T] - 1
+    return np.repeat(last_T - position_Q[query_T] % first_RL.shape[1], index.copies_T) + index.copied_N
 
 
 def _tensor(values: np.ndarray) -> Tensor:

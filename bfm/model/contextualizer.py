@@ -4,7 +4,7 @@ Enters: item vectors v_RLD and the sum of context tokens c_RLD at every position
 Leaves: `Queries`. x = W_item v + W_ctx c; pre-RMSNorm blocks with RoPE and a mask that lets an event see its own user's
 events up to itself; a final norm, the projection to d_item, and the sparse components (mixture.py). Nothing after the
 last block looks at other positions than the queries, so it runs at these alone, over keys and values of all events;
-the sparse components take their keys from what enters it (the pointer in Q x L scores, whatever the device).
+the sparse components take their keys from what enters it.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Contextualizer(nn.Module):
         x_QW = rms_norm(last(x_RLW, allowed, rotation, drop_queries, places))
         x_RLW = rms_norm(x_RLW)
         h_QD = unit(self.out(x_QW))
-        gates, pointer_QL, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
+        gates, pointer_A, weight_TM = [h_QD.new_zeros(len(batch.query_T), 1)], None, None
         if self.pointer is not None:
-            gate_Q1, pointer_QL = self.pointer(x_RLW, x_QW, batch)
+            gate_Q1, pointer_A = self.pointer(x_RLW, x_QW, batch)
             gates.append(look_up(gate_Q1, batch.query_T))
         if self.neighbours is not None:
             gate_T1, weight_TM = self.neighbours(x_RLW, x_QW, batch)
@@ -72,7 +72,7 @@ class Contextualizer(nn.Module):
         log_gate_TX1 = F.log_softmax(torch.cat(gates, 1), -1)
         if self.counts_share and batch.counted_TM is not None:
             log_gate_TX1, weight_TM = mix_counts(log_gate_TX1, batch.counted_TM, self.counts_share)
-        return Queries(h_QD, log_gate_TX1, pointer_QL, weight_TM)
+        return Queries(h_QD, log_gate_TX1, pointer_A, weight_TM)
 
 
 def _of_positions(batch: ModelBatch, dtype: torch.dtype) -> Tensor | Segments:

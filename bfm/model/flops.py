@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bfm.events.fields import FittedField
+from bfm.model import mixture
+from bfm.model.batch import ModelBatch
 from bfm.model.fields import FieldLayout
 from bfm.model.sizing import Shape
 from bfm.model.two_part import automatic_features
@@ -61,17 +63,26 @@ class ModelCost:
         flops += 3 * self._contextualize(windows, queries)
         return flops + queries * candidates * shape.d_item * (6 if live else 4)
 
-    def free_slot_flops(self, slots: int) -> int:
-        """What slots without a query cost, forward and backward: attention of the last block, scores of the pointer.
+    def layout_flops(self, batch: ModelBatch, packed: bool) -> int:
+        """What the layout of a batch adds to the attention that is counted, forward and backward, or takes from it.
 
-        Windows of a group have as many slots as the one with most queries. No model FLOPs, but hardware FLOPs.
+        Windows have as many slots as the one with most queries, and those without a query cost as much. Packed windows
+        and a pointer's pairs leave out what a mask would discard.
         """
-        return 3 * slots * self.window * (4 * self.shape.width + 2 * self.shape.pointer_width)
+        shape, places, (rows, length) = self.shape, batch.places, batch.item_RL.shape
+        queries, slots = len(places.position_Q), rows * places.slots
+        block = 4 * shape.width * (slots - queries) * length
+        if packed:
+            dense = (shape.depth - 1) * rows * length**2 + queries * length
+            block = 4 * shape.width * (shape.depth * sum(group.attended_pairs for group in batch.groups) - dense)
+        in_pairs = mixture.takes_pairs(places, rows, length, shape.pointer_width)
+        scored = places.num_pairs if in_pairs else slots * length
+        return 3 * (block + 2 * shape.pointer_width * (scored - queries * length))
 
     def recomputed_flops(self, distinct_items: int, scores: int) -> int:
         """What the backward pass computes again of a group: the embedding of its items, scores of queries.
 
-        Hardware FLOPs are `group_flops`, `free_slot_flops` and this, each count 0 where nothing is computed twice.
+        Hardware FLOPs are `group_flops`, `layout_flops` and this, each count 0 where nothing is computed twice.
         """
         return self._embed(distinct_items, backward=False) + 2 * scores * self.shape.d_item
 

@@ -16,7 +16,7 @@ Enters: what the contextualizer knows at every position. Leaves: gates and proba
 target, whose own event their counts leave out, is the same for the targets of one query.
 
 R windows, L positions, W width of the contextualizer, P width of the pointer's keys, Q queries, T targets, S slots of
-a window's queries, M last events, X sparse components.
+a window's queries, A pairs of a query and an event that it attends to, M last events, X sparse components.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfm.model.attended import STEPS, past_numbers
-from bfm.model.batch import ModelBatch
+from bfm.model.attended import STEPS, Pairs, half_octave
+from bfm.model.batch import ModelBatch, QueryPlaces
 from bfm.model.blocks import look_up, make_linear, rms_norm
 
 _AGE_DECAY = 0.8
@@ -44,8 +44,8 @@ class Queries:
     """Unit vectors, float32: the softmax over the catalogue."""
     log_gate_TX1: Tensor
     """log g, float32: the softmax first, then the sparse components (X = 0: all zero)."""
-    pointer_QL: Tensor | None
-    """Probabilities of the positions of the query's window, float32; None without a pointer."""
+    pointer_A: Tensor | None
+    """Probabilities of the events that a query attends to (`QueryPlaces.pairs`), float32; None without a pointer."""
     counted_TM: Tensor | None = None
     """Probabilities of the last events that have neighbours, float32; None without neighbours."""
 
@@ -63,8 +63,8 @@ def mixture_loss(loss_T: Tensor, log_gate_TX1: Tensor, mass_TX: Tensor) -> Tenso
 def target_mass(batch: ModelBatch, queries: Queries) -> Tensor:
     """What the sparse components give each target, [T, X]."""
     masses = [queries.h_QD.new_zeros(len(batch.query_T), 0)]
-    if queries.pointer_QL is not None:
-        copied_N = look_up(queries.pointer_QL.flatten(), batch.copy_N)
+    if queries.pointer_A is not None:
+        copied_N = look_up(queries.pointer_A, batch.copy_N)
         masses.append(torch.segment_reduce(copied_N, "sum", lengths=batch.copies_T, unsafe=True)[:, None])
     if queries.counted_TM is not None:
         assert batch.share_TM is not None, "windows without what their model was to count"
@@ -89,17 +89,33 @@ class Pointer(nn.Module):
         self.elapsed_bias = nn.Parameter(torch.zeros(STEPS))
 
     def forward(self, x_RLW: Tensor, x_QW: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
-        """Gate logits [Q, 1] and probabilities [Q, L], float32; both x are normalised."""
-        places, k_RLP = batch.places, self.key(x_RLW)
+        """Gate logits [Q, 1] and probabilities of the pairs of all queries [A], float32; both x are normalised."""
+        pairs, k_RLP = batch.places.pairs(), self.key(x_RLW)
         q_QP = rms_norm(self.query(x_QW)) * k_RLP.shape[2] ** -0.5
-        score_QL = places.gather(places.spread(q_QP, len(x_RLW)) @ k_RLP.mT).float()
-        time_RL = batch.time_RL.double()
-        number_QL = past_numbers(
-            places.first_Q, places.column_Q, places.take(time_RL), time_RL.index_select(0, places.window_Q)
-        )
-        # Of every pair of distance and elapsed time, and last of what is not attended to.
-        bias = F.pad((self.distance_bias[:, None] + self.elapsed_bias).flatten(), (0, 1), value=-torch.inf)
-        return self.gate(x_QW).float() + self.gate_bias, F.softmax(score_QL + look_up(bias, number_QL), -1)
+        score_A = _products(q_QP, k_RLP, batch.places, pairs).float()
+        time_N = batch.time_RL.flatten()
+        elapsed_A = batch.places.take(batch.time_RL)[pairs.query_A] - time_N[pairs.position_A]
+        bias = (self.distance_bias[:, None] + self.elapsed_bias).flatten()
+        score_A = score_A + look_up(bias, half_octave(pairs.distance_A) * STEPS + half_octave(elapsed_A))
+        return self.gate(x_QW).float() + self.gate_bias, pairs.softmax(score_A)
+
+
+def takes_pairs(places: QueryPlaces, rows: int, length: int, width: int) -> bool:
+    """Whether the vectors of all pairs are fewer numbers than the products of all slots and positions.
+
+    So it is where windows hold many users.
+    """
+    return places.num_pairs * width < rows * places.slots * length
+
+
+def _products(q_QP: Tensor, k_RLP: Tensor, places: QueryPlaces, pairs: Pairs) -> Tensor:
+    """<q, k> of every pair, [A]."""
+    rows, length, width = k_RLP.shape
+    if takes_pairs(places, rows, length, width):
+        return (look_up(q_QP, pairs.query_A) * look_up(k_RLP.flatten(0, 1), pairs.position_A)).sum(-1)
+    product_RSL = places.spread(q_QP, rows) @ k_RLP.mT
+    line_Q = length * (places.slot_Q - places.window_Q)
+    return look_up(product_RSL.flatten(), line_Q.index_select(0, pairs.query_A) + pairs.position_A)
 
 
 def mix_counts(log_gate_TX: Tensor, counted_TM: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from bfm.events.protocol import QueryTable
 from bfm.events.ragged import chunks
 from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
-from bfm.model.batch import ModelBatch, make_query_batch
+from bfm.model.batch import make_query_batch
 from bfm.model.two_part import TwoPartModel
 from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
@@ -77,9 +77,11 @@ def answer(
         gate_X1Q = iter(queries.log_gate_TX1.exp().T)
         h.append(queries.h_QD)
         gates.append(next(gate_X1Q))
-        if queries.pointer_QL is not None:
-            mass_QL = queries.pointer_QL * next(gate_X1Q)[:, None]
-            pointed.append(_pointer_mass(batch, mass_QL, chosen.start, num_catalogue))
+        if queries.pointer_A is not None:
+            pairs = batch.places.pairs()
+            item_A = batch.items_U[batch.item_RL.flatten()[pairs.position_A]]
+            mass_A = queries.pointer_A * next(gate_X1Q)[pairs.query_A]
+            pointed.append(SparseMass.of(chosen.start + pairs.query_A, item_A, mass_A, num_catalogue))
         if batch.counted_TM is not None and queries.counted_TM is not None:
             counted_items.append(batch.counted_TM)
             counted_masses.append(queries.counted_TM * next(gate_X1Q)[:, None])
@@ -96,11 +98,3 @@ def answer(
         components.append(dataclasses.replace(pointer, mass_P=pointer.mass_P / total_Q[pointer.query_P]))
     catalogue_VD = vectors_ID[:num_catalogue].float()
     return Answers(torch.cat(h), (gate_Q / total_Q).log(), components, model.scale, catalogue_VD, rows)
-
-
-def _pointer_mass(batch: ModelBatch, mass_QL: Tensor, first: int, num_catalogue: int) -> SparseMass:
-    """What the pointer gives to the items of each query's context; `first` is the number of the first query."""
-    row_Q = batch.places.position_Q // batch.item_RL.shape[1]
-    item_QL = batch.items_U[batch.item_RL.index_select(0, row_Q)]
-    query_QL = (first + torch.arange(len(row_Q), device=row_Q.device))[:, None].expand_as(item_QL)
-    return SparseMass.of(query_QL.flatten(), item_QL.flatten(), mass_QL.flatten(), num_catalogue)

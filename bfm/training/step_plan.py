@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bfm.events.windows import WindowOrder
+from bfm.model.attention import packs
 from bfm.model.batch import Group, ModelBatch
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import embeds_twice
@@ -101,6 +102,8 @@ class StepPlanner:
             indices = own[begin : begin + self.micro_groups]
             batch = objective.batch(self.order.groups(indices), indices)
             batches.append(batch)
+            packed = packs(factory.device, self.config.window)
+            work.add(Work(hardware_flops=self.cost.layout_flops(batch, packed)))
             embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
             frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)
             for group, constant in zip(batch.groups, frozen, strict=True):
@@ -115,7 +118,7 @@ class StepPlanner:
         embedded = group.windows * self.config.window + self.config.live_negatives
         return Work(
             path_flops,
-            hardware_flops=path_flops + again_flops + cost.free_slot_flops(group.free_slots),
+            hardware_flops=path_flops + again_flops,
             useful_attention_flops=cost.useful_attention_flops(stage, group.items, *pairs),
             undeduplicated_flops=cost.group_flops(stage, embedded, group.queries, candidates, group.windows),
             events=group.targets,

@@ -167,7 +167,7 @@ def test_a_model_says_the_same_in_both_forms(monkeypatch, pointer):
         weight_QD = torch.randn(queries.h_QD.shape, generator=torch.Generator().manual_seed(0))
         (queries.h_QD * weight_QD).sum().backward()
         said = [queries.h_QD.detach(), queries.log_gate_TX1.detach()]
-        said += [] if queries.pointer_QL is None else [queries.pointer_QL.detach()]
+        said += [] if queries.pointer_A is None else [queries.pointer_A.detach()]
         return said, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     dense = told()

@@ -60,21 +60,20 @@ def test_slots_hold_the_queries_of_their_window_once(groups):
     assert torch.equal(places.slot_Q // places.slots, places.position_Q // 16)
     assert len(torch.unique(places.slot_Q)) == len(x_QX)
     assert places.slots == torch.bincount(places.position_Q // 16).max()
-    alone = [batch_of([group]) for group in groups]
-    free = [len(one.item_RL) * one.places.slots - len(one.places.position_Q) for one in alone]
-    assert [group.free_slots for group in batch_of(groups).groups] == free
 
 
 def test_copies_are_the_users_events_of_the_target_up_to_its_query():
     groups = [make_windows(ALL_FIELDS, rows, 16, num_items=5, seed=rows, baskets=True) for rows in (2, 3)]
     batch = batch_of(groups)
+    pairs = batch.places.pairs()
     copies = iter(batch.copy_N.split(batch.copies_T.tolist()))
     for number, group in enumerate(groups):
         for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):
             at, found = group.query_RL[row, column], next(copies)
             past = [p for p in range(at + 1) if group.segment_RL[row, p] == group.segment_RL[row, at]]
-            assert (found % 16).tolist() == [p for p in past if group.item_RL[row, p] == group.target_RL[row, column]]
-            position_N = batch.places.position_Q[found // 16]
+            same = [p for p in past if group.item_RL[row, p] == group.target_RL[row, column]]
+            assert (pairs.position_A[found] % 16).tolist() == same
+            position_N = batch.places.position_Q[pairs.query_A[found]]
             assert (position_N == 16 * (row + sum(before.windows for before in batch.groups[:number])) + at).all()
     assert batch.copies_T.max() > 1
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bfm.model import two_part
+from bfm.model import mixture, two_part
 from bfm.model.batch import ModelBatch
 from bfm.model.flops import ModelCost
 from bfm.model.sizing import Shape, size_model
@@ -32,8 +32,10 @@ def head(model: TwoPartModel, h_QD: torch.Tensor, candidates_KD: torch.Tensor) -
     return (model.scale * (h_QD @ candidates_KD.T)).logsumexp(-1).mean()
 
 
-def free_slots(batch: ModelBatch) -> int:
-    return len(batch.item_RL) * batch.places.slots - len(batch.places.position_Q)
+@pytest.fixture(autouse=True)
+def _products_of_all_positions(monkeypatch):
+    """The counter does not see those of pairs alone, which are no matrix product."""
+    monkeypatch.setattr(mixture, "takes_pairs", lambda *counts: False)
 
 
 def train_step(model: TwoPartModel, batch: ModelBatch, frozen_KD: torch.Tensor | None) -> None:
@@ -80,7 +82,21 @@ def test_group_flops_equal_the_counter(shape, fields, length, stage, negatives, 
         for group in batch.groups
     )
     assert all(group.queries < group.targets for group in batch.groups) or not baskets
-    assert formula + cost.free_slot_flops(free_slots(batch)) == counted(lambda: train_step(model, batch, frozen_KD))
+    assert formula + cost.layout_flops(batch, packed=False) == counted(lambda: train_step(model, batch, frozen_KD))
+
+
+def test_packed_windows_and_pairs_leave_out_what_a_mask_discards(monkeypatch):
+    monkeypatch.setattr(mixture, "takes_pairs", lambda *counts: True)
+    shape = size_model(1e4, 0.1, d_item=16, depth=2)
+    groups = [make_windows(PLAIN_FIELDS, rows, 16, seed=rows, baskets=True) for rows in (2, 3)]
+    batch, filled_RL = batch_of(groups), torch.cat([torch.from_numpy(group.segment_RL >= 0) for group in groups])
+    cost, (rows, length) = ModelCost(shape, PLAIN_FIELDS, TABLE_WIDTH, 16, True), batch.item_RL.shape
+    queries, positions = len(batch.places.position_Q), torch.arange(length)
+    attended = int(((positions - batch.first_RL + 1) * filled_RL).sum())
+    pointed = int((batch.places.column_Q - batch.places.first_Q + 1).sum())
+    dense = 12 * shape.width * (rows * length**2 + queries * length) + 6 * shape.pointer_width * queries * length
+    executed = 12 * shape.width * 2 * attended + 6 * shape.pointer_width * pointed
+    assert cost.layout_flops(batch, packed=True) == executed - dense
 
 
 def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
@@ -89,7 +105,7 @@ def test_items_embedded_in_chunks_cost_their_forward_pass_twice(monkeypatch):
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     (group,) = batch.groups
     formula = cost.group_flops(1, group.items, group.queries, group.candidates, group.windows)
-    formula += cost.free_slot_flops(free_slots(batch))
+    formula += cost.layout_flops(batch, packed=False)
     expected = {name: torch.empty(0) for name, _ in model.named_parameters()}
     for chunk in (1 << 14, 7):
         monkeypatch.setattr(two_part, "EMBED_CHUNK", chunk)
@@ -125,7 +141,7 @@ def test_eval_flops_equal_the_counter(pointer):
 
     cost = ModelCost(model.shape, ALL_FIELDS, TABLE_WIDTH, 16, True)
     formula = cost.eval_flops(4, len(batch.places.position_Q), len(catalogue_ID))
-    assert formula + cost.free_slot_flops(free_slots(batch)) // 3 == counted(evaluate)
+    assert formula + cost.layout_flops(batch, packed=False) // 3 == counted(evaluate)
 
 
 def test_stem_and_table_params_are_what_the_model_has():

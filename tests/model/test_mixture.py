@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.events.windows import EvalWindows
+from bfm.model import mixture
 from bfm.model.attended import half_octave
-from bfm.model.batch import ModelBatch, make_query_batch
-from bfm.model.mixture import Pointer, mixture_loss
-from tests.model.toys import PLAIN_FIELDS, make_windows
+from bfm.model.batch import ModelBatch, make_query_batch, query_places
+from bfm.model.mixture import Pointer, mixture_loss, takes_pairs
+from tests.model.toys import PLAIN_FIELDS, make_windows, of_positions
 
 WIDTH, KEY_WIDTH, ROWS, LENGTH = 10, 4, 3, 24
 EDGES = sorted(itertools.chain.from_iterable((2.0**k, 1.5 * 2.0**k) for k in range(48)))[:95]
@@ -55,7 +56,8 @@ def history(seed: int = 0, positions: torch.Tensor | None = None) -> tuple[torch
 
 
 def point(pointer: Pointer, x_RLW: torch.Tensor, batch: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    return pointer(x_RLW, batch.places.take(x_RLW), batch)
+    gate_Q1, pointer_A = pointer(x_RLW, batch.places.take(x_RLW), batch)
+    return gate_Q1, of_positions(pointer_A, batch)
 
 
 @pytest.fixture
@@ -68,8 +70,10 @@ def pointer() -> Pointer:
     return made
 
 
+@pytest.mark.parametrize("in_pairs", [True, False])
 @torch.no_grad()
-def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(pointer):
+def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(pointer, in_pairs, monkeypatch):
+    monkeypatch.setattr(mixture, "takes_pairs", lambda *counts: in_pairs)
     position_Q = torch.randperm(ROWS * LENGTH, generator=torch.Generator().manual_seed(2))[:40]
     x_RLW, batch = history(positions=position_Q)
     first_RL, time_RL = batch.first_RL, batch.time_RL
@@ -95,6 +99,36 @@ def test_probabilities_are_the_softmax_of_the_scores_of_the_users_events_so_far(
         assert not pointer_QL[number][[past not in scores for past in range(LENGTH)]].any()
         gate = float(pointer.gate.weight.double() @ x_W + pointer.gate_bias)
         assert gate_Q1[number].item() == pytest.approx(gate, rel=1e-4, abs=1e-5)
+
+
+def test_both_forms_have_the_same_gradient(pointer, monkeypatch):
+    position_Q = torch.randperm(ROWS * LENGTH, generator=torch.Generator().manual_seed(2))[:40]
+    x_RLW, batch = history(positions=position_Q)
+
+    def gradients(in_pairs):
+        monkeypatch.setattr(mixture, "takes_pairs", lambda *counts: in_pairs)
+        pointer.zero_grad()
+        _, pointer_A = pointer(x_RLW, batch.places.take(x_RLW), batch)
+        (pointer_A * torch.linspace(-1, 1, len(pointer_A))).sum().backward()
+        return [weight.grad.clone() for name, weight in pointer.named_parameters() if "gate" not in name]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-6)
+
+
+def test_the_softmax_of_pairs_is_that_of_each_query():
+    _, batch = history(positions=torch.tensor([5, 0, LENGTH + 3, 30]))
+    pairs = batch.places.pairs()
+    score_A = torch.randn(len(pairs.query_A), dtype=torch.float64, requires_grad=True)
+    parts = torch.cat([part.softmax(0) for part in score_A.split(pairs.length_Q.tolist())])
+    torch.testing.assert_close(pairs.softmax(score_A), parts)
+    assert torch.autograd.gradcheck(pairs.softmax, score_A)
+
+
+def test_windows_of_many_users_score_pairs_those_of_one_all_products():
+    places = query_places(np.arange(64), np.zeros((1, 64), np.int64))
+    assert not takes_pairs(places, 1, 64, 8)
+    alone = query_places(np.arange(64), np.arange(64)[None])
+    assert takes_pairs(alone, 1, 64, 8)
 
 
 @torch.no_grad()

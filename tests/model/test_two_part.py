@@ -46,7 +46,8 @@ def model(request) -> TwoPartModel:
 
 def answers(model: TwoPartModel, windows: Windows) -> tuple[torch.Tensor, torch.Tensor]:
     """At every position: h and log gates, [R, L, X], and the pointer's probabilities, [R, L, L] (or [R, L, 0])."""
-    h_ND, *others = parts(contextualize(model, every_position(batch_of([windows]))))
+    batch = every_position(batch_of([windows]))
+    h_ND, *others = parts(contextualize(model, batch), batch)
     pointer_NL = others[1] if len(others) > 1 else h_ND.new_zeros(len(h_ND), 0)
     length = windows.item_RL.shape[1]
     return torch.cat([h_ND, others[0]], 1).unflatten(0, (-1, length)), pointer_NL.unflatten(0, (-1, length))
@@ -129,10 +130,11 @@ def test_item_vectors_do_not_depend_on_their_company(model, monkeypatch):
 def test_groups_of_a_batch_do_not_touch_each_other(model):
     first, second = make_windows(ALL_FIELDS, seed=1), make_windows(ALL_FIELDS, rows=2, seed=2)
     together = batch_of([first, second])
-    both = parts(contextualize(model, together))
+    both = parts(contextualize(model, together), together)
     for number, group in enumerate((first, second)):
         rows = together.queries_of(number)
-        torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, batch_of([group]))))
+        alone = batch_of([group])
+        torch.testing.assert_close([part[rows] for part in both], parts(contextualize(model, alone), alone))
 
 
 def test_stage_2_uses_constant_vectors_and_leaves_the_embedder_alone(model):

@@ -159,11 +159,22 @@ def every_position(batch: ModelBatch) -> ModelBatch:
     return dataclasses.replace(batch, places=places, query_T=positions, groups=groups)
 
 
-def parts(queries: Queries) -> list[torch.Tensor]:
-    """The tensors of queries: h, log gates and, where there is one, the pointer."""
-    return [part for part in (queries.h_QD, queries.log_gate_TX1, queries.pointer_QL) if part is not None]
+def parts(queries: Queries, batch: ModelBatch | None = None) -> list[torch.Tensor]:
+    """The tensors of queries: h, log gates and, where there is one, the pointer; with a batch that [Q, L]."""
+    pointer = queries.pointer_A
+    if pointer is not None and batch is not None:
+        pointer = of_positions(pointer, batch)
+    return [part for part in (queries.h_QD, queries.log_gate_TX1, pointer) if part is not None]
+
+
+def of_positions(value_A: torch.Tensor, batch: ModelBatch) -> torch.Tensor:
+    """What belongs to pairs of a query and an event of its window, [Q, L]; 0 elsewhere."""
+    pairs, length = batch.places.pairs(), batch.item_RL.shape[1]
+    dense_QL = value_A.new_zeros(len(pairs.length_Q), length)
+    dense_QL[pairs.query_A, pairs.position_A % length] = value_A
+    return dense_QL
 
 
 def anything_of(queries: Queries) -> torch.Tensor:
     """A scalar in which every part counts."""
-    return sum((part[:, ::2].sum() for part in parts(queries)), torch.zeros(()))
+    return sum((part[..., ::2].sum() for part in parts(queries)), torch.zeros(()))

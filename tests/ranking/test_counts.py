@@ -45,8 +45,8 @@ def plain_distribution(model, shards, table, window):
         gates = said.log_gate_TX1[0].double().exp().tolist()
         p_V = gates[0] * torch.softmax(model.scale * said.h_QD[0] @ v_ID[:num_items].T, 0).double().numpy()
         history = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1][-window:]
-        if said.pointer_QL is not None:
-            for item, weight in zip(history, said.pointer_QL[0].tolist(), strict=False):
+        if said.pointer_A is not None:
+            for item, weight in zip(history, said.pointer_A.tolist(), strict=False):
                 if item < num_items:
                     p_V[item] += gates[1] * weight
         lists, weight_P = model.neighbours.lists, model.neighbours.weight_P.astype(float)

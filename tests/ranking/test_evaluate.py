@@ -62,9 +62,9 @@ def plain_scores(model, shards, table):
         said = model.contextualize(batch, v_ID[batch.items_U])
         score_V = (model.scale * said.h_QD @ v_ID[: shards.num_catalogue].T)[0].double().numpy()
         mass_V, gate = np.zeros(len(score_V)), said.log_gate_TX1[0, 0].item()
-        if said.pointer_QL is not None:
+        if said.pointer_A is not None:
             items = history_of(shards, int(table.user[query])).item[: int(table.position[query]) + 1][-WINDOW:]
-            for item, mass in zip(items, said.pointer_QL[0].double().numpy(), strict=False):
+            for item, mass in zip(items, said.pointer_A.double().numpy(), strict=False):
                 if item < len(mass_V):
                     mass_V[item] += mass * math.exp(said.log_gate_TX1[0, 1].item())
         total = math.exp(gate) + mass_V.sum()

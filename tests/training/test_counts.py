@@ -23,7 +23,7 @@ from bfm.training.checkpoint import load_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from tests.events.serial import prepare_serially
-from tests.model.toys import batch_of
+from tests.model.toys import batch_of, of_positions
 from tests.training.common import STAGE_1, STAGE_2, assert_equal_states, losses, train
 
 COUNTS = dataclasses.replace(STAGE_1, counts="neighbours")
@@ -55,6 +55,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
     v_ID, scale = model.embed_all(), model.scale.item()
     with torch.no_grad():
         queries = model.contextualize(batch, v_ID[batch.items_U])
+    pointer_QL = of_positions(queries.pointer_A, batch) if copy == "pointer" else None
     expected = []
     for row, (r, at) in enumerate(np.argwhere(windows.target_RL >= 0)):
         column, query = windows.query_RL[r, at], batch.query_T[row]
@@ -63,7 +64,7 @@ def test_the_loss_is_that_of_the_mixture(toy_shards, copy):
         p = gates[0] * softmax[target].item()
         own = [k for k in range(column + 1) if windows.segment_RL[r, k] == windows.segment_RL[r, column]]
         if copy == "pointer":
-            p += gates[1] * sum(queries.pointer_QL[query, k].item() for k in own if windows.item_RL[r, k] == target)
+            p += gates[1] * sum(pointer_QL[query, k].item() for k in own if windows.item_RL[r, k] == target)
         share_M, item_M = windows.counted.share_RLM[r, at], windows.counted.item_RLM[r, at]
         assert [windows.item_RL[r, column - age] for age in np.flatnonzero(item_M >= 0)] == list(item_M[item_M >= 0])
         if not (item_M >= 0).any():

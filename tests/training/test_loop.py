@@ -105,7 +105,9 @@ def test_micro_batches_change_neither_loss_nor_cost(toy_shards):
     runs = [train(STAGE_1, toy_shards, 4e7, micro_groups=groups) for groups in (1, 2, 4)]
     assert [trainer.micro_batches for trainer, _ in runs] == [4, 2, 1]
     for trainer, records in runs[1:]:
-        assert trainer.counters == runs[0][0].counters
+        # Windows of a micro-batch have as many slots as the one with most queries.
+        counters, alone = (dataclasses.replace(of.counters, hardware_flops=0) for of in (trainer, runs[0][0]))
+        assert counters == alone
         np.testing.assert_allclose(losses(records), losses(runs[0][1]), rtol=1e-5)
 
 
