@@ -9,6 +9,7 @@ import ray
 from bfm.errors import UserError
 from bfm.events import prepare
 from bfm.events.shards import Shards
+from bfm.files import Store
 from bfm.sealed import staging
 from ray_jobs import prepare as ray_prepare
 from ray_jobs.cluster_session import local_ray
@@ -114,6 +115,22 @@ def test_a_uri_is_filled_and_read_back(shop, monkeypatch):
         prepare_shards(str(shop / "shop.yaml"), [f"file://{shop}/parts"], uri)
     globbed = prepare_shards(str(shop / "shop.yaml"), [f"file://{shop}/parts/*.parquet"], uri, overwrite=True)
     assert globbed.hash == manifest.hash
+
+
+def test_an_overwritten_uri_is_no_shard_set_until_all_of_it_is_there(shop, monkeypatch):
+    uri, put = f"file://{shop}/store/set", Store.put
+    prepare_shards(str(shop / "shop.yaml"), [str(shop / "parts")], uri)
+
+    def put_some(store, name, data):
+        if name.startswith("users/"):
+            raise OSError(errno.EIO, "the storage is away")
+        put(store, name, data)
+
+    monkeypatch.setattr(Store, "put", put_some)
+    with pytest.raises(OSError, match="away"):
+        prepare_shards(str(shop / "shop.yaml"), [str(shop / "log.parquet")], uri, seed=9, overwrite=True)
+    with pytest.raises(UserError, match="no shard set"):
+        Shards.open(uri)
 
 
 def test_a_session_is_shared_and_an_own_one_swept_away():
