@@ -207,7 +207,7 @@ def _warnings(
             "memory for them, or takes too long for a step"
         )
     if speeds and machine.gpus == 0 and any(tier.gpus for tiers in spec.scaling.tiers for tier in tiers):
-        yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores} CPUs"
+        yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores:g} CPUs"
     for tiers in spec.scaling.tiers:
         if not any(map(machine.holds, tiers)):
             yield f"{machine.lack(tiers[0])}: it would not start here"

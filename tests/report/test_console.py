@@ -7,6 +7,7 @@ from dataclasses import replace
 from bfm.laws.frontier import Results
 from bfm.report import crowding
 from bfm.report.console import Display, Leaders, memorising_words, validation_text
+from bfm.sweep import machine
 from bfm.sweep.state import SweepState
 from tests.report.planted import VALIDATION
 
@@ -58,7 +59,7 @@ def test_a_row_stands_beside_the_best_of_all_that_arrived_before_it():
 
 
 def test_the_live_line_says_that_the_machine_is_crowded_and_only_then(monkeypatch, capsys):
-    monkeypatch.setattr(crowding, "_read", lambda file: "")
+    monkeypatch.setattr(machine, "read_kernel", lambda file: "")
     for load, said in ((2.1, ""), (3.4, "  crowded: 3.4 threads for 2 cores")):
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
