@@ -104,12 +104,12 @@ def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTab
     tie_break_V = torch.from_numpy(1e-6 * smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).float()
 
     def scores(rows: slice) -> Callable[[slice], Tensor]:
-        votes_here = votes.of_rows(rows).by_item()
+        pairs, mass_P = votes.of_rows(rows).by_item()
 
         def block(items: slice) -> Tensor:
             scores_RC = tie_break_V[items].repeat(rows.stop - rows.start, 1)
-            at, mass_P = votes_here.block(items)
-            scores_RC[at] += mass_P
+            here, at = pairs.inside(items)
+            scores_RC[at] += mass_P[here]
             return scores_RC
 
         return block

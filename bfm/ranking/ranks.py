@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -142,12 +141,12 @@ def rank_targets(
     @torch.no_grad()
     def rank_rows(start: int) -> None:
         chunk = slice(start, min(start + rows, num_queries))
-        own = _Pairs.of(targets, chunk, num_items, device)
-        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items, device)
+        place_N, own = _listed(targets, chunk, num_items, device)
+        _, hidden = _listed(nothing if seen is None else seen, chunk, num_items, device)
         blocks = [slice(low, min(low + columns, num_items)) for low in range(0, num_items, columns)]
         first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, blocks, max_k, way.waits)
-        rank_N[own.place_N] = _ranks(first, own.row_N, score_N)
-        nll_N[own.place_N] = (log_total_R[own.row_N] - score_N).double().cpu().numpy()
+        rank_N[place_N] = _ranks(first, own.row_N, score_N)
+        nll_N[place_N] = (log_total_R[own.row_N] - score_N).double().cpu().numpy()
         top_Qk[chunk] = first.id_Rk.cpu().numpy()
         top_score_Qk[chunk] = first.value_Rk.float().cpu().numpy()
 
@@ -174,32 +173,32 @@ def _for_each(work: Callable[[int], None], starts: range, threads: int) -> None:
             torch.set_num_threads(threads)
 
 
-class _Pairs(NamedTuple):
-    """Catalogue items that are listed for the queries of a chunk, by rising item."""
+@dataclass(frozen=True)
+class Pairs:
+    """Query rows of a chunk and items, by rising item. Where a block's lie is known without asking the device."""
 
-    place_N: NDArray[np.int64]
-    """In the lists of all queries."""
-    host_item_N: NDArray[np.int32]
     row_N: Tensor
     item_N: Tensor
+    host_item_N: NDArray[np.integer]
 
-    @classmethod
-    def of(cls, lists: Ragged, rows: slice, num_items: int, device: torch.device) -> _Pairs:
-        low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
-        place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
-        place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
-        item_N = lists.ids[place_N]
-        row_N = torch.from_numpy(lists.rows[place_N] - rows.start).to(device)
-        return cls(place_N, item_N, row_N, torch.from_numpy(item_N.astype(np.int64)).to(device))
-
-    def inside(self, items: slice) -> tuple[Tensor, Tensor]:
-        """Where those of some items lie in a block of these."""
+    def inside(self, items: slice) -> tuple[slice, tuple[Tensor, Tensor]]:
+        """Those of some items, and where they lie in a block of these."""
         here = slice(*np.searchsorted(self.host_item_N, [items.start, items.stop]).tolist())
-        return self.row_N[here], self.item_N[here] - items.start
+        return here, (self.row_N[here], self.item_N[here] - items.start)
+
+
+def _listed(lists: Ragged, rows: slice, num_items: int, device: torch.device) -> tuple[NDArray[np.int64], Pairs]:
+    """Places, in the lists of all queries, of the catalogue items that are listed for some, and these items."""
+    low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
+    place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
+    place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
+    item_N = lists.ids[place_N]
+    row_N = torch.from_numpy(lists.rows[place_N] - rows.start).to(device)
+    return place_N, Pairs(row_N, torch.from_numpy(item_N.astype(np.int64)).to(device), item_N)
 
 
 def _pass_over_catalogue(
-    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, blocks: Sequence[slice], max_k: int, waits: bool
+    scores: Scores, rows: slice, own: Pairs, hidden: Pairs, blocks: Sequence[slice], max_k: int, waits: bool
 ) -> tuple[TopRows, Tensor, Tensor]:
     """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N].
 
@@ -212,8 +211,8 @@ def _pass_over_catalogue(
         # 0, or NaN where a score is not finite.
         unfit = 0.0 if finite else 0.0 * block_RC.amin()
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        target_scores.append(block_RC[own.inside(items)])
-        hidden_P = hidden.inside(items)
+        (_, own_N), (_, hidden_P) = own.inside(items), hidden.inside(items)
+        target_scores.append(block_RC[own_N])
         if block_RC.shape[1] % GROUP:
             block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
         hidden_score_P = block_RC[hidden_P]
