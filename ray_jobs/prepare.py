@@ -67,7 +67,7 @@ def prepare_shards(
         )
     target = Path(out).absolute()
     check_free(target, SHARD_SET if overwrite else None, fix="choose another folder, or pass --overwrite")
-    with staging(target) as folder, _plain_errors():
+    with staging(target) as folder:
         job, pieces = plan_job(schema, logs, folder, seed)
         progress("start", 0.0)
         with local_ray(num_cpus):
@@ -181,18 +181,3 @@ def _watched(job: Job, stage: str, total: int, progress: Progress) -> Iterator[N
         done.set()
         thread.join()
     progress(stage, 1.0)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A user's mistake found by a worker reaches the caller as the UserError that it is."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and type(cause) is not UserError:
-            # Ray wraps errors of tasks, in a class that is also the original's: `cause` is the original.
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None or cause is error:
-            raise
-        raise cause from None

@@ -92,7 +92,7 @@ def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop, spread):
         (shop / f"begun-{number}").touch()
 
     def fill():
-        with staging(shop / "out") as folder, ray_prepare._plain_errors():
+        with staging(shop / "out") as folder:
             (folder / "half").write_text("made")
             ray_prepare._over(folder, spread, write, [(number,) for number in range(40)])
 
