@@ -36,6 +36,7 @@ from bfm.report.style import (
     rung_colours,
     value_axis,
 )
+from bfm.report.tables import failed_rows
 from bfm.units import format_count
 
 _DOT: dict[str, Any] = {"s": 20.0, "linewidths": 0.6, "edgecolors": PAPER, "zorder": 3}
@@ -322,7 +323,7 @@ def _whole_hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _diverged(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok" and row.get("params")]
+    return [row for row in failed_rows(rows) if row.get("params")]
 
 
 def _values(baselines: Baselines, metric: str) -> list[float]:

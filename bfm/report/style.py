@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bfm.units import format_count
+from bfm.units import format_count, format_flops
 
 INK, MUTED, GRID, PAPER, BAD = "#1f2430", "#6b7280", "#e4e6eb", "#ffffff", "#c92a2a"
 _THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", BAD: "var(--bad)"}
@@ -159,10 +159,9 @@ def power_text(value: float) -> str:
     """1e12 -> '10' with a raised 12; 4e11 -> '4x10' with a raised 11."""
     if not (value > 0 and math.isfinite(value)):
         return "0"
-    exponent = math.floor(math.log10(value) + 1e-9)
-    mantissa = round(value / 10**exponent, 2)
-    raised = "10" + str(exponent).translate(_SUPERSCRIPT)
-    return raised if mantissa == 1 else f"{mantissa:g}\u00d7{raised}"
+    mantissa, exponent = format_flops(value).split("e")
+    raised = "10" + exponent.translate(_SUPERSCRIPT)
+    return raised if mantissa == "1" else f"{mantissa}\u00d7{raised}"
 
 
 def rung_axis(axes: Axes, rungs: Sequence[float], *, air_right: float = 0.0) -> None:
