@@ -49,7 +49,7 @@ def format_count(number: float) -> str:
     rounded = float(f"{number:.3g}")
     for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(rounded) >= scale:
-            return f"{rounded / scale:.3g}{suffix}"
+            return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}" if number != int(number) else str(int(number))
 
 

@@ -207,10 +207,10 @@ class History:
 
 def history_of(shards: Shards, user: int) -> History:
     """All events of one user."""
-    events = shards.at(np.arange(shards.user_starts[user], shards.user_starts[user + 1]))
-    context = {field.name: events.context(field.name) for field in shards.context_fields}
+    events = np.arange(shards.user_starts[user], shards.user_starts[user + 1])
+    context = {field.name: shards.context_at(field.name, events) for field in shards.context_fields}
     ends = int(shards.train_lengths[user]), int(shards.valid_lengths[user])
-    return History(events.item, events.time, context, *ends)
+    return History(shards.item_at(events), shards.time_at(events), context, *ends)
 
 
 def user_keys(shards: Shards) -> pa.ChunkedArray:

@@ -123,5 +123,5 @@ def _last_items(shards: Shards, table: QueryTable) -> NDArray[np.int64]:
     event_QM = first_Q1 + table.position[:, None] - np.arange(LAST_EVENTS)
     known_QM = event_QM >= first_Q1
     items_QM = np.full(event_QM.shape, -1, np.int64)
-    items_QM[known_QM] = shards.at(event_QM[known_QM]).item
+    items_QM[known_QM] = shards.item_at(event_QM[known_QM])
     return items_QM

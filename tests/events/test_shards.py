@@ -43,7 +43,7 @@ def test_partition_does_not_change_histories(tmp_path):
         assert np.array_equal(first.context["channel"], second.context["channel"])
         assert (first.train_end, first.valid_end) == (second.train_end, second.valid_end)
     for name in ("channel", "quantity"):
-        taken = [shards.at(index).context(name) for shards in (one, three)]
+        taken = [shards.context_at(name, index) for shards in (one, three)]
         assert np.array_equal(*taken, equal_nan=True)
 
 
