@@ -58,11 +58,11 @@ class Machine:
             f"this machine has {self.cores:g} and {self.gpus}"
         )
 
-    def worker_gib(self, tier: Tier) -> float:
-        """Memory of one worker, as far as it can be known where the tier does not name it."""
+    def worker_gib(self, tier: Tier, tasks: int) -> float:
+        """Memory of one worker beside those of so many tasks at most, where the tier does not name it."""
         if tier.gpus:
             return min(tier.gpus, 1.0) * (self.gpu_memory_gib or USUAL_CARD_GIB)
-        return self.memory_gib / tier.workers
+        return self.memory_gib / (tier.workers * max(1, min(tasks, self.holds(tier))))
 
 
 def _cpus(tier: Tier) -> float:
