@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from bfm.ranking.top_items import GROUP, TopItems, TopKeys, TopRows
 Scores = Callable[[slice], Callable[[slice], Tensor]]
 """query rows -> (items -> fresh scores [R, C] in float32, on a CPU also float64, which the caller may overwrite)."""
 
-_SCORE_BYTES = 4
 # e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.
 _PLAIN_EXP = 60.0
 _NOT_FINITE = "a score is NaN or infinite: nothing can be ranked by it"
@@ -49,14 +48,10 @@ class Pass:
 
     rows: int
     """Most query rows of a chunk."""
-    block_bytes: int
+    block_scores: int
+    """Most scores of a block."""
     waits: bool
     """Whether every block's results are looked at by the host before the next one is made."""
-
-    @property
-    def block_scores(self) -> int:
-        """Most scores of a block."""
-        return self.block_bytes // _SCORE_BYTES
 
     def block_shape(self, num_queries: int, num_items: int) -> tuple[int, int]:
         """Rows and columns of a block."""
@@ -67,10 +62,10 @@ class Pass:
 
 
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
-_CPU_PASS = Pass(256, 2 << 20, waits=True)
+_CPU_PASS = Pass(256, 1 << 19, waits=True)
 # A few blocks of this size are within any card's memory, and each is a millisecond of work; wide ones have few lists to
 # merge. Not measured.
-_GPU_PASS = Pass(1024, 1 << 29, waits=False)
+_GPU_PASS = Pass(1024, 1 << 27, waits=False)
 
 
 def pass_on(device: torch.device) -> Pass:
@@ -112,25 +107,16 @@ class DotScores:
         return lambda items: queries_RD @ self._items_DV[:, items]
 
 
-def rank_targets(
-    scores: Scores,
-    targets: Ragged,
-    num_items: int,
-    max_k: int,
-    seen: Ragged | None = None,
-    *,
-    block_bytes: int | None = None,
-) -> Ranked:
+def rank_targets(scores: Scores, targets: Ragged, num_items: int, max_k: int, seen: Ragged | None = None) -> Ranked:
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
-    scores per thread; block_bytes is what suits the device of the scores (their `device`, if they have one, else the
-    CPU). `scores` is called from several threads, unless torch is set to one or they are on a GPU.
+    scores per thread, as suits the device of the scores (their `device`, if they have one, else the CPU). `scores` is
+    called from several threads, unless torch is set to one or they are on a GPU.
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries, device = len(targets), getattr(scores, "device", torch.device("cpu"))
     way = pass_on(device)
-    way = way if block_bytes is None else replace(way, block_bytes=block_bytes)
     rows, columns = way.block_shape(num_queries, num_items)
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(num_queries + 1, np.int64))
     rank_N = np.full(len(targets.ids), np.inf)
