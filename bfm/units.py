@@ -35,11 +35,11 @@ def parse_number(value: object, *, file: str | None = None, key: str | None = No
     return number
 
 
-def parse_count(value: object, *, file: str | None = None, key: str | None = None) -> int:
+def parse_count(value: object, *, key: str | None = None) -> int:
     """A whole number (`4096`, `64k`, `1e5`). Raises UserError where a fraction is left."""
-    number = parse_number(value, file=file, key=key)
+    number = parse_number(value, key=key)
     if number != int(number):
-        raise UserError(f"{value!r} is not a whole number", file=file, key=key, fix="write a whole number")
+        raise UserError(f"{value!r} is not a whole number", key=key, fix="write a whole number")
     return int(number)
 
 

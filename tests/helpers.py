@@ -18,6 +18,7 @@ from bfm.events.parts import KEYS, column_files, join_column, write_part
 from bfm.events.protocol import build_protocol
 from bfm.events.repeats import training_repeats
 from bfm.events.shards import Manifest, Shards, finish
+from bfm.sealed import check_files
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000  # 2024-01-01
@@ -203,6 +204,13 @@ class History:
     context: dict[str, np.ndarray]
     train_end: int
     valid_end: int
+
+
+def open_verified(place: str | Path) -> Shards:
+    """A shard set, the sum of every file compared."""
+    shards = Shards.open(place)
+    check_files(shards.path, shards.manifest.files)
+    return shards
 
 
 def history_of(shards: Shards, user: int) -> History:

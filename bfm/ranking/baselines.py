@@ -36,10 +36,10 @@ _CHOOSING_METRIC = "ndcg@10"
 
 
 def baseline_metrics(
-    shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
+    shards: Shards, protocol: Protocol, part: str, queries: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of every floor over a part (its first `queries`), under the names of `summarise`."""
-    scores = baseline_scores(shards, protocol, part, k, queries)
+    scores = baseline_scores(shards, protocol, part, queries=queries)
     return {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
 
 

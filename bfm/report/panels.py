@@ -215,11 +215,10 @@ def value_window(
     return low - 0.5 * air, high + 0.5 * air
 
 
-def titled(axes: Axes, title: str, *, x_label: str = "", y_label: str = "") -> None:
-    """What is plotted, top left, and the axis labels."""
+def titled(axes: Axes, title: str, *, x_label: str = "") -> None:
+    """What is plotted, top left, and the label of the x axis."""
     axes.set_title(title)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
 
 
 def beside(

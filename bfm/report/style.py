@@ -124,10 +124,10 @@ def inline_svg(text: str, name: str, description: str) -> str:
 
 
 @house_style
-def png_bytes(figure: Figure, dots_per_inch: int = 160) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor=PAPER)
+    figure.savefig(buffer, format="png", dpi=160, facecolor=PAPER)
     return buffer.getvalue()
 
 
@@ -187,9 +187,9 @@ def log_axis(axes: Axes, low: float, high: float, *, air_right: float = 0.0) -> 
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def value_axis(axes: Axes, ticks: int = 5) -> None:
+def value_axis(axes: Axes) -> None:
     """A linear y axis with few, round ticks and a light grid; vertical grid lines off."""
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(False, axis="x")
     axes.spines["left"].set_visible(False)
 

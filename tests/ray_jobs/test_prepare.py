@@ -16,6 +16,7 @@ from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards
 from tests.events.serial import contents, prepare_serially
 from tests.events.test_stages import SCHEMA, make_log
+from tests.helpers import open_verified
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +57,7 @@ def test_ray_writes_what_one_process_writes(shop, monkeypatch, rows_per_shard):
     prepare_shards(schema, [str(shop / "parts" / "*.parquet")], str(shop / "five"))
     assert contents(shop / "one") == contents(shop / "serial")
     assert _data(shop / "five") == _data(shop / "serial")
-    assert Shards.open(shop / "one", verify=True).manifest == manifest
+    assert open_verified(shop / "one").manifest == manifest
 
 
 def test_progress_goes_through_all_stages_and_ray_is_quiet(shop, capfd):
