@@ -99,7 +99,8 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
         over(_blocks, partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")
     split = prepare.choose_split(job)
-    partitions = list(enumerate(prepare.sorted_partitions(job)))
+    # Those that some row fell into: each becomes a part of the events, in their order.
+    partitions = list(enumerate(job.files("partitions")))
     with _watched(job, "measure", len(partitions), progress):
         over(_tasks, partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):

@@ -292,11 +292,6 @@ def choose_split(job: Job) -> Split:
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
 
 
-def sorted_partitions(job: Job) -> list[Path]:
-    """Files of the partitions that some row fell into: each becomes a part of the events, in their order."""
-    return job.files("partitions")
-
-
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:
     """Reason -> rows of all partitions."""
     reasons = sum((Counter(partition.reasons) for partition in partitions), Counter[str]())

@@ -74,10 +74,7 @@ def predict_log(
         spill, made = Path(folder, "spill"), Path(folder, "predictions")
         spill.mkdir()
         histories = Histories(
-            predictor.encoding,
-            logs,
-            spill,
-            progress=lambda share: progress("reading", _READING * share),
+            predictor.encoding, logs, spill, progress=lambda share: progress("reading", _READING * share)
         )
         if histories.new.ids:
             predictor.add_items(histories.new.encode(histories.losses))
