@@ -16,8 +16,8 @@ from common import RESULTS, machine, publish
 
 from bfm.laws.fitting import AXIS_OF_LAW
 from bfm.laws.frontier import Row, rung_rows
+from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
-from bfm.report.law_text import interval_text
 from bfm.report.study import Chapter, chapters, read_study
 from bfm.sweep.recipe.verdicts import check_text
 
@@ -53,9 +53,15 @@ def laws(chapter: Chapter) -> Iterable[str]:
 def _said(found: Fitted) -> str:
     if found.fit is None:
         return f"refused: {found.refused}"
-    told = [f"{name} {interval_text(value)}" for name, value in found.fit.parameters.items() if value.is_known]
+    told = [
+        f"{name} {estimate_text(value, '{:.4g}'.format)}"
+        for name, value in found.fit.parameters.items()
+        if value.is_known
+    ]
     for budget in found.fit.budgets:
-        optima = [f"{name} {interval_text(value)}" for name, value in budget.optima.items() if value.is_known]
+        optima = [
+            f"{name} {estimate_text(value, '{:.4g}'.format)}" for name, value in budget.optima.items() if value.is_known
+        ]
         if optima:
             told.append(f"at {budget.flops:.3g}: {', '.join(optima)}")
     return f"{found.fit.runs} runs; {'; '.join(told) or 'nothing identifiable'}".replace("|", "/")

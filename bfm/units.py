@@ -10,6 +10,7 @@ from bfm.errors import UserError
 
 GIB = 1 << 30
 """Bytes."""
+_YEAR_S = 365.25 * 86_400
 _NUMBER_FIX = "write a number such as 1e17 or 64k"
 _SUFFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGBTPE]?)\s*(?:FLOPs?)?")
@@ -34,18 +35,20 @@ def parse_number(value: object, *, file: str | None = None, key: str | None = No
     return number
 
 
-def parse_count(value: object, *, file: str | None = None, key: str | None = None) -> int:
+def parse_count(value: object, *, key: str | None = None) -> int:
     """A whole number (`4096`, `64k`, `1e5`). Raises UserError where a fraction is left."""
-    number = parse_number(value, file=file, key=key)
+    number = parse_number(value, key=key)
     if number != int(number):
-        raise UserError(f"{value!r} is not a whole number", file=file, key=key, fix="write a whole number")
+        raise UserError(f"{value!r} is not a whole number", key=key, fix="write a whole number")
     return int(number)
 
 
 def format_count(number: float) -> str:
     """1234567 -> '1.23M'; exact below 1,000."""
+    # Rounded first: 999,999 is a million of the next suffix.
+    rounded = float(f"{number:.3g}")
     for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= scale:
+        if abs(rounded) >= scale:
             return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}" if number != int(number) else str(int(number))
 
@@ -59,14 +62,19 @@ def format_flops(flops: float) -> str:
 
 
 def format_seconds(elapsed_s: float) -> str:
-    """75 -> '1m15s'."""
+    """75 -> '1m15s': the largest unit and the next smaller one; from a year on '1.96k years'."""
     if not math.isfinite(elapsed_s):
         return "?"
+    if elapsed_s >= _YEAR_S:
+        return f"{format_count(elapsed_s / _YEAR_S)} years"
     whole_s = round(elapsed_s)
     if whole_s < 60:
-        return f"{elapsed_s:.1f}s" if elapsed_s < 10 else f"{whole_s}s"
+        return f"{elapsed_s:.1f}s" if elapsed_s < 9.95 else f"{whole_s}s"
     minutes, seconds = divmod(whole_s, 60)
     hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 

@@ -30,7 +30,7 @@ from bfm.sealed import check_free, publish, staging
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
-"""Called with a stage (start, read, sort, measure, fit, write, finish) and its share done, 0 to 1."""
+"""Called with a stage (start, read, sort, measure, fit, write, join, finish) and its share done, 0 to 1."""
 Spread = Callable[[Callable[[int], bytes], int], list[bytes]]
 """What a function says of 0, 1, ..., run by all workers."""
 _WATCH_S = 0.3
@@ -67,7 +67,7 @@ def prepare_shards(
         )
     target = Path(out).absolute()
     check_free(target, SHARD_SET if overwrite else None, fix="choose another folder, or pass --overwrite")
-    with staging(target) as folder, _plain_errors():
+    with staging(target) as folder:
         job, pieces = plan_job(schema, logs, folder, seed)
         progress("start", 0.0)
         with local_ray(num_cpus):
@@ -79,11 +79,12 @@ def prepare_shards(
 
 
 def _prepare_remote(schema: str, logs: list[str], store: Store, *, overwrite: bool, **settings: Any) -> Manifest:
-    """Prepare in a local folder and upload, the manifest last."""
+    """Prepare in a local folder and upload, the manifest last; an old one goes first, so that no mixture has any."""
     if store.exists(MANIFEST) and not overwrite:
         raise UserError("exists already", file=store.uri, fix="choose another place, or pass --overwrite")
     with tempfile.TemporaryDirectory(prefix="bfm-prepare-") as folder:
         manifest = prepare_shards(schema, logs, f"{folder}/set", **settings)
+        store.delete(MANIFEST)
         for name in [*sorted(manifest.files), MANIFEST]:
             store.put(name, Path(folder, "set", name))
     return manifest
@@ -94,20 +95,21 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     with _watched(job, "read", len(pieces), progress):
         over(_blocks, partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
     count = prepare.num_partitions(prepare.rows_read(job))
-    with _watched(job, "sort", count, progress, folder="sorted"):
+    with _watched(job, "sort", count, progress):
         over(_blocks, partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")
     split = prepare.choose_split(job)
-    partitions = list(enumerate(prepare.sorted_partitions(job)))
-    with _watched(job, "measure", len(partitions), progress, folder="measured"):
+    # Those that some row fell into: each becomes a part of the events, in their order.
+    partitions = list(enumerate(job.files("partitions")))
+    with _watched(job, "measure", len(partitions), progress):
         over(_tasks, partial(build.measure_partition, job, split), partitions)
     with _watched(job, "fit", 0, progress):
         build.fit_all(job, split)
-    with _watched(job, "write", len(partitions), progress, folder="written"):
+    with _watched(job, "write", len(partitions), progress):
         over(_tasks, partial(build.write_partition, job, split), partitions)
     job.drop("partitions")
     files = list(enumerate(build.event_files(job)))
-    with _watched(job, "join", len(files), progress, folder="joined"):
+    with _watched(job, "join", len(files), progress):
         over(_tasks, partial(build.join_events, job), files)
     job.drop("parts")
     with _watched(job, "finish", 0, progress):
@@ -163,15 +165,13 @@ def _over(folder: Path, spread: Spread, stage: Callable[..., None], arguments: S
 
 
 @contextmanager
-def _watched(job: Job, stage: str, total: int, progress: Progress, folder: str | None = None) -> Iterator[None]:
-    """Report progress by the reports that the stage's tasks have written."""
+def _watched(job: Job, stage: str, total: int, progress: Progress) -> Iterator[None]:
+    """Report progress by what the stage's tasks have kept."""
     done = threading.Event()
-    reports = job.folder / "work" / (folder or stage)
 
     def watch() -> None:
         while not done.wait(_WATCH_S):
-            found = sum(1 for _ in reports.glob("*.pickle")) if total and reports.is_dir() else 0
-            progress(stage, found / max(total, 1))
+            progress(stage, len(job.files(stage)) / total if total else 0.0)
 
     progress(stage, 0.0)
     thread = threading.Thread(target=watch, daemon=True)
@@ -182,18 +182,3 @@ def _watched(job: Job, stage: str, total: int, progress: Progress, folder: str |
         done.set()
         thread.join()
     progress(stage, 1.0)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A user's mistake found by a worker reaches the caller as the UserError that it is."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and type(cause) is not UserError:
-            # Ray wraps errors of tasks, in a class that is also the original's: `cause` is the original.
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None or cause is error:
-            raise
-        raise cause from None

@@ -7,7 +7,6 @@ it, so nothing is reserved for machines that may come; what is asked for is what
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from bfm.errors import UserError
+from bfm.sweep.machine import Machine
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.task import Task
-from bfm.sweep.tiers import Tier
 from ray_jobs.cluster_session import knock
 from ray_jobs.preemption import draining_nodes
 from ray_jobs.trial import slot_resources
@@ -54,31 +53,13 @@ def total_of(scaling: Mapping[str, Any]) -> Resources:
     return {name: sum(part[name] for part in parts) for name in _NAMES}
 
 
-def check_fits(spec: SweepSpec, capacity: Mapping[str, float]) -> None:
-    """Raises UserError where the machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
-    for place, alternatives in enumerate(spec.scaling.tiers):
+def check_fits(spec: SweepSpec, machine: Machine) -> None:
+    """Raises UserError where a machine's CPUs or GPUs cannot hold a task of every tier; `slots` is only the most."""
+    for place, tiers in enumerate(spec.scaling.tiers):
         # One of them is enough.
-        lacks = [_lack(tier, capacity) for tier in alternatives]
-        if all(lacks):
-            raise UserError(
-                f"a task of {alternatives[0].workers} workers {lacks[0]}",
-                key=f"scaling.tiers.{place}",
-                fix="lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS",
-            )
-
-
-def _lack(tier: Tier, capacity: Mapping[str, float]) -> str | None:
-    for name, amount in total_of(tier.scaling(tier.workers)).items():
-        if amount > capacity[name] + _SLACK:
-            return f"needs {amount:g} {name}s, this machine has {capacity[name]:g}"
-    return None
-
-
-def machine_capacity() -> Resources:
-    """CPUs and GPUs of this machine."""
-    import torch
-
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+        if not any(map(machine.holds, tiers)):
+            fix = "lower workers, cpus or gpus, or join a larger cluster with RAY_ADDRESS"
+            raise UserError(machine.lack(tiers[0]), key=f"scaling.tiers.{place}", fix=fix)
 
 
 def fits(tasks: Sequence[Task], holdings: Sequence[Holding], nodes: Sequence[Resources]) -> bool:

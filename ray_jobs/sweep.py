@@ -32,6 +32,7 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
+from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
@@ -43,7 +44,7 @@ from ray_jobs.attempts import Attempts
 from ray_jobs.cluster_session import cluster_address
 from ray_jobs.desk import Desk, SweepEvent
 from ray_jobs.pulse import Pulses
-from ray_jobs.room import ClusterRoom, check_fits, machine_capacity
+from ray_jobs.room import ClusterRoom, check_fits
 from ray_jobs.signals import Interrupted, signals_raise
 from ray_jobs.trial import Executor, Workplace
 from ray_jobs.tuning import quiet_session, run_tasks
@@ -114,7 +115,7 @@ def run_sweep(
     opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
-        check_fits(opened.spec, machine_capacity())
+        check_fits(opened.spec, Machine.here())
     # A table that is refused begins no sweep.
     table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
     with signals_raise(), _driver(opened, store, extend) as driver:

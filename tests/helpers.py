@@ -18,6 +18,7 @@ from bfm.events.parts import KEYS, column_files, join_column, write_part
 from bfm.events.protocol import build_protocol
 from bfm.events.repeats import training_repeats
 from bfm.events.shards import Manifest, Shards, finish
+from bfm.sealed import check_files
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000  # 2024-01-01
@@ -205,12 +206,19 @@ class History:
     valid_end: int
 
 
+def open_verified(place: str | Path) -> Shards:
+    """A shard set, the sum of every file compared."""
+    shards = Shards.open(place)
+    check_files(shards.path, shards.manifest.files)
+    return shards
+
+
 def history_of(shards: Shards, user: int) -> History:
     """All events of one user."""
-    events = shards.at(np.arange(shards.user_starts[user], shards.user_starts[user + 1]))
-    context = {field.name: events.context(field.name) for field in shards.context_fields}
+    events = np.arange(shards.user_starts[user], shards.user_starts[user + 1])
+    context = {field.name: shards.context_at(field.name, events) for field in shards.context_fields}
     ends = int(shards.train_lengths[user]), int(shards.valid_lengths[user])
-    return History(events.item, events.time, context, *ends)
+    return History(shards.item_at(events), shards.time_at(events), context, *ends)
 
 
 def user_keys(shards: Shards) -> pa.ChunkedArray:

@@ -10,7 +10,6 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.report.events_file import stored_events
 from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter, TrialWriter
@@ -25,6 +24,7 @@ from bfm.training.task import RungTask
 from ray_jobs import prepare as ray_prepare
 from tests.events.serial import prepare_serially
 from tests.events.test_stages import SCHEMA, make_log
+from tests.helpers import open_verified
 from tests.ranking.shop import make_shop
 from tests.sweep.test_real_tasks import SPACE
 from tests.sweep.world import mortal_ledger
@@ -76,7 +76,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
     files = [*toy_shards.manifest.files, "manifest.json"]
     for name in files:
         Store(f"{s3}/shards").put(name, (toy_shards.path / name).read_bytes())
-    shards = Shards.open(f"{s3}/shards", verify=True)
+    shards = open_verified(f"{s3}/shards")
     assert shards.hash == toy_shards.hash
     budget = {**SPACE["budget"], "max_trials": 2, "total_flops": "4e8"}
     data = {**SPACE["data"], "shards": f"{s3}/shards"}
@@ -145,7 +145,7 @@ def test_a_shard_set_is_prepared_into_a_bucket(s3, tmp_path, cache, monkeypatch,
     prepare = ray_prepare.prepare_shards
     monkeypatch.setattr(ray_prepare, "prepare_shards", local)
     prepare("schema", ["log"], f"{s3}/shards")
-    assert Shards.open(f"{s3}/shards", verify=True).hash == toy_shards.hash
+    assert open_verified(f"{s3}/shards").hash == toy_shards.hash
     with pytest.raises(UserError, match="exists already"):
         prepare("schema", ["log"], f"{s3}/shards")
 

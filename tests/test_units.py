@@ -55,11 +55,21 @@ def test_counts_refuse_fractions():
     [
         (format_count(1_234_567), "1.23M"),
         (format_count(999), "999"),
+        (format_count(999.7), "1k"),
+        (format_count(999_999), "1M"),
+        (format_count(-999_999_999), "-1B"),
         (format_flops(1.8e11), "1.8e11"),
         (format_flops(0), "0"),
         (format_seconds(75), "1m15s"),
         (format_seconds(7_260), "2h01m"),
         (format_seconds(59.7), "1m00s"),
+        (format_seconds(9.97), "10s"),
+        (format_seconds(86_399), "23h59m"),
+        (format_seconds(86_399.8), "1d00h"),
+        (format_seconds(11 * 86_400 + 3 * 3600), "11d03h"),
+        (format_seconds(2 * 365.25 * 86_400), "2 years"),
+        (format_seconds(17_195_979 * 3600.0), "1.96k years"),
+        (format_seconds(math.inf), "?"),
     ],
 )
 def test_numbers_are_written_for_people(written, expected):

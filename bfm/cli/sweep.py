@@ -34,7 +34,7 @@ def plan(
 
     opened, machine = open_space(resolve(space, with_shards(overrides, shards))), Machine.here()
     # As a task is trained: more threads than a slot has would wait for each other.
-    torch.set_num_threads(max(1, min(int(opened.spec.scaling.tiers[0][0].cpus), machine.cores)))
+    torch.set_num_threads(max(1, int(min(opened.spec.scaling.tiers[0][0].cpus, machine.cores))))
     measure = (lambda config, seconds: measure_speed(config, opened.shards, seconds)) if probe_seconds > 0 else None
     made = make_plan(opened.spec, opened.costs, machine, measure, probe_seconds)
     seen_rule = opened.protocol.seen_rule

@@ -71,7 +71,7 @@ def measure_partition(job: Job, split: Split, index: int, partition: Path) -> No
     for name, spec in job.schema.context_fields.items():
         values = table[clean.context_column(name)].combine_chunks()
         job.save(f"context-{name}", index, fitting.measure(values, spec.kind, train))
-    job.save("measured", index, int(np.maximum(train_end - 1, 0).sum()))
+    job.save("measure", index, int(np.maximum(train_end - 1, 0).sum()))
 
 
 def user_offsets(table: pa.Table) -> np.ndarray:
@@ -118,7 +118,7 @@ def fit_all(job: Job, split: Split) -> None:
     arrays = fitting.encode_fields(values, item_fields, vocabularies, losses)
     write_items(job.shard_set, table, arrays, vocabularies)
     draft = dataclasses.replace(draft, fields=tuple(field for field, _ in fitted), checks=checks)
-    job.save("fitted", 0, (draft, losses))
+    job.save("fit", 0, (draft, losses))
 
 
 def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Array], dict[str, Any]]:
@@ -145,9 +145,9 @@ def _draft(job: Job, split: Split, items: Items) -> Manifest:
     """The manifest without fields, checks and files. Raises UserError: a single item, nothing to train on."""
     if len(items.keys) == 1:
         raise UserError("the log has a single item", key="item", fix="nothing can be ranked; check the item column")
-    partitions: list[PartitionFacts] = list(job.load("sorted"))
+    partitions: list[PartitionFacts] = list(job.load("sort"))
     times = [partition.time_range for partition in partitions if partition.events]
-    train_targets = sum(job.load("measured"))
+    train_targets = sum(job.load("measure"))
     if train_targets == 0:
         fix = "check the split and the user column"
         raise UserError("no user has two events in the training range", key="split", fix=fix)
@@ -187,7 +187,7 @@ def write_partition(job: Job, split: Split, index: int, partition: Path) -> None
     table, losses = load_file(partition), Losses()
     offsets, time = user_offsets(table), table[clean.TIME].to_numpy()
     train_end, valid_end = split.ends(time, offsets)
-    encoding, keys = _encoding(job.shard_set, job.files("fitted")[0])
+    encoding, keys = _encoding(job.shard_set, job.files("fit")[0])
     folder = job.part(index)
     write_part(
         folder,
@@ -200,7 +200,7 @@ def write_partition(job: Job, split: Split, index: int, partition: Path) -> None
         users=table[clean.USER].combine_chunks().dictionary,
     )
     part = Shards(folder, dataclasses.replace(encoding.manifest, users=len(train_end), events=len(time)))
-    job.save("written", index, (losses, training_repeats(part)))
+    job.save("write", index, (losses, training_repeats(part)))
 
 
 def event_files(job: Job) -> list[str]:
@@ -210,16 +210,16 @@ def event_files(job: Job) -> list[str]:
 
 def join_events(job: Job, index: int, name: str) -> None:
     """Write one of these files, number `index`, into the staged shard set."""
-    parts = [job.part(part) for part in range(len(job.files("written")))]
+    parts = [job.part(part) for part in range(len(job.files("write")))]
     join_column(parts, job.shard_set, name)
-    job.save("joined", index, None)
+    job.save("join", index, None)
 
 
 def finish_set(job: Job) -> Manifest:
     """Choose the queries, publish the manifest in the staged shard set."""
-    draft, of_items = next(job.load("fitted"))
+    draft, of_items = next(job.load("fit"))
     shards, asked = Shards(job.shard_set, draft), job.schema.evaluation
-    of_parts, repeats = zip(*job.load("written"), strict=True)
+    of_parts, repeats = zip(*job.load("write"), strict=True)
     protocol = build_protocol(
         shards,
         repeats={name: sum(part[name] for part in repeats) for name in repeats[0]},

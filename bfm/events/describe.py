@@ -63,10 +63,9 @@ def _repeats_and_ties(shards: Shards) -> dict[str, Any]:
     """Share of events whose item the user had before; ties, and whether their stored order is monotone in the item."""
     first_times, ties = 0, Ties()
     for user, _, index in shards.user_events(shards.all_events):
-        events = shards.at(index)
-        item = events.item
+        item = shards.item_at(index)
         first_times += len(distinct(user * np.int64(shards.num_items) + item))
-        ties += count_ties(user, events.time, {"item": pa.array(item)})
+        ties += count_ties(user, shards.time_at(index), {"item": pa.array(item)})
     return {"repeat_share": 1 - first_times / shards.manifest.events, "ties_stored": tie_facts(ties)}
 
 

@@ -61,7 +61,6 @@ class Histories:
         scratch: Path,
         *,
         progress: Callable[[float], None] = lambda share: None,
-        part_rows: int = PART_ROWS,
     ) -> None:
         """Read the whole log into `scratch` (an empty folder).
 
@@ -79,7 +78,7 @@ class Histories:
         self.new = NewItems(encoding, self.schema)
         columns = clean.log_columns(self.schema, encoding.manifest.event_item_fields)
         pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
-        tables = _whole_users(self._read(pieces, columns, progress), scratch, part_rows)
+        tables = _whole_users(self._read(pieces, columns, progress), scratch)
         # The whole log is read before the first one comes.
         first = next(tables, None)
         self._tables = itertools.chain([] if first is None else [first], tables)
@@ -189,8 +188,8 @@ class NewItems:
         return fitting.encode_fields(values, self.encoding.item_fields, self.encoding.vocabularies, losses)
 
 
-def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, level: int = 0) -> Iterator[pa.Table]:
-    """Tables of whole users, at most `part_rows` rows or one user each. Reads all rows first."""
+def _whole_users(tables: Iterator[pa.Table], scratch: Path, level: int = 0) -> Iterator[pa.Table]:
+    """Tables of whole users, at most PART_ROWS rows or one user each. Reads all rows first."""
     num_rows = np.zeros(_BUCKETS, np.int64)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -207,10 +206,10 @@ def _whole_users(tables: Iterator[pa.Table], scratch: Path, part_rows: int, leve
         options = {"format": "ipc", "partitioning": ["bucket"], "use_threads": False}
         write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
         used = np.flatnonzero(num_rows)
-        for low, high in chunks(num_rows[used], part_rows):
+        for low, high in chunks(num_rows[used], PART_ROWS):
             part = dataset([dataset(f"{folder}/{name}", format="ipc") for name in used[low:high]])
-            if num_rows[used[low:high]].sum() > part_rows and len(used) > 1:
+            if num_rows[used[low:high]].sum() > PART_ROWS and len(used) > 1:
                 rows = (pa.Table.from_batches([batch]) for batch in part.to_batches())
-                yield from _whole_users(rows, scratch, part_rows, level + 1)
+                yield from _whole_users(rows, scratch, level + 1)
             else:
                 yield part.to_table()

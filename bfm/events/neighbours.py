@@ -283,7 +283,7 @@ def _pairs(shards: Shards, low: int, high: int) -> Iterator[NDArray[np.int64]]:
     """
     yield np.zeros(0, np.int64)
     for user_E, _, event_E in shards.user_events(shards.train_events, counted_users(shards)):
-        item_E = shards.at(event_E).item.astype(np.int64)
+        item_E = shards.item_at(event_E).astype(np.int64)
         for lag in range(1, REACH + 1):
             together = user_E[:-lag] == user_E[lag:]
             early, late = item_E[:-lag][together], item_E[lag:][together]

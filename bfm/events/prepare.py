@@ -241,7 +241,7 @@ def sort_partition(job: Job, partitions: int, index: int) -> None:
         job.save("partitions", index, events)
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
-    job.save("sorted", index, PartitionFacts(len(users), len(order), time_range, reasons))
+    job.save("sort", index, PartitionFacts(len(users), len(order), time_range, reasons))
 
 
 def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
@@ -283,18 +283,13 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
 
 def choose_split(job: Job) -> Split:
     """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
-    partitions: list[PartitionFacts] = list(job.load("sorted"))
+    partitions: list[PartitionFacts] = list(job.load("sort"))
     if not any(partition.events for partition in partitions):
         example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
         raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
-
-
-def sorted_partitions(job: Job) -> list[Path]:
-    """Files of the partitions that some row fell into: each becomes a part of the events, in their order."""
-    return job.files("partitions")
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:

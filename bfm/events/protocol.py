@@ -184,7 +184,7 @@ def _sample(shards: Shards, part: str, key: np.uint64, *, basket: bool, limit: i
     limit = shards.manifest.events if limit is None else limit
     kept, num_found = [np.zeros((3, 0), np.int64)], 0
     for user, position, event in shards.user_events(partial(_candidates, shards, part)):
-        now, following = shards.at(event).time, shards.at(event + 1).time
+        now, following = shards.time_at(event), shards.time_at(event + 1)
         wanted = (now == following) if basket else (now < following)
         found = np.stack([user[wanted], position[wanted]])
         num_found += found.shape[1]
@@ -221,13 +221,13 @@ def query_targets(shards: Shards, queries: QueryTable) -> Ragged:
     bounds = np.stack([shards.train_lengths[user], shards.valid_lengths[user], shards.user_starts[user + 1] - start])
     end = start + bounds.min(axis=0, initial=np.iinfo(np.int64).max, where=bounds > following)
     first = start + following
-    time = shards.at(first).time
+    time = shards.time_at(first)
     length = np.ones(len(user), np.int64)
     active = np.arange(len(user))
     while len(active):
         candidate = first[active] + length[active]
         active, candidate = active[candidate < end[active]], candidate[candidate < end[active]]
-        same = shards.at(candidate).time == time[active]
+        same = shards.time_at(candidate) == time[active]
         active = active[same]
         length[active] += 1
     return distinct_items(shards, first, length)
@@ -243,7 +243,7 @@ def seen_items(shards: Shards, queries: QueryTable) -> Ragged | None:
 def distinct_items(shards: Shards, first: np.ndarray, length: np.ndarray) -> Ragged:
     """Distinct items of runs of events: `length` events from the global index `first`, one run per query."""
     query = np.repeat(np.arange(len(first)), length)
-    item = shards.at(runs(first, length)).item.astype(np.int64)
+    item = shards.item_at(runs(first, length)).astype(np.int64)
     pair = distinct(query * shards.num_items + item)
     offsets = np.searchsorted(pair, np.arange(len(first) + 1) * shards.num_items)
     return Ragged((pair % shards.num_items).astype(np.int32), offsets.astype(np.int64))

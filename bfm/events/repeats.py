@@ -24,8 +24,7 @@ def training_repeats(shards: Shards) -> dict[str, int]:
     """Targets of the training range, and how many of them were `seen`, over all users."""
     targets = seen = 0
     for user_E, position_E, event_E in shards.user_events(shards.train_events):
-        events = shards.at(event_E)
-        item_E, time_E = events.item.astype(np.int64), events.time
+        item_E, time_E = shards.item_at(event_E).astype(np.int64), shards.time_at(event_E)
         moment_E = np.cumsum((np.diff(time_E, prepend=time_E[:1]) != 0) | (position_E == 0))
         moment_B = distinct(moment_E * shards.num_items + item_E) // shards.num_items
         targets += len(moment_B) - int(np.isin(moment_B, moment_E[position_E == 0]).sum())

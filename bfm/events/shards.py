@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -75,20 +74,16 @@ class Shards(Encoding):
             raise CorruptError(f"{path}: users or events differ from what {MANIFEST} says")
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Shards:
-        """Open a finished shard set; a URI is copied to a local cache first.
-
-        Args:
-            path: directory or URI.
-            verify: check the sha256 of every file, not only names and sizes.
+    def open(cls, path: str | Path) -> Shards:
+        """Open a finished shard set; a URI is copied to a local cache first. Sums are left to verified.py.
 
         Raises:
             UserError: there is no shard set, or it is of another version.
-            CorruptError: a file is missing, truncated or altered (the message names it).
+            CorruptError: a file is missing, or not as large as it was (the message names it).
         """
         local = fetch(str(path)) if "://" in str(path) else Path(path)
         manifest = Manifest.from_dict(SHARD_SET.read(Store(local)))
-        check_files(local, manifest.files, whole=verify)
+        check_files(local, manifest.files, whole=False)
         return cls(local, manifest)
 
     @property
@@ -116,9 +111,17 @@ class Shards(Encoding):
         """Int64 [U]: events of each user."""
         return np.diff(self.user_starts)
 
-    def at(self, index_N: np.ndarray) -> Events:
-        """The events with these global indices."""
-        return Events(self._columns, index_N)
+    def item_at(self, index_N: np.ndarray) -> np.ndarray:
+        """Int32 [N]: item ids of the events with these global indices."""
+        return self._columns["item"][index_N]
+
+    def time_at(self, index_N: np.ndarray) -> np.ndarray:
+        """Int64 [N]: their milliseconds or positions."""
+        return self._columns["time"][index_N]
+
+    def context_at(self, name: str, index_N: np.ndarray) -> np.ndarray:
+        """A context field of theirs, [N] or [N, M]."""
+        return self._columns[f"context/{name}"][index_N]
 
     def all_events(self, users: slice) -> Span:
         """The whole histories of users."""
@@ -166,25 +169,3 @@ class Shards(Encoding):
             if error.errno not in _UNWRITABLE:
                 raise
         return data
-
-
-@dataclass(frozen=True)
-class Events:
-    """Some events of a shard set; every column is read when it is asked for."""
-
-    _columns: Mapping[str, np.ndarray]
-    _index_N: np.ndarray
-
-    @property
-    def item(self) -> np.ndarray:
-        """Int32 [N]: item ids."""
-        return self._columns["item"][self._index_N]
-
-    @property
-    def time(self) -> np.ndarray:
-        """Int64 [N]: milliseconds or positions."""
-        return self._columns["time"][self._index_N]
-
-    def context(self, name: str) -> np.ndarray:
-        """A context field [N] or [N, M]."""
-        return self._columns[f"context/{name}"][self._index_N]

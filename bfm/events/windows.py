@@ -221,8 +221,8 @@ def _read(shards: Shards, pieces: _Pieces, rows: int, length: int) -> Windows:
     event_N, place_N = pieces.events, pieces.places
     # An event of the user more at either side of every piece: what came before, and what follows.
     around_E = runs(pieces.event_P - 1, pieces.length_P + 2)
-    around = shards.at(np.clip(around_E, 0, shards.manifest.events - 1, out=around_E))
-    item_E, time_E = around.item, around.time
+    np.clip(around_E, 0, shards.manifest.events - 1, out=around_E)
+    item_E, time_E = shards.item_at(around_E), shards.time_at(around_E)
     inside_N = np.arange(len(event_N)) + 1 + 2 * pieces.each(np.arange(len(pieces.length_P)))
     time_N = time_E[inside_N]
     last_P = np.cumsum(pieces.length_P) - 1
@@ -242,9 +242,9 @@ def _read(shards: Shards, pieces: _Pieces, rows: int, length: int) -> Windows:
         out[place_N] = values
         return out.reshape(rows, length, *values.shape[1:])
 
-    context, events = {}, shards.at(event_N)
+    context = {}
     for field in shards.context_fields:
-        values = events.context(field.name)
+        values = shards.context_at(field.name, event_N)
         context[field.name] = spread(values, np.nan if field.kind == "numeric" else 0, values.dtype.type)
     return Windows(
         item_RL=spread(item_E[inside_N], -1, np.int32),
@@ -296,7 +296,7 @@ def _items_around(shards: Shards, event_T: np.ndarray, first_T: np.ndarray, stop
     around_TJ = event_T[:, None] + 1 + np.concatenate([-away_J, away_J])
     inside_TJ = (around_TJ >= first_T[:, None]) & (around_TJ < stop_T[:, None])
     items_TJ = np.full(around_TJ.shape, -1, np.int64)
-    items_TJ[inside_TJ] = shards.at(around_TJ[inside_TJ]).item
+    items_TJ[inside_TJ] = shards.item_at(around_TJ[inside_TJ])
     return items_TJ
 
 

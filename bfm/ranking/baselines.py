@@ -36,10 +36,10 @@ _CHOOSING_METRIC = "ndcg@10"
 
 
 def baseline_metrics(
-    shards: Shards, protocol: Protocol, part: str, k: Sequence[int] = (10,), queries: int | None = None
+    shards: Shards, protocol: Protocol, part: str, queries: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of every floor over a part (its first `queries`), under the names of `summarise`."""
-    scores = baseline_scores(shards, protocol, part, k, queries)
+    scores = baseline_scores(shards, protocol, part, queries=queries)
     return {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
 
 
@@ -104,12 +104,12 @@ def co_occurrence_scores(neighbours: Neighbours, shards: Shards, table: QueryTab
     tie_break_V = torch.from_numpy(1e-6 * smallest * np.linspace(1.0, 0.0, shards.num_catalogue)).float()
 
     def scores(rows: slice) -> Callable[[slice], Tensor]:
-        votes_here = votes.of_rows(rows).by_item()
+        pairs, mass_P = votes.of_rows(rows).by_item()
 
         def block(items: slice) -> Tensor:
             scores_RC = tie_break_V[items].repeat(rows.stop - rows.start, 1)
-            at, mass_P = votes_here.block(items)
-            scores_RC[at] += mass_P
+            here, at = pairs.inside(items)
+            scores_RC[at] += mass_P[here]
             return scores_RC
 
         return block
@@ -123,5 +123,5 @@ def _last_items(shards: Shards, table: QueryTable) -> NDArray[np.int64]:
     event_QM = first_Q1 + table.position[:, None] - np.arange(LAST_EVENTS)
     known_QM = event_QM >= first_Q1
     items_QM = np.full(event_QM.shape, -1, np.int64)
-    items_QM[known_QM] = shards.at(event_QM[known_QM]).item
+    items_QM[known_QM] = shards.item_at(event_QM[known_QM])
     return items_QM

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.neighbours import Neighbours
-from bfm.ranking.ranks import DotScores, pass_on
+from bfm.ranking.ranks import DotScores, Pairs, pass_on
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class SparseMass:
         here = _between(self.query_P, rows)
         return SparseMass(self.query_P[here] - rows.start, self.item_P[here], self.mass_P[here])
 
-    def by_item(self) -> MassBlocks:
-        """The same pairs by rising item, for blocks of items."""
+    def by_item(self) -> tuple[Pairs, Tensor]:
+        """The same pairs by rising item, for blocks of items, and their mass."""
         order = self.item_P.argsort(stable=True)
         item_P = self.item_P[order]
-        return MassBlocks(self.query_P[order], item_P, self.mass_P[order], item_P.cpu().numpy())
+        return Pairs(self.query_P[order], item_P, item_P.cpu().numpy()), self.mass_P[order]
 
     def totals(self, num_queries: int) -> Tensor:
         """Mass of every query [Q]."""
@@ -74,21 +74,6 @@ class SparseMass:
         key_P, key_N = self.query_P * stride + self.item_P, query_N * stride + item_N
         place_N = torch.searchsorted(key_P, key_N).clamp(max=len(key_P) - 1)
         return torch.where(key_P[place_N] == key_N, self.mass_P[place_N], 0.0)
-
-
-@dataclass(frozen=True)
-class MassBlocks:
-    """Pairs by rising item. Where a block's lie is known without asking the device."""
-
-    query_P: Tensor
-    item_P: Tensor
-    mass_P: Tensor
-    host_item_P: np.ndarray
-
-    def block(self, items: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Where the pairs of some items lie in a block [Q, C], and their mass."""
-        here = slice(*np.searchsorted(self.host_item_P, [items.start, items.stop]).tolist())
-        return (self.query_P[here], self.item_P[here] - items.start), self.mass_P[here]
 
 
 class NeighbourMass:
@@ -146,13 +131,13 @@ def mixed_block(
 
     dense: items -> scores [R, C], or [C] where they are the same for all queries.
     """
-    sparse = [mass.by_item() for mass in masses]
+    sparse = [(pairs, mass_P.log()) for pairs, mass_P in (mass.by_item() for mass in masses)]
 
     def block(items: slice) -> Tensor:
         log_p_RC = dense(items) + shift_R[:, None]
-        for mass in sparse:
-            at, mass_P = mass.block(items)
-            log_p_RC[at] = torch.logaddexp(log_p_RC[at], mass_P.log())
+        for pairs, log_mass_P in sparse:
+            here, at = pairs.inside(items)
+            log_p_RC[at] = torch.logaddexp(log_p_RC[at], log_mass_P[here])
         return log_p_RC
 
     return block
@@ -171,4 +156,4 @@ def _log_totals(scores: DotScores, num_queries: int) -> Tensor:
         softmax = scores(slice(start, min(start + rows, num_queries)))
         blocks = (slice(low, min(low + columns, scores.num_items)) for low in range(0, scores.num_items, columns))
         totals.append(torch.logsumexp(torch.stack([softmax(items).logsumexp(1) for items in blocks]), 0))
-    return torch.cat(totals) if totals else torch.zeros(0)
+    return torch.cat([torch.zeros(0, device=scores.device), *totals])

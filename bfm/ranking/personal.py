@@ -95,7 +95,7 @@ def _events(shards: Shards, table: QueryTable) -> _Events:
     length_Q = table.position + 1
     row_E = np.repeat(np.arange(len(table)), length_Q)
     back_E = table.position[row_E] - runs(0, length_Q)
-    item_E = shards.at(runs(shards.user_starts[table.user], length_Q)).item.astype(np.int64)
+    item_E = shards.item_at(runs(shards.user_starts[table.user], length_Q)).astype(np.int64)
     known_E = item_E < shards.num_catalogue
     row_E, item_E, back_E = row_E[known_E], item_E[known_E], back_E[known_E]
     # Counted from the latest, the weights of a row cannot all vanish.

@@ -23,8 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from bfm.ranking.top_items import GROUP, TopItems, TopKeys, TopRows
 Scores = Callable[[slice], Callable[[slice], Tensor]]
 """query rows -> (items -> fresh scores [R, C] in float32, on a CPU also float64, which the caller may overwrite)."""
 
-_SCORE_BYTES = 4
 # e^x of such scores, and a block's sum of them, neither overflow nor vanish in float32.
 _PLAIN_EXP = 60.0
 _NOT_FINITE = "a score is NaN or infinite: nothing can be ranked by it"
@@ -50,14 +48,10 @@ class Pass:
 
     rows: int
     """Most query rows of a chunk."""
-    block_bytes: int
+    block_scores: int
+    """Most scores of a block."""
     waits: bool
     """Whether every block's results are looked at by the host before the next one is made."""
-
-    @property
-    def block_scores(self) -> int:
-        """Most scores of a block."""
-        return self.block_bytes // _SCORE_BYTES
 
     def block_shape(self, num_queries: int, num_items: int) -> tuple[int, int]:
         """Rows and columns of a block."""
@@ -68,10 +62,10 @@ class Pass:
 
 
 # Measured best on one thread: a block stays near its core from the matmul to the last reduction.
-_CPU_PASS = Pass(256, 2 << 20, waits=True)
+_CPU_PASS = Pass(256, 1 << 19, waits=True)
 # A few blocks of this size are within any card's memory, and each is a millisecond of work; wide ones have few lists to
 # merge. Not measured.
-_GPU_PASS = Pass(1024, 1 << 29, waits=False)
+_GPU_PASS = Pass(1024, 1 << 27, waits=False)
 
 
 def pass_on(device: torch.device) -> Pass:
@@ -113,25 +107,16 @@ class DotScores:
         return lambda items: queries_RD @ self._items_DV[:, items]
 
 
-def rank_targets(
-    scores: Scores,
-    targets: Ragged,
-    num_items: int,
-    max_k: int,
-    seen: Ragged | None = None,
-    *,
-    block_bytes: int | None = None,
-) -> Ranked:
+def rank_targets(scores: Scores, targets: Ragged, num_items: int, max_k: int, seen: Ragged | None = None) -> Ranked:
     """Rank every target (distinct ids per query) among the num_items items of the catalogue.
 
     Items in `seen` are filtered: they are in no list of their query, targets or not. Working memory is a few blocks of
-    scores per thread; block_bytes is what suits the device of the scores (their `device`, if they have one, else the
-    CPU). `scores` is called from several threads, unless torch is set to one or they are on a GPU.
+    scores per thread, as suits the device of the scores (their `device`, if they have one, else the CPU). `scores` is
+    called from several threads, unless torch is set to one or they are on a GPU.
     Raises DivergedError where a score is NaN or infinite.
     """
     num_queries, device = len(targets), getattr(scores, "device", torch.device("cpu"))
     way = pass_on(device)
-    way = way if block_bytes is None else replace(way, block_bytes=block_bytes)
     rows, columns = way.block_shape(num_queries, num_items)
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(num_queries + 1, np.int64))
     rank_N = np.full(len(targets.ids), np.inf)
@@ -142,12 +127,12 @@ def rank_targets(
     @torch.no_grad()
     def rank_rows(start: int) -> None:
         chunk = slice(start, min(start + rows, num_queries))
-        own = _Pairs.of(targets, chunk, num_items, device)
-        hidden = _Pairs.of(nothing if seen is None else seen, chunk, num_items, device)
+        place_N, own = _listed(targets, chunk, num_items, device)
+        _, hidden = _listed(nothing if seen is None else seen, chunk, num_items, device)
         blocks = [slice(low, min(low + columns, num_items)) for low in range(0, num_items, columns)]
         first, log_total_R, score_N = _pass_over_catalogue(scores, chunk, own, hidden, blocks, max_k, way.waits)
-        rank_N[own.place_N] = _ranks(first, own.row_N, score_N)
-        nll_N[own.place_N] = (log_total_R[own.row_N] - score_N).double().cpu().numpy()
+        rank_N[place_N] = _ranks(first, own.row_N, score_N)
+        nll_N[place_N] = (log_total_R[own.row_N] - score_N).double().cpu().numpy()
         top_Qk[chunk] = first.id_Rk.cpu().numpy()
         top_score_Qk[chunk] = first.value_Rk.float().cpu().numpy()
 
@@ -174,32 +159,32 @@ def _for_each(work: Callable[[int], None], starts: range, threads: int) -> None:
             torch.set_num_threads(threads)
 
 
-class _Pairs(NamedTuple):
-    """Catalogue items that are listed for the queries of a chunk, by rising item."""
+@dataclass(frozen=True)
+class Pairs:
+    """Query rows of a chunk and items, by rising item. Where a block's lie is known without asking the device."""
 
-    place_N: NDArray[np.int64]
-    """In the lists of all queries."""
-    host_item_N: NDArray[np.int32]
     row_N: Tensor
     item_N: Tensor
+    host_item_N: NDArray[np.integer]
 
-    @classmethod
-    def of(cls, lists: Ragged, rows: slice, num_items: int, device: torch.device) -> _Pairs:
-        low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
-        place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
-        place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
-        item_N = lists.ids[place_N]
-        row_N = torch.from_numpy(lists.rows[place_N] - rows.start).to(device)
-        return cls(place_N, item_N, row_N, torch.from_numpy(item_N.astype(np.int64)).to(device))
-
-    def inside(self, items: slice) -> tuple[Tensor, Tensor]:
-        """Where those of some items lie in a block of these."""
+    def inside(self, items: slice) -> tuple[slice, tuple[Tensor, Tensor]]:
+        """Those of some items, and where they lie in a block of these."""
         here = slice(*np.searchsorted(self.host_item_N, [items.start, items.stop]).tolist())
-        return self.row_N[here], self.item_N[here] - items.start
+        return here, (self.row_N[here], self.item_N[here] - items.start)
+
+
+def _listed(lists: Ragged, rows: slice, num_items: int, device: torch.device) -> tuple[NDArray[np.int64], Pairs]:
+    """Places, in the lists of all queries, of the catalogue items that are listed for some, and these items."""
+    low, high = lists.offsets[rows.start], lists.offsets[rows.stop]
+    place_N = low + np.flatnonzero(lists.ids[low:high] < num_items)
+    place_N = place_N[np.argsort(lists.ids[place_N], kind="stable")]
+    item_N = lists.ids[place_N]
+    row_N = torch.from_numpy(lists.rows[place_N] - rows.start).to(device)
+    return place_N, Pairs(row_N, torch.from_numpy(item_N.astype(np.int64)).to(device), item_N)
 
 
 def _pass_over_catalogue(
-    scores: Scores, rows: slice, own: _Pairs, hidden: _Pairs, blocks: Sequence[slice], max_k: int, waits: bool
+    scores: Scores, rows: slice, own: Pairs, hidden: Pairs, blocks: Sequence[slice], max_k: int, waits: bool
 ) -> tuple[TopRows, Tensor, Tensor]:
     """The first k items of the rows, the log of their sums of e^score [R], and the scores of their targets [N].
 
@@ -212,8 +197,8 @@ def _pass_over_catalogue(
         # 0, or NaN where a score is not finite.
         unfit = 0.0 if finite else 0.0 * block_RC.amin()
         # The target's own score comes from the same block as its competitors', so equal items stay equal.
-        target_scores.append(block_RC[own.inside(items)])
-        hidden_P = hidden.inside(items)
+        (_, own_N), (_, hidden_P) = own.inside(items), hidden.inside(items)
+        target_scores.append(block_RC[own_N])
         if block_RC.shape[1] % GROUP:
             block_RC = torch.nn.functional.pad(block_RC, (0, -block_RC.shape[1] % GROUP), value=-torch.inf)
         hidden_score_P = block_RC[hidden_P]

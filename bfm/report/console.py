@@ -73,7 +73,7 @@ class Display:
 def step_words(record: StepRecord, limit_flops: float, peak_flops_per_s: float) -> str:
     """The live line of training: C, losses, and of the last minute events/s, share of the machine's matmul peak, and
     the time left by that."""
-    left_s = (limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
+    left_s = max(0.0, limit_flops - record.path_flops) / max(record.flops_per_s, 1.0)
     headline = f" (headline {record.loss_headline:.4f})" if math.isfinite(record.loss_headline) else ""
     return (
         f"C {format_flops(record.path_flops)}  loss {record.loss:.4f}{headline}  "

@@ -10,38 +10,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from bfm.sweep.machine import CGROUP, quota_cores, read_kernel
+
 CROWDED = 1.25
 """Threads per core, over a minute; less is chance."""
 WAITED = 0.5
 """Share of a minute in which a thread of a container with a quota waits."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def crowding(cgroup: Path = CGROUP) -> str:
     """What to say beside a rate that others have a part in; empty where there is room."""
     cores = os.cpu_count() or 1
-    quota_cores, waited = _quota_cores(cgroup), _waited(cgroup)
-    if quota_cores is not None and quota_cores < cores and waited is not None:
-        return f"crowded: threads wait {waited:.0%} of the time for {quota_cores:g} cores" if waited > WAITED else ""
+    quota, waited = quota_cores(cgroup), _waited(cgroup)
+    if quota is not None and quota < cores and waited is not None:
+        return f"crowded: threads wait {waited:.0%} of the time for {quota:g} cores" if waited > WAITED else ""
     threads = os.getloadavg()[0]
     return f"crowded: {threads:.1f} threads for {cores} cores" if threads > CROWDED * cores else ""
 
 
-def _quota_cores(cgroup: Path) -> float | None:
-    """None without a quota."""
-    limit = _read(cgroup / "cpu.max").split()
-    return float(limit[0]) / float(limit[1]) if limit and limit[0] != "max" else None
-
-
 def _waited(cgroup: Path) -> float | None:
     """Over the last minute; None where the kernel does not count it."""
-    some = _read(cgroup / "cpu.pressure").partition("avg60=")[2].split()
+    some = read_kernel(cgroup / "cpu.pressure").partition("avg60=")[2].split()
     return float(some[0]) / 100 if some else None
-
-
-def _read(file: Path) -> str:
-    """Empty where there is none: kernels differ in what they tell."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

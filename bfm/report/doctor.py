@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 
 from bfm.report.crowding import crowding
 from bfm.report.matmul_peak import matmul_peak
+from bfm.sweep.machine import Machine
 from bfm.units import GIB, format_flops
 
 REQUIRED = ("torch", "ray", "deepspeed", "pyarrow", "optuna", "tensorboard")
@@ -51,7 +51,7 @@ def examine(storage: Path) -> list[Finding]:
     )
     memory_bytes = psutil.virtual_memory().available
     # Other work is no fault of the machine.
-    findings.append(Finding("cores", "; ".join(filter(None, (str(os.cpu_count()), crowding()))), True))
+    findings.append(Finding("cores", "; ".join(filter(None, (f"{Machine.here().cores:g}", crowding()))), True))
     findings.append(Finding("free memory", f"{memory_bytes / GIB:.1f} GiB", memory_bytes > 2 * GIB, "2 GiB are needed"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     findings.append(Finding("gpu", gpu, True))

@@ -38,6 +38,7 @@ from bfm.report.style import (
     size_bar,
     size_norm,
 )
+from bfm.report.tables import failed_rows
 from bfm.sweep.state import SweepState
 
 _WIDTH_IN = 10.6
@@ -182,8 +183,7 @@ def spend_figure(rows: Sequence[Row], state: SweepState) -> Figure:
         here = [row for row in rung_rows(rows) if row["rung_flops"] == flops and row.get("status", "ok") == "ok"]
         spent = sum(_spent(row) for row in here)
         bars.append((f"rung {power_text(flops)}: {len(here)} results", spent, colour, True))
-    failed = [row for row in rung_rows(rows) if row.get("status", "ok") != "ok"]
-    if failed:
+    if failed := failed_rows(rows):
         bars.append((f"without a result: {len(failed)}", sum(_spent(row) for row in failed), BAD, True))
     in_rows = sum(bar[1] for bar in bars)
     spent_all = float(state.spent_flops or in_rows)

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from bfm.laws.frontier import goal_of
 from bfm.laws.result import Estimate
-from bfm.report.panels import empty, titled, value_window, with_goal
+from bfm.report.panels import beside, empty, titled, value_window, with_goal
 from bfm.report.style import BAD, INK, MUTED, PAPER, log_axis, power_text, rung_axis, value_axis
 from bfm.units import format_count
 
@@ -125,7 +125,7 @@ def reference_line(axes: Axes, points: Sequence[tuple[float, float]], exponent: 
     low, high = axes.get_ylim()
     seen_P = np.flatnonzero((y_P > low) & (y_P < high))
     place = seen_P[round(0.92 * (len(seen_P) - 1))]
-    _beside(axes, text, float(x_P[place]), float(y_P[place]), MUTED, offset=(-8, 2), align="right")
+    beside(axes, text, float(x_P[place]), float(y_P[place]), MUTED, offset=(-8, 2), align="right")
 
 
 def reference_range(axes: Axes, low: float, high: float, text: str) -> None:
@@ -363,14 +363,6 @@ def _apart(wanted: Sequence[float], tall: Sequence[float]) -> list[float]:
             found[label] = low + tall[label] / 2
             low += tall[label]
     return found
-
-
-def _beside(
-    axes: Axes, text: str, x: float, y: float, colour: str, *, offset: tuple[float, float] = (8, 0), align: str = "left"
-) -> None:
-    axes.annotate(
-        text, (x, y), xytext=offset, textcoords="offset points", ha=align, va="center", fontsize=8, color=colour
-    )
 
 
 def _footnote(axes: Axes, text: str) -> None:

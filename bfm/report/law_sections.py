@@ -12,9 +12,10 @@ from typing import Any
 
 from bfm.laws.compare import differences
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
-from bfm.report.digits import value_text
+from bfm.report.digits import estimate_text, value_text
 from bfm.report.law_curves import agreements, hardest_groups, ranked_metrics
 from bfm.report.law_fits import Fitted
+from bfm.report.law_text import union
 from bfm.report.style import power_text
 from bfm.report.template import Cell, escape, paragraph, table
 from bfm.sweep.recipe.verdicts import calibration_text
@@ -101,20 +102,6 @@ def recipe_part(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str, 
     return table(["C", "metric", "predicted", "95 % interval", "measured", ""], lines) + held
 
 
-def estimate_text(value: Estimate, text: Callable[[float], str] = "{:.3g}".format) -> str:
-    """`0.512 [0.498, 0.527]`; an end that the data leave open is named."""
-    if not math.isfinite(value.estimate):
-        if math.isfinite(value.low) and value.low > 0:
-            return f"at least {text(value.low)}"
-        return f"at most {text(value.high)}" if math.isfinite(value.high) else "not identifiable"
-    if math.isnan(value.low) or math.isnan(value.high):
-        return text(value.estimate)
-    if math.isinf(value.high) and value.low in (-math.inf, 0.0):
-        return "not identifiable"
-    ends = [text(end) if math.isfinite(end) else "open" for end in (value.low, value.high)]
-    return f"{text(value.estimate)} [{ends[0]}, {ends[1]}]"
-
-
 def _law_part(law: str, found: Sequence[Fitted]) -> str:
     if not found:
         return ""
@@ -135,11 +122,11 @@ def _law_part(law: str, found: Sequence[Fitted]) -> str:
 def _law_table(law: str, fits: Mapping[str, LawFit]) -> str:
     """Parameters, then the optima of each budget; a column per metric and one of published values."""
     lines: list[list[Cell | str]] = []
-    for name in _union([fit.parameters for fit in fits.values()]):
+    for name in union([fit.parameters for fit in fits.values()]):
         cells = [Cell(estimate_text(fit.parameters[name]) if name in fit.parameters else "-") for fit in fits.values()]
         lines.append([Cell(_words(law, name)), *cells, _published(law, name)])
     flops = sorted({budget.flops for fit in fits.values() for budget in fit.budgets})
-    names = _union([_optima(budget) for fit in fits.values() for budget in fit.budgets])
+    names = union([_optima(budget) for fit in fits.values() for budget in fit.budgets])
     for name in names:
         for place, at in enumerate(flops):
             cells = [_optimum_cell(fit, at, name) for fit in fits.values()]
@@ -294,7 +281,3 @@ def _published(law: str, name: str) -> Cell:
 
 def _same(recipe: Mapping[str, Any], check: Mapping[str, Any]) -> bool:
     return (recipe["flops"], recipe["metric"]) == (check["flops"], check["metric"])
-
-
-def _union(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for mapping in mappings for name in mapping))

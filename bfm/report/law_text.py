@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from bfm.laws.compare import Difference
 from bfm.laws.result import Estimate, LawFit
+from bfm.report.digits import estimate_text
 from bfm.report.tables import ruled
 from bfm.units import format_flops
 
@@ -28,31 +30,16 @@ def law_text(fit: LawFit) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def interval_text(value: Estimate) -> str:
-    """`0.512 [0.498, 0.527]`; an end that the data do not close is shown as such."""
-    if not value.is_known:
-        return _one_sided(value)
-    if math.isnan(value.low) and math.isnan(value.high):
-        return _digits(value.estimate)
-    return f"{_digits(value.estimate)} [{_digits(value.low)}, {_digits(value.high)}]"
-
-
-def _one_sided(value: Estimate) -> str:
-    if math.isfinite(value.high):
-        return f"at most {_digits(value.high)}"
-    return f"at least {_digits(value.low)}" if math.isfinite(value.low) and value.low > 0 else "not identifiable"
-
-
 def _parameters(fit: LawFit) -> str:
     lines = [[name, *_cells(value)] for name, value in fit.parameters.items()]
     return ruled(["parameter", "estimate", "low", "high"], lines) if lines else ""
 
 
 def _budgets(fit: LawFit) -> str:
-    names = _union(budget.optima for budget in fit.budgets)
+    names = union(budget.optima for budget in fit.budgets)
     lines = []
     for budget in fit.budgets:
-        optima = [interval_text(budget.optima[name]) if name in budget.optima else "-" for name in names]
+        optima = [estimate_text(budget.optima[name], _digits) if name in budget.optima else "-" for name in names]
         best = _digits(budget.best) if math.isfinite(budget.best) else "-"
         note = budget.reason or ("" if budget.bracketed else "not bracketed")
         lines.append([format_flops(budget.flops), *optima, best, note])
@@ -71,11 +58,9 @@ def _digits(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _union(mappings: Iterable[object]) -> list[str]:
-    names: dict[str, None] = {}
-    for mapping in mappings:
-        names.update(dict.fromkeys(mapping))  # type: ignore[call-overload]
-    return list(names)
+def union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of several mappings, each once."""
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
 def differences_text(found: Sequence[Difference]) -> str:

@@ -22,6 +22,7 @@ from bfm.laws.frontier import (
     rung_ladder,
     rung_rows,
 )
+from bfm.laws.hull import lower_hull
 from bfm.report.floors import Baselines, shown_name
 from bfm.report.style import (
     BAD,
@@ -35,6 +36,7 @@ from bfm.report.style import (
     rung_colours,
     value_axis,
 )
+from bfm.report.tables import failed_rows
 from bfm.units import format_count
 
 _DOT: dict[str, Any] = {"s": 20.0, "linewidths": 0.6, "edgecolors": PAPER, "zorder": 3}
@@ -125,9 +127,9 @@ def size_panel(axes: Axes, rows: Sequence[Row], metric: str) -> None:
             continue
         x, y = [row["params"] for row in here], [metric_value(row, metric) for row in here]
         axes.scatter(x, np.clip(y, *window), color=colour, alpha=0.8, **_DOT)
-        hull = _hull(np.log(x), sign * np.asarray(y))
-        axes.plot(np.exp(hull[:, 0]), sign * hull[:, 1], color=colour, lw=1.0, alpha=0.55, zorder=2)
-        _beside(axes, f"C = {power_text(flops)}", math.exp(hull[-1, 0]), sign * hull[-1, 1], INK)
+        hull = _whole_hull(np.log(x), sign * np.asarray(y))
+        axes.plot(np.take(x, hull), np.take(y, hull), color=colour, lw=1.0, alpha=0.55, zorder=2)
+        beside(axes, f"C = {power_text(flops)}", x[hull[-1]], y[hull[-1]], INK)
         best = min(here, key=lambda row: sign * metric_value(row, metric))
         winners.append((best["params"], metric_value(best, metric), metric_error(best, metric), colour))
     axes.plot([w[0] for w in winners], [w[1] for w in winners], ":", color=MUTED, lw=1.1, zorder=2)
@@ -213,11 +215,27 @@ def value_window(
     return low - 0.5 * air, high + 0.5 * air
 
 
-def titled(axes: Axes, title: str, *, x_label: str = "", y_label: str = "") -> None:
-    """What is plotted, top left, and the axis labels."""
+def titled(axes: Axes, title: str, *, x_label: str = "") -> None:
+    """What is plotted, top left, and the label of the x axis."""
     axes.set_title(title)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+
+
+def beside(
+    axes: Axes, text: str, x: float, y: float, colour: str, *, offset: tuple[float, float] = (8, 0), align: str = "left"
+) -> None:
+    """Words next to a point."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=offset,
+        textcoords="offset points",
+        ha=align,
+        va="center",
+        fontsize=8,
+        color=colour,
+        zorder=7,
+    )
 
 
 def empty(axes: Axes, text: str = "no result yet") -> None:
@@ -269,21 +287,15 @@ def _draw_diverged(axes: Axes, places: Sequence[tuple[float, Row]], goal: str) -
     axes.plot([x for x, _ in places], [worst] * len(places), "x", ms=6, mew=1.6, color=BAD, zorder=6, clip_on=False)
     diverged = all(row["status"] == "diverged" for _, row in places)
     text = "diverged" if diverged else "no result"
-    _beside(axes, f"{len(places)} {text}" if len(places) > 1 else text, max(x for x, _ in places), worst, BAD)
+    beside(axes, f"{len(places)} {text}" if len(places) > 1 else text, max(x for x, _ in places), worst, BAD)
 
 
 def _tag(axes: Axes, row: Row, flops: float, value: float) -> None:
-    _beside(axes, f"{row['trial']}\n{_holder(row)}" if row.get("params") else _holder(row), flops, value, INK)
+    beside(axes, f"{row['trial']}\n{_holder(row)}" if row.get("params") else _holder(row), flops, value, INK)
 
 
 def _holder(row: Row) -> str:
     return f"N {format_count(row['params'])}" if row.get("params") else str(row["trial"])
-
-
-def _beside(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
-    axes.annotate(
-        text, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8, color=colour, zorder=7
-    )
 
 
 def _spread_by_size(rows: Sequence[Row], rungs: Sequence[float], norm: LogNorm) -> list[float]:
@@ -303,22 +315,14 @@ def _bar_ends(points: Sequence[FrontierPoint]) -> list[float]:
     return [point.value + side * 2 * point.error for point in points for side in (-1, 1)]
 
 
-def _hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Lower convex hull of points, left to right: [points, 2]."""
-    hull: list[tuple[float, float]] = []
-    for point in sorted(zip(x.tolist(), y.tolist(), strict=True)):
-        while len(hull) > 1 and _cross(hull[-2], hull[-1], point) <= 0:
-            hull.pop()
-        hull.append(point)
-    return np.asarray(hull)
-
-
-def _cross(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+def _whole_hull(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Places of the lower convex hull's vertices, left to right, beyond the lowest y too."""
+    hull = np.union1d(lower_hull(x, y), lower_hull(-x, y))
+    return hull[np.unique(x[hull], return_index=True)[1]]
 
 
 def _diverged(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rung_rows(rows) if row.get("status", "ok") != "ok" and row.get("params")]
+    return [row for row in failed_rows(rows) if row.get("params")]
 
 
 def _values(baselines: Baselines, metric: str) -> list[float]:

@@ -23,7 +23,7 @@ import torch
 
 from bfm.errors import UserError
 from bfm.events.clean import repairs
-from bfm.events.histories import PART_ROWS, Histories, Part
+from bfm.events.histories import Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.metrics import check_k
 from bfm.ranking.predictor import Predictor, Top
@@ -42,7 +42,6 @@ def predict_log(
     vectors: bool = False,
     filter_seen: bool | None = None,
     progress: Callable[[str, float], None] = lambda words, share: None,
-    part_rows: int = PART_ROWS,
 ) -> dict[str, Any]:
     """Predict for every user of a log, a row group per 4,096 users. Memory does not grow with the log.
 
@@ -54,7 +53,6 @@ def predict_log(
         vectors: also write user vectors.
         filter_seen: leave out items of the user's history; None: as in the protocol of the export's shard set.
         progress: called with words and the share that is done.
-        part_rows: events held in memory at once, about.
 
     Returns:
         Counts of rows, users and items.
@@ -76,11 +74,7 @@ def predict_log(
         spill, made = Path(folder, "spill"), Path(folder, "predictions")
         spill.mkdir()
         histories = Histories(
-            predictor.encoding,
-            logs,
-            spill,
-            progress=lambda share: progress("reading", _READING * share),
-            part_rows=part_rows,
+            predictor.encoding, logs, spill, progress=lambda share: progress("reading", _READING * share)
         )
         if histories.new.ids:
             predictor.add_items(histories.new.encode(histories.losses))

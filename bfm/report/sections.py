@@ -243,34 +243,40 @@ def failures_part(rows: Sequence[Row], state: SweepState) -> str:
 
 def data_part(extra: Mapping[str, Any]) -> str:
     """What the sweep was trained on and what it was measured with."""
-    manifest, protocol = extra.get("manifest") or {}, extra.get("protocol") or {}
-    quarantined = manifest.get("rows_quarantined") or {}
-    bad_rows = "; ".join(f"{count} {reason}" for reason, count in quarantined.items() if count)
-    pairs: list[tuple[str, object]] = [
-        ("log", manifest.get("name")),
-        ("rows read", _thousands(manifest.get("rows_read"))),
-        ("quarantined", bad_rows or ("none" if manifest else None)),
-        ("users", _thousands(manifest.get("users"))),
-        ("events", _thousands(manifest.get("events"))),
-        ("items", _thousands(manifest.get("items"))),
-        ("catalogue V", _thousands(manifest.get("catalogue"))),
-        ("targets per epoch", _thousands(manifest.get("train_targets"))),
+    manifest, protocol = extra.get("manifest"), extra.get("protocol")
+    events = f"<h3>Events</h3>{facts(_events(manifest))}" if manifest else ""
+    return events + (f"<h3>Evaluation protocol</h3>{facts(_rules(protocol))}" if protocol else "")
+
+
+def _events(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
+    bad_rows = "; ".join(f"{count} {reason}" for reason, count in manifest["rows_quarantined"].items() if count)
+    counts = {
+        "users": "users",
+        "events": "events",
+        "items": "items",
+        "catalogue V": "catalogue",
+        "targets per epoch": "train_targets",
+    }
+    return [
+        ("log", manifest["name"]),
+        ("rows read", f"{manifest['rows_read']:,}"),
+        ("quarantined", bad_rows or "none"),
+        *((words, f"{manifest[name]:,}") for words, name in counts.items()),
         ("time range", _times(manifest)),
         ("split", _split(manifest)),
         ("item fields", _fields(manifest, "item")),
         ("context fields", _fields(manifest, "context")),
     ]
-    measured_by: list[tuple[str, object]] = [
-        (f"{name} queries", _queries(part)) for name, part in (protocol.get("parts") or {}).items()
+
+
+def _rules(protocol: Mapping[str, Any]) -> list[tuple[str, object]]:
+    return [
+        *((f"{name} queries", _queries(part)) for name, part in protocol["parts"].items()),
+        ("seen items", rule_words(protocol)),
+        ("equal scores", "each counts half a rank" if protocol["ties"] == "half" else protocol["ties"]),
+        ("targets of a query", protocol["target_rule"]),
+        ("protocol", protocol["hash"]),
     ]
-    measured_by += [
-        ("seen items", rule_words(protocol) if "filter_seen" in protocol else None),
-        ("equal scores", "each counts half a rank" if protocol.get("ties") == "half" else protocol.get("ties")),
-        ("targets of a query", protocol.get("target_rule")),
-        ("protocol", protocol.get("hash")),
-    ]
-    data, rules = facts(pairs), facts(measured_by)
-    return (f"<h3>Events</h3>{data}" if data else "") + (f"<h3>Evaluation protocol</h3>{rules}" if rules else "")
 
 
 def provenance_part(rows: Sequence[Row], extra: Mapping[str, Any]) -> str:
@@ -337,40 +343,30 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
-def _thousands(value: object) -> str | None:
-    return f"{value:,}" if isinstance(value, (int, float)) else None
+def _times(manifest: Mapping[str, Any]) -> str:
+    first, last = manifest["time_range"]
+    if not manifest["has_clock"]:
+        return f"positions {first} to {last}"
+    return f"{_clock(first, '%Y-%m-%d')} to {_clock(last, '%Y-%m-%d')}"
 
 
-def _times(manifest: Mapping[str, Any]) -> str | None:
-    limits = manifest.get("time_range")
-    if not isinstance(limits, (list, tuple)) or len(limits) != 2:
-        return None
-    if not manifest.get("has_clock"):
-        return f"positions {limits[0]} to {limits[1]}"
-    return f"{_clock(limits[0], '%Y-%m-%d')} to {_clock(limits[1], '%Y-%m-%d')}"
-
-
-def _split(manifest: Mapping[str, Any]) -> str | None:
-    split = manifest.get("split")
-    if not isinstance(split, Mapping):
-        return None
+def _split(manifest: Mapping[str, Any]) -> str:
     parts = []
-    for name, value in split.items():
-        is_time = manifest.get("has_clock") and name.endswith("from") and isinstance(value, int)
+    for name, value in manifest["split"].items():
+        is_time = manifest["has_clock"] and name.endswith("from")
         text = _clock(value, "%Y-%m-%d %H:%M UTC") if is_time else str(value).replace("_", "-")
         parts.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(parts)
 
 
 def _queries(part: Mapping[str, Any]) -> str:
-    text = f"{_thousands(part.get('queries'))} of {_thousands(part.get('users'))} users"
-    basket = part.get("basket_queries")
-    return f"{text}, and {_thousands(basket)} inside baskets, reported apart" if basket else text
+    text = f"{part['queries']:,} of {part['users']:,} users"
+    basket = part["basket_queries"]
+    return f"{text}, and {basket:,} inside baskets, reported apart" if basket else text
 
 
 def _fields(manifest: Mapping[str, Any], side: str) -> str:
-    known = [field for field in manifest.get("fields") or [] if field["side"] == side]
-    return ", ".join(f"{field['name']} ({field['kind']})" for field in known)
+    return ", ".join(f"{field['name']} ({field['kind']})" for field in manifest["fields"] if field["side"] == side)
 
 
 def _clock(milliseconds: int, pattern: str) -> str:

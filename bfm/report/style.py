@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bfm.units import format_count
+from bfm.units import format_count, format_flops
 
 INK, MUTED, GRID, PAPER, BAD = "#1f2430", "#6b7280", "#e4e6eb", "#ffffff", "#c92a2a"
 _THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", BAD: "var(--bad)"}
@@ -124,10 +124,10 @@ def inline_svg(text: str, name: str, description: str) -> str:
 
 
 @house_style
-def png_bytes(figure: Figure, dots_per_inch: int = 160) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor=PAPER)
+    figure.savefig(buffer, format="png", dpi=160, facecolor=PAPER)
     return buffer.getvalue()
 
 
@@ -159,10 +159,9 @@ def power_text(value: float) -> str:
     """1e12 -> '10' with a raised 12; 4e11 -> '4x10' with a raised 11."""
     if not (value > 0 and math.isfinite(value)):
         return "0"
-    exponent = math.floor(math.log10(value) + 1e-9)
-    mantissa = round(value / 10**exponent, 2)
-    raised = "10" + str(exponent).translate(_SUPERSCRIPT)
-    return raised if mantissa == 1 else f"{mantissa:g}\u00d7{raised}"
+    mantissa, exponent = format_flops(value).split("e")
+    raised = "10" + exponent.translate(_SUPERSCRIPT)
+    return raised if mantissa == "1" else f"{mantissa}\u00d7{raised}"
 
 
 def rung_axis(axes: Axes, rungs: Sequence[float], *, air_right: float = 0.0) -> None:
@@ -188,9 +187,9 @@ def log_axis(axes: Axes, low: float, high: float, *, air_right: float = 0.0) -> 
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def value_axis(axes: Axes, ticks: int = 5) -> None:
+def value_axis(axes: Axes) -> None:
     """A linear y axis with few, round ticks and a light grid; vertical grid lines off."""
-    axes.yaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(False, axis="x")
     axes.spines["left"].set_visible(False)
 

@@ -207,7 +207,7 @@ def _warnings(
             "memory for them, or takes too long for a step"
         )
     if speeds and machine.gpus == 0 and any(tier.gpus for tiers in spec.scaling.tiers for tier in tiers):
-        yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores} CPUs"
+        yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores:g} CPUs"
     for tiers in spec.scaling.tiers:
         if not any(map(machine.holds, tiers)):
             yield f"{machine.lack(tiers[0])}: it would not start here"
@@ -300,7 +300,7 @@ def _rung_plan(
         training_flops=round(trials * float(np.mean(trained_flops))),
         evaluation_flops=round(trials * float(np.mean([_evaluation_flops(spec, point, rung) for point in points]))),
         memory_gib=max(place.needed_bytes for place in places) / GIB,
-        unheld=float(np.mean([all(_is_unheld(machine, way) for way in ways) for ways in holding])),
+        unheld=float(np.mean([all(_is_unheld(machine, way, at_most) for way in ways) for ways in holding])),
         workers=tuple(sorted({place.tier.workers for place in places})),
         tasks_here=here,
         train_s=None if every_s is None else every_s / max(1, min(at_most, here)),
@@ -308,8 +308,8 @@ def _rung_plan(
     )
 
 
-def _is_unheld(machine: Machine, place: Place) -> bool:
-    return place.tier.memory_gib is None and place.needed_bytes / GIB > machine.worker_gib(place.tier)
+def _is_unheld(machine: Machine, place: Place, tasks: int) -> bool:
+    return place.tier.memory_gib is None and place.needed_bytes / GIB > machine.worker_gib(place.tier, tasks)
 
 
 def _measure(

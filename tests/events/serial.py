@@ -30,7 +30,7 @@ def prepare_serially(
         for index in range(count):
             prepare.sort_partition(job, count, index)
         split = prepare.choose_split(job)
-        partitions = prepare.sorted_partitions(job)
+        partitions = job.files("partitions")
         for index, partition in enumerate(partitions):
             build.measure_partition(job, split, index, partition)
         build.fit_all(job, split)

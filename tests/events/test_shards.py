@@ -11,7 +11,7 @@ from bfm.errors import CorruptError, UserError
 from bfm.events.manifest import MANIFEST, Manifest
 from bfm.events.parts import write_part
 from bfm.events.shards import Shards
-from tests.helpers import history_of, make_shards, user_keys
+from tests.helpers import history_of, make_shards, open_verified, user_keys
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_shards_say_what_was_written(toy_shards):
     assert {f.name for f in toy_shards.item_fields} == set(toy_shards.item_arrays)
     assert all(len(values) == toy_shards.num_items for values in toy_shards.item_arrays.values())
     assert len(user_keys(toy_shards)) == toy_shards.num_users
-    assert Shards.open(toy_shards.path, verify=True).hash == toy_shards.hash
+    assert open_verified(toy_shards.path).hash == toy_shards.hash
 
 
 def test_partition_does_not_change_histories(tmp_path):
@@ -43,7 +43,7 @@ def test_partition_does_not_change_histories(tmp_path):
         assert np.array_equal(first.context["channel"], second.context["channel"])
         assert (first.train_end, first.valid_end) == (second.train_end, second.valid_end)
     for name in ("channel", "quantity"):
-        taken = [shards.at(index).context(name) for shards in (one, three)]
+        taken = [shards.context_at(name, index) for shards in (one, three)]
         assert np.array_equal(*taken, equal_nan=True)
 
 
@@ -72,7 +72,7 @@ def test_an_altered_file_is_named(copied):
     raw[-1] ^= 1
     (copied / "events/time.npy").write_bytes(raw)
     with pytest.raises(CorruptError, match=r"events/time\.npy"):
-        Shards.open(copied, verify=True)
+        open_verified(copied)
 
 
 def test_a_missing_file_is_named(copied):
@@ -162,7 +162,7 @@ def test_what_is_kept_is_checked_and_never_needed(copied):
     shards.kept_path("x").write_bytes(shards.kept_path("x").read_bytes()[:-1])
     assert shards.kept("x", make) == b"value"
     assert len(made) == 2
-    assert Shards.open(copied, verify=True).hash == shards.hash
+    assert open_verified(copied).hash == shards.hash
 
 
 def test_a_directory_that_cannot_be_written_only_costs_the_cache(toy_shards, monkeypatch):

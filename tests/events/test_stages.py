@@ -19,7 +19,7 @@ from bfm.events.parts import KEYS
 from bfm.events.shards import Shards
 from bfm.events.ties import count_ties, tie_facts
 from tests.events.serial import PROJECT, contents, prepare_serially, shared_data
-from tests.helpers import history_of, user_keys
+from tests.helpers import history_of, open_verified, user_keys
 
 SCHEMA = """\
 name: shop
@@ -64,7 +64,7 @@ def shop(tmp_path):
 def test_histories_splits_and_items_against_plain_counts(shop):
     folder, frame = shop
     manifest = prepare_serially(folder / "shop.yaml", [folder / "log.parquet"], folder / "out")
-    shards = Shards.open(folder / "out", verify=True)
+    shards = open_verified(folder / "out")
     assert (manifest.users, manifest.events, manifest.rows_read) == (frame.user.nunique(), len(frame), len(frame))
     assert manifest.items == frame.item.nunique()
     valid_from, test_from = manifest.split["valid_from"], manifest.split["test_from"]

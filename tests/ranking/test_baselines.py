@@ -10,7 +10,7 @@ import pytest
 from bfm.events.neighbours import COUNTINGS, count_neighbours
 from bfm.events.protocol import Protocol, query_targets
 from bfm.ranking import baselines
-from bfm.ranking.baselines import baseline_metrics, best_neighbours, popularity_scores
+from bfm.ranking.baselines import baseline_metrics, baseline_scores, best_neighbours, popularity_scores
 from bfm.ranking.metrics import summarise
 from tests.helpers import make_shards
 
@@ -66,7 +66,8 @@ def test_pairs_are_counted_in_the_way_that_ranks_the_validation_part_best(toy_sh
 
 
 def test_queries_limit_the_floors_too(toy_shards):
-    metrics = baseline_metrics(toy_shards, Protocol.load(toy_shards), "validation", k=(5,), queries=7)
+    scores = baseline_scores(toy_shards, Protocol.load(toy_shards), "validation", k=(5,), queries=7)
+    metrics = {floor: summarise(of_floor).metrics for floor, of_floor in scores.items()}
     assert set(metrics["popularity"]) >= {"recall@5", "nll"}
     assert metrics["popularity"]["recall@5"] * 7 == pytest.approx(sum_of_first_recalls(toy_shards, 7, 5))
 

@@ -6,6 +6,7 @@ import datetime
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.objective import softmax as softmax_module
 from bfm.objective.sampling import drawn_inclusion, fixed_candidates
 from bfm.ranking import evaluate as evaluate_module
+from bfm.ranking import mixed_scores
 from bfm.ranking import queries as queries_module
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import merge, summarise
@@ -184,6 +186,12 @@ def test_a_worker_without_queries_adds_nothing(world):
     assert [len(part.query_Q) for part in parts] == [1, 1, 0]
     alone = evaluate(model, shards, protocol, "test", WINDOW, queries=2, pi_V=pi_V)
     assert summarise(merge(parts)).metrics == pytest.approx(summarise(alone).metrics, rel=1e-5)
+
+
+def test_scores_of_no_query_lie_on_their_device():
+    """A worker's share may be empty; what it holds is still joined with tensors of its GPU."""
+    nothing = SimpleNamespace(device=torch.device("meta"), num_items=3)
+    assert mixed_scores._log_totals(nothing, 0).device.type == "meta"
 
 
 def test_first_queries_are_a_subset(world):

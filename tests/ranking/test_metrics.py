@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -30,13 +31,22 @@ def block_of(table_QV):
     return lambda rows: lambda items: table_QV[rows, items].clone()
 
 
-def scored(table_QV, targets, seen=None, ks=(1, 3), users=None, basket=None, rows=None, **options):
+@contextmanager
+def blocks_of(num_scores, **changes):
+    """A pass over the catalogue in blocks of at most so many scores."""
+    way = dataclasses.replace(ranks._CPU_PASS, block_scores=num_scores, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "pass_on", lambda device: way)
+        yield
+
+
+def scored(table_QV, targets, seen=None, ks=(1, 3), users=None, basket=None, rows=None):
     """All queries, or those in `rows`, of one table of scores."""
     num_queries, num_items = table_QV.shape
     rows = np.arange(num_queries) if rows is None else rows
     chosen = ragged([targets[q] for q in rows])
     ranked = rank_targets(
-        block_of(table_QV[rows]), chosen, num_items, max(ks), seen and ragged([seen[q] for q in rows]), **options
+        block_of(table_QV[rows]), chosen, num_items, max(ks), seen and ragged([seen[q] for q in rows])
     )
     users = np.arange(num_queries) if users is None else np.asarray(users)
     basket = np.zeros(num_queries, bool) if basket is None else np.asarray(basket)
@@ -93,11 +103,12 @@ def worlds(draw):
     return torch.tensor(table, dtype=torch.float32) / 2, targets, seen
 
 
-@given(worlds(), st.sampled_from([1, 3, 10]), st.integers(4, 400))
+@given(worlds(), st.sampled_from([1, 3, 10]), st.integers(1, 100))
 @settings(max_examples=50, deadline=None)
-def test_metrics_equal_brute_force(world, k, block_bytes):
+def test_metrics_equal_brute_force(world, k, block_scores):
     table_QV, targets, seen = world
-    _, scores = scored(table_QV, targets, seen, ks=(k,), block_bytes=block_bytes)
+    with blocks_of(block_scores):
+        _, scores = scored(table_QV, targets, seen, ks=(k,))
     union = set()
     for query in range(len(table_QV)):
         kinds, nll, first = brute_force(table_QV[query].tolist(), targets[query], seen[query] if seen else [], k)
@@ -126,8 +137,9 @@ def test_long_rows_take_the_grouped_path_and_agree_with_a_full_sort():
     generator = torch.Generator().manual_seed(0)
     table_QV = torch.randint(0, 400, (7, 5003), generator=generator).float() / 100
     targets = [table_QV[q].topk(12).indices[q:].tolist() for q in range(7)]
-    for block_bytes in (1 << 24, 40_000, 3_000):
-        ranked, scores = scored(table_QV, targets, ks=(10,), block_bytes=block_bytes)
+    for block_scores in (1 << 22, 10_000, 750):
+        with blocks_of(block_scores):
+            ranked, scores = scored(table_QV, targets, ks=(10,))
         for query in range(7):
             expected, _, first = brute_force(table_QV[query].tolist(), targets[query], [], 10)
             assert scores.values["recall@10"][query] == pytest.approx(expected[""][0])
@@ -224,13 +236,14 @@ def test_no_block_of_scores_is_larger_than_asked(num_queries, num_items):
         def block(items):
             nonlocal largest, covered
             count = (rows.stop - rows.start) * (items.stop - items.start)
-            largest, covered = max(largest, 4 * count), covered + count
+            largest, covered = max(largest, count), covered + count
             return torch.zeros(rows.stop - rows.start, items.stop - items.start)
 
         return block
 
-    rank_targets(scores, ragged([[0]] * num_queries), num_items, 10, block_bytes=1 << 16)
-    assert largest <= 1 << 16
+    with blocks_of(1 << 14):
+        rank_targets(scores, ragged([[0]] * num_queries), num_items, 10)
+    assert largest <= 1 << 14
     assert covered == num_queries * num_items
 
 
@@ -240,7 +253,8 @@ def test_nll_of_any_range_of_scores_equals_double_precision(scale, offset):
     generator = torch.Generator().manual_seed(0)
     table_QV = scale * torch.nn.functional.normalize(torch.randn(20, 700, generator=generator), dim=1) + offset
     targets, seen = [[q, 2 * q + 100] for q in range(20)], [table_QV[q].topk(3).indices.tolist() for q in range(20)]
-    ranked, _ = scored(table_QV, targets, seen, block_bytes=1 << 12)
+    with blocks_of(1 << 10):
+        ranked, _ = scored(table_QV, targets, seen)
     exact_QV = -torch.log_softmax(table_QV.double(), dim=1)
     expected = [exact_QV[query, item].item() for query, ids in enumerate(targets) for item in ids]
     # Scores around 500 are known to about 1e-4 only.
@@ -274,7 +288,8 @@ def test_the_number_of_threads_changes_no_bit():
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         try:
-            found.append(rank_targets(DotScores(queries_QD, items_VD), targets, 1500, 10, seen, block_bytes=1 << 18))
+            with blocks_of(1 << 16):
+                found.append(rank_targets(DotScores(queries_QD, items_VD), targets, 1500, 10, seen))
             assert torch.get_num_threads() == num_threads
         finally:
             torch.set_num_threads(1)
@@ -284,26 +299,27 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu():
     """The pass that a GPU makes, with blocks of at most 100 rows."""
-    monkeypatch.setattr(ranks, "pass_on", lambda device: ranks.Pass(100, 1 << 16, waits=False))
+    with blocks_of(1 << 14, rows=100, waits=False):
+        yield
 
 
-def ranked_world(**options):
+def ranked_world():
     """Scores with ties, filtered and cold targets."""
     generator = torch.Generator().manual_seed(0)
     queries_QD, items_VD = (torch.randint(-2, 3, (n, 6), generator=generator).float() for n in (250, 1500))
     targets = ragged([[q, q + 700, q + 1300] for q in range(250)])
     seen = ragged([[q + 5, q + 50, q + 700][: q % 4] for q in range(250)])
-    return rank_targets(DotScores(queries_QD, items_VD), targets, 1500, 10, seen, **options)
+    return rank_targets(DotScores(queries_QD, items_VD), targets, 1500, 10, seen)
 
 
-@pytest.mark.parametrize("block_bytes", [1 << 10, 1 << 14, 1 << 17, 1 << 24])
+@pytest.mark.parametrize("block_scores", [1 << 8, 1 << 12, 1 << 15, 1 << 22])
 @pytest.mark.parametrize("waits", [True, False])
-def test_neither_the_size_of_blocks_nor_the_kind_of_pass_changes_a_rank(monkeypatch, block_bytes, waits):
+def test_neither_the_size_of_blocks_nor_the_kind_of_pass_changes_a_rank(block_scores, waits):
     expected = ranked_world()
-    monkeypatch.setattr(ranks, "pass_on", lambda device: ranks.Pass(100, 1, waits=waits))
-    found = ranked_world(block_bytes=block_bytes)
+    with blocks_of(block_scores, rows=100, waits=waits):
+        found = ranked_world()
     for name in ("rank_N", "top_Qk", "top_score_Qk", "filtered_N"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.nll_N, expected.nll_N, rtol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bfm.errors import CorruptError, UserError
+from bfm.events import histories
 from bfm.events.encoding import Encoding, write_items
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
@@ -142,17 +143,18 @@ def test_a_raw_log_gives_what_the_shards_give_for_the_same_histories(shop, expor
         assert got.loc[key, "events"] == queries.position[row] + 1
 
 
-def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, tmp_path):
+def test_spilling_changes_nothing_and_bounds_the_parts(shop, export, predictor, tmp_path, monkeypatch):
     logs = [shop.folder / "log.parquet"]
     whole, _ = predict(export, logs, tmp_path / "whole.parquet", vectors=True)
-    spilled, _ = predict(export, logs, tmp_path / "spilled.parquet", vectors=True, part_rows=300)
+    monkeypatch.setattr(histories, "PART_ROWS", 300)
+    spilled, _ = predict(export, logs, tmp_path / "spilled.parquet", vectors=True)
     assert whole["items"].map(list).equals(spilled["items"].map(list))
     np.testing.assert_allclose(np.stack(whole["vector"]), np.stack(spilled["vector"]), atol=2e-6)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     parts = [
         (part.users.to_pylist(), part.shards.manifest.events)
-        for part in Histories(predictor.encoding, [str(logs[0])], scratch, part_rows=300).parts()
+        for part in Histories(predictor.encoding, [str(logs[0])], scratch).parts()
     ]
     users = [user for part, _ in parts for user in part]
     assert len(users) == len(set(users)) == shop.shards.num_users
@@ -204,14 +206,15 @@ def test_new_items_count_in_histories_and_are_never_listed(shop, export, tmp_pat
     assert {item for items in got["items"] for item in items} <= known
 
 
-def test_users_without_a_usable_row_have_empty_lists(shop, export, tmp_path):
+def test_users_without_a_usable_row_have_empty_lists(shop, export, tmp_path, monkeypatch):
     frame = shop.frame.astype({"user": object, "time": object})
     frame.loc[frame.user == 7, "time"] = "soon"
     frame.loc[frame.index[frame.user == 8][0], "time"] = None
     frame.loc[frame.index[frame.user == 9][0], "user"] = None
     frame.astype(str).replace({"None": ""}).to_csv(tmp_path / "log.csv", index=False)
     for part_rows in (300, 1 << 19):
-        got, summary = predict(export, [tmp_path / "log.csv"], tmp_path / "out", vectors=True, part_rows=part_rows)
+        monkeypatch.setattr(histories, "PART_ROWS", part_rows)
+        got, summary = predict(export, [tmp_path / "log.csv"], tmp_path / "out", vectors=True)
         assert set(got.index) == {str(user) for user in shop.frame.user.unique()}
         assert len(got.loc["7", "items"]) == len(got.loc["7", "scores"]) == got.loc["7", "events"] == 0
         assert got.loc["7", "vector"] is None

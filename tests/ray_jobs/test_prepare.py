@@ -9,12 +9,14 @@ import ray
 from bfm.errors import UserError
 from bfm.events import prepare
 from bfm.events.shards import Shards
+from bfm.files import Store
 from bfm.sealed import staging
 from ray_jobs import prepare as ray_prepare
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards
 from tests.events.serial import contents, prepare_serially
 from tests.events.test_stages import SCHEMA, make_log
+from tests.helpers import open_verified
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +57,7 @@ def test_ray_writes_what_one_process_writes(shop, monkeypatch, rows_per_shard):
     prepare_shards(schema, [str(shop / "parts" / "*.parquet")], str(shop / "five"))
     assert contents(shop / "one") == contents(shop / "serial")
     assert _data(shop / "five") == _data(shop / "serial")
-    assert Shards.open(shop / "one", verify=True).manifest == manifest
+    assert open_verified(shop / "one").manifest == manifest
 
 
 def test_progress_goes_through_all_stages_and_ray_is_quiet(shop, capfd):
@@ -91,7 +93,7 @@ def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop, spread):
         (shop / f"begun-{number}").touch()
 
     def fill():
-        with staging(shop / "out") as folder, ray_prepare._plain_errors():
+        with staging(shop / "out") as folder:
             (folder / "half").write_text("made")
             ray_prepare._over(folder, spread, write, [(number,) for number in range(40)])
 
@@ -114,6 +116,22 @@ def test_a_uri_is_filled_and_read_back(shop, monkeypatch):
         prepare_shards(str(shop / "shop.yaml"), [f"file://{shop}/parts"], uri)
     globbed = prepare_shards(str(shop / "shop.yaml"), [f"file://{shop}/parts/*.parquet"], uri, overwrite=True)
     assert globbed.hash == manifest.hash
+
+
+def test_an_overwritten_uri_is_no_shard_set_until_all_of_it_is_there(shop, monkeypatch):
+    uri, put = f"file://{shop}/store/set", Store.put
+    prepare_shards(str(shop / "shop.yaml"), [str(shop / "parts")], uri)
+
+    def put_some(store, name, data):
+        if name.startswith("users/"):
+            raise OSError(errno.EIO, "the storage is away")
+        put(store, name, data)
+
+    monkeypatch.setattr(Store, "put", put_some)
+    with pytest.raises(OSError, match="away"):
+        prepare_shards(str(shop / "shop.yaml"), [str(shop / "log.parquet")], uri, seed=9, overwrite=True)
+    with pytest.raises(UserError, match="no shard set"):
+        Shards.open(uri)
 
 
 def test_a_session_is_shared_and_an_own_one_swept_away():

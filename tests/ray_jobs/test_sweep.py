@@ -22,13 +22,16 @@ from bfm.errors import CorruptError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
+from bfm.sweep import machine
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import has_begun, read_ledger
+from bfm.sweep.machine import Machine
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import SweepState
+from bfm.sweep.tiers import Tier
 from ray_jobs import sweep
 from ray_jobs.cluster_session import local_ray
-from ray_jobs.room import check_fits, machine_capacity
+from ray_jobs.room import check_fits, total_of
 from ray_jobs.sweep import main, run_sweep
 from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
 
@@ -132,17 +135,17 @@ def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_r
 @pytest.mark.parametrize(
     ("tiers", "cpus", "gpus"),
     [
-        ([SINGLE], 0.5, 0.0),
-        ([SINGLE, PAIR], 1.5, 0.0),
-        ([{"cpus": 2}, {**PAIR, "workers": 4, "cpus": 4}], 17.0, 0.0),
-        ([{"cpus": 1, "gpus": 0.25}, {**PAIR, "gpus": 1}], 1.5, 2.0),
+        ([SINGLE], 0.5, 0),
+        ([SINGLE, PAIR], 1.5, 0),
+        ([{"cpus": 2}, {**PAIR, "workers": 4, "cpus": 4}], 17.0, 0),
+        ([{"cpus": 1, "gpus": 0.25}, {**PAIR, "gpus": 1}], 1.5, 2),
     ],
 )
 def test_every_tier_must_fit_by_itself_however_many_slots(tmp_path, toy_shards, tiers, cpus, gpus) -> None:
     spec = resolve(write_space(tmp_path, toy_shards.path, scaling={"slots": 64, "tiers": tiers}))
-    check_fits(spec, {"CPU": cpus, "GPU": gpus})
-    with pytest.raises(UserError, match=f"needs {cpus:g} CPUs"):
-        check_fits(spec, {"CPU": cpus - 0.25, "GPU": gpus})
+    check_fits(spec, Machine(cpus, gpus, memory_gib=16.0))
+    with pytest.raises(UserError, match=f"asks for {cpus:g} CPUs"):
+        check_fits(spec, Machine(cpus - 0.25, gpus, memory_gib=16.0))
 
 
 def test_a_sweep_on_a_small_ray(tmp_path, toy_shards, monkeypatch) -> None:
@@ -423,6 +426,19 @@ def has_rows(path: Path, number: int) -> bool:
     return has_begun(Store(path)) and len(rows(path)) >= number
 
 
-def test_capacity_counts_this_machine(monkeypatch) -> None:
+def test_a_plan_counts_what_a_task_holds_on_ray() -> None:
+    for settings in ({"cpus": 0.5}, {"cpus": 0.5, "workers": 3}, {"cpus": 4, "workers": 2, "gpus": 1}):
+        tier = Tier(engine="deepspeed", **settings)
+        needs = total_of(tier.scaling(6))
+        assert Machine(needs["CPU"], 2, memory_gib=16.0).holds(tier) == 1
+        assert Machine(needs["CPU"] - 0.01, 2, memory_gib=16.0).holds(tier) == 0
+    # A share of a GPU is of one.
+    assert Machine(64, 2, memory_gib=16.0).holds(Tier(gpus=0.6)) == 2
+    assert Machine(64, 2, memory_gib=16.0).holds(Tier(gpus=0.25)) == 8
+
+
+def test_a_machine_is_what_a_container_may_use_of_it(monkeypatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert machine_capacity()["CPU"] == 6.0
+    for told, cores in (("", 6), ("max 100000\n", 6), ("250000 100000\n", 2), ("50000 100000\n", 1)):
+        monkeypatch.setattr(machine, "read_kernel", lambda file, told=told: told)
+        assert Machine.here().cores == cores

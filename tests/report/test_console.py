@@ -1,12 +1,15 @@
 """What a person reads on the way."""
 
+import math
 import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 from bfm.laws.frontier import Results
 from bfm.report import crowding
-from bfm.report.console import Display, Leaders, memorising_words, validation_text
+from bfm.report.console import Display, Leaders, memorising_words, step_words, validation_text
+from bfm.sweep import machine
 from bfm.sweep.state import SweepState
 from tests.report.planted import VALIDATION
 
@@ -57,8 +60,13 @@ def test_a_row_stands_beside_the_best_of_all_that_arrived_before_it():
         rows.append(row)
 
 
+def test_a_last_step_beyond_the_limit_leaves_no_time():
+    record = SimpleNamespace(path_flops=1.004e12, loss=5.0, loss_headline=math.nan, events_per_s=2e4, flops_per_s=1e9)
+    assert step_words(record, 1e12, 1e11) == "C 1e12  loss 5.0000  20k events/s  1.0% of peak  0.0s left"
+
+
 def test_the_live_line_says_that_the_machine_is_crowded_and_only_then(monkeypatch, capsys):
-    monkeypatch.setattr(crowding, "_read", lambda file: "")
+    monkeypatch.setattr(machine, "read_kernel", lambda file: "")
     for load, said in ((2.1, ""), (3.4, "  crowded: 3.4 threads for 2 cores")):
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0))

@@ -7,6 +7,7 @@ import itertools
 import math
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from bfm.errors import UserError
 from bfm.laws.result import Estimate
 from bfm.report import study
+from bfm.report.digits import estimate_text
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
 from bfm.report.law_panels import _apart
-from bfm.report.law_sections import estimate_text, headline_table, law_parts, recipe_part
+from bfm.report.law_sections import headline_table, law_parts, recipe_part
 from bfm.report.page import render_report
+from bfm.report.panels import _whole_hull
 from bfm.report.style import svg_text
 from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
@@ -201,6 +204,18 @@ def test_a_recipe_is_shown_as_predicted_and_as_measured():
 )
 def test_open_ends_are_said(value, text):
     assert estimate_text(value) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_no_point_is_below_the_hull_that_is_drawn(points):
+    x, y = np.array(points, dtype=float).T
+    hull = _whole_hull(x, y)
+    assert (np.diff(x[hull]) > 0).all()
+    assert (x[hull[0]], x[hull[-1]]) == (x.min(), x.max())
+    assert (y >= np.interp(x, x[hull], y[hull]) - 1e-9).all()
+    slopes = np.diff(y[hull]) / np.diff(x[hull])
+    assert (np.diff(slopes) > -1e-9).all()
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import UserError
+from bfm.events.fields import FittedField
+from bfm.events.manifest import Manifest
+from bfm.events.repeats import rule_facts
 from bfm.files import Store
 from bfm.laws.frontier import Results, frontier
 from bfm.report import figures, style
@@ -124,9 +127,15 @@ def test_everything_from_outside_is_escaped():
     sweep["rows"][0] = sweep["rows"][0] | {"trial": evil, "device": evil, "engine": evil}
     best = min((row for row in sweep["rows"] if row["rung"] == 2), key=lambda row: row["metrics"]["nll"])
     best["trial"] = evil
-    extra = {"manifest": {"name": evil, "split": {"by": evil}}, "protocol": {"hash": evil}, "provenance": {evil: evil}}
+    counts = {"users": 1, "events": 2, "items": 3, "catalogue": 3, "rows_quarantined": {evil: 1}}
+    field = FittedField(evil, "item", "time")
+    manifest = Manifest(name=evil, seed=0, has_clock=False, fields=(field,), split={"by": evil}, **counts).as_dict()
+    protocol = rule_facts({"targets": 9, "seen": 1}, None) | dict.fromkeys(("hash", "ties", "target_rule"), evil)
+    protocol["parts"] = {evil: {"queries": 1, "users": 1, "basket_queries": 1}}
+    extra = {"manifest": manifest, "protocol": protocol, "provenance": {evil: evil}}
     sweep["baselines"][evil] = {"nll": 7.5, "recall@10": 0.2}
     html = rendered(sweep, extra)
+    assert "inside baskets, reported apart" in html
     assert "<script>alert" not in html
     assert html.count("<script>") == 1
     parsed(html)
@@ -197,7 +206,13 @@ def test_varied_fields_are_the_swept_numbers(sweep):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1e12, "10\u00b9\u00b2"), (4e11, "4\u00d710\u00b9\u00b9"), (1.6e12, "1.6\u00d710\u00b9\u00b2"), (0.0, "0")],
+    [
+        (9.999e11, "10\u00b9\u00b2"),
+        (1e12, "10\u00b9\u00b2"),
+        (4e11, "4\u00d710\u00b9\u00b9"),
+        (1.6e12, "1.6\u00d710\u00b9\u00b2"),
+        (0.0, "0"),
+    ],
 )
 def test_powers_read_well(value, text):
     assert style.power_text(value) == text

@@ -77,8 +77,8 @@ def test_what_no_named_memory_holds_and_what_repeats_the_log_is_warned_of():
         def of(self, config):
             return dataclasses.replace(super().of(config), group_bytes=config.params * 10**7, epoch_events=10**4)
 
-    def warned(here, tier, **budget):
-        spec = make_spec(scaling={"tiers": [tier]}, budget=budget)
+    def warned(here, tier, slots=1, **budget):
+        spec = make_spec(scaling={"tiers": [tier], "slots": slots}, budget=budget)
         made = plan(spec, Costs(), here)
         return (
             made,
@@ -98,6 +98,11 @@ def test_what_no_named_memory_holds_and_what_repeats_the_log_is_warned_of():
     assert warned(larger, {"gpus": 0.5})[1]
     assert not warned(HERE, {"gpus": 1, "memory_gib": 24})[1]
     assert not warned(HERE, {"gpus": 1}, max_epochs=100)[2]
+    # Tasks at a time share the memory of a machine.
+    enough = Machine(cores=8, gpus=0, memory_gib=made.rungs[-1].memory_gib + 1)
+    assert not warned(enough, {"cpus": 8})[1]
+    assert not warned(enough, {"cpus": 1})[1]
+    assert warned(enough, {"cpus": 1}, slots=8)[1]
 
 
 def test_models_that_cannot_be_measured_here_are_not_and_it_is_said():

@@ -64,8 +64,9 @@ class Ways:
 
     def step(self, place: int) -> Step:
         """One of them."""
-        found: Step = self.table["step"][self.lines_M[place], self.rungs_M[place]]
-        return found
+        line, rung = int(self.lines_M[place]), int(self.rungs_M[place])
+        first, cost_flops = int(self.table["first"][line, rung]), self.table["cost_flops"][line, rung]
+        return Step(self.table["subject"][line], first, rung, cost_flops)
 
     def take(self, kept: np.ndarray | Sequence[int]) -> Ways:
         """Those of an index or a mask."""
@@ -92,13 +93,11 @@ class Candidates:
             "numbers": np.zeros((0, 1 + len(axes.numbers))),
             "codes": np.zeros((0, len(axes.choices)), int),
             "id": np.zeros(0, int),
-            # Of each rung, whether there is a way to it, and the way.
-            "leads": np.zeros((0, num_rungs), bool),
-            "step": np.zeros((0, num_rungs), object),
-            "cost_flops": np.zeros((0, num_rungs), object),
-            # The rung of the task that would be started now.
-            "first": np.zeros((0, num_rungs), int),
+            # Of each rung that there is a way to, its row's C (0: there is none), and the Step: what it costs, and the
+            # rung of the task that would be started now.
             "row_flops": np.zeros((0, num_rungs)),
+            "cost_flops": np.zeros((0, num_rungs), object),
+            "first": np.zeros((0, num_rungs), int),
             # What the rest of the way to the top rung costs; inf without a row there.
             "beyond_flops": np.zeros((0, num_rungs), object),
         }
@@ -141,7 +140,7 @@ class Candidates:
 
     def entries(self) -> Ways:
         """New proposals, each on its way to its first rung."""
-        leads_MR = self._table["leads"][self._new_now]
+        leads_MR = self._table["row_flops"][self._new_now] > 0
         some_M = leads_MR.any(1)
         return Ways(self._table, self._new_now[some_M], leads_MR[some_M].argmax(1))
 
@@ -160,7 +159,7 @@ class Candidates:
         return line_T[line_T >= 0]
 
     def _to(self, rung: int, lines_M: np.ndarray) -> Ways:
-        lines_M = lines_M[self._table["leads"][lines_M, rung]]
+        lines_M = lines_M[self._table["row_flops"][lines_M, rung] > 0]
         return Ways(self._table, lines_M, np.full(len(lines_M), rung))
 
     def _line(self, view: View, subject: Trial | Proposal) -> int:
@@ -181,7 +180,6 @@ class Candidates:
         table["numbers"][line], table["codes"][line], table["id"][line] = self._coordinates(subject)
         for step in steps:
             at = line, step.rung
-            table["leads"][at], table["step"][at] = True, step
             table["cost_flops"][at], table["first"][at] = step.cost_flops, step.first
             table["row_flops"][at] = self.arena.row_flops(config, step.rung)
             table["beyond_flops"][at] = ascent_flops(self.arena, config, step.rung, top) if reaches else math.inf

@@ -63,9 +63,10 @@ class Survival:
         places, first_M, coefficient_P = ways.places, ways.at("first"), self._coefficients()
         for rung in range(int(first_M.min()), int(ways.rungs_M.max()) + 1):
             # Where there is no row there are no FLOPs either, and nothing is multiplied.
-            here = replace(places, log_flops_M=np.log(np.maximum(1.0, ways.at("row_flops", rung))))
+            row_flops_M = ways.at("row_flops", rung)
+            here = replace(places, log_flops_M=np.log(np.maximum(1.0, row_flops_M)))
             hazard_M = expit(self._features(here) @ coefficient_P)
-            trains_M = (first_M <= rung) & (rung <= ways.rungs_M) & ways.at("leads", rung)
+            trains_M = (first_M <= rung) & (rung <= ways.rungs_M) & (row_flops_M > 0)
             alive_M *= np.where(trains_M, 1.0 - hazard_M, 1.0)
         return np.where(alive_M >= min(_HOPELESS, float(alive_M.max())), alive_M, 0.0)
 
