@@ -122,8 +122,8 @@ class _Efficient(torch.autograd.Function):
         ctx: Any, q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, bounds_N1: Tensor, longest: int, scale: float
     ) -> Tensor:
         tokens, sizes = (q_THP[None], k_THP[None], v_THP[None]), (bounds_N1, bounds_N1, longest, longest)
-        kernel = torch.ops.aten._efficient_attention_forward
-        out_1THP, lse, *random, _, _ = kernel(*tokens, None, *sizes, 0.0, _CAUSAL, True, scale=scale)
+        kernel, trains = torch.ops.aten._efficient_attention_forward, any(ctx.needs_input_grad)
+        out_1THP, lse, *random, _, _ = kernel(*tokens, None, *sizes, 0.0, _CAUSAL, trains, scale=scale)
         ctx.save_for_backward(*tokens, out_1THP, bounds_N1, lse, *random)
         ctx.longest, ctx.scale = longest, scale
         return out_1THP[0]
@@ -156,12 +156,17 @@ class _Efficient(torch.autograd.Function):
 @contextmanager
 def _in_fixed_order() -> Iterator[None]:
     """Kernels that add up in the order of their arrival have another form, which this asks for."""
-    before, only_warns = (
+    fills: Any = torch.utils.deterministic
+    before, only_warns, filled = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        fills.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True)
+    # Gradients are written whole: to fill their memory first is one more pass over each.
+    fills.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
+        fills.fill_uninitialized_memory = filled

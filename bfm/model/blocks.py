@@ -75,7 +75,7 @@ def add_rows(total_RD: Tensor, index_N: Tensor, rows_ND: Tensor) -> None:
     if total_RD.device.type == "cpu":
         total_RD.index_add_(0, index_N, rows_ND)
     else:
-        total_RD += torch.ops.aten.embedding_dense_backward(rows_ND, index_N, len(total_RD), -1, False)
+        total_RD.index_put_((index_N,), rows_ND, accumulate=True)
 
 
 @functools.cache
@@ -115,7 +115,8 @@ class GroupDropout:
         keep_NW = torch.empty_like(x_NW, memory_format=torch.contiguous_format)
         for part, generator in zip(keep_NW.split(rows), self.generators, strict=True):
             part.bernoulli_(1.0 - self.rate, generator=generator)
-        return x_NW * keep_NW.div_(1.0 - self.rate)
+        # In half precision a scaled mask would be off by as much for all.
+        return (x_NW * keep_NW).div_(1.0 - self.rate)
 
 
 class Block(nn.Module):

@@ -46,9 +46,10 @@ class Contextualizer(nn.Module):
     ) -> Queries:
         """What is said at the queries of the batch, in their order."""
         _, length, d_item = v_RLD.shape
-        dtype = self.out.weight.dtype
         # A unit vector has rms d_item^-0.5: scaled, both inputs have rms 1.
-        x_RLW = self.item_inputs((v_RLD * d_item**0.5).to(dtype)) + self.context_inputs(rms_norm(context_RLD))
+        x_RLW = self.item_inputs(v_RLD * d_item**0.5) + self.context_inputs(rms_norm(context_RLD))
+        # What blocks add to it is rounded to the precision of products, not the sum.
+        x_RLW = x_RLW.float()
         drop_windows, drop_queries = (None, None) if drop is None else (drop.windows, drop.queries)
         if drop_windows is not None:
             x_RLW = drop_windows(x_RLW)

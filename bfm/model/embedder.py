@@ -71,7 +71,8 @@ class TransformerResidual(nn.Module):
 
     def forward(self, tokens_UFD: Tensor) -> Tensor:
         """[U, F, D] to [U, D]."""
-        x_UFW = self.inputs(rms_norm(tokens_UFD))
+        # As in the contextualizer: the sum of what blocks add is not rounded.
+        x_UFW = self.inputs(rms_norm(tokens_UFD)).float()
         for block in self.blocks:
             x_UFW = block(x_UFW, None, None)
         return self.out(rms_norm(x_UFW.mean(1)))

@@ -231,16 +231,17 @@ class FieldEncoder(nn.Module):
         if dense_NX is not None:
             assert self.dense_weight is not None
             dense_NX = dense_NX.to(self.dense_weight.dtype)
-            if tokens:
-                inputs = zip(
-                    dense_NX.split(self.dense_inputs, 1), self.dense_weight.split(self.dense_inputs), strict=True
-                )
-                parts.append(torch.stack([part_NX @ weight_XD for part_NX, weight_XD in inputs], 1))
-            else:
-                parts.append(dense_NX @ self.dense_weight)
+            # Half precision would not tell two dates of a season apart.
+            with torch.autocast(dense_NX.device.type, enabled=False):
+                weight_XD = self.dense_weight
+                parts.append(self._dense_tokens(dense_NX, weight_XD) if tokens else dense_NX @ weight_XD)
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts, 1) if tokens else parts[0] + parts[1]
+
+    def _dense_tokens(self, dense_NX: Tensor, weight_XD: Tensor) -> Tensor:
+        inputs = zip(dense_NX.split(self.dense_inputs, 1), weight_XD.split(self.dense_inputs), strict=True)
+        return torch.stack([part_NX @ part_XD for part_NX, part_XD in inputs], 1)
 
 
 class _PooledRows(torch.autograd.Function):

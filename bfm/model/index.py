@@ -63,6 +63,7 @@ def index_items(
     place = np.concatenate([2 * filled_P, 2 * position_T + 1, place_D])
     of_group = np.concatenate([group_P[filled_P], group_P[position_T], group_D])
     place_bits, item_bits = (int(n).bit_length() for n in (2 * positions + len(drawn_D), ids.max(initial=0)))
+    assert num_groups.bit_length() + item_bits + place_bits < 64, "too many positions and items for one batch"
     key = (((of_group << item_bits) | ids) << place_bits) | place
     key.sort()
     place, thing = key & ((1 << place_bits) - 1), key >> place_bits

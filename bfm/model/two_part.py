@@ -140,7 +140,10 @@ class TwoPartModel(nn.Module):
         if not embeds_twice(len(ids_U)) or not torch.is_grad_enabled():
             return self._embed_chunk(ids_U)
         return torch.cat(
-            [checkpoint(self._embed_chunk, part, use_reentrant=False) for part in ids_U.split(EMBED_CHUNK)]
+            [
+                checkpoint(self._embed_chunk, part, use_reentrant=False, preserve_rng_state=False)
+                for part in ids_U.split(EMBED_CHUNK)
+            ]
         )
 
     def _embed_chunk(self, ids_U: Tensor, store: ItemStore | None = None) -> Tensor:

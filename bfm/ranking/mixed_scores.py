@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bfm.events.neighbours import Neighbours
+from bfm.model.blocks import add_rows
 from bfm.ranking.ranks import DotScores, Pairs, pass_on
 
 
@@ -38,7 +39,8 @@ class SparseMass:
         """From pairs in any order; those of a query and an item are added up, items from num_items on left out."""
         kept = ((mass_P > 0) & (item_P < num_items)).nonzero()[:, 0]
         key_P, place_P = torch.unique(query_P[kept] * num_items + item_P[kept], return_inverse=True)
-        total_P = torch.zeros(len(key_P), device=mass_P.device).index_add_(0, place_P, mass_P[kept])
+        total_P = torch.zeros(len(key_P), device=mass_P.device)
+        add_rows(total_P, place_P, mass_P[kept])
         return cls(key_P // num_items, key_P % num_items, total_P)
 
     @classmethod
@@ -64,7 +66,9 @@ class SparseMass:
 
     def totals(self, num_queries: int) -> Tensor:
         """Mass of every query [Q]."""
-        return torch.zeros(num_queries, device=self.mass_P.device).index_add_(0, self.query_P, self.mass_P)
+        total_Q = torch.zeros(num_queries, device=self.mass_P.device)
+        add_rows(total_Q, self.query_P, self.mass_P)
+        return total_Q
 
     def at(self, query_N: Tensor, item_N: Tensor) -> Tensor:
         """Mass of any pairs, 0 where there is none."""

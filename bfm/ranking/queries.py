@@ -27,8 +27,9 @@ from bfm.model.two_part import TwoPartModel
 from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 
-# Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy.
-_BATCH_POSITIONS, _GPU_BATCH_POSITIONS = 1 << 14, 1 << 16
+# Positions of one batch of contexts: bounds the activations, and is enough to keep the matmuls busy. Kernels of packed
+# attention take fewer than 2^16 users.
+_BATCH_POSITIONS, _GPU_BATCH_POSITIONS = 1 << 14, 1 << 15
 
 
 @dataclass(frozen=True)
