@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -19,12 +19,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.connection import wait
+from typing import Any, cast
 
 import ray
 
 from ray_jobs.preemption import draining_nodes
 
+_log = logging.getLogger(__name__)
 Message = dict[str, Any]
 CarryOut = Callable[[Message], Message]
 """order -> answer, on every rank. What it raises is the failure of the group."""
@@ -158,8 +160,7 @@ class WorkerGroup:
 
     def _wait_for_ranks(self) -> None:
         while len(self._lines) < self.kind.workers:
-            ready, _, _ = select.select([self._server, self._ended], [], [])
-            if self._ended in ready:
+            if self._ended in wait([self._server, self._ended]):
                 raise self._failure or RuntimeError("the worker group ended before its order was carried out")
             line = _Line(self._server.accept()[0])
             # Whoever else finds the port is not waited for.
@@ -173,9 +174,9 @@ class WorkerGroup:
             line.send(order)
         answers: dict[int, Message] = {}
         while len(answers) < self.kind.workers:
-            waiting = {line: rank for rank, line in self._lines.items() if rank not in answers}
-            for line in select.select(list(waiting), [], [])[0]:
-                answers[waiting[line]] = line.receive()
+            waiting = {line.fileno(): rank for rank, line in self._lines.items() if rank not in answers}
+            for rank in (waiting[cast(int, ready)] for ready in wait(waiting)):
+                answers[rank] = self._lines[rank].receive()
         return answers[0]
 
     def _stand_by(self) -> None:
@@ -183,10 +184,17 @@ class WorkerGroup:
         while not self._is_closed:
             time.sleep(_LOOK_S)
             with self._lock:
-                idle_s = time.monotonic() - self._idle_since_s
-                ends = not self._is_reserved and (idle_s > self._stays_s or self._is_wanted() or self._must_end())
+                ends = not self._is_reserved and not self._is_closed and self._gives_way()
             if ends:
                 self.close()
+
+    def _gives_way(self) -> bool:
+        try:
+            is_late = time.monotonic() - self._idle_since_s > self._stays_s
+            return is_late or self._is_wanted() or self._must_end()
+        except Exception as error:
+            _log.warning("a group of workers that stands by cannot see who waits, and ends: %s", error)
+            return True
 
     def _is_wanted(self) -> bool:
         """Whether somebody waits for room, and has for two looks: Tune asks for some before it takes a warm actor."""
@@ -197,8 +205,7 @@ class WorkerGroup:
     def _must_end(self) -> bool:
         """Whether a rank is gone, or its node is to go."""
         # Between orders no rank speaks: what can be read is an end.
-        ends: list[socket.socket | _Line] = [self._ended, *self._lines.values()]
-        if select.select(ends, [], [], 0)[0]:
+        if wait([self._ended, *(line.fileno() for line in self._lines.values())], 0):
             return True
         return not {line.node for line in self._lines.values()}.isdisjoint(draining_nodes())
 
@@ -289,7 +296,7 @@ class _Line:
         """Id of the other end's."""
 
     def fileno(self) -> int:
-        """For select."""
+        """For `wait`."""
         return self._connection.fileno()
 
     def send(self, message: Message) -> None:
