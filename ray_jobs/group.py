@@ -33,6 +33,7 @@ CarryOut = Callable[[Message], Message]
 
 _LOOK_S = 0.5
 """How often an idle group looks whether it has to go."""
+_WAITS_S = 3.0
 _HELLO_S = 10.0
 _KEEP_ALIVE_S = 60
 _CLOSE_S = 20.0
@@ -112,7 +113,9 @@ class WorkerGroup:
         """Begin to start the workers for an order that follows at once."""
         self.kind, self._stays_s = kind, stays_s
         self._lock = threading.Lock()
-        self._is_reserved, self._is_closed, self._was_wanted = True, False, False
+        self._is_reserved, self._is_closed = True, False
+        self._waiting_since_s: dict[str, float] = {}
+        """By placement group."""
         self._idle_since_s = time.monotonic()
         self._server = socket.create_server((ray.util.get_node_ip_address(), 0), backlog=kind.workers)
         self._token = uuid.uuid4().hex
@@ -197,10 +200,11 @@ class WorkerGroup:
             return True
 
     def _is_wanted(self) -> bool:
-        """Whether somebody waits for room, and has for two looks: Tune asks for some before it takes a warm actor."""
-        groups = ray.util.placement_group_table().values()
-        before, self._was_wanted = self._was_wanted, any(group["state"] == "PENDING" for group in groups)
-        return before and self._was_wanted
+        """Whether somebody has waited for room for longer than it takes to be given what is free."""
+        now_s, table = time.monotonic(), ray.util.placement_group_table()
+        waiting = [name for name, group in table.items() if group["state"] == "PENDING"]
+        self._waiting_since_s = {name: self._waiting_since_s.get(name, now_s) for name in waiting}
+        return any(now_s - since_s > _WAITS_S for since_s in self._waiting_since_s.values())
 
     def _must_end(self) -> bool:
         """Whether a rank is gone, or its node is to go."""

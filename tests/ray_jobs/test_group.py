@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from bfm.files import Store
+from bfm.training.journal import stop_task
+from bfm.training.task import RungTask
 from tests.ray_jobs.test_train import RUNG, cluster, task  # noqa: F401
 from tests.ray_jobs.toys import wait_for
 
@@ -102,7 +104,12 @@ def test_the_next_task_of_a_tier_begins_at_once_and_is_the_same(place) -> None:
     assert memory_bytes[1] - memory_bytes[0] < 10e6, "four tasks leave nothing behind"
     with pytest.raises(ray.exceptions.RayTaskError, match="at least 100"):
         place.train(task("short", 5e7))
-    assert place.train(task("after"))["warm_start_s"] < WARM_S, "a mistake is no failure of the group"
+    long = task("long", 1e12)
+    yielded = place.begin(long)
+    stop_task(RungTask.from_task(long), place.store, at_once=False)
+    with pytest.raises(ray.exceptions.RayTaskError, match="the same command goes on"):
+        ray.get(yielded, timeout=120)
+    assert place.train(task("after"))["warm_start_s"] < WARM_S, "neither a mistake nor a checkpoint ends the group"
     assert place.store.folders("trials/first") == ["trials/first/checkpoints"], "no notes of Ray Train are left"
     # Another tier: the two groups would not fit beside each other.
     wider = task("wider")
