@@ -112,7 +112,7 @@ class WorkerGroup:
     def __init__(self, kind: Kind, notes: str, stays_s: float) -> None:
         """Begin to start the workers for an order that follows at once."""
         self.kind, self._stays_s = kind, stays_s
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_reserved, self._is_closed = True, False
         self._waiting_since_s: dict[str, float] = {}
         """By placement group."""
@@ -167,7 +167,7 @@ class WorkerGroup:
                 raise self._failure or RuntimeError("the worker group ended before its order was carried out")
             line = _Line(self._server.accept()[0])
             # Whoever else finds the port is not waited for.
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 hello = line.receive(_HELLO_S)
                 if hello["token"] == self._token:
                     line.node, self._lines[hello["rank"]] = hello["node"], line
@@ -187,9 +187,9 @@ class WorkerGroup:
         while not self._is_closed:
             time.sleep(_LOOK_S)
             with self._lock:
-                ends = not self._is_reserved and not self._is_closed and self._gives_way()
-            if ends:
-                self.close()
+                # Under one lock: an order that came between the two would lose its ranks.
+                if not self._is_reserved and not self._is_closed and self._gives_way():
+                    self.close()
 
     def _gives_way(self) -> bool:
         try:
