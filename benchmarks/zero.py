@@ -197,9 +197,9 @@ def main() -> None:
         "# A step of two ZeRO workers beside plain ones",
         "",
         f"Written by `python benchmarks/zero.py`: ZeRO {STAGE} on gloo, one thread a process, grocery baskets of the "
-        "demo package, a group a micro-batch; least (median) of the turns, all processes taking turns. `plain`: one "
-        "process with all micro-batches; `twins`: two plain processes at once that share no word; `alone`: ZeRO with "
-        "one worker.",
+        f"demo package, a group a micro-batch; least (median) of {options.rounds} turns of {options.steps} steps. "
+        "`plain`: one process with all micro-batches; `twins`: two plain processes at once that share no word; `alone`: "
+        "ZeRO with one worker.",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
