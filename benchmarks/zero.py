@@ -198,8 +198,8 @@ def main() -> None:
         "",
         f"Written by `python benchmarks/zero.py`: ZeRO {STAGE} on gloo, one thread a process, grocery baskets of the "
         f"demo package, a group a micro-batch; least (median) of {options.rounds} turns of {options.steps} steps. "
-        "`plain`: one process with all micro-batches; `twins`: two plain processes at once that share no word; `alone`: "
-        "ZeRO with one worker.",
+        "`plain`: one process with all micro-batches; `twins`: two plain processes at once that share no word; "
+        "`alone`: ZeRO with one worker.",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
