@@ -38,7 +38,7 @@ class Holding:
 
     task: Task
     is_idle: bool
-    """Its task is done: the actor waits for another one, and the group's workers are gone."""
+    """Its task is done: the actor waits for another one, and workers that stand by give way to who needs their room."""
 
 
 def bundles(scaling: Mapping[str, Any]) -> list[Resources]:

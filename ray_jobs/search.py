@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from bfm.sweep.task import Task
 from ray_jobs.desk import Desk, Live
 
 IDLE_LIMIT_S = 60.0
@@ -66,7 +67,10 @@ class DriverSearcher(Searcher):
             return True
         if one.leaving or self._slots_are_starting():
             return False
-        in_hand = self.desk.peek(list(self._trials.values())) is not None
+        task = self.desk.peek(list(self._trials.values()))
+        if task is not None and not _suits(one, task) and any(_suits(other, task) for other in self._trials.values()):
+            return False
+        in_hand = task is not None
         if self.desk.waiting is not None:
             # What an idle actor holds may be what the next task lacks.
             one.ending = True
@@ -107,3 +111,8 @@ class DriverSearcher(Searcher):
             self._short_since_s = self.desk.clock()
         # A slot without resources (a cluster at its limit) may never come up; nobody waits for it for ever.
         return self.desk.clock() - self._short_since_s <= START_LIMIT_S
+
+
+def _suits(one: Live, task: Task) -> bool:
+    """Whether a trial's actor may have workers that stand by for a task of this tier; such a one goes first."""
+    return one.stands_by and not one.ending and one.task.scaling == task.scaling

@@ -25,6 +25,7 @@ from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
 from bfm.training.journal import YieldError
 from bfm.training.task import Account, RungTask
+from ray_jobs.group import coordinator
 from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses, at_work
 
@@ -98,6 +99,7 @@ class RungTrial(Trainable):
         if self._delivered:
             time.sleep(STANDBY_S)
             if notice().given:
+                self.cleanup()
                 os._exit(128 + signal.SIGTERM)
             return {}
         self._delivered = True
@@ -114,6 +116,10 @@ class RungTrial(Trainable):
             # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
             return _failure(error)
+
+    def cleanup(self) -> None:
+        """Tune has no more tasks for the actor: give back what its worker group holds."""
+        coordinator().close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing to keep: the trunk checkpoint lies in the sweep's store. Tune calls this at the end of a trial."""
@@ -141,7 +147,7 @@ class Workplace:
         check_mounted(self.storage)
         if task["scaling"]["workers"] == 1:
             return self._train_alone(task, assigned_at_s)
-        from ray_jobs.train import train_on_workers
+        from ray_jobs.train import STAYS_S, train_on_workers
 
         row = train_on_workers(
             task,
@@ -153,6 +159,7 @@ class Workplace:
             # ends, and the driver's next try, with a reservation of its own, goes on from the in-rung checkpoint.
             max_failures=0,
             pulses=self.pulses,
+            stays_s=STAYS_S,
         )
         with closing(self.writer(task)) as writer:
             writer.row(row)
@@ -169,7 +176,7 @@ class Workplace:
             writer.take(record)
             if isinstance(record, StepRecord):
                 step_flops, before_flops = record.path_flops - before_flops, record.path_flops
-            # The group's process is killed when it is done, so the file is closed after each of the last steps.
+            # The group's process is killed when it has to go, so the file is closed after each of the last steps.
             if record.phase == "cooldown" and record.path_flops + 2 * step_flops > task["rung_flops"]:
                 writer.close()
 

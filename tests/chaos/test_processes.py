@@ -209,11 +209,12 @@ def test_what_a_group_held_is_freed_when_its_cleaner_was_killed_before(tmp_path,
 
     def rob() -> None:
         ours(CLEANER)[-1].kill()
-        wait_for(lambda: is_in_the_middle(store, rows=2), 120, "the group ends in peace, and another one trains")
-        for owner in (CONTROLLER, ACTOR):
-            ours(CLEANER)[-1].kill()
-            ours(owner)[-1].kill()
-            see_it_go_on(store, f"kill -9 of the cleaner and of {owner}")
+        wait_for(lambda: is_in_the_middle(store, rows=2), 120, "the group does not miss it, and trains the next task")
+        ours(CONTROLLER)[-1].kill()
+        see_it_go_on(store, "kill -9 of the cleaner and of the controller")
+        ours(CLEANER)[-1].kill()
+        ours(ACTOR)[-1].kill()
+        see_it_go_on(store, "kill -9 of the cleaner and of the actor")
 
     with meanwhile(lambda: is_in_the_middle(store, rows=1), rob):
         run_sweep(resolve(space), str(tmp_path))

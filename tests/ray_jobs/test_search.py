@@ -157,6 +157,23 @@ def test_a_group_s_coordinator_shares_actors_with_single_workers_of_equal_size()
     assert single == group == {"CPU": 0.5, "GPU": 0.0}
 
 
+def test_the_actor_whose_workers_stand_by_for_a_tier_goes_before_others_of_its_size() -> None:
+    pair = {**CPU_SCALING, "workers": 2, "engine": "deepspeed", "zero_stage": 1}
+    driver = FakeDriver(3, 2, batch=2, scaling=[CPU_SCALING, pair])
+    searcher = DriverSearcher(make_desk(driver, 2))
+    for trial in ("single", "pair"):
+        searcher.suggest(trial)
+        searcher.started(trial)
+    driver.scaling = [pair]
+    assert not searcher.may_end("pair", {ROW: "{}"}), "the other one still runs, and the driver waits for it"
+    assert not searcher.may_end("single", {ROW: "{}"}), "the next task is for two workers"
+    assert searcher.may_end("pair", {})
+    searcher.on_trial_complete("pair", result={})
+    config = searcher.suggest("next")
+    assert isinstance(config, dict)
+    assert json.loads(config["task"])["scaling"] == pair
+
+
 @pytest.mark.parametrize(
     ("workers", "cpus", "gpus", "held"),
     [(1, 4.0, 0.25, {"CPU": 4.0, "GPU": 0.25}), (8, 4.0, 1.0, {"CPU": 1.0, "GPU": 0.0})],
