@@ -31,6 +31,8 @@ Message = dict[str, Any]
 CarryOut = Callable[[Message], Message]
 """order -> answer, on every rank. What it raises is the failure of the group."""
 
+_COLLECTIVE_TIMEOUT_S = 600
+"""A rank that hangs this long in a collective fails its group."""
 _LOOK_S = 0.5
 """How often an idle group looks whether it has to go."""
 _WAITS_S = 3.0
@@ -224,17 +226,15 @@ class WorkerGroup:
 
     def _trainer(self, notes: str) -> Any:
         import ray.train
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-        from ray_jobs.process_group import ProcessGroup
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         kind = self.kind
         use_gpu = kind.gpus > 0
         place = {"address": self._server.getsockname(), "token": self._token, "carry_out": kind.carry_out}
-        return DataParallelTrainer(
+        return TorchTrainer(
             _rank_main,
             train_loop_config=place,
-            backend_config=ProcessGroup(),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=kind.workers,
                 use_gpu=use_gpu,
