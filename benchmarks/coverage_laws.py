@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from bfm.laws.isoflop import fit_isoflop
 from bfm.laws.joint import fit_joint
 from bfm.laws.joint_form import LOG_E
+from bfm.laws.joint_optimum import optima_of
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
 from bfm.laws.surface import fit_surface
@@ -42,18 +42,15 @@ def surface(runs: Runs, places: Places) -> Answer:
 
 
 def joint(runs: Runs, places: Places) -> Answer:
-    """All axes, all rows, noise of rows and of trials."""
+    """All axes, all rows, noise of rows and of trials, and what the form misses."""
     fit = fit_joint(runs)
-    found = {"N exponent": fit.interval(fit.exponent)}
-    log_floor = fit.interval(lambda theta_P: theta_P[LOG_E])
-    found["E"] = Estimate(*(math.exp(end) for end in (log_floor.estimate, log_floor.low, log_floor.high)))
-    for times in (1, 10):
-        flops = 6 * places[times]["params"] * places[times]["events"]
-        log_n = fit.interval(lambda theta_P, c=flops, b=places[times]["batch"]: fit.log_best(theta_P, c, b))
-        found[f"N* at {times} C"] = Estimate(*(math.exp(end) for end in (log_n.estimate, log_n.low, log_n.high)))
+    best = optima_of(fit, runs)
+    flops = {times: 6 * place["params"] * place["events"] for times, place in places.items()}
+    found = {"N exponent": best.exponent(), "E": fit.parameter(LOG_E)}
+    found |= {"N* at 1 C": best.own(flops[1]) or best.at(flops[1]), "N* at 10 C": best.at(flops[10])}
     for times in (4, 10):
-        place = {**places[times], "flops": 6 * places[times]["params"] * places[times]["events"]}
-        (loss,), (half,) = fit.predict({name: np.array([value]) for name, value in place.items()})
+        columns = {name: np.array([value]) for name, value in {**places[times], "flops": flops[times]}.items()}
+        (loss,), (half,) = fit.predict(columns)
         found[f"a run at {times} C"] = Estimate(loss, loss - half, loss + half)
     return found
 

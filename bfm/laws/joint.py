@@ -12,7 +12,7 @@ Shape legend: R rows, P parameters (those of `miss` included), M functions of `m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,8 @@ from scipy import optimize, stats
 
 from bfm.errors import UserError
 from bfm.laws.cost import Cost, cost_of
-from bfm.laws.joint_form import AXES, CRITICAL_SLOPE, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_CRITICAL, LOG_E, Frame, Places
+from bfm.laws.joint_form import AXES, LOG_ALPHA, LOG_BETA, LOG_E, Frame, Places
+from bfm.laws.powerlaw import exponential
 from bfm.laws.result import CONFIDENCE, Estimate
 from bfm.laws.runs import Runs
 from bfm.laws.transform import to_loss
@@ -31,7 +32,6 @@ _WIDE = 3.0
 """Prior standard deviation of logs: a factor of 400 either way."""
 _STARTS = (0.08, 0.16, 0.32, 0.64)
 _KEPT_STARTS = 4
-_STEP = 1e-5
 _SAME = 0.02
 """Logs of a column that does not vary differ by less."""
 
@@ -152,29 +152,23 @@ class Joint:
         free = len(self.problem.y_R) - self.problem.places.size
         return float(stats.t.ppf(0.5 + CONFIDENCE / 2, free))
 
-    def interval(self, quantity: Callable[[np.ndarray], float]) -> Estimate:
-        """Of a smooth quantity of the parameters; best one that is all but linear in them, such as a log."""
-        steps_PP = _STEP * np.eye(len(self.theta_P))
-        slope_P = [(quantity(self.theta_P + step) - quantity(self.theta_P - step)) / (2 * _STEP) for step in steps_PP]
-        half = self.reach * math.sqrt(float(np.array(slope_P) @ self.covariance_PP @ np.array(slope_P)))
-        middle = quantity(self.theta_P)
-        return Estimate(middle, middle - half, middle + half)
+    def parameter(self, place: int) -> Estimate:
+        """exp of the parameter at a place of theta, such as LOG_E or LOG_ALPHA."""
+        half = self.reach * math.sqrt(float(self.covariance_PP[place, place]))
+        middle = float(self.theta_P[place])
+        return exponential(Estimate(middle, middle - half, middle + half))
 
-    def exponent(self, theta_P: np.ndarray) -> float:
-        """Of N* in C."""
-        alpha, beta = math.exp(theta_P[LOG_ALPHA]), math.exp(theta_P[LOG_BETA])
-        return beta / (alpha + self.cost.power * beta)
-
-    def log_best(self, theta_P: np.ndarray, flops: float, batch: float | None = None) -> float:
-        """ln N* of the form at C and a batch, every other axis at its own optimum."""
-        alpha, beta = math.exp(theta_P[LOG_ALPHA]), math.exp(theta_P[LOG_BETA])
-        logs, power = self.frame.logs, self.cost.power
-        paid = math.log(flops / self.cost.scale) - power * logs["params"] - logs["events"]
-        if batch is not None and "batch" in logs:
-            log_critical = theta_P[LOG_CRITICAL] + theta_P[CRITICAL_SLOPE] * (math.log(flops) - logs["flops"])
-            paid -= float(np.logaddexp(0.0, math.log(batch) - logs["batch"] - log_critical))
-        pull = theta_P[LOG_ALPHA] + theta_P[LOG_A] - theta_P[LOG_BETA] - theta_P[LOG_B] - math.log(power)
-        return float((pull + beta * paid) / (alpha + power * beta) + logs["params"])
+    def along(self, flops: float, log_n_R: np.ndarray, batch: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(loss, its gradient) at sizes N of one C, every other axis at its optimum, as `Places.mean`."""
+        params_R = np.exp(log_n_R)
+        columns = {"params": params_R, "events": self.cost.events(params_R, flops), "flops": np.full(len(params_R), flops)}
+        for name in (*AXES, "batch"):
+            columns[name] = np.ones(len(params_R))
+        if "batch" in self.frame.logs:
+            least = math.exp(self.frame.logs["batch"] + self.problem.places.log_batch_R.min())
+            columns["batch"] = np.full(len(params_R), least if batch is None else batch)
+        where = self.frame.places(columns).growing(self.problem.errors.growth)
+        return where.at_best(self.theta_P).mean(self.theta_P)
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(loss, half width of the 95 % prediction interval) of new runs of new trials, each of shape R."""

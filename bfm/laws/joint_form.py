@@ -63,6 +63,15 @@ class Places:
         """The same places, where a miss goes with C^power."""
         return replace(self, miss_RM=self.miss_RM * np.exp(power * self.log_c_R)[:, None])
 
+    def at_best(self, theta_P: np.ndarray) -> Places:
+        """The same places with every axis at its optimum."""
+        axes, first = {}, self.first_axis
+        for name, (_, drivers_RQ) in self.axes.items():
+            after = first + 2 + drivers_RQ.shape[1]
+            axes[name] = (theta_P[first + 1] + drivers_RQ @ theta_P[first + 2 : after], drivers_RQ)
+            first = after
+        return replace(self, axes=axes)
+
     def mean(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(L of shape R, its gradient of shape R x P)."""
         alpha, beta, floor = (math.exp(theta_P[place]) for place in (LOG_ALPHA, LOG_BETA, LOG_E))
