@@ -31,6 +31,7 @@ from common import machine, publish
 from coverage_laws import LAWS, Answer
 
 from bfm.errors import UserError
+from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.simulator.fleet import Fleet
@@ -264,32 +265,35 @@ def summarise(name: str, path: Path, most: int) -> list[str]:
         "| design | space | law | noise | sd | sweeps | refused | " + " | ".join(names) + " |",
         "|---" * (7 + len(names)) + "|",
     ]
-    for case in CASES:
-        if answers[case]:
-            lines.append(_line(case, answers[case], names))
+    lines += [_line(list(case.__dict__.values()), answers[case], names) for case in CASES if answers[case]]
+    for design, space in itertools.product(("frontier", "fixed"), SPACES):
+        pooled = [pair for case in CASES if (case.design, case.space) == (design, space) for pair in answers[case]]
+        lines += [_line([design, space, "both", "both", "both"], pooled, names)] if pooled else []
     return lines
 
 
-def _line(case: Case, pairs: list[tuple[Answer, dict[str, float]]], names: list[str]) -> str:
+def _line(head: Sequence[Any], pairs: Sequence[tuple[Answer, dict[str, float]]], names: Sequence[str]) -> str:
     refused = sum(not answer for answer, _ in pairs)
-    cells = []
-    for name in names:
-        held = [(answer[name], truth[name]) for answer, truth in pairs if name in answer]
-        cells.append(_cell([(one.estimate, one.low, one.high, truth) for one, truth in held]) if held else "")
-    return f"| {case.design} | {case.space} | {case.law} | {case.noise} | {case.sd} | {len(pairs)} | {refused} | {' | '.join(cells)} |"
+    cells = [_cell([(answer[name], truth[name]) for answer, truth in pairs if name in answer]) for name in names]
+    return f"| {' | '.join(map(str, head))} | {len(pairs)} | {refused} | {' | '.join(cells)} |"
 
 
-def _cell(found: list[tuple[float, float, float, float]]) -> str:
-    """Held, mean error in half widths, median half width, ends that are open."""
-    estimate, low, high, truth = np.array(found).T
-    if truth[0] > 100:
+def _cell(found: Sequence[tuple[Estimate, float]]) -> str:
+    """Held, mean error in half widths, median half width, how many are open or not told."""
+    if not found:
+        return ""
+    values = np.array([(one.estimate, one.low, one.high, truth) for one, truth in found])
+    if values[0, 3] > 100:
         with np.errstate(divide="ignore", invalid="ignore"):
-            estimate, low, high, truth = np.log(estimate), np.log(low), np.log(high), np.log(truth)
-    held = np.mean((low <= truth) & (truth <= high))
-    half = float(np.median((high - low) / 2))
-    unclosed = int((~np.isfinite(high - low)).sum())
-    off = np.nanmean((estimate - truth)) / half
-    return f"{held:.0%} {off:+.2f} ±{half:.2g}" + (f" ({unclosed} open)" if unclosed else "")
+            values = np.log(values)
+    estimate, low, high, truth = values.T
+    held, closed = np.mean((low <= truth) & (truth <= high)), np.isfinite(high - low)
+    if not closed.any():
+        return f"{held:.0%} (all open)"
+    half = (high - low)[closed] / 2
+    off = float(np.mean((estimate - truth)[closed] / half))
+    unclosed = "" if closed.all() else f" ({(~closed).sum()} open)"
+    return f"{held:.0%} {off:+.2f} ±{np.median(half):.2g}{unclosed}"
 
 
 def main() -> None:
@@ -303,8 +307,13 @@ def main() -> None:
     if options.part == "rows":
         make_rows(options.rows, options.sweeps, options.designs)
         return
-    lines = summarise(options.law, options.rows, options.sweeps)
-    publish(f"coverage_{options.law}", "\n".join([f"# Coverage of `{options.law}`", "", *lines, "", machine("numpy", "scipy"), ""]))
+    about = (
+        "Each cell: how many 95 % intervals hold the truth, mean error in half widths, median half width (of ln N*); "
+        "`open`: an end is infinite. D* is C / (6 N*) and its exponent 1 less that of N*, so theirs are the same.\n"
+        f"Sweeps of {TRIALS} trials, rungs 1e15 to 1e19; written by `python benchmarks/coverage.py table`."
+    )
+    lines = [f"# Coverage of `{options.law}`", "", about, "", *summarise(options.law, options.rows, options.sweeps)]
+    publish(f"coverage_{options.law}", "\n".join([*lines, "", machine("numpy", "scipy"), ""]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ _WIDE = 3.0
 """Prior standard deviation of logs: a factor of 400 either way."""
 _STARTS = (0.08, 0.16, 0.32, 0.64)
 _KEPT_STARTS = 4
+_OUTLIER = 5.0
+"""Robust standard deviations beyond which a row counts less: one in two million rows of Gaussian noise."""
+_ROUNDS = 4
 _SAME = 0.02
 """Logs of a column that does not vary differ by less."""
 
@@ -57,6 +60,8 @@ class Problem:
     trial_R: np.ndarray
     """Number of each row's trial."""
     count_T: np.ndarray
+    weight_R: np.ndarray
+    """1, less for outliers: the error of a row is that of the others over this."""
     mean_P: np.ndarray
     sd_P: np.ndarray
     """Of independent normal priors, so weak that they only keep what the rows do not tell at finite values."""
@@ -69,7 +74,7 @@ class Problem:
 
         k rows of a trial have the covariance I + t 1 1^T; taking a part of their mean away makes it I.
         """
-        scale_R = np.exp(-self.errors.growth * self.places.log_c_R)
+        scale_R = self.weight_R * np.exp(-self.errors.growth * self.places.log_c_R)
         values = values * scale_R.reshape(-1, *([1] * (values.ndim - 1)))
         if self.errors.trial == 0:
             return values
@@ -87,6 +92,12 @@ class Problem:
             rest = np.concatenate([self.white(loss_R - self.y_R), weight_P * (theta_P - self.mean_P)])
             return rest, np.concatenate([self.white(jacobian_RP), np.diag(weight_P)])
 
+    def outlying(self, theta_P: np.ndarray) -> np.ndarray:
+        """`weight_R` for the residuals at theta: 1 up to five robust standard deviations."""
+        plain = replace(self, weight_R=np.ones(len(self.y_R)))
+        away_R = np.abs(plain.residual(theta_P)[0][: len(self.y_R)])
+        return np.minimum(1.0, _OUTLIER * 1.4826 * float(np.median(away_R)) / np.maximum(away_R, 1e-300))
+
     @property
     def weight_P(self) -> np.ndarray:
         """1 / standard deviation of the priors, in units of a row's own error."""
@@ -97,7 +108,7 @@ class Problem:
     def minimise(self, theta_P: np.ndarray, iterations: int = 100) -> np.ndarray:
         """theta_P by damped Gauss-Newton steps from a start."""
         rest, jacobian = self.residual(theta_P)
-        value, damping = float(rest @ rest), 1e-3
+        value, damping = float(rest @ rest), 1e-5
         for _ in range(iterations):
             normal_PP = jacobian.T @ jacobian
             damped_PP = normal_PP + damping * np.diag(np.diag(normal_PP))
@@ -106,7 +117,7 @@ class Problem:
             value_new = float(rest_new @ rest_new)
             damping *= 10
             if value_new < value:
-                settled = value - value_new < 1e-9 * value
+                settled = value - value_new < 1e-8 * value
                 theta_P, rest, jacobian, value = trial_P, rest_new, jacobian_new, value_new
                 damping = max(damping / 100, 1e-12)
                 if settled:
@@ -199,8 +210,14 @@ def fit_joint(runs: Runs) -> Joint:
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * places.size} rows")
     trials = runs["curve"] if runs.has("curve") else np.arange(len(y_R))
     _, trial_R, count_T = np.unique(trials, return_inverse=True, return_counts=True)
-    problem = Problem(places, y_R, trial_R, count_T, *_prior(places, y_R), 1e-6 * float(y_R.var()), Errors())
+    alike_R = np.ones(len(y_R))
+    problem = Problem(places, y_R, trial_R, count_T, alike_R, *_prior(places, y_R), 1e-6 * float(y_R.var()), Errors())
     problem, theta_P = _by_reml(problem, _first(problem))
+    for _ in range(_ROUNDS):
+        weight_R = problem.outlying(theta_P)
+        if np.allclose(weight_R, problem.weight_R, atol=0.1):
+            break
+        problem, theta_P = _by_reml(replace(problem, places=places, weight_R=weight_R), theta_P)
     _, jacobian = problem.residual(theta_P)
     return Joint(frame, cost, problem, theta_P, problem.variance * np.linalg.inv(jacobian.T @ jacobian))
 

@@ -74,7 +74,7 @@ def test_errors_are_white_in_their_own_units():
     _, trial_R, count_T = np.unique(runs["curve"], return_inverse=True, return_counts=True)
     size = places.size + places.miss_RM.shape[1]
     errors = Errors(trial=0.7, growth=-0.05)
-    problem = Problem(places, runs["loss"], trial_R, count_T, np.zeros(size), np.ones(size), 1.0, errors)
+    problem = Problem(places, runs["loss"], trial_R, count_T, np.ones(len(trial_R)), np.zeros(size), np.ones(size), 1.0, errors)
     scale_R = np.exp(-0.05 * places.log_c_R)
     same_RR = trial_R[:, None] == trial_R[None]
     covariance_RR = scale_R[:, None] * scale_R[None] * (np.eye(len(scale_R)) + 0.7 * same_RR)
@@ -135,12 +135,12 @@ def test_noise_of_trials_and_rows_is_told_apart():
 
 def test_intervals_hold_the_exponent_where_the_better_half_went_on():
     held, widths = [], []
-    for seed in range(20):
+    for seed in range(12):
         runs = planted(np.random.default_rng(seed), sd=0.01, shared=0.5, chosen=True)
         found = optima_of(fit_joint(runs), runs).exponent()
         held.append(found.low <= EXPONENT <= found.high)
         widths.append(found.high - found.low)
-    assert sum(held) >= 17
+    assert sum(held) >= 10
     assert np.median(widths) < 0.1
 
 
@@ -156,7 +156,7 @@ def test_a_law_that_does_not_hold_is_followed_and_doubted():
 
 def test_a_run_far_away_is_foretold_with_its_interval():
     held = []
-    for seed in range(20):
+    for seed in range(12):
         rng = np.random.default_rng(seed)
         fit = fit_joint(planted(rng, chosen=True))
         flops, batch = 1e19, 8.0
@@ -168,10 +168,23 @@ def test_a_run_far_away_is_foretold_with_its_interval():
         (loss,), (half,) = fit.predict({name: np.array([value]) for name, value in values.items()})
         held.append(abs(loss - truth - 0.003 * rng.standard_normal()) <= half)
         assert half < 0.02
-    assert sum(held) >= 17
+    assert sum(held) >= 10
 
 
 def test_too_few_rows_are_refused_with_how_many_are_needed():
     runs = planted(np.random.default_rng(9), trials=80)
     with pytest.raises(UserError, match="15 rows for 10 parameters"):
         fit_joint(runs.select(np.arange(15)))
+
+
+def test_gross_outliers_count_little():
+    runs = planted(np.random.default_rng(10))
+    clean = optima_of(fit_joint(runs), runs).exponent()
+    loss_R = runs["loss"].copy()
+    loss_R[[3, 70, 140]] += [0.5, 2.0, -0.3]
+    spoilt = replace(runs, columns={**runs.columns, "loss": loss_R})
+    fit = fit_joint(spoilt)
+    assert set(np.flatnonzero(fit.problem.weight_R < 0.5)) == {3, 70, 140}
+    found = optima_of(fit, spoilt).exponent()
+    assert found.estimate == pytest.approx(clean.estimate, abs=(clean.high - clean.low) / 4)
+    assert found.high - found.low < 1.5 * (clean.high - clean.low)
