@@ -28,6 +28,8 @@ from bfm.laws.transform import to_loss
 
 _SLOPE_SD = 0.5
 """Prior standard deviation of an optimum's power in what moves it: where the rows do not tell, it does not move."""
+_SKEW_SD = 0.5
+"""Prior standard deviation of a bowl's skew: a side of a decade may be three times as high as a parabola's."""
 _WIDE = 3.0
 """Prior standard deviation of logs: a factor of 400 either way."""
 _STARTS = (0.08, 0.16, 0.32, 0.64)
@@ -231,8 +233,8 @@ def _prior(places: Places, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, sd = [*mean, float(places.log_batch_R.max()), 0.0], [*sd, _WIDE, _SLOPE_SD]
     for x_R, drivers_RQ in places.axes.values():
         count, range_x = drivers_RQ.shape[1], max(float(np.ptp(x_R)), 1.0)
-        mean += [spread - 2 * math.log(range_x), float(x_R.mean()), *[0.0] * count]
-        sd += [_WIDE, range_x, *[_SLOPE_SD] * count]
+        mean += [spread - 2 * math.log(range_x), 0.0, float(x_R.mean()), *[0.0] * count]
+        sd += [_WIDE, _SKEW_SD, range_x, *[_SLOPE_SD] * count]
     functions = places.miss_RM.shape[1]
     return np.array([*mean, *[0.0] * functions]), np.array([*sd, *[1.0] * functions])
 
@@ -257,8 +259,9 @@ def _start(problem: Problem, alpha: float, beta: float) -> np.ndarray:
     first, at = places.first_axis, 3
     for x_R, drivers_RQ in places.axes.values():
         if c[at] > 0:
-            theta_P[first : first + 2] = math.log(c[at]), np.clip(-0.5 * c[at + 1] / c[at], x_R.min(), x_R.max())
-        at, first = at + 2 + drivers_RQ.shape[1], first + 2 + drivers_RQ.shape[1]
+            middle = float(np.clip(-0.5 * c[at + 1] / c[at], x_R.min(), x_R.max()))
+            theta_P[first : first + 3] = math.log(c[at]), 0.0, middle
+        at, first = at + 2 + drivers_RQ.shape[1], first + 3 + drivers_RQ.shape[1]
     return theta_P
 
 

@@ -1,13 +1,14 @@
 """The mean of a metric over everything that a sweep varies, and its derivatives.
 
-    L = E + A / N^alpha + B / D'^beta + sum over axes of h (x - x*)^2 + miss(N, D),   D' = D / (1 + batch / critical)
+    L = E + A / N^alpha + B / D'^beta + sum over axes of h bowl(x - x*) + miss(N, D),   D' = D / (1 + batch / critical)
 
 x is the log of an axis (embedder share, rate, negatives, ...); x* is linear in the logs of what moves it, and the log
-of the critical batch in ln C. `miss` is what the form leaves: a sum of smooth functions, each with a coefficient of mean
+of the critical batch in ln C. bowl(u) = 2 (e^(k u) - 1 - k u) / k^2 is u^2 but for its skew k: one side may be steeper. `miss` is what the form leaves: a sum of smooth functions, each with a coefficient of mean
 0 whose size the fit finds (bfm.laws.joint), so that a law that holds is left alone and one that does not is followed.
 
 Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; ln critical and its slope where the
-batch varies; ln h, x* at the centre and its slopes per axis; the coefficients of `miss`. N0, D0 and C0 are geometric
+batch varies; ln h, k, x* at the centre and its slopes per
+axis; the coefficients of `miss`. N0, D0 and C0 are geometric
 means of the rows.
 
 Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis.
@@ -33,6 +34,8 @@ DRIVERS: Mapping[str, tuple[str, ...]] = {
 LENGTH = math.log(10.0)
 """How far in ln N or ln D a miss is much the same: a decade."""
 _MOST_KNOTS = 60
+_STEEP, _SMALL = 20.0, 0.03
+"""Of a bowl's exponent: no sweep goes where it is larger; below the second its series is more exact."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Places:
     @property
     def size(self) -> int:
         """Parameters without the coefficients of `miss`."""
-        return self.first_axis + sum(2 + drivers_RQ.shape[1] for _, drivers_RQ in self.axes.values())
+        return self.first_axis + sum(3 + drivers_RQ.shape[1] for _, drivers_RQ in self.axes.values())
 
     def growing(self, power: float) -> Places:
         """The same places, where a miss goes with C^power."""
@@ -67,8 +70,8 @@ class Places:
         """The same places with every axis at its optimum."""
         axes, first = {}, self.first_axis
         for name, (_, drivers_RQ) in self.axes.items():
-            after = first + 2 + drivers_RQ.shape[1]
-            axes[name] = (theta_P[first + 1] + drivers_RQ @ theta_P[first + 2 : after], drivers_RQ)
+            after = first + 3 + drivers_RQ.shape[1]
+            axes[name] = (theta_P[first + 2] + drivers_RQ @ theta_P[first + 3 : after], drivers_RQ)
             first = after
         return replace(self, axes=axes)
 
@@ -86,11 +89,12 @@ class Places:
             columns += [wasted_R, wasted_R * self.log_c_R]
         loss_R, first = floor + n_R + d_R, self.first_axis
         for x_R, drivers_RQ in self.axes.values():
-            after = first + 2 + drivers_RQ.shape[1]
+            after = first + 3 + drivers_RQ.shape[1]
             height = math.exp(theta_P[first])
-            off_R = x_R - theta_P[first + 1] - drivers_RQ @ theta_P[first + 2 : after]
-            loss_R = loss_R + height * off_R**2
-            columns += [height * off_R**2, -2 * height * off_R, *(-2 * height * off_R * drivers_RQ.T)]
+            off_R = x_R - theta_P[first + 2] - drivers_RQ @ theta_P[first + 3 : after]
+            bowl_R, slope_R, by_skew_R = (height * part_R for part_R in bowl(off_R, theta_P[first + 1]))
+            loss_R = loss_R + bowl_R
+            columns += [bowl_R, by_skew_R, -slope_R, *(-slope_R * drivers_RQ.T)]
             first = after
         jacobian_RP = np.concatenate([np.stack(columns, 1), self.miss_RM], 1)
         return loss_R + self.miss_RM @ theta_P[first:], jacobian_RP
@@ -129,6 +133,19 @@ class Frame:
         among_MM = _kernel(self.knots_M2, self.knots_M2) + 1e-8 * np.eye(len(self.knots_M2))
         across_RM = _kernel(where_R2, self.knots_M2)
         return np.asarray(solve_triangular(np.linalg.cholesky(among_MM), across_RM.T, lower=True).T)
+
+
+def bowl(off_R: np.ndarray, skew: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """2 (e^(k u) - 1 - k u) / k^2 with its derivatives by u and by k: u^2 at k = 0, steeper to the right above."""
+    t_R = np.clip(skew * off_R, -_STEEP, _STEEP)
+    small_R = np.abs(t_R) < _SMALL
+    safe_R = np.where(small_R, 1.0, t_R)
+    grown_R = np.expm1(safe_R)
+    value_R = np.where(small_R, 1 + t_R / 3 + t_R**2 / 12 + t_R**3 / 60, 2 * (grown_R - safe_R) / safe_R**2)
+    slope_R = np.where(small_R, 1 + t_R / 2 + t_R**2 / 6 + t_R**3 / 24, grown_R / safe_R)
+    bend_R = 2 * ((safe_R - 2) * grown_R + 2 * safe_R) / safe_R**3
+    bend_R = np.where(small_R, 1 / 3 + t_R / 6 + t_R**2 / 20 + t_R**3 / 90, bend_R)
+    return off_R**2 * value_R, 2 * off_R * slope_R, off_R**3 * bend_R
 
 
 def _kernel(first_R2: np.ndarray, second_M2: np.ndarray) -> np.ndarray:

@@ -24,8 +24,11 @@ def best_size(flops, waste=1.0):
     return (pull * (flops / 6) ** BETA) ** (1 / (ALPHA + BETA))
 
 
-def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0):
-    """Rows of trials up a ladder; `chosen`: only the better half of a rung goes on. `bend` is what no form holds."""
+def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0, steep=0.0):
+    """Rows of trials up a ladder; `chosen`: only the better half of a rung goes on.
+
+    `bend` is what no form holds; too large a share costs e^(steep u) times as much as a parabola.
+    """
     columns = {name: [] for name in ("params", "events", "flops", "share", "batch", "loss", "curve")}
     ladder = (1e15, 1e16, 1e17, 1e18)
     at = {
@@ -40,7 +43,7 @@ def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0):
             params, share, batch = at[name]
             events = flops / 6 / params
             off = math.log(share / BEST_SHARE) - SHARE_POWER * math.log(flops / 1e16)
-            loss = E + A / params**ALPHA + B / (events / (1 + batch / CRITICAL)) ** BETA + HEIGHT * off**2
+            loss = E + A / params**ALPHA + B / (events / (1 + batch / CRITICAL)) ** BETA + HEIGHT * off**2 * math.exp(steep * max(off, 0.0))
             loss += bend * math.sin(math.log(params) / 2)
             seen[name] = loss + common[name] + math.sqrt(1 - shared) * sd * rng.standard_normal()
             values = (params, events, flops, share, batch, seen[name], f"t{name}")
@@ -57,11 +60,12 @@ def columns_of(runs):
     return {name: runs[name] for name in ("params", "events", "flops", "share", "batch")}
 
 
-def test_the_gradient_is_that_of_the_mean():
+@pytest.mark.parametrize("skew", [0.0, 1e-3, -0.7, 0.9])
+def test_the_gradient_is_that_of_the_mean(skew):
     rng = np.random.default_rng(0)
     runs = planted(rng)
     places = Frame.of(columns_of(runs)).places(columns_of(runs)).growing(-0.1)
-    theta_P = np.concatenate([[0.3, -0.2, 0.5, -1.1, -0.7, 0.4, 0.1, -4.0, 0.2, 0.1], rng.normal(size=places.miss_RM.shape[1])])
+    theta_P = np.concatenate([[0.3, -0.2, 0.5, -1.1, -0.7, 0.4, 0.1, -4.0, skew, 0.2, 0.1], rng.normal(size=places.miss_RM.shape[1])])
     _, jacobian_RP = places.mean(theta_P)
     steps = 1e-6 * np.eye(len(theta_P))
     numeric = [(places.mean(theta_P + step)[0] - places.mean(theta_P - step)[0]) / 2e-6 for step in steps]
@@ -173,7 +177,7 @@ def test_a_run_far_away_is_foretold_with_its_interval():
 
 def test_too_few_rows_are_refused_with_how_many_are_needed():
     runs = planted(np.random.default_rng(9), trials=80)
-    with pytest.raises(UserError, match="15 rows for 10 parameters"):
+    with pytest.raises(UserError, match="15 rows for 11 parameters"):
         fit_joint(runs.select(np.arange(15)))
 
 
@@ -188,3 +192,12 @@ def test_gross_outliers_count_little():
     found = optima_of(fit, spoilt).exponent()
     assert found.estimate == pytest.approx(clean.estimate, abs=(clean.high - clean.low) / 4)
     assert found.high - found.low < 1.5 * (clean.high - clean.low)
+
+
+def test_a_skewed_bowl_does_not_move_the_best_size():
+    held = []
+    for seed in range(8):
+        runs = planted(np.random.default_rng(seed), steep=0.4, chosen=True)
+        found = optima_of(fit_joint(runs), runs).exponent()
+        held.append(found.low <= EXPONENT <= found.high)
+    assert sum(held) >= 7
