@@ -20,7 +20,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,7 @@ class Case:
         return 1 + 4 * groups / self.planted.critical_batch
 
 
-CASES = tuple(
-    itertools.starmap(Case, itertools.product(("frontier", "fixed"), SPACES, PLANTED, SHARED, (0.003, 0.01)))
-)
+CASES = tuple(itertools.starmap(Case, itertools.product(("frontier", "fixed"), SPACES, PLANTED, SHARED, (0.003, 0.01))))
 
 
 def spec_of(case: Case, seed: int) -> SweepSpec:
@@ -217,7 +215,9 @@ def truths(case: Case, seed: int) -> dict[str, float]:
 def best_size(case: Case, flops: float) -> float:
     """N* where every other axis is at its optimum."""
     law = case.planted
-    pull = law.model_exponent * law.model_scale / (law.data_exponent * law.data_scale * case.waste() ** law.data_exponent)
+    pull = (
+        law.model_exponent * law.model_scale / (law.data_exponent * law.data_scale * case.waste() ** law.data_exponent)
+    )
     return float((pull * (flops / 6) ** law.data_exponent) ** (1 / (law.model_exponent + law.data_exponent)))
 
 

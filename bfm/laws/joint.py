@@ -2,9 +2,10 @@
 
 The mean is that of `joint_form`. About it are Gaussian errors: each row's own, what all rows of a trial have in common,
 and what the form misses, smooth in N and D; all of them grow with C^growth. Their sizes and growth are those of
-restricted maximum likelihood (REML). A policy that looks at nothing but rows does not bias such a likelihood as long as every row
-is in it and what it chose is modelled (Rubin 1976): rows are not to be picked by how good they are, nor budgets by
-where their best row lies. Intervals are t intervals in the parameters' logs, from the inverse information.
+restricted maximum likelihood (REML). A policy that looks at nothing but rows does not bias such a likelihood as long as
+every row is in it and what it chose is modelled (Rubin 1976): rows are not to be picked by how good they are, nor
+budgets by where their best row lies. Intervals are t intervals in the parameters' logs, from the inverse information;
+`joint_optimum` reads N* off the fit, and `Joint.predict` what a run will reach.
 
 Shape legend: R rows, P parameters (those of `miss` included), M functions of `miss`, T trials.
 """
@@ -158,6 +159,8 @@ class Joint:
     problem: Problem
     theta_P: np.ndarray
     covariance_PP: np.ndarray
+    least_batch: float
+    """The smallest of the rows; 1 where they have none."""
 
     @property
     def reach(self) -> float:
@@ -174,12 +177,9 @@ class Joint:
     def along(self, flops: float, log_n_R: np.ndarray, batch: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(loss, its gradient) at sizes N of one C, every other axis at its optimum, as `Places.mean`."""
         params_R = np.exp(log_n_R)
-        columns = {"params": params_R, "events": self.cost.events(params_R, flops), "flops": np.full(len(params_R), flops)}
-        for name in (*AXES, "batch"):
-            columns[name] = np.ones(len(params_R))
-        if "batch" in self.frame.logs:
-            least = math.exp(self.frame.logs["batch"] + self.problem.places.log_batch_R.min())
-            columns["batch"] = np.full(len(params_R), least if batch is None else batch)
+        columns = {"events": self.cost.events(params_R, flops), "params": params_R}
+        values = {"flops": flops, "batch": batch or self.least_batch, **dict.fromkeys(AXES, 1.0)}
+        columns |= {name: np.full(len(params_R), value) for name, value in values.items()}
         where = self.frame.places(columns).growing(self.problem.errors.growth)
         return where.at_best(self.theta_P).mean(self.theta_P)
 
@@ -200,13 +200,11 @@ def fit_joint(runs: Runs) -> Joint:
     Needs params, events and loss; takes flops, batch, share, rate and negatives where they vary, and `curve` for the
     trials. Raises UserError where there are not twice as many rows as parameters.
     """
-    cost = cost_of(runs)
-    columns = {name: runs[name] for name in ("params", "events") if runs.has(name)}
-    columns["flops"] = runs["flops"] if runs.has("flops") else cost.flops(runs["params"], runs["events"])
-    others = (name for name in (*AXES, "batch") if runs.has(name) and runs[name].min() > 0)
-    columns |= {name: runs[name] for name in others if np.ptp(np.log(runs[name])) > _SAME}
+    runs.require("the joint model", "params", "events", "loss")
+    cost, y_R = cost_of(runs), to_loss(runs.metric, runs["loss"])
+    columns = _columns(runs, cost)
     frame = Frame.of(columns)
-    places, y_R = frame.places(columns), to_loss(runs.metric, runs["loss"])
+    places = frame.places(columns)
     if len(y_R) < 2 * places.size:
         what = f"{len(y_R)} rows for {places.size} parameters of N, D{''.join(f', {name}' for name in frame.axes)}"
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * places.size} rows")
@@ -214,14 +212,24 @@ def fit_joint(runs: Runs) -> Joint:
     _, trial_R, count_T = np.unique(trials, return_inverse=True, return_counts=True)
     alike_R = np.ones(len(y_R))
     problem = Problem(places, y_R, trial_R, count_T, alike_R, *_prior(places, y_R), 1e-6 * float(y_R.var()), Errors())
-    problem, theta_P = _by_reml(problem, _first(problem))
+    problem, theta_P = _by_reml(problem, places, _first(problem))
     for _ in range(_ROUNDS):
         weight_R = problem.outlying(theta_P)
         if np.allclose(weight_R, problem.weight_R, atol=0.1):
             break
-        problem, theta_P = _by_reml(replace(problem, places=places, weight_R=weight_R), theta_P)
+        problem, theta_P = _by_reml(replace(problem, weight_R=weight_R), places, theta_P)
     _, jacobian = problem.residual(theta_P)
-    return Joint(frame, cost, problem, theta_P, problem.variance * np.linalg.inv(jacobian.T @ jacobian))
+    covariance_PP = problem.variance * np.linalg.inv(jacobian.T @ jacobian)
+    least = float(runs["batch"].min()) if runs.has("batch") else 1.0
+    return Joint(frame, cost, problem, theta_P, covariance_PP, least)
+
+
+def _columns(runs: Runs, cost: Cost) -> dict[str, np.ndarray]:
+    """N, D, C and whatever else varies."""
+    flops_R = runs["flops"] if runs.has("flops") else cost.flops(runs["params"], runs["events"])
+    found = {"params": runs["params"], "events": runs["events"], "flops": flops_R}
+    others = (name for name in (*AXES, "batch") if runs.has(name) and runs[name].min() > 0)
+    return found | {name: runs[name] for name in others if np.ptp(np.log(runs[name])) > _SAME}
 
 
 def _prior(places: Places, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -265,8 +273,8 @@ def _start(problem: Problem, alpha: float, beta: float) -> np.ndarray:
     return theta_P
 
 
-def _by_reml(problem: Problem, theta_P: np.ndarray) -> tuple[Problem, np.ndarray]:
-    """The problem under the errors that REML finds, and its minimum."""
+def _by_reml(problem: Problem, places: Places, theta_P: np.ndarray) -> tuple[Problem, np.ndarray]:
+    """The problem under the errors that REML finds, and its minimum; `places` are those without growth."""
     shared = 0.95 if problem.count_T.max() > 1 else 0.0
     bounds = [(0.0, shared), (-7.0, 9.0), (-0.6, 0.6)]
     latest = theta_P
@@ -274,8 +282,8 @@ def _by_reml(problem: Problem, theta_P: np.ndarray) -> tuple[Problem, np.ndarray
     def at(place_3: np.ndarray) -> tuple[Problem, np.ndarray, float]:
         nonlocal latest
         errors = Errors(place_3[0] / (1 - place_3[0]), math.exp(place_3[1]), place_3[2])
-        places = problem.places.growing(errors.growth)
-        found = replace(problem, places=places, errors=errors, variance=variance).judged(latest)
+        here = replace(problem, places=places.growing(errors.growth), errors=errors, variance=variance)
+        found = here.judged(latest)
         latest = found[1]
         return found
 
@@ -283,5 +291,7 @@ def _by_reml(problem: Problem, theta_P: np.ndarray) -> tuple[Problem, np.ndarray
     simplex = np.array([[0.2, -3.0, 0.0], [0.5, -3.0, 0.0], [0.2, 1.0, 0.0], [0.2, -3.0, 0.1]])
     simplex[:, 0] = np.minimum(simplex[:, 0], shared)
     options = {"initial_simplex": simplex, "xatol": 0.03, "fatol": 0.05, "maxfev": 100}
-    found = optimize.minimize(lambda place: at(place)[2], simplex[0], method="Nelder-Mead", bounds=bounds, options=options)
+    found = optimize.minimize(
+        lambda place: at(place)[2], simplex[0], method="Nelder-Mead", bounds=bounds, options=options
+    )
     return at(found.x)[:2]

@@ -2,14 +2,14 @@
 
     L = E + A / N^alpha + B / D'^beta + sum over axes of h bowl(x - x*) + miss(N, D),   D' = D / (1 + batch / critical)
 
-x is the log of an axis (embedder share, rate, negatives, ...); x* is linear in the logs of what moves it, and the log
-of the critical batch in ln C. bowl(u) = 2 (e^(k u) - 1 - k u) / k^2 is u^2 but for its skew k: one side may be steeper. `miss` is what the form leaves: a sum of smooth functions, each with a coefficient of mean
-0 whose size the fit finds (bfm.laws.joint), so that a law that holds is left alone and one that does not is followed.
+x is the log of an axis (embedder share, rate, negatives); x* is linear in the logs of what moves it, and the log of the
+critical batch in ln C. bowl(u) = 2 (e^(k u) - 1 - k u) / k^2 is u^2 but for its skew k: one side may be steeper.
+`miss` is what the form leaves: a sum of smooth functions, each with a coefficient of mean 0 whose size the fit finds
+(bfm.laws.joint), so that a law that holds is left alone and one that does not is followed.
 
-Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; ln critical and its slope where the
-batch varies; ln h, k, x* at the centre and its slopes per
-axis; the coefficients of `miss`. N0, D0 and C0 are geometric
-means of the rows.
+Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; ln of the critical batch over the
+rows' own and its slope, where the batch varies; ln h, k, x* at the centre and its slopes per axis; the coefficients of
+`miss`. N0, D0 and C0 are geometric means of the rows.
 
 Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis.
 """

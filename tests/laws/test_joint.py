@@ -32,7 +32,11 @@ def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0, ste
     columns = {name: [] for name in ("params", "events", "flops", "share", "batch", "loss", "curve")}
     ladder = (1e15, 1e16, 1e17, 1e18)
     at = {
-        name: (best_size(1e16) * np.exp(rng.uniform(-3, 3)), np.exp(rng.uniform(-5.3, -1.6)), 2.0 ** rng.integers(3, 10))
+        name: (
+            best_size(1e16) * np.exp(rng.uniform(-3, 3)),
+            np.exp(rng.uniform(-5.3, -1.6)),
+            2.0 ** rng.integers(3, 10),
+        )
         for name in range(trials)
     }
     common = {name: math.sqrt(shared) * sd * rng.standard_normal() for name in at}
@@ -43,7 +47,12 @@ def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0, ste
             params, share, batch = at[name]
             events = flops / 6 / params
             off = math.log(share / BEST_SHARE) - SHARE_POWER * math.log(flops / 1e16)
-            loss = E + A / params**ALPHA + B / (events / (1 + batch / CRITICAL)) ** BETA + HEIGHT * off**2 * math.exp(steep * max(off, 0.0))
+            loss = (
+                E
+                + A / params**ALPHA
+                + B / (events / (1 + batch / CRITICAL)) ** BETA
+                + HEIGHT * off**2 * math.exp(steep * max(off, 0.0))
+            )
             loss += bend * math.sin(math.log(params) / 2)
             seen[name] = loss + common[name] + math.sqrt(1 - shared) * sd * rng.standard_normal()
             values = (params, events, flops, share, batch, seen[name], f"t{name}")
@@ -65,7 +74,9 @@ def test_the_gradient_is_that_of_the_mean(skew):
     rng = np.random.default_rng(0)
     runs = planted(rng)
     places = Frame.of(columns_of(runs)).places(columns_of(runs)).growing(-0.1)
-    theta_P = np.concatenate([[0.3, -0.2, 0.5, -1.1, -0.7, 0.4, 0.1, -4.0, skew, 0.2, 0.1], rng.normal(size=places.miss_RM.shape[1])])
+    theta_P = np.concatenate(
+        [[0.3, -0.2, 0.5, -1.1, -0.7, 0.4, 0.1, -4.0, skew, 0.2, 0.1], rng.normal(size=places.miss_RM.shape[1])]
+    )
     _, jacobian_RP = places.mean(theta_P)
     steps = 1e-6 * np.eye(len(theta_P))
     numeric = [(places.mean(theta_P + step)[0] - places.mean(theta_P - step)[0]) / 2e-6 for step in steps]
@@ -78,7 +89,9 @@ def test_errors_are_white_in_their_own_units():
     _, trial_R, count_T = np.unique(runs["curve"], return_inverse=True, return_counts=True)
     size = places.size + places.miss_RM.shape[1]
     errors = Errors(trial=0.7, growth=-0.05)
-    problem = Problem(places, runs["loss"], trial_R, count_T, np.ones(len(trial_R)), np.zeros(size), np.ones(size), 1.0, errors)
+    problem = Problem(
+        places, runs["loss"], trial_R, count_T, np.ones(len(trial_R)), np.zeros(size), np.ones(size), 1.0, errors
+    )
     scale_R = np.exp(-0.05 * places.log_c_R)
     same_RR = trial_R[:, None] == trial_R[None]
     covariance_RR = scale_R[:, None] * scale_R[None] * (np.eye(len(scale_R)) + 0.7 * same_RR)
@@ -90,7 +103,9 @@ def test_knots_know_the_rows_and_not_what_is_far():
     runs = planted(np.random.default_rng(2))
     frame = Frame.of(columns_of(runs))
     assert frame.places(columns_of(runs)).beyond_R.max() < 0.05
-    far = {name: values[:1] * (1e9 if name in ("params", "events") else 1.0) for name, values in columns_of(runs).items()}
+    far = {
+        name: values[:1] * (1e9 if name in ("params", "events") else 1.0) for name, values in columns_of(runs).items()
+    }
     assert frame.places(far).beyond_R[0] > 0.99
 
 
