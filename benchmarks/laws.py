@@ -198,7 +198,9 @@ def _surface_said(surface: Surface, left: Runs) -> tuple[np.ndarray, np.ndarray,
     """(predicted, half width, measured), each about the middle of the interval."""
     said = [surface.predict(n, d) for n, d in zip(left["params"].tolist(), left["events"].tolist(), strict=True)]
     half_R = np.array([(one.high - one.low) / 2 for one in said])
-    middle_R = np.array([(one.high + one.low) / 2 if math.isfinite(one.high) else one.estimate for one in said])
+    middle_R = np.array(
+        [(one.high + one.low) / 2 if math.isfinite(one.high - one.low) else one.estimate for one in said]
+    )
     return middle_R, half_R, left["loss"]
 
 
