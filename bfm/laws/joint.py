@@ -198,7 +198,8 @@ def fit_joint(runs: Runs) -> Joint:
     """Fit the model to every row of a sweep.
 
     Needs params, events and loss; takes flops, batch, share, rate and negatives where they vary, and `curve` for the
-    trials. Raises UserError where there are not twice as many rows as parameters.
+    trials. What varies and is no column is noise of the trials to it: where a policy chose that too, and it matters,
+    the intervals do not hold. Raises UserError where there are not twice as many rows as parameters.
     """
     runs.require("the joint model", "params", "events", "loss")
     cost, y_R = cost_of(runs), to_loss(runs.metric, runs["loss"])
