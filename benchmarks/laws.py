@@ -18,13 +18,14 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from common import machine, publish
 
 from bfm.errors import UserError
+from bfm.laws.joint import fit_joint
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, from_table
 from bfm.laws.surface import Surface, fit_surface
@@ -155,36 +156,57 @@ def tables(external: Path) -> Iterator[tuple[str, Runs]]:
 
 
 def holdout_part(external: Path) -> str:
-    """The runs with the most C of published tables, predicted from the others."""
+    """The runs with the most C of published tables, predicted from the others by the surface and by the joint model."""
     lines = [
-        "| table | runs fitted | left out | C beyond | inside | inside without the error of extrapolation | "
-        "median miss | median half width |",
-        "|---|---|---|---|---|---|---|---|",
+        "| table | runs fitted | left out | C beyond | surface: inside | median miss | median half width | "
+        "joint: inside | median miss | median half width | CPU s a fit |",
+        "|---" * 11 + "|",
     ]
+    inside: list[np.ndarray] = []
+    halves: list[tuple[float, float]] = []
     for name, runs in tables(external):
         flops_R = runs["flops"] if runs.has("flops") else 6 * runs["params"] * runs["events"]
         levels = np.unique(np.round(np.log(flops_R), 2))
         edge = math.exp(levels[-1]) * 0.98 if len(levels) < 20 else flops_R.max() / 4
         top_R = flops_R >= edge
-        surface = fit_surface(runs.select(~top_R))
-        lines.append(f"| {name} | {_held_out(surface, runs.select(top_R), flops_R[top_R], flops_R[~top_R].max())} |")
+        left, kept = runs.select(top_R), runs.select(~top_R)
+        begin = time.process_time()
+        joint = fit_joint(kept)
+        spent = time.process_time() - begin
+        columns = {"params": left["params"], "events": left["events"], "flops": flops_R[top_R]}
+        cells = [_surface_said(fit_surface(kept), left), (*joint.predict(columns), left["loss"])]
+        inside.append(np.stack([np.abs(loss - measured) <= half for loss, half, measured in cells]))
+        halves.append(tuple(float(np.median(half)) for _, half, _ in cells))
+        times = f"up to {flops_R[top_R].max() / flops_R[~top_R].max():.2g} times"
+        words = " | ".join(itertools.starmap(_cell, cells))
+        lines.append(f"| {name} | {len(kept)} | {len(left)} | {times} | {words} | {spent:.2f} |")
+    every = np.concatenate(inside, 1)
+    middle = np.median(halves, 0)
+    lines += [
+        "",
+        f"All {every.shape[1]} runs: inside the surface's interval {every[0].mean():.0%}, the joint model's "
+        f"{every[1].mean():.0%}; median half width over tables {middle[0]:.3f} and {middle[1]:.3f} nats.",
+    ]
     title = (
-        "# Prediction intervals on runs of more C than the surface has seen\n\n"
+        "# Prediction intervals on runs of more C than the law has seen\n\n"
         "Each table's largest iso-FLOP level is left out; the largest factor of 4 in C where there are no levels."
     )
     return "\n".join([title, _written("holdout"), "", *lines, ""])
 
 
-def _held_out(surface: Surface, left: Runs, flops_R: np.ndarray, largest: float) -> str:
-    bare = replace(surface, drift=0.0)
-    triples = list(zip(left["params"].tolist(), left["events"].tolist(), left["loss"].tolist(), strict=True))
-    said = [(surface.predict(n, d), bare.predict(n, d), measured) for n, d, measured in triples]
-    inside = np.mean([one.low <= measured <= one.high for one, _, measured in said])
-    without = np.mean([one.low <= measured <= one.high for _, one, measured in said])
-    miss = float(np.median([measured - one.estimate for one, _, measured in said]))
-    half = float(np.median([(one.high - one.low) / 2 for one, _, _ in said]))
-    times = f"up to {flops_R.max() / largest:.2g} times"
-    return f"{surface.fit.runs} | {len(said)} | {times} | {inside:.0%} | {without:.0%} | {miss:+.3f} | {half:.3f}"
+def _surface_said(surface: Surface, left: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(predicted, half width, measured), each about the middle of the interval."""
+    said = [surface.predict(n, d) for n, d in zip(left["params"].tolist(), left["events"].tolist(), strict=True)]
+    half_R = np.array([(one.high - one.low) / 2 for one in said])
+    middle_R = np.array(
+        [(one.high + one.low) / 2 if math.isfinite(one.high - one.low) else one.estimate for one in said]
+    )
+    return middle_R, half_R, left["loss"]
+
+
+def _cell(loss_R: np.ndarray, half_R: np.ndarray, measured_R: np.ndarray) -> str:
+    miss_R = measured_R - loss_R
+    return f"{np.mean(np.abs(miss_R) <= half_R):.0%} | {np.median(miss_R):+.3f} | {np.median(half_R):.3f}"
 
 
 def _written(part: str) -> str:
