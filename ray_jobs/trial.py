@@ -23,6 +23,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
+from bfm.sweep.machine import COORDINATOR_CPUS
 from bfm.training.journal import YieldError
 from bfm.training.task import Account, RungTask
 from ray_jobs.group import coordinator
@@ -47,7 +48,6 @@ LEAVES = "leaves"
 # What makes every further task fail in the same way: the sweep ends with it, and can be resumed once it is mended.
 FATAL_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (UserError, CorruptError)}
 STANDBY_S = 0.1
-COORDINATOR_CPUS = 1.0
 SAVE_EVERY_S = 60.0
 
 
