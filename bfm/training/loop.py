@@ -43,6 +43,9 @@ from bfm.units import format_flops
 COST_STEPS = 8
 """Steps whose mean cost stands for all: they differ by the queries of their windows."""
 
+GPU_STEPS_AHEAD = 4
+"""That threads prepare: one of them indexes 1 to 2 M positions a second, and a GPU trains small models on more."""
+
 
 @dataclass
 class Counters(Work):
@@ -90,7 +93,8 @@ class Trainer:
         self.order = data.order(config, seed)
         self.cost = data.cost(config)
         self.catalogue_flops = self.cost.catalogue_flops(data.shards.num_items)
-        self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax, factory)
+        steps_ahead = GPU_STEPS_AHEAD if factory.device.type == "cuda" else 1
+        self.planner = StepPlanner(config, self.order, self.cost, self.micro_groups, softmax, factory, steps_ahead)
         positions = own_groups * config.group_windows * config.window
         self.threads = training_threads(6.0 * config.shape().params * positions, torch.get_num_threads())
         """That train; evaluation takes all of the process."""
@@ -192,7 +196,7 @@ class Trainer:
         return self.data.build_model(self.config, self.seed, weight).to(self.factory.device).eval()
 
     def close(self) -> None:
-        """Free the engine, end the planner's thread."""
+        """Free the engine, end the planner's threads."""
         self.planner.close()
         if "_built" in vars(self):
             self.engine.close()

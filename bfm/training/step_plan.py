@@ -1,7 +1,7 @@
-"""The next step before it runs: the micro-batches of a worker, and what the step costs over all workers.
+"""The next steps before they run: the micro-batches of a worker, and what a step costs over all workers.
 
 Enters: stage and cursor of a run. Leaves: batches and exact whole numbers, so that a limit is never passed. While a
-step is trained, a thread reads and indexes the events of the one after it.
+step is trained, threads read and index the events of those after it.
 """
 
 from __future__ import annotations
@@ -57,27 +57,26 @@ class StepPlanner:
     micro_groups: int
     softmax: str
     factory: EngineFactory
+    steps_ahead: int
+    """That are begun with one that is asked for; a thread for each."""
 
     def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-step")
-        self._ahead: tuple[tuple[int, int], Future[StepPlan]] | None = None
+        self._threads = ThreadPoolExecutor(self.steps_ahead, thread_name_prefix="next-step")
+        self._ahead: dict[tuple[int, int], Future[StepPlan]] = {}
+        """By stage and cursor."""
 
     def plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
-        """The step that takes the groups from `cursor` on; the one after it is begun."""
-        own = self._planned_ahead(stage, cursor) or self.own_plan(stage, cursor, objective)
-        following = stage, cursor + self.config.groups_per_step
-        self._ahead = following, self._thread.submit(self.own_plan, *following, objective)
-        return StepPlan(own.batches, Work(*self.factory.all_reduce_sum(list(vars(own.work).values()))))
-
-    def _planned_ahead(self, stage: int, cursor: int) -> StepPlan | None:
-        if self._ahead is None:
-            return None
+        """The step that takes the groups from `cursor` on; those after it are begun."""
         # Forgotten before it is looked at: what it may raise is raised once.
-        (asked, future), self._ahead = self._ahead, None
-        if asked == (stage, cursor):
-            return future.result()
-        future.cancel()
-        return None
+        begun = self._ahead.pop((stage, cursor), None)
+        following = [(stage, cursor + step * self.config.groups_per_step) for step in range(1, self.steps_ahead + 1)]
+        for other in self._ahead.keys() - following:
+            self._ahead.pop(other).cancel()
+        own = self.own_plan(stage, cursor, objective) if begun is None else begun.result()
+        for key in following:
+            if key not in self._ahead:
+                self._ahead[key] = self._threads.submit(self.own_plan, *key, objective)
+        return StepPlan(own.batches, Work(*self.factory.all_reduce_sum(list(vars(own.work).values()))))
 
     def mean_flops(self, stage: int, cursor: int, objective: Objective, steps: int) -> tuple[float, float | None]:
         """Mean cost of so many steps from `cursor` on, and of stage 2 an estimate where there will be one."""
@@ -90,9 +89,9 @@ class StepPlanner:
         return flops / steps, stage2_flops / steps if freezes else None
 
     def close(self) -> None:
-        """End the thread."""
-        self._ahead = None
-        self._thread.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._ahead.clear()
+        self._threads.shutdown(cancel_futures=True)
 
     def own_plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
         """This worker's part of a step."""
