@@ -258,8 +258,9 @@ def _kept_scores(scores: float, method: str) -> float:
 def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField], groups: GroupMeans) -> int:
     """Activations kept for the backward of one group, fp32: blocks, attention scores, looked-up rows, field tokens.
 
-    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head (long
-    windows are packed and have none); per id of a table field its row of the table and that row's gradient.
+    Per position of a block about 10 vectors of the width, 3 of the hidden width, and 2 rows of scores per head; per
+    query 4 rows of the pointer (long windows are packed and have neither); per id of a table field its row of the table
+    and that row's gradient.
     """
 
     def block(width: int, hidden: int, heads: int, length: int) -> int:
@@ -276,6 +277,7 @@ def group_bytes(shape: Shape, config: TrainConfig, fields: Sequence[FittedField]
     embedder_block = block(shape.embedder_width, shape.embedder_hidden, shape.embedder_heads, tokens)
     numbers = (
         positions * shape.depth * block(shape.width, shape.hidden, shape.heads, scored)
+        + (4 * groups.queries_mean * scored if shape.pointer_width else 0)
         + embedder_positions * max(shape.embedder_depth, 1) * embedder_block
         + 2 * (groups.distinct_items_mean * item_ids + positions * context_ids) * config.table_width
         + (groups.distinct_items_mean * tokens + 2 * positions) * shape.d_item
