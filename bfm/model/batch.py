@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class QueryPlaces:
     num_pairs: int
     """Pairs of a query and an event of its user up to it."""
 
+    @cached_property
     def pairs(self) -> Pairs:
         """Of all queries."""
         return Pairs.of(self.first_Q, self.column_Q, self.position_Q, self.num_pairs)
@@ -132,7 +134,7 @@ class ModelBatch:
     copies_T: Tensor
     """int64: how many of the user's events up to a target's query have its item; 0 in evaluation."""
     copy_N: Tensor
-    """int64 index of those events among `places.pairs()`, target after target."""
+    """int64 index of those events among `places.pairs`, target after target."""
     counted_TM: Tensor | None = None
     """int64 ids of the last items at a target's query that have counted neighbours, -1 elsewhere; None: not counted."""
     share_TM: Tensor | None = None
@@ -212,6 +214,7 @@ def make_batch(
     is_query_P = np.zeros(rows * length, bool)
     is_query_P[from_T] = True
     position_Q, query_T = np.flatnonzero(is_query_P), (np.cumsum(is_query_P) - 1)[from_T]
+    places = query_places(position_Q, first_RL)
     weight_T, group_T = windows.weight_RL.ravel()[position_T], group_R[position_T // length]
     weight_G = np.maximum(np.bincount(group_T, weight_T, groups), 1e-9)
     arrays = {
@@ -224,10 +227,10 @@ def make_batch(
         "weight_T": weight_T,
         "share_T": (weight_T / weight_G[group_T] / groups).astype(np.float32),
         "copies_T": index.copies_T,
-        "copy_N": _pairs_of_copies(position_Q, first_RL, query_T, index),
+        "copy_N": _pairs_of_copies(places, query_T, index),
     }
     counts = _counts(group_indices, windows_G, windows, first_RL, position_Q, position_T, index)
-    return _batch(counts, windows, arrays, first_RL, position_Q, position_T)
+    return _batch(counts, windows, arrays, first_RL, places, position_T)
 
 
 def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
@@ -245,7 +248,7 @@ def make_query_batch(eval_windows: EvalWindows) -> ModelBatch:
         "copies_T": np.zeros(len(position_Q), np.int64),
     }
     counts = _counts([0], np.array([rows]), windows, first_RL, position_Q, NO_ITEMS, index)
-    return _batch(counts, windows, arrays, first_RL, position_Q, position_Q)
+    return _batch(counts, windows, arrays, first_RL, query_places(position_Q, first_RL), position_Q)
 
 
 def first_columns(segment_RL: np.ndarray) -> np.ndarray:
@@ -280,7 +283,7 @@ def _batch(
     windows: Windows,
     arrays: dict[str, np.ndarray],
     first_RL: np.ndarray,
-    position_Q: np.ndarray,
+    places: QueryPlaces,
     position_T: np.ndarray,
 ) -> ModelBatch:
     """With what windows say of all their positions, and what is counted at the positions of targets."""
@@ -296,7 +299,7 @@ def _batch(
     return ModelBatch(
         groups=counts,
         context={name: _tensor(values) for name, values in windows.context.items()},
-        places=query_places(position_Q, first_RL),
+        places=places,
         segments=Segments.of(first_RL),
         frozen=(),
         **{name: _tensor(values) for name, values in arrays.items()},
@@ -319,11 +322,12 @@ def query_places(position_Q: np.ndarray, first_RL: np.ndarray) -> QueryPlaces:
     return QueryPlaces(**{name: _tensor(of_Q) for name, of_Q in places.items()}, slots=slots, num_pairs=num_pairs)
 
 
-def _pairs_of_copies(position_Q: np.ndarray, first_RL: np.ndarray, query_T: np.ndarray, index: Index) -> np.ndarray:
+def _pairs_of_copies(places: QueryPlaces, query_T: np.ndarray, index: Index) -> np.ndarray:
     """Where the events of targets' items stand among the pairs of their queries."""
-    before_Q = position_Q % first_RL.shape[1] - first_RL.ravel()[position_Q]
-    last_T = np.cumsum(before_Q + 1)[query_T] - 1
-    return np.repeat(last_T - position_Q[query_T] % first_RL.shape[1], index.copies_T) + index.copied_N
+    first_Q, column_Q = places.first_Q.numpy(), places.column_Q.numpy()
+    # Where column 0 would stand: the last pair is that of the query's own column.
+    zero_Q = np.cumsum(column_Q - first_Q + 1) - 1 - column_Q
+    return np.repeat(zero_Q[query_T], index.copies_T) + index.copied_N
 
 
 def _tensor(values: np.ndarray) -> Tensor:
@@ -339,5 +343,6 @@ def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple):
         return tuple(_replaced(part, change) for part in value)
     if isinstance(value, (ModelBatch, QueryPlaces, Segments)):
-        return dataclasses.replace(value, **{name: _replaced(part, change) for name, part in vars(value).items()})
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _replaced(part, change) for name, part in parts.items()})
     return value

@@ -90,7 +90,7 @@ class Pointer(nn.Module):
 
     def forward(self, x_RLW: Tensor, x_QW: Tensor, batch: ModelBatch) -> tuple[Tensor, Tensor]:
         """Gate logits [Q, 1] and probabilities of the pairs of all queries [A], float32; both x are normalised."""
-        pairs, k_RLP = batch.places.pairs(), self.key(x_RLW)
+        pairs, k_RLP = batch.places.pairs, self.key(x_RLW)
         q_QP = rms_norm(self.query(x_QW)) * k_RLP.shape[2] ** -0.5
         score_A = _products(q_QP, k_RLP, batch.places, pairs).float()
         time_N = batch.time_RL.flatten()

@@ -79,7 +79,7 @@ def answer(
         h.append(queries.h_QD)
         gates.append(next(gate_X1Q))
         if queries.pointer_A is not None:
-            pairs = batch.places.pairs()
+            pairs = batch.places.pairs
             item_A = batch.items_U[batch.item_RL.flatten()[pairs.position_A]]
             mass_A = queries.pointer_A * next(gate_X1Q)[pairs.query_A]
             pointed.append(SparseMass.of(chosen.start + pairs.query_A, item_A, mass_A, num_catalogue))

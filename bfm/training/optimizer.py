@@ -58,8 +58,9 @@ class AveragingAdamW(torch.optim.AdamW):
                 state = self.state[parameter]
                 if AVERAGE in state and self.average_weight:
                     state[AVERAGE].lerp_(parameter, self.average_weight)
-                for key in MOMENTS if self.tidies and state else ():
-                    torch.hardshrink(state[key], LEAST_MOMENT, out=state[key])
+                if self.tidies:
+                    for key in state.keys() & MOMENTS:
+                        torch.hardshrink(state[key], LEAST_MOMENT, out=state[key])
         return loss
 
     def start_state(self, parameters: Iterable[Tensor], averaging: bool) -> None:

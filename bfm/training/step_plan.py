@@ -96,12 +96,12 @@ class StepPlanner:
     def own_plan(self, stage: int, cursor: int, objective: Objective) -> StepPlan:
         """This worker's part of a step."""
         factory, batches, work = self.factory, list[ModelBatch](), Work()
+        packed = packs(factory.device, self.config.window)
         own = list(range(cursor + factory.rank, cursor + self.config.groups_per_step, factory.world_size))
         for begin in range(0, len(own), self.micro_groups):
             indices = own[begin : begin + self.micro_groups]
             batch = objective.batch(self.order.groups(indices), indices)
             batches.append(batch)
-            packed = packs(factory.device, self.config.window)
             work.add(Work(hardware_flops=self.cost.layout_flops(batch, packed)))
             embeds_again = stage == 1 and embeds_twice(len(batch.items_U))
             frozen = [len(ids_K) for ids_K in batch.frozen] or [0] * len(batch.groups)

@@ -65,7 +65,7 @@ def test_slots_hold_the_queries_of_their_window_once(groups):
 def test_copies_are_the_users_events_of_the_target_up_to_its_query():
     groups = [make_windows(ALL_FIELDS, rows, 16, num_items=5, seed=rows, baskets=True) for rows in (2, 3)]
     batch = batch_of(groups)
-    pairs = batch.places.pairs()
+    pairs = batch.places.pairs
     copies = iter(batch.copy_N.split(batch.copies_T.tolist()))
     for number, group in enumerate(groups):
         for row, column in zip(*np.nonzero(group.target_RL >= 0), strict=True):

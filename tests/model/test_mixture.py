@@ -117,7 +117,7 @@ def test_both_forms_have_the_same_gradient(pointer, monkeypatch):
 
 def test_the_softmax_of_pairs_is_that_of_each_query():
     _, batch = history(positions=torch.tensor([5, 0, LENGTH + 3, 30]))
-    pairs = batch.places.pairs()
+    pairs = batch.places.pairs
     score_A = torch.randn(len(pairs.query_A), dtype=torch.float64, requires_grad=True)
     parts = torch.cat([part.softmax(0) for part in score_A.split(pairs.length_Q.tolist())])
     torch.testing.assert_close(pairs.softmax(score_A), parts)

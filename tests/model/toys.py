@@ -169,7 +169,7 @@ def parts(queries: Queries, batch: ModelBatch | None = None) -> list[torch.Tenso
 
 def of_positions(value_A: torch.Tensor, batch: ModelBatch) -> torch.Tensor:
     """What belongs to pairs of a query and an event of its window, [Q, L]; 0 elsewhere."""
-    pairs, length = batch.places.pairs(), batch.item_RL.shape[1]
+    pairs, length = batch.places.pairs, batch.item_RL.shape[1]
     dense_QL = value_A.new_zeros(len(pairs.length_Q), length)
     dense_QL[pairs.query_A, pairs.position_A % length] = value_A
     return dense_QL

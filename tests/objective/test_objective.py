@@ -49,7 +49,7 @@ class StandIn(torch.nn.Module):
         h_QD = torch.nn.functional.normalize(last_QD @ self.weight, dim=-1)
         if not self.pointer:
             return Queries(h_QD, h_QD.new_zeros(len(batch.query_T), 1), None)
-        pairs = batch.places.pairs()
+        pairs = batch.places.pairs
         score_A = (v_UD[batch.item_RL.flatten()[pairs.position_A]] * last_QD[pairs.query_A]).sum(-1)
         log_gate_TX1 = (last_QD @ self.gate).log_softmax(-1)[batch.query_T]
         return Queries(h_QD, log_gate_TX1, pairs.softmax(score_A))
