@@ -31,14 +31,8 @@ def isoflop(runs: Runs, places: Places) -> Answer:
 
 def surface(runs: Runs, places: Places) -> Answer:
     """L(N, D), the other axes ignored."""
-    fitted = fit_surface(runs)
-    found = {"N exponent": fitted.fit.parameters["a"], "E": fitted.fit.parameters["E"]}
-    for times in (1, 10):
-        flops = 6 * places[times]["params"] * places[times]["events"]
-        found[f"N* at {times} C"] = fitted.optimum(flops).optima["N_opt"]
-    for times in (4, 10):
-        found[f"a run at {times} C"] = fitted.predict(places[times]["params"], places[times]["events"])
-    return found
+    fit = fit_surface(runs)
+    return {"N exponent": fit.parameters["a"], "E": fit.parameters["E"], "N* at 1 C": fit.budgets[-1].optima["N_opt"]}
 
 
 def joint(runs: Runs, places: Places) -> Answer:

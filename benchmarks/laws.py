@@ -28,13 +28,11 @@ from bfm.errors import UserError
 from bfm.laws.joint import fit_joint
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, from_table
-from bfm.laws.surface import Surface, fit_surface
+from bfm.laws.surface import fit_surface
 
 PLANTED = {"E": 1.7, "A": 406.0, "B": 410.0, "alpha": 0.34, "beta": 0.28}
 NOISE = 0.003
 """Standard deviation of a loss, in nats."""
-AHEAD = 4.0
-"""The run that is predicted has this many times the largest C."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,12 @@ def draw(task: tuple[Design, int]) -> tuple[dict[str, tuple[Estimate, float]], f
     columns = {"params": params_R, "events": events_R, "flops": flops_R, "loss": loss_R}
     names = tuple(f"run {place + 1}" for place in range(len(params_R)))
     begin = time.process_time()
-    surface = fit_surface(Runs("planted", columns, names, "loss", {"loss": loss_R}, {}, {}))
+    fit = fit_surface(Runs("planted", columns, names, "loss", {"loss": loss_R}, {}, {}))
     spent = time.process_time() - begin
-    top = float(flops_R.max())
-    params = float(best_size(np.array(AHEAD * top)))
-    events = AHEAD * top / 6 / params
-    measured = float(loss(np.array(params), np.array(events))) + NOISE * rng.standard_normal()
     truths = {**PLANTED, "a": PLANTED["beta"] / (PLANTED["alpha"] + PLANTED["beta"])}
-    found = {name: (surface.fit.parameters[name], truth) for name, truth in truths.items()}
-    found["N_opt at the largest C"] = (surface.optimum(top).optima["N_opt"], float(best_size(np.array(top))))
-    found[f"a new run at {AHEAD:g} times it"] = (surface.predict(params, events), measured)
+    found = {name: (fit.parameters[name], truth) for name, truth in truths.items()}
+    top = fit.budgets[-1]
+    found["N_opt at the largest C"] = (top.optima["N_opt"], float(best_size(np.array(top.flops))))
     return found, spent
 
 
@@ -156,14 +150,13 @@ def tables(external: Path) -> Iterator[tuple[str, Runs]]:
 
 
 def holdout_part(external: Path) -> str:
-    """The runs with the most C of published tables, predicted from the others by the surface and by the joint model."""
+    """The runs with the most C of published tables, predicted from the others by the joint model."""
     lines = [
-        "| table | runs fitted | left out | C beyond | surface: inside | median miss | median half width | "
-        "joint: inside | median miss | median half width | CPU s a fit |",
-        "|---" * 11 + "|",
+        "| table | runs fitted | left out | C beyond | inside | median miss | median half width | CPU s a fit |",
+        "|---" * 8 + "|",
     ]
     inside: list[np.ndarray] = []
-    halves: list[tuple[float, float]] = []
+    halves: list[float] = []
     for name, runs in tables(external):
         flops_R = runs["flops"] if runs.has("flops") else 6 * runs["params"] * runs["events"]
         levels = np.unique(np.round(np.log(flops_R), 2))
@@ -174,39 +167,24 @@ def holdout_part(external: Path) -> str:
         joint = fit_joint(kept)
         spent = time.process_time() - begin
         columns = {"params": left["params"], "events": left["events"], "flops": flops_R[top_R]}
-        cells = [_surface_said(fit_surface(kept), left), (*joint.predict(columns), left["loss"])]
-        inside.append(np.stack([np.abs(loss - measured) <= half for loss, half, measured in cells]))
-        halves.append(tuple(float(np.median(half)) for _, half, _ in cells))
+        loss_R, half_R = joint.predict(columns)
+        miss_R = left["loss"] - loss_R
+        inside.append(np.abs(miss_R) <= half_R)
+        halves.append(float(np.median(half_R)))
         times = f"up to {flops_R[top_R].max() / flops_R[~top_R].max():.2g} times"
-        words = " | ".join(itertools.starmap(_cell, cells))
+        words = f"{inside[-1].mean():.0%} | {np.median(miss_R):+.3f} | {halves[-1]:.3f}"
         lines.append(f"| {name} | {len(kept)} | {len(left)} | {times} | {words} | {spent:.2f} |")
-    every = np.concatenate(inside, 1)
-    middle = np.median(halves, 0)
+    every = np.concatenate(inside)
     lines += [
         "",
-        f"All {every.shape[1]} runs: inside the surface's interval {every[0].mean():.0%}, the joint model's "
-        f"{every[1].mean():.0%}; median half width over tables {middle[0]:.3f} and {middle[1]:.3f} nats.",
+        f"Inside the interval: {every.mean():.0%} of all {len(every)} runs; median half width over tables "
+        f"{np.median(halves):.3f} nats.",
     ]
     title = (
         "# Prediction intervals on runs of more C than the law has seen\n\n"
         "Each table's largest iso-FLOP level is left out; the largest factor of 4 in C where there are no levels."
     )
     return "\n".join([title, _written("holdout"), "", *lines, ""])
-
-
-def _surface_said(surface: Surface, left: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(predicted, half width, measured), each about the middle of the interval."""
-    said = [surface.predict(n, d) for n, d in zip(left["params"].tolist(), left["events"].tolist(), strict=True)]
-    half_R = np.array([(one.high - one.low) / 2 for one in said])
-    middle_R = np.array(
-        [(one.high + one.low) / 2 if math.isfinite(one.high - one.low) else one.estimate for one in said]
-    )
-    return middle_R, half_R, left["loss"]
-
-
-def _cell(loss_R: np.ndarray, half_R: np.ndarray, measured_R: np.ndarray) -> str:
-    miss_R = measured_R - loss_R
-    return f"{np.mean(np.abs(miss_R) <= half_R):.0%} | {np.median(miss_R):+.3f} | {np.median(half_R):.3f}"
 
 
 def _written(part: str) -> str:

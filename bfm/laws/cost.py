@@ -1,6 +1,6 @@
-"""C as a function of N and D, C = scale * N^power * D, and the best N and D at a C under a fitted surface.
+"""C as a function of N and D, C = scale * N^power * D, and the C of a table at which optima are of interest.
 
-Shape legend: R runs, P parameters.
+Shape legend: R runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 from bfm.laws.runs import Runs
 
 _CONSTANT = 0.02
+_CLOSE = 0.1
+"""In ln C: runs of one budget."""
+_SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,15 @@ def cost_of(runs: Runs) -> Cost:
     apart = float(np.sqrt(np.mean((log_ratio_R - level - slope * log_n_R) ** 2)))
     scale, power = math.exp(level), 1 + slope
     return Cost(scale, power, f"C = {scale:.4g} N^{power:.4f} D (fitted to the runs' C, within {apart:.1%})")
+
+
+def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
+    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, powers of ten and the top."""
+    if runs.has("budget") or runs.has("flops"):
+        groups = runs.budgets()
+        close = {c: np.ptp(log_c_R[places]) < _CLOSE or runs.has("budget") for c, places in groups.items()}
+        found = [flops for flops, places in groups.items() if len(places) >= _SIZES and close[flops]]
+        if len(found) > 1:
+            return found
+    low, high = log_c_R.min() / math.log(10), log_c_R.max() / math.log(10)
+    return [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] + [float(np.exp(log_c_R.max()))]

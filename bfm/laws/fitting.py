@@ -55,10 +55,8 @@ def fit_law(law: str, runs: Runs, options: FitOptions = FitOptions()) -> LawFit:
     """One law on runs. Raises UserError where the law is unknown, or the runs lack what it needs."""
     fits: dict[str, Callable[[], LawFit]] = {
         "isoflop": lambda: fit_isoflop(runs, curve=options.curve, seed=options.seed),
-        "surface": lambda: (
-            fit_surface(
-                runs, objective=options.objective, delta=options.delta, seed=options.seed, bootstrap=options.bootstrap
-            ).fit
+        "surface": lambda: fit_surface(
+            runs, objective=options.objective, delta=options.delta, seed=options.seed, bootstrap=options.bootstrap
         ),
         "hull": lambda: fit_hull(runs, seed=options.seed),
         "share": lambda: fit_share(runs),

@@ -25,6 +25,8 @@ _STEP = 1e-4
 _STARTS = (1.0, 0.3, 0.0)
 _NEAR = 0.02
 """The deviance at an end may miss its bound by this share."""
+_WINDOW = 0.6
+"""Least half width over which the density of errors at 0 is taken, in robust standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,23 @@ class Region:
         return sign * math.inf
 
 
-def margin(psi_R: np.ndarray, curvature_R: np.ndarray, num_params: int) -> float:
-    """Height of the region's edge: `psi_R` are rho'(r), `curvature_R` rho''(r) at the fit."""
-    free = len(psi_R) - num_params
-    spread = float((psi_R**2).sum()) / free
-    return 0.5 * float(stats.f.ppf(CONFIDENCE, 1, free)) * spread / float(curvature_R.mean())
+def margin(residual_R: np.ndarray, delta: float, num_params: int) -> float:
+    """Height of the region's edge under Huber's loss of the residuals at the fit."""
+    free = len(residual_R) - num_params
+    spread = float((huber(residual_R, delta)[1] ** 2).sum()) / free
+    return 0.5 * float(stats.f.ppf(CONFIDENCE, 1, free)) * spread / curvature(residual_R, delta, num_params)
+
+
+def curvature(residual_R: np.ndarray, delta: float, num_params: int) -> float:
+    """Mean of rho'', the share of errors within delta of 0.
+
+    Where delta is far below the noise few residuals are that near, and a fit that passes through as many runs as it
+    has parameters makes them seem more; so their density is taken over a wider window.
+    """
+    size_R = np.abs(residual_R)
+    window = max(delta, _WINDOW * float(np.median(size_R)) / 0.6745)
+    inside = max(float((size_R <= window).mean()), num_params / len(size_R))
+    return inside if window == delta else inside * delta / window
 
 
 def huber(residual_R: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

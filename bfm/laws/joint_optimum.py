@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bfm.errors import UserError
+from bfm.laws.cost import cost_levels
 from bfm.laws.joint import Joint
 from bfm.laws.joint_form import LENGTH
 from bfm.laws.powerlaw import exponential, line
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
-from bfm.laws.surface_notes import cost_levels
 
 _PLACES = 201
 _STEP = 0.05

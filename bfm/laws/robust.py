@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from bfm.laws.intervals import Region, huber, margin
+from bfm.laws.intervals import Region, curvature, huber, margin
 from bfm.laws.result import Outlier
 
 HUBER_SCALES = 2.0
@@ -24,7 +24,7 @@ OUTLIER_SCALES = 4.0
 _ROUNDS = 5
 _EXACT = 1e-6
 """Residuals below a millionth are rounding, not noise."""
-_TIGHT = 1e-15
+_TIGHT = 1e-12
 Model = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -86,9 +86,9 @@ def robust_fit(
         if delta is not None or math.isinf(huber_scales) or abs(wanted / current - 1) < 1e-3:
             break
         current = wanted
-    _, psi_R, curvature_R = huber(residual_R, current)
     _, jacobian_RP = model(theta_P)
-    edge = max(margin(psi_R, curvature_R, num_params), _EXACT**2)
+    information_PP = curvature(residual_R, current, num_params) * jacobian_RP.T @ jacobian_RP
+    edge = max(margin(residual_R, current, num_params), _EXACT**2)
 
     def objective(theta_P: np.ndarray) -> tuple[float, np.ndarray]:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -96,7 +96,7 @@ def robust_fit(
             rho_R, psi_R, _ = huber(observed_R - prediction_R, current)
             return float(rho_R.sum()), -jacobian_RP.T @ psi_R
 
-    return RobustFit(theta_P, residual_R, scale, current, Region(theta_P, objective, jacobian_RP.T @ jacobian_RP, edge))
+    return RobustFit(theta_P, residual_R, scale, current, Region(theta_P, objective, information_PP, edge))
 
 
 def _minimise(

@@ -1,274 +1,314 @@
 """The loss as a surface of model size and data, L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022).
 
+Approach 3 of that paper: the least sum of Huber's loss of ln residuals, from many starts. The other objective,
+"asym_mae", is the mean absolute error of the loss with fits above a run counted ten times (the default of the
+chinchilla package of kyo-takano: a lower envelope). It has kinks, so its intervals are a bootstrap.
+
 With C = k N^g D (g = 1 unless the runs say otherwise) the best size at a budget is N_opt = G (C / k)^a with
 a = beta / (alpha + g beta) and G = (alpha A / (g beta B))^(1 / (alpha + g beta)); D_opt goes with C^b,
 b = alpha / (alpha + g beta). A metric to maximise is fitted as `transform.to_loss` turns it.
 
-Shape legend: R runs, P parameters.
+Shape legend: R runs, S draws, P parameters. theta_P = ln of (A / N0^alpha, B / D0^beta, E, alpha, beta), with N0 and D0
+the geometric means of the runs: a fit starts well conditioned, and all five stay above 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.cost import Cost, cost_of
-from bfm.laws.result import BudgetOptimum, Estimate, LawFit
+from bfm.laws import intervals
+from bfm.laws.cost import Cost, cost_levels, cost_of
+from bfm.laws.powerlaw import exponential
+from bfm.laws.result import CONFIDENCE, BudgetOptimum, Estimate, LawFit, Outlier
+from bfm.laws.robust import RobustFit, robust_fit
 from bfm.laws.runs import Runs
-from bfm.laws.surface_fit import Fitted, Noise, Objective, extrapolation, fit_form, noise_of
-from bfm.laws.surface_form import LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, LOG_REPEATS, REPEATS, Form, exponents
-from bfm.laws.surface_notes import (
-    check,
-    condition_of,
-    cost_levels,
-    outliers_of,
-    repeating,
-    repeats_of,
-    warnings_of,
-)
 from bfm.laws.transform import from_loss, to_loss, transform_name
 
-_DATA_REPEATED = (
-    "effective, D' = U + U R* (1 - exp(-R / R*)) with R = D / U - 1 repetitions, because R* is closed above "
-    "(or because it was asked for)"
-)
-_DATA_PLAIN = "D, repeats counted in full, because the 95 % interval of R* is open above: the runs do not refuse it"
+_ABOVE = 10.0
+"""Weight of a fit above the run in asym_mae."""
+_ENVELOPE = f"mean absolute error of the loss, fits above a run weighted {_ABOVE:g}"
+_ASYMMETRIC_DRAWS = 100
+_ROUNDED = np.geomspace(1e-2, 1e-7, 6)
+"""Deltas of asym_mae in units of the median loss; the first three are enough for draws."""
+_FEWEST = 7
+_SIZES = 3
+_SAME = 0.02
+_ONE_BUDGET = math.log(1.5)
+_EXPONENTS = (0.01, 4.0)
+"""Bounds of alpha and beta."""
+_NO_FLOOR = 1e-4
+"""E is kept above this share of the smallest loss; there it is not told from 0."""
 _FAR = math.log(4.0)
 _NEAR_FLOPS = math.log(2.0) + 1e-6
+_OUTLIER = 5.0
+_ILL_CONDITIONED = 1e4
+_LIMIT = 20.0
+"""An interval search may try any log; exp of more says nothing further and overflows."""
+Quantity = Callable[[np.ndarray], float]
+"""Of theta_P."""
+Interval = Callable[[Quantity], Estimate]
 
 
 @dataclass(frozen=True)
-class Surface:
-    """A fitted surface, ready to be asked."""
+class _Problem:
+    """The surface at given runs, or at draws of them, and what is to be least."""
 
-    fit: LawFit
-    cost: Cost
-    fitted: Fitted
     log_n_R: np.ndarray
-    """ln N of the runs."""
-    log_c_R: np.ndarray
-    """ln C of the runs."""
+    log_d_R: np.ndarray
+    y_R: np.ndarray
+    """ln of the measured losses."""
     center: tuple[float, float]
-    """Mean ln N and mean ln D, from which the form counts."""
-    noise: Noise
-    drift: float
-    """Half width of the error of extrapolation per unit of ln C above the runs; NaN: not measured."""
+    """ln of N0 and D0."""
+    cost: Cost
+    skewed: bool
+    """asym_mae, not Huber's loss."""
+    deltas: Sequence[float]
+    """Of Huber's loss: one, or what rounds the kinks of asym_mae off less and less."""
 
-    def expected(self, params: float, events: float, unique_events: float | None = None) -> float:
-        """What `mean` estimates, without the interval, which takes time."""
-        return self._value(self._log_loss(self.fitted.theta_P, *_logs(params, events, unique_events)))
+    def log_loss(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ln L of shape R, its derivatives of shape R x P)."""
+        alpha, beta = _exponents(theta_P)
+        n_R, d_R = self.log_n_R - self.center[0], self.log_d_R - self.center[1]
+        terms_3R = np.stack([theta_P[0] - alpha * n_R, theta_P[1] - beta * d_R, np.full(len(n_R), theta_P[2])])
+        log_loss_R = np.logaddexp.reduce(terms_3R)
+        share_3R = np.exp(terms_3R - log_loss_R)
+        return log_loss_R, np.stack([*share_3R, -alpha * n_R * share_3R[0], -beta * d_R * share_3R[1]], 1)
 
-    def mean(self, params: float, events: float, unique_events: float | None = None) -> Estimate:
-        """The metric expected at (N, D, unique events), with the interval of that mean; in the metric's units."""
-        return self._metric(self._log_mean(params, events, unique_events))
+    def at(self, places: np.ndarray) -> _Problem:
+        """The problem of the runs of these places."""
+        return replace(self, log_n_R=self.log_n_R[places], log_d_R=self.log_d_R[places], y_R=self.y_R[places])
 
-    def predict(self, params: float, events: float, unique_events: float | None = None) -> Estimate:
-        """The metric of a new run at (N, D), with its prediction interval.
+    def solve(self, theta_P: np.ndarray) -> RobustFit:
+        """The minimum that a start leads to, by each delta in turn."""
+        model, wanted_R = (self._above, np.zeros(len(self.y_R))) if self.skewed else (self.log_loss, self.y_R)
+        bounds = self._bounds()
+        for delta in self.deltas:
+            fit = robust_fit(model, wanted_R, np.clip(theta_P, *bounds), bounds, delta=delta)
+            theta_P = fit.theta_P
+        return fit
 
-        Joins in ln loss, in squares: the interval of the mean, the noise of one run, and above the runs' largest C the
-        error of extrapolation (`drift` times ln of how far above).
-        """
-        mean = self._log_mean(params, events, unique_events)
-        log_c = math.log(self.cost.flops(params, events))
-        beyond = max(0.0, log_c - float(self.log_c_R.max())) * (0.0 if math.isnan(self.drift) else self.drift)
-        one = self.noise.at(mean.estimate)
-        low = math.hypot(mean.estimate - mean.low, one, beyond)
-        high = math.hypot(mean.high - mean.estimate, one, beyond)
-        middle = mean.estimate + self.noise.shift
-        return self._metric(Estimate(mean.estimate, middle - low, middle + high))
+    def best(self) -> RobustFit:
+        """The lowest minimum: over a grid of exponents, the best start of each alpha is followed."""
+        exponents, rough = np.geomspace(0.06, 1.6, 7), replace(self, deltas=self.deltas[:1])
+        fits = []
+        for alpha in exponents:
+            starts = [self._start(alpha, beta) for beta in exponents]
+            fits.append(
+                rough.solve(min(starts, key=lambda start_P: np.abs(self.log_loss(start_P)[0] - self.y_R).sum()))
+            )
+        return self.solve(min(fits, key=lambda fit: fit.objective).theta_P)
 
-    def best(self, flops: float) -> tuple[float, float]:
-        """The best (N, D) at C, each event seen once, without the intervals of `optimum`."""
-        log_n, log_d = self._log_best(self.fitted.theta_P, flops)
-        return math.exp(log_n), math.exp(log_d)
+    def _start(self, alpha: float, beta: float) -> np.ndarray:
+        """theta_P with the A, B, E of the least relative error at these exponents, made positive."""
+        n_R, d_R, loss_R = self.log_n_R - self.center[0], self.log_d_R - self.center[1], np.exp(self.y_R)
+        terms_R3 = np.stack([np.exp(-alpha * n_R), np.exp(-beta * d_R), np.ones(len(n_R))], 1)
+        level_3 = np.linalg.lstsq(terms_R3 / loss_R[:, None], np.ones(len(n_R)), rcond=None)[0]
+        return np.log([*np.maximum(level_3, 0.02 * loss_R.min()), alpha, beta])
 
-    def optimum(self, flops: float) -> BudgetOptimum:
-        """The best N and D at C, each event seen once."""
-        size = _exp(self.fitted.uncertainty.interval(lambda theta_P: self._log_best(theta_P, flops)[0]))
-        data = (self.cost.events(n, flops) if 0 < n < math.inf else -n for n in (size.estimate, size.high, size.low))
-        optima = {"N_opt": size, "D_opt": Estimate(*data)}
-        log_n, log_d = self._log_best(self.fitted.theta_P, flops)
-        if self._is_made_up(log_n, size):
-            optima = {name: Estimate(math.nan, value.low, value.high) for name, value in optima.items()}
-        best = from_loss(self.fit.metric, math.exp(self._log_loss(self.fitted.theta_P, log_n, log_d, log_d)))
-        reason = self._why_open(flops, log_n)
-        return BudgetOptimum(flops, not reason, optima, best, reason)
-
-    def _is_made_up(self, log_n: float, size: Estimate) -> bool:
-        """Whether the optimum lies far outside the runs on a side that they do not close."""
-        below, above = self.log_n_R.min() - log_n, log_n - self.log_n_R.max()
-        return (below > _FAR and not size.low > 0) or (above > _FAR and size.high == math.inf)
-
-    def _why_open(self, flops: float, log_n: float) -> str:
-        near_R = np.abs(self.log_c_R - math.log(flops)) <= _NEAR_FLOPS
-        if not near_R.any():
-            return "no run within a factor of 2 of this C: the surface alone says it"
-        if not (self.log_n_R[near_R] < log_n).any():
-            return "no smaller run near this C"
-        return "" if (self.log_n_R[near_R] > log_n).any() else "no larger run near this C"
-
-    def _log_best(self, theta_P: np.ndarray, flops: float) -> tuple[float, float]:
-        """(ln N_opt, ln D_opt)."""
+    def log_best(self, log_paid: float, theta_P: np.ndarray) -> float:
+        """ln N_opt where N^g D is exp(log_paid)."""
         (center_n, center_d), power = self.center, self.cost.power
-        alpha, beta = exponents(theta_P)
-        paid = math.log(flops / self.cost.scale) - power * center_n - center_d
-        pull = theta_P[LOG_ALPHA] + theta_P[LOG_A] - theta_P[LOG_BETA] - theta_P[LOG_B] - math.log(power)
-        n = (pull + beta * paid) / (alpha + power * beta)
-        return float(n + center_n), float(paid - power * n + center_d)
+        alpha, beta = _exponents(theta_P)
+        pull = theta_P[3] + theta_P[0] - theta_P[4] - theta_P[1] - math.log(power)
+        return float((pull + beta * (log_paid - power * center_n - center_d)) / (alpha + power * beta) + center_n)
 
-    def _log_mean(self, params: float, events: float, unique_events: float | None) -> Estimate:
-        logs = _logs(params, events, unique_events)
-        return self.fitted.uncertainty.interval(lambda theta_P: self._log_loss(theta_P, *logs))
+    def _above(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fitted minus measured loss, times _ABOVE where above 0, and its derivatives."""
+        log_loss_R, jacobian_RP = self.log_loss(theta_P)
+        fitted_R, loss_R = np.exp(log_loss_R), np.exp(self.y_R)
+        side_R = np.where(fitted_R > loss_R, _ABOVE, 1.0)
+        return side_R * (fitted_R - loss_R), (side_R * fitted_R)[:, None] * jacobian_RP
 
-    def _log_loss(self, theta_P: np.ndarray, log_n: float, log_d: float, log_u: float) -> float:
-        center_n, center_d = self.center
-        unique = None if self.fitted.form.log_u_R is None else np.array([log_u - center_d])
-        form = Form(np.array([log_n - center_n]), np.array([log_d - center_d]), unique)
-        return float(form.log_loss(theta_P)[0])
-
-    def _metric(self, log_loss: Estimate) -> Estimate:
-        """ln loss to the metric's units; an open end stays infinite."""
-        ends = [self._value(end) for end in (log_loss.low, log_loss.high)]
-        if ends[0] > ends[1]:
-            ends.reverse()
-        return Estimate(self._value(log_loss.estimate), *ends)
-
-    def _value(self, log_loss: float) -> float:
-        falls = from_loss(self.fit.metric, 0.0) > from_loss(self.fit.metric, 1.0)
-        if math.isinf(log_loss):
-            return -log_loss if falls else log_loss
-        return from_loss(self.fit.metric, math.exp(log_loss))
-
-
-def _logs(params: float, events: float, unique_events: float | None) -> tuple[float, float, float]:
-    """ln of N, D and the unique events."""
-    seen = events if unique_events is None else min(unique_events, events)
-    if min(params, events, seen) <= 0:
-        raise UserError("N, D and the unique events of a prediction are above 0", fix="give positive counts")
-    return math.log(params), math.log(events), math.log(seen)
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        least, (low, high) = float(self.y_R.min()), np.log(_EXPONENTS)
+        floor = least + math.log(_NO_FLOOR)
+        return np.array([-60.0, -60.0, floor, low, low]), np.array([30.0, 30.0, least, high, high])
 
 
 def fit_surface(
-    runs: Runs,
-    *,
-    objective: str = "huber",
-    delta: float = 1e-3,
-    seed: int = 0,
-    bootstrap: int = 0,
-    effective: bool | None = None,
-) -> Surface:
-    """Fit the surface to runs with params (N), events (D), loss, and optionally flops, unique_events, curve.
+    runs: Runs, *, objective: str = "huber", delta: float = 1e-3, seed: int = 0, bootstrap: int = 0
+) -> LawFit:
+    """E, A, B, alpha, beta, a and b of runs with params (N), events (D), loss, and optionally flops, budget, curve.
 
-    `objective` is "huber" (delta in ln loss) or "asym_mae" (see `surface_fit`). `bootstrap` draws replace the profile
-    likelihood; `seed` is theirs. `effective` counts repeated events less: None where unique events are known, some
-    runs repeat, and the 95 % interval of R* is closed above, so the runs refuse that repeats count in full.
-    Raises UserError for fewer than 7 runs, fewer than 3 sizes N or D, and repeats asked for where there are none.
+    `objective` is "huber" (delta in ln loss) or "asym_mae". `bootstrap` draws of whole training runs (`curve`) replace
+    the profile likelihood; `seed` is theirs. Repeated events count in full. `budgets` hold N_opt and D_opt at the C of
+    `cost_levels`. Raises UserError for fewer than 7 runs, for fewer than 3 N or D, and for one C only.
     """
     if objective not in ("huber", "asym_mae"):
         raise UserError(f"there is no objective {objective!r}", key="--objective", fix="huber or asym_mae")
     if not 0 < delta < math.inf:
         raise UserError(f"Huber's loss has no corner at {delta:g}", key="--delta", fix="above 0, such as 1e-3")
-    check(runs)
-    aim = Objective(objective, delta)
-    y_R = np.log(to_loss(runs.metric, runs["loss"]))
+    _check(runs)
     log_n_R, log_d_R = np.log(runs["params"]), np.log(runs["events"])
-    groups_R = runs["curve"] if runs.has("curve") else np.arange(len(runs))
-    plain = Form(log_n_R - log_n_R.mean(), log_d_R - log_d_R.mean())
-    fitted, repeated = None, None
-    if effective is not False and repeating(runs, asked=bool(effective)):
-        log_u_R = np.log(np.minimum(runs["unique_events"], runs["events"])) - log_d_R.mean()
-        with_repeats = Form(plain.log_n_R, plain.log_d_R, log_u_R)
-        fitted = fit_form(with_repeats, y_R, aim, bootstrap, groups_R, seed)
-        repeated = _closed(_exp(fitted.uncertainty.interval(lambda theta_P: theta_P[LOG_REPEATS])))
-        if not effective and math.isinf(repeated.high):
-            fitted = None
-    fitted = fitted or fit_form(plain, y_R, aim, bootstrap, groups_R, seed)
-    cost = cost_of(runs)
-    log_c_R = np.log(cost.flops(runs["params"], runs["events"]))
-    drift = extrapolation(fitted.form, y_R, fitted.theta_P, aim, log_c_R)
-    error_R = y_R - fitted.form.log_loss(fitted.theta_P)
-    law = _law(runs, fitted, aim, cost, error_R, drift, repeated)
     center = (float(log_n_R.mean()), float(log_d_R.mean()))
-    noise = noise_of(error_R, y_R - error_R, fitted.form.size)
-    surface = Surface(law, cost, fitted, log_n_R, log_c_R, center, noise, drift)
-    budgets = tuple(surface.optimum(flops) for flops in cost_levels(runs, log_c_R))
-    return replace(surface, fit=replace(law, budgets=budgets))
-
-
-def _law(
-    runs: Runs,
-    fitted: Fitted,
-    aim: Objective,
-    cost: Cost,
-    error_R: np.ndarray,
-    drift: float,
-    repeated: Estimate | None,
-) -> LawFit:
-    """Everything but the budgets."""
-    parameters = _parameters(runs, fitted, cost)
-    outliers = outliers_of(runs, error_R)
-    used = fitted.form.log_u_R is not None
-    if used and repeated is not None:
-        parameters["R_star"] = repeated
-    definitions = {
-        **runs.definitions,
-        "C of (N, D)": cost.words,
-        "fitted": f"ln of {transform_name(runs.metric)}; residuals are ln measured - ln fitted",
-        "a, b": "exponents of N_opt and D_opt in C, every event seen once",
-        "data": _DATA_REPEATED if used else "D, repeats counted in full" if repeated is None else _DATA_PLAIN,
-    }
+    y_R = np.log(to_loss(runs.metric, runs["loss"]))
+    skewed = objective == "asym_mae"
+    deltas = (math.exp(float(np.median(y_R))) * _ROUNDED).tolist() if skewed else [delta]
+    problem = _Problem(log_n_R, log_d_R, y_R, center, cost_of(runs), skewed, deltas)
+    fit = problem.best()
+    interval: Interval = fit.region.interval
+    method = intervals.METHOD
+    if bootstrap or skewed:
+        interval, method = _bootstrap(runs, problem, fit, bootstrap or _ASYMMETRIC_DRAWS, np.random.default_rng(seed))
+    log_loss_R, jacobian_RP = problem.log_loss(fit.theta_P)
+    parameters = _parameters(problem, interval)
+    # Each parameter in units of its own error.
+    condition = float(np.linalg.cond(jacobian_RP / np.maximum(np.linalg.norm(jacobian_RP, axis=0), 1e-300))) ** 2
+    outliers = _outliers(runs, y_R - log_loss_R)
     return LawFit(
         law="surface",
         metric=runs.metric,
         parameters=parameters,
-        definitions=definitions,
-        runs=len(runs),
-        interval_method=fitted.method,
-        objective=fitted.value,
-        objective_name=aim.name,
-        residuals=tuple(error_R.tolist()),
-        outliers=outliers,
-        warnings=warnings_of(runs, fitted, parameters, outliers, drift),
-        details={
-            **repeats_of(used, repeated),
-            "condition_number": condition_of(fitted),
-            "extrapolation_error_per_ln_C": None if math.isnan(drift) else drift,
+        definitions={
+            **runs.definitions,
+            "C of (N, D)": problem.cost.words,
+            "fitted": f"ln of {transform_name(runs.metric)}; residuals are ln measured - ln fitted",
+            "a, b": "exponents of N_opt and D_opt in C",
+            "data": "D, repeats counted in full",
         },
+        runs=len(runs),
+        interval_method=method,
+        objective=float(np.abs(fit.residual_R).mean()) if skewed else fit.objective,
+        objective_name=_ENVELOPE if skewed else f"sum of Huber's loss of ln residuals, delta {delta:g}",
+        budgets=_budgets(runs, problem, fit.theta_P, interval),
+        residuals=tuple((y_R - log_loss_R).tolist()),
+        outliers=outliers,
+        warnings=(*runs.warnings, *_doubts(parameters, condition, outliers)),
+        details={"condition_number": condition},
     )
 
 
-def _parameters(runs: Runs, fitted: Fitted, cost: Cost) -> dict[str, Estimate]:
-    """E, A, B, alpha, beta, a, b with intervals."""
-    center_n, center_d = float(np.log(runs["params"]).mean()), float(np.log(runs["events"]).mean())
+def _check(runs: Runs) -> None:
+    """Raises UserError where the runs cannot hold the law's five parameters, saying how many more of what would."""
+    runs.require("the surface L(N, D)", "params", "events", "loss")
+    if len(runs) < _FEWEST:
+        short = _FEWEST - len(runs)
+        fix = f"add {short} at other N and D (a grid of {_SIZES} N by {_SIZES} D is the least that is any use)"
+        raise UserError(f"{len(runs)} runs are too few for the surface's 5 parameters", file=runs.source, fix=fix)
+    for column, letter, other in (("params", "N", "D"), ("events", "D", "N")):
+        sizes = 1 + int((np.diff(np.sort(np.log(runs[column]))) > _SAME).sum())
+        if sizes < _SIZES:
+            raise UserError(
+                f"all {len(runs)} runs stand at {sizes} {letter}, and the surface needs {_SIZES}",
+                file=runs.source,
+                key=column,
+                fix=f"add runs at {_SIZES - sizes} or more other {letter}, each at several {other}",
+            )
+    if np.ptp(np.log(runs["params"] * runs["events"])) < _ONE_BUDGET:
+        raise UserError(
+            f"all {len(runs)} runs stand at one C, where N and D change together",
+            file=runs.source,
+            key="flops",
+            fix=f"add {_SIZES} or more sizes at each of 2 other C, a factor 3 or more apart",
+        )
+
+
+def _bootstrap(
+    runs: Runs, problem: _Problem, fit: RobustFit, draws: int, rng: np.random.Generator
+) -> tuple[Interval, str]:
+    """(percentiles over refits to training runs drawn with replacement, how they are called)."""
+    curve_R = runs["curve"] if runs.has("curve") else np.arange(len(runs))
+    members = [np.flatnonzero(curve_R == name) for name in np.unique(curve_R)]
+    rough, theta_SP = replace(problem, deltas=problem.deltas[:3]), []
+    for _ in range(draws):
+        places = np.concatenate([members[one] for one in rng.integers(len(members), size=len(members))])
+        theta_SP.append(rough.at(places).solve(fit.theta_P).theta_P)
+    tail = 50 * (1 - CONFIDENCE)
+
+    def interval(quantity: Quantity) -> Estimate:
+        low, high = np.percentile([quantity(theta_P) for theta_P in theta_SP], [tail, 100 - tail])
+        return Estimate(quantity(fit.theta_P), float(low), float(high))
+
+    what = "runs" if len(members) == len(runs) else "whole training runs"
+    return interval, f"percentiles of {draws} bootstrap draws of {what}"
+
+
+def _parameters(problem: _Problem, interval: Interval) -> dict[str, Estimate]:
+    (center_n, center_d), power = problem.center, problem.cost.power
 
     def share(theta_P: np.ndarray) -> float:
-        alpha, beta = exponents(theta_P)
-        return float(beta / (alpha + cost.power * beta))
+        alpha, beta = _exponents(theta_P)
+        return beta / (alpha + power * beta)
 
-    logs = {
-        "E": lambda theta_P: theta_P[LOG_E],
-        "A": lambda theta_P: theta_P[LOG_A] + exponents(theta_P)[0] * center_n,
-        "B": lambda theta_P: theta_P[LOG_B] + exponents(theta_P)[1] * center_d,
-        "alpha": lambda theta_P: theta_P[LOG_ALPHA],
-        "beta": lambda theta_P: theta_P[LOG_BETA],
+    logs: Mapping[str, Quantity] = {
+        "E": lambda theta_P: theta_P[2],
+        "A": lambda theta_P: theta_P[0] + _exponents(theta_P)[0] * center_n,
+        "B": lambda theta_P: theta_P[1] + _exponents(theta_P)[1] * center_d,
+        "alpha": lambda theta_P: theta_P[3],
+        "beta": lambda theta_P: theta_P[4],
     }
-    found = {name: _exp(fitted.uncertainty.interval(log)) for name, log in logs.items()}
-    found["E"] = replace(found["E"], low=max(found["E"].low, 0.0))
-    a = fitted.uncertainty.interval(share)
-    b = Estimate(*(1 - cost.power * value for value in (a.estimate, a.high, a.low)))
-    return {**found, "a": a, "b": b}
+    a = interval(share)
+    b = Estimate(*(1 - power * value for value in (a.estimate, a.high, a.low)))
+    return {**{name: exponential(interval(log)) for name, log in logs.items()}, "a": a, "b": b}
 
 
-def _exp(log: Estimate) -> Estimate:
-    """Of a quantity above 0; an open end stays infinite."""
-    ends = (end if math.isinf(end) else math.exp(min(end, 700.0)) for end in (log.low, log.high))
-    return Estimate(math.exp(log.estimate), *ends)
+def _exponents(theta_P: np.ndarray) -> tuple[float, float]:
+    """(alpha, beta)."""
+    alpha, beta = np.exp(np.clip(theta_P[3:], -_LIMIT, _LIMIT))
+    return float(alpha), float(beta)
 
 
-def _closed(repeats: Estimate) -> Estimate:
-    """An end of R* at its bound is open."""
-    low = repeats.low if repeats.low > REPEATS[0] else 0.0
-    return replace(repeats, low=low, high=repeats.high if repeats.high < REPEATS[1] * 0.999 else math.inf)
+def _budgets(runs: Runs, problem: _Problem, theta_P: np.ndarray, interval: Interval) -> tuple[BudgetOptimum, ...]:
+    """The best N and D at each C; no point where it lies far outside the runs on a side that they do not close."""
+    cost, log_n_R = problem.cost, problem.log_n_R
+    log_c_R = np.log(cost.flops(runs["params"], runs["events"]))
+    found = []
+    for flops in cost_levels(runs, log_c_R):
+        log_paid = math.log(flops / cost.scale)
+        n = interval(partial(problem.log_best, log_paid))
+        d = Estimate(*(log_paid - cost.power * end for end in (n.estimate, n.high, n.low)))
+        there = replace(problem, log_n_R=np.array([n.estimate]), log_d_R=np.array([d.estimate]))
+        best = from_loss(runs.metric, math.exp(float(there.log_loss(theta_P)[0][0])))
+        reason = _why_open(log_n_R[np.abs(log_c_R - math.log(flops)) <= _NEAR_FLOPS], n.estimate)
+        vague_below = n.low == -math.inf and n.estimate < log_n_R.min() - _FAR
+        if vague_below or (n.high == math.inf and n.estimate > log_n_R.max() + _FAR):
+            n, d = replace(n, estimate=math.nan), replace(d, estimate=math.nan)
+        optima = {"N_opt": exponential(n), "D_opt": exponential(d)}
+        found.append(BudgetOptimum(flops, not reason, optima, best, reason))
+    return tuple(found)
+
+
+def _why_open(near_R: np.ndarray, log_n: float) -> str:
+    """Why the runs near a C do not bracket its optimum; '' where they do."""
+    if len(near_R) == 0:
+        return "no run within a factor of 2 of this C: the surface alone says it"
+    if not (near_R < log_n).any():
+        return "no smaller run near this C"
+    return "" if (near_R > log_n).any() else "no larger run near this C"
+
+
+def _outliers(runs: Runs, error_R: np.ndarray) -> tuple[Outlier, ...]:
+    """Runs further than five robust standard deviations from the middle residual."""
+    away_R = error_R - np.median(error_R)
+    spread = max(1.4826 * float(np.median(np.abs(away_R))), 1e-8)
+    return tuple(
+        Outlier(runs.names[place], float(error_R[place]), f"{away_R[place] / spread:+.1f} robust standard deviations")
+        for place in np.argsort(-np.abs(away_R))
+        if abs(away_R[place]) > _OUTLIER * spread
+    )
+
+
+def _doubts(parameters: Mapping[str, Estimate], condition: float, outliers: tuple[Outlier, ...]) -> list[str]:
+    notes, floor = [], parameters["E"]
+    if not floor.low > 0.05 * floor.estimate or not math.isfinite(floor.high):
+        ends = f"{floor.low:.3g} to {floor.high:.3g}"
+        notes.append(f"E is ill-determined ({ends}): runs of larger N and D would tell the floor from slow power laws")
+    if condition > _ILL_CONDITIONED:
+        notes.append(
+            f"the design is nearly collinear (condition number {condition:.0e}): N and D move together, or the range "
+            "is short; runs at other D/N would part their terms"
+        )
+    for name in ("alpha", "beta"):
+        value = parameters[name].estimate
+        if not _EXPONENTS[0] * 1.001 < value < _EXPONENTS[1] * 0.999:
+            notes.append(f"{name} is at its bound {value:g}: the runs do not show its term")
+    if outliers:
+        named = ", ".join(outlier.run for outlier in outliers[:5])
+        notes.append(f"{len(outliers)} outliers: {named}{', ...' if len(outliers) > 5 else ''}")
+    return notes

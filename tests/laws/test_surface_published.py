@@ -18,13 +18,13 @@ def chinchilla():
 def test_gemstones(delta, objective):
     columns = [("params", "params_active_precise"), ("events", "tokens"), ("loss", "final_loss"), ("curve", "run_name")]
     runs = from_table(published("gemstones/wandb_dfs/wandb_df_for_fitting_hot.jsonl"), columns)
-    fit = fit_surface(runs, delta=delta).fit
+    fit = fit_surface(runs, delta=delta)
     assert fit.objective == pytest.approx(objective, rel=1e-3)
     assert fit.objective <= objective
 
 
 def test_chinchilla_under_hubers_loss():
-    found = {name: value.estimate for name, value in fit_surface(chinchilla()).fit.parameters.items()}
+    found = {name: value.estimate for name, value in fit_surface(chinchilla()).parameters.items()}
     assert found["E"] == pytest.approx(1.7839, abs=5e-5)
     assert found["A"] == pytest.approx(442.2, abs=0.05)
     assert found["B"] == pytest.approx(1271.8, abs=0.05)
@@ -34,7 +34,7 @@ def test_chinchilla_under_hubers_loss():
 
 
 def test_chinchilla_under_the_asymmetric_error():
-    fit = fit_surface(chinchilla(), objective="asym_mae").fit
+    fit = fit_surface(chinchilla(), objective="asym_mae")
     found = {name: value.estimate for name, value in fit.parameters.items()}
     assert fit.objective == pytest.approx(0.0227822, abs=1e-6)
     assert found["E"] == pytest.approx(1.7004, abs=1e-3)
