@@ -14,6 +14,9 @@ import numpy as np
 from bfm.laws.runs import Runs
 
 _CONSTANT = 0.02
+_FEWEST = 3
+_SAME = 0.1
+"""In ln C: one budget."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Cost:
         """C, of numbers or arrays."""
         return self.scale * params**self.power * events
 
-    def events(self, params: float, flops: float) -> float:
-        """D that C pays for at N."""
+    def events(self, params: Any, flops: float) -> Any:
+        """D that C pays for at N, of a number or an array."""
         return flops / (self.scale * params**self.power)
 
 
@@ -47,3 +50,15 @@ def cost_of(runs: Runs) -> Cost:
     apart = float(np.sqrt(np.mean((log_ratio_R - level - slope * log_n_R) ** 2)))
     scale, power = math.exp(level), 1 + slope
     return Cost(scale, power, f"C = {scale:.4g} N^{power:.4f} D (fitted to the runs' C, within {apart:.1%})")
+
+
+def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
+    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, powers of ten and the top."""
+    if runs.has("budget") or runs.has("flops"):
+        groups = runs.budgets()
+        close = {c: np.ptp(log_c_R[places]) < _SAME or runs.has("budget") for c, places in groups.items()}
+        found = [flops for flops, places in groups.items() if len(places) >= _FEWEST and close[flops]]
+        if len(found) > 1:
+            return found
+    low, high = log_c_R.min() / math.log(10), log_c_R.max() / math.log(10)
+    return [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] + [float(np.exp(log_c_R.max()))]

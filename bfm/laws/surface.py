@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.cost import Cost, cost_of
+from bfm.laws.cost import Cost, cost_levels, cost_of
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.laws.runs import Runs
 from bfm.laws.surface_fit import Fitted, Noise, Objective, extrapolation, fit_form, noise_of
@@ -23,7 +23,6 @@ from bfm.laws.surface_form import LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, LOG_
 from bfm.laws.surface_notes import (
     check,
     condition_of,
-    cost_levels,
     outliers_of,
     repeating,
     repeats_of,

@@ -66,18 +66,6 @@ def repeating(runs: Runs, asked: bool) -> bool:
     return count >= _SIZES
 
 
-def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
-    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, powers of ten and the top."""
-    if runs.has("budget") or runs.has("flops"):
-        groups = runs.budgets()
-        close = {c: np.ptp(log_c_R[places]) < 5 * _SAME or runs.has("budget") for c, places in groups.items()}
-        found = [flops for flops, places in groups.items() if len(places) >= _SIZES and close[flops]]
-        if len(found) > 1:
-            return found
-    low, high = log_c_R.min() / math.log(10), log_c_R.max() / math.log(10)
-    return [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] + [float(np.exp(log_c_R.max()))]
-
-
 def outliers_of(runs: Runs, error_R: np.ndarray) -> tuple[Outlier, ...]:
     """Runs further than five robust standard deviations from the middle residual."""
     away_R = error_R - np.median(error_R)
