@@ -267,8 +267,8 @@ def _doubts(fit: Joint) -> list[str]:
     noise, found = noise_of(fit), []
     if noise["miss"] > 2 * noise["row"]:
         found.append(
-            f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold it, and "
-            "E, A and B are words of the form"
+            f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold it, "
+            "but E, A and B are the form's"
         )
     deviation_P = np.sqrt(np.diag(fit.covariance_PP))
     if fit.has_sizes:
