@@ -42,6 +42,7 @@ _COLUMN_OF = {"embedder_share": "share", "learning_rate": "rate"}
 """Settings whose column has another name."""
 _ELSEWHERE = ("params", "groups_per_step")
 """Settings that stand as N and batch."""
+_SECOND_STAGE = ("freeze_at_flops", "negatives_exponent")
 METRIC = "metric"
 """The role of further metrics of a table; it may be given several times."""
 _SAME_COST = 0.05
@@ -227,8 +228,14 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
 
 
 def _searched(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Column -> values of every setting that the rows' configurations differ in: floats, or texts where it is none."""
+    """Column -> values of every setting that the rows' configurations differ in: floats, or texts where it is none.
+
+    Those of a second stage say nothing of runs without one, which take the first one's.
+    """
     configs = [row.get("config") or {} for row in rows]
+    staged = next((config for config in configs if config.get("negatives")), {})
+    absent = {name: staged.get(name) for name in _SECOND_STAGE}
+    configs = [config if config.get("negatives") else {**config, **absent} for config in configs]
     found = {}
     for name in sorted(set().union(*configs) - set(_ELSEWHERE)):
         values = [config.get(name) for config in configs]
