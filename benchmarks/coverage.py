@@ -196,7 +196,8 @@ def runs_of(columns: Mapping[str, list[Any]], space: str) -> Runs:
     values = {name: np.array(columns[name], float) for name in names if name not in left_out}
     values |= {"budget": values["flops"], "curve": np.array(columns["trial"])}
     labels = tuple(f"{trial} at {flops:g}" for trial, flops in zip(columns["trial"], columns["flops"], strict=True))
-    return Runs("simulated", values, labels, "nll", {"nll": values["loss"]}, {}, {})
+    settings = tuple(name for name in ("share", "rate") if name in values)
+    return Runs("simulated", values, labels, "nll", {"nll": values["loss"]}, {}, {}, settings=settings)
 
 
 def truths(case: Case, seed: int) -> dict[str, float]:

@@ -40,8 +40,8 @@ def joint(runs: Runs, places: Places) -> Answer:
     fit = fit_joint(runs)
     best = optima_of(fit, runs)
     flops = {times: 6 * place["params"] * place["events"] for times, place in places.items()}
-    found = {"N exponent": best.exponent(), "E": fit.parameter(LOG_E)}
-    found |= {"N* at 1 C": best.own(flops[1]) or best.at(flops[1]), "N* at 10 C": best.at(flops[10])}
+    found = {"N exponent": best.size.exponent(), "E": fit.parameter(LOG_E)}
+    found |= {"N* at 1 C": best.size.own(flops[1]) or best.size.at(flops[1]), "N* at 10 C": best.size.at(flops[10])}
     for times in (4, 10):
         columns = {name: np.array([value]) for name, value in {**places[times], "flops": flops[times]}.items()}
         (loss,), (half,) = fit.predict(columns)

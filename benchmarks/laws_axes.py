@@ -28,10 +28,9 @@ from common import machine, publish
 
 from bfm.errors import UserError
 from bfm.laws.batch import fit_batch
-from bfm.laws.negatives import fit_negatives
+from bfm.laws.joint_law import axis_law
 from bfm.laws.result import Estimate, LawFit
 from bfm.laws.runs import Runs
-from bfm.laws.share import fit_share
 from bfm.laws.targets import events_to_target
 
 NOISE = 0.003
@@ -93,7 +92,7 @@ def planted_two_term(
     seeds: int = 1,
 ) -> Design:
     """x* = law[0] * (C / 1e15)^law[1]."""
-    symbol, word, fit = {"share": ("s", "share", fit_share), "negatives": ("K", "K", fit_negatives)}[column]
+    symbol = {"share": "s", "negatives": "K"}[column]
     optimum = law[0] * (flops / 1e15) ** law[1]
     middle = len(flops) // 2
     return Design(
@@ -102,11 +101,11 @@ def planted_two_term(
         f"{x[-1]:.3g}, {seeds} seed{'s' * (seeds > 1)}: {len(flops) * len(x) * seeds} runs; alpha {exponents[0]}, "
         f"beta {exponents[1]}, {symbol}* = {law[0]:g} (C / 1e15)^{law[1]:g}",
         lambda noise, sd: two_term(column, flops, x, optimum, exponents, seeds, noise, sd),
-        fit,
+        lambda runs: axis_law(runs, column),
         {
             "alpha": exponents[0],
             "beta": exponents[1],
-            f"{word}_exponent": law[1],
+            f"{column}_exponent": law[1],
             f"{symbol}_opt at C = {flops[middle]:g}": float(optimum[middle]),
         },
     )
@@ -260,7 +259,7 @@ def main() -> None:
         "# Intervals of the laws of share, negatives and critical batch",
         "",
         f"Written by `python benchmarks/laws_axes.py`: up to {arguments.draws:,} draws per design, noise of sd {NOISE} "
-        "nats, 95 % intervals by profile likelihood (a coverage of 95 % has a standard error of "
+        "nats, 95 % intervals (a coverage of 95 % has a standard error of "
         f"{math.sqrt(0.95 * 0.05 / arguments.draws):.1%}).",
         "",
         *[f"- {design.name}: {design.about}" for design in designs()],

@@ -15,7 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def fit(
-    law: Annotated[str, typer.Argument(help="isoflop, surface, hull, share, batch, negatives or agreement.")],
+    law: Annotated[str, typer.Argument(help="joint, isoflop, surface, hull, share, batch, negatives or agreement.")],
     runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep or study, or a table's file.")],
     columns: Annotated[
         str | None, typer.Option(help="Of a table: params=N,events=D,flops=C,loss=loss,metric=recall,...")
@@ -35,7 +35,7 @@ def fit(
 ) -> None:
     """Fit a scaling law, with intervals.
 
-    bfm fit isoflop runs/allocation --metric nll,ndcg@10
+    bfm fit joint runs/mine --metric nll,ndcg@10
 
     bfm fit surface published.csv --columns params=N,events=D,flops=C,loss=loss --json
     """

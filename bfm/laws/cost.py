@@ -14,9 +14,9 @@ import numpy as np
 from bfm.laws.runs import Runs
 
 _CONSTANT = 0.02
-_CLOSE = 0.1
-"""In ln C: runs of one budget."""
-_SIZES = 3
+_FEWEST = 3
+_SAME = 0.1
+"""In ln C: one budget."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Cost:
         """C, of numbers or arrays."""
         return self.scale * params**self.power * events
 
-    def events(self, params: float, flops: float) -> float:
-        """D that C pays for at N."""
+    def events(self, params: Any, flops: float) -> Any:
+        """D that C pays for at N, of a number or an array."""
         return flops / (self.scale * params**self.power)
 
 
@@ -56,8 +56,8 @@ def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
     """The C to give optima at: iso-FLOP groups of three runs or more; without two such, powers of ten and the top."""
     if runs.has("budget") or runs.has("flops"):
         groups = runs.budgets()
-        close = {c: np.ptp(log_c_R[places]) < _CLOSE or runs.has("budget") for c, places in groups.items()}
-        found = [flops for flops, places in groups.items() if len(places) >= _SIZES and close[flops]]
+        close = {c: np.ptp(log_c_R[places]) < _SAME or runs.has("budget") for c, places in groups.items()}
+        found = [flops for flops, places in groups.items() if len(places) >= _FEWEST and close[flops]]
         if len(found) > 1:
             return found
     low, high = log_c_R.min() / math.log(10), log_c_R.max() / math.log(10)

@@ -14,14 +14,14 @@ from bfm.laws.batch import fit_batch
 from bfm.laws.frontier import Row
 from bfm.laws.hull import fit_hull
 from bfm.laws.isoflop import fit_isoflop
-from bfm.laws.negatives import fit_negatives
+from bfm.laws.joint_law import axis_law, joint_law
 from bfm.laws.result import LawFit
 from bfm.laws.runs import Runs, from_rows
-from bfm.laws.share import fit_share
 from bfm.laws.surface import fit_surface
 from bfm.laws.targets import events_to_target
 
 AXIS_OF_LAW: Mapping[str, str | None] = {
+    "joint": None,
     "isoflop": "allocation",
     "surface": "allocation",
     "hull": "allocation",
@@ -59,9 +59,10 @@ def fit_law(law: str, runs: Runs, options: FitOptions = FitOptions()) -> LawFit:
             runs, objective=options.objective, delta=options.delta, seed=options.seed, bootstrap=options.bootstrap
         ),
         "hull": lambda: fit_hull(runs, seed=options.seed),
-        "share": lambda: fit_share(runs),
+        "joint": lambda: joint_law(runs),
+        "share": lambda: axis_law(runs, "share"),
         "batch": lambda: fit_batch(runs, reference_batch=options.reference_batch),
-        "negatives": lambda: fit_negatives(runs),
+        "negatives": lambda: axis_law(runs, "negatives"),
         "agreement": lambda: fit_agreement(runs),
     }
     if law not in fits:

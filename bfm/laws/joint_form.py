@@ -1,41 +1,73 @@
 """The mean of a metric over everything that a sweep varies, and its derivatives.
 
-    L = E + A / N^alpha + B / D'^beta + sum over axes of h bowl(x - x*) + miss(N, D),   D' = D / (1 + batch / critical)
+    L = E + A / N^alpha + B / D'^beta + sum over axes of h C^g rise(x - x*) + sum over choices of a step + miss(N, D)
 
-x is the log of an axis (embedder share, rate, negatives); x* is linear in the logs of what moves it, and the log of the
-critical batch in ln C. bowl(u) = 2 (e^(k u) - 1 - k u) / k^2 is u^2 but for its skew k: one side may be steeper.
-`miss` is what the form leaves: a sum of smooth functions, each with a coefficient of mean 0 whose size the fit finds
-(bfm.laws.joint), so that a law that holds is left alone and one that does not is followed.
+D' are the events that count: U + U R* (1 - exp(-(D / U - 1) / R*)) of D events of which U are distinct (Muennighoff et
+al. 2023), over 1 + batch / critical. x is the log of an axis (embedder share, rate, negatives, any other number that
+was searched); x* is linear in the logs of what moves it. rise(u) = u^2 + O(u^3) has two sides, e^(-left u) and
+e^(right u): a x^right + b x^-left (arXiv 2606.05257) told from its lowest point. Rows at 0 of an axis have a step of
+their own in its place, and so have the values of what is no number. `miss` is what the form leaves: a sum of smooth
+functions, each with a coefficient of mean 0 whose size the fit finds (bfm.laws.joint), so that a law that holds is left
+alone and one that does not is followed.
 
-Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; ln of the critical batch over the
-rows' own and its slope, where the batch varies; ln h, k, x* at the centre and its slopes per axis; the coefficients of
-`miss`. N0, D0 and C0 are geometric means of the rows.
+Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; [ln R*]; [ln of the critical batch
+over the rows' own and its slope]; per axis ln h, g, ln left, ln right, x* at the centre, its slopes, [the step at 0];
+the steps of choices; the coefficients of `miss`. N0, D0 and C0 are geometric means of the rows.
 
-Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis.
+Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis, J steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
-LOG_A, LOG_B, LOG_E, LOG_ALPHA, LOG_BETA, LOG_CRITICAL, CRITICAL_SLOPE = range(7)
-AXES = ("share", "rate", "negatives")
-DRIVERS: Mapping[str, tuple[str, ...]] = {
-    "share": ("flops",),
-    "rate": ("params", "batch", "flops"),
-    "negatives": ("flops",),
-}
-"""Columns whose logs move the optimum of an axis."""
+LOG_A, LOG_B, LOG_E, LOG_ALPHA, LOG_BETA = range(5)
+HEIGHT, GROWTH, LEFT, RIGHT, OPTIMUM, SLOPES = range(6)
+"""Of an axis, from its first parameter on."""
+DRIVERS: Mapping[str, tuple[str, ...]] = {"rate": ("params", "batch", "flops")}
+"""Columns whose logs move the optimum of an axis; of others C alone."""
 LENGTH = math.log(10.0)
 """How far in ln N or ln D a miss is much the same: a decade."""
 _MOST_KNOTS = 60
-_STEEP, _SMALL = 20.0, 0.03
-"""Of a bowl's exponent: no sweep goes where it is larger; below the second its series is more exact."""
+_STEEP = 20.0
+"""Of a side's exponent: no sweep goes where it is larger."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number that was searched."""
+
+    x_R: np.ndarray
+    """Natural log less the centre's; 0 where the number is 0."""
+    drivers_RQ: np.ndarray
+    off_R: np.ndarray | None
+    """1 where the number is 0; None where no row has that."""
+
+    @property
+    def size(self) -> int:
+        """Number of its parameters."""
+        return SLOPES + self.drivers_RQ.shape[1] + (self.off_R is not None)
+
+    def optimum(self, theta_A: np.ndarray) -> np.ndarray:
+        """x* at every row, of the axis' own parameters."""
+        return np.asarray(theta_A[OPTIMUM] + self.drivers_RQ @ theta_A[SLOPES : SLOPES + self.drivers_RQ.shape[1]])
+
+    def mean(self, theta_A: np.ndarray, log_c_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what the axis adds to L, its gradient by the axis' own parameters)."""
+        on_R = 1.0 if self.off_R is None else 1 - self.off_R
+        height_R = on_R * np.exp(np.clip(theta_A[HEIGHT] + theta_A[GROWTH] * log_c_R, -50, 50))
+        parts = rise(self.x_R - self.optimum(theta_A), math.exp(theta_A[LEFT]), math.exp(theta_A[RIGHT]))
+        value_R, slope_R, left_R, right_R = (height_R * part_R for part_R in parts)
+        columns = [value_R, value_R * log_c_R, left_R, right_R, -slope_R, *(-slope_R * self.drivers_RQ.T)]
+        if self.off_R is not None:
+            columns.append(self.off_R)
+            value_R = value_R + self.off_R * theta_A[-1]
+        return value_R, np.stack(columns, 1)
 
 
 @dataclass(frozen=True)
@@ -44,23 +76,48 @@ class Places:
 
     log_n_R: np.ndarray
     log_d_R: np.ndarray
+    log_u_R: np.ndarray | None
+    """Of the distinct events, less the centre of D; None: an event counts the same each time."""
     log_c_R: np.ndarray
     log_batch_R: np.ndarray | None
-    axes: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    """Name -> (x_R, drivers_RQ)."""
+    axes: Mapping[str, Axis]
+    steps_RJ: np.ndarray
+    """1 where a row has a value of a choice."""
     miss_RM: np.ndarray
     beyond_R: np.ndarray
     """Share of the variance of `miss` that its functions do not know, in [0, 1]."""
 
     @property
+    def repeats(self) -> int | None:
+        """Place of ln R*."""
+        return None if self.log_u_R is None else LOG_BETA + 1
+
+    @property
+    def critical(self) -> int | None:
+        """Place of the log critical batch; its slope follows."""
+        return None if self.log_batch_R is None else LOG_BETA + 1 + (self.log_u_R is not None)
+
+    @property
     def first_axis(self) -> int:
         """Number of parameters before those of the axes."""
-        return LOG_CRITICAL if self.log_batch_R is None else CRITICAL_SLOPE + 1
+        return LOG_BETA + 1 + (self.log_u_R is not None) + 2 * (self.log_batch_R is not None)
+
+    def spans(self) -> Iterator[tuple[str, Axis, slice]]:
+        """Every axis with the place of its parameters."""
+        first = self.first_axis
+        for name, axis in self.axes.items():
+            yield name, axis, slice(first, first + axis.size)
+            first += axis.size
+
+    @property
+    def first_step(self) -> int:
+        """Number of parameters before the steps of choices."""
+        return self.first_axis + sum(axis.size for axis in self.axes.values())
 
     @property
     def size(self) -> int:
         """Parameters without the coefficients of `miss`."""
-        return self.first_axis + sum(3 + drivers_RQ.shape[1] for _, drivers_RQ in self.axes.values())
+        return self.first_step + self.steps_RJ.shape[1]
 
     def growing(self, power: float) -> Places:
         """The same places, where a miss goes with C^power."""
@@ -68,65 +125,104 @@ class Places:
 
     def at_best(self, theta_P: np.ndarray) -> Places:
         """The same places with every axis at its optimum."""
-        axes, first = {}, self.first_axis
-        for name, (_, drivers_RQ) in self.axes.items():
-            after = first + 3 + drivers_RQ.shape[1]
-            axes[name] = (theta_P[first + 2] + drivers_RQ @ theta_P[first + 3 : after], drivers_RQ)
-            first = after
+        axes = {
+            name: replace(axis, x_R=axis.optimum(theta_P[span]), off_R=None if axis.off_R is None else 0 * axis.off_R)
+            for name, axis, span in self.spans()
+        }
         return replace(self, axes=axes)
 
     def mean(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(L of shape R, its gradient of shape R x P)."""
         alpha, beta, floor = (math.exp(theta_P[place]) for place in (LOG_ALPHA, LOG_BETA, LOG_E))
-        log_d_R = self.log_d_R
-        if self.log_batch_R is not None:
-            over_R = self.log_batch_R - theta_P[LOG_CRITICAL] - theta_P[CRITICAL_SLOPE] * self.log_c_R
-            log_d_R = log_d_R - np.logaddexp(0.0, over_R)
+        log_d_R, by_data = self._counted(theta_P)
         n_R, d_R = np.exp(theta_P[LOG_A] - alpha * self.log_n_R), np.exp(theta_P[LOG_B] - beta * log_d_R)
         columns = [n_R, d_R, np.full(len(n_R), floor), -alpha * self.log_n_R * n_R, -beta * log_d_R * d_R]
-        if self.log_batch_R is not None:
-            wasted_R = -beta * d_R / (1 + np.exp(-over_R))
-            columns += [wasted_R, wasted_R * self.log_c_R]
-        loss_R, first = floor + n_R + d_R, self.first_axis
-        for x_R, drivers_RQ in self.axes.values():
-            after = first + 3 + drivers_RQ.shape[1]
-            height = math.exp(theta_P[first])
-            off_R = x_R - theta_P[first + 2] - drivers_RQ @ theta_P[first + 3 : after]
-            bowl_R, slope_R, by_skew_R = (height * part_R for part_R in bowl(off_R, theta_P[first + 1]))
-            loss_R = loss_R + bowl_R
-            columns += [bowl_R, by_skew_R, -slope_R, *(-slope_R * drivers_RQ.T)]
-            first = after
-        jacobian_RP = np.concatenate([np.stack(columns, 1), self.miss_RM], 1)
-        return loss_R + self.miss_RM @ theta_P[first:], jacobian_RP
+        columns += [-beta * d_R * part_R for part_R in by_data]
+        loss_R, parts = floor + n_R + d_R, [np.stack(columns, 1)]
+        for _, axis, span in self.spans():
+            added_R, jacobian_RA = axis.mean(theta_P[span], self.log_c_R)
+            loss_R = loss_R + added_R
+            parts.append(jacobian_RA)
+        jacobian_RP = np.concatenate([*parts, self.steps_RJ, self.miss_RM], 1)
+        return loss_R + jacobian_RP[:, self.first_step :] @ theta_P[self.first_step :], jacobian_RP
+
+    def _counted(self, theta_P: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(ln D', its derivatives by ln R*, ln of the critical batch and its slope, as far as they are there)."""
+        log_d_R, found = self.log_d_R, []
+        if self.log_u_R is not None:
+            scale = math.exp(float(np.clip(theta_P[LOG_BETA + 1], -20, 20)))
+            again_R = np.expm1(np.maximum(self.log_d_R - self.log_u_R, 0.0))
+            gained_R = -scale * np.expm1(-again_R / scale)
+            log_d_R = np.minimum(self.log_u_R, self.log_d_R) + np.log1p(gained_R)
+            found.append((gained_R - again_R * np.exp(-again_R / scale)) / (1 + gained_R))
+        if self.log_batch_R is not None and self.critical is not None:
+            over_R = self.log_batch_R - theta_P[self.critical] - theta_P[self.critical + 1] * self.log_c_R
+            log_d_R = log_d_R - np.logaddexp(0.0, over_R)
+            wasted_R = 1 / (1 + np.exp(-over_R))
+            found += [wasted_R, wasted_R * self.log_c_R]
+        return log_d_R, found
 
 
 @dataclass(frozen=True)
 class Frame:
-    """From which logs count, which axes there are, and the knots of `miss`."""
+    """From which logs count, which axes and choices there are, and the knots of `miss`."""
 
     logs: Mapping[str, float]
-    """Mean natural log of every column that varies."""
+    """Mean natural log of every column that varies, of its values above 0."""
     axes: tuple[str, ...]
+    with_zeros: tuple[str, ...]
+    """Axes of which some rows have 0."""
+    choices: Mapping[str, tuple[str, ...]]
+    """What is no number -> its values, the commonest first."""
+    repeats: bool
+    """Whether repeated events may count less."""
     knots_M2: np.ndarray
     """(ln N, ln D) less the centre's."""
 
     @classmethod
-    def of(cls, columns: Mapping[str, np.ndarray]) -> Frame:
+    def of(
+        cls,
+        columns: Mapping[str, np.ndarray],
+        axes: tuple[str, ...] = (),
+        choices: Mapping[str, np.ndarray] | None = None,
+        *,
+        repeats: bool = False,
+    ) -> Frame:
         """Of the columns of the rows that are fitted, in their own units."""
-        logs = {name: float(np.log(values).mean()) for name, values in columns.items()}
+        varying = {name: values for name, values in columns.items() if name != "unique_events"}
+        logs = {name: float(np.log(values[values > 0]).mean()) for name, values in varying.items()}
+        zeros = tuple(name for name in axes if (columns[name] == 0).any())
         where_R2 = np.stack([np.log(columns[name]) - logs[name] for name in ("params", "events")], 1)
-        return cls(logs, tuple(name for name in AXES if name in columns), _knots(where_R2))
+        ordered = {name: _by_count(values) for name, values in (choices or {}).items()}
+        return cls(logs, axes, zeros, ordered, repeats, _knots(where_R2))
 
-    def places(self, columns: Mapping[str, np.ndarray]) -> Places:
-        """Of columns in their own units; those that the fitted rows hold fixed are left aside."""
-        logs = {name: np.log(columns[name]) - centre for name, centre in self.logs.items()}
-        axes = {
-            name: (logs[name], np.stack([logs[driver] for driver in DRIVERS[name] if driver in logs], 1))
-            for name in self.axes
-        }
+    def places(self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None) -> Places:
+        """Of columns in their own units; those that the fitted rows hold fixed are left aside, choices that are not
+        given are the commonest."""
+        rows = len(columns["params"])
+        logs = {}
+        for name, centre in self.logs.items():
+            values = columns[name]
+            logs[name] = np.where(values > 0, np.log(np.where(values > 0, values, 1.0)) - centre, 0.0)
+        axes = {}
+        for name in self.axes:
+            drivers = [logs[driver] for driver in DRIVERS.get(name, ("flops",)) if driver in logs]
+            off_R = (columns[name] == 0).astype(float) if name in self.with_zeros else None
+            axes[name] = Axis(logs[name], np.stack(drivers, 1), off_R)
+        log_u_R = None
+        if self.repeats:
+            unique_R = np.minimum(columns.get("unique_events", columns["events"]), columns["events"])
+            log_u_R = np.log(unique_R) - self.logs["events"]
+        steps = [
+            (choices[name] == value).astype(float) if choices is not None and name in choices else np.zeros(rows)
+            for name, values in self.choices.items()
+            for value in values[1:]
+        ]
+        steps_RJ = np.stack(steps, 1) if steps else np.zeros((rows, 0))
         miss_RM = self._functions(np.stack([logs["params"], logs["events"]], 1))
         beyond_R = np.clip(1 - (miss_RM**2).sum(1), 0.0, 1.0)
-        return Places(logs["params"], logs["events"], logs["flops"], logs.get("batch"), axes, miss_RM, beyond_R)
+        known = (logs["params"], logs["events"], log_u_R, logs["flops"], logs.get("batch"))
+        return Places(*known, axes, steps_RJ, miss_RM, beyond_R)
 
     def _functions(self, where_R2: np.ndarray) -> np.ndarray:
         """Functions whose squares sum to the variance at a place that the knots know (Nystrom), (R, M)."""
@@ -135,17 +231,34 @@ class Frame:
         return np.asarray(solve_triangular(np.linalg.cholesky(among_MM), across_RM.T, lower=True).T)
 
 
-def bowl(off_R: np.ndarray, skew: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """2 (e^(k u) - 1 - k u) / k^2 with its derivatives by u and by k: u^2 at k = 0, steeper to the right above."""
-    t_R = np.clip(skew * off_R, -_STEEP, _STEEP)
-    small_R = np.abs(t_R) < _SMALL
-    safe_R = np.where(small_R, 1.0, t_R)
-    grown_R = np.expm1(safe_R)
-    value_R = np.where(small_R, 1 + t_R / 3 + t_R**2 / 12 + t_R**3 / 60, 2 * (grown_R - safe_R) / safe_R**2)
-    slope_R = np.where(small_R, 1 + t_R / 2 + t_R**2 / 6 + t_R**3 / 24, grown_R / safe_R)
-    bend_R = 2 * ((safe_R - 2) * grown_R + 2 * safe_R) / safe_R**3
-    bend_R = np.where(small_R, 1 / 3 + t_R / 6 + t_R**2 / 20 + t_R**3 / 90, bend_R)
-    return off_R**2 * value_R, 2 * off_R * slope_R, off_R**3 * bend_R
+def rise(off_R: np.ndarray, left: float, right: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """2 / (l + r) ((e^(-l u) - 1) / l + (e^(r u) - 1) / r) and its derivatives by u, ln l and ln r.
+
+    u^2 + O(u^3): height and curvature hang on neither rate at the lowest point.
+    """
+    down_R, by_down_R, fall_R = _side(-off_R, left)
+    up_R, by_up_R, climb_R = _side(off_R, right)
+    scale = 2 / (left + right)
+    value_R, slope_R = scale * (down_R + up_R), scale * (climb_R - fall_R)
+    by_left_R = scale * by_down_R - left / (left + right) * value_R
+    by_right_R = scale * by_up_R - right / (left + right) * value_R
+    return value_R, slope_R, by_left_R, by_right_R
+
+
+def _side(t_R: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((e^(rate t) - 1) / rate, its derivative by ln rate, by t), straight on where it is too steep."""
+    x_R = rate * t_R
+    near_R = np.minimum(x_R, _STEEP)
+    grown_R = np.expm1(near_R)
+    beyond_R = np.maximum(x_R - _STEEP, 0.0)
+    value_R = (grown_R + np.exp(_STEEP) * beyond_R) / rate
+    slope_R = np.exp(near_R)
+    return value_R, t_R * slope_R - value_R, slope_R
+
+
+def _by_count(values_R: np.ndarray) -> tuple[str, ...]:
+    found, count = np.unique(values_R, return_counts=True)
+    return tuple(str(value) for value in found[np.argsort(-count, kind="stable")])
 
 
 def _kernel(first_R2: np.ndarray, second_M2: np.ndarray) -> np.ndarray:
@@ -158,7 +271,7 @@ def _knots(where_R2: np.ndarray) -> np.ndarray:
     """Of the rows' places, each next one as far as can be from those before."""
     far_R = ((where_R2 - where_R2.mean(0)) ** 2).sum(1)
     chosen: list[int] = []
-    while len(chosen) < _MOST_KNOTS and far_R.max() > (0.2 * LENGTH) ** 2:
+    while len(chosen) < _MOST_KNOTS and (not chosen or far_R.max() > (0.2 * LENGTH) ** 2):
         chosen.append(int(np.argmax(far_R)))
         away_R = ((where_R2 - where_R2[chosen[-1]]) ** 2).sum(1)
         far_R = away_R if len(chosen) == 1 else np.minimum(far_R, away_R)

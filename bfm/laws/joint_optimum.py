@@ -1,25 +1,25 @@
-"""The best N at each C and its power law, read off the joint model: N* = coefficient * C^exponent.
+"""The best N and the best place of every axis at each C, and their power laws, read off the joint model.
 
 At a budget N* is where the model's own loss is least along N at that C (every other axis at its optimum), what the form
-misses included; its error is that of the parameters, by the implicit derivative. The law is a line through the budgets'
-ln N* in ln C, and its errors are theirs with all that they have in common, and their scatter about the line. Where
-the form holds they lie on that line as they are and the law is the form's own.
+misses included; its error is that of the parameters, by the implicit derivative. The optimum of an axis is the form's
+own, at N*. A law is a line through the budgets' ln x* in ln C, and its errors are theirs with all that they have in
+common, and their scatter about the line. Where the form holds they lie on that line as they are.
 
-Shape legend: K budgets, P parameters, R places along N.
+Shape legend: K budgets, P parameters, R places along N, Q drivers of an axis.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfm.errors import UserError
 from bfm.laws.cost import cost_levels
 from bfm.laws.joint import Joint
-from bfm.laws.joint_form import LENGTH
-from bfm.laws.powerlaw import exponential, line
+from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
+from bfm.laws.powerlaw import UNKNOWN, exponential, line
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
 
@@ -29,38 +29,40 @@ _STEP = 0.05
 _SAME = 0.02
 """In ln C: one budget."""
 _NEAR = math.log(2.0) + 1e-6
+End = tuple[float, Estimate]
+"""A place of an axis, and the loss there above its least."""
 
 
 @dataclass(frozen=True)
-class Optima:
-    """ln N* over ln C."""
+class PowerLaw:
+    """ln of an optimum over ln C."""
 
     reach: float
     """Half width of an interval, in standard errors."""
     log_c_K: np.ndarray
-    log_n_K: np.ndarray
+    log_x_K: np.ndarray
     covariance_KK: np.ndarray
-    refused: dict[float, str]
-    """C without an optimum -> why."""
 
     def own(self, flops: float) -> Estimate | None:
-        """N* of one of the budgets, as it is at that budget alone; None where it has none."""
+        """The optimum of one of the budgets, as it is at that budget alone; None where it has none."""
         weight_K = np.isclose(self.log_c_K, math.log(flops), rtol=0, atol=_SAME).astype(float)
         if weight_K.sum() != 1:
             return None
         return exponential(self._of(weight_K, self.covariance_KK))
 
     def exponent(self) -> Estimate:
-        """Of N* in C."""
-        return self._of(self._line()[0], self._scattered())
+        """Of the optimum in C; unknown with fewer than two budgets."""
+        return self._of(self._line()[0], self._scattered()) if len(self.log_c_K) > 1 else UNKNOWN
 
     def at(self, flops: float) -> Estimate:
-        """N* of the law at any C."""
+        """The law at any C; unknown with fewer than two budgets."""
+        if len(self.log_c_K) < 2:
+            return exponential(UNKNOWN)
         slope_K, intercept_K = self._line()
         return exponential(self._of(intercept_K + math.log(flops) * slope_K, self._scattered()))
 
     def _of(self, weight_K: np.ndarray, covariance_KK: np.ndarray) -> Estimate:
-        middle = float(weight_K @ self.log_n_K)
+        middle = float(weight_K @ self.log_x_K)
         half = self.reach * math.sqrt(float(weight_K @ covariance_KK @ weight_K))
         return Estimate(middle, middle - half, middle + half)
 
@@ -70,34 +72,67 @@ class Optima:
     def _scattered(self) -> np.ndarray:
         """Covariance of the optima about the line: their errors, and as much again as they scatter."""
         slope_K, intercept_K = line(self.log_c_K)
-        rest_K = self.log_n_K - intercept_K @ self.log_n_K - slope_K @ self.log_n_K * self.log_c_K
+        rest_K = self.log_x_K - intercept_K @ self.log_x_K - slope_K @ self.log_x_K * self.log_c_K
         scatter = float(rest_K @ rest_K) / max(len(rest_K) - 2, 1)
         return np.asarray(self.covariance_KK + scatter * np.eye(len(rest_K)))
 
 
+@dataclass(frozen=True)
+class Optima:
+    """The laws of all that has an optimum."""
+
+    size: PowerLaw
+    axes: Mapping[str, PowerLaw]
+    middle: Mapping[float, float]
+    """C of every budget -> the mean ln N of its runs."""
+    refused: Mapping[float, str]
+    """C without a best size -> why."""
+
+    @property
+    def budgets(self) -> list[float]:
+        """Those that have runs."""
+        return list(self.middle)
+
+    def log_size(self, flops: float) -> float:
+        """ln N* of a budget, or the middle of its runs where it has none."""
+        size = self.size.own(flops)
+        return self.middle[flops] if size is None else math.log(size.estimate)
+
+
 def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
-    """Of the runs' budgets at a batch (default: the smallest of the runs). Raises UserError with fewer than two."""
-    log_c_R = fit.problem.places.log_c_R + fit.frame.logs["flops"]
-    log_n_R = np.log(runs["params"])
-    found, refused = [], {}
+    """Of the runs' budgets at a batch (default: the smallest of the runs).
+
+    Where a budget has no best size, axes have their optimum at the middle of its runs' N.
+    """
+    log_c_R, log_n_R = np.log(fit.columns["flops"]), np.log(fit.columns["params"])
+    sizes, middle, refused = [], {}, {}
+    places: dict[str, list[tuple[float, float, np.ndarray]]] = {name: [] for name in fit.frame.axes}
     for flops in cost_levels(runs, log_c_R):
         near_R = log_n_R[np.abs(log_c_R - math.log(flops)) <= _NEAR]
         if len(near_R) == 0:
-            refused[flops] = "no run within a factor of 2 of this C"
             continue
-        optimum = _optimum(fit, flops, near_R, batch)
-        if optimum is None:
+        middle[flops] = float(near_R.mean())
+        at = _best_size(fit, flops, near_R, batch)
+        if at is None:
             refused[flops] = "the loss has no minimum within a decade of its runs' N"
+            at = middle[flops], np.zeros(len(fit.theta_P))
         else:
-            found.append((math.log(flops), *optimum))
-    if len(found) < 2:
-        what = f"{len(found)} budgets have a best size, and a power law needs two"
-        raise UserError(what, file=runs.source, fix="add runs of smaller and larger N")
-    log_c_K, log_n_K, slope_KP = (np.array(part) for part in zip(*found, strict=True))
-    return Optima(fit.reach, log_c_K, log_n_K, slope_KP @ fit.covariance_PP @ slope_KP.T, refused)
+            sizes.append((math.log(flops), *at))
+        for name, found in places.items():
+            found.append((math.log(flops), *_best_place(fit, name, flops, at, batch)))
+    laws = {name: _law(fit, found) for name, found in places.items()}
+    return Optima(_law(fit, sizes), laws, middle, refused)
 
 
-def _optimum(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None) -> tuple[float, np.ndarray] | None:
+def _law(fit: Joint, found: Sequence[tuple[float, float, np.ndarray]]) -> PowerLaw:
+    """Of (ln C, ln x*, its gradient by the parameters) per budget."""
+    if not found:
+        return PowerLaw(fit.reach, np.zeros(0), np.zeros(0), np.zeros((0, 0)))
+    log_c_K, log_x_K, slope_KP = (np.array(part) for part in zip(*found, strict=True))
+    return PowerLaw(fit.reach, log_c_K, log_x_K, slope_KP @ fit.covariance_PP @ slope_KP.T)
+
+
+def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None) -> tuple[float, np.ndarray] | None:
     """(ln N*, its gradient by the parameters) near the runs of a budget; None without a minimum there."""
     log_n_R = np.linspace(near_R.min() - LENGTH, near_R.max() + LENGTH, _PLACES)
     place = int(np.argmin(fit.along(flops, log_n_R, batch)[0]))
@@ -113,3 +148,63 @@ def _optimum(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None) 
         step = float(loss_3[2] - loss_3[0]) / (2 * _STEP) / curvature
         log_n -= float(np.clip(step, -_STEP, _STEP))
     return log_n, -(jacobian_3P[2] - jacobian_3P[0]) / (2 * _STEP) / curvature
+
+
+def _best_place(
+    fit: Joint, name: str, flops: float, size: tuple[float, np.ndarray], batch: float | None
+) -> tuple[float, np.ndarray]:
+    """(ln x*, its gradient by the parameters) of an axis at a size and its gradient."""
+    log_n, slope_P = size
+    places = fit.places(flops, np.array([log_n]), batch)
+    axis, span = next((axis, span) for other, axis, span in places.spans() if other == name)
+    gradient_P = np.zeros(len(fit.theta_P))
+    gradient_P[span.start + OPTIMUM] = 1.0
+    first = span.start + SLOPES
+    gradient_P[first : first + axis.drivers_RQ.shape[1]] = axis.drivers_RQ[0]
+    if "params" in DRIVERS.get(name, ()):
+        gradient_P = gradient_P + fit.theta_P[first + DRIVERS[name].index("params")] * slope_P
+    return float(axis.x_R[0]) + fit.frame.logs[name], gradient_P
+
+
+def axis_at(fit: Joint, name: str, flops: float, log_n: float, batch: float | None = None) -> Estimate:
+    """The optimum of an axis at one C and size, as far as the rows tell it.
+
+    Beyond what was swept only the end that they tell is known, and nothing where the loss rises towards neither end.
+    """
+    value = exponential(fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)))
+    return known(value, rises(fit, name, flops, log_n))
+
+
+def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
+    """An optimum as `axis_at` tells it, of the form's own and the rises at both ends of the swept range."""
+    (low, low_rise), (high, high_rise) = ends
+    flat = not (low_rise.low > 0 or high_rise.low > 0)
+    if flat or (value.low < low and value.high > high):
+        return Estimate(math.nan, 0.0, math.inf)
+    if value.estimate > high:
+        return Estimate(math.nan, value.low, math.inf)
+    return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value
+
+
+def rises(fit: Joint, name: str, flops: float, log_n: float) -> tuple[End, End]:
+    """Both ends of the swept range of an axis (`params`: of N), and how much more the loss is there than at its best.
+
+    `log_n` is the size; of N itself, the best one.
+    """
+    swept_R = fit.columns[name][fit.columns[name] > 0]
+    places_2 = np.array([swept_R.min(), swept_R.max()])
+    best_1, slope_1P = fit.along(flops, np.array([log_n]))
+    loss_2, slope_2P = along_axis(fit, name, flops, log_n, places_2)
+    low, high = (fit.of(float(loss_2[k] - best_1[0]), slope_2P[k] - slope_1P[0]) for k in (0, 1))
+    return (float(places_2[0]), low), (float(places_2[1]), high)
+
+
+def along_axis(fit: Joint, name: str, flops: float, log_n: float, x_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, its gradient) at one C along one axis, all else at its best; `params`: along N."""
+    if name == "params":
+        return fit.along(flops, np.log(x_X))
+    places = fit.places(flops, np.full(len(x_X), log_n))
+    axis, off_X = places.axes[name], x_X == 0
+    moved_X = np.where(off_X, 0.0, np.log(np.where(off_X, 1.0, x_X)) - fit.frame.logs[name])
+    moved = replace(axis, x_R=moved_X, off_R=None if axis.off_R is None else off_X.astype(float))
+    return replace(places, axes={**places.axes, name: moved}).mean(fit.theta_P)

@@ -1,8 +1,9 @@
 """Runs to fit a law on: canonical columns from a sweep's ledger rows or from anyone's table, checked once for all laws.
 
 Columns (a run has NaN where it has no value): params (N), events (D), flops (C), loss (the metric that is fitted),
-budget (nominal C of an iso-FLOP group), batch (B), steps, negatives (K), share (s), unique_events, seed, target (of
-events-to-target tables). `curve` names runs that belong to one training run (its rungs or probes).
+budget (nominal C of an iso-FLOP group), batch (B), steps, negatives (K), share (s), rate (learning rate),
+unique_events, seed, target (of events-to-target tables). `curve` names runs that belong to one training run (its rungs
+or probes). Whatever else a sweep varied is a column by the name of its setting.
 """
 
 from __future__ import annotations
@@ -29,11 +30,19 @@ NUMBERS = (
     "steps",
     "negatives",
     "share",
+    "rate",
     "unique_events",
     "seed",
     "target",
 )
 TEXTS = ("curve",)
+SETTINGS = ("share", "rate", "negatives")
+"""Columns of a table that are settings of their own, beside N and the batch."""
+_COLUMN_OF = {"embedder_share": "share", "learning_rate": "rate"}
+"""Settings whose column has another name."""
+_ELSEWHERE = ("params", "groups_per_step")
+"""Settings that stand as N and batch."""
+_SECOND_STAGE = ("freeze_at_flops", "negatives_exponent")
 METRIC = "metric"
 """The role of further metrics of a table; it may be given several times."""
 _SAME_COST = 0.05
@@ -60,6 +69,8 @@ class Runs:
     """Standard errors of metrics, as far as they are known."""
     definitions: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    """Columns, beside N and batch, that the runs were to differ in: floats, or texts where it is no number."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -155,7 +166,12 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     definitions = {role: f"column {column}" for role, column in columns}
     definitions["C"] = definitions.pop("flops", "not given")
     names = tuple(f"row {place + 1}" for place in range(table.num_rows))
-    return _checked(Runs(file, values, names, metric, metrics, {}, definitions))
+    settings = tuple(name for name in SETTINGS if name in values)
+    assumed = "params" in values and "events" in values and "loss" in values and "flops" not in values
+    warnings = (
+        ("the table gives no C: 6 N D is taken, which small models and large catalogues are not",) if assumed else ()
+    )
+    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, settings))
 
 
 def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger", probes: bool = False) -> Runs:
@@ -165,7 +181,12 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     if not found:
         raise UserError(f"no {kind} row has {metric}", file=source, key="--metric", fix="let the sweep finish a rung")
     if len({row.get("flops_version") for row in found}) > 1:
-        _refuse_mixed(source, "rows of several flops_version")
+        _refuse_mixed(source, "rows of several versions of the objective and of C")
+    searched = _searched(found)
+    if "copy" in searched:
+        kinds = " and ".join(sorted(set(map(str, searched["copy"].tolist()))))
+        what = f"rows of models with copy: {kinds}, which have laws of their own"
+        raise UserError(what, file=source, key="copy", fix="fit each apart: name its sweep, or give --where on a table")
     values = {
         "params": _column(found, "params"),
         "events": _column(found, "events"),
@@ -177,9 +198,10 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
         "unique_events": _column(found, "unique_events"),
         "seed": _column(found, "seed"),
         "negatives": np.array([float((row.get("config") or {}).get("negatives") or 0) for row in found]),
+        **{name: values for name, values in searched.items() if name != "share"},
         "loss": np.array([metric_value(row, metric) for row in found]),
     }
-    values = {name: column for name, column in values.items() if np.isfinite(column).any()}
+    values = {name: column for name, column in values.items() if column.dtype.kind != "f" or np.isfinite(column).any()}
     values["curve"] = np.array([str(row["trial"]) for row in found])
     names = {name for row in found for name in row.get("metrics") or {}}
     tables = {row.get("table_params") for row in found}
@@ -200,8 +222,27 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
             definitions,
             warnings,
+            tuple(searched),
         )
     )
+
+
+def _searched(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Column -> values of every setting that the rows' configurations differ in: floats, or texts where it is none.
+
+    Those of a second stage say nothing of runs without one, which take the first one's.
+    """
+    configs = [row.get("config") or {} for row in rows]
+    staged = next((config for config in configs if config.get("negatives")), {})
+    absent = {name: staged.get(name) for name in _SECOND_STAGE}
+    configs = [config if config.get("negatives") else {**config, **absent} for config in configs]
+    found = {}
+    for name in sorted(set().union(*configs) - set(_ELSEWHERE)):
+        values = [config.get(name) for config in configs]
+        if any(value != values[0] for value in values[1:]):
+            numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+            found[_COLUMN_OF.get(name, name)] = np.array(values, float) if numeric else np.array(list(map(str, values)))
+    return found
 
 
 def run_name(row: Row) -> str:

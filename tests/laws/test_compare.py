@@ -10,9 +10,9 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.laws.compare import differences
+from bfm.laws.joint_law import axis_law
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.laws.runs import Runs
-from bfm.laws.share import fit_share
 from tests.laws.axes import NOISE, two_term
 
 
@@ -30,9 +30,9 @@ def two_metrics() -> Runs:
 
 def test_metrics_that_want_different_shares_differ():
     runs = two_metrics()
-    with pytest.raises(UserError, match="4 embedder shares"):
-        fit_share(runs.fitting("mrr@10"))
-    fits = {metric: fit_share(runs.fitting(metric)) for metric in ("nll", "recall@10")}
+    with pytest.raises(UserError, match="3 share above 0"):
+        axis_law(runs.fitting("mrr@10"), "share")
+    fits = {metric: axis_law(runs.fitting(metric), "share") for metric in ("nll", "recall@10")}
     table = {(d.quantity, d.first, d.second): d.differs for d in differences(fits)}
     assert table["s_opt at C = 1e+16", "nll", "recall@10"] is True
     assert table["alpha", "nll", "recall@10"] is False

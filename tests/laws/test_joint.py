@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from bfm.errors import UserError
-from bfm.laws.joint import Errors, Problem, fit_joint
-from bfm.laws.joint_form import LOG_ALPHA, LOG_BETA, LOG_CRITICAL, LOG_E, Frame
+from bfm.laws.joint import fit_joint
+from bfm.laws.joint_form import LOG_ALPHA, LOG_BETA, LOG_E, Frame, rise
 from bfm.laws.joint_optimum import optima_of
+from bfm.laws.reml import Errors, Problem
 from bfm.laws.runs import Runs
 
 E, A, ALPHA, B, BETA = 2.0, 60.0, 0.3, 400.0, 0.45
@@ -62,25 +63,39 @@ def planted(rng, trials=80, *, sd=0.003, shared=0.0, chosen=False, bend=0.0, ste
         alive = ranked[: max(len(ranked) // 2, 12)]
     values = {name: np.array(column) for name, column in columns.items()}
     names = tuple(f"{trial} at {flops:g}" for trial, flops in zip(values["curve"], values["flops"], strict=True))
-    return Runs("planted", values, names, "nll", {"nll": values["loss"]}, {}, {})
+    return Runs("planted", values, names, "nll", {"nll": values["loss"]}, {}, {}, settings=("share",))
 
 
 def columns_of(runs):
     return {name: runs[name] for name in ("params", "events", "flops", "share", "batch")}
 
 
-@pytest.mark.parametrize("skew", [0.0, 1e-3, -0.7, 0.9])
-def test_the_gradient_is_that_of_the_mean(skew):
+def test_the_gradient_is_that_of_the_mean():
     rng = np.random.default_rng(0)
     runs = planted(rng)
-    places = Frame.of(columns_of(runs)).places(columns_of(runs)).growing(-0.1)
-    theta_P = np.concatenate(
-        [[0.3, -0.2, 0.5, -1.1, -0.7, 0.4, 0.1, -4.0, skew, 0.2, 0.1], rng.normal(size=places.miss_RM.shape[1])]
-    )
+    columns = columns_of(runs)
+    columns["unique_events"] = np.minimum(columns["events"], 1e9)
+    columns["share"] = np.where(np.arange(len(runs)) % 7 == 0, 0.0, columns["share"])
+    choices = {"embedder_kind": np.array(["mlp", "attention", "gru"])[np.arange(len(runs)) % 3]}
+    frame = Frame.of(columns, ("share",), choices, repeats=True)
+    places = frame.places(columns, choices).growing(-0.1)
+    base, batch, share = [0.3, -0.2, 0.5, -1.1, -0.7, 1.5], [0.4, 0.1], [-4.0, 0.1, -1.2, 0.2, 0.2, 0.1, 0.3]
+    theta_P = np.concatenate([base, batch, share, [0.1, -0.2], rng.normal(size=places.miss_RM.shape[1])])
+    assert places.size == 17
     _, jacobian_RP = places.mean(theta_P)
     steps = 1e-6 * np.eye(len(theta_P))
     numeric = [(places.mean(theta_P + step)[0] - places.mean(theta_P - step)[0]) / 2e-6 for step in steps]
     np.testing.assert_allclose(jacobian_RP, np.stack(numeric, 1), rtol=1e-6, atol=1e-8)
+
+
+def test_an_axis_is_the_two_term_law_from_its_lowest_point():
+    alpha, beta = 0.8, 0.4
+    u_R = np.linspace(-4, 4, 9)
+    value_R, slope_R, _, _ = rise(u_R, beta, alpha)
+    law_R = np.exp(alpha * u_R) / alpha + np.exp(-beta * u_R) / beta
+    np.testing.assert_allclose(value_R, 2 / (alpha + beta) * (law_R - 1 / alpha - 1 / beta), atol=1e-12)
+    assert slope_R[4] == 0
+    np.testing.assert_allclose(rise(u_R, 1e-4, 1e-4)[0], u_R**2, rtol=1e-6)
 
 
 def test_errors_are_white_in_their_own_units():
@@ -116,30 +131,32 @@ def test_what_is_planted_is_found_whoever_chose_the_rows(chosen):
     theta_P = fit.theta_P
     assert math.exp(theta_P[LOG_E]) == pytest.approx(E, abs=1e-3)
     assert np.exp(theta_P[[LOG_ALPHA, LOG_BETA]]) == pytest.approx([ALPHA, BETA], abs=2e-4)
-    critical = math.exp(theta_P[LOG_CRITICAL] + fit.frame.logs["batch"])
+    critical = math.exp(theta_P[fit.problem.places.critical] + fit.frame.logs["batch"])
     assert critical == pytest.approx(CRITICAL, rel=0.01)
     best = optima_of(fit, runs)
     smallest = 1 + runs["batch"].min() / CRITICAL
-    assert best.exponent().estimate == pytest.approx(EXPONENT, abs=5e-4)
+    assert best.size.exponent().estimate == pytest.approx(EXPONENT, abs=5e-4)
     for flops in (1e18, 1e19):
-        assert best.at(flops).estimate == pytest.approx(best_size(flops, smallest), rel=5e-3)
-    assert best.own(1e17).estimate == pytest.approx(best_size(1e17, smallest), rel=5e-3)
-    assert best.own(3e17) is None
+        assert best.size.at(flops).estimate == pytest.approx(best_size(flops, smallest), rel=5e-3)
+    assert best.size.own(1e17).estimate == pytest.approx(best_size(1e17, smallest), rel=5e-3)
+    assert best.size.own(3e17) is None
 
 
 def test_an_optimum_is_a_minimum_and_moves_as_its_gradient_says():
     runs = planted(np.random.default_rng(4), bend=0.02)
     fit = fit_joint(runs)
     best = optima_of(fit, runs)
-    log_n = math.log(best.own(1e17).estimate)
+    log_n = math.log(best.size.own(1e17).estimate)
     loss_3, _ = fit.along(1e17, log_n + np.array([-0.2, 0.0, 0.2]))
     assert loss_3[1] < min(loss_3[0], loss_3[2])
     direction_P = fit.covariance_PP @ np.random.default_rng(5).normal(size=len(fit.theta_P))
     step = 0.02 / np.abs(direction_P).max()
-    moved = [optima_of(replace(fit, theta_P=fit.theta_P + sign * step * direction_P), runs).log_n_K for sign in (-1, 1)]
+    moved = [
+        optima_of(replace(fit, theta_P=fit.theta_P + sign * step * direction_P), runs).size.log_x_K for sign in (-1, 1)
+    ]
     doubled = replace(fit, covariance_PP=np.outer(direction_P, direction_P))
     slope_K = (moved[1] - moved[0]) / (2 * step)
-    np.testing.assert_allclose(optima_of(doubled, runs).covariance_KK, np.outer(slope_K, slope_K), rtol=0.1)
+    np.testing.assert_allclose(optima_of(doubled, runs).size.covariance_KK, np.outer(slope_K, slope_K), rtol=0.1)
 
 
 def test_noise_of_trials_and_rows_is_told_apart():
@@ -156,7 +173,7 @@ def test_intervals_hold_the_exponent_where_the_better_half_went_on():
     held, widths = [], []
     for seed in range(12):
         runs = planted(np.random.default_rng(seed), sd=0.01, shared=0.5, chosen=True)
-        found = optima_of(fit_joint(runs), runs).exponent()
+        found = optima_of(fit_joint(runs), runs).size.exponent()
         held.append(found.low <= EXPONENT <= found.high)
         widths.append(found.high - found.low)
     assert sum(held) >= 10
@@ -192,19 +209,19 @@ def test_a_run_far_away_is_foretold_with_its_interval():
 
 def test_too_few_rows_are_refused_with_how_many_are_needed():
     runs = planted(np.random.default_rng(9), trials=80)
-    with pytest.raises(UserError, match="15 rows for 11 parameters"):
+    with pytest.raises(UserError, match="15 rows for 10 parameters"):
         fit_joint(runs.select(np.arange(15)))
 
 
 def test_gross_outliers_count_little():
     runs = planted(np.random.default_rng(10))
-    clean = optima_of(fit_joint(runs), runs).exponent()
+    clean = optima_of(fit_joint(runs), runs).size.exponent()
     loss_R = runs["loss"].copy()
     loss_R[[3, 70, 140]] += [0.5, 2.0, -0.3]
     spoilt = replace(runs, columns={**runs.columns, "loss": loss_R})
     fit = fit_joint(spoilt)
     assert set(np.flatnonzero(fit.problem.weight_R < 0.5)) == {3, 70, 140}
-    found = optima_of(fit, spoilt).exponent()
+    found = optima_of(fit, spoilt).size.exponent()
     assert found.estimate == pytest.approx(clean.estimate, abs=(clean.high - clean.low) / 4)
     assert found.high - found.low < 1.5 * (clean.high - clean.low)
 
@@ -213,6 +230,6 @@ def test_a_skewed_bowl_does_not_move_the_best_size():
     held = []
     for seed in range(8):
         runs = planted(np.random.default_rng(seed), steep=0.4, chosen=True)
-        found = optima_of(fit_joint(runs), runs).exponent()
+        found = optima_of(fit_joint(runs), runs).size.exponent()
         held.append(found.low <= EXPONENT <= found.high)
     assert sum(held) >= 7

@@ -1,0 +1,266 @@
+"""The joint model as a law: what every row of a sweep says of N, D and all else that was varied, in words and numbers.
+
+Enters: runs. Leaves: a LawFit whose `details` hold what a figure needs: per axis (`axes`) the curves of every budget,
+what each run would have reached were all else at its best (`adjusted`), the optimum over C (`trend`) and what the ends
+of the range cost (`ends`); the metric of one run at the optimum up to 10 times the largest C (`outlook`); the sizes of
+the errors (`noise`).
+
+Shape legend: R rows, P parameters, X places of a curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bfm.errors import UserError
+from bfm.laws.joint import Joint, fit_joint
+from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
+from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
+from bfm.laws.powerlaw import exponential
+from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
+from bfm.laws.runs import Runs
+from bfm.laws.transform import from_loss, transform_name
+
+SYMBOLS = {"params": "N", "share": "s", "negatives": "K"}
+"""Of axes; others go by their own name."""
+METHOD = "t intervals of Gaussian errors of rows and trials and of what the form misses, their sizes by REML"
+_NEAR = math.log(2.0) + 1e-6
+_PICTURE, _OUTLOOK = 60, 8
+BEYOND = 10.0
+"""The outlook goes to so many times the largest C."""
+_POWER = ("exponent", "coefficient")
+_PRIOR = 0.7
+"""Share of its prior's width from which on a parameter is the prior's and not the rows'."""
+
+
+def joint_law(runs: Runs) -> LawFit:
+    """What all rows say of everything that was varied. Raises UserError as `fit_joint`."""
+    return law_of(fit_joint(runs), runs)
+
+
+def axis_law(runs: Runs, name: str) -> LawFit:
+    """The same, of one axis alone (share, negatives): its optimum per budget, its power law in C, its two rates.
+
+    Raises UserError where the runs do not differ in it, and as `fit_joint`.
+    """
+    runs.require(name, name, "loss")
+    values = np.unique(runs[name][runs[name] > 0])
+    if len(values) < 4:
+        what = f"the runs stand at {len(values)} {name} above 0, and an optimum needs 4"
+        raise UserError(what, file=runs.source, key=name, fix=f"add runs at {4 - len(values)} or more others")
+    fit = fit_joint(replace(runs, settings=tuple(dict.fromkeys((*runs.settings, name)))))
+    if name not in fit.frame.axes:
+        what = f"the {name} of the runs follows their N and batch"
+        raise UserError(what, file=runs.source, key=name, fix="add runs that differ in it alone")
+    whole, optimum = law_of(fit, runs), f"{SYMBOLS.get(name, name)}_opt"
+    budgets = tuple(
+        _of_axis(budget, optimum, runs[name][runs[name] > 0]) for budget in whole.budgets if optimum in budget.optima
+    )
+    own = {key: value for key, value in whole.parameters.items() if key.startswith(f"{name}_")}
+    own = {key if key.endswith(_POWER) else key.removeprefix(f"{name}_"): value for key, value in own.items()}
+    details = {"axes": {name: whole.details["axes"][name]}, "noise": whole.details["noise"]}
+    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=runs.warnings, details=details)
+
+
+def law_of(fit: Joint, runs: Runs) -> LawFit:
+    """A fitted model as a law."""
+    best = optima_of(fit, runs)
+    names = ("params", *fit.frame.axes)
+    views = {name: _view(fit, runs, best, name) for name in names}
+    rest_R = fit.problem.y_R - fit.problem.places.mean(fit.theta_P)[0]
+    return LawFit(
+        law="joint",
+        metric=runs.metric,
+        parameters=_parameters(fit, best),
+        definitions=_definitions(fit, runs),
+        runs=len(runs),
+        interval_method=f"{METHOD}; {len(rest_R) - fit.problem.places.size} degrees of freedom",
+        budgets=tuple(_budget(fit, best, flops) for flops in best.budgets),
+        residuals=tuple(rest_R.tolist()),
+        outliers=_outliers(fit, runs, rest_R),
+        warnings=(*runs.warnings, *_doubts(fit)),
+        details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": noise_of(fit)},
+    )
+
+
+def noise_of(fit: Joint) -> dict[str, float]:
+    """Standard deviations of the loss at the middle C (a row's own, its trial's, what the form misses) and growth."""
+    errors, own = fit.problem.errors, math.sqrt(fit.problem.variance)
+    found = {"row": own, "trial": own * math.sqrt(errors.trial), "miss": own * math.sqrt(errors.miss)}
+    return {**found, "power_of_C": errors.growth}
+
+
+def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
+    places, unit = fit.problem.places, np.eye(len(fit.theta_P))
+    found: dict[str, Estimate] = {}
+    if fit.has_sizes:
+        exponent, power = best.size.exponent(), fit.cost.power
+        found |= {"N_exponent": exponent, "N_coefficient": best.size.at(1.0)}
+        ends = (exponent.estimate, exponent.high, exponent.low)
+        found["D_exponent"] = Estimate(*(1 - power * end for end in ends))
+        ends = (found["N_coefficient"].estimate, found["N_coefficient"].high, found["N_coefficient"].low)
+        with np.errstate(divide="ignore"):
+            found["D_coefficient"] = Estimate(*(float(1 / (fit.cost.scale * np.float64(end) ** power)) for end in ends))
+        for name, log, rate, column in (("A", LOG_A, LOG_ALPHA, "params"), ("B", LOG_B, LOG_BETA, "events")):
+            middle = fit.frame.logs[column]
+            exponent_now = math.exp(fit.theta_P[rate])
+            gradient_P = unit[log] + exponent_now * middle * unit[rate]
+            found[name] = exponential(fit.of(float(fit.theta_P[log]) + exponent_now * middle, gradient_P))
+        found |= {name: fit.parameter(place) for name, place in (("alpha", LOG_ALPHA), ("beta", LOG_BETA))}
+    found["E"] = fit.parameter(LOG_E)
+    if places.repeats is not None:
+        found["R_star"] = fit.parameter(places.repeats)
+    if places.critical is not None:
+        log_batch = fit.of(float(fit.theta_P[places.critical]) + fit.frame.logs["batch"], unit[places.critical])
+        found["critical_batch"] = exponential(log_batch)
+    for name, axis, span in places.spans():
+        law = best.axes[name]
+        found |= {f"{name}_exponent": law.exponent(), f"{name}_coefficient": law.at(1.0)}
+        found |= {f"{name}_alpha": fit.parameter(span.start + RIGHT), f"{name}_beta": fit.parameter(span.start + LEFT)}
+        if axis.off_R is not None:
+            found[f"{name}_at_zero"] = fit.of(float(fit.theta_P[span.stop - 1]), unit[span.stop - 1])
+    return found
+
+
+def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
+    size, optima, reason = best.size.own(flops), {}, best.refused.get(flops, "")
+    log_n = best.log_size(flops)
+    if size is not None and fit.has_sizes:
+        ends = (size.estimate, size.high, size.low)
+        optima = {"N_opt": size, "D_opt": Estimate(*(fit.cost.events(end, flops) for end in ends))}
+        reason = _why_open(fit, flops, log_n)
+    for name, law in best.axes.items():
+        value = law.own(flops)
+        if value is not None:
+            optima[f"{SYMBOLS.get(name, name)}_opt"] = known(value, rises(fit, name, flops, log_n))
+    best_loss = float(fit.along(flops, np.array([log_n]))[0][0])
+    return BudgetOptimum(flops, not reason, optima, from_loss(fit.metric, best_loss), reason)
+
+
+def _why_open(fit: Joint, flops: float, log_n: float) -> str:
+    """Why the runs do not bracket N* at a budget; empty where they do."""
+    log_n_R = np.log(fit.columns["params"])[np.abs(np.log(fit.columns["flops"] / flops)) <= _NEAR]
+    if not (log_n_R < log_n).any():
+        return "no smaller run near this C"
+    return "" if (log_n_R > log_n).any() else "no larger run near this C"
+
+
+def _of_axis(budget: BudgetOptimum, optimum: str, swept_R: np.ndarray) -> BudgetOptimum:
+    """A budget as the law of one axis sees it."""
+    value, span = budget.optima[optimum], f"{swept_R.min():.3g} to {swept_R.max():.3g}"
+    reason = "" if math.isfinite(value.estimate) else f"beyond the tested range ({span})"
+    reason = reason if value.is_known or math.isfinite(value.estimate) else f"flat within the noise from {span}"
+    if value.low > 0 or value.high < math.inf:
+        reason = reason.replace("flat within the noise", "beyond the tested range")
+    return replace(budget, bracketed=not reason, optima={optimum: value}, reason=reason)
+
+
+def _view(fit: Joint, runs: Runs, best: Optima, name: str) -> dict[str, Any]:
+    """What is drawn of one axis."""
+    values_R = fit.columns[name]
+    rest_R = fit.problem.y_R - fit.problem.places.mean(fit.theta_P)[0]
+    adjusted_R = np.full(len(values_R), math.nan)
+    on_R = values_R > 0
+    curves, groups = [], runs.budgets() if runs.has("budget") or runs.has("flops") else {}
+    for flops in best.budgets:
+        here = groups.get(flops, np.zeros(0, int))
+        adjusted_R[here] = rest_R[here] + along_axis(fit, name, flops, best.log_size(flops), values_R[here])[0]
+        swept = values_R[here][on_R[here]] if on_R[here].any() else values_R[on_R]
+        x_X = np.geomspace(swept.min(), swept.max(), _PICTURE)
+        value_X = from_loss(runs.metric, along_axis(fit, name, flops, best.log_size(flops), x_X)[0])
+        curves.append({"flops": flops, "x": x_X.tolist(), "value": value_X.tolist()})
+    law, top = best.size if name == "params" else best.axes[name], max(best.budgets)
+    ends = rises(fit, name, top, best.log_size(top))
+    return {
+        "symbol": SYMBOLS.get(name, name),
+        "curves": curves,
+        "adjusted": [value if math.isfinite(value) else None for value in from_loss(runs.metric, adjusted_R).tolist()],
+        "trend": _trend(fit, law),
+        "ends": [{"x": x, **rise.as_dict()} for x, rise in ends],
+    }
+
+
+def _trend(fit: Joint, law: PowerLaw) -> list[dict[str, Any]]:
+    """An optimum with its interval from the smallest C to beyond the largest."""
+    if len(law.log_c_K) < 2:
+        return []
+    low, high = fit.columns["flops"].min(), BEYOND * fit.columns["flops"].max()
+    return [{"flops": flops, **law.at(flops).as_dict()} for flops in np.geomspace(low, high, _OUTLOOK).tolist()]
+
+
+def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
+    """The metric of one run at the optimum, events repeated where the log holds no more."""
+    if len(best.size.log_c_K) < 2 or not fit.has_sizes:
+        return []
+    low, high = fit.columns["flops"].min(), BEYOND * fit.columns["flops"].max()
+    distinct = float(fit.columns["unique_events"].max()) if fit.frame.repeats else math.inf
+    found = []
+    for flops in np.geomspace(low, high, _OUTLOOK).tolist():
+        where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
+        (loss,), (half,) = fit.foretell(where)
+        ends = sorted(from_loss(runs.metric, np.array([loss - half, loss + half])).tolist())
+        found.append({"flops": flops, "estimate": from_loss(runs.metric, float(loss)), "low": ends[0], "high": ends[1]})
+    return found
+
+
+def _outliers(fit: Joint, runs: Runs, rest_R: np.ndarray) -> tuple[Outlier, ...]:
+    own = math.sqrt(fit.problem.variance)
+    less = np.flatnonzero(fit.problem.weight_R < 1)
+    ranked = less[np.argsort(fit.problem.weight_R[less])]
+    return tuple(
+        Outlier(runs.names[place], float(rest_R[place]), f"{abs(rest_R[place]) / own:.1f} standard deviations of a row")
+        for place in ranked
+    )
+
+
+def _doubts(fit: Joint) -> list[str]:
+    """One line per doubt."""
+    noise, found = noise_of(fit), []
+    if noise["miss"] > 2 * noise["row"]:
+        found.append(
+            f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold "
+            "it, but E, A and B are the form's"
+        )
+    deviation_P = np.sqrt(np.diag(fit.covariance_PP))
+    if fit.has_sizes:
+        for name, place in (("E", LOG_E), ("alpha", LOG_ALPHA), ("beta", LOG_BETA)):
+            if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
+                found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
+    if fit.problem.places.repeats is not None:
+        place = fit.problem.places.repeats
+        if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
+            found.append("the runs do not tell what a repeated event is worth: R* is its prior's")
+    return found
+
+
+def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
+    """What was fitted to what."""
+    varied = [name for name in fit.columns if name not in ("params", "events", "flops", "unique_events")]
+    data = "D, repeats counted in full"
+    if fit.frame.repeats:
+        data = "U + U R* (1 - exp(-(D / U - 1) / R*)) of D events, U of them distinct; optima are those of fresh events"
+    return {
+        **runs.definitions,
+        "C of (N, D)": fit.cost.words,
+        "L": transform_name(runs.metric),
+        "form": "E + A / N^alpha + B / D^beta, a valley in the log of " + (", ".join(fit.frame.axes) or "nothing else"),
+        "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
+        "data": data,
+        "rows": chosen(runs),
+    }
+
+
+def chosen(runs: Runs) -> str:
+    """How the rows came to be, as far as they show it."""
+    if not (runs.has("curve") and runs.has("budget")):
+        return f"all {len(runs)} as they were given"
+    rungs, (trials, rows_T) = np.unique(runs["budget"]), np.unique(runs["curve"], return_counts=True)
+    whole, on = f"all {len(runs)} of {len(trials)} trials at {len(rungs)} budgets", int((rows_T > 1).sum())
+    if on in (0, len(trials)):
+        return f"{whole}, as designed"
+    return f"{whole}; {on} trials went on, as a policy chose them by their rows"

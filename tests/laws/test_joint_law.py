@@ -1,0 +1,172 @@
+"""The joint model as a law: planted optima of every axis, known ends beyond the range, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bfm.errors import UserError
+from bfm.laws.joint_law import axis_law, joint_law
+from bfm.laws.runs import Runs, from_rows
+from tests.laws import test_joint as joint
+from tests.laws.axes import NOISE, coverage, design, estimate, two_term
+from tests.report import planted_laws
+
+FLOPS = np.logspace(15, 18, 4)
+SHARES = np.geomspace(0.002, 0.5, 12)
+NEGATIVES = np.geomspace(1e3, 2**21, 12)
+
+
+def draw(column: str, x: np.ndarray, optimum: np.ndarray, exponents=(0.8, 0.5), sd: float = 0.0, seed: int = 0) -> Runs:
+    return two_term(column, FLOPS[: len(optimum)], x, optimum, exponents, 1, np.random.default_rng(seed), sd)
+
+
+def changed(runs: Runs, **columns: np.ndarray) -> Runs:
+    return replace(runs, columns={**runs.columns, **columns}, metrics={runs.metric: columns.get("loss", runs["loss"])})
+
+
+@pytest.mark.parametrize("name", ["share 1", "share 2", "negatives 1", "negatives 2"])
+def test_without_noise_the_truth_comes_back(name):
+    planted = design(name)
+    fit = planted.fit(planted.draw(np.random.default_rng(0), 1e-6))
+    for quantity, truth in planted.truth.items():
+        assert estimate(fit, quantity).estimate == pytest.approx(truth, rel=5e-3, abs=1e-3)
+    assert all(budget.bracketed for budget in fit.budgets)
+    json.dumps(fit.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["share 1", "negatives 2"])
+def test_intervals_cover_planted_truth(name):
+    # 12 draws of a 95 % interval: fewer than 9 covers happen once in 500 times; the benchmark has more draws.
+    assert min(coverage(design(name), 12).values()) >= 0.75
+
+
+def test_one_wild_run_is_named_and_moves_little():
+    runs = draw("share", SHARES, np.full(4, 0.02), sd=NOISE)
+    loss = runs["loss"].copy()
+    loss[17] += 0.3
+    clean, spoilt = axis_law(runs, "share"), axis_law(changed(runs, loss=loss), "share")
+    assert [outlier.run for outlier in spoilt.outliers] == ["run 17"]
+    for before, after in zip(clean.budgets, spoilt.budgets, strict=True):
+        clean_value, value = before.optima["s_opt"], after.optima["s_opt"]
+        assert clean_value.low < value.estimate < clean_value.high
+        assert value.high - value.low < 1.3 * (clean_value.high - clean_value.low)
+
+
+def test_runs_at_zero_have_a_step_of_their_own():
+    runs = draw("negatives", NEGATIVES, np.full(4, 3e4), sd=NOISE)
+    zeros, loss = runs["negatives"].copy(), runs["loss"].copy()
+    zeros[::12], loss[::12] = 0.0, 8.0 - 0.5 * np.arange(4) + 0.25
+    fit = axis_law(changed(runs, negatives=zeros, loss=loss), "negatives")
+    assert fit.parameters["at_zero"].low < 0.25 < fit.parameters["at_zero"].high
+    assert fit.runs == len(runs)
+    for budget in fit.budgets:
+        assert budget.optima["K_opt"].estimate == pytest.approx(3e4, rel=0.2)
+
+
+def test_an_optimum_beyond_the_tested_range_has_its_known_end_alone():
+    optimum = np.array([2e4, 1e5, 5e5, 2.5e7])
+    fit = axis_law(draw("negatives", NEGATIVES, optimum, (0.4, 0.5), sd=NOISE), "negatives")
+    last = fit.budgets[-1]
+    assert not last.bracketed
+    assert "beyond the tested range" in last.reason
+    value = last.optima["K_opt"]
+    assert math.isnan(value.estimate)
+    assert value.high == math.inf
+    assert 1e5 < value.low <= 2.5e7
+    assert all(budget.bracketed for budget in fit.budgets[:2])
+
+
+def test_what_changes_nothing_is_said_to_be_flat():
+    runs = draw("share", SHARES, np.full(4, 0.02))
+    budget = np.repeat(np.arange(4), len(SHARES))
+    loss = 8.0 - 0.5 * budget + NOISE * np.random.default_rng(5).standard_normal(len(runs))
+    fit = axis_law(changed(runs, loss=loss), "share")
+    assert not any(budget.bracketed for budget in fit.budgets)
+    assert not fit.budgets[-1].optima["s_opt"].is_known
+    for end in fit.details["axes"]["share"]["ends"]:
+        assert abs(end["estimate"]) < 5 * NOISE
+
+
+def test_ranking_metrics_are_fitted_as_minus_log():
+    runs = draw("share", SHARES, np.full(4, 0.02), sd=1e-6)
+    recall = np.exp(-runs["loss"])
+    ranked = Runs("t", {**runs.columns, "loss": recall}, runs.names, "recall@10", {"recall@10": recall}, {}, {})
+    fit = axis_law(ranked, "share")
+    assert fit.budgets[0].optima["s_opt"].estimate == pytest.approx(0.02, rel=1e-3)
+    assert fit.budgets[0].best == pytest.approx(math.exp(-8.0), rel=1e-3)
+    assert fit.definitions["L"] == "-ln(recall@10)"
+
+
+def test_seven_things_at_once_come_out_of_one_fit():
+    runs = joint.planted(np.random.default_rng(3), sd=0.001, chosen=True)
+    fit = joint_law(runs)
+    truth = {"N_exponent": joint.EXPONENT, "E": joint.E, "alpha": joint.ALPHA, "beta": joint.BETA}
+    truth |= {"share_exponent": joint.SHARE_POWER, "critical_batch": joint.CRITICAL, "A": joint.A, "B": joint.B}
+    for name, value in truth.items():
+        assert fit.parameters[name].estimate == pytest.approx(value, rel=0.05), name
+    assert fit.parameters["D_exponent"].estimate == pytest.approx(1 - fit.parameters["N_exponent"].estimate)
+    low, high = (end["estimate"] for end in fit.details["axes"]["share"]["ends"])
+    best = joint.BEST_SHARE * 100**joint.SHARE_POWER
+    ends = joint.HEIGHT * np.log(np.array([runs["share"].min(), runs["share"].max()]) / best) ** 2
+    assert [low, high] == pytest.approx(ends, rel=0.1)
+    json.dumps(fit.as_dict(), allow_nan=False)
+
+
+def test_adjusted_runs_lie_on_their_curves():
+    runs = joint.planted(np.random.default_rng(4), sd=1e-5)
+    fit = joint_law(replace(runs, columns={**runs.columns, "budget": runs["flops"]}))
+    for name in ("params", "share"):
+        view = fit.details["axes"][name]
+        for curve in view["curves"]:
+            here = np.isclose(runs["flops"], curve["flops"])
+            expected = np.interp(np.log(runs[name][here]), np.log(curve["x"]), curve["value"])
+            adjusted = np.array(view["adjusted"], float)[here]
+            np.testing.assert_allclose(adjusted, expected, atol=2e-3)
+
+
+def test_how_rows_were_chosen_is_said():
+    rows = planted_laws.allocation_rows()
+    assert joint_law(from_rows(rows)).definitions["rows"] == "all 36 of 36 trials at 4 budgets, as designed"
+    trials = [{**row, "trial": f"t{place % 18:05d}"} for place, row in enumerate(rows)]
+    assert "18 of" not in joint_law(from_rows(trials)).definitions["rows"]
+    some = joint_law(from_rows([*rows[:27], *({**row, "trial": rows[0]["trial"]} for row in rows[27:])]))
+    assert some.definitions["rows"].endswith("1 trials went on, as a policy chose them by their rows")
+
+
+@pytest.mark.parametrize(
+    ("x", "budgets", "message"),
+    [
+        (np.array([0.02]), 4, r"the runs stand at 1 share above 0, and an optimum needs 4; add runs at 3 or more"),
+        (np.array([0.01, 0.02, 0.1]), 4, r"3 share above 0, and an optimum needs 4"),
+        (np.array([0.01, 0.02, 0.1, 0.3]), 2, "8 rows for 8 parameters of N, D, share; let the sweep make 16 rows"),
+    ],
+)
+def test_tables_that_cannot_hold_the_law_are_refused_with_what_is_missing(x, budgets, message):
+    with pytest.raises(UserError, match=message) as refused:
+        axis_law(draw("share", x, np.full(budgets, 0.02)), "share")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(UserError, match="needs the column negatives"):
+        axis_law(draw("share", SHARES, np.full(4, 0.02)), "negatives")
+
+
+def test_rows_of_two_instruments_are_refused_and_a_rate_by_rule_is_no_axis():
+    rows = planted_laws.allocation_rows()
+    for place, row in enumerate(rows):
+        row["config"] = {**row["config"], "learning_rate": 6e-3 * (row["params"] / 5e4) ** -0.1, "copy": "pointer"}
+        row["config"]["embedder_kind"] = ("mlp", "attention")[place % 2]
+    runs = from_rows(rows)
+    assert set(runs.settings) == {"rate", "embedder_kind"}
+    fit = joint_law(runs)
+    assert set(fit.details["axes"]) == {"params"}
+    assert fit.definitions["varied"] == "embedder_kind"
+    rows[3]["config"]["copy"] = "none"
+    with pytest.raises(UserError, match="copy: none and pointer"):
+        from_rows(rows)
