@@ -28,7 +28,7 @@ from bfm.errors import UserError
 from bfm.laws.intervals import METHOD
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import Estimate, LawFit
-from bfm.laws.robust import HUBER_SCALES, RobustFit, coordinate, robust_fit
+from bfm.laws.robust import RobustFit, coordinate, robust_fit
 from bfm.laws.runs import Runs
 
 MIN_BATCHES = 4
@@ -56,7 +56,7 @@ class _Group:
         return math.sqrt(float(self.batch_R.min() * self.batch_R.max()))
 
 
-def fit_batch(runs: Runs, *, reference_batch: float | None = None, huber_scales: float = HUBER_SCALES) -> LawFit:
+def fit_batch(runs: Runs, *, reference_batch: float | None = None) -> LawFit:
     """Critical batch of each group and its power law in N.
 
     Needs the columns batch and steps to a target, or events to it in the unit of batch; groups are runs of equal params
@@ -71,7 +71,7 @@ def fit_batch(runs: Runs, *, reference_batch: float | None = None, huber_scales:
     kept, groups, warnings = _groups(runs)
     reference = _REFERENCE * min(float(group.batch_R.min()) for group in groups)
     reference = reference if reference_batch is None else reference_batch
-    fit = _fit(kept, groups, huber_scales)
+    fit = _fit(kept, groups)
     parameters: dict[str, Estimate] = {}
     details: list[dict[str, Any]] = []
     values: dict[str, list[Estimate]] = {"overhead20": [], "gain_halving": []}
@@ -146,7 +146,7 @@ def size_levels(values: np.ndarray) -> np.ndarray:
     return levels
 
 
-def _fit(runs: Runs, groups: list[_Group], huber_scales: float) -> RobustFit:
+def _fit(runs: Runs, groups: list[_Group]) -> RobustFit:
     steps_R = runs["steps"] if runs.has("steps") else runs["events"] / runs["batch"]
     error_R = runs.errors.get("steps", np.ones(len(runs)))
     # Relative errors: the residuals stay in the unit of log steps.
@@ -168,7 +168,7 @@ def _fit(runs: Runs, groups: list[_Group], huber_scales: float) -> RobustFit:
     low, high = np.tile([-math.inf, math.inf], (2 * len(groups), 1)).T
     for place, group in enumerate(groups):
         low[2 * place + 1], high[2 * place + 1] = _q_bounds(group)
-    return robust_fit(model, observed_R / error_R, np.concatenate(start), (low, high), huber_scales=huber_scales)
+    return robust_fit(model, observed_R / error_R, np.concatenate(start), (low, high))
 
 
 def _q_bounds(group: _Group) -> tuple[float, float]:

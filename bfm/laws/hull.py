@@ -21,13 +21,14 @@ from bfm.laws.transform import from_loss, to_loss, transform_name
 
 _NAMES = ("N_exponent", "N_coefficient", "D_exponent", "D_coefficient")
 _LEAST = 3
+_REDRAWS = 200
 
 
-def fit_hull(runs: Runs, *, seed: int = 0, bootstrap: int = 200) -> LawFit:
+def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
     """N = N_coefficient C^N_exponent and D likewise along the hull of all runs.
 
-    Intervals: percentiles over `bootstrap` redraws of whole curves (column `curve`; without it, of runs), as points of
-    one curve err together. Raises UserError for one N only, and for hulls of fewer than three vertices.
+    Intervals: percentiles over redraws of whole curves (column `curve`; without it, of runs), as points of one curve
+    err together; `seed` is theirs. Raises UserError for one N only, and for hulls of fewer than three vertices.
     """
     runs.require("approach 1", "params", "flops")
     if len(np.unique(runs["params"])) < 2:
@@ -42,7 +43,7 @@ def fit_hull(runs: Runs, *, seed: int = 0, bootstrap: int = 200) -> LawFit:
         raise UserError(what, file=runs.source, fix="add curves of smaller and larger models over a wider range of C")
     estimate = _parameters(x_R, n_R, d_R, hull_H)
     curve_R = runs["curve"] if runs.has("curve") else np.arange(len(runs)).astype(str)
-    draws = _redraw(x_R, y_R, n_R, d_R, curve_R, np.random.default_rng(seed), bootstrap)
+    draws = _redraw(x_R, y_R, n_R, d_R, curve_R, np.random.default_rng(seed))
     curves = len(np.unique(curve_R))
     return LawFit(
         law="hull",
@@ -55,7 +56,7 @@ def fit_hull(runs: Runs, *, seed: int = 0, bootstrap: int = 200) -> LawFit:
         },
         runs=len(runs),
         interval_method=f"percentiles of {len(draws)} bootstraps over {curves} curves",
-        warnings=runs.warnings + _doubts(runs, hull_H, curves, len(draws), bootstrap),
+        warnings=runs.warnings + _doubts(runs, hull_H, curves, len(draws)),
         details={
             "hull": [
                 {
@@ -102,14 +103,13 @@ def _redraw(
     d_R: np.ndarray,
     curve_R: np.ndarray,
     rng: np.random.Generator,
-    count: int,
 ) -> np.ndarray:
     """Parameters of redrawn curves, (draws, 4); draws whose hull is too short for a line are left out."""
     # No point inside its own curve's hull can be on a hull of several curves.
     members = [np.flatnonzero(curve_R == name) for name in np.unique(curve_R)]
     members = [places[lower_hull(x_R[places], y_R[places])] for places in members]
     draws = []
-    for _ in range(count):
+    for _ in range(_REDRAWS):
         chosen = np.unique(rng.integers(len(members), size=len(members)))
         places = np.concatenate([members[number] for number in chosen])
         hull_H = lower_hull(x_R[places], y_R[places])
@@ -134,13 +134,13 @@ def _tokens_name(runs: Runs) -> str:
     return "the runs' own" if runs.has("events") else "C / (6 N)"
 
 
-def _doubts(runs: Runs, hull_H: np.ndarray, curves: int, kept: int, asked: int) -> tuple[str, ...]:
+def _doubts(runs: Runs, hull_H: np.ndarray, curves: int, kept: int) -> tuple[str, ...]:
     found = []
     sizes = len(np.unique(runs["params"][hull_H]))
     if sizes < _LEAST:
         found.append(f"only {sizes} sizes are on the hull: add curves of smaller and larger models")
     if curves < 10:
         found.append(f"{curves} curves are few to redraw: the interval is likely too narrow")
-    if kept < 0.9 * asked:
-        found.append(f"{asked - kept} of {asked} redraws left a hull too short for a line")
+    if kept < 0.9 * _REDRAWS:
+        found.append(f"{_REDRAWS - kept} of {_REDRAWS} redraws left a hull too short for a line")
     return tuple(found)

@@ -83,7 +83,7 @@ class Region:
                 jac=lambda z_P: _gradient(target, z_P) / length,
                 constraints={"type": "ineq", "fun": inside, "jac": slope},
                 method="SLSQP",
-                options={"maxiter": 60, "ftol": 1e-6},
+                options={"maxiter": 200, "ftol": 1e-6},
             )
             value = -sign * target(found.x)
             if found.success and inside(found.x) > -_NEAR and math.isfinite(value):

@@ -93,7 +93,7 @@ def test_published_exponents(points, params, tokens):
         np.array(found["final_loss"]),
         np.array([f"{width}x{depth}" for width, depth in shapes]),
     )
-    fit = fit_hull(runs, bootstrap=40)
+    fit = fit_hull(runs)
     assert fit.parameters["N_exponent"].estimate == pytest.approx(params, abs=1e-4)
     assert fit.parameters["D_exponent"].estimate == pytest.approx(tokens, abs=1e-4)
     assert fit.parameters["N_exponent"].low < fit.parameters["N_exponent"].high

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
+from bfm.laws.curves import Valleys, rise
 from bfm.laws.isoflop import fit_isoflop
 from bfm.laws.runs import Runs, from_table
-from bfm.laws.valley import parabola, rise
 from tests.helpers import published
 
 ALPHA, BETA = 0.465, 0.155
@@ -165,14 +165,27 @@ def test_a_hill_is_no_valley():
         fit_isoflop(table(runs["params"], runs["flops"], 6 - runs["loss"]))
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_derivatives_are_those_of_differences(seed, skewed, on_a_line):
+    rng = np.random.default_rng(seed)
+    vertices_KV = np.array([[1.0, -1.0], [1.0, 0.0], [1.0, 1.0]]) if on_a_line else np.eye(3)
+    valleys = Valleys(rng.normal(size=9), np.repeat(np.arange(3), 3), vertices_KV)
+    theta_P = rng.uniform(-1, 1, 6 + vertices_KV.shape[1] + 2 * skewed)
+    for rows in (valleys.loss, valleys.prior):
+        steps = 1e-5 * np.eye(len(theta_P))
+        by_difference = [(rows(theta_P + h)[0] - rows(theta_P - h)[0]) / 2e-5 for h in steps]
+        assert rows(theta_P)[1] == pytest.approx(np.transpose(by_difference), rel=1e-5, abs=1e-5)
+
+
 def test_the_valley_is_a_parabola_at_its_bottom_and_rises_to_both_sides():
     t_R = np.linspace(-3, 3, 61)
     for rates in ((0.1, 0.6), (0.6, 0.1), (0.3, 0.3)):
-        g_R = rise(t_R, np.log(rates))
+        g_R, slope_R, _ = rise(t_R, np.log(rates))
         assert g_R.min() == pytest.approx(0, abs=1e-12)
         assert np.all(np.diff(g_R, 2) > 0)
-        assert rise(np.array([1e-3]), np.log(rates))[0] == pytest.approx(1e-6, rel=1e-2)
-    assert parabola(t_R, 2 + 0.3 * (t_R - 1) ** 2) == pytest.approx([2, 0.3, 1])
+        assert np.gradient(g_R, t_R)[1:-1] == pytest.approx(slope_R[1:-1], abs=0.01)
+        assert rise(np.array([1e-3]), np.log(rates))[0][0] == pytest.approx(1e-6, rel=1e-2)
 
 
 NAMES = ("dataset", "hparams", "warmup", "decay", "param_count", "val")
@@ -198,7 +211,7 @@ def test_published_exponents(setting):
     where = " and ".join(f"{name} == {value!r}" for name, value in zip(NAMES, setting, strict=True))
     columns = [("params", "n"), ("events", "tokens"), ("flops", "flops"), ("loss", "loss")]
     runs = from_table(published("porian/isoflop_points.parquet"), columns, where)
-    fit = fit_isoflop(runs, curve="akima", bootstrap=50)
+    fit = fit_isoflop(runs, curve="akima")
     fits = json.loads(published("porian/published_fits.json").read_text())
     interval = next(fit for fit in fits if tuple(fit[name] for name in NAMES) == setting)["bootstrap_weighted"]
     exponent = fit.parameters["N_exponent"]
