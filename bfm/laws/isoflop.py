@@ -320,13 +320,10 @@ def _laws(groups: Sequence[_Group], interval: Interval) -> tuple[dict[str, Estim
     x_K = np.log([group.flops for group in groups])
     slope_K, intercept_K = line(x_K)
 
-    def sizes(n_K: np.ndarray) -> np.ndarray:
-        return n_K
-
     def events(n_K: np.ndarray) -> np.ndarray:
         return np.array([group.log_events(n) for group, n in zip(groups, n_K, strict=True)])
 
-    def along(weight_K: np.ndarray, values: Callable[[np.ndarray], np.ndarray] = sizes) -> Estimate:
+    def along(weight_K: np.ndarray, values: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Estimate:
         return interval(lambda n_K: float(weight_K @ values(n_K)))
 
     parameters = {
