@@ -83,7 +83,7 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
         budgets=tuple(_budget(fit, best, flops) for flops in best.budgets),
         residuals=tuple(rest_R.tolist()),
         outliers=_outliers(fit, runs, rest_R),
-        warnings=(*runs.warnings, *_doubts(fit)),
+        warnings=(*runs.warnings, *doubts(fit)),
         details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": noise_of(fit)},
     )
 
@@ -218,8 +218,8 @@ def _outliers(fit: Joint, runs: Runs, rest_R: np.ndarray) -> tuple[Outlier, ...]
     )
 
 
-def _doubts(fit: Joint) -> list[str]:
-    """One line per doubt."""
+def doubts(fit: Joint) -> list[str]:
+    """One line per doubt about a fit."""
     noise, found = noise_of(fit), []
     if noise["miss"] > 2 * noise["row"]:
         found.append(
