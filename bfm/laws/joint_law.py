@@ -203,8 +203,9 @@ def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
     for flops in np.geomspace(low, high, _OUTLOOK).tolist():
         where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
         (loss,), (half,) = fit.foretell(where)
-        ends = sorted(from_loss(runs.metric, np.array([loss - half, loss + half])).tolist())
-        found.append({"flops": flops, "estimate": from_loss(runs.metric, float(loss)), "low": ends[0], "high": ends[1]})
+        loss_3 = np.array([loss, loss - half, loss + half])
+        middle, *ends = from_loss(runs.metric, loss_3).tolist()
+        found.append({"flops": flops, "estimate": middle, "low": min(ends), "high": max(ends)})
     return found
 
 
