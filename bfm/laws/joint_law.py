@@ -253,7 +253,16 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
         "data": data,
         "rows": chosen(runs),
+        "noise": _noise_words(fit),
     }
+
+
+def _noise_words(fit: Joint) -> str:
+    """The errors that intervals hold, and the one that they do not."""
+    noise = noise_of(fit)
+    parts = f"a row {noise['row']:.2g}, its trial {noise['trial']:.2g}, what the form misses {noise['miss']:.2g}"
+    shared = "rows that answer the same queries share an error that is in no interval: others would move all alike"
+    return f"standard deviations at the middle C: {parts}, growing as C^{noise['power_of_C']:.2f}; {shared}"
 
 
 def chosen(runs: Runs) -> str:
