@@ -206,6 +206,14 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     names = {name for row in found for name in row.get("metrics") or {}}
     tables = {row.get("table_params") for row in found}
     warnings = () if len(tables) < 2 else (f"table_params differ between runs ({len(tables)} values)",)
+    seeds: dict[Any, set[Any]] = {}
+    for row in found:
+        seeds.setdefault(row.get("rung_flops"), set()).add(row.get("seed"))
+    counts = sorted(map(len, seeds.values()))
+    if counts[0] < counts[-1]:
+        warnings += (
+            f"budgets have {counts[0]} to {counts[-1]} seeds: what a seed adds is told where there are several",
+        )
     definitions = {
         "C": _DEDUPLICATED + _without_deduplication(found),
         "N": "dense weights after the field tokens and before the final logits: embedder + contextualizer",

@@ -157,6 +157,13 @@ def test_a_missing_column_is_named():
         axis_law(draw("share", SHARES, np.full(4, 0.02)), "negatives")
 
 
+def test_budgets_of_unequal_seeds_are_named():
+    rows = planted_laws.allocation_rows()
+    assert not from_rows(rows).warnings
+    rows[0]["seed"] = 1
+    assert from_rows(rows).warnings[0].startswith("budgets have 1 to 2 seeds")
+
+
 def test_rows_of_two_instruments_are_refused_and_a_rate_by_rule_is_no_axis():
     rows = planted_laws.allocation_rows()
     for place, row in enumerate(rows):
