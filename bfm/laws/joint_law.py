@@ -34,6 +34,8 @@ _PICTURE, _OUTLOOK = 60, 8
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
+_REFUSED = 0.01
+"""p-value below which rates that are the same at every C are doubted."""
 _PRIOR = 0.7
 """Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 
@@ -64,7 +66,8 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     own = {key: value for key, value in whole.parameters.items() if key.startswith(f"{name}_")}
     own = {key if key.endswith(_POWER) else key.removeprefix(f"{name}_"): value for key, value in own.items()}
     details = {"axes": {name: whole.details["axes"][name]}, "noise": whole.details["noise"]}
-    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=runs.warnings, details=details)
+    warnings = (*runs.warnings, *_moving(fit, name))
+    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=warnings, details=details)
 
 
 def law_of(fit: Joint, runs: Runs) -> LawFit:
@@ -232,11 +235,23 @@ def doubts(fit: Joint) -> list[str]:
         for name, place in (("E", LOG_E), ("alpha", LOG_ALPHA), ("beta", LOG_BETA)):
             if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
                 found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
+    for name in fit.frame.axes:
+        found += _moving(fit, name)
     if fit.problem.places.repeats is not None:
         place = fit.problem.places.repeats
         if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
             found.append("the runs do not tell what a repeated event is worth: R* is its prior's")
     return found
+
+
+def _moving(fit: Joint, name: str) -> list[str]:
+    """A doubt about rates that are the same at every C."""
+    p = fit.shared_rates(name)
+    if p > _REFUSED:
+        return []
+    return [
+        f"the sides of the valley in {name} are not the same at every C (p = {p:.2g}): its optima hold near the middle"
+    ]
 
 
 def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:

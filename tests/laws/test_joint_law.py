@@ -57,6 +57,16 @@ def test_one_wild_run_is_named_and_moves_little():
         assert value.high - value.low < 1.3 * (clean_value.high - clean_value.low)
 
 
+def test_rates_that_change_with_C_are_doubted():
+    runs = draw("share", SHARES, np.full(4, 0.02), sd=NOISE)
+    assert not axis_law(runs, "share").warnings
+    budget, u = np.repeat(np.arange(4), len(SHARES)), np.log(runs["share"] / 0.02)
+    rate = 0.3 * 1.5**budget
+    loss = 8.0 - 0.5 * budget + 0.02 * (np.expm1(rate * u) / rate + np.expm1(-0.5 * u) / 0.5)
+    noisy = loss + NOISE * np.random.default_rng(1).standard_normal(len(loss))
+    assert "not the same at every C" in axis_law(changed(runs, loss=noisy), "share").warnings[0]
+
+
 def test_runs_at_zero_have_a_step_of_their_own():
     runs = draw("negatives", NEGATIVES, np.full(4, 3e4), sd=NOISE)
     zeros, loss = runs["negatives"].copy(), runs["loss"].copy()
