@@ -34,6 +34,8 @@ _PICTURE, _OUTLOOK = 60, 8
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
+_REFUSED = 0.01
+"""p-value below which rates that are the same at every C are doubted."""
 _PRIOR = 0.7
 """Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 
@@ -64,7 +66,8 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     own = {key: value for key, value in whole.parameters.items() if key.startswith(f"{name}_")}
     own = {key if key.endswith(_POWER) else key.removeprefix(f"{name}_"): value for key, value in own.items()}
     details = {"axes": {name: whole.details["axes"][name]}, "noise": whole.details["noise"]}
-    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=runs.warnings, details=details)
+    warnings = (*runs.warnings, *_moving(fit, name))
+    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=warnings, details=details)
 
 
 def law_of(fit: Joint, runs: Runs) -> LawFit:
@@ -83,7 +86,7 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
         budgets=tuple(_budget(fit, best, flops) for flops in best.budgets),
         residuals=tuple(rest_R.tolist()),
         outliers=_outliers(fit, runs, rest_R),
-        warnings=(*runs.warnings, *_doubts(fit)),
+        warnings=(*runs.warnings, *doubts(fit)),
         details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": noise_of(fit)},
     )
 
@@ -203,8 +206,9 @@ def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
     for flops in np.geomspace(low, high, _OUTLOOK).tolist():
         where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
         (loss,), (half,) = fit.foretell(where)
-        ends = sorted(from_loss(runs.metric, np.array([loss - half, loss + half])).tolist())
-        found.append({"flops": flops, "estimate": from_loss(runs.metric, float(loss)), "low": ends[0], "high": ends[1]})
+        loss_3 = np.array([loss, loss - half, loss + half])
+        middle, *ends = from_loss(runs.metric, loss_3).tolist()
+        found.append({"flops": flops, "estimate": middle, "low": min(ends), "high": max(ends)})
     return found
 
 
@@ -218,8 +222,8 @@ def _outliers(fit: Joint, runs: Runs, rest_R: np.ndarray) -> tuple[Outlier, ...]
     )
 
 
-def _doubts(fit: Joint) -> list[str]:
-    """One line per doubt."""
+def doubts(fit: Joint) -> list[str]:
+    """One line per doubt about a fit."""
     noise, found = noise_of(fit), []
     if noise["miss"] > 2 * noise["row"]:
         found.append(
@@ -231,11 +235,23 @@ def _doubts(fit: Joint) -> list[str]:
         for name, place in (("E", LOG_E), ("alpha", LOG_ALPHA), ("beta", LOG_BETA)):
             if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
                 found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
+    for name in fit.frame.axes:
+        found += _moving(fit, name)
     if fit.problem.places.repeats is not None:
         place = fit.problem.places.repeats
         if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
             found.append("the runs do not tell what a repeated event is worth: R* is its prior's")
     return found
+
+
+def _moving(fit: Joint, name: str) -> list[str]:
+    """A doubt about rates that are the same at every C."""
+    p = fit.shared_rates(name)
+    if p > _REFUSED:
+        return []
+    return [
+        f"the sides of the valley in {name} are not the same at every C (p = {p:.2g}): its optima hold near the middle"
+    ]
 
 
 def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
@@ -252,7 +268,16 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
         "data": data,
         "rows": chosen(runs),
+        "noise": _noise_words(fit),
     }
+
+
+def _noise_words(fit: Joint) -> str:
+    """The errors that intervals hold, and the one that they do not."""
+    noise = noise_of(fit)
+    parts = f"a row {noise['row']:.2g}, its trial {noise['trial']:.2g}, what the form misses {noise['miss']:.2g}"
+    shared = "rows that answer the same queries share an error that is in no interval: others would move all alike"
+    return f"standard deviations at the middle C: {parts}, growing as C^{noise['power_of_C']:.2f}; {shared}"
 
 
 def chosen(runs: Runs) -> str:

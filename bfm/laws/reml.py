@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, sparse
 
 from bfm.laws.joint_form import Places
 
@@ -59,8 +59,8 @@ class Problem:
         values = values * scale_R.reshape(-1, *([1] * (values.ndim - 1)))
         if self.errors.trial == 0:
             return values
-        sums = np.zeros((len(self.count_T), *values.shape[1:]))
-        np.add.at(sums, self.trial_R, values)
+        rows = len(self.trial_R)
+        sums = sparse.csr_array((np.ones(rows), (self.trial_R, np.arange(rows)))) @ values
         part_T = (1 - 1 / np.sqrt(1 + self.count_T * self.errors.trial)) / self.count_T
         sums *= part_T.reshape(-1, *([1] * (values.ndim - 1)))
         return np.asarray(values - sums[self.trial_R])

@@ -204,8 +204,6 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     values = {name: column for name, column in values.items() if column.dtype.kind != "f" or np.isfinite(column).any()}
     values["curve"] = np.array([str(row["trial"]) for row in found])
     names = {name for row in found for name in row.get("metrics") or {}}
-    tables = {row.get("table_params") for row in found}
-    warnings = () if len(tables) < 2 else (f"table_params differ between runs ({len(tables)} values)",)
     definitions = {
         "C": _DEDUPLICATED + _without_deduplication(found),
         "N": "dense weights after the field tokens and before the final logits: embedder + contextualizer",
@@ -221,10 +219,23 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             {name: np.array([metric_value(row, name) for row in found]) for name in sorted(names)},
             {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
             definitions,
-            warnings,
+            _differing(found),
             tuple(searched),
         )
     )
+
+
+def _differing(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What rows differ in without having been searched for it."""
+    tables = {row.get("table_params") for row in rows}
+    found = [] if len(tables) < 2 else [f"table_params differ between runs ({len(tables)} values)"]
+    seeds: dict[Any, set[Any]] = {}
+    for row in rows:
+        seeds.setdefault(row.get("rung_flops"), set()).add(row.get("seed"))
+    counts = sorted(map(len, seeds.values()))
+    if counts[0] < counts[-1]:
+        found.append(f"budgets have {counts[0]} to {counts[-1]} seeds: what a seed adds is told by the latter")
+    return tuple(found)
 
 
 def _searched(rows: Sequence[Row]) -> dict[str, np.ndarray]:
