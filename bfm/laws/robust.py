@@ -42,7 +42,7 @@ class RobustFit:
     """Huber's."""
     region: Region
     free: int
-    """Rows less parameters."""
+    """Rows, those of a prior among them, less parameters."""
 
     @property
     def objective(self) -> float:
@@ -56,11 +56,11 @@ class RobustFit:
 
     @property
     def _variance(self) -> float:
-        """Of an objective's gradient, over its curvature."""
+        """Of the residuals' rho', over the curvature of rho: read off the region's edge."""
         return 2 * self.region.margin / float(stats.f.ppf(CONFIDENCE, 1, self.free))
 
     def missed(self, narrower: RobustFit) -> float:
-        """chi2 per lost parameter of what a narrower model fitted with the same delta misses: F under the narrower."""
+        """chi2 per lost parameter of what a narrower model misses, fitted with the same delta; F where it is true."""
         lost = len(self.theta_P) - len(narrower.theta_P)
         return max(0.0, 2 * (narrower.objective - self.objective) / self._variance / lost)
 

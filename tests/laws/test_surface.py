@@ -64,7 +64,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(design):
     flops = float((6 * params * events).max())
     truths = {"E": 1.7, "alpha": 0.34, "beta": 0.28, "a": 0.28 / 0.62, "N_opt": best_size(flops)}
     held = dict.fromkeys(truths, 0)
-    draws = 50
+    draws = 30
     for seed in range(draws):
         noise = 0.003 * np.random.default_rng(seed).standard_normal(len(params))
         fit = fit_surface(runs_of(params, events, surface(params, events) + noise))
