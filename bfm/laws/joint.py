@@ -153,8 +153,7 @@ def fit_joint(runs: Runs) -> Joint:
     columns, axes, choices = varying(runs, cost)
     frame = Frame.of(columns, axes, choices, repeats=_repeats(columns))
     places = frame.places(columns, choices)
-    # The prior tells R* and three of an axis' parameters, its shape, where the rows do not.
-    told = places.size - 3 * len(axes) - (places.repeats is not None)
+    told = places.told
     if len(y_R) < 2 * told:
         what = f"{len(y_R)} rows for {told} parameters of N, D{''.join(f', {name}' for name in (*axes, *choices))}"
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * told} rows")
