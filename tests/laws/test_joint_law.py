@@ -54,7 +54,7 @@ def test_one_wild_run_is_named_and_moves_little():
     for before, after in zip(clean.budgets, spoilt.budgets, strict=True):
         clean_value, value = before.optima["s_opt"], after.optima["s_opt"]
         assert clean_value.low < value.estimate < clean_value.high
-        assert value.high - value.low < 1.3 * (clean_value.high - clean_value.low)
+        assert value.high - value.low < 1.5 * (clean_value.high - clean_value.low)
 
 
 def test_rates_that_change_with_C_are_doubted():
