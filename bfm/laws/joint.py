@@ -63,8 +63,12 @@ class Joint:
     @property
     def reach(self) -> float:
         """Half width of an interval, in standard errors."""
-        free = len(self.problem.y_R) - self.problem.places.size
-        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, free))
+        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.free))
+
+    @property
+    def free(self) -> float:
+        """Degrees of freedom."""
+        return self.problem.free(self.covariance_PP / self.problem.variance)
 
     def of(self, middle: float, gradient_P: np.ndarray) -> Estimate:
         """A quantity with the interval that the parameters' errors leave it."""
@@ -122,8 +126,7 @@ class Joint:
         known = np.linalg.qr(jacobian)[0]
         moving -= known @ (known.T @ moving)
         told = np.linalg.qr(moving)[0].T @ rest
-        free = len(self.problem.y_R) - self.problem.places.size
-        return float(stats.f.sf(told @ told / 2 / self.problem.variance, 2, free))
+        return float(stats.f.sf(told @ told / 2 / self.problem.variance, 2, self.free))
 
     def _best_choices(self, rows: int) -> dict[str, np.ndarray]:
         """The value of each choice with the lowest step."""
@@ -153,8 +156,7 @@ def fit_joint(runs: Runs) -> Joint:
     columns, axes, choices = varying(runs, cost)
     frame = Frame.of(columns, axes, choices, repeats=_repeats(columns))
     places = frame.places(columns, choices)
-    # The prior tells R* and three of an axis' parameters, its shape, where the rows do not.
-    told = places.size - 3 * len(axes) - (places.repeats is not None)
+    told = places.told
     if len(y_R) < 2 * told:
         what = f"{len(y_R)} rows for {told} parameters of N, D{''.join(f', {name}' for name in (*axes, *choices))}"
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * told} rows")

@@ -122,6 +122,12 @@ class Places:
         """Parameters without the coefficients of `miss`."""
         return self.first_step + self.steps_RJ.shape[1]
 
+    @property
+    def told(self) -> int:
+        """Parameters that only rows tell: not R*, slopes and the shapes of axes, for which a prior can stand in."""
+        axes = sum(2 + (axis.off_R is not None) for axis in self.axes.values())
+        return LOG_BETA + 1 + (self.log_batch_R is not None) + axes + self.steps_RJ.shape[1]
+
     def growing(self, power: float) -> Places:
         """The same places, where a miss goes with C^power."""
         return replace(self, miss_RM=self.miss_RM * np.exp(power * self.log_c_R)[:, None])

@@ -82,7 +82,7 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
         parameters=_parameters(fit, best),
         definitions=_definitions(fit, runs),
         runs=len(runs),
-        interval_method=f"{METHOD}; {len(rest_R) - fit.problem.places.size} degrees of freedom",
+        interval_method=f"{METHOD}; {fit.free:.0f} degrees of freedom",
         budgets=tuple(_budget(fit, best, flops) for flops in best.budgets),
         residuals=tuple(rest_R.tolist()),
         outliers=_outliers(fit, runs, rest_R),

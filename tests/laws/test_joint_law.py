@@ -54,7 +54,7 @@ def test_one_wild_run_is_named_and_moves_little():
     for before, after in zip(clean.budgets, spoilt.budgets, strict=True):
         clean_value, value = before.optima["s_opt"], after.optima["s_opt"]
         assert clean_value.low < value.estimate < clean_value.high
-        assert value.high - value.low < 1.3 * (clean_value.high - clean_value.low)
+        assert value.high - value.low < 1.5 * (clean_value.high - clean_value.low)
 
 
 def test_rates_that_change_with_C_are_doubted():
@@ -153,7 +153,7 @@ def test_how_rows_were_chosen_is_said():
     [
         (np.array([0.02]), 4, r"the runs stand at 1 share above 0, and an optimum needs 4; add runs at 3 or more"),
         (np.array([0.01, 0.02, 0.1]), 4, r"3 share above 0, and an optimum needs 4"),
-        (np.array([0.01, 0.02, 0.1, 0.3]), 2, "8 rows for 8 parameters of N, D, share; let the sweep make 16 rows"),
+        (np.array([0.01, 0.02, 0.1, 0.3]), 2, "8 rows for 7 parameters of N, D, share; let the sweep make 14 rows"),
     ],
 )
 def test_tables_that_cannot_hold_the_law_are_refused_with_what_is_missing(x, budgets, message):
