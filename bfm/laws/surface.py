@@ -2,7 +2,9 @@
 
 Approach 3 of that paper: the least sum of Huber's loss of ln residuals, from many starts. The other objective,
 "asym_mae", is the mean absolute error of the loss with fits above a run counted ten times (the default of the
-chinchilla package of kyo-takano: a lower envelope). It has kinks, so its intervals are a bootstrap.
+chinchilla package of kyo-takano: a lower envelope). It has kinks, so its intervals are a bootstrap. Intervals under
+Huber's loss take noise as even in ln loss; where it is even in loss, that of N_opt holds 90 to 93 %, not 95
+(`benchmarks/laws.py surface`).
 
 With C = k N^g D (g = 1 unless the runs say otherwise) the best size at a budget is N_opt = G (C / k)^a with
 a = beta / (alpha + g beta) and G = (alpha A / (g beta B))^(1 / (alpha + g beta)); D_opt goes with C^b,
