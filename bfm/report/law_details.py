@@ -49,11 +49,8 @@ def axis_words(name: str) -> AxisWords:
 
 def asked_axes(fit: LawFit) -> list[str]:
     """The axes in which runs of one C differ."""
-
-    def asked(view: Mapping[str, Any]) -> bool:
-        return any(curve["x"][-1] > _ASKED * curve["x"][0] for curve in view["curves"])
-
-    return [name for name, view in fit.details.get("axes", {}).items() if asked(view)]
+    curves = {name: view["curves"] for name, view in fit.details.get("axes", {}).items()}
+    return [name for name, of in curves.items() if any(one["x"][-1] > _ASKED * one["x"][0] for one in of)]
 
 
 def told_optima(fit: LawFit, name: str) -> dict[float, Estimate]:

@@ -57,9 +57,8 @@ _PUBLISHED_RANGE = {"share": (0.011, 0.037)}
 """Where it found the optimum at every C."""
 _AXIS = (
     "Above, one colour per C: each run as it would stand were all else at its best, and the joint law there. Diamonds "
-    "are optima, bars and bands 95 % intervals; a budget whose optimum the runs do not enclose has none. Bars at the "
-    "side: the errors that were found, one standard deviation either way. Below, the optimum against C: solid where "
-    "runs are, dashed and paler where it is foretold."
+    "are optima, bars and bands 95 % intervals, bars at the side one standard deviation of the errors either way. "
+    "Below, the optimum against C: solid where runs are, dashed and paler where it is foretold."
 )
 _ZERO = " An open square is 0, which has a place of its own."
 _PAPER = " The grey line or strip is what arXiv 2606.05257 found."
@@ -107,18 +106,20 @@ def law_figures(laws: Sequence[Fitted]) -> list[NamedFigure]:
 
 @house_style
 def axis_figure(name: str, found: Sequence[tuple[Runs, LawFit]]) -> Figure:
-    """Curves per budget above, the optimum against C below, the loss and a ranking metric side by side."""
+    """Curves per budget above, below the optimum against C where it is told, the loss and a ranking metric beside."""
     shown = found[:_SHOWN_METRICS]
-    lines, columns = (2, len(shown)) if len(shown) > 1 else (1, 2)
-    figure = new_figure(_WIDTH_IN, 6.9 if lines == 2 else 3.7)
-    axes = new_axes(figure, lines, columns, 2 * len(shown))
+    panels = 1 + any(told_optima(fit, name) for _, fit in shown)
+    lines, columns = (panels, len(shown)) if len(shown) > 1 else (1, panels)
+    figure = new_figure(_WIDTH_IN * (1.0 if columns > 1 else 0.55), 3.2 * lines + 0.5)
+    axes = new_axes(figure, lines, columns, panels * len(shown))
     for place, (runs, fit) in enumerate(shown):
         colours = rung_colours([curve["flops"] for curve in fit.details["axes"][name]["curves"]])
         valleys, words = _valleys(runs, fit, name, colours), axis_words(name)
-        valley_panel(axes[place], valleys, fit.metric, words.label, words.text)
+        valley_panel(axes[place], valleys, fit.metric, words)
         if valleys:
             error_bars(axes[place], fit.metric, {f"a {kind}": fit.details["noise"][kind] for kind in ("row", "trial")})
-        _optimum_panel(axes[len(shown) + place], fit, name, colours)
+        if panels > 1:
+            _optimum_panel(axes[len(shown) + place], fit, name, colours)
     return figure
 
 
@@ -182,8 +183,7 @@ def _optimum_panel(axes: Axes, fit: LawFit, name: str, colours: Mapping[float, A
         middle = [(at, value.estimate) for at, value, _ in points]
         reference_line(axes, middle, _PUBLISHED_EXPONENT[name], f"exponent {_PUBLISHED_EXPONENT[name]:g}")
     if name in _PUBLISHED_RANGE and points:
-        ends = " to ".join(words.text(end) for end in _PUBLISHED_RANGE[name])
-        reference_range(axes, *_PUBLISHED_RANGE[name], f"arXiv 2606.05257: {ends}")
+        reference_range(axes, *_PUBLISHED_RANGE[name], words.text)
 
 
 def _valleys(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, Any]) -> list[Valley]:
@@ -222,11 +222,8 @@ def _need(runs: Runs, group: Mapping[str, Any], quantity: str, colour: object) -
 def _critical_series(
     fit: LawFit, name: str, label: str, marker: str, law: str
 ) -> tuple[str, str, list[tuple[float, Estimate]], Band]:
-    points = [
-        (float(group["params"]), fit.parameters[f"{name}[{group['group']}]"])
-        for group in hardest_groups(fit)
-        if "params" in group
-    ]
+    sizes = {group["params"]: group["group"] for group in hardest_groups(fit) if "params" in group}
+    points = [(float(size), fit.parameters[f"{name}[{group}]"]) for size, group in sizes.items()]
     known = [(size, value) for size, value in points if 0 < value.estimate < math.inf]
     power, level = (fit.parameters.get(f"{law}_{part}", Estimate(math.nan)) for part in ("exponent", "coefficient"))
     if len(known) < 2 or not (math.isfinite(power.low) and math.isfinite(power.high)):

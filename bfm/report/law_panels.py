@@ -19,6 +19,7 @@ from bfm.laws.frontier import goal_of
 from bfm.laws.result import Estimate
 from bfm.laws.transform import from_loss, to_loss
 from bfm.report.digits import estimate_text
+from bfm.report.law_details import AxisWords
 from bfm.report.panels import beside, empty, label_ends, titled, value_window, with_goal
 from bfm.report.style import BAD, INK, MUTED, PAPER, log_axis, log_values, power_text, rung_axis, value_axis
 from bfm.units import format_count
@@ -50,21 +51,19 @@ class Valley:
     """Why there is no optimum."""
 
 
-def valley_panel(
-    axes: Axes, valleys: Sequence[Valley], metric: str, x_label: str, x_text: Callable[[float], str]
-) -> None:
+def valley_panel(axes: Axes, valleys: Sequence[Valley], metric: str, words: AxisWords) -> None:
     """A metric against what was varied, on a log scale; x = 0 stands apart at the left, without a curve."""
-    titled(axes, with_goal(metric), x_label=x_label)
+    titled(axes, with_goal(metric), x_label=words.label)
     if not valleys:
         empty(axes, "no budget has runs of its own")
         return
     positive = np.concatenate([valley.x_R[valley.x_R > 0] for valley in valleys])
     low, high = float(positive.min()), float(positive.max())
     log_axis(axes, low, high, air_right=0.34)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.text(value)))
     if high < 2000 * low:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=9))
-    zero = _zero_lane(axes, low, high, x_text) if any((valley.x_R == 0).any() for valley in valleys) else math.nan
+    zero = _zero_lane(axes, low, high, words.text) if any((valley.x_R == 0).any() for valley in valleys) else math.nan
     values = np.concatenate([valley.y_R for valley in valleys]).tolist()
     window = value_window(axes, values, metric, [valley.best for valley in valleys])
     ends = []
@@ -74,7 +73,10 @@ def valley_panel(
         axes.plot(np.full(at_zero_R.sum(), zero), y_R[at_zero_R], "s", ms=4.5, mfc=PAPER, mec=valley.colour, mew=1.3)
         end = _draw_curve(axes, valley.curve, valley.x_R[~at_zero_R], valley.colour, window)
         if valley.optimum is not None:
-            _vertex(axes, valley.optimum, float(np.clip(valley.best, *window)), valley.colour)
+            best, (left, right) = float(np.clip(valley.best, *window)), axes.get_xlim()
+            reach = [max(valley.optimum.low, left), min(valley.optimum.high, right)]
+            axes.plot(reach, [best] * 2, color=valley.colour, lw=6.0, alpha=0.32, solid_capstyle="butt", zorder=4)
+            axes.plot(valley.optimum.estimate, best, "D", ms=6.5, mfc=valley.colour, mec=INK, mew=1.0, zorder=6)
         ends.append((*end, valley.label + (f"\n{valley.note}" if valley.note else "")))
     label_ends(axes, ends)
 
@@ -111,16 +113,17 @@ def error_bars(axes: Axes, metric: str, errors: Mapping[str, float]) -> None:
         ends = [from_loss(metric, loss - size), from_loss(metric, loss + size)]
         x, across = 1.02 + 0.045 * place, axes.get_yaxis_transform()
         axes.plot([x, x], ends, "_-", color=MUTED, ms=5, lw=1.3, transform=across, clip_on=False, zorder=6)
-        axes.text(
-            x, max(ends), f" {name}", rotation=90, ha="center", va="bottom", fontsize=7.5, color=MUTED, transform=across
-        )
+        small: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7.5, "color": MUTED}
+        axes.text(x, max(ends), f" {name}", transform=across, **small)
     axes.set_ylim(low, high)
 
 
 def reference_line(axes: Axes, points: Sequence[tuple[float, float]], exponent: float, text: str) -> None:
     """A thin dashed power law of a given exponent through the (geometric) middle of points, named at its end."""
     x, y = np.log([point[0] for point in points]), np.log([point[1] for point in points])
-    x_P = np.geomspace(*_inside(axes), _PLACES)
+    left, right = axes.get_xlim()
+    # The last tenth belongs to labels.
+    x_P = np.geomspace(left, right * (left / right) ** 0.1, _PLACES)
     y_P = np.exp(y.mean() + exponent * (np.log(x_P) - x.mean()))
     axes.plot(x_P, y_P, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1, scaley=False)
     low, high = axes.get_ylim()
@@ -129,13 +132,13 @@ def reference_line(axes: Axes, points: Sequence[tuple[float, float]], exponent: 
     beside(axes, text, float(x_P[place]), float(y_P[place]), MUTED, offset=(-8, 2), align="right")
 
 
-def reference_range(axes: Axes, low: float, high: float, text: str) -> None:
+def reference_range(axes: Axes, low: float, high: float, text: Callable[[float], str]) -> None:
     """A published range of an optimum as a pale strip, named at its right end."""
     floor, top = axes.get_ylim()
     if high > floor and low < top:
         axes.axhspan(max(low, floor), min(high, top), color=MUTED, alpha=0.09, lw=0, zorder=0)
-        at = axes.get_yaxis_transform()
-        axes.text(0.99, min(high, top), text, transform=at, ha="right", va="top", fontsize=8, color=MUTED)
+        words, across = f"arXiv 2606.05257: {text(low)} to {text(high)}", axes.get_yaxis_transform()
+        axes.text(0.99, min(high, top), words, transform=across, ha="right", va="top", fontsize=8, color=MUTED)
         axes.set_ylim(floor, top)
 
 
@@ -218,10 +221,9 @@ def extrapolation_panel(axes: Axes, points: Sequence[tuple[float, float, float]]
     value_axis(axes)
     values = [value for _, value, _ in points]
     middles = [value.estimate for _, value in band]
-    ends = [end for at, value in band if at in (band[0][0], beyond) for end in (value.low, value.high)]
     reach = 3 * float(np.ptp([*values, *middles]) or 1.0)
-    shown = [*values, *middles, *(end for end in ends if abs(end - last.estimate) <= reach)]
-    low, high = min(shown), max(shown)
+    ends = [max(last.low, last.estimate - reach), min(last.high, last.estimate + reach)]
+    low, high = min(*values, *middles, *ends), max(*values, *middles, *ends)
     air = 0.08 * max(high - low, 1e-9)
     axes.set_ylim(low - air, high + air)
     _draw_band(axes, band, rungs[-1])
@@ -273,14 +275,6 @@ def _draw_curve(
     return float(x_P[last]), float(np.clip(y_P[last], *window))
 
 
-def _vertex(axes: Axes, optimum: Estimate, best: float, colour: Any) -> None:
-    """The optimum as a diamond on a bar from end to end of its interval; an open end runs to the edge."""
-    left, right = axes.get_xlim()
-    ends = [max(optimum.low, left), min(optimum.high, right)]
-    axes.plot(ends, [best, best], color=colour, lw=6.0, alpha=0.32, solid_capstyle="butt", zorder=4)
-    axes.plot(optimum.estimate, best, "D", ms=6.5, mfc=colour, mec=INK, mew=1.0, zorder=6)
-
-
 def _draw_band(axes: Axes, band: Band, measured: float) -> None:
     """Solid up to the last place that was measured, dashed and paler beyond."""
     if len(band) < 2:
@@ -303,9 +297,3 @@ def _axis_to(axes: Axes, rungs: Sequence[float], beyond: float) -> None:
     """A C axis over the rungs and on to a place beyond them."""
     rung_axis(axes, sorted({*rungs, beyond}))
     axes.xaxis.set_major_locator(FixedLocator([*rungs[:: math.ceil(len(rungs) / 4)], beyond]))
-
-
-def _inside(axes: Axes) -> tuple[float, float]:
-    """The x axis without its last tenth, which belongs to labels."""
-    left, right = axes.get_xlim()
-    return left, right * (left / right) ** 0.1

@@ -81,8 +81,7 @@ def _joint_tables(fits: Mapping[str, LawFit]) -> str:
     """A table per axis, exponents and optima; then what else was fitted. A column per metric, one of published."""
     tables, shown = [], set()
     for name in _axes(fits):
-        words = axis_words(name)
-        sizes = name == "params"
+        words, sizes = axis_words(name), name == "params"
         exponents = [words.exponent, "D_exponent"] if sizes else [words.exponent]
         lines = [_parameter_line(fits, exponent) for exponent in exponents]
         lines += _optimum_lines(fits, words.optimum, words.text)
@@ -104,12 +103,12 @@ def _parameter_line(fits: Mapping[str, LawFit], name: str) -> list[Cell | str]:
 def _optimum_lines(fits: Mapping[str, LawFit], name: str, text: Callable[[float], str]) -> list[list[Cell | str]]:
     """An optimum at each budget, and why there is none."""
     lines: list[list[Cell | str]] = []
-    for flops in sorted({budget.flops for fit in fits.values() for budget in fit.budgets}):
-        found = [next((one for one in fit.budgets if one.flops == flops), None) for fit in fits.values()]
-        of_size = name in ("N_opt", "D/N")
-        cells = [
-            _cell(_optima(one).get(name) if one else None, text, one.reason if one and of_size else "") for one in found
-        ]
+    budgets = [{budget.flops: budget for budget in fit.budgets} for fit in fits.values()]
+    for flops in sorted(union(budgets)):
+        found = [of_fit.get(flops) for of_fit in budgets]
+        reasons = [one.reason if one and name == "N_opt" else "" for one in found]
+        values = [_optima(one).get(name) if one else None for one in found]
+        cells = [_cell(value, text, reason) for value, reason in zip(values, reasons, strict=True)]
         known = "" if lines else _published("joint", name)
         lines.append([f"{name.replace('_opt', '*')} at C = {power_text(flops)}", *cells, known])
     return lines
@@ -149,9 +148,9 @@ def _agreement_table(fits: Mapping[str, LawFit]) -> str:
     by_metric = [dict(agreements(fit, metric)) for metric in metrics]
     lines: list[list[Cell | str]] = []
     for flops in sorted({flops for found in by_metric for flops in found}):
-        cells = [Cell(estimate_text(found[flops], "{:+.2f}".format)) if flops in found else "-" for found in by_metric]
+        cells = [_cell(found.get(flops), "{:+.2f}".format) for found in by_metric]
         lines.append([f"Spearman at C = {power_text(flops)}", *cells])
-    trends = [Cell(estimate_text(fit.parameters[f"trend[{metric}]"], "{:+.2f}".format)) for metric in metrics]
+    trends = [_cell(fit.parameters[f"trend[{metric}]"], "{:+.2f}".format) for metric in metrics]
     lines.append(["change of Fisher's z per factor 10 in C", *trends])
     lines.append([_PAPER, *[_published("agreement", metric) for metric in metrics]])
     return table(["", *[f"{fit.metric} with {metric}" for metric in metrics]], lines)
@@ -166,8 +165,8 @@ def _notes(fits: Mapping[str, LawFit]) -> str:
     doubts = {metric: [*fit.warnings, outliers_text(fit)] for metric, fit in fits.items()}
     said = by_reason((metric, doubt) for metric, found in doubts.items() for doubt in found if doubt)
     shown = [f"{metrics}: {text}" for text, metrics in said.items()]
-    if len(shown) > _MOST_NOTES:
-        shown = [*shown[:_MOST_NOTES], f"and {len(shown) - _MOST_NOTES} more; bfm fit tells all"]
+    if more := shown[_MOST_NOTES:]:
+        shown[_MOST_NOTES:] = [f"and {len(more)} more; bfm fit tells all"]
     return "".join(paragraph(text, "muted") for text in shown)
 
 

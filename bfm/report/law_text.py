@@ -23,7 +23,9 @@ def law_text(fit: LawFit) -> str:
     if math.isfinite(fit.objective):
         head += f"; {fit.objective_name} {fit.objective:.6g}"
     said = [f"{about}: {text}" for about, text in sentences(fit)]
-    parts = ["\n".join(filter(None, [*said, rows_text(fit)])), head, _parameters(fit), _budgets(fit)]
+    parts = ["\n".join(filter(None, [*said, rows_text(fit)])), head]
+    lines = [[name, estimate_text(value, _digits)] for name, value in fit.parameters.items()]
+    parts += [ruled(["parameter", "estimate [95 % interval]"], lines) if lines else "", _budgets(fit)]
     parts.append(f"intervals (95 %): {fit.interval_method}")
     parts.append("\n".join(f"{name}: {meaning}" for name, meaning in fit.definitions.items()))
     parts += [outliers_text(fit), "\n".join(f"warning: {warning}" for warning in fit.warnings)]
@@ -34,11 +36,6 @@ def outliers_text(fit: LawFit) -> str:
     """The runs that the fit gives least weight; empty where there is none."""
     names = [f"{o.run} ({o.residual:+.3g}{', ' + o.detail if o.detail else ''})" for o in fit.outliers]
     return f"outliers: {listed(names)}" if names else ""
-
-
-def _parameters(fit: LawFit) -> str:
-    lines = [[name, estimate_text(value, _digits)] for name, value in fit.parameters.items()]
-    return ruled(["parameter", "estimate [95 % interval]"], lines) if lines else ""
 
 
 def _budgets(fit: LawFit) -> str:
@@ -74,8 +71,7 @@ def differences_text(fits: Mapping[str, LawFit]) -> str:
 
     Levels and coefficients are in each metric's own units, and D follows N.
     """
-    found = [one for one in differences(fits) if " at C = " in one.quantity or one.quantity.endswith("exponent")]
-    found = [one for one in found if not one.quantity.startswith("D")]
+    found = [one for one in differences(fits) if re.match(r"(?!D_).*( at C = |exponent$)", one.quantity)]
     apart: dict[str, list[str]] = {}
     for one in found:
         if one.differs:

@@ -59,14 +59,11 @@ def axis_sentence(fit: LawFit, name: str) -> str:
     words, told, exponent = axis_words(name), told_optima(fit, name), told_exponent(fit, name)
     if not told:
         return f"{flat(fit, name) if _is_flat(fit, name) else unbracketed(fit, name)}."
-    if exponent is None:
-        parts = [unmoved(words, told)]
-    elif exponent.low > 0 or exponent.high < 0:
-        parts = [moving(words, told, exponent)]
-    else:
-        parts = [steady(words, told, exponent)]
-    if exponent is not None and exponent.high - exponent.low > 2 * _SURE:
-        parts.append("budgets further apart would tell the exponent better")
+    parts = [unmoved(words, told)]
+    if exponent is not None:
+        parts = [(moving if exponent.low > 0 or exponent.high < 0 else steady)(words, told, exponent)]
+        wide = exponent.high - exponent.low > 2 * _SURE
+        parts += ["budgets further apart would tell the exponent better"] if wide else []
     if name != "params" and max(told) == max(budget.flops for budget in fit.budgets):
         ends = fit.details["axes"][name]["ends"]
         costs = [f"by {_amount(fit.metric, end)} at {words.text(end['x'])}" for end in ends]
@@ -97,9 +94,8 @@ def flat(fit: LawFit, name: str) -> str:
     """An axis whose whole range changes less than the rows can tell."""
     text, (low, high) = axis_words(name).text, fit.details["axes"][name]["ends"]
     worst = max((low, high), key=lambda end: end["high"])
-    span = f"from {text(low['x'])} to {text(high['x'])}"
     change = f"{_loses(fit.metric)} by at most {_amount(fit.metric, worst)}"
-    return f"flat: {span} {change}; runs further out would tell"
+    return f"flat: from {text(low['x'])} to {text(high['x'])} {change}; runs further out would tell"
 
 
 def unbracketed(fit: LawFit, name: str) -> str:
@@ -125,7 +121,7 @@ def critical(fit: LawFit) -> str:
     """Of the largest size, by both definitions, and how it moves with N."""
     last = hardest_groups(fit)[-1]
     values = {words: fit.parameters[f"{key}[{last['group']}]"] for key, words in CRITICAL.items()}
-    batches = " and ".join(f"{words} at B = {estimate_text(value, format_count)}" for words, value in values.items())
+    batches = " and ".join(f"B = {estimate_text(value, format_count)} costs {text}" for text, value in values.items())
     size = f"at N = {format_count(last['params'])} " if "params" in last else ""
     exponent = closed(fit.parameters.get("cbs_exponent", Estimate(math.nan)))
     law = f"it moves as N^{estimate_text(exponent, '{:.2f}'.format)}"
@@ -133,10 +129,11 @@ def critical(fit: LawFit) -> str:
 
 
 def agreement(fit: LawFit) -> str:
-    """Whether the loss prefers the runs that other metrics prefer, at the largest C that tells."""
+    """Whether the loss prefers the runs that other metrics prefer, at the largest C that tells, else at the largest."""
     said = []
     for metric in ranked_metrics(fit):
-        for flops, value in agreements(fit, metric)[-1:]:
+        found = agreements(fit, metric)
+        for flops, value in ([one for one in found if one[1].low * one[1].high > 0] or found)[-1:]:
             told = "the same runs" if value.low > 0 else "opposite runs" if value.high < 0 else "runs of no told order"
             moved = f"Spearman {estimate_text(value, '{:+.2f}'.format)} at C = {format_flops(flops)}"
             said.append(f"{metric} prefers {told} ({moved})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_one_table_says_what_a_recipe_takes_from_every_law():
     table = headline_table([(axis, laws_of(axis)) for axis in ROWS])
     best = estimate_text(optima("embedder_share", "s_opt")[-1], lambda value: f"{100 * value:.3g} %")
     assert f"best at {best} at C = 1e18, not told to move with C" in table
-    assert "at N = 1.6M 20 % more events at B = " in table
+    assert re.search(r"at N = 1.6M B = \S+ \[.*\] costs 20 % more events and B = .* costs twice the least", table)
     assert "recall@10 prefers the same runs (Spearman +" in table
     assert "the best N grows as C^0.45 (95 %: 0.44 to 0.45)" in table
 
@@ -184,8 +185,8 @@ def test_shares_that_change_nothing_draw_no_power_law():
     laws = sweep_laws(rows, "embedder_share")
     texts = texts_of(laws)
     assert list(texts) == ["law-share"], "without a best N nothing is foretold"
-    assert "no budget encloses its optimum" in texts["law-share"]
-    assert "s* against C" in texts["law-share"]
+    assert "no optimum<" in texts["law-share"]
+    assert "s*" not in texts["law-share"]
     assert "not identifiable" in law_parts(laws)
     assert "flat: from 0.2 % to 40 % the loss rises by at most 0.0" in opening(laws)
 
