@@ -26,7 +26,7 @@ from tests.sweep.recipe.planted_sizes import row
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A small sweep of three sizes on three rungs, ready to be executed."""
+    """A small sweep of four sizes on three rungs, ready to be executed."""
 
     spec: SweepSpec
     costs: Costs
@@ -34,7 +34,11 @@ class Sweep:
 
     @classmethod
     def over(cls, shards) -> Sweep:
-        parameters = {"params": {"values": [2500, 3200, 4000]}, "window": {"value": 4}, "group_windows": {"value": 2}}
+        parameters = {
+            "params": {"values": [2000, 2500, 3200, 4000]},
+            "window": {"value": 4},
+            "group_windows": {"value": 2},
+        }
         parameters |= {"d_item": {"value": 8}, "table_width": {"value": 4}, "embedder_share": {"value": 0.1}}
         parameters |= {"groups_per_step": {"value": 2}, "warmup_events": {"value": 500}}
         spec = from_dict(
@@ -126,7 +130,7 @@ def test_a_study_is_read_by_its_sweeps(bfm, swept):
     code, out, err = bfm("recipe", swept.parent, "--flops", "1.2e8", "--json")
     assert code == 0, err
     recipe = json.loads(out)
-    assert recipe["rests_on"]["sizes"]["sweep"] == str(swept)
+    assert recipe["rests_on"]["sizes"]["sweep"] == str(swept.parent)
     assert "without rows so far: later" in recipe["notes"]
     assert (swept.parent / "report" / "recipe.json").exists()
     study.write_text(yaml.safe_dump({"sweeps": "tiny"}))

@@ -3,13 +3,15 @@
 Correlations are oriented so that +1 says both prefer the same runs. Intervals are of Fisher's z = artanh(r): variance
 (1 + r^2 / 2) / (n - 3) for Spearman (Bonett and Wright 2000), .437 / (n - 4) for Kendall's tau-b (Fieller, Hartley and
 Pearson 1957). z is not finite at r = +-1; there it is taken half a swap of neighbours short of it, and the interval
-reaches to +-1.
+reaches to +-1. The trend in C is no matter of separate budgets where trials have rows at several: leaving out a trial
+at a time (jackknife, Efron 1982) tells its error with all that rows of a trial have in common. All runs answer the same
+queries, so it is the trend on these queries: others would move all budgets together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ from bfm.laws.result import CONFIDENCE, Estimate, LawFit
 from bfm.laws.runs import Runs
 
 MIN_RUNS = 4
+_TRIALS = 8
+"""Trials from which on leaving out one at a time tells an error."""
 METHOD = "Fisher z: Bonett-Wright variance (Spearman), Fieller variance (Kendall tau-b)"
 _NORMAL = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
 
@@ -69,8 +73,8 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
 
     Needs flops (or budget) and loss, and at least 4 runs of a budget. `details["agreement"]` holds, for each metric and
     budget, Spearman and Kendall with their intervals; parameters are `trend[METRIC]`, the change of Fisher's z of
-    Spearman per factor 10 in C by weighted least squares over the budgets (known variances: it holds the scatter of
-    runs within budgets alone). Raises UserError that says which runs are missing.
+    Spearman per factor 10 in C by weighted least squares over the budgets. Raises UserError that says which runs are
+    missing.
     """
     runs.require("agreement", "flops", "loss")
     others = [name for name in runs.metrics if name != runs.metric] if metrics is None else list(metrics)
@@ -84,14 +88,12 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
         both = runs.fitting(metric)
         first_R = both.metrics[runs.metric]
         turn = 1.0 if goal_of(metric) == goal_of(runs.metric) else -1.0
-        found = [
-            one
-            for flops, places in both.budgets().items()
-            if (one := agreement(flops, first_R[places], turn * both["loss"][places])) is not None
-        ]
+        second_R, budgets = turn * both["loss"], both.budgets()
+        found = _agreements(first_R, second_R, budgets)
         if not found:
             warnings.append(f"{metric}: no budget has {MIN_RUNS} runs that differ in it and in {runs.metric}")
-        parameters[f"trend[{metric}]"] = _trend(found)
+        curve_R = both["curve"] if both.has("curve") else np.arange(len(both))
+        parameters[f"trend[{metric}]"] = _trend(found, first_R, second_R, budgets, curve_R)
         details[metric] = [
             {"flops": a.flops, "spearman": a.spearman.as_dict(), "kendall": a.kendall.as_dict(), "runs": a.rows}
             for a in found
@@ -110,7 +112,7 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
         definitions={
             **runs.definitions,
             "spearman, kendall": f"rank correlation with {runs.metric} within a budget; +1: both prefer the same runs",
-            "trend": "change of Fisher's z of Spearman per factor 10 in C",
+            "trend": "change of Fisher's z of Spearman per factor 10 in C, on the queries that all runs answered",
         },
         runs=len(runs),
         interval_method=METHOD,
@@ -132,15 +134,41 @@ def _fisher(value: float, variance: float, short: float) -> Estimate:
     return Estimate(value, -1.0 if value <= short - 1 else low, 1.0 if value >= 1 - short else high)
 
 
-def _trend(found: Sequence[Agreement]) -> Estimate:
-    """Slope of Fisher's z in log10 C, weighted by its variances."""
+def _agreements(first_R: np.ndarray, second_R: np.ndarray, budgets: Mapping[float, np.ndarray]) -> list[Agreement]:
+    """Of the budgets that tell one."""
+    found = (agreement(flops, first_R[places], second_R[places]) for flops, places in budgets.items())
+    return [one for one in found if one is not None]
+
+
+def _trend(
+    found: Sequence[Agreement],
+    first_R: np.ndarray,
+    second_R: np.ndarray,
+    budgets: Mapping[float, np.ndarray],
+    curve_R: np.ndarray,
+) -> Estimate:
+    """Slope of Fisher's z in log10 C over the budgets, weighted by its variances."""
     if len(found) < 2:
         return Estimate(math.nan, -math.inf, math.inf)
+    slope, error = _slope(found)
+    trials, rows_T = np.unique(curve_R, return_counts=True)
+    if rows_T.max() > 1 and len(trials) >= _TRIALS:
+        without: list[float] = []
+        for trial in trials:
+            kept = {flops: places[curve_R[places] != trial] for flops, places in budgets.items()}
+            left = _agreements(first_R, second_R, kept)
+            without += [_slope(left)[0]] if len(left) > 1 else []
+        away = np.array(without) - np.mean(without)
+        error = math.sqrt((len(without) - 1) / len(without) * float(away @ away))
+    return Estimate(slope, slope - _NORMAL * error, slope + _NORMAL * error)
+
+
+def _slope(found: Sequence[Agreement]) -> tuple[float, float]:
+    """(slope, its standard error were the budgets' runs separate)."""
     short = np.array([6 / (one.rows * (one.rows**2 - 1)) for one in found])
     z = np.arctanh(np.clip([one.spearman.estimate for one in found], short - 1, 1 - short))
     weight = np.array([1 / _spearman_variance(one.spearman.estimate, one.rows) for one in found])
     x = np.log10([one.flops for one in found])
     x = x - (weight * x).sum() / weight.sum()
     information = float((weight * x**2).sum())
-    slope, width = float((weight * x * z).sum()) / information, _NORMAL / math.sqrt(information)
-    return Estimate(slope, slope - width, slope + width)
+    return float((weight * x * z).sum()) / information, 1 / math.sqrt(information)

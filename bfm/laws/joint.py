@@ -19,7 +19,7 @@ from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws.cost import Cost, cost_of
-from bfm.laws.joint_form import HEIGHT, LOG_ALPHA, LOG_BETA, LOG_E, OPTIMUM, Frame, Places
+from bfm.laws.joint_form import HEIGHT, LEFT, LOG_ALPHA, LOG_BETA, LOG_E, OPTIMUM, RIGHT, Frame, Places
 from bfm.laws.powerlaw import exponential
 from bfm.laws.reml import Errors, Problem, by_reml
 from bfm.laws.result import CONFIDENCE, Estimate
@@ -63,8 +63,12 @@ class Joint:
     @property
     def reach(self) -> float:
         """Half width of an interval, in standard errors."""
-        free = len(self.problem.y_R) - self.problem.places.size
-        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, free))
+        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, self.free))
+
+    @property
+    def free(self) -> float:
+        """Degrees of freedom."""
+        return self.problem.free(self.covariance_PP / self.problem.variance)
 
     def of(self, middle: float, gradient_P: np.ndarray) -> Estimate:
         """A quantity with the interval that the parameters' errors leave it."""
@@ -112,6 +116,18 @@ class Joint:
         variance_R += np.einsum("rp,pq,rq->r", jacobian_RP, self.covariance_PP, jacobian_RP)
         return loss_R, self.reach * np.sqrt(variance_R)
 
+    def shared_rates(self, name: str) -> float:
+        """p-value of an axis whose two rates are the same at every C: small where they move with ln C (score test)."""
+        span = next(span for other, _, span in self.problem.places.spans() if other == name)
+        rest, jacobian = self.problem.residual(self.theta_P)
+        by_rates_R2 = self.problem.places.mean(self.theta_P)[1][:, [span.start + LEFT, span.start + RIGHT]]
+        moving = np.zeros((len(rest), 2))
+        moving[: len(by_rates_R2)] = self.problem.white(by_rates_R2 * self.problem.places.log_c_R[:, None])
+        known = np.linalg.qr(jacobian)[0]
+        moving -= known @ (known.T @ moving)
+        told = np.linalg.qr(moving)[0].T @ rest
+        return float(stats.f.sf(told @ told / 2 / self.problem.variance, 2, self.free))
+
     def _best_choices(self, rows: int) -> dict[str, np.ndarray]:
         """The value of each choice with the lowest step."""
         found, first = {}, self.problem.places.first_step
@@ -140,8 +156,7 @@ def fit_joint(runs: Runs) -> Joint:
     columns, axes, choices = varying(runs, cost)
     frame = Frame.of(columns, axes, choices, repeats=_repeats(columns))
     places = frame.places(columns, choices)
-    # Three of an axis' parameters are its shape, which the prior tells where the rows do not.
-    told = places.size - 3 * len(axes)
+    told = places.told
     if len(y_R) < 2 * told:
         what = f"{len(y_R)} rows for {told} parameters of N, D{''.join(f', {name}' for name in (*axes, *choices))}"
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * told} rows")

@@ -5,10 +5,10 @@
 D' are the events that count: U + U R* (1 - exp(-(D / U - 1) / R*)) of D events of which U are distinct (Muennighoff et
 al. 2023), over 1 + batch / critical. x is the log of an axis (embedder share, rate, negatives, any other number that
 was searched); x* is linear in the logs of what moves it. rise(u) = u^2 + O(u^3) has two sides, e^(-left u) and
-e^(right u): a x^right + b x^-left (arXiv 2606.05257) told from its lowest point. Rows at 0 of an axis have a step of
-their own in its place, and so have the values of what is no number. `miss` is what the form leaves: a sum of smooth
-functions, each with a coefficient of mean 0 whose size the fit finds (bfm.laws.joint), so that a law that holds is left
-alone and one that does not is followed.
+e^(right u): a x^right + b x^-left (arXiv 2606.05257) told from its lowest point. Rows at 0 of an axis have a step in
+its place, which goes with C^g, too; and so have the values of what is no number, the same at every C. `miss` is what
+the form leaves: a sum of smooth functions, each with a coefficient of mean 0 whose size the fit finds (bfm.laws.reml),
+so that a law that holds is left alone and one that does not is followed.
 
 Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; [ln R*]; [ln of the critical batch
 over the rows' own and its slope]; per axis ln h, g, ln left, ln right, x* at the centre, its slopes, [the step at 0];
@@ -60,13 +60,16 @@ class Axis:
     def mean(self, theta_A: np.ndarray, log_c_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(what the axis adds to L, its gradient by the axis' own parameters)."""
         on_R = 1.0 if self.off_R is None else 1 - self.off_R
-        height_R = on_R * np.exp(np.clip(theta_A[HEIGHT] + theta_A[GROWTH] * log_c_R, -50, 50))
+        grown_R = np.exp(np.clip(theta_A[GROWTH] * log_c_R, -50, 50))
+        height_R = on_R * grown_R * math.exp(np.clip(theta_A[HEIGHT], -50, 50))
         parts = rise(self.x_R - self.optimum(theta_A), math.exp(theta_A[LEFT]), math.exp(theta_A[RIGHT]))
         value_R, slope_R, left_R, right_R = (height_R * part_R for part_R in parts)
         columns = [value_R, value_R * log_c_R, left_R, right_R, -slope_R, *(-slope_R * self.drivers_RQ.T)]
         if self.off_R is not None:
-            columns.append(self.off_R)
-            value_R = value_R + self.off_R * theta_A[-1]
+            step_R = self.off_R * grown_R
+            columns.append(step_R)
+            columns[GROWTH] = columns[GROWTH] + step_R * theta_A[-1] * log_c_R
+            value_R = value_R + step_R * theta_A[-1]
         return value_R, np.stack(columns, 1)
 
 
@@ -118,6 +121,12 @@ class Places:
     def size(self) -> int:
         """Parameters without the coefficients of `miss`."""
         return self.first_step + self.steps_RJ.shape[1]
+
+    @property
+    def told(self) -> int:
+        """Parameters that only rows tell: not R*, slopes and the shapes of axes, for which a prior can stand in."""
+        axes = sum(2 + (axis.off_R is not None) for axis in self.axes.values())
+        return LOG_BETA + 1 + (self.log_batch_R is not None) + axes + self.steps_RJ.shape[1]
 
     def growing(self, power: float) -> Places:
         """The same places, where a miss goes with C^power."""

@@ -20,7 +20,7 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.laws.joint import Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
-from bfm.laws.joint_optimum import Optima, PowerLaw, optima_of
+from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.runs import Runs
@@ -34,8 +34,8 @@ _PICTURE, _OUTLOOK = 60, 8
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
-End = tuple[float, Estimate]
-"""A place of an axis and what the loss is there above its least."""
+_REFUSED = 0.01
+"""p-value below which rates that are the same at every C are doubted."""
 _PRIOR = 0.7
 """Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 
@@ -66,7 +66,8 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     own = {key: value for key, value in whole.parameters.items() if key.startswith(f"{name}_")}
     own = {key if key.endswith(_POWER) else key.removeprefix(f"{name}_"): value for key, value in own.items()}
     details = {"axes": {name: whole.details["axes"][name]}, "noise": whole.details["noise"]}
-    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=runs.warnings, details=details)
+    warnings = (*runs.warnings, *_moving(fit, name))
+    return replace(whole, law=name, parameters=own, budgets=budgets, warnings=warnings, details=details)
 
 
 def law_of(fit: Joint, runs: Runs) -> LawFit:
@@ -81,11 +82,11 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
         parameters=_parameters(fit, best),
         definitions=_definitions(fit, runs),
         runs=len(runs),
-        interval_method=f"{METHOD}; {len(rest_R) - fit.problem.places.size} degrees of freedom",
+        interval_method=f"{METHOD}; {fit.free:.0f} degrees of freedom",
         budgets=tuple(_budget(fit, best, flops) for flops in best.budgets),
         residuals=tuple(rest_R.tolist()),
         outliers=_outliers(fit, runs, rest_R),
-        warnings=(*runs.warnings, *_doubts(fit)),
+        warnings=(*runs.warnings, *doubts(fit)),
         details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": noise_of(fit)},
     )
 
@@ -131,16 +132,17 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
 
 def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
     size, optima, reason = best.size.own(flops), {}, best.refused.get(flops, "")
-    log_n = best.middle[flops] if size is None else math.log(size.estimate)
+    log_n = best.log_size(flops)
     if size is not None and fit.has_sizes:
         ends = (size.estimate, size.high, size.low)
         optima = {"N_opt": size, "D_opt": Estimate(*(fit.cost.events(end, flops) for end in ends))}
         reason = _why_open(fit, flops, log_n)
     for name, law in best.axes.items():
-        rises = _ends(fit, best, name, flops)
-        optima[f"{SYMBOLS.get(name, name)}_opt"] = _known(law.own(flops), rises)
-    value = float(fit.along(flops, np.array([log_n]))[0][0])
-    return BudgetOptimum(flops, not reason, optima, from_loss(fit.metric, value), reason)
+        value = law.own(flops)
+        if value is not None:
+            optima[f"{SYMBOLS.get(name, name)}_opt"] = known(value, rises(fit, name, flops, log_n))
+    best_loss = float(fit.along(flops, np.array([log_n]))[0][0])
+    return BudgetOptimum(flops, not reason, optima, from_loss(fit.metric, best_loss), reason)
 
 
 def _why_open(fit: Joint, flops: float, log_n: float) -> str:
@@ -149,17 +151,6 @@ def _why_open(fit: Joint, flops: float, log_n: float) -> str:
     if not (log_n_R < log_n).any():
         return "no smaller run near this C"
     return "" if (log_n_R > log_n).any() else "no larger run near this C"
-
-
-def _known(value: Estimate | None, ends: tuple[End, End]) -> Estimate:
-    """An optimum inside of what was swept; beyond it only the end that the rows tell, and nothing where all is flat."""
-    (low, low_rise), (high, high_rise) = ends
-    flat = not (low_rise.low > 0 or high_rise.low > 0)
-    if value is None or flat or (value.low < low and value.high > high):
-        return Estimate(math.nan, 0.0, math.inf)
-    if value.estimate > high:
-        return Estimate(math.nan, value.low, math.inf)
-    return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value
 
 
 def _of_axis(budget: BudgetOptimum, optimum: str, swept_R: np.ndarray) -> BudgetOptimum:
@@ -181,52 +172,20 @@ def _view(fit: Joint, runs: Runs, best: Optima, name: str) -> dict[str, Any]:
     curves, groups = [], runs.budgets() if runs.has("budget") or runs.has("flops") else {}
     for flops in best.budgets:
         here = groups.get(flops, np.zeros(0, int))
-        adjusted_R[here] = rest_R[here] + _along(fit, best, name, flops, values_R[here])
+        adjusted_R[here] = rest_R[here] + along_axis(fit, name, flops, best.log_size(flops), values_R[here])[0]
         swept = values_R[here][on_R[here]] if on_R[here].any() else values_R[on_R]
         x_X = np.geomspace(swept.min(), swept.max(), _PICTURE)
-        value_X = from_loss(runs.metric, _along(fit, best, name, flops, x_X))
+        value_X = from_loss(runs.metric, along_axis(fit, name, flops, best.log_size(flops), x_X)[0])
         curves.append({"flops": flops, "x": x_X.tolist(), "value": value_X.tolist()})
-    law = best.size if name == "params" else best.axes[name]
+    law, top = best.size if name == "params" else best.axes[name], max(best.budgets)
+    ends = rises(fit, name, top, best.log_size(top))
     return {
         "symbol": SYMBOLS.get(name, name),
         "curves": curves,
         "adjusted": [value if math.isfinite(value) else None for value in from_loss(runs.metric, adjusted_R).tolist()],
         "trend": _trend(fit, law),
-        "ends": [{"x": x, **rise.as_dict()} for x, rise in _ends(fit, best, name, max(best.budgets))],
+        "ends": [{"x": x, **rise.as_dict()} for x, rise in ends],
     }
-
-
-def _along(fit: Joint, best: Optima, name: str, flops: float, x_X: np.ndarray) -> np.ndarray:
-    """The loss at one C along one axis, all else at its best."""
-    if name == "params":
-        return fit.along(flops, np.log(x_X))[0]
-    return _moved(fit, best, name, flops, x_X)[0]
-
-
-def _moved(fit: Joint, best: Optima, name: str, flops: float, x_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(loss, gradient) at the best size of one C, one axis moved."""
-    size = best.size.own(flops)
-    log_n = best.middle[flops] if size is None else math.log(size.estimate)
-    places = fit.places(flops, np.full(len(x_X), log_n))
-    axis, off_X = places.axes[name], x_X == 0
-    moved_X = np.where(off_X, 0.0, np.log(np.where(off_X, 1.0, x_X)) - fit.frame.logs[name])
-    moved = replace(axis, x_R=moved_X, off_R=None if axis.off_R is None else off_X.astype(float))
-    return replace(places, axes={**places.axes, name: moved}).mean(fit.theta_P)
-
-
-def _ends(fit: Joint, best: Optima, name: str, flops: float) -> tuple[End, End]:
-    """Both ends of the swept range, and how much more the loss is there than at the optimum, at one budget."""
-    swept_R = fit.columns[name][fit.columns[name] > 0]
-    size = best.size.own(flops)
-    middle = best.axes[name].own(flops) if name != "params" else size
-    optimum = math.exp(best.middle[flops]) if middle is None else middle.estimate
-    places_3 = np.array([swept_R.min(), swept_R.max(), optimum])
-    if name == "params":
-        loss_3, gradient_3P = fit.along(flops, np.log(places_3))
-    else:
-        loss_3, gradient_3P = _moved(fit, best, name, flops, places_3)
-    low, high = (fit.of(float(loss_3[k] - loss_3[2]), gradient_3P[k] - gradient_3P[2]) for k in (0, 1))
-    return (float(places_3[0]), low), (float(places_3[1]), high)
 
 
 def _trend(fit: Joint, law: PowerLaw) -> list[dict[str, Any]]:
@@ -247,8 +206,9 @@ def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
     for flops in np.geomspace(low, high, _OUTLOOK).tolist():
         where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
         (loss,), (half,) = fit.foretell(where)
-        ends = sorted(from_loss(runs.metric, np.array([loss - half, loss + half])).tolist())
-        found.append({"flops": flops, "estimate": from_loss(runs.metric, float(loss)), "low": ends[0], "high": ends[1]})
+        loss_3 = np.array([loss, loss - half, loss + half])
+        middle, *ends = from_loss(runs.metric, loss_3).tolist()
+        found.append({"flops": flops, "estimate": middle, "low": min(ends), "high": max(ends)})
     return found
 
 
@@ -262,24 +222,36 @@ def _outliers(fit: Joint, runs: Runs, rest_R: np.ndarray) -> tuple[Outlier, ...]
     )
 
 
-def _doubts(fit: Joint) -> list[str]:
-    """One line per doubt."""
+def doubts(fit: Joint) -> list[str]:
+    """One line per doubt about a fit."""
     noise, found = noise_of(fit), []
     if noise["miss"] > 2 * noise["row"]:
         found.append(
-            f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold it, "
-            "but E, A and B are the form's"
+            f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold "
+            "it, but E, A and B are the form's"
         )
     deviation_P = np.sqrt(np.diag(fit.covariance_PP))
     if fit.has_sizes:
         for name, place in (("E", LOG_E), ("alpha", LOG_ALPHA), ("beta", LOG_BETA)):
             if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
                 found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
+    for name in fit.frame.axes:
+        found += _moving(fit, name)
     if fit.problem.places.repeats is not None:
         place = fit.problem.places.repeats
         if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
             found.append("the runs do not tell what a repeated event is worth: R* is its prior's")
     return found
+
+
+def _moving(fit: Joint, name: str) -> list[str]:
+    """A doubt about rates that are the same at every C."""
+    p = fit.shared_rates(name)
+    if p > _REFUSED:
+        return []
+    return [
+        f"the sides of the valley in {name} are not the same at every C (p = {p:.2g}): its optima hold near the middle"
+    ]
 
 
 def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
@@ -296,7 +268,16 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
         "data": data,
         "rows": chosen(runs),
+        "noise": _noise_words(fit),
     }
+
+
+def _noise_words(fit: Joint) -> str:
+    """The errors that intervals hold, and the one that they do not."""
+    noise = noise_of(fit)
+    parts = f"a row {noise['row']:.2g}, its trial {noise['trial']:.2g}, what the form misses {noise['miss']:.2g}"
+    shared = "rows that answer the same queries share an error that is in no interval: others would move all alike"
+    return f"standard deviations at the middle C: {parts}, growing as C^{noise['power_of_C']:.2f}; {shared}"
 
 
 def chosen(runs: Runs) -> str:

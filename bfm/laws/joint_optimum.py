@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,8 @@ _STEP = 0.05
 _SAME = 0.02
 """In ln C: one budget."""
 _NEAR = math.log(2.0) + 1e-6
+End = tuple[float, Estimate]
+"""A place of an axis, and the loss there above its least."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class Optima:
     def budgets(self) -> list[float]:
         """Those that have runs."""
         return list(self.middle)
+
+    def log_size(self, flops: float) -> float:
+        """ln N* of a budget, or the middle of its runs where it has none."""
+        size = self.size.own(flops)
+        return self.middle[flops] if size is None else math.log(size.estimate)
 
 
 def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
@@ -157,3 +164,47 @@ def _best_place(
     if "params" in DRIVERS.get(name, ()):
         gradient_P = gradient_P + fit.theta_P[first + DRIVERS[name].index("params")] * slope_P
     return float(axis.x_R[0]) + fit.frame.logs[name], gradient_P
+
+
+def axis_at(fit: Joint, name: str, flops: float, log_n: float, batch: float | None = None) -> Estimate:
+    """The optimum of an axis at one C and size, as far as the rows tell it.
+
+    Beyond what was swept only the end that they tell is known, and nothing where the loss rises towards neither end.
+    """
+    value = exponential(fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)))
+    return known(value, rises(fit, name, flops, log_n))
+
+
+def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
+    """An optimum as `axis_at` tells it, of the form's own and the rises at both ends of the swept range."""
+    (low, low_rise), (high, high_rise) = ends
+    flat = not (low_rise.low > 0 or high_rise.low > 0)
+    if flat or (value.low < low and value.high > high):
+        return Estimate(math.nan, 0.0, math.inf)
+    if value.estimate > high:
+        return Estimate(math.nan, value.low, math.inf)
+    return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value
+
+
+def rises(fit: Joint, name: str, flops: float, log_n: float) -> tuple[End, End]:
+    """Both ends of the swept range of an axis (`params`: of N), and how much more the loss is there than at its best.
+
+    `log_n` is the size; of N itself, the best one.
+    """
+    swept_R = fit.columns[name][fit.columns[name] > 0]
+    places_2 = np.array([swept_R.min(), swept_R.max()])
+    best_1, slope_1P = fit.along(flops, np.array([log_n]))
+    loss_2, slope_2P = along_axis(fit, name, flops, log_n, places_2)
+    low, high = (fit.of(float(loss_2[k] - best_1[0]), slope_2P[k] - slope_1P[0]) for k in (0, 1))
+    return (float(places_2[0]), low), (float(places_2[1]), high)
+
+
+def along_axis(fit: Joint, name: str, flops: float, log_n: float, x_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, its gradient) at one C along one axis, all else at its best; `params`: along N."""
+    if name == "params":
+        return fit.along(flops, np.log(x_X))
+    places = fit.places(flops, np.full(len(x_X), log_n))
+    axis, off_X = places.axes[name], x_X == 0
+    moved_X = np.where(off_X, 0.0, np.log(np.where(off_X, 1.0, x_X)) - fit.frame.logs[name])
+    moved = replace(axis, x_R=moved_X, off_R=None if axis.off_R is None else off_X.astype(float))
+    return replace(places, axes={**places.axes, name: moved}).mean(fit.theta_P)

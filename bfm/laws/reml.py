@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, sparse
 
 from bfm.laws.joint_form import Places
 
@@ -59,8 +59,8 @@ class Problem:
         values = values * scale_R.reshape(-1, *([1] * (values.ndim - 1)))
         if self.errors.trial == 0:
             return values
-        sums = np.zeros((len(self.count_T), *values.shape[1:]))
-        np.add.at(sums, self.trial_R, values)
+        rows = len(self.trial_R)
+        sums = sparse.csr_array((np.ones(rows), (self.trial_R, np.arange(rows)))) @ values
         part_T = (1 - 1 / np.sqrt(1 + self.count_T * self.errors.trial)) / self.count_T
         sums *= part_T.reshape(-1, *([1] * (values.ndim - 1)))
         return np.asarray(values - sums[self.trial_R])
@@ -112,16 +112,28 @@ class Problem:
         rest, _ = self.residual(theta_P)
         return float(rest @ rest)
 
+    def free(self, inverse_PP: np.ndarray) -> float:
+        """Degrees of freedom: rows less the parameters that they tell, what priors tell left out.
+
+        `inverse_PP` is that of the squared gradient of `residual`.
+        """
+        size = self.places.size
+        by_priors = self.weight_P[:size] ** 2 * np.diag(inverse_PP)[:size]
+        return len(self.y_R) - size + float(by_priors.sum())
+
     def judged(self, theta_P: np.ndarray) -> tuple[Problem, np.ndarray, float]:
         """(the problem with its variance, its minimum, -2 ln of the restricted likelihood), from near the minimum."""
         here, rows, size = self, len(self.y_R), self.places.size
         for _ in range(2):
             theta_P = here.minimise(theta_P, 20)
             rest, jacobian = here.residual(theta_P)
+            normal_PP = jacobian.T @ jacobian
             # Of the priors only those of `miss` are errors.
             told = np.r_[0:rows, rows + size : len(rest)]
-            here = replace(here, variance=float(rest[told] @ rest[told]) / (rows - size))
-        value = (rows - size) * math.log(here.variance) + float(np.linalg.slogdet(jacobian.T @ jacobian)[1])
+            variance = float(rest[told] @ rest[told]) / here.free(np.linalg.inv(normal_PP))
+            here = replace(here, variance=variance)
+        value = (rows - size) * math.log(here.variance) + float(np.linalg.slogdet(normal_PP)[1])
+        value += float(rest @ rest) / here.variance
         value += float(np.log1p(here.count_T * here.errors.trial).sum())
         value += 2 * here.errors.growth * float(here.places.log_c_R.sum())
         value += (len(theta_P) - size) * math.log(here.errors.miss)

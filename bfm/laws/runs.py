@@ -42,6 +42,7 @@ _COLUMN_OF = {"embedder_share": "share", "learning_rate": "rate"}
 """Settings whose column has another name."""
 _ELSEWHERE = ("params", "groups_per_step")
 """Settings that stand as N and batch."""
+_SECOND_STAGE = ("freeze_at_flops", "negatives_exponent")
 METRIC = "metric"
 """The role of further metrics of a table; it may be given several times."""
 _SAME_COST = 0.05
@@ -203,8 +204,6 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     values = {name: column for name, column in values.items() if column.dtype.kind != "f" or np.isfinite(column).any()}
     values["curve"] = np.array([str(row["trial"]) for row in found])
     names = {name for row in found for name in row.get("metrics") or {}}
-    tables = {row.get("table_params") for row in found}
-    warnings = () if len(tables) < 2 else (f"table_params differ between runs ({len(tables)} values)",)
     definitions = {
         "C": _DEDUPLICATED + _without_deduplication(found),
         "N": "dense weights after the field tokens and before the final logits: embedder + contextualizer",
@@ -220,15 +219,34 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             {name: np.array([metric_value(row, name) for row in found]) for name in sorted(names)},
             {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
             definitions,
-            warnings,
+            _differing(found),
             tuple(searched),
         )
     )
 
 
+def _differing(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What rows differ in without having been searched for it."""
+    tables = {row.get("table_params") for row in rows}
+    found = [] if len(tables) < 2 else [f"table_params differ between runs ({len(tables)} values)"]
+    seeds: dict[Any, set[Any]] = {}
+    for row in rows:
+        seeds.setdefault(row.get("rung_flops"), set()).add(row.get("seed"))
+    counts = sorted(map(len, seeds.values()))
+    if counts[0] < counts[-1]:
+        found.append(f"budgets have {counts[0]} to {counts[-1]} seeds: what a seed adds is told by the latter")
+    return tuple(found)
+
+
 def _searched(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Column -> values of every setting that the rows' configurations differ in: floats, or texts where it is none."""
+    """Column -> values of every setting that the rows' configurations differ in: floats, or texts where it is none.
+
+    Those of a second stage say nothing of runs without one, which take the first one's.
+    """
     configs = [row.get("config") or {} for row in rows]
+    staged = next((config for config in configs if config.get("negatives")), {})
+    absent = {name: staged.get(name) for name in _SECOND_STAGE}
+    configs = [config if config.get("negatives") else {**config, **absent} for config in configs]
     found = {}
     for name in sorted(set().union(*configs) - set(_ELSEWHERE)):
         values = [config.get(name) for config in configs]

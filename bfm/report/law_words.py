@@ -151,13 +151,9 @@ def by_metric(fits: Mapping[str, LawFit], name: str) -> str:
 
 
 def rows_text(fit: LawFit) -> str:
-    """How the rows came to be, and how far they scatter."""
-    noise, rows = fit.details.get("noise"), fit.definitions.get("rows")
-    if not noise or not rows:
-        return ""
-    unit = fit.metric if goal_of(fit.metric) == "minimize" else f"-ln {fit.metric}"
-    sizes = f"of a row {noise['row']:.2g}, of a trial {noise['trial']:.2g}, of what the form misses {noise['miss']:.2g}"
-    return f"Rows: {rows}. Standard deviations that were found, in {unit}: {sizes}."
+    """How the rows came to be, and which noise was found in them."""
+    found = [f"{name.capitalize()}: {fit.definitions[name]}." for name in ("rows", "noise") if name in fit.definitions]
+    return " ".join(found)
 
 
 def _best(words: AxisWords, told: Mapping[float, Estimate]) -> str:

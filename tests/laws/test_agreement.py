@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,26 @@ def test_trend_over_budgets():
     one = fit_agreement(runs_of({1e15: 0.9})).parameters["trend[recall@10]"]
     assert math.isnan(one.estimate)
     assert one.high == math.inf
+
+
+def test_trials_at_several_budgets_have_one_error():
+    """A trial's own luck in both metrics is at all budgets: it says nothing of the trend."""
+    rng = np.random.default_rng(2)
+    held, apart = [], []
+    for _ in range(40):
+        own = rng.standard_normal((2, 24))
+        nll = np.concatenate([own[0] + 0.3 * rng.standard_normal(24) for _ in range(3)])
+        recall = np.concatenate([-(own[0] + own[1]) + 0.3 * rng.standard_normal(24) for _ in range(3)])
+        curve = np.tile(np.arange(24), 3).astype(str)
+        columns = {"flops": np.repeat([1e15, 1e16, 1e17], 24), "loss": nll, "curve": curve}
+        runs = Runs("t", columns, tuple(map(str, range(72))), "nll", {"nll": nll, "recall@10": recall}, {}, {})
+        trend = fit_agreement(runs).parameters["trend[recall@10]"]
+        held.append(trend.low < 0 < trend.high)
+        alone = replace(runs, columns={name: columns[name] for name in ("flops", "loss")})
+        wide = fit_agreement(alone).parameters["trend[recall@10]"]
+        apart.append((wide.high - wide.low) / (trend.high - trend.low))
+    assert sum(held) >= 35
+    assert np.median(apart) > 1.3
 
 
 def test_too_few_runs_are_refused_with_what_is_missing():

@@ -209,7 +209,7 @@ def test_a_run_far_away_is_foretold_with_its_interval():
 
 def test_too_few_rows_are_refused_with_how_many_are_needed():
     runs = planted(np.random.default_rng(9), trials=80)
-    with pytest.raises(UserError, match="15 rows for 10 parameters"):
+    with pytest.raises(UserError, match="15 rows for 8 parameters"):
         fit_joint(runs.select(np.arange(15)))
 
 

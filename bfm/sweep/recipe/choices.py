@@ -1,7 +1,7 @@
 """A recipe's settings beside N: embedder share, batch, negatives, learning rate at a C that was not spent yet.
 
-Enters: sweeps by axis (bfm.sweep.recipe.evidence), a metric, C. Leaves: one Choice per setting with its source, and the
-sizes that can be trained with them. A law decides where its sweep was run and the runs identify it; otherwise the
+Enters: the joint model of all rows (bfm.sweep.recipe.evidence), the best runs, C. Leaves: one Choice per setting with
+its source, and the sizes that can be trained with them. The model decides where the rows tell an optimum; otherwise the
 best runs of the top rung do, and the choice says so. No setting leaves the range that was swept.
 """
 
@@ -14,25 +14,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bfm.errors import InfeasibleError, UserError
 from bfm.laws.fitting import fit_law, runs_of_sweep
-from bfm.laws.frontier import Row
-from bfm.laws.result import LawFit
+from bfm.laws.frontier import Row, measured, metric_value
+from bfm.laws.joint_optimum import axis_at
+from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, run_name
 from bfm.sweep.costs import CostModel
-from bfm.sweep.recipe.evidence import Evidence, Swept, best_quarter
+from bfm.sweep.metric import Metric
+from bfm.sweep.recipe.evidence import Evidence, Fitted, Swept
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
 from bfm.training.config import TrainConfig
 from bfm.units import format_flops
 
-SHARE, BATCH, NEGATIVES = "embedder_share", "batch", "negatives"
-_TOP_RUNGS = 2
-"""Rungs from which the ratio of the best rates to the rule is taken."""
+SHARE, BATCH, NEGATIVES, RATE = "embedder_share", "batch", "negatives", "learning_rate"
+_COLUMN = {SHARE: "share", NEGATIVES: "negatives", RATE: "rate"}
 _SIZES_PER_DECADE = 40
-SIZE_STEP = 10 ** (1 / _SIZES_PER_DECADE)
-"""Factor between neighbouring sizes that are tried."""
 _BEYOND = 4.0
 """Sizes are tried so far beyond the fitted ones, and further up as C exceeds the highest rung."""
 
@@ -46,11 +43,11 @@ class Choice:
     source: str
     """What it comes from, in a few words."""
     by_law: bool = False
-    """Whether a law of the setting's own sweep decided."""
+    """Whether a law decided."""
     note: str = ""
     """What the runs do not tell, and what was taken instead."""
     runs: tuple[str, ...] = ()
-    """The runs that it rests on."""
+    """The runs that it rests on; none where it rests on all."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form; the runs are listed with the recipe."""
@@ -59,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Power:
-    """scale * x^exponent, x being C or N."""
+    """scale * x^exponent, x being N."""
 
     scale: float
     exponent: float
@@ -69,44 +66,23 @@ class Power:
         return self.scale * x**self.exponent
 
 
-@dataclass(frozen=True)
-class _Law:
-    """The law of a setting's own sweep."""
-
-    name: str
-    """In bfm.laws.fitting; of a law in C also the column of the setting."""
-    words: str
-    power: str
-    """Name of its power of C or N, see `power_of`."""
+def choose_share(fitted: Fitted, best: Sequence[Row], flops: float) -> Choice:
+    """s: where the model has its optimum, else the median of the best runs at the top rung."""
+    own = statistics.median(float(row["embedder_share"]) for row in best)
+    return _optimum(SHARE, fitted, best, own, _axis(SHARE, fitted, flops))
 
 
-_LAWS = {
-    SHARE: _Law("share", "embedder share law", "share"),
-    BATCH: _Law("batch", "critical batch", "gain_halving"),
-    NEGATIVES: _Law("negatives", "negatives law", "K"),
-}
-
-
-def choose_share(evidence: Evidence, metric: str, flops: float) -> Choice:
-    """s: from the share law, else the median of the best runs at the top rung."""
-    found = _by_law(SHARE, evidence, metric, flops)
-    if isinstance(found, Choice):
-        return found
-    best = evidence.sizes.top_runs(metric)
-    return _unscaled(SHARE, statistics.median(float(row["embedder_share"]) for row in best), best, found)
-
-
-def choose_negatives(evidence: Evidence, metric: str, flops: float) -> Choice:
-    """K: from the negatives law, else that of the best run at the top rung (0 where it has one stage)."""
-    found = _by_law(NEGATIVES, evidence, metric, flops)
-    if isinstance(found, Choice):
-        return found
-    best = evidence.sizes.top_runs(metric)[:1]
-    kept = _unscaled(NEGATIVES, own_negatives(best[0]), best, found)
-    if kept.value:
-        return kept
-    source = "one stage, as the best run at the top rung"
-    return dataclasses.replace(kept, source=source, note=f"{found}: K = 0, stage 1 only")
+def choose_negatives(fitted: Fitted, rows: Sequence[Row], flops: float) -> tuple[Choice, Row | None]:
+    """(K of a second stage, the best of the rows that has one): the model's optimum, else that row's; 0 without one."""
+    metric = Metric(fitted.runs.metric)
+    staged = [row for row in measured(rows, metric.name) if own_negatives(row)]
+    if not staged:
+        return Choice(NEGATIVES, 0.0, "one stage", note="no run has a second stage: K = 0, stage 1 only"), None
+    top = max(float(row["rung_flops"]) for row in staged)
+    at_top = [row for row in staged if float(row["rung_flops"]) == top]
+    leader = min(at_top, key=lambda row: metric.loss(metric_value(row, metric.name)))
+    found = _axis(NEGATIVES, fitted, flops)
+    return _optimum(NEGATIVES, fitted, [leader], own_negatives(leader), found), leader
 
 
 def own_negatives(run: Row) -> float:
@@ -124,88 +100,85 @@ def choose_batch(evidence: Evidence, metric: str) -> tuple[Choice, Power]:
     best = evidence.sizes.top_runs(metric)
     batch = statistics.median_low(float(row["batch_events"]) for row in best)
     params = statistics.median(float(row["params"]) for row in best)
-    found = _fit(BATCH, evidence, metric)
+    found = _critical(evidence, metric)
     if isinstance(found, str):
-        return _unscaled(BATCH, batch, best, found, "at all"), Power(batch, 0.0)
-    runs, _, critical = found
-    if critical is None:
-        reason = "the runs do not tell how the critical batch grows with N"
-        return _unscaled(BATCH, batch, best, reason, "at all"), Power(batch, 0.0)
+        return _own(BATCH, batch, best, found, "at all"), Power(batch, 0.0)
+    runs, critical = found
     share = min(1.0, batch / critical.at(params))
     source = f"{share:.3g} of the critical batch (that needs twice the least events), as {_taken(best)}"
     rule = Power(share * critical.scale, critical.exponent)
     return Choice(BATCH, rule.at(params), source, by_law=True, runs=runs.names), rule
 
 
-def choose_rate(sizes: Swept, metric: str) -> Choice:
-    """Learning rate over the rule in (N, B): 1 where it was not searched, else the median over the best runs."""
-    name = "learning_rate"
-    if not sizes.searched(name):
-        return Choice(name, 1.0, "the rule in (N, B)", note="the rate was not searched: the rule in (N, B) stands")
-    rungs = list(sizes.rungs(metric).values())[-_TOP_RUNGS:]
-    best = [row for rows in rungs for row in best_quarter(rows)]
-    ratio = statistics.median(row["config"]["learning_rate"] / _rule_rate(row["config"]) for row in best)
-    source = f"the rule in (N, B) times {ratio:.3g}, the median of the best {len(best)} runs at the top rungs"
-    return Choice(name, ratio, source, runs=tuple(run_name(row) for row in best))
+def choose_rate(fitted: Fitted, sizes: Swept, flops: float, batch: Power) -> Choice:
+    """Learning rate over the rule in (N, B): 1 where it was not searched, else the model's optimum over the rule, or
+    that of the best runs at the top rung."""
+    if not sizes.searched(RATE):
+        return Choice(RATE, 1.0, "the rule in (N, B)", note="the rate was not searched: the rule in (N, B) stands")
+    best = sizes.top_runs(fitted.runs.metric)
+    own = statistics.median(row["config"]["learning_rate"] / _rule_rate(row["config"]) for row in best)
+    found = _axis(RATE, fitted, flops, batch, best[0]["config"])
+    choice = _optimum(RATE, fitted, best, own, found)
+    return dataclasses.replace(choice, source=f"the rule in (N, B) times {choice.value:.3g}: {choice.source}")
 
 
-def _by_law(name: str, evidence: Evidence, metric: str, flops: float) -> Choice | str:
-    """The optimum at a C by the law of the setting's own sweep, or why there is none.
+def _axis(
+    name: str, fitted: Fitted, flops: float, batch: Power | None = None, config: Mapping[str, Any] | None = None
+) -> Estimate | str:
+    """The optimum of a setting at one C and its best N, or why there is none; of a rate, over a configuration's rule.
 
-    By the law's power of C where its exponent is bounded, else the highest bracketed optimum.
+    Where it is not told to move with C, that of the largest C with rows is kept: a slope of noise leads far astray.
     """
-    found = _fit(name, evidence, metric)
+    column = _COLUMN[name]
+    if column not in fitted.joint.frame.axes:
+        return f"the {name.replace('_', ' ')} was not varied over 4 values"
+    exponent = fitted.best.axes[column].exponent()
+    at = flops if exponent.low > 0 or exponent.high < 0 else max(fitted.best.budgets)
+    params = fitted.size_at(at)
+    if batch is None or config is None:
+        return axis_at(fitted.joint, column, at, math.log(params))
+    found = axis_at(fitted.joint, column, at, math.log(params), batch.at(params))
+    rule = _rule_rate({**config, "params": params})
+    return Estimate(*(end / rule for end in (found.estimate, found.low, found.high)))
+
+
+def _optimum(name: str, fitted: Fitted, best: Sequence[Row], own: float, found: Estimate | str) -> Choice:
+    """The model's optimum inside of what was swept; an end where the optimum lies beyond; else the best runs' own."""
     if isinstance(found, str):
-        return found
-    runs, law, power = found
-    bracketed = [budget for budget in law.budgets if budget.bracketed and budget.optima]
-    if power is not None:
-        value, source = power.at(flops), f"the {law.law} law in C"
-    elif bracketed:
-        top = max(bracketed, key=lambda budget: budget.flops)
-        (optimum,) = top.optima.values()
-        value, source = optimum.estimate, f"the optimum at {format_flops(top.flops)}, the highest bracketed one"
-    else:
-        return f"the runs do not identify the {_LAWS[name].words}"
-    return _within(Choice(name, value, source, by_law=True, runs=runs.names), runs[law.law])
+        return _own(name, own, best, found)
+    words = name.replace("_", " ")
+    if math.isfinite(found.estimate):
+        ends = f"[{found.low:.3g}, {found.high:.3g}]"
+        return Choice(name, found.estimate, f"its optimum at that C and N, of all rows {ends}", by_law=True)
+    values_R = fitted.joint.columns[_COLUMN[name]]
+    if name != RATE and (found.low > 0 or found.high < math.inf):
+        end = float(values_R.max() if found.low > 0 else values_R[values_R > 0].min())
+        note = f"the best {words} lies beyond what was swept: its end {end:.4g} is taken"
+        return Choice(name, end, "the end of what was swept", by_law=True, note=note)
+    return _own(name, own, best, f"the loss is as flat in the {words} as its noise")
 
 
-def _fit(name: str, evidence: Evidence, metric: str) -> tuple[Runs, LawFit, Power | None] | str:
-    """The runs of a setting's own sweep, their law and its power, or why there is no law."""
-    law, sweep = _LAWS[name], evidence.on(name)
+def _critical(evidence: Evidence, metric: str) -> tuple[Runs, Power] | str:
+    """The runs of the batch sweep and the critical batch (gain-halving) as a power of N, or why there is none."""
+    sweep = evidence.on(BATCH)
     if sweep is None:
-        return f"no sweep of the {name.replace('_', ' ')}"
+        return "no sweep of the batch"
     try:
-        runs = runs_of_sweep(law.name, sweep.rows, metric, sweep.folder)
-        fitted = fit_law(law.name, runs)
+        runs = runs_of_sweep(BATCH, sweep.rows, metric, sweep.folder)
+        law = fit_law(BATCH, runs)
     except UserError as error:
-        return f"the {law.words} cannot be fitted ({error.what})"
-    return runs, fitted, power_of(fitted, law.power)
+        return f"the critical batch cannot be fitted ({error.what})"
+    scale, exponent = law.parameters["gain_halving_coefficient"], law.parameters["gain_halving_exponent"]
+    if not math.isfinite(exponent.high - exponent.low):
+        return "the runs do not tell how the critical batch grows with N"
+    return runs, Power(scale.estimate, exponent.estimate)
 
 
-def power_of(law: LawFit, name: str) -> Power | None:
-    """The power of C or N that a law's parameters of a name make; None where the runs do not bound the exponent."""
-    scale, exponent = (law.parameters.get(f"{name}_{part}") for part in ("coefficient", "exponent"))
-    if scale is None or exponent is None or not math.isfinite(exponent.high - exponent.low):
-        return None
-    return Power(scale.estimate, exponent.estimate)
-
-
-def _unscaled(name: str, value: float, best: Sequence[Row], reason: str, with_what: str = "with C") -> Choice:
+def _own(name: str, value: float, best: Sequence[Row], reason: str, with_what: str = "with C") -> Choice:
     """What the best runs at the top rung have."""
     words, source = name.replace("_", " "), _taken(best)
     note = f"{reason}: {words} {value:.4g} is {source}, not scaled {with_what}"
     return Choice(name, value, source, note=note, runs=tuple(map(run_name, best)))
-
-
-def _within(choice: Choice, swept_R: np.ndarray) -> Choice:
-    """Inside of what was swept: a law is no witness beyond."""
-    value = min(max(choice.value, float(swept_R.min())), float(swept_R.max()))
-    if value == choice.value:
-        return choice
-    words = choice.name.replace("_", " ")
-    note = f"the law asks for {words} {choice.value:.4g}, outside of what was swept: {value:.4g} is taken"
-    return dataclasses.replace(choice, value=value, note=note)
 
 
 def _taken(best: Sequence[Row]) -> str:

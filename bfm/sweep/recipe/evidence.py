@@ -1,28 +1,29 @@
-"""What a recipe rests on: the sweeps of a folder with their axes, and which of their rows a law of sizes may see.
+"""What a recipe rests on: all rows of a folder's sweeps, one joint model of them, and the sweep that it goes on from.
 
-Enters: the folder of one sweep, or of a study (bfm.sweep.study). Leaves: sweeps with their specs and rung rows, all of
-one evaluation protocol.
+Enters: the folder of one sweep, or of a study (bfm.sweep.study), and a metric. Leaves: sweeps with their specs and
+rows, all of one evaluation protocol; the joint model of their rung rows, whichever axis a sweep was run for.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from bfm.errors import UserError
 from bfm.files import canonical_json
 from bfm.laws.frontier import Row, by_rung, measured, metric_names, metric_value
+from bfm.laws.joint import Joint, fit_joint
+from bfm.laws.joint_optimum import Optima, optima_of
+from bfm.laws.runs import Runs, from_rows
 from bfm.sweep.metric import Metric
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.status import spec_of
 from bfm.sweep.study import by_axis, joined, read_sweeps
 
 ALLOCATION = "allocation"
-BINS_PER_DECADE = 4
-"""Of N, in the lower envelope of a sweep that also searched other settings."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Swept:
     def top_runs(self, metric: str) -> list[Row]:
         """The best quarter (at least one) of the rows at the highest rung, best first."""
         *_, last = self.rungs(metric).values()
-        return best_quarter(last)
+        return last[: max(1, len(last) // 4)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,36 @@ class Evidence:
             )
         return found
 
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Those of all sweeps, trials named by their sweep where there are several."""
+        if len(self.sweeps) == 1:
+            return list(self.sweeps[0].rows)
+        named = [(sweep.folder.rstrip("/").rsplit("/", 1)[-1], sweep) for sweep in self.sweeps]
+        return [{**row, "trial": f"{name}/{row['trial']}"} for name, sweep in named for row in sweep.rows]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The joint model of all rows of some evidence."""
+
+    runs: Runs
+    joint: Joint
+    best: Optima
+
+    @classmethod
+    def to(cls, evidence: Evidence, metric: str) -> Fitted:
+        """Of a metric. Raises UserError where rows lack it, or are too few, with how many are needed."""
+        runs = from_rows(evidence.rows, metric, source=evidence.folder)
+        joint = fit_joint(runs)
+        return cls(runs, joint, optima_of(joint, runs))
+
+    def size_at(self, flops: float) -> float:
+        """The best N at a C: of the law, of the nearest budget where there is no law."""
+        size = self.best.size.at(flops).estimate
+        nearest = min(self.best.budgets, key=lambda budget: abs(math.log(budget / flops)))
+        return size if math.isfinite(size) else math.exp(self.best.log_size(nearest))
+
 
 def read_evidence(folder: str) -> Evidence:
     """The sweeps of a sweep's or a study's folder.
@@ -105,20 +136,6 @@ def read_evidence(folder: str) -> Evidence:
         )
     swept = (Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found))
     return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))
-
-
-def best_quarter(ranked: Sequence[Row]) -> list[Row]:
-    """The first quarter, at least one, of rows that stand best first."""
-    return list(ranked[: max(1, len(ranked) // 4)])
-
-
-def envelope(rows: Iterable[Row], metric: str) -> list[Row]:
-    """The best row of each rung and quarter of a decade of N: what is left where other settings were searched too."""
-    places: dict[tuple[float, int], list[Row]] = {}
-    for row in measured(rows, metric):
-        place = float(row["rung_flops"]), math.floor(BINS_PER_DECADE * math.log10(row["params"]))
-        places.setdefault(place, []).append(row)
-    return [min(places[place], key=_loss_of(metric)) for place in sorted(places)]
 
 
 def seed_noise(rows: Iterable[Row], metric: str) -> float:

@@ -1,34 +1,25 @@
-"""Which N is best at a C, and what comes of it: the surface L(N, D) where the runs identify it, else cruder laws.
+"""Which of the sizes that C allows is best, and what comes of it: the joint model asked at each of them.
 
-Enters: the rows of the sweep of sizes, the sizes that C allows (bfm.sweep.recipe.choices). Leaves: one of
-them, with the predicted metric, its 95 % prediction interval, and what was taken where a law could not be identified.
+Enters: the joint model of all rows (bfm.sweep.recipe.evidence), the sizes that C allows (bfm.sweep.recipe.choices).
+Leaves: one of them, with the predicted metric and its 95 % prediction interval.
+
+Shape legend: S sizes.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from bfm.errors import UserError
-from bfm.laws.frontier import Row, metric_value
-from bfm.laws.isoflop import fit_isoflop
-from bfm.laws.result import CONFIDENCE, Estimate
-from bfm.laws.runs import Runs
-from bfm.laws.surface import Surface, fit_surface
-from bfm.laws.transform import from_loss, to_loss
-from bfm.sweep.metric import Metric
-from bfm.sweep.recipe.choices import SIZE_STEP, Sizes, power_of
-from bfm.sweep.recipe.evidence import Swept
+from bfm.laws.result import Estimate
+from bfm.laws.transform import from_loss
+from bfm.sweep.recipe.choices import Sizes
+from bfm.sweep.recipe.evidence import Fitted
 from bfm.sweep.space import Feasible
 from bfm.units import format_count
-
-MIN_RUNGS = 3
-"""A line through two rungs has no residual to judge it by."""
 
 
 @dataclass(frozen=True)
@@ -38,144 +29,66 @@ class Expectation:
     point: Feasible
     params: Estimate
     """N with the law's interval for the best N."""
-    source: str
     predicted: Estimate
-    predicted_by: str
     fresh: Estimate | None
     """Were every event seen once; None where the runs cannot tell."""
     notes: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
 
 
-def surface_of(runs: Runs) -> tuple[Surface | None, str]:
-    """The surface, or why there is none."""
-    try:
-        return fit_surface(runs), ""
-    except UserError as error:
-        return None, error.reason
-
-
-def stage_factor(surface: Surface, rows: Sequence[Row], metric: str) -> float:
-    """What a second stage makes of the loss: median over its rows against what the surface expects of their N and D."""
-    measured_R = np.array([metric_value(row, metric) for row in rows])
-    expected_R = np.array([surface.expected(row["params"], row["events"], row["unique_events"]) for row in rows])
-    return float(np.median(to_loss(metric, measured_R) / to_loss(metric, expected_R)))
-
-
-def by_surface(surface: Surface, sizes: Sizes, factor: float = 1.0) -> Expectation | str:
-    """The size of best expected metric; or why the surface cannot say it.
-
-    `factor` is what stages that the fitted rows do not have make of the loss.
-    """
-    metric, flops = Metric(surface.fit.metric), sizes.flops
-    values = [metric.loss(surface.expected(*_data(point, flops))) for point in sizes.trainable]
-    place = int(np.argmin(values))
+def expect(fitted: Fitted, variants: Sequence[Sizes], flops: float) -> Expectation:
+    """The size of best expected metric over all variants of the other settings."""
+    found = [(_foretold(fitted, sizes.trainable, flops), sizes) for sizes in variants]
+    (loss_S, half_S), sizes = min(found, key=lambda one: float(one[0][0].min()))
+    place = int(np.argmin(loss_S))
     point = sizes.trainable[place]
-    params, events, unique = _data(point, flops)
-    predicted = surface.predict(params, events, unique)
-    if not math.isfinite(predicted.high - predicted.low):
-        return "the runs do not bound the surface L(N, D) there"
-    best = surface.optimum(flops).optima["N_opt"]
-    size = Estimate(params, best.low, best.high)
-    notes = [*_edge_notes(sizes, place), *_size_notes(size)]
-    told = bool(surface.fit.details.get("effective_data", {}).get("used"))
+    best = fitted.best.size.at(flops)
+    size = Estimate(float(point.cost.params), best.low, best.high)
+    fresh = None
+    if fitted.joint.frame.repeats:
+        (loss,), (half,) = _foretold(fitted, [point], flops, fresh=True)
+        fresh = _in_units(fitted.runs.metric, float(loss), float(half))
     return Expectation(
         point=point,
         params=size,
-        source="the surface L(N, D) at this log's costs",
-        predicted=_shifted(predicted, factor, metric.name),
-        predicted_by="the surface L(N, D)",
-        fresh=_shifted(surface.predict(params, events, events), factor, metric.name) if told else None,
-        notes=tuple(notes),
-        warnings=surface.fit.warnings,
+        predicted=_in_units(fitted.runs.metric, float(loss_S[place]), float(half_S[place])),
+        fresh=fresh,
+        notes=(*_edge_notes(sizes, place), *_size_notes(size)),
     )
 
 
-def by_trend(swept: Swept, runs: Runs, sizes: Sizes, reason: str) -> Expectation:
-    """N from the iso-FLOP law, else from the top rung's best runs; the metric from the frontier's trend in C.
-
-    Raises UserError where the trend has too few rungs.
-    """
-    predicted = _trend(swept, Metric(runs.metric), sizes.flops)
-    wanted, source, notes = _size_without_surface(swept, runs, sizes.flops)
-
-    def distance(point: Feasible) -> float:
-        return abs(math.log(point.cost.params / wanted.estimate))
-
-    point = min(sizes.trainable, key=distance)
-    if distance(point) > 2 * math.log(SIZE_STEP):
-        notes.append(f"N = {format_count(wanted.estimate)} cannot be trained at that C: the nearest that can is taken")
-    how = "the metric is foretold by the frontier's trend in C, with a much wider interval"
-    return Expectation(
-        point=point,
-        params=Estimate(point.cost.params, wanted.low, wanted.high),
-        source=source,
-        predicted=predicted,
-        predicted_by="the frontier's own trend in C",
-        fresh=None,
-        notes=(f"the surface L(N, D) is not identified ({reason}): {how}", *notes),
-    )
-
-
-def _trend(swept: Swept, metric: Metric, flops: float) -> Estimate:
-    """The best run's value at a C, by a line through the rungs' best ones: log of a loss, or logit of a bounded metric,
-    against log C.
-
-    The interval is wide, because a trend in C knows neither N nor D nor where the metric saturates; beyond the top rung
-    it also holds that more C brings nothing. Raises UserError for fewer than 3 rungs.
-    """
-    best = {rung: rows[0] for rung, rows in swept.rungs(metric.name).items()}
-    runs = len(best)
-    if runs < MIN_RUNGS:
-        raise UserError(
-            f"too few rungs have {metric.name} to foretell it ({runs} of {MIN_RUNGS})",
-            file=swept.folder,
-            fix=f"extend the sweep by {MIN_RUNGS - runs} above, best with 5 or more sizes at each rung",
-        )
-    log_flops, log_flops_R = math.log(flops), np.log(list(best))
-    value_R = np.array([_to_line(metric, metric_value(row, metric.name)) for row in best.values()])
-    slope, intercept = np.polyfit(log_flops_R, value_R, 1)
-    squares = float(((value_R - intercept - slope * log_flops_R) ** 2).sum())
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, runs - 2)) * math.sqrt(squares / (runs - 2))
-    centred_R = log_flops_R - log_flops_R.mean()
-    lever = (log_flops - log_flops_R.mean()) ** 2 / float((centred_R**2).sum())
-    middle, half = float(intercept + slope * log_flops), reach * math.sqrt(1 + 1 / runs + lever)
-    ends = [middle - half, middle + half]
-    if log_flops > log_flops_R.max():
-        ends += [value_R[-1] - reach, value_R[-1] + reach]
-    low, high = sorted(_from_line(metric, end) for end in (min(ends), max(ends)))
-    return Estimate(_from_line(metric, middle), low, high)
+def _foretold(
+    fitted: Fitted, points: Sequence[Feasible], flops: float, *, fresh: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(loss, half width of the prediction interval) of points at a C, each of shape S."""
+    events_S = np.array([point.cost.events(flops) for point in points])
+    known = {
+        "params": [point.cost.params for point in points],
+        "events": events_S,
+        "unique_events": events_S
+        if fresh
+        else np.minimum(events_S, [float(point.cost.epoch_events) for point in points]),
+        "flops": [flops] * len(points),
+        "batch": [point.cost.step_events for point in points],
+        "share": [point.cost.embedder_share for point in points],
+        "rate": [point.config.learning_rate for point in points],
+    }
+    configs = [point.config.as_dict() for point in points]
+    columns = {
+        name: np.array(known[name] if name in known else [config[name] for config in configs], float)
+        for name in (*fitted.joint.columns, "unique_events")
+    }
+    choices = {}
+    for name in fitted.joint.frame.choices:
+        values = known[name] if name in known else [config[name] for config in configs]
+        numeric = fitted.runs[name].dtype.kind == "f"
+        choices[name] = np.array(values, float).astype(str) if numeric else np.array([str(value) for value in values])
+    return fitted.joint.predict(columns, choices)
 
 
-def _size_without_surface(swept: Swept, runs: Runs, flops: float) -> tuple[Estimate, str, list[str]]:
-    """(N, where it comes from, what could not be told)."""
-    try:
-        power = power_of(fit_isoflop(runs), "N")
-        if power is not None:
-            return Estimate(power.at(flops)), "the iso-FLOP law", []
-        reason = "the iso-FLOP law does not bound how N grows"
-    except UserError as error:
-        reason = f"the iso-FLOP law cannot be fitted ({error.what})"
-    best = swept.top_runs(runs.metric)
-    params = float(statistics.median(row["params"] for row in best))
-    taken = f"the median N of the best {len(best)} runs" if len(best) > 1 else "the best run's N"
-    note = f"{reason}: {taken} at the top rung is taken, not scaled with C"
-    return Estimate(params, 0.0, math.inf), f"{taken} at the top rung", [note]
-
-
-def _data(point: Feasible, flops: float) -> tuple[float, float, float]:
-    """(N, D, unique events) of a point at a C."""
-    events = point.cost.events(flops)
-    return float(point.cost.params), events, min(events, float(point.cost.epoch_events))
-
-
-def _shifted(value: Estimate, factor: float, metric: str) -> Estimate:
-    """With a factor on the loss; the interval holds the value with it and without."""
-    if factor == 1.0:
-        return value
-    ends = np.array([value.estimate, value.low, value.high])
-    moved, *others = from_loss(metric, factor * to_loss(metric, ends)).tolist()
-    return Estimate(moved, min(value.low, *others), max(value.high, *others))
+def _in_units(metric: str, loss: float, half: float) -> Estimate:
+    """A prediction in the metric's units."""
+    low, high = sorted(from_loss(metric, np.array([loss - half, loss + half])).tolist())
+    return Estimate(from_loss(metric, loss), low, high)
 
 
 def _edge_notes(sizes: Sizes, place: int) -> list[str]:
@@ -195,17 +108,9 @@ def _edge_notes(sizes: Sizes, place: int) -> list[str]:
 
 
 def _size_notes(size: Estimate) -> list[str]:
-    if not math.isfinite(size.high - size.low):
-        return ["the runs do not bound the best N on both sides: its interval is open"]
+    if not (size.low > 0 and math.isfinite(size.high)):
+        return ["fewer than two budgets bracket a best N: how it grows with C is not told"]
     if not size.low <= size.estimate <= size.high:
         span = f"{format_count(size.low)} to {format_count(size.high)}"
-        return [f"with every event fresh the best N would be {span}; repeats or bounds of this log move it"]
+        return [f"by the law over the budgets the best N is {span}; costs, repeats or bounds of this log move it"]
     return []
-
-
-def _to_line(metric: Metric, value: float) -> float:
-    return -metric.to_model(metric.loss(value)) if metric.is_bounded else math.log(value)
-
-
-def _from_line(metric: Metric, line: float) -> float:
-    return metric.from_model(-line) if metric.is_bounded else math.exp(line)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.laws.frontier import Row, measured, metric_error
+from bfm.laws.frontier import Row, measured, metric_error, rung_rows
+from bfm.laws.joint_law import doubts
 from bfm.laws.result import Estimate
-from bfm.laws.runs import Runs, from_rows, run_name
+from bfm.laws.runs import Runs
 from bfm.sweep.costs import CostModel
-from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.choices import (
     NEGATIVES,
     Choice,
@@ -31,8 +31,8 @@ from bfm.sweep.recipe.choices import (
     stage_settings,
     try_sizes,
 )
-from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, envelope, seed_noise
-from bfm.sweep.recipe.expectation import Expectation, by_surface, by_trend, stage_factor, surface_of
+from bfm.sweep.recipe.evidence import Evidence, Fitted, seed_noise
+from bfm.sweep.recipe.expectation import Expectation, expect
 from bfm.sweep.rows import without_nan
 from bfm.units import format_flops
 
@@ -100,13 +100,12 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
     """The recipe for `flops` (C) and a metric (None: the one that the sweep selects by).
 
     N is the size of best expected metric among those that can be trained at C, each with the D that this log's costs
-    leave it. Raises UserError where rows lack the metric, are too few to say anything, or C lies below the lowest rung
+    leave it. Raises UserError where rows lack the metric, are too few to foretell one, or C lies below the lowest rung
     with rows; InfeasibleError naming the bound where no size can be trained at that C.
     """
     sizes = evidence.sizes
     metric = metric or sizes.spec.metric.name
-    rows = measured(sizes.rows, metric) if sizes.axis == ALLOCATION else envelope(sizes.rows, metric)
-    runs = from_rows(rows, metric, source=sizes.folder)
+    fitted = Fitted.to(evidence, metric)
     lowest = min(sizes.rungs(metric))
     if flops < lowest:
         raise UserError(
@@ -115,53 +114,31 @@ def make_recipe(evidence: Evidence, costs: CostModel, flops: float, metric: str 
             key="--flops",
             fix=f"ask for {format_flops(lowest)} or more",
         )
+    best = sizes.top_runs(metric)
     batch, rule = choose_batch(evidence, metric)
-    share = choose_share(evidence, metric, flops)
-    rate = choose_rate(sizes, metric)
-    law = choose_negatives(evidence, metric, flops)
+    share = choose_share(fitted, best, flops)
+    rate = choose_rate(fitted, sizes, flops, rule)
+    negatives, staged = choose_negatives(fitted, rung_rows(evidence.rows), flops)
 
-    def sizes_with(stages_of: Row, negatives: float) -> Sizes:
-        settings = {"embedder_share": share.value, **stage_settings(stages_of, negatives, flops)}
-        return try_sizes(sizes, runs, costs, flops, settings=settings, batch=rule, rate_ratio=rate.value)
+    def sizes_with(stages_of: Row, count: float) -> Sizes:
+        settings = {"embedder_share": share.value, **stage_settings(stages_of, count, flops)}
+        return try_sizes(sizes, fitted.runs, costs, flops, settings=settings, batch=rule, rate_ratio=rate.value)
 
-    negatives, found = _expect(evidence, runs, law, sizes_with)
+    plain = [row for row in best if not own_negatives(row)]
+    variants = [sizes_with(row, 0.0) for row in plain[:1]]
+    variants += [] if staged is None else [sizes_with(staged, negatives.value)]
+    found = expect(fitted, variants, flops)
+    if staged is not None and not found.point.config.negatives:
+        note = f"{negatives.value:.4g} negatives in a second stage promise no better value: K = 0"
+        negatives = Choice(NEGATIVES, 0.0, "one stage", by_law=True, note=note)
     batch = dataclasses.replace(batch, value=found.point.cost.step_events)
-    return _recipe(evidence, runs, (share, batch, negatives, rate), found, flops)
+    return _recipe(evidence, fitted, (share, batch, negatives, rate), found, flops)
 
 
-def _expect(
-    evidence: Evidence, runs: Runs, law: Choice, sizes_with: Callable[[Row, float], Sizes]
-) -> tuple[Choice, Expectation]:
-    """The best size, and K: a second stage that the sweep of sizes does not have is taken where it promises more."""
-    metric, sweep = Metric(runs.metric), evidence.on(NEGATIVES)
-    best = evidence.sizes.top_runs(metric.name)[0]
-    sizes = sizes_with(best, own_negatives(best))
-    surface, reason = surface_of(runs)
-    plain = reason if surface is None else by_surface(surface, sizes)
-    if surface is None or isinstance(plain, str):
-        found = by_trend(evidence.sizes, runs, sizes, str(plain))
-        return _kept(law, best, "what a second stage brings cannot be held against one stage"), found
-    if not law.by_law or sweep is None:
-        return law, plain
-    rows = sweep.top_runs(metric.name)
-    factor = stage_factor(surface, rows, metric.name)
-    two = by_surface(surface, sizes_with(rows[0], law.value), factor)
-    if isinstance(two, str) or metric.loss(two.predicted.estimate) >= metric.loss(plain.predicted.estimate):
-        return _kept(law, best, "a second stage promises no better value"), plain
-    note = "what a second stage brings is taken from the top rung of its sweep, and held to be the same at that C"
-    return law, dataclasses.replace(two, notes=(*two.notes, note))
-
-
-def _kept(choice: Choice, best: Row, reason: str) -> Choice:
-    """The negatives of the best run of the sweep of sizes, where the choice is a law's."""
-    if not choice.by_law:
-        return choice
-    own = own_negatives(best)
-    note = f"the law asks for {choice.value:.4g} negatives, but {reason}: K = {own:g}"
-    return Choice(choice.name, own, "the sweep of sizes", note=note, runs=(run_name(best),))
-
-
-def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: Expectation, flops: float) -> Recipe:
+def _recipe(
+    evidence: Evidence, fitted: Fitted, choices: tuple[Choice, ...], found: Expectation, flops: float
+) -> Recipe:
+    runs = fitted.runs
     metric, cost, config = runs.metric, found.point.cost, found.point.config
     rows = measured(evidence.sizes.rows, metric)
     errors = [error for row in rows if math.isfinite(error := metric_error(row, metric))]
@@ -176,7 +153,7 @@ def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: 
         metric=metric,
         config=config.as_dict(),
         params=found.params,
-        params_source=found.source,
+        params_source="the best expected value over the sizes that this C and log allow",
         embedder_share=cost.embedder_share,
         shape=config.shape().as_dict(),
         steps=cost.steps(flops, config.cooldown_fraction),
@@ -186,7 +163,7 @@ def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: 
         learning_rate=config.learning_rate,
         choices=choices,
         predicted=found.predicted,
-        predicted_by=found.predicted_by,
+        predicted_by=f"the joint model of {len(runs)} rows",
         epochs=epochs,
         fresh=found.fresh,
         flops_beyond=flops_beyond,
@@ -195,32 +172,22 @@ def _recipe(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...], found: 
         evaluation_noise=statistics.median(errors) if errors else math.nan,
         rests_on=_rests_on(evidence, runs, choices),
         notes=(*found.notes, *choice_notes, *_notes(evidence, found, noise, epochs)),
-        warnings=(*_warnings(metric, found, flops_beyond, params_beyond, epochs), *found.warnings),
+        warnings=(*_warnings(metric, found, flops_beyond, params_beyond, epochs), *doubts(fitted.joint)),
         protocol_hash=next(iter(hashes), None),
     )
 
 
 def _rests_on(evidence: Evidence, runs: Runs, choices: tuple[Choice, ...]) -> dict[str, dict[str, Any]]:
-    sizes = evidence.sizes
-    bests = "the best row of each rung and quarter of a decade of N"
-    rests = {"sizes": (sizes, "all rung rows" if sizes.axis == ALLOCATION else bests, runs.names)}
-    for choice in choices:
-        sweep = evidence.on(choice.name) if choice.by_law else sizes
-        assert sweep is not None
-        rests[choice.name] = (sweep, choice.source, choice.runs)
+    several = f" of {len(evidence.sweeps)} sweeps" if len(evidence.sweeps) > 1 else ""
+    rests = {"sizes": (f"all rung rows{several}", runs.names)}
+    rests |= {choice.name: (choice.source, choice.runs or runs.names) for choice in choices}
     return {
-        name: {"sweep": sweep.folder, "axis": sweep.axis, "rows": rows, "runs": list(names)}
-        for name, (sweep, rows, names) in rests.items()
+        name: {"sweep": evidence.folder, "rows": rows, "runs": list(names)} for name, (rows, names) in rests.items()
     }
 
 
 def _notes(evidence: Evidence, found: Expectation, noise: float, epochs: float) -> list[str]:
     notes = []
-    if evidence.sizes.axis != ALLOCATION:
-        notes.append(
-            "the sweep searched other settings together with N: sizes are compared by the best row of each rung and "
-            "quarter of a decade of N, which holds luck as well as merit"
-        )
     if math.isnan(noise):
         notes.append("no replicate seeds: how much of the noise is the seed's cannot be told")
     if found.fresh is None and epochs > 1:

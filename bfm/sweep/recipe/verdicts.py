@@ -47,6 +47,8 @@ def checks_lines(checks: Sequence[Check]) -> list[str]:
 
 
 def range_text(value: Estimate, words: Callable[[float], str]) -> str:
-    """An estimate with its ends; an open end is a question mark."""
+    """An estimate with its ends; an open end is a question mark, and where both are there is no interval."""
+    if not value.is_known or not (math.isfinite(value.low) or math.isfinite(value.high)):
+        return f"{words(value.estimate)} (no interval)"
     ends = [words(end) if math.isfinite(end) else "?" for end in (value.low, value.high)]
     return f"{words(value.estimate)} [{ends[0]}, {ends[1]}]"
