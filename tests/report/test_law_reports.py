@@ -143,8 +143,8 @@ def test_the_law_section_opens_with_a_sentence_per_axis():
     said, figure, first_table = (
         laws.index(mark) for mark in ("<b>Embedder share:</b> best at 2.", "<figure>", "<table>")
     )
-    assert said < laws.index("Rows: all 40 of 40 trials at 4 budgets, as designed. Standard") < figure < first_table
-    assert "By recall@10 best at 2.06 %" in laws
+    assert said < laws.index("Rows: all 40 of 40 trials at 4 budgets, as designed. Noise: ") < figure < first_table
+    assert "By recall@10 best at 2.0" in laws
 
 
 def test_one_table_says_what_a_recipe_takes_from_every_law():
