@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 from common import RESULTS, machine, publish
 
-from bfm.laws.fitting import AXIS_OF_LAW
 from bfm.laws.frontier import Row, rung_rows
 from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
@@ -46,7 +45,7 @@ def _cells(row: Row) -> list[str]:
 def laws(chapter: Chapter) -> Iterable[str]:
     """Lines of a table: every law of an axis on every metric."""
     for found in chapter.laws:
-        if AXIS_OF_LAW[found.law] is not None:
+        if found.law != "agreement":
             yield f"| {chapter.title} | {found.law} | {found.metric} | {_said(found)} |"
 
 

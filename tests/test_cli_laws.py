@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,37 @@ def test_text_shows_intervals_definitions_and_doubts(bfm, table):
     assert "N_exponent" in out
     assert "intervals (95 %)" in out
     assert "two budgets" in out, "the doubt about a law through two points"
+
+
+def test_joint_says_what_the_runs_tell_before_it_gives_numbers(bfm, table):
+    code, out, err = bfm("fit", "joint", table, "--columns", COLUMNS)
+    assert code == 0, err
+    said, rows, _, head, *_ = out.splitlines()
+    assert re.match(
+        r"Model size: the best N grows as C\^0\.4\d \(95 %: 0\.4\d to 0\.4\d\), .* at 5 of 5 budgets\.", said
+    )
+    assert rows.startswith("Rows: all 45 as they were given.")
+    assert head == "joint of loss on 45 runs"
+
+
+def test_what_no_interval_bounds_is_not_identifiable(bfm, tmp_path):
+    first, again = surface_table(), surface_table()
+    again["loss"] = again["loss"] + 0.001
+    columns = {name: np.concatenate([first[name][:9], again[name][:9]]) for name in first}
+    code, out, err = bfm("fit", "joint", write(tmp_path / "one.csv", columns), "--columns", COLUMNS)
+    assert code == 0, err
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert ["N_exponent", "not identifiable"] in lines
+    assert not re.search(r"e[+-]?\d{2,3}\b", "".join(line[1] for line in lines if line[:1] == ["N_coefficient"]))
+
+
+def test_a_reason_is_said_once_for_all_metrics_that_it_concerns(bfm, tmp_path):
+    columns = surface_table() | {f"recall@{k}": np.full(COUNT, 1.5) for k in range(40)}
+    roles = ",".join([COLUMNS, *(f"metric=recall@{k}" for k in range(40))])
+    code, out, err = bfm("fit", "joint", write(tmp_path / "runs.csv", columns), "--columns", roles, "--metric", "all")
+    assert code == 0, err
+    assert out.count("not fitted for") == out.count("have no loss") == 1
+    assert re.search(r"not fitted for recall@0, .*, recall@4 and 35 more: \S+ 45 of 45 values of it have no loss", out)
 
 
 def test_metrics_stand_side_by_side(bfm, table):

@@ -96,17 +96,18 @@ def _metrics(asked: str | None, known: list[str], default: list[str]) -> list[st
 def _show_several(fits: dict[str, Any], as_json: bool) -> None:
     from bfm.laws.compare import differences
     from bfm.laws.result import LawFit
-    from bfm.report.law_text import differences_text, law_text
+    from bfm.report.law_text import by_reason, differences_text, law_text
 
     told = {name: found for name, found in fits.items() if isinstance(found, LawFit)}
-    differ = differences(told)
     value = {
         "metrics": {
             name: found.as_dict() if isinstance(found, LawFit) else {"refused": str(found)}
             for name, found in fits.items()
         },
-        "differences": [difference.as_dict() for difference in differ],
+        "differences": [difference.as_dict() for difference in differences(told)],
     }
-    refused = [f"{name}: {found}" for name, found in fits.items() if name not in told]
-    text = "\n\n".join([*(law_text(found) for found in told.values()), differences_text(differ), *refused])
+    reasons = by_reason((name, str(found)) for name, found in fits.items() if name not in told)
+    refused = [f"not fitted for {metrics}: {reason}" for reason, metrics in reasons.items()]
+    parts = [*(law_text(found) for found in told.values()), differences_text(told), *refused]
+    text = "\n\n".join(filter(None, parts))
     show(value, as_json, lambda _: text)

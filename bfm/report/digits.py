@@ -10,6 +10,7 @@ from bfm.laws.result import Estimate
 
 UNPAIRED = "~ unpaired, far too wide: a row holds no scores of its queries"
 """What the mark of `gap_text` means."""
+_FAR = 1e6
 
 
 def value_text(value: float, error: float = math.nan) -> str:
@@ -29,8 +30,19 @@ def gap_text(gap: Gap) -> str:
     return f"{sign}{text}" + ("" if gap.paired or math.isnan(gap.error) else "~")
 
 
+def closed(value: Estimate) -> Estimate:
+    """The estimate whose ends are open where they are as good as that: a factor of 1e6 from what is above 0, and else
+    1e6 times its size."""
+    middle, low, high = value.estimate, value.low, value.high
+    if low >= 0 and middle > 0:
+        return Estimate(middle, 0.0 if middle > _FAR * low else low, math.inf if high > _FAR * middle else high)
+    far = _FAR * max(abs(middle), 1.0)
+    return Estimate(middle, -math.inf if low < middle - far else low, math.inf if high > middle + far else high)
+
+
 def estimate_text(value: Estimate, text: Callable[[float], str] = "{:.3g}".format) -> str:
     """`0.512 [0.498, 0.527]`; an end that the data leave open is named."""
+    value = closed(value)
     if not value.is_known:
         if math.isfinite(value.low) and value.low > 0:
             return f"at least {text(value.low)}"

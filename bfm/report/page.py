@@ -13,7 +13,8 @@ from bfm.report.figures import NamedFigure, overview_png, sweep_figures
 from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted
-from bfm.report.law_sections import law_parts, recipe_part
+from bfm.report.law_sections import law_parts, opening
+from bfm.report.recipe_section import recipe_part
 from bfm.report.runs_file import runs_parquet
 from bfm.report.style import inline_svg, svg_text
 from bfm.report.template import escape, page, paragraph, section
@@ -73,7 +74,7 @@ def report_html(
         figures,
         section("trials", "Trials", _with_note(sections.trial_table(rows, compare), _TRIALS_NOTE) + all_rows),
         section("baselines", "Baselines", _with_note(sections.baseline_table(rows, baselines), "On the same queries.")),
-        section("data", "Data and protocol", sections.data_part(extra)),
+        section("data", "Data and protocol", sections.data_part(extra, _scored(spec))),
         section("failures", "Failures", sections.failures_part(rows, state)),
         section("definitions", "Definitions", sections.definitions_part()),
         section("provenance", "Provenance", sections.provenance_part(rows, extra) + shown_spec),
@@ -103,7 +104,12 @@ def _laws_part(laws: Sequence[Fitted], figures: Sequence[NamedFigure], drawn: Ma
         f"<h3>{escape(figure.heading)}</h3>{shown_figure(figure, drawn[figure.name])}" for figure in figures
     )
     predictions = f"<h3>Recipe: predicted and measured</h3>{recipe}" if recipe else ""
-    return section("laws", "Scaling laws", shown + law_parts(laws) + predictions)
+    return section("laws", "Scaling laws", opening(laws) + shown + law_parts(laws) + predictions)
+
+
+def _scored(spec: Mapping[str, Any]) -> int | None:
+    """How many validation queries the rows were scored on; None: all."""
+    return (spec.get("data") or {}).get("evaluation_queries")
 
 
 def _with_note(body: str, note: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from scipy.optimize import isotonic_regression
 
 from bfm.laws.frontier import (
     FrontierPoint,
@@ -236,6 +237,33 @@ def beside(
         color=colour,
         zorder=7,
     )
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str]], *, left: bool = False) -> None:
+    """Names at the right (or left) ends of curves, pushed apart where they would overlap."""
+    place, box = axes.get_subplotspec(), axes.get_figure(root=True)
+    rows = place.get_gridspec().nrows if place else 1
+    height_pt = (box.get_size_inches()[1] if box else 3.0) * 72 * 0.76 / rows
+    to_axes = axes.transData + axes.transAxes.inverted()
+    at = [to_axes.transform((x, y)) for x, y, _ in ends]
+    tall = [10.5 * (1 + text.count("\n")) / height_pt for _, _, text in ends]
+    for (x, _), height, (_, _, text) in zip(at, apart([y for _, y in at], tall), ends, strict=True):
+        axes.annotate(
+            text, (min(x, 0.99), height), xycoords="axes fraction", xytext=(-9 if left else 6, 0),
+            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=8, color=INK, zorder=7,
+            linespacing=1.1,
+        )  # fmt: skip
+
+
+def apart(wanted: Sequence[float], tall: Sequence[float]) -> np.ndarray:
+    """Centres as near as can be to the wanted ones so that none of these heights overlap."""
+    order = np.argsort(wanted, kind="stable")
+    height = np.asarray(tall)[order]
+    stacked = np.cumsum(height) - height / 2
+    found = np.empty(len(order))
+    # Heights do not overlap where what is left of the centres, once all are stacked, does not fall.
+    found[order] = isotonic_regression(np.asarray(wanted)[order] - stacked).x + stacked
+    return found
 
 
 def empty(axes: Axes, text: str = "no result yet") -> None:

@@ -241,11 +241,11 @@ def failures_part(rows: Sequence[Row], state: SweepState) -> str:
     return "".join(parts) or paragraph("Nothing diverged, nothing was lost, nothing was refused.")
 
 
-def data_part(extra: Mapping[str, Any]) -> str:
-    """What the sweep was trained on and what it was measured with."""
+def data_part(extra: Mapping[str, Any], scored: int | None = None) -> str:
+    """What the sweep was trained on, and measured with: the first `scored` validation queries (None: all)."""
     manifest, protocol = extra.get("manifest"), extra.get("protocol")
     events = f"<h3>Events</h3>{facts(_events(manifest))}" if manifest else ""
-    return events + (f"<h3>Evaluation protocol</h3>{facts(_rules(protocol))}" if protocol else "")
+    return events + (f"<h3>Evaluation protocol</h3>{facts(_rules(protocol, scored))}" if protocol else "")
 
 
 def _events(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
@@ -269,9 +269,10 @@ def _events(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _rules(protocol: Mapping[str, Any]) -> list[tuple[str, object]]:
+def _rules(protocol: Mapping[str, Any], scored: int | None) -> list[tuple[str, object]]:
+    parts = protocol["parts"].items()
     return [
-        *((f"{name} queries", _queries(part)) for name, part in protocol["parts"].items()),
+        *((f"{name} queries", _queries(part, scored if name == "validation" else None)) for name, part in parts),
         ("seen items", rule_words(protocol)),
         ("equal scores", "each counts half a rank" if protocol["ties"] == "half" else protocol["ties"]),
         ("targets of a query", protocol["target_rule"]),
@@ -359,9 +360,12 @@ def _split(manifest: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _queries(part: Mapping[str, Any]) -> str:
-    text = f"{part['queries']:,} of {part['users']:,} users"
-    basket = part["basket_queries"]
+def _queries(part: Mapping[str, Any], scored: int | None) -> str:
+    """Headline queries stand first, and after them those inside baskets."""
+    text, basket = f"{part['queries']:,} of {part['users']:,} users", part["basket_queries"]
+    if scored is not None and scored < part["queries"] + basket:
+        text = f"{min(scored, part['queries']):,} scored, the first of {text}"
+        basket = max(scored - part["queries"], 0)
     return f"{text}, and {basket:,} inside baskets, reported apart" if basket else text
 
 

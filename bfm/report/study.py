@@ -17,8 +17,9 @@ from bfm.laws.fitting import AXIS_OF_LAW
 from bfm.laws.frontier import Row, metric_names
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted, sweep_laws
-from bfm.report.law_sections import headline_table, law_parts, recipe_part
+from bfm.report.law_sections import headline_table, law_parts, opening
 from bfm.report.page import shown_figure
+from bfm.report.recipe_section import recipe_part
 from bfm.report.style import svg_text
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
@@ -107,7 +108,7 @@ def study_html(
 
 
 def _chapter_part(chapter: Chapter, place: int, drawn: dict[str, bytes]) -> str:
-    parts = [_about(sweep) for sweep in chapter.sweeps]
+    parts = [*[_about(sweep) for sweep in chapter.sweeps], opening(chapter.laws)]
     for figure in law_figures(chapter.laws):
         unique = f"{place}-{figure.name}"
         text = svg_text(figure.figure)

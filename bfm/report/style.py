@@ -194,6 +194,21 @@ def value_axis(axes: Axes) -> None:
     axes.spines["left"].set_visible(False)
 
 
+def log_values(axes: Axes, low: float, high: float, text: Callable[[float], str]) -> None:
+    """A logarithmic y axis over [low, high] with a little air and few ticks."""
+    air = max((high / low) ** 0.12, 1.15)
+    axes.set_yscale("log")
+    axes.set_ylim(low / air, high * air)
+    decades = math.log10(high * air**2 / low)
+    subs = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    axes.grid(False, axis="x")
+    axes.spines["left"].set_visible(False)
+
+
 def _log_ticks(low: float, high: float) -> LogLocator:
     decades = math.log10(high / low)
     if decades > 2.2:

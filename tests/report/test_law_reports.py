@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
+from bfm.events.repeats import rule_facts
 from bfm.laws.result import Estimate
 from bfm.report import study
 from bfm.report.digits import estimate_text
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
-from bfm.report.law_panels import _apart
-from bfm.report.law_sections import headline_table, law_parts, recipe_part
+from bfm.report.law_sections import headline_table, law_parts, opening
 from bfm.report.page import render_report
-from bfm.report.panels import _whole_hull
+from bfm.report.panels import _whole_hull, apart
+from bfm.report.recipe_section import recipe_part
 from bfm.report.style import svg_text
 from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
@@ -41,48 +43,80 @@ def laws_of(axis: str):
     return sweep_laws(ROWS[axis](), axis)
 
 
-def optimum(axis: str, law: str, name: str, place: int) -> Estimate:
-    return told(laws_of(axis), law)[0][1].budgets[place].optima[name]
+def optima(axis: str, name: str) -> list[Estimate]:
+    return [budget.optima[name] for budget in told(laws_of(axis), "joint")[0][1].budgets]
+
+
+def texts_of(laws) -> dict[str, str]:
+    return {figure.name: svg_text(figure.figure) for figure in law_figures(laws)}
 
 
 @pytest.mark.parametrize(
     ("axis", "names"),
     [
-        ("allocation", ["law-isoflop", "law-agreement", "law-outlook"]),
+        ("allocation", ["law-params", "law-agreement", "law-outlook"]),
         ("embedder_share", ["law-share", "law-agreement"]),
         ("negatives", ["law-negatives", "law-agreement"]),
         ("batch", ["law-batch", "law-agreement"]),
     ],
 )
 def test_each_axis_has_its_figures(axis, names):
-    figures = law_figures(laws_of(axis))
-    assert [figure.name for figure in figures] == names
-    texts = [svg_text(figure.figure) for figure in figures]
-    for text in texts:
+    texts = texts_of(laws_of(axis))
+    assert list(texts) == names
+    for text in texts.values():
         ElementTree.fromstring(text)
         assert "no optimum" not in text
-    labels = (
-        [f"N {size}" for size in ("100k", "400k", "1.6M")] if axis == "batch" else ["10\u00b9\u2075", "10\u00b9\u2078"]
-    )
-    assert all(label in texts[0] for label in labels)
+    first = texts[names[0]]
+    # The law goes on to 10 times the largest C.
+    tens = ("10\u00b9\u2075", "10\u00b9\u2078", "10\u00b9\u2079", "a row")
+    labels = [f"N {size}" for size in ("100k", "400k", "1.6M")] if axis == "batch" else tens
+    assert all(label in first for label in labels)
     # x = 0 has a place of its own on the log axes of s and K.
-    assert (">0</text>" in texts[0]) == (axis in ("embedder_share", "negatives"))
+    assert (">0</text>" in first) == (axis in ("embedder_share", "negatives"))
+    assert ("exponent 0.617" in first) == (axis == "allocation")
+    assert ("arXiv 2606.05257: 1.1 % to 3.7 %" in first) == (axis == "embedder_share")
+
+
+def test_every_axis_of_a_joint_sweep_has_a_figure_of_runs_as_they_would_stand_at_the_best_of_the_others():
+    rows = [row | {"metrics": {"nll": row["metrics"]["nll"]}} for row in planted_sweep(60)["rows"] if row["metrics"]]
+    laws = [found for found in sweep_laws(rows, None) if found.law == "joint"]
+    (figures, ((runs, fit),)) = law_figures(laws), told(laws, "joint")
+    assert [figure.name for figure in figures] == ["law-params", "law-share", "law-rate", "law-outlook"]
+    assert figures[2].heading == "Learning rate"
+    dots = figures[0].figure.axes[0].collections
+    drawn = np.concatenate([dot.get_offsets()[:, 1] for dot in dots])
+    adjusted = np.array(fit.details["axes"]["params"]["adjusted"])
+    assert sorted(drawn) == pytest.approx(sorted(adjusted))
+    # Without a bad rate the runs of a C lie on one curve.
+    assert np.median(adjusted) < np.median(runs["loss"])
+    assert "a trial" in svg_text(figures[0].figure)
+
+
+def test_what_lies_beyond_the_largest_c_is_dashed_and_paler():
+    laws = [found for found in laws_of("allocation") if found.law == "joint"]
+    figures = {figure.name: figure.figure for figure in law_figures(laws)}
+    for panel in (figures["law-params"].axes[2], figures["law-outlook"].axes[0]):
+        solid, dashed = [line for line in panel.lines if len(line.get_xdata()) > 50][:2]
+        assert solid.get_xdata()[-1] == pytest.approx(max(planted.BUDGETS))
+        assert dashed.get_xdata()[-1] == pytest.approx(10 * max(planted.BUDGETS))
+        assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+        assert (solid.get_alpha() or 1) > dashed.get_alpha()
 
 
 def test_tables_hold_the_planted_numbers_beside_published_ones():
     share = law_parts(laws_of("embedder_share"))
-    for place in range(len(planted.BUDGETS)):
-        found = optimum("embedder_share", "share", "s_opt", place)
-        assert found.low < planted.SHARE_OPT < found.high
+    for found in optima("embedder_share", "s_opt"):
+        assert found.estimate == pytest.approx(planted.SHARE_OPT, rel=0.1)
         assert estimate_text(found, lambda value: f"{100 * value:.3g} %") in share
     assert "1.1 % to 3.7 %" in share
-    best = optimum("negatives", "negatives", "K_opt", 0)
-    assert best.estimate == pytest.approx(planted.K_AT_1E15, rel=0.25)
+    assert optima("negatives", "K_opt")[0].estimate == pytest.approx(planted.K_AT_1E15, rel=0.1)
     assert "65k by recall@10" in law_parts(laws_of("negatives"))
     sizes = law_parts(laws_of("allocation"))
     assert ".617 by loss" in sizes
-    assert optimum("allocation", "isoflop", "N_opt", 2).estimate == pytest.approx(planted.planted_size(1e17), rel=0.05)
+    assert optima("allocation", "N_opt")[2].estimate == pytest.approx(planted.planted_size(1e17), rel=0.05)
     assert "D/N at C = 10\u00b9\u2077" in sizes
+    # Exponents and optima come first, what the form is made of last.
+    assert sizes.index("N exponent") < sizes.index("N* at C") < sizes.index("<td>alpha</td>")
     batch = law_parts(laws_of("batch"))
     assert "B, twice the least events at N = 1.6M" in batch
     assert "570 sequences" in batch
@@ -91,8 +125,8 @@ def test_tables_hold_the_planted_numbers_beside_published_ones():
     assert halving == pytest.approx(list(planted.GAIN_HALVING.values()), rel=0.15)
 
 
-def test_the_outlook_is_the_planted_surface_at_its_optimum_and_its_band_opens():
-    (found, *_) = [one for one in laws_of("allocation") if one.law == "surface"]
+def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():
+    found = laws_of("allocation")[0]
     flops, last = found.outlook[-1]
     params = planted.planted_size(flops)
     events = flops / (planted.FLOPS_PER_PARAM_EVENT * params)
@@ -103,20 +137,23 @@ def test_the_outlook_is_the_planted_surface_at_its_optimum_and_its_band_opens():
     assert (last.high - last.low) / last.estimate > (first.high - first.low) / first.estimate
 
 
-def test_a_space_that_varies_several_things_tells_the_envelope_of_its_curves():
-    laws = sweep_laws(planted.allocation_rows(), None)
-    _, fit = told(laws, "hull")[0]
-    assert fit.parameters["N_exponent"].low < fit.parameters["N_exponent"].estimate < fit.parameters["N_exponent"].high
-    assert "envelope of the training curves" in law_parts(laws)
+def test_the_law_section_opens_with_a_sentence_per_axis():
+    html = render_report(planted.share_rows(), SweepState(), {}, {}, laws=laws_of("embedder_share"))["index.html"]
+    laws = html.decode().split('<section id="laws">')[1]
+    said, figure, first_table = (
+        laws.index(mark) for mark in ("<b>Embedder share:</b> best at 2.", "<figure>", "<table>")
+    )
+    assert said < laws.index("Rows: all 40 of 40 trials at 4 budgets, as designed. Noise: ") < figure < first_table
+    assert "By recall@10 best at 2.0" in laws
 
 
 def test_one_table_says_what_a_recipe_takes_from_every_law():
     table = headline_table([(axis, laws_of(axis)) for axis in ROWS])
-    best = optimum("embedder_share", "share", "s_opt", -1)
-    assert f"at C = 10\u00b9\u2078: s* {estimate_text(best, lambda value: f'{100 * value:.3g} %')}" in table
-    assert "B, 20 % more events at N = 1.6M" in table
-    assert "Spearman with recall@10 at C = 10\u00b9\u2078: +" in table
-    assert "N exponent 0.4" in table
+    best = estimate_text(optima("embedder_share", "s_opt")[-1], lambda value: f"{100 * value:.3g} %")
+    assert f"best at {best} at C = 1e18, not told to move with C" in table
+    assert re.search(r"at N = 1.6M B = \S+ \[.*\] costs 20 % more events and B = .* costs twice the least", table)
+    assert "recall@10 prefers the same runs (Spearman +" in table
+    assert "the best N grows as C^0.45 (95 %: 0.44 to 0.45)" in table
 
 
 def test_metrics_whose_optima_are_apart_are_named():
@@ -124,21 +161,21 @@ def test_metrics_whose_optima_are_apart_are_named():
     for row in rows:
         # The ranking prefers ten times the share.
         row["metrics"]["recall@10"] = math.exp(-2 - 0.02 * math.log(max(row["embedder_share"], 1e-3) / 0.2) ** 2)
-    parts = law_parts(sweep_laws(rows, "embedder_share"))
-    assert "Apart by more than their intervals" in parts
-    assert "s opt at C = 1e+15: nll and recall@10" in parts
+    laws = sweep_laws(rows, "embedder_share")
+    assert "Apart by more than their intervals: nll and recall@10 in s opt at C = 1e+15, s opt" in law_parts(laws)
+    assert "By recall@10 best at 2" in opening(laws)
 
 
 def test_a_budget_that_does_not_enclose_its_optimum_has_no_vertex_and_is_named():
     rows = planted.allocation_rows()
     top = planted.BUDGETS[-1]
     rows = [row for row in rows if row["rung_flops"] < top or row["params"] < 0.6 * planted.planted_size(top)]
-    laws = [found for found in sweep_laws(rows, "allocation") if found.law == "isoflop"]
-    (figure,) = law_figures(laws)
-    text = svg_text(figure.figure)
+    laws = sweep_laws(rows, "allocation")
+    text = texts_of(laws)["law-params"]
     assert "no optimum at C = 10\u00b9\u2078" in text
     assert "no optimum<" in text
-    assert "the optimum lies at or above the largest size" in law_parts(laws)
+    assert "bracketed at 3 of 4 budgets; not bracketed at C = 1e18: add larger N there." in opening(laws)
+    assert "no larger run near this C" in law_parts(laws)
 
 
 def test_shares_that_change_nothing_draw_no_power_law():
@@ -146,11 +183,12 @@ def test_shares_that_change_nothing_draw_no_power_law():
     for place, row in enumerate(rows):
         row["metrics"] = {"nll": 6.0 + 0.01 * math.sin(7.0 * place**1.5)}
     laws = sweep_laws(rows, "embedder_share")
-    (figure,) = law_figures(laws)
-    text = svg_text(figure.figure)
-    assert "no budget encloses its optimum" in text
-    assert "s* against C" in text
+    texts = texts_of(laws)
+    assert list(texts) == ["law-share"], "without a best N nothing is foretold"
+    assert "no optimum<" in texts["law-share"]
+    assert "s*" not in texts["law-share"]
     assert "not identifiable" in law_parts(laws)
+    assert "flat: from 0.2 % to 40 % the loss rises by at most 0.0" in opening(laws)
 
 
 def test_rows_that_no_law_fits_say_why_in_one_line():
@@ -164,8 +202,39 @@ def test_rows_that_no_law_fits_say_why_in_one_line():
     html = files["index.html"].decode()
     parsed(html)
     assert '<section id="laws">' in html
-    assert "Not fitted for nll" in html
-    assert "no budget" in html
+    # Each reason once, with the metrics that it concerns.
+    assert html.count("rows for") == 1
+    assert "Not fitted for nll, recall@10, ndcg@10, mrr@10, coverage@10: " in html
+
+
+def test_settings_and_metrics_of_any_name_are_shown_as_they_are():
+    evil = "<b>'x\"& y"
+    rows = planted_sweep(60)["rows"]
+    for place, row in enumerate(rows):
+        row["config"] = {**row["config"], f"{evil}_z": 10.0 ** (int(row["trial"][1:]) % 7)}
+        nll = row["metrics"].get("nll")
+        row["metrics"] = {"nll": nll, evil: nll + 0.01 * math.sin(place)} if nll else {}
+    laws = sweep_laws(rows, None)
+    files = render_report(rows, state_of(rows), {}, {}, laws=laws)
+    assert "figures/law-_b_x_y_z.svg" in files
+    html = files["index.html"].decode()
+    parsed(html)
+    assert "<b>'x" not in html
+    assert "x&quot;&amp; y z:</b>" in html
+    for name, data in files.items():
+        if name.endswith(".svg"):
+            ElementTree.fromstring(data)
+
+
+def test_the_page_names_the_queries_that_were_scored():
+    part = {"queries": 10_000, "users": 2_300, "basket_queries": 7}
+    protocol = {"parts": {"validation": part, "test": part}, "ties": "half", "target_rule": "", "hash": ""}
+    extra = {"protocol": rule_facts({"targets": 9, "seen": 1}, None) | protocol}
+    spec = {"budget": {"ladder_flops": [], "total_flops": 1}, "data": {"evaluation_queries": 4000}}
+    shown = [render_report([], SweepState(spec=one), {}, extra)["index.html"].decode() for one in (spec, None)]
+    assert "<dd>4,000 scored, the first of 10,000 of 2,300 users</dd>" in shown[0]
+    assert shown[0].count("10,000 of 2,300 users, and 7 inside baskets") == 1
+    assert shown[1].count("<dd>10,000 of 2,300 users, and 7 inside baskets") == 2
 
 
 @pytest.mark.parametrize("axis", [None, "allocation", "embedder_share", "negatives", "batch"])
@@ -197,6 +266,10 @@ def test_a_recipe_is_shown_as_predicted_and_as_measured():
         (Estimate(0.5, -math.inf, math.inf), "not identifiable"),
         (Estimate(2e233, 0.0, math.inf), "not identifiable"),
         (Estimate(0.5), "0.5"),
+        (Estimate(-0.0013, -2.8e18, 2.8e18), "not identifiable"),
+        (Estimate(3e4, 1e-5, 1e18), "not identifiable"),
+        (Estimate(3e4, 2e4, 1e18), "3e+04 [2e+04, open]"),
+        (Estimate(0.0, -0.2, 0.3), "0 [-0.2, 0.3]"),
         (Estimate(math.nan, 7.0, math.inf), "at least 7"),
         (Estimate(math.nan, 0.0, 7.0), "at most 7"),
         (Estimate(math.nan, -math.inf, math.inf), "not identifiable"),
@@ -222,7 +295,7 @@ def test_no_point_is_below_the_hull_that_is_drawn(points):
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.2)), min_size=1, max_size=8))
 def test_labels_do_not_overlap(labels):
     wanted, tall = [height for height, _ in labels], [size for _, size in labels]
-    found = _apart(wanted, tall)
+    found = apart(wanted, tall).tolist()
     order = sorted(range(len(labels)), key=lambda label: found[label])
     for lower, upper in itertools.pairwise(order):
         assert found[upper] - found[lower] >= (tall[lower] + tall[upper]) / 2 - 1e-9
@@ -256,7 +329,7 @@ def test_a_study_is_one_page_that_links_its_sweeps(planted_study):
     assert all((planted_study / "report" / link).resolve().is_file() for link in links)
     assert "not begun." in html
     assert "2 of 3 sweeps begun" in html
-    assert "not fitted: " in html
+    assert "not fitted for nll, recall@10, " in html
     assert (planted_study / "report" / "figures" / "0-law-share.svg").is_file()
 
 

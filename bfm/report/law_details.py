@@ -1,0 +1,100 @@
+"""What lies in a LawFit, for those who draw it or put it in words: axes, optima, groups, correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bfm.laws.result import Estimate, LawFit
+from bfm.report.digits import closed
+from bfm.units import format_count
+
+_ASKED = 1.5
+"""Runs of one C whose values are nearer than this factor ask nothing of an axis."""
+
+
+@dataclass(frozen=True)
+class AxisWords:
+    """How an axis of the joint law is named."""
+
+    heading: str
+    symbol: str
+    exponent: str
+    """Of its optimum in C, among the parameters."""
+    label: str
+    """Of a figure's x axis."""
+    text: Callable[[float], str] = "{:.3g}".format
+
+    @property
+    def optimum(self) -> str:
+        """Its name among a budget's optima."""
+        return f"{self.symbol}_opt"
+
+
+_AXES = {
+    "params": AxisWords("Model size", "N", "N_exponent", "N, dense parameters", format_count),
+    "share": AxisWords("Embedder share", "s", "share_exponent", "s, embedder share of N", lambda s: f"{100 * s:.3g} %"),
+    "negatives": AxisWords("Sampled negatives", "K", "negatives_exponent", "K, sampled negatives", format_count),
+    "rate": AxisWords("Learning rate", "rate", "rate_exponent", "learning rate"),
+}
+
+
+def axis_words(name: str) -> AxisWords:
+    """Of any axis: what has no name of its own here goes by its setting's."""
+    plain = name.replace("_", " ")
+    return _AXES.get(name, AxisWords(plain.capitalize(), name, f"{name}_exponent", plain))
+
+
+def asked_axes(fit: LawFit) -> list[str]:
+    """The axes in which runs of one C differ."""
+    curves = {name: view["curves"] for name, view in fit.details.get("axes", {}).items()}
+    return [name for name, of in curves.items() if any(one["x"][-1] > _ASKED * one["x"][0] for one in of)]
+
+
+def told_optima(fit: LawFit, name: str) -> dict[float, Estimate]:
+    """C -> optimum of an axis, at the budgets whose runs tell it."""
+    optimum = axis_words(name).optimum
+    sure = [budget for budget in fit.budgets if optimum in budget.optima and (budget.bracketed or name != "params")]
+    values = {budget.flops: closed(budget.optima[optimum]) for budget in sure}
+    return {flops: value for flops, value in values.items() if value.is_known}
+
+
+def told_exponent(fit: LawFit, name: str) -> Estimate | None:
+    """How an axis' optimum moves with C; None where fewer than two budgets tell it, or its interval is open."""
+    value = closed(fit.parameters.get(axis_words(name).exponent, Estimate(math.nan)))
+    return value if value.is_known and len(told_optima(fit, name)) > 1 else None
+
+
+def estimates(points: Sequence[Mapping[str, Any]]) -> list[tuple[float, Estimate]]:
+    """(C, estimate) of entries as `Estimate.as_dict` wrote them; those without an estimate are left out."""
+    return [(point["flops"], estimate_of(point)) for point in points if point["estimate"] is not None]
+
+
+def estimate_of(point: Mapping[str, Any]) -> Estimate:
+    """An end that is null is open (what is drawn with open ends is above 0)."""
+    low, high = point["low"], point["high"]
+    return Estimate(point["estimate"], 0.0 if low is None else low, math.inf if high is None else high)
+
+
+def hardest_groups(fit: LawFit) -> list[Mapping[str, Any]]:
+    """Per size, ascending, the group of a batch law whose target took the most events: a, b, group and its key."""
+    by_size: dict[float, list[Mapping[str, Any]]] = {}
+    for group in fit.details["groups"]:
+        by_size.setdefault(float(group.get("params", math.nan)), []).append(group)
+    return [max(by_size[size], key=lambda group: group["b"]) for size in sorted(by_size)]
+
+
+def ranked_metrics(fit: LawFit) -> list[str]:
+    """The headline metrics that an agreement law holds against the loss."""
+    known = [name for name in fit.details["agreement"] if "." not in name and not name.startswith("loss")]
+    stems = ("recall", "ndcg", "mrr", "coverage")
+    return sorted(
+        known, key=lambda name: next((i for i, stem in enumerate(stems) if name.startswith(stem)), len(stems))
+    )
+
+
+def agreements(fit: LawFit, metric: str) -> list[tuple[float, Estimate]]:
+    """(C, Spearman with its interval) of the loss and one metric."""
+    return [(found["flops"], estimate_of(found["spearman"])) for found in fit.details["agreement"][metric]]

@@ -1,0 +1,188 @@
+"""What a law says in plain words: a LawFit in, one sentence per axis out (what, how sure, what would tell more).
+
+There is one function per kind of answer: an optimum that moves with C, one that is not told to, one whose law is open,
+none within the runs, and an axis that changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from bfm.laws.frontier import goal_of
+from bfm.laws.result import Estimate, LawFit
+from bfm.report.digits import closed, estimate_text, value_text
+from bfm.report.law_details import (
+    AxisWords,
+    agreements,
+    asked_axes,
+    axis_words,
+    estimate_of,
+    hardest_groups,
+    ranked_metrics,
+    told_exponent,
+    told_optima,
+)
+from bfm.units import format_count, format_flops
+
+CRITICAL = {"overhead20": "20 % more events", "gain_halving": "twice the least events"}
+"""Definitions of a critical batch, in words."""
+_SURE = 0.1
+"""Half width of an exponent's interval from which on more budgets are asked for."""
+_VAGUE = 100.0
+"""Where the ends of what repeats are worth are a factor this far apart, they are the prior's."""
+Said = tuple[str, str]
+"""(what it is about, what is said of it)."""
+
+
+def sentences(fit: LawFit) -> list[Said]:
+    """Of each axis that the runs ask about, of batch and repeats, of what a law of its own is about; of laws without
+    axes nothing."""
+    if "agreement" in fit.details:
+        return [(f"{fit.metric} and ranking", agreement(fit))]
+    if "groups" in fit.details:
+        return [("Critical batch", critical(fit))]
+    said = [(axis_words(name).heading, axis_sentence(fit, name)) for name in asked_axes(fit)]
+    if "axes" in fit.details and not said:
+        said = [("Model size", "the runs of a budget do not differ in it: add others there.")]
+    if "critical_batch" in fit.parameters:
+        batch = estimate_text(fit.parameters["critical_batch"], format_count)
+        said.append(("Batch", f"a run at B = {batch} needs twice the events of one at a small batch."))
+    if "R_star" in fit.parameters:
+        said.append(("Repeated events", repeats(fit.parameters["R_star"])))
+    return said
+
+
+def axis_sentence(fit: LawFit, name: str) -> str:
+    """Of one axis, without its name."""
+    words, told, exponent = axis_words(name), told_optima(fit, name), told_exponent(fit, name)
+    if not told:
+        return f"{flat(fit, name) if _is_flat(fit, name) else unbracketed(fit, name)}."
+    parts = [unmoved(words, told)]
+    if exponent is not None:
+        parts = [(moving if exponent.low > 0 or exponent.high < 0 else steady)(words, told, exponent)]
+        wide = exponent.high - exponent.low > 2 * _SURE
+        parts += ["budgets further apart would tell the exponent better"] if wide else []
+    if name != "params" and max(told) == max(budget.flops for budget in fit.budgets):
+        ends = fit.details["axes"][name]["ends"]
+        costs = [f"by {_amount(fit.metric, end)} at {words.text(end['x'])}" for end in ends]
+        parts.append(f"{_loses(fit.metric)} {' and '.join(costs)}")
+    parts.append(f"bracketed at {len(told)} of {len(fit.budgets)} budgets")
+    return f"{'; '.join(filter(None, [*parts, unbracketed(fit, name)]))}."
+
+
+def moving(words: AxisWords, told: Mapping[float, Estimate], exponent: Estimate) -> str:
+    """An optimum whose interval of the exponent is on one side of 0."""
+    verb, top = "grows" if exponent.low > 0 else "falls", max(told)
+    low, high = (f"{end:.2f}" if math.isfinite(end) else "open" for end in (exponent.low, exponent.high))
+    power = f"the best {words.symbol} {verb} as C^{exponent.estimate:.2f} (95 %: {low} to {high})"
+    return f"{power}, {words.text(told[top].estimate)} at C = {format_flops(top)}"
+
+
+def steady(words: AxisWords, told: Mapping[float, Estimate], exponent: Estimate) -> str:
+    """An optimum that may stay where it is."""
+    return f"{_best(words, told)}, not told to move with C (exponent {estimate_text(exponent, '{:.2f}'.format)})"
+
+
+def unmoved(words: AxisWords, told: Mapping[float, Estimate]) -> str:
+    """An optimum at one budget, or at several whose line is open."""
+    return f"{_best(words, told)}; how it moves with C is not told: bracket it at more budgets, further apart"
+
+
+def flat(fit: LawFit, name: str) -> str:
+    """An axis whose whole range changes less than the rows can tell."""
+    text, (low, high) = axis_words(name).text, fit.details["axes"][name]["ends"]
+    worst = max((low, high), key=lambda end: end["high"])
+    change = f"{_loses(fit.metric)} by at most {_amount(fit.metric, worst)}"
+    return f"flat: from {text(low['x'])} to {text(high['x'])} {change}; runs further out would tell"
+
+
+def unbracketed(fit: LawFit, name: str) -> str:
+    """The budgets that do not tell an optimum, by what to add there; empty where all do."""
+    told = told_optima(fit, name)
+    by_side: dict[str, list[str]] = {}
+    for curve in fit.details["axes"][name]["curves"]:
+        if curve["flops"] not in told:
+            by_side.setdefault(_side(fit, curve), []).append(format_flops(curve["flops"]))
+    missing = {side: " and ".join(flops) for side, flops in by_side.items()}
+    symbol = axis_words(name).symbol
+    return "; ".join(f"not bracketed at C = {flops}: add {side} {symbol} there" for side, flops in missing.items())
+
+
+def repeats(worth: Estimate) -> str:
+    """What an event is worth that is seen again."""
+    if not worth.is_known or worth.high > _VAGUE * worth.low:
+        return "not told what they are worth: runs with more epochs would tell."
+    return f"from about R* = {estimate_text(worth)} epochs beyond the first on they teach little."
+
+
+def critical(fit: LawFit) -> str:
+    """Of the largest size, by both definitions, and how it moves with N."""
+    last = hardest_groups(fit)[-1]
+    values = {words: fit.parameters[f"{key}[{last['group']}]"] for key, words in CRITICAL.items()}
+    batches = " and ".join(f"B = {estimate_text(value, format_count)} costs {text}" for text, value in values.items())
+    size = f"at N = {format_count(last['params'])} " if "params" in last else ""
+    exponent = closed(fit.parameters.get("cbs_exponent", Estimate(math.nan)))
+    law = f"it moves as N^{estimate_text(exponent, '{:.2f}'.format)}"
+    return f"{size}{batches}; {law if exponent.is_known else 'runs at more sizes would tell how it moves with N'}."
+
+
+def agreement(fit: LawFit) -> str:
+    """Whether the loss prefers the runs that other metrics prefer, at the largest C that tells, else at the largest."""
+    said = []
+    for metric in ranked_metrics(fit):
+        found = agreements(fit, metric)
+        for flops, value in ([one for one in found if one[1].low * one[1].high > 0] or found)[-1:]:
+            told = "the same runs" if value.low > 0 else "opposite runs" if value.high < 0 else "runs of no told order"
+            moved = f"Spearman {estimate_text(value, '{:+.2f}'.format)} at C = {format_flops(flops)}"
+            said.append(f"{metric} prefers {told} ({moved})")
+    return f"{'; '.join(said)}."
+
+
+def by_metric(fits: Mapping[str, LawFit], name: str) -> str:
+    """What the metrics after the first say of an axis; empty where there is none."""
+    metrics: dict[str, list[str]] = {}
+    for metric, fit in list(fits.items())[1:]:
+        told = told_optima(fit, name)
+        metrics.setdefault(_best(axis_words(name), told) if told else "not told", []).append(metric)
+    said = "; by ".join(f"{', '.join(names)} {best}" for best, names in metrics.items())
+    return f"By {said}." if said else ""
+
+
+def rows_text(fit: LawFit) -> str:
+    """How the rows came to be, and which noise was found in them."""
+    found = [f"{name.capitalize()}: {fit.definitions[name]}." for name in ("rows", "noise") if name in fit.definitions]
+    return " ".join(found)
+
+
+def _best(words: AxisWords, told: Mapping[float, Estimate]) -> str:
+    top = max(told)
+    return f"best at {estimate_text(told[top], words.text)} at C = {format_flops(top)}"
+
+
+def _is_flat(fit: LawFit, name: str) -> bool:
+    found = [budget.optima.get(axis_words(name).optimum) for budget in fit.budgets]
+    return name != "params" and all(value is None or (value.low, value.high) == (0, math.inf) for value in found)
+
+
+def _side(fit: LawFit, curve: Mapping[str, Any]) -> str:
+    """Where the metric is still getting better at the end of a budget's runs."""
+    values = curve["value"]
+    best = min(values) if goal_of(fit.metric) == "minimize" else max(values)
+    if best in (values[0], values[-1]) and values[0] != values[-1]:
+        return "smaller" if best == values[0] else "larger"
+    return "other"
+
+
+def _loses(metric: str) -> str:
+    return "the loss rises" if goal_of(metric) == "minimize" else f"{metric} falls"
+
+
+def _amount(metric: str, end: Mapping[str, Any]) -> str:
+    """How much worse a metric is at the end of a range, either way 95 %; of one that goes up, in per cent of it."""
+    rise = estimate_of(end)
+    if goal_of(metric) == "minimize":
+        return value_text(rise.estimate, (rise.high - rise.low) / 2)
+    lost, low, high = (-100 * math.expm1(-value) for value in (rise.estimate, rise.low, rise.high))
+    return f"{value_text(lost, (high - low) / 2)} %"
