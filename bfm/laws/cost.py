@@ -53,12 +53,14 @@ def cost_of(runs: Runs) -> Cost:
 
 
 def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
-    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, powers of ten and the top."""
+    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, unless all runs are one, powers
+    of ten and the top."""
     if runs.has("budget") or runs.has("flops"):
         groups = runs.budgets()
         close = {c: np.ptp(log_c_R[places]) < _SAME or runs.has("budget") for c, places in groups.items()}
         found = [flops for flops, places in groups.items() if len(places) >= _FEWEST and close[flops]]
-        if len(found) > 1:
+        if len(found) > 1 or (found and len(groups) == 1):
             return found
-    low, high = log_c_R.min() / math.log(10), log_c_R.max() / math.log(10)
-    return [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] + [float(np.exp(log_c_R.max()))]
+    low, top = log_c_R.min() / math.log(10), float(np.exp(log_c_R.max()))
+    powers = [10.0**power for power in range(math.ceil(low), math.floor(math.log10(top)) + 1)]
+    return [*(flops for flops in powers if math.log(top / flops) > _SAME), top]

@@ -153,6 +153,8 @@ def fit_joint(runs: Runs) -> Joint:
         part_R = np.sqrt(runs["flops"] / 6)
         runs = replace(runs, columns={**runs.columns, "params": part_R, "events": part_R})
     cost, y_R = cost_of(runs), to_loss(runs.metric, runs["loss"])
+    if np.ptp(y_R) == 0:
+        raise UserError(f"all {len(y_R)} rows have the same {runs.metric}", file=runs.source, fix="fit another metric")
     columns, axes, choices = varying(runs, cost)
     frame = Frame.of(columns, axes, choices, repeats=_repeats(columns))
     places = frame.places(columns, choices)

@@ -30,7 +30,7 @@ SYMBOLS = {"params": "N", "share": "s", "negatives": "K"}
 """Of axes; others go by their own name."""
 METHOD = "t intervals of Gaussian errors of rows and trials and of what the form misses, their sizes by REML"
 _NEAR = math.log(2.0) + 1e-6
-_PICTURE, _OUTLOOK = 60, 8
+_PICTURE, _OUTLOOK = 60, 16
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
@@ -127,6 +127,9 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
         found |= {f"{name}_alpha": fit.parameter(span.start + RIGHT), f"{name}_beta": fit.parameter(span.start + LEFT)}
         if axis.off_R is not None:
             found[f"{name}_at_zero"] = fit.of(float(fit.theta_P[span.stop - 1]), unit[span.stop - 1])
+    steps = [f"{name}={value}" for name, values in fit.frame.choices.items() for value in values[1:]]
+    for place, name in enumerate(steps, places.first_step):
+        found[name] = fit.of(float(fit.theta_P[place]), unit[place])
     return found
 
 
@@ -267,6 +270,7 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "form": "E + A / N^alpha + B / D^beta, a valley in the log of " + (", ".join(fit.frame.axes) or "nothing else"),
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
         "data": data,
+        **{name: f"steps of the loss beside {name}={values[0]}" for name, values in fit.frame.choices.items()},
         "rows": chosen(runs),
         "noise": _noise_words(fit),
     }
@@ -285,7 +289,8 @@ def chosen(runs: Runs) -> str:
     if not (runs.has("curve") and runs.has("budget")):
         return f"all {len(runs)} as they were given"
     rungs, (trials, rows_T) = np.unique(runs["budget"]), np.unique(runs["curve"], return_counts=True)
-    whole, on = f"all {len(runs)} of {len(trials)} trials at {len(rungs)} budgets", int((rows_T > 1).sum())
+    budgets = f"{len(rungs)} budget{'s' if len(rungs) > 1 else ''}"
+    whole, on = f"all {len(runs)} of {len(trials)} trials at {budgets}", int((rows_T > 1).sum())
     if on in (0, len(trials)):
         return f"{whole}, as designed"
     return f"{whole}; {on} trials went on, as a policy chose them by their rows"

@@ -53,6 +53,11 @@ def asked_axes(fit: LawFit) -> list[str]:
     return [name for name, of in curves.items() if any(one["x"][-1] > _ASKED * one["x"][0] for one in of)]
 
 
+def choices_of(fit: LawFit) -> list[str]:
+    """Settings whose values are steps of the loss and no axis."""
+    return list(dict.fromkeys(name.partition("=")[0] for name in fit.parameters if "=" in name))
+
+
 def told_optima(fit: LawFit, name: str) -> dict[float, Estimate]:
     """C -> optimum of an axis, at the budgets whose runs tell it."""
     optimum = axis_words(name).optimum

@@ -18,6 +18,7 @@ from bfm.report.law_details import (
     agreements,
     asked_axes,
     axis_words,
+    choices_of,
     estimate_of,
     hardest_groups,
     ranked_metrics,
@@ -46,6 +47,7 @@ def sentences(fit: LawFit) -> list[Said]:
     said = [(axis_words(name).heading, axis_sentence(fit, name)) for name in asked_axes(fit)]
     if "axes" in fit.details and not said:
         said = [("Model size", "the runs of a budget do not differ in it: add others there.")]
+    said += [(name.replace("_", " ").capitalize(), choice(fit, name)) for name in choices_of(fit)]
     if "critical_batch" in fit.parameters:
         batch = estimate_text(fit.parameters["critical_batch"], format_count)
         said.append(("Batch", f"a run at B = {batch} needs twice the events of one at a small batch."))
@@ -108,6 +110,16 @@ def unbracketed(fit: LawFit, name: str) -> str:
     missing = {side: " and ".join(flops) for side, flops in by_side.items()}
     symbol = axis_words(name).symbol
     return "; ".join(f"not bracketed at C = {flops}: add {side} {symbol} there" for side, flops in missing.items())
+
+
+def choice(fit: LawFit, name: str) -> str:
+    """Of a setting that is no number, or has too few values for a valley."""
+    steps = {key.partition("=")[2]: value for key, value in fit.parameters.items() if key.startswith(f"{name}=")}
+    said = [f"{value_text(step.estimate, (step.high - step.low) / 2)} with {value}" for value, step in steps.items()]
+    sure = any(step.low * step.high > 0 for step in steps.values())
+    told = "" if sure else "; more runs of each would tell them apart"
+    usual = fit.definitions[name].rpartition("=")[2]
+    return f"the loss changes by {', '.join(said)} beside {usual}{told}."
 
 
 def repeats(worth: Estimate) -> str:

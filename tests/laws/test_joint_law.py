@@ -174,6 +174,19 @@ def test_budgets_of_unequal_seeds_are_named():
     assert from_rows(rows).warnings[0].startswith("budgets have 1 to 2 seeds")
 
 
+def test_one_budget_has_its_optimum_and_a_constant_metric_is_one_line():
+    rows = planted_laws.allocation_rows(planted_laws.BUDGETS[1:2], sizes=12)
+    fit = joint_law(from_rows(rows))
+    assert [budget.flops for budget in fit.budgets] == [planted_laws.BUDGETS[1]]
+    assert fit.budgets[0].optima["N_opt"].estimate == pytest.approx(planted_laws.planted_size(1e16), rel=0.3)
+    assert None not in fit.details["axes"]["params"]["adjusted"]
+    assert fit.definitions["rows"] == "all 12 of 12 trials at 1 budget, as designed"
+    for row in rows:
+        row["metrics"]["nll"] = 3.0
+    with pytest.raises(UserError, match="all 12 rows have the same nll"):
+        joint_law(from_rows(rows))
+
+
 def test_rows_of_two_instruments_are_refused_and_a_rate_by_rule_is_no_axis():
     rows = planted_laws.allocation_rows()
     for place, row in enumerate(rows):

@@ -51,6 +51,16 @@ def test_an_optimum_that_moves_with_c():
     assert falls.startswith("the best N falls as C^-0.50 (95 %: -0.70 to -0.30), 1M at C = 1e11; budgets further apart")
 
 
+def test_a_choice_is_a_step_of_the_loss():
+    rows = planted.allocation_rows()
+    for place, row in enumerate(rows):
+        row["config"]["embedder_kind"] = ("mlp", "attention", "mlp")[place % 3]
+        row["metrics"]["nll"] += 0.05 * (place % 3 == 1)
+    said = dict(sentences(fit_law("joint", runs_of_sweep("joint", rows, "nll", ""))))
+    found = re.match(r"the loss changes by (0\.0\d+) ± 0\.0\d+ with attention beside mlp\.", said["Embedder kind"])
+    assert float(found[1]) == pytest.approx(0.05, abs=0.02)
+
+
 def test_an_optimum_that_is_not_told_to_move():
     fit = law([grown(0.02), grown(0.021)], Estimate(0.0, -0.01, 0.01), "share")
     assert axis_sentence(fit, "share") == (
