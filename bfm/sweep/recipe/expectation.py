@@ -21,6 +21,9 @@ from bfm.sweep.recipe.evidence import Fitted
 from bfm.sweep.space import Feasible
 from bfm.units import format_count
 
+_VAGUE = 1e4
+"""An interval of N whose ends are a factor this far apart is none."""
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -42,7 +45,8 @@ def expect(fitted: Fitted, variants: Sequence[Sizes], flops: float) -> Expectati
     place = int(np.argmin(loss_S))
     point = sizes.trainable[place]
     best = fitted.best.size.at(flops)
-    size = Estimate(float(point.cost.params), best.low, best.high)
+    vague = not (best.low > 0 and best.high < _VAGUE * best.low)
+    size = Estimate(float(point.cost.params), *((0.0, math.inf) if vague else (best.low, best.high)))
     fresh = None
     if fitted.joint.frame.repeats:
         (loss,), (half,) = _foretold(fitted, [point], flops, fresh=True)
@@ -108,8 +112,8 @@ def _edge_notes(sizes: Sizes, place: int) -> list[str]:
 
 
 def _size_notes(size: Estimate) -> list[str]:
-    if not (size.low > 0 and math.isfinite(size.high)):
-        return ["fewer than two budgets bracket a best N: how it grows with C is not told"]
+    if not size.is_known:
+        return ["the rows do not tell the best N at that C: more sizes at each rung, further apart, would"]
     if not size.low <= size.estimate <= size.high:
         span = f"{format_count(size.low)} to {format_count(size.high)}"
         return [f"by the law over the budgets the best N is {span}; costs, repeats or bounds of this log move it"]
