@@ -86,7 +86,8 @@ class Region:
                 options={"maxiter": 200, "ftol": 1e-6},
             )
             value = -sign * target(found.x)
-            if found.success and inside(found.x) > -_NEAR and math.isfinite(value):
+            beyond = sign * (value - quantity(self.theta_P)) >= 0
+            if found.success and inside(found.x) > -_NEAR and beyond:
                 return float(value)
         return sign * math.inf
 

@@ -117,16 +117,25 @@ class Joint:
         return loss_R, self.reach * np.sqrt(variance_R)
 
     def shared_rates(self, name: str) -> float:
-        """p-value of an axis whose two rates are the same at every C: small where they move with ln C (score test)."""
+        """p-value of an axis whose two rates are the same at every C: small where they move with ln C."""
         span = next(span for other, _, span in self.problem.places.spans() if other == name)
-        rest, jacobian = self.problem.residual(self.theta_P)
         by_rates_R2 = self.problem.places.mean(self.theta_P)[1][:, [span.start + LEFT, span.start + RIGHT]]
-        moving = np.zeros((len(rest), 2))
-        moving[: len(by_rates_R2)] = self.problem.white(by_rates_R2 * self.problem.places.log_c_R[:, None])
+        return self._unneeded(by_rates_R2 * self.problem.places.log_c_R[:, None])
+
+    def free_batches(self) -> float:
+        """p-value of small batches that cost nothing: small where the loss has a part that goes with 1 / batch."""
+        assert self.problem.places.log_batch_R is not None
+        return self._unneeded(np.exp(-self.problem.places.log_batch_R)[:, None])
+
+    def _unneeded(self, terms_RX: np.ndarray) -> float:
+        """p-value of a mean without further terms (score test)."""
+        rest, jacobian = self.problem.residual(self.theta_P)
+        further = np.zeros((len(rest), terms_RX.shape[1]))
+        further[: len(terms_RX)] = self.problem.white(terms_RX)
         known = np.linalg.qr(jacobian)[0]
-        moving -= known @ (known.T @ moving)
-        told = np.linalg.qr(moving)[0].T @ rest
-        return float(stats.f.sf(told @ told / 2 / self.problem.variance, 2, self.free))
+        further -= known @ (known.T @ further)
+        told = np.linalg.qr(further)[0].T @ rest
+        return float(stats.f.sf(told @ told / len(told) / self.problem.variance, len(told), self.free))
 
     def _best_choices(self, rows: int) -> dict[str, np.ndarray]:
         """The value of each choice with the lowest step."""
@@ -141,13 +150,13 @@ class Joint:
 def fit_joint(runs: Runs) -> Joint:
     """Fit the model to every row of a sweep.
 
-    Needs loss, and params and events, or C alone; takes flops, unique_events, batch and `runs.settings` where they
-    vary, and `curve` for the trials. What varies and is no column is noise of the trials to it: where a policy chose
-    that too, and it matters, the intervals do not hold. Raises UserError where there are not twice as many rows as
-    parameters.
+    Needs loss, and params and events, or C and neither; takes flops, unique_events, batch and `runs.settings` where
+    they vary, and `curve` for the trials. What varies and is no column is noise of the trials to it: where a policy
+    chose that too, and it matters, the intervals do not hold. Raises UserError where there are not twice as many rows
+    as parameters.
     """
-    own = runs.has("params", "events")
-    runs.require("the joint model", "loss", *(() if own else ("flops",)))
+    own = runs.has("params") or runs.has("events")
+    runs.require("the joint model", "loss", *(("params", "events") if own else ("flops",)))
     if not own:
         # A table without N and D stands on C alone: they are then equal parts of it.
         part_R = np.sqrt(runs["flops"] / 6)

@@ -1,6 +1,6 @@
 """The mean of a metric over everything that a sweep varies, and its derivatives.
 
-    L = E + A / N^alpha + B / D'^beta + sum over axes of h C^g rise(x - x*) + sum over choices of a step + miss(N, D)
+    L = E + A / N^alpha + B / D'^beta + sum over axes of h C^g rise(x - x*) + a step of each choice + miss(N, D, epochs)
 
 D' are the events that count: U + U R* (1 - exp(-(D / U - 1) / R*)) of D events of which U are distinct (Muennighoff et
 al. 2023), over 1 + batch / critical. x is the log of an axis (embedder share, rate, negatives, any other number that
@@ -14,7 +14,7 @@ Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta
 over the rows' own and its slope]; per axis ln h, g, ln left, ln right, x* at the centre, its slopes, [the step at 0];
 the steps of choices; the coefficients of `miss`. N0, D0 and C0 are geometric means of the rows.
 
-Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis, J steps.
+Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis, J steps, X = 2 or 3 coordinates.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class Frame:
     """What is no number -> its values, the commonest first."""
     repeats: bool
     """Whether repeated events may count less."""
-    knots_M2: np.ndarray
-    """(ln N, ln D) less the centre's."""
+    knots_MX: np.ndarray
+    """(ln N, ln D) less the centre's, and ln of the epochs where events repeat."""
 
     @classmethod
     def of(
@@ -201,9 +201,11 @@ class Frame:
         varying = {name: values for name, values in columns.items() if name != "unique_events"}
         logs = {name: float(np.log(values[values > 0]).mean()) for name, values in varying.items()}
         zeros = tuple(name for name in axes if (columns[name] == 0).any())
-        where_R2 = np.stack([np.log(columns[name]) - logs[name] for name in ("params", "events")], 1)
+        where = [np.log(columns[name]) - logs[name] for name in ("params", "events")]
+        # What rows miss that see events again is no miss of fresh events at the same N and D.
+        where += [np.log(np.maximum(columns["events"] / columns["unique_events"], 1.0))] if repeats else []
         ordered = {name: _by_count(values) for name, values in (choices or {}).items()}
-        return cls(logs, axes, zeros, ordered, repeats, _knots(where_R2))
+        return cls(logs, axes, zeros, ordered, repeats, _knots(np.stack(where, 1)))
 
     def places(self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None) -> Places:
         """Of columns in their own units; those that the fitted rows hold fixed are left aside, choices that are not
@@ -228,15 +230,17 @@ class Frame:
             for value in values[1:]
         ]
         steps_RJ = np.stack(steps, 1) if steps else np.zeros((rows, 0))
-        miss_RM = self._functions(np.stack([logs["params"], logs["events"]], 1))
+        where = [logs["params"], logs["events"]]
+        where += [] if log_u_R is None else [np.maximum(logs["events"] - log_u_R, 0.0)]
+        miss_RM = self._functions(np.stack(where, 1))
         beyond_R = np.clip(1 - (miss_RM**2).sum(1), 0.0, 1.0)
         known = (logs["params"], logs["events"], log_u_R, logs["flops"], logs.get("batch"))
         return Places(*known, axes, steps_RJ, miss_RM, beyond_R)
 
-    def _functions(self, where_R2: np.ndarray) -> np.ndarray:
+    def _functions(self, where_RX: np.ndarray) -> np.ndarray:
         """Functions whose squares sum to the variance at a place that the knots know (Nystrom), (R, M)."""
-        among_MM = _kernel(self.knots_M2, self.knots_M2) + 1e-8 * np.eye(len(self.knots_M2))
-        across_RM = _kernel(where_R2, self.knots_M2)
+        among_MM = _kernel(self.knots_MX, self.knots_MX) + 1e-8 * np.eye(len(self.knots_MX))
+        across_RM = _kernel(where_RX, self.knots_MX)
         return np.asarray(solve_triangular(np.linalg.cholesky(among_MM), across_RM.T, lower=True).T)
 
 
@@ -270,18 +274,18 @@ def _by_count(values_R: np.ndarray) -> tuple[str, ...]:
     return tuple(str(value) for value in found[np.argsort(-count, kind="stable")])
 
 
-def _kernel(first_R2: np.ndarray, second_M2: np.ndarray) -> np.ndarray:
+def _kernel(first_RX: np.ndarray, second_MX: np.ndarray) -> np.ndarray:
     """Correlation of misses (Matern 5/2): twice differentiable, and no smoother."""
-    far_RM = math.sqrt(5) / LENGTH * np.sqrt(((first_R2[:, None] - second_M2[None]) ** 2).sum(-1))
+    far_RM = math.sqrt(5) / LENGTH * np.sqrt(((first_RX[:, None] - second_MX[None]) ** 2).sum(-1))
     return np.asarray((1 + far_RM + far_RM**2 / 3) * np.exp(-far_RM))
 
 
-def _knots(where_R2: np.ndarray) -> np.ndarray:
+def _knots(where_RX: np.ndarray) -> np.ndarray:
     """Of the rows' places, each next one as far as can be from those before."""
-    far_R = ((where_R2 - where_R2.mean(0)) ** 2).sum(1)
+    far_R = ((where_RX - where_RX.mean(0)) ** 2).sum(1)
     chosen: list[int] = []
     while len(chosen) < _MOST_KNOTS and (not chosen or far_R.max() > (0.2 * LENGTH) ** 2):
         chosen.append(int(np.argmax(far_R)))
-        away_R = ((where_R2 - where_R2[chosen[-1]]) ** 2).sum(1)
+        away_R = ((where_RX - where_RX[chosen[-1]]) ** 2).sum(1)
         far_R = away_R if len(chosen) == 1 else np.minimum(far_R, away_R)
-    return where_R2[chosen]
+    return where_RX[chosen]

@@ -35,7 +35,7 @@ BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
 _REFUSED = 0.01
-"""p-value below which rates that are the same at every C are doubted."""
+"""p-value below which what the form leaves out is named."""
 _PRIOR = 0.7
 """Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 
@@ -240,6 +240,11 @@ def doubts(fit: Joint) -> list[str]:
                 found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
     for name in fit.frame.axes:
         found += _moving(fit, name)
+    if fit.problem.places.log_batch_R is not None and (p := fit.free_batches()) < _REFUSED:
+        found.append(
+            f"small batches cost here, which the form has not (p = {p:.2g}): optima at small batches do not hold; "
+            "leave the smallest out"
+        )
     if fit.problem.places.repeats is not None:
         place = fit.problem.places.repeats
         if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
@@ -270,10 +275,17 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "form": "E + A / N^alpha + B / D^beta, a valley in the log of " + (", ".join(fit.frame.axes) or "nothing else"),
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",
         "data": data,
+        **_batch_words(fit),
         **{name: f"steps of the loss beside {name}={values[0]}" for name, values in fit.frame.choices.items()},
         "rows": chosen(runs),
         "noise": _noise_words(fit),
     }
+
+
+def _batch_words(fit: Joint) -> dict[str, str]:
+    if "batch" not in fit.columns:
+        return {}
+    return {"batch": f"optima are those at the smallest of the rows, B = {fit.columns['batch'].min():.4g}"}
 
 
 def _noise_words(fit: Joint) -> str:

@@ -112,9 +112,10 @@ def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
         if len(near_R) == 0:
             continue
         middle[flops] = float(near_R.mean())
-        at = _best_size(fit, flops, near_R, batch)
+        at = _best_size(fit, flops, near_R, batch) if np.ptp(log_n_R) > _SAME else None
         if at is None:
-            refused[flops] = "the loss has no minimum within a decade of its runs' N"
+            lies = "the loss has no minimum within a decade of its runs' N"
+            refused[flops] = lies if np.ptp(log_n_R) > _SAME else "all runs have one N"
             at = middle[flops], np.zeros(len(fit.theta_P))
         else:
             sizes.append((math.log(flops), *at))

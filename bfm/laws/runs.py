@@ -18,7 +18,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws.frontier import Row, goal_of, measured, metric_error, metric_value
-from bfm.laws.tables import read_table
+from bfm.laws.tables import NUMBER, read_table
 
 NUMBERS = (
     "params",
@@ -165,13 +165,16 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
         _refuse_mixed(file, "flops_version has several values")
     definitions = {role: f"column {column}" for role, column in columns}
     definitions["C"] = definitions.pop("flops", "not given")
-    names = tuple(f"row {place + 1}" for place in range(table.num_rows))
+    names = tuple(f"row {number}" for number in table[NUMBER].to_pylist())
     settings = tuple(name for name in SETTINGS if name in values)
     assumed = "params" in values and "events" in values and "loss" in values and "flops" not in values
-    warnings = (
+    warnings: tuple[str, ...] = (
         ("the table gives no C: 6 N D is taken, which small models and large catalogues are not",) if assumed else ()
     )
-    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, settings))
+    if {"unique_events", "events"} <= set(values) and not (values["events"] > values["unique_events"]).any():
+        warnings += ("no run has more events than unique_events: what a repeated event is worth is not asked",)
+    told = (*settings, *(["unique_events"] if "unique_events" in values else []))
+    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, settings), told)
 
 
 def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger", probes: bool = False) -> Runs:
@@ -261,10 +264,14 @@ def run_name(row: Row) -> str:
     return f"{row['trial']} at {float(row['rung_flops']):g}"
 
 
-def _checked(runs: Runs) -> Runs:
-    """Without NaN rows and exact duplicates (both said); refuses what no law can take."""
+def _checked(runs: Runs, told: Sequence[str] = ()) -> Runs:
+    """Without NaN rows and exact duplicates (both said); refuses what no law can take.
+
+    `told` are further columns of which every run is to have a value, 0 where it is a setting's.
+    """
     warnings = list(runs.warnings)
-    needed = [name for name in ("params", "events", "flops", "loss", "batch", "steps", "budget") if runs.has(name)]
+    known = ("params", "events", "flops", "loss", "batch", "steps", "budget")
+    needed = [*(name for name in known if runs.has(name)), *told]
     finite = np.all([np.isfinite(runs[name]) for name in needed], axis=0) if needed else np.ones(len(runs), bool)
     if not finite.all():
         warnings.append(f"{int((~finite).sum())} of {len(runs)} runs have no finite {' or '.join(needed)}: left out")
@@ -272,10 +279,10 @@ def _checked(runs: Runs) -> Runs:
     if len(runs) == 0:
         raise UserError("no run with finite values is left", file=runs.source, fix="check the columns")
     for name in needed:
-        bad = int((runs[name] <= 0).sum())
-        if bad:
+        where, low_R = ("below 0", runs[name] < 0) if name in runs.settings else ("at or below 0", runs[name] <= 0)
+        if low_R.any():
             raise UserError(
-                f"{bad} of {len(runs)} runs have {name} at or below 0, first {runs.names[int(np.argmin(runs[name]))]}",
+                f"{low_R.sum()} of {len(runs)} runs have {name} {where}, first {runs.names[int(np.argmax(low_R))]}",
                 file=runs.source,
                 key=name,
                 fix="correct them, or keep them out with --where",
@@ -312,7 +319,7 @@ def _refuse_mixed(source: str, what: str) -> None:
         f"C is counted in more than one way ({what})",
         file=source,
         key="flops",
-        fix="keep one definition with --where, or recompute C for all runs",
+        fix="keep one definition with --where, recompute C for all runs, or name a nominal C as budget=COLUMN",
     )
 
 

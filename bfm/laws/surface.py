@@ -144,6 +144,8 @@ def fit_surface(
     """
     if objective not in ("huber", "asym_mae"):
         raise UserError(f"there is no objective {objective!r}", key="--objective", fix="huber or asym_mae")
+    if bootstrap < 0:
+        raise UserError(f"{bootstrap} draws", key="--bootstrap", fix="0 for the profile likelihood, or 100 and more")
     if not 0 < delta < math.inf:
         raise UserError(f"Huber's loss has no corner at {delta:g}", key="--delta", fix="above 0, such as 1e-3")
     _check(runs)

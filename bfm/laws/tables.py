@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from bfm.errors import UserError
 
+NUMBER = "number of the row in its file"
 _READERS: dict[str, Callable[[str], pa.Table]] = {
     ".parquet": pyarrow.parquet.read_table,
     ".csv": pyarrow.csv.read_csv,
@@ -38,7 +39,10 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def read_table(path: str | Path, columns: Sequence[str], where: str | None = None) -> pa.Table:
-    """The rows that `where` keeps, with at least the named columns. Raises UserError naming file and column."""
+    """The rows that `where` keeps, with at least the named columns, and their NUMBER in the file.
+
+    Raises UserError naming file and column.
+    """
     place = Path(path)
     reader = _READERS.get(place.suffix)
     if reader is None:
@@ -47,12 +51,16 @@ def read_table(path: str | Path, columns: Sequence[str], where: str | None = Non
         raise UserError("there is no such file", file=str(path), fix="check the path")
     try:
         table = reader(str(path))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"cannot be read ({error})", file=str(path), fix=f"write it as {place.suffix[1:]}") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        fix = f"write it as {place.suffix[1:]} in UTF-8"
+        raise UserError(f"cannot be read ({error})", file=str(path), fix=fix) from error
     for name in columns:
-        if name not in table.column_names:
-            known = ", ".join(table.column_names)
-            raise UserError(f"there is no column {name!r}", file=str(path), fix=f"its columns are {known}")
+        count = table.column_names.count(name)
+        if count != 1:
+            what = f"there are {count} columns {name!r}" if count else f"there is no column {name!r}"
+            fix = "give each a name of its own" if count else f"its columns are {', '.join(table.column_names)}"
+            raise UserError(what, file=str(path), fix=fix)
+    table = table.append_column(NUMBER, pa.array(range(1, table.num_rows + 1)))
     if where is not None:
         table = _filter(table, where, str(path))
     if table.num_rows == 0:

@@ -167,6 +167,43 @@ def test_a_missing_column_is_named():
         axis_law(draw("share", SHARES, np.full(4, 0.02)), "negatives")
 
 
+def test_what_many_epochs_cost_is_no_miss_of_fresh_events():
+    """Large models that see few events again and again lose to overfitting, which R* alone does not hold."""
+    rng = np.random.default_rng(6)
+    params = np.tile(np.geomspace(1e7, 3e10, 8), 10)
+    flops = np.repeat(np.geomspace(1e17, 1e19, 5), 16)
+    unique = np.repeat(np.tile([np.inf, 2e7], 5), 8)
+    events = flops / 6 / params
+    unique = np.minimum(events, unique)
+    again = events / unique - 1
+    worth = unique * (1 + 15 * (1 - np.exp(-again / 15)))
+    loss = joint.E + joint.A / params**joint.ALPHA + joint.B / worth**joint.BETA
+    loss = loss + 0.05 * np.log1p(again) * (params / 1e9) ** 0.3 + 0.003 * rng.standard_normal(len(loss))
+    columns = {"params": params, "events": events, "flops": flops, "unique_events": unique, "loss": loss}
+    names = tuple(map(str, range(len(loss))))
+    fit = joint_law(Runs("planted", columns, names, "nll", {"nll": loss}, {}, {}))
+    exponent = fit.parameters["N_exponent"]
+    assert exponent.low < joint.EXPONENT < exponent.high
+    assert exponent.high - exponent.low < 0.4
+
+
+def test_one_size_tells_no_best_size():
+    rows = [{**row, "params": 1e6} for row in planted_laws.allocation_rows()]
+    for row in rows:
+        row["events"] = row["unique_events"] = row["path_flops"] / 9e6
+    fit = joint_law(from_rows(rows))
+    assert not fit.parameters["N_exponent"].is_known
+    assert {budget.reason for budget in fit.budgets} == {"all runs have one N"}
+
+
+def test_small_batches_that_cost_are_named():
+    runs = joint.planted(np.random.default_rng(3), sd=0.001)
+    assert not joint_law(runs).warnings
+    assert joint_law(runs).definitions["batch"] == "optima are those at the smallest of the rows, B = 8"
+    costly = changed(runs, loss=runs["loss"] + 0.5 / runs["batch"])
+    assert any("small batches cost here" in warning for warning in joint_law(costly).warnings)
+
+
 def test_budgets_of_unequal_seeds_are_named():
     rows = planted_laws.allocation_rows()
     assert not from_rows(rows).warnings

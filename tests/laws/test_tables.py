@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from bfm.errors import UserError
-from bfm.laws.tables import read_table
+from bfm.laws.tables import NUMBER, read_table
 
 ROWS = [
     {"name": "a", "depth": 2, "rate": 0.1},
@@ -32,7 +32,8 @@ def test_every_format_gives_the_same_rows(csv):
         "".join(f'{{"name": "{r["name"]}", "depth": {r["depth"]}, "rate": {r["rate"]}}}\n' for r in ROWS)
     )
     for suffix in (".csv", ".parquet", ".jsonl"):
-        assert read_table(csv.with_suffix(suffix), ["name", "depth"]).to_pylist() == ROWS
+        found = read_table(csv.with_suffix(suffix), ["name", "depth"])
+        assert found.drop_columns([NUMBER]).to_pylist() == ROWS
 
 
 FILTERS = {
@@ -57,7 +58,7 @@ FILTERS = {
 
 @pytest.mark.parametrize("where", FILTERS)
 def test_filters_keep_what_they_say(csv, where):
-    assert read_table(csv, [], where).to_pylist() == [row for row in ROWS if FILTERS[where](row)]
+    assert read_table(csv, [], where).drop_columns([NUMBER]).to_pylist() == [row for row in ROWS if FILTERS[where](row)]
 
 
 @pytest.mark.parametrize(
