@@ -1,6 +1,6 @@
 """Scaling laws of real logs, measured by the product: the sweeps, a summary of their ledgers, the laws in them.
 
-    python benchmarks/real_laws.py run LOG=SHARDS ... --storage DIR  # the sweeps of these logs; goes on where it stopped
+    python benchmarks/real_laws.py run LOG=SHARDS ... --storage DIR  # their sweeps; goes on where it stopped
     python benchmarks/real_laws.py rows LOG ... --storage DIR  # results/real_laws_LOG.csv, one line per result
     python benchmarks/real_laws.py laws LOG ... --storage DIR  # results/real_laws.md, a law a line
 
