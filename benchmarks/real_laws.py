@@ -5,8 +5,8 @@
     python benchmarks/real_laws.py laws LOG ... --storage DIR  # results/real_laws.md, a law a line
 
 A log's sweeps stand in two studies, DIR/LOG and DIR/LOG_none: models with and without the pointer are never fitted
-together. The spaces are those of search_spaces/real; `run` prices all of them before the first one begins, and leaves
-the summary of every sweep as it ends.
+together. The spaces are those of search_spaces/real; `run` prices all of them before the first one begins (the stage 1
+that the trials of `negatives` share is trained before, in seconds), and leaves the summary of every sweep as it ends.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from bfm.laws.frontier import Row, rung_rows
 from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
 from bfm.report.study import Chapter, chapters, read_study
+from bfm.sweep.ledger import read_state
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import open_space
 from bfm.sweep.plan import plan
 from bfm.sweep.recipe.verdicts import check_text
 from bfm.sweep.spec import resolve
-from bfm.sweep.study import is_study
+from bfm.sweep.study import is_study, list_sweeps
 from bfm.units import format_flops
-from ray_jobs.study import study_verb
+from ray_jobs.study import SIGNALLED
+from ray_jobs.sweep import sweep_verb
 
 SPACES = ROOT / "search_spaces" / "real"
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10")
@@ -47,8 +49,6 @@ COLUMNS = (
     *METRICS,
     *(f"{name} error" for name in METRICS),
 )
-STAGE1_FLOPS = "1.25e10"
-"""A trunk of 1e10 and its cooldown."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Planned:
     name: str
     overrides: tuple[str, ...] = ()
     copy: str = "pointer"
+
+    @property
+    def file(self) -> Path:
+        """Its space."""
+        return SPACES / f"{self.space}.yaml"
 
     def study(self, log: str) -> str:
         """The folder of its study."""
@@ -75,18 +80,20 @@ class Planned:
         ]
 
 
-def _allocations(copy: str) -> Iterable[Planned]:
+def _allocations(copy: str, *overrides: str) -> Iterable[Planned]:
     """One seed up to the top, two more where a rung costs little and the noise is as large."""
-    yield Planned("allocation", "allocation", copy=copy)
+    yield Planned("allocation", "allocation", overrides, copy)
     for seed in (1, 2):
         low = ("budget.ladder_flops=[1e10, 3.2e10, 1e11]", f"seeds=[{seed}]")
         yield Planned("allocation", f"allocation_seed{seed}", low, copy)
 
 
+SHORT = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11]"
+"""Online Retail has 0.3 M training targets: 1e12 FLOPs are 10 to 39 epochs."""
 OTHER_AXES = tuple(Planned(name, name) for name in ("joint", "embedder_share", "negatives", "critical_batch"))
 SWEEPS: Mapping[str, tuple[Planned, ...]] = {
     "complete_journey": (*_allocations("pointer"), *OTHER_AXES, *_allocations("none")),
-    "online_retail": (*_allocations("pointer"), *_allocations("none")),
+    "online_retail": (*_allocations("pointer", SHORT), *_allocations("none", SHORT)),
 }
 
 
@@ -99,13 +106,21 @@ def run(storage: str, shards: Mapping[str, str]) -> int:
     _price(storage, planned, shards)
     worst = 0
     for log, sweep in planned:
-        space, settings = SPACES / f"{sweep.space}.yaml", _settings(storage, log, sweep, shards[log])
-        code = study_verb([space], storage, sweep.study(log), settings)
-        if code >= 128:
+        code = _sweep(storage, log, sweep, shards[log])
+        if code >= SIGNALLED:
             return code
         worst = max(worst, code)
         _write_rows(storage, log)
     return worst
+
+
+def _sweep(storage: str, log: str, sweep: Planned, shards: str) -> int:
+    """Its exit code. One that has begun is extended to what its space is now: the same space changes nothing."""
+    store = Store(storage).child(sweep.study(log))
+    list_sweeps(store, [sweep.name])
+    has_begun = read_state(store.child(sweep.name)).spec is not None
+    settings = _settings(storage, log, sweep, shards)
+    return sweep_verb(sweep.file, store.uri, extend=has_begun, overrides=settings)
 
 
 def _settings(storage: str, log: str, sweep: Planned, shards: str) -> list[str]:
@@ -118,7 +133,7 @@ def _price(storage: str, planned: Iterable[tuple[str, Planned]], shards: Mapping
     total = 0
     for log, sweep in planned:
         settings = _settings(storage, log, sweep, shards[log])
-        opened = open_space(resolve(SPACES / f"{sweep.space}.yaml", settings))
+        opened = open_space(resolve(sweep.file, settings))
         flops = plan(opened.spec, opened.costs, Machine.here()).training_flops
         total += flops
         print(f"{sweep.study(log)}/{sweep.name}: {format_flops(flops)} FLOPs")
@@ -130,8 +145,8 @@ def _stage1(storage: str, log: str) -> str:
 
 
 def _train_stage1(storage: str, log: str, shards: str) -> None:
-    """The trunk that all trials of `negatives` share; nothing where it stands."""
-    place = ["--shards", shards, "--out", _stage1(storage, log), "--flops", STAGE1_FLOPS, "--validations", "0"]
+    """The trunk that all trials of `negatives` share, and its cooldown; nothing where it stands."""
+    place = ["--shards", shards, "--out", _stage1(storage, log), "--flops", "1.25e10", "--validations", "0"]
     bfm = str(Path(sys.executable).with_name("bfm"))
     subprocess.run([bfm, "train", str(SPACES / "stage1.yaml"), *place], check=True)
 
