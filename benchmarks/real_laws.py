@@ -148,7 +148,7 @@ def _train_stage1(storage: str, log: str, shards: str) -> None:
     """The trunk that all trials of `negatives` share, and its cooldown; nothing where it stands."""
     place = ["--shards", shards, "--out", _stage1(storage, log), "--flops", "1.25e10", "--validations", "0"]
     bfm = str(Path(sys.executable).with_name("bfm"))
-    subprocess.run([bfm, "train", str(SPACES / "stage1.yaml"), *place], check=True)
+    subprocess.run([bfm, "train", str(SPACES.parent / "stage1" / "real_negatives.yaml"), *place], check=True)
 
 
 def summary(studies: Iterable[str]) -> str:
