@@ -1,7 +1,12 @@
-"""What real sweeps said: the laws of each study, per metric, and a summary of the ledgers they were read off.
+"""Scaling laws of real logs, measured by the product: the sweeps, a summary of their ledgers, the laws in them.
 
-Run with `python benchmarks/real_laws.py NAME=STUDY ...` (folders of `bfm study`); writes results/real_laws.md and, of
-every study, results/real_laws_NAME.csv with one line per result.
+    python benchmarks/real_laws.py run LOG=SHARDS ... --storage DIR  # their sweeps; goes on where it stopped
+    python benchmarks/real_laws.py rows LOG ... --storage DIR  # results/real_laws_LOG.csv, one line per result
+    python benchmarks/real_laws.py laws LOG ... --storage DIR  # results/real_laws.md, a law a line
+
+A log's sweeps stand in two studies, DIR/LOG and DIR/LOG_none: models with and without the pointer are never fitted
+together. The spaces are those of search_spaces/real; `run` prices all of them before the first one begins (the stage 1
+that the trials of `negatives` share is trained before, in seconds), and leaves the summary of every sweep as it ends.
 """
 
 from __future__ import annotations
@@ -10,36 +15,188 @@ import argparse
 import csv
 import datetime
 import io
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from common import RESULTS, machine, publish
+from common import RESULTS, ROOT, machine, publish
 
+from bfm.errors import UserError
+from bfm.files import Store
 from bfm.laws.frontier import Row, rung_rows
 from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
 from bfm.report.study import Chapter, chapters, read_study
+from bfm.sweep.ledger import read_state
+from bfm.sweep.machine import Machine
+from bfm.sweep.on_log import open_space
+from bfm.sweep.plan import plan
 from bfm.sweep.recipe.verdicts import check_text
+from bfm.sweep.spec import resolve
+from bfm.sweep.study import is_study, list_sweeps
+from bfm.units import format_flops
+from ray_jobs.study import SIGNALLED
+from ray_jobs.sweep import sweep_verb
 
+SPACES = ROOT / "search_spaces" / "real"
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10")
-COLUMNS = ("sweep", "trial", "seed", "rung_flops", "params", "embedder_share", "events", "batch_events", "negatives")
+COLUMNS = (
+    *("sweep", "copy", "trial", "seed", "rung_flops", "path_flops", "params", "embedder_share"),
+    *("events", "unique_events", "batch_events", "negatives", "learning_rate", "steps", "train_s"),
+    *METRICS,
+    *(f"{name} error" for name in METRICS),
+)
 
 
-def summary(study: str) -> str:
-    """One line per rung row of a study, as CSV."""
+@dataclass(frozen=True)
+class Planned:
+    """A sweep of the study of a log."""
+
+    space: str
+    name: str
+    overrides: tuple[str, ...] = ()
+    copy: str = "pointer"
+
+    @property
+    def file(self) -> Path:
+        """Its space."""
+        return SPACES / f"{self.space}.yaml"
+
+    def study(self, log: str) -> str:
+        """The folder of its study."""
+        return log if self.copy == "pointer" else f"{log}_{self.copy}"
+
+    def settings(self, shards: str) -> list[str]:
+        """What it sets beside the space's file."""
+        copy = f"parameters.copy={{value: {self.copy}}}"
+        return [
+            f"name={self.name}",
+            f"data.shards={shards}",
+            *([copy] if self.copy != "pointer" else ()),
+            *self.overrides,
+        ]
+
+
+def _allocations(copy: str, *overrides: str) -> Iterable[Planned]:
+    """One seed up to the top, two more where a rung costs little and the noise is as large."""
+    yield Planned("allocation", "allocation", overrides, copy)
+    for seed in (1, 2):
+        low = ("budget.ladder_flops=[1e10, 3.2e10, 1e11]", f"seeds=[{seed}]")
+        yield Planned("allocation", f"allocation_seed{seed}", low, copy)
+
+
+SHORT = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11]"
+"""Online Retail has 0.3 M training targets: 1e12 FLOPs are 10 to 39 epochs."""
+OTHER_AXES = tuple(Planned(name, name) for name in ("joint", "embedder_share", "negatives", "critical_batch"))
+SWEEPS: Mapping[str, tuple[Planned, ...]] = {
+    "complete_journey": (*_allocations("pointer"), *OTHER_AXES, *_allocations("none")),
+    "online_retail": (*_allocations("pointer", SHORT), *_allocations("none", SHORT)),
+}
+
+
+def run(storage: str, shards: Mapping[str, str]) -> int:
+    """Train what is not trained yet, log by log. Returns the worst exit code."""
+    planned = [(log, sweep) for log in shards for sweep in SWEEPS[log]]
+    for log, sweep in planned:
+        if sweep.space == "negatives":
+            _train_stage1(storage, log, shards[log])
+    _price(storage, planned, shards)
+    worst = 0
+    for log, sweep in planned:
+        code = _sweep(storage, log, sweep, shards[log])
+        if code >= SIGNALLED:
+            return code
+        worst = max(worst, code)
+        _write_rows(storage, log)
+    return worst
+
+
+def _sweep(storage: str, log: str, sweep: Planned, shards: str) -> int:
+    """Its exit code. One that has begun is extended to what its space is now: the same space changes nothing."""
+    store = Store(storage).child(sweep.study(log))
+    list_sweeps(store, [sweep.name])
+    has_begun = read_state(store.child(sweep.name)).spec is not None
+    settings = _settings(storage, log, sweep, shards)
+    return sweep_verb(sweep.file, store.uri, extend=has_begun, overrides=settings)
+
+
+def _settings(storage: str, log: str, sweep: Planned, shards: str) -> list[str]:
+    trunk = f"stage1.checkpoint={_stage1(storage, log)}/trials/run/checkpoints/rung0-trunk"
+    return [*sweep.settings(shards), *([trunk] if sweep.space == "negatives" else ())]
+
+
+def _price(storage: str, planned: Iterable[tuple[str, Planned]], shards: Mapping[str, str]) -> None:
+    """Print what every sweep costs from its beginning, and all of them."""
+    total = 0
+    for log, sweep in planned:
+        settings = _settings(storage, log, sweep, shards[log])
+        opened = open_space(resolve(sweep.file, settings))
+        flops = plan(opened.spec, opened.costs, Machine.here()).training_flops
+        total += flops
+        print(f"{sweep.study(log)}/{sweep.name}: {format_flops(flops)} FLOPs")
+    print(f"together {format_flops(total)} FLOPs, what is trained already included", flush=True)
+
+
+def _stage1(storage: str, log: str) -> str:
+    return f"{storage}/{log}-stage1"
+
+
+def _train_stage1(storage: str, log: str, shards: str) -> None:
+    """The trunk that all trials of `negatives` share, and its cooldown; nothing where it stands."""
+    place = ["--shards", shards, "--out", _stage1(storage, log), "--flops", "1.25e10", "--validations", "0"]
+    bfm = str(Path(sys.executable).with_name("bfm"))
+    subprocess.run([bfm, "train", str(SPACES.parent / "stage1" / "real_negatives.yaml"), *place], check=True)
+
+
+def summary(studies: Iterable[str]) -> str:
+    """One line per rung row, as CSV; numbers with 7 digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *METRICS])
-    for sweep in read_study(study):
-        for row in rung_rows(sweep.rows):
-            writer.writerow([sweep.folder, *_cells(row)])
+    writer.writerow(COLUMNS)
+    for study in studies:
+        for sweep in read_study(study):
+            for row in rung_rows(sweep.rows):
+                writer.writerow([sweep.folder, *_cells(row)])
     return text.getvalue()
 
 
 def _cells(row: Row) -> list[str]:
-    numbers = [row[name] for name in ("rung_flops", "params", "embedder_share", "events", "batch_events")]
-    metrics = [row["metrics"].get(name) for name in METRICS]
-    known = [*numbers, row["config"].get("negatives", 0), *metrics]
-    return [row["trial"], str(row["seed"]), *("" if value is None else f"{value:.6g}" for value in known)]
+    config, metrics, errors = row["config"], row.get("metrics") or {}, row.get("errors") or {}
+    named = {**row, "negatives": config["negatives"], "learning_rate": config["learning_rate"], **metrics}
+    named |= {f"{name} error": value for name, value in errors.items()}
+    numbers = (named.get(name) for name in COLUMNS[4:])
+    told = ("" if value is None else f"{value:.7g}" for value in numbers)
+    return [config["copy"], row["trial"], str(row["seed"]), *told]
+
+
+def _studies(storage: str, log: str) -> list[str]:
+    """Those of a log that have begun."""
+    folders = dict.fromkeys(f"{storage}/{sweep.study(log)}" for sweep in SWEEPS[log])
+    return [folder for folder in folders if is_study(folder)]
+
+
+def _write_rows(storage: str, log: str) -> None:
+    (RESULTS / f"real_laws_{log}.csv").write_text(summary(_studies(storage, log)))
+
+
+def write_laws(storage: str, logs: Iterable[str]) -> None:
+    """Every law of every axis and metric as a line of a table, and the checks of recipes."""
+    lines = [
+        "# Laws on real sweeps",
+        "",
+        "The spaces of `search_spaces/real`, all sweeps of one axis fitted together; 95 % intervals; what is not",
+        "identifiable is left out.",
+        f"Written by `python benchmarks/real_laws.py laws` on {datetime.date.today()}.",
+    ]
+    for study in (study for log in logs for study in _studies(storage, log)):
+        told = chapters(read_study(study))
+        lines += ["", f"## {Store(study).uri.rsplit('/', 1)[-1]}", "", "| axis | law | metric | what the runs say |"]
+        lines += ["|---|---|---|---|", *(line for chapter in told for line in laws(chapter))]
+        sweeps = [sweep for chapter in told for sweep in chapter.sweeps]
+        lines += ["", *[check_text(check) for sweep in sweeps for check in sweep.state.checks]]
+    publish("real_laws", "\n".join([*lines, "", machine("torch", "ray", "scipy"), ""]))
 
 
 def laws(chapter: Chapter) -> Iterable[str]:
@@ -67,24 +224,24 @@ def _said(found: Fitted) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("studies", nargs="+", metavar="NAME=STUDY")
-    lines = [
-        "# Laws on real sweeps",
-        "",
-        "The laptop spaces (`search_spaces/*_small.yaml`), all sweeps of one axis fitted together; 95 % intervals;",
-        "what is not identifiable is left out.",
-        f"Written by `python benchmarks/real_laws.py` on {datetime.date.today()}.",
-    ]
-    for name, _, study in (text.partition("=") for text in parser.parse_args().studies):
-        told = chapters(read_study(study))
-        lines += ["", f"## {name}", "", "| axis | law | metric | what the runs say |", "|---|---|---|---|"]
-        lines += [line for chapter in told for line in laws(chapter)]
-        sweeps = [sweep for chapter in told for sweep in chapter.sweeps]
-        lines += ["", *[check_text(check) for sweep in sweeps for check in sweep.state.checks]]
-        (RESULTS / f"real_laws_{name}.csv").write_text(summary(study))
-    publish("real_laws", "\n".join([*lines, "", machine("torch", "ray", "scipy"), ""]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "rows", "laws"))
+    parser.add_argument("logs", nargs="+", metavar="LOG", help=f"{' or '.join(SWEEPS)}; with =SHARDS for `run`")
+    parser.add_argument("--storage", required=True, help="where the studies stand")
+    options = parser.parse_args()
+    shards = dict(text.partition("=")[::2] for text in options.logs)
+    if unknown := [log for log in shards if log not in SWEEPS]:
+        parser.error(f"no sweeps are planned for {', '.join(unknown)}")
+    if options.verb == "run":
+        raise SystemExit(run(options.storage, shards))
+    if options.verb == "laws":
+        return write_laws(options.storage, shards)
+    for log in shards:
+        _write_rows(options.storage, log)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"real_laws: {error}") from None

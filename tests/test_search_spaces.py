@@ -30,6 +30,14 @@ def test_a_space_is_named_as_its_file_and_resolves(name):
     assert (spec.budget.ladder_flops[-1] <= 1e12) == small
 
 
+@pytest.mark.parametrize("path", sorted((SPACES / "real").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_space_of_the_real_study_is_named_as_its_file_and_measures_its_axis(path):
+    spec = resolve(path)
+    assert spec.name == path.stem
+    assert spec.axis == AXIS_OF.get(path.stem)
+    assert {metric.name for metric in spec.metrics} == {"nll", "recall@10", "ndcg@10", "mrr@10"}
+
+
 @pytest.mark.parametrize(("name", "axis"), AXIS_OF.items())
 def test_the_space_of_an_axis_has_a_laptop_form(name, axis):
     whole, small = (resolve(SPACES / f"{name}{suffix}.yaml") for suffix in ("", "_small"))
@@ -47,9 +55,12 @@ def test_the_whole_study_varies_all_axes_at_once():
         assert set(AXES.values()) <= {parameter.name for parameter in resolve(SPACES / f"{name}.yaml").free_parameters}
 
 
-@pytest.mark.parametrize("name", ["negatives", "negatives_small"])
-def test_stage_1_of_a_study_of_negatives_is_the_configuration_of_its_space(name):
-    spec = resolve(SPACES / f"{name}.yaml")
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [("negatives", "negatives"), ("negatives_small", "negatives_small"), ("real/negatives", "real_negatives")],
+)
+def test_stage_1_of_a_study_of_negatives_is_the_configuration_of_its_space(space, name):
+    spec = resolve(SPACES / f"{space}.yaml")
     fixed = {parameter.name: parameter.values[0] for parameter in spec.parameters if parameter.name != "negatives"}
     assert TrainConfig.from_dict(load_yaml(SPACES / "stage1" / f"{name}.yaml")) == TrainConfig.from_dict(fixed)
     assert spec.stage1 is not None
