@@ -205,8 +205,13 @@ def varying(runs: Runs, cost: Cost) -> tuple[dict[str, np.ndarray], tuple[str, .
                 axes.append(name)
                 columns[name] = values_R
         elif len(np.unique(values_R)) > 1:
-            choices[name] = values_R.astype(str)
+            choices[name] = labels(values_R)
     return columns, tuple(axes), choices
+
+
+def labels(values_R: np.ndarray) -> np.ndarray:
+    """Values of a setting as texts."""
+    return np.array([f"{value:g}" for value in values_R]) if values_R.dtype.kind == "f" else values_R.astype(str)
 
 
 def _follows(values_R: np.ndarray, columns: Mapping[str, np.ndarray]) -> bool:

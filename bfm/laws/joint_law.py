@@ -305,4 +305,4 @@ def chosen(runs: Runs) -> str:
     whole, on = f"all {len(runs)} of {len(trials)} trials at {budgets}", int((rows_T > 1).sum())
     if on in (0, len(trials)):
         return f"{whole}, as designed"
-    return f"{whole}; {on} trials went on, as a policy chose them by their rows"
+    return f"{whole}; {on} went on to further ones (that a policy chose them by their rows is allowed for)"

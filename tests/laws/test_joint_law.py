@@ -145,7 +145,9 @@ def test_how_rows_were_chosen_is_said():
     trials = [{**row, "trial": f"t{place % 18:05d}"} for place, row in enumerate(rows)]
     assert "18 of" not in joint_law(from_rows(trials)).definitions["rows"]
     some = joint_law(from_rows([*rows[:27], *({**row, "trial": rows[0]["trial"]} for row in rows[27:])]))
-    assert some.definitions["rows"].endswith("1 trials went on, as a policy chose them by their rows")
+    assert some.definitions["rows"].endswith(
+        "budgets; 1 went on to further ones (that a policy chose them by their rows is allowed for)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bfm.laws.joint import labels
 from bfm.laws.result import Estimate
 from bfm.laws.transform import from_loss
 from bfm.sweep.recipe.choices import Sizes
@@ -85,7 +86,7 @@ def _foretold(
     for name in fitted.joint.frame.choices:
         values = known[name] if name in known else [config[name] for config in configs]
         numeric = fitted.runs[name].dtype.kind == "f"
-        choices[name] = np.array(values, float).astype(str) if numeric else np.array([str(value) for value in values])
+        choices[name] = labels(np.array(values, float) if numeric else np.array([str(value) for value in values]))
     return fitted.joint.predict(columns, choices)
 
 
