@@ -17,6 +17,8 @@ _CONSTANT = 0.02
 _FEWEST = 3
 _SAME = 0.1
 """In ln C: one budget."""
+NEAR = math.log(2.0) + 1e-6
+"""Runs whose ln C is so far off are near a C."""
 
 
 @dataclass(frozen=True)
@@ -64,3 +66,13 @@ def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
     low, top = log_c_R.min() / math.log(10), float(np.exp(log_c_R.max()))
     powers = [10.0**power for power in range(math.ceil(low), math.floor(math.log10(top)) + 1)]
     return [*(flops for flops in powers if math.log(top / flops) > _SAME), top]
+
+
+def unbracketed(log_n_R: np.ndarray, log_c_R: np.ndarray, log_c: float, log_n: float) -> str:
+    """Why the runs near a C do not bracket a best N there; empty where they do."""
+    near_R = log_n_R[np.abs(log_c_R - log_c) <= NEAR]
+    if len(near_R) == 0:
+        return "no run within a factor of 2 of this C: the law alone says it"
+    if not (near_R < log_n).any():
+        return "no smaller run near this C"
+    return "" if (near_R > log_n).any() else "no larger run near this C"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
+from bfm.laws.cost import unbracketed
 from bfm.laws.joint import Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
 from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
@@ -29,7 +30,6 @@ from bfm.laws.transform import from_loss, transform_name
 SYMBOLS = {"params": "N", "share": "s", "negatives": "K"}
 """Of axes; others go by their own name."""
 METHOD = "t intervals of Gaussian errors of rows and trials and of what the form misses, their sizes by REML"
-_NEAR = math.log(2.0) + 1e-6
 _PICTURE, _OUTLOOK = 60, 16
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
@@ -139,21 +139,14 @@ def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
     if size is not None and fit.has_sizes:
         ends = (size.estimate, size.high, size.low)
         optima = {"N_opt": size, "D_opt": Estimate(*(fit.cost.events(end, flops) for end in ends))}
-        reason = _why_open(fit, flops, log_n)
+        log_n_R, log_c_R = np.log(fit.columns["params"]), np.log(fit.columns["flops"])
+        reason = unbracketed(log_n_R, log_c_R, math.log(flops), log_n)
     for name, law in best.axes.items():
         value = law.own(flops)
         if value is not None:
             optima[f"{SYMBOLS.get(name, name)}_opt"] = known(value, rises(fit, name, flops, log_n))
     best_loss = float(fit.along(flops, np.array([log_n]))[0][0])
     return BudgetOptimum(flops, not reason, optima, from_loss(fit.metric, best_loss), reason)
-
-
-def _why_open(fit: Joint, flops: float, log_n: float) -> str:
-    """Why the runs do not bracket N* at a budget; empty where they do."""
-    log_n_R = np.log(fit.columns["params"])[np.abs(np.log(fit.columns["flops"] / flops)) <= _NEAR]
-    if not (log_n_R < log_n).any():
-        return "no smaller run near this C"
-    return "" if (log_n_R > log_n).any() else "no larger run near this C"
 
 
 def _of_axis(budget: BudgetOptimum, optimum: str, swept_R: np.ndarray) -> BudgetOptimum:

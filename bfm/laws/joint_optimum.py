@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfm.laws.cost import cost_levels
+from bfm.laws.cost import NEAR, cost_levels
 from bfm.laws.joint import Joint
 from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
 from bfm.laws.powerlaw import UNKNOWN, exponential, line
@@ -28,7 +28,6 @@ _STEP = 0.05
 """Of differences in ln N."""
 _SAME = 0.02
 """In ln C: one budget."""
-_NEAR = math.log(2.0) + 1e-6
 End = tuple[float, Estimate]
 """A place of an axis, and the loss there above its least."""
 
@@ -108,7 +107,7 @@ def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
     sizes, middle, refused = [], {}, {}
     places: dict[str, list[tuple[float, float, np.ndarray]]] = {name: [] for name in fit.frame.axes}
     for flops in cost_levels(runs, log_c_R):
-        near_R = log_n_R[np.abs(log_c_R - math.log(flops)) <= _NEAR]
+        near_R = log_n_R[np.abs(log_c_R - math.log(flops)) <= NEAR]
         if len(near_R) == 0:
             continue
         middle[flops] = float(near_R.mean())

@@ -25,7 +25,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws import intervals
-from bfm.laws.cost import Cost, cost_levels, cost_of
+from bfm.laws.cost import Cost, cost_levels, cost_of, unbracketed
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import CONFIDENCE, BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.robust import RobustFit, robust_fit
@@ -47,7 +47,6 @@ _EXPONENTS = (0.01, 4.0)
 _NO_FLOOR = 1e-4
 """E is kept above this share of the smallest loss; there it is not told from 0."""
 _FAR = math.log(4.0)
-_NEAR_FLOPS = math.log(2.0) + 1e-6
 _OUTLIER = 5.0
 _ILL_CONDITIONED = 1e4
 _LIMIT = 20.0
@@ -269,22 +268,13 @@ def _budgets(runs: Runs, problem: _Problem, theta_P: np.ndarray, interval: Inter
         d = Estimate(*(log_paid - cost.power * end for end in (n.estimate, n.high, n.low)))
         there = replace(problem, log_n_R=np.array([n.estimate]), log_d_R=np.array([d.estimate]))
         best = from_loss(runs.metric, math.exp(float(there.log_loss(theta_P)[0][0])))
-        reason = _why_open(log_n_R[np.abs(log_c_R - math.log(flops)) <= _NEAR_FLOPS], n.estimate)
+        reason = unbracketed(log_n_R, log_c_R, math.log(flops), n.estimate)
         vague_below = n.low == -math.inf and n.estimate < log_n_R.min() - _FAR
         if vague_below or (n.high == math.inf and n.estimate > log_n_R.max() + _FAR):
             n, d = replace(n, estimate=math.nan), replace(d, estimate=math.nan)
         optima = {"N_opt": exponential(n), "D_opt": exponential(d)}
         found.append(BudgetOptimum(flops, not reason, optima, best, reason))
     return tuple(found)
-
-
-def _why_open(near_R: np.ndarray, log_n: float) -> str:
-    """Why the runs near a C do not bracket its optimum; '' where they do."""
-    if len(near_R) == 0:
-        return "no run within a factor of 2 of this C: the surface alone says it"
-    if not (near_R < log_n).any():
-        return "no smaller run near this C"
-    return "" if (near_R > log_n).any() else "no larger run near this C"
 
 
 def _outliers(runs: Runs, error_R: np.ndarray) -> tuple[Outlier, ...]:
