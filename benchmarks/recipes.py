@@ -25,10 +25,11 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.laws.frontier import metric_error, metric_value
+from bfm.laws.runs import from_rows
 from bfm.ranking.paired import paired_gap, read_scores
 from bfm.sweep.costs import Costs
-from bfm.sweep.recipe.choices import Power, Sizes, stage_settings, try_sizes
-from bfm.sweep.recipe.evidence import Evidence, Fitted, read_evidence
+from bfm.sweep.recipe.choices import Power, Sizes, own_negatives, stage_settings, try_sizes
+from bfm.sweep.recipe.evidence import Evidence, read_evidence
 from bfm.sweep.recipe.recipe import Recipe, make_recipe
 from bfm.sweep.recipe.verdicts import range_text
 from bfm.sweep.space import Feasible
@@ -80,12 +81,10 @@ class Bench:
     def rules(self, flops: float, metric: str) -> dict[str, Feasible]:
         """Rules of thumb at a C: the best trial's settings at N of 20 events per parameter, and of N grown as C^0.5."""
         best = self.evidence.sizes.top_runs(metric)[0]
-        fitted = Fitted.to(self.evidence, metric)
-        settings = stage_settings(best, float(best["config"].get("negatives") or 0), flops)
+        runs = from_rows(self.evidence.rows, metric)
+        settings = stage_settings(best, own_negatives(best), flops)
         batch = Power(float(best["batch_events"]), 0.0)
-        sizes = try_sizes(
-            self.evidence.sizes, fitted.runs, self.costs, flops, settings=settings, batch=batch, rate_ratio=1.0
-        )
+        sizes = try_sizes(self.evidence.sizes, runs, self.costs, flops, settings=settings, batch=batch, rate_ratio=1.0)
         grown = float(best["params"]) * math.sqrt(flops / float(best["rung_flops"]))
         return {
             "D / N = 20": _nearest(sizes, flops, lambda point: point.cost.events(flops) / point.cost.params / HOFFMANN),

@@ -39,10 +39,12 @@ _KEPT_STARTS = 4
 _ROUNDS = 4
 _SAME = 0.02
 """Logs of a column that does not vary differ by less."""
-_FEWEST = 4
+FEWEST = 4
 """Values of a number from which on it is an axis; fewer are choices."""
 _AGAIN = 1.2
 """D / U of a row that sees events again."""
+_REPEATING = 3
+"""Such rows from which on it is asked what that is worth."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Joint:
     metric: str
     has_sizes: bool
     """Whether N and D are the rows' own."""
+
+    @property
+    def rest_R(self) -> np.ndarray:
+        """Measured less fitted losses of the rows."""
+        return np.asarray(self.problem.y_R - self.problem.places.mean(self.theta_P)[0])
 
     @property
     def reach(self) -> float:
@@ -200,7 +207,7 @@ def varying(runs: Runs, cost: Cost) -> tuple[dict[str, np.ndarray], tuple[str, .
     axes, choices = [], {}
     for name in runs.settings:
         values_R = runs[name]
-        if values_R.dtype.kind == "f" and len(np.unique(values_R[values_R > 0])) >= _FEWEST and (values_R >= 0).all():
+        if values_R.dtype.kind == "f" and len(np.unique(values_R[values_R > 0])) >= FEWEST and (values_R >= 0).all():
             if not _follows(values_R, columns):
                 axes.append(name)
                 columns[name] = values_R
@@ -229,7 +236,7 @@ def _repeats(columns: Mapping[str, np.ndarray]) -> bool:
     """Whether enough rows see events again to ask what that is worth."""
     if "unique_events" not in columns:
         return False
-    return int((columns["events"] > _AGAIN * columns["unique_events"]).sum()) >= _FEWEST - 1
+    return int((columns["events"] > _AGAIN * columns["unique_events"]).sum()) >= _REPEATING
 
 
 def _prior(places: Places, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

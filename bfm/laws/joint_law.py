@@ -19,7 +19,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws.cost import unbracketed
-from bfm.laws.joint import Joint, fit_joint
+from bfm.laws.joint import FEWEST, Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
 from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
 from bfm.laws.powerlaw import exponential
@@ -52,9 +52,9 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     """
     runs.require(name, name, "loss")
     values = np.unique(runs[name][runs[name] > 0])
-    if len(values) < 4:
-        what = f"the runs stand at {len(values)} {name} above 0, and an optimum needs 4"
-        raise UserError(what, file=runs.source, key=name, fix=f"add runs at {4 - len(values)} or more others")
+    if len(values) < FEWEST:
+        what = f"the runs stand at {len(values)} {name} above 0, and an optimum needs {FEWEST}"
+        raise UserError(what, file=runs.source, key=name, fix=f"add runs at {FEWEST - len(values)} or more others")
     fit = fit_joint(replace(runs, settings=tuple(dict.fromkeys((*runs.settings, name)))))
     if name not in fit.frame.axes:
         what = f"the {name} of the runs follows their N and batch"
@@ -74,8 +74,8 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
     """A fitted model as a law."""
     best = optima_of(fit, runs)
     names = ("params", *fit.frame.axes)
-    views = {name: _view(fit, runs, best, name) for name in names}
-    rest_R = fit.problem.y_R - fit.problem.places.mean(fit.theta_P)[0]
+    rest_R = fit.rest_R
+    views = {name: _view(fit, runs, best, name, rest_R) for name in names}
     return LawFit(
         law="joint",
         metric=runs.metric,
@@ -152,17 +152,14 @@ def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
 def _of_axis(budget: BudgetOptimum, optimum: str, swept_R: np.ndarray) -> BudgetOptimum:
     """A budget as the law of one axis sees it."""
     value, span = budget.optima[optimum], f"{swept_R.min():.3g} to {swept_R.max():.3g}"
-    reason = "" if math.isfinite(value.estimate) else f"beyond the tested range ({span})"
-    reason = reason if value.is_known or math.isfinite(value.estimate) else f"flat within the noise from {span}"
-    if value.low > 0 or value.high < math.inf:
-        reason = reason.replace("flat within the noise", "beyond the tested range")
+    lies = "beyond the tested range" if value.low > 0 or value.high < math.inf else "flat within the noise"
+    reason = "" if math.isfinite(value.estimate) else f"{lies} from {span}"
     return replace(budget, bracketed=not reason, optima={optimum: value}, reason=reason)
 
 
-def _view(fit: Joint, runs: Runs, best: Optima, name: str) -> dict[str, Any]:
+def _view(fit: Joint, runs: Runs, best: Optima, name: str, rest_R: np.ndarray) -> dict[str, Any]:
     """What is drawn of one axis."""
     values_R = fit.columns[name]
-    rest_R = fit.problem.y_R - fit.problem.places.mean(fit.theta_P)[0]
     adjusted_R = np.full(len(values_R), math.nan)
     on_R = values_R > 0
     curves, groups = [], runs.budgets() if runs.has("budget") or runs.has("flops") else {}
@@ -188,18 +185,22 @@ def _trend(fit: Joint, law: PowerLaw) -> list[dict[str, Any]]:
     """An optimum with its interval from the smallest C to beyond the largest."""
     if len(law.log_c_K) < 2:
         return []
-    low, high = fit.columns["flops"].min(), BEYOND * fit.columns["flops"].max()
-    return [{"flops": flops, **law.at(flops).as_dict()} for flops in np.geomspace(low, high, _OUTLOOK).tolist()]
+    return [{"flops": flops, **law.at(flops).as_dict()} for flops in _horizon(fit)]
+
+
+def _horizon(fit: Joint) -> list[float]:
+    """C from the smallest of the rows to beyond the largest."""
+    flops_R = fit.columns["flops"]
+    return np.geomspace(flops_R.min(), BEYOND * flops_R.max(), _OUTLOOK).tolist()
 
 
 def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
     """The metric of one run at the optimum, events repeated where the log holds no more."""
     if len(best.size.log_c_K) < 2 or not fit.has_sizes:
         return []
-    low, high = fit.columns["flops"].min(), BEYOND * fit.columns["flops"].max()
     distinct = float(fit.columns["unique_events"].max()) if fit.frame.repeats else math.inf
     found = []
-    for flops in np.geomspace(low, high, _OUTLOOK).tolist():
+    for flops in _horizon(fit):
         where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
         (loss,), (half,) = fit.foretell(where)
         loss_3 = np.array([loss, loss - half, loss + half])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bfm.laws.joint_law import SYMBOLS
 from bfm.laws.result import Estimate, LawFit
 from bfm.report.digits import closed
 from bfm.units import format_count
@@ -34,9 +35,13 @@ class AxisWords:
 
 
 _AXES = {
-    "params": AxisWords("Model size", "N", "N_exponent", "N, dense parameters", format_count),
-    "share": AxisWords("Embedder share", "s", "share_exponent", "s, embedder share of N", lambda s: f"{100 * s:.3g} %"),
-    "negatives": AxisWords("Sampled negatives", "K", "negatives_exponent", "K, sampled negatives", format_count),
+    "params": AxisWords("Model size", SYMBOLS["params"], "N_exponent", "N, dense parameters", format_count),
+    "share": AxisWords(
+        "Embedder share", SYMBOLS["share"], "share_exponent", "s, embedder share of N", lambda s: f"{100 * s:.3g} %"
+    ),
+    "negatives": AxisWords(
+        "Sampled negatives", SYMBOLS["negatives"], "negatives_exponent", "K, sampled negatives", format_count
+    ),
     "rate": AxisWords("Learning rate", "rate", "rate_exponent", "learning rate"),
 }
 

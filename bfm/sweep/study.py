@@ -109,4 +109,9 @@ def joined(sweeps: Sequence[StoredSweep]) -> Sequence[Row]:
     """
     if len(sweeps) == 1:
         return sweeps[0].rows
-    return [{**row, "trial": f"{sweep.folder}/{row['trial']}"} for sweep in sweeps for row in sweep.rows]
+    return [row for sweep in sweeps for row in of_sweep(sweep.folder, sweep.rows)]
+
+
+def of_sweep(name: str, rows: Iterable[Row]) -> list[Row]:
+    """Rows whose trials are named by their sweep, too."""
+    return [{**row, "trial": f"{name}/{row['trial']}"} for row in rows]

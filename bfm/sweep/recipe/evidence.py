@@ -21,7 +21,7 @@ from bfm.laws.runs import Runs, from_rows
 from bfm.sweep.metric import Metric
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.status import spec_of
-from bfm.sweep.study import by_axis, joined, read_sweeps
+from bfm.sweep.study import by_axis, joined, of_sweep, read_sweeps
 
 ALLOCATION = "allocation"
 
@@ -91,7 +91,7 @@ class Evidence:
         if len(self.sweeps) == 1:
             return list(self.sweeps[0].rows)
         named = [(sweep.folder.rstrip("/").rsplit("/", 1)[-1], sweep) for sweep in self.sweeps]
-        return [{**row, "trial": f"{name}/{row['trial']}"} for name, sweep in named for row in sweep.rows]
+        return [row for name, sweep in named for row in of_sweep(name, sweep.rows)]
 
 
 @dataclass(frozen=True)
