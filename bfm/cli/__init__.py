@@ -6,14 +6,14 @@ import sys
 
 import typer
 
-from bfm.cli import data, laws, model, recipe, simulate, sweep
+from bfm.cli import data, init, laws, model, recipe, simulate, sweep
 from bfm.exits import exit_code
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
 )
 app.add_typer(data.app, name="data")
-for verbs in (model.app, sweep.app, simulate.app, laws.app, recipe.app):
+for verbs in (init.app, model.app, sweep.app, simulate.app, laws.app, recipe.app):
     app.registered_commands += verbs.registered_commands
 
 
