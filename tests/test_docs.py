@@ -1,5 +1,5 @@
-"""The documents are true as far as a machine can tell: commands are ones that bfm takes, files and links exist, snippets
-import. What they say happens is run whole, in a folder of its own, by the slow test at the end."""
+"""The documents are true as far as a machine can tell: commands are ones that bfm takes, files and links exist,
+snippets import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from bfm.cli import app
+from bfm.cli import GROUPS, app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cluster" / "README.md"]
@@ -85,3 +85,8 @@ def test_python_snippets_import_what_there_is(document):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+def test_every_verb_stands_in_a_group_of_the_help():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(typer.main.get_command(app).commands)
