@@ -332,9 +332,11 @@ def test_real_tasks_on_one_and_two_workers_leave_nothing_behind(tmp_path, toy_sh
     top = next(row for row in done if row["rung"] == 1)
     assert top["metrics"]["nll"] < 6
     board = EventAccumulator(str(tmp_path / "tiny" / "tensorboard" / top["trial"])).Reload()
-    tags = {"train/loss", "opt/lr", "val/nll", "by_flops/train/loss", "perf/events_per_s"}
+    tags = {"train/loss", "opt/lr", "val/nll", "loss_by_C/trunk", "perf/events_per_s"}
     assert tags <= set(board.Tags()["scalars"])
-    assert board.Scalars("cooldown/loss")[-1].step == top["steps"], "the group's curve ends where its row was taken"
+    assert board.Scalars("train_cooldown/loss")[-1].step == top["steps"], (
+        "the group's curve ends where its row was taken"
+    )
 
 
 @pytest.mark.slow
