@@ -107,13 +107,14 @@ def run_sweep(
 
     Raises:
         UserError: the space is infeasible on the shards, the sweep does not fit the machine, another one holds the
-            ledger, or `resume` or `extend` disagree with what stands. Nothing is running then.
+            ledger, a logger is not installed, or `resume` or `extend` disagree with what stands. Nothing is running
+            then.
         CorruptError: shards, checkpoint or ledger are damaged.
         PausedError: tasks are lost to a fault that is nobody's configuration; the sweep can be resumed.
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
-    logs = open_logs(spec.listeners, Told(spec.name, store.uri, _swept(spec)))
+    logs = open_logs(spec.listeners, Told(spec.name, store.uri, spec.swept))
     opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
@@ -191,7 +192,7 @@ def _train(
             store.uri,
             HPARAMS_METRICS,
             pulses,
-            swept=_swept(spec),
+            swept=spec.swept,
             curves=TENSORBOARD in spec.listeners,
         )
         run_tasks(desk, execute or place)
@@ -226,12 +227,6 @@ def _curves(store: Store, driver: SweepDriver, floors: Baselines) -> Iterator[Ca
         writer.finish(driver.state.all_rows(), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()
-
-
-def _swept(spec: SweepSpec) -> tuple[str, ...]:
-    """The settings in which its trials differ, N first."""
-    names = (parameter.name for parameter in spec.free_parameters)
-    return tuple(sorted(names, key=lambda name: (name != "params", name)))
 
 
 def _outcome(driver: SweepDriver, store: Store, reason: str) -> SweepOutcome:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import queue
 import threading
 import time
@@ -59,6 +60,8 @@ def values_of(row: Row) -> dict[str, float]:
 
 def mlflow_log(told: Told) -> Log:
     """Rows to MLflow, wherever MLFLOW_TRACKING_URI says; `@` is no letter of its names: ndcg_at_10."""
+    # Its client prints the address of each run that ends; a sweep's stdout is data.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     package = _package("mlflow")
     client, entities = package.MlflowClient(), package.entities
     runs: dict[str, str] = {}

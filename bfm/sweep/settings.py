@@ -184,6 +184,11 @@ class SweepSpec:
         return tuple(parameter for parameter in self.parameters if parameter.is_free)
 
     @property
+    def swept(self) -> tuple[str, ...]:
+        """The settings in which its trials differ."""
+        return tuple(parameter.name for parameter in self.free_parameters)
+
+    @property
     def cooldown_fractions(self) -> tuple[float, float]:
         """Smallest and largest cooldown_fraction that a proposal can have."""
         for parameter in self.parameters:
