@@ -158,11 +158,11 @@ def _stage(state: SweepState, trial: Trial, metric: str) -> tuple[TrialState, st
     failed = [row["status"] for row in trial.rows.values() if row["status"] != "ok"]
     if failed:
         return TrialState.FAIL, failed[-1]
-    if trial.trial in state.given_up:
-        return TrialState.FAIL, "given up"
     if top in trial.rows:
         known = math.isfinite(_value(trial, top, metric))
         return (TrialState.COMPLETE, "ok") if known else (TrialState.FAIL, f"no {metric}")
+    if trial.trial in state.given_up:
+        return TrialState.FAIL, "given up"
     if state.finished is not None:
         return TrialState.PRUNED, "not promoted"
     is_at_work = trial.trial in {name for name, _ in state.attempts}

@@ -120,6 +120,17 @@ def test_a_space_that_changed_keeps_its_old_trials(finished, tmp_path):
     assert all(math.isfinite(size) for size in sizes)
 
 
+def test_what_was_given_up_has_failed_but_not_what_reached_the_top(finished, tmp_path):
+    top = next(iter(finished.state.rungs[2]))
+    below = next(name for name, trial in finished.state.trials.items() if max(trial.rows) == 0)
+    state = replace(finished.state, abandoned={(below, 1): "lost too often", (top, 3): "cancelled"})
+    study, _ = told(SweepView(finished.store, state), tmp_path / "sweep.journal")
+    found = {trial.user_attrs["trial"]: trial for trial in study.trials}
+    assert (found[below].state, found[below].user_attrs["status"]) == (TrialState.FAIL, "given up")
+    assert found[below].intermediate_values
+    assert found[top].state == TrialState.COMPLETE
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
