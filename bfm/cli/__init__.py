@@ -16,7 +16,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "From a log to shards": ("data", "init"),
     "Before a sweep": ("doctor", "plan", "simulate"),
     "A sweep": ("sweep", "study", "status"),
-    "What it tells": ("report", "fit", "recipe"),
+    "What it tells": ("report", "fit", "recipe", "export-optuna"),
     "One model": ("train", "eval", "export", "predict"),
     "For editors": ("schema",),
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, show
+from bfm.cli.common import Json, chosen_metrics, show
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -79,26 +79,16 @@ def _of_table(
         if where is not None:
             raise UserError("filters rows of a table", key="--where", fix="leave it out, or give report/runs.parquet")
         rows, known = law_rows(runs, law)
-        return fit_metrics(law, rows, _metrics(metric, known, known[:1]), runs, **options)
+        return fit_metrics(law, rows, chosen_metrics(metric, known, known[:1]), runs, **options)
     table = from_table(runs, parse_columns(columns), where)
     known = list(table.metrics)
     found: dict[str, Any] = {}
-    for name in _metrics(metric, known, [table.metric]):
+    for name in chosen_metrics(metric, known, [table.metric]):
         try:
             found[name] = fit_law(law, table.fitting(name) if name in known else table, **options)
         except UserError as error:
             found[name] = error
     return found
-
-
-def _metrics(asked: str | None, known: list[str], default: list[str]) -> list[str]:
-    if asked is None:
-        return default
-    names = known if asked == "all" else [name.strip() for name in asked.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"there is no metric {name!r}", key="--metric", fix=f"one of {', '.join(known)}, or all")
-    return names
 
 
 def _show_several(fits: dict[str, Any], as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, show, show_either, with_shards
+from bfm.cli.common import Json, Overrides, chosen_metrics, show, show_either, with_shards
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -126,6 +126,30 @@ def report(
     view = read_sweep(sweep_dir)
     files = publish_report(view, overview=png)
     show_either(as_json, lambda: {"frontier": view.frontiers(), "files": files}, lambda: report_text(view, files))
+
+
+@app.command("export-optuna")
+def export_optuna(
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep or a study.")],
+    target: Annotated[str, typer.Argument(metavar="FILE", help="x.journal, x.db (SQLite), or a database's URL.")],
+    metric: Annotated[
+        str | None, typer.Option(help="Metrics, comma-separated, or all (default: those that the sweep selects by).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a sweep as Optuna studies, one per metric, for optuna-dashboard; again, to add what is new.
+
+    bfm export-optuna runs/mine mine.journal && optuna-dashboard mine.journal
+    """
+    from bfm.doors.optuna_storage import export_sweep, open_storage, own_metrics
+    from bfm.laws.frontier import metric_names
+    from bfm.report.study import read_study
+
+    sweeps = [sweep for sweep in read_study(sweep_dir) if sweep.has_begun]
+    chosen = [chosen_metrics(metric, metric_names(view.rows), own_metrics(view.state)) for view in sweeps]
+    storage = open_storage(target)
+    told = [done for view, names in zip(sweeps, chosen, strict=True) for done in export_sweep(view, storage, names)]
+    show({"studies": [done.as_dict() for done in told]}, as_json, lambda _: "\n".join(done.line() for done in told))
 
 
 @app.command()
