@@ -94,18 +94,19 @@ def cluster_address() -> str:
     Raises UserError for an address of another kind, or one where nobody does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    _, colon, port = address.rpartition(":")
-    if "://" in address:
+    if address in ("", "auto", "local"):
+        return address
+    _, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
         raise UserError(
             f"{address} is not the address of a cluster's head",
             key="RAY_ADDRESS",
-            fix="submit with `ray job submit`, or unset it to run on this machine",
+            fix="write HOST:PORT, submit with `ray job submit`, or unset it to run on this machine",
         )
-    if colon and port.isdigit():
-        try:
-            knock(address)
-        except OSError as error:
-            raise _no_cluster(address, str(error)) from error
+    try:
+        knock(address)
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
     return address
 
 

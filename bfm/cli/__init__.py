@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
+from typer.exceptions import TyperException
 
 from bfm.cli import data, laws, model, recipe, simulate, sweep
+from bfm.errors import UserError
 from bfm.exits import exit_code
 
 app = typer.Typer(
@@ -19,4 +21,17 @@ for verbs in (model.app, sweep.app, simulate.app, laws.app, recipe.app):
 
 def main() -> None:
     """Run a verb and leave with its exit code."""
-    sys.exit(exit_code(app))
+    sys.exit(exit_code(_verb))
+
+
+def _verb() -> int:
+    """Raises UserError for words that no verb takes."""
+    try:
+        return app(prog_name="bfm", standalone_mode=False) or 0
+    except TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return 2
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "bfm"
+        raise UserError(error.format_message().rstrip("."), fix=f"see `{verb} --help`") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, show
+from bfm.cli.common import Json, number, show, whole
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -26,11 +26,11 @@ def fit(
     ] = None,
     curve: Annotated[str, typer.Option(help="isoflop: valley (two-term), quadratic or akima.")] = "valley",
     objective: Annotated[str, typer.Option(help="surface: huber or asym_mae.")] = "huber",
-    delta: Annotated[float, typer.Option(help="surface: where Huber's loss turns linear, in log loss.")] = 1e-3,
+    delta: Annotated[float, number("surface: where Huber's loss turns linear, in log loss.", above=True)] = 1e-3,
     reference_batch: Annotated[
-        float | None, typer.Option(help="batch: B_ref of the 20 % overhead, in the table's unit of B.")
+        float | None, number("batch: B_ref of the 20 % overhead, in the table's unit of B.", above=True)
     ] = None,
-    bootstrap: Annotated[int, typer.Option(help="surface: bootstrap draws in place of the profile likelihood.")] = 0,
+    bootstrap: Annotated[int, whole("surface: bootstrap draws in place of the profile likelihood.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fit a scaling law, with intervals.

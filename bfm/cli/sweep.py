@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, show, show_either, with_shards
+from bfm.cli.common import Json, Overrides, number, show, show_either, with_shards
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -19,7 +19,7 @@ def plan(
     space: Annotated[Path, typer.Argument(help="Search-space YAML.")],
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
-    probe_seconds: Annotated[float, typer.Option(help="How long to measure this machine; 0: no times.")] = 20.0,
+    probe_seconds: Annotated[float, number("How long to measure this machine; 0: no times.", high=3600)] = 20.0,
     as_json: Json = False,
 ) -> None:
     """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""

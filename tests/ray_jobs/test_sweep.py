@@ -73,10 +73,17 @@ def test_wrong_input_is_one_line_and_exit_2_before_ray(tmp_path, toy_shards, no_
     assert words in message
 
 
-def test_a_dashboard_s_address_is_not_a_cluster(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "127.0.0.1", "head:abc"])
+def test_what_is_no_head_s_address_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys, address) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
-    assert "ray job submit" in capsys.readouterr().err
+    assert f"{address} is not the address of a cluster's head; write HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_port_that_is_none_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
+    assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
+    assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:99999" in capsys.readouterr().err
 
 
 def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:

@@ -9,7 +9,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 from bfm.training.export import export_checkpoint
 
 _LOAD = """
@@ -73,7 +73,7 @@ def test_an_export_appears_whole_or_not_at_all(shop, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bfm.ranking.predictor.list_files", full_disk)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(PausedError, match="no space left"):
         export_checkpoint(shop.checkpoint, str(shop.shards.path), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
