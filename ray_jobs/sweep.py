@@ -34,6 +34,7 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
+from bfm.sweep.requests import new_requests, request_words
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT
@@ -124,6 +125,8 @@ def run_sweep(
         tell(SweepEvent("opened"), driver)
         if table is not None:
             tell(SweepEvent("imported", reason=import_words(driver.take_runs(table))), driver)
+        for request in new_requests(store, driver.state.requests):
+            tell(SweepEvent("asked", reason=request_words(driver.take(request))), driver)
         try:
             if driver.state.finished is None:
                 _train(opened, store, driver, joins, progress, execute)
@@ -182,7 +185,10 @@ def _train(
     ):
         signals.waits = True
         room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
-        desk = Desk(driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals)
+        inbox = lambda: new_requests(store, driver.state.requests)  # noqa: E731
+        desk = Desk(
+            driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals, inbox=inbox
+        )
         place = Workplace(absolute(spec.data.shards), store.uri, HPARAMS_METRICS, pulses)
         run_tasks(desk, execute or place)
 
@@ -239,7 +245,7 @@ def sweep_verb(
                 return
             if event.row is not None:
                 display.say(_row_line(event.row, spec.metric.name, leaders.beside(event.row, state), compare))
-            elif event.kind == "imported":
+            elif event.kind in ("imported", "asked"):
                 display.say(event.reason)
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
                 display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))

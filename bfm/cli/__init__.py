@@ -7,7 +7,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from bfm.cli import data, laws, model, recipe, simulate, sweep
+from bfm.cli import data, laws, model, recipe, simulate, steer, sweep
 from bfm.errors import UserError
 from bfm.exits import exit_code
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
 )
 app.add_typer(data.app, name="data")
-for verbs in (model.app, sweep.app, simulate.app, laws.app, recipe.app):
+for verbs in (model.app, sweep.app, steer.app, simulate.app, laws.app, recipe.app):
     app.registered_commands += verbs.registered_commands
 
 
