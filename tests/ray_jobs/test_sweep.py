@@ -23,6 +23,7 @@ from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep import machine
+from bfm.sweep.arena import ASKED
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.machine import Machine
@@ -427,6 +428,39 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(
     assert len(done) == len(rows(tmp_path / "tiny")), "a row is there twice"
     assert state.spent_flops <= resolve(space).budget.total_flops
     assert not state.open_tasks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_running_sweep_is_steered_from_its_storage(tmp_path, scratch, toy_shards, bfm) -> None:
+    space = write_space(tmp_path, toy_shards.path, scaling={"slots": 1}, budget=AMPLE)
+    place, own = tmp_path / "tiny", tmp_path / "own.yaml"
+    own.write_text("params: 3210\nlearning_rate: 4e-3\n")
+    first = launch(space, tmp_path, scratch)
+    try:
+        wait_for(lambda: has_rows(place, 1), 300, "a row")
+        code, out, err = bfm("enqueue", place, own, "--seed", "7")
+        assert code == 0, err
+        assert "enqueue N " in out
+        code, out, err = bfm("cancel", place, "t00000")
+        assert code == 0, err
+        assert "cancel t00000, asked for by" in out
+        code, out, err = bfm("stop", place)
+        assert code == 0, err
+    finally:
+        said = finish(first)
+    assert first.returncode == 143
+    assert "stopped by `bfm stop` of " in said
+    assert "Traceback" not in said
+    second = launch(space, tmp_path, scratch, "--resume", "must")
+    said = finish(second)
+    assert second.returncode == 0, said
+    state = folded(place)
+    (trial,) = (trial for trial in state.trials.values() if trial.source == ASKED)
+    assert (trial.config["learning_rate"], trial.seed, bool(trial.rows)) == (4e-3, 7, True)
+    assert len(state.requests) == 3
+    assert all(record["refused"] is None for record in state.requests.values())
+    assert not any(("t00000", rung) in state.attempts for rung in (0, 1))
 
 
 def has_rows(path: Path, number: int) -> bool:
