@@ -20,15 +20,15 @@ SweepDir = Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a
 @app.command()
 def stop(sweep_dir: SweepDir, as_json: Json = False) -> None:
     """End a running sweep gracefully: its tasks leave their checkpoints, and the same `bfm sweep` goes on from them."""
-    from bfm.sweep.lease import driven_under
+    from bfm.sweep.lease import driver_of
     from bfm.sweep.state import STOP
     from bfm.sweep.study import read_alone
 
     sweep = read_alone(sweep_dir)
-    epoch = driven_under(sweep.store)
-    if epoch is None:
+    driver = driver_of(sweep.store)
+    if driver is None:
         raise UserError("nobody runs this sweep", file=sweep_dir, fix="there is nothing to stop")
-    _ask(sweep, STOP, {"epoch": epoch}, as_json)
+    _ask(sweep, STOP, {"epoch": driver["epoch"]}, as_json)
 
 
 @app.command()
@@ -75,12 +75,12 @@ def enqueue(
 
 def _ask(sweep: StoredSweep, verb: str, asked: dict[str, Any], as_json: bool) -> None:
     """Put the request and say what came of it, as far as that is seen in time. Raises UserError for a refusal."""
-    from bfm.sweep.lease import driven_under
+    from bfm.sweep.lease import driver_of
     from bfm.sweep.ledger import read_state
     from bfm.sweep.requests import put_request, request_words, wait_for_answer
 
     request = put_request(sweep.store, verb, asked)
-    running = driven_under(sweep.store) is not None
+    running = driver_of(sweep.store) is not None
     answer = wait_for_answer(request, lambda: read_state(sweep.store)) if running else None
     if answer is not None and answer["refused"] is not None:
         raise UserError(f"the sweep refused it: {answer['refused']}", file=sweep.store.uri)

@@ -82,12 +82,19 @@ def study(
 
 @app.command()
 def status(
-    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")], as_json: Json = False
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until it has ended.")] = False,
+    every: Annotated[float, number("Seconds between looks, with --watch.", 1)] = 5.0,
+    as_json: Json = False,
 ) -> None:
     """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
+    from bfm.report import standing
     from bfm.report.sweep_view import read_sweep, status_text
     from bfm.sweep.ledger import collector_paused
 
+    if watch:
+        standing.watch(lambda: read_sweep(sweep_dir), status_text, every_s=every, as_json=as_json)
+        return
     with collector_paused():
         view = read_sweep(sweep_dir)
         show_either(as_json, view.as_dict, lambda: status_text(view))

@@ -133,8 +133,8 @@ def latest_epoch(store: Store) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def driven_under(store: Store, clock: Callable[[], float] = time.time) -> int | None:
-    """The epoch of a holder that seems to live; None where nobody drives the sweep.
+def driver_of(store: Store, clock: Callable[[], float] = time.time) -> dict[str, Any] | None:
+    """Epoch, host and pid of a holder that seems to live; None where nobody drives the sweep.
 
     Only to tell people: on another machine's clock a heartbeat may seem older or younger than it is.
     """
@@ -143,9 +143,11 @@ def driven_under(store: Store, clock: Callable[[], float] = time.time) -> int | 
         return None
     holder, since_s = _taken(store, epoch)
     if holder.machine == Holder.this_process().machine:
-        return epoch if holder.runs() else None
-    beat = _heartbeat(store, epoch)
-    return epoch if clock() - (beat["at_s"] if beat else since_s) < 2 * STALE_S else None
+        lives = holder.runs()
+    else:
+        beat = _heartbeat(store, epoch)
+        lives = clock() - (beat["at_s"] if beat else since_s) < 2 * STALE_S
+    return {"epoch": epoch, "host": holder.host, "pid": holder.pid} if lives else None
 
 
 def _started_at_s(pid: int) -> float:

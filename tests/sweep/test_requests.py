@@ -9,7 +9,7 @@ import pytest
 from bfm.files import Store
 from bfm.sweep.arena import ASKED
 from bfm.sweep.driver import run_serial
-from bfm.sweep.lease import HEARTBEAT_S, STALE_S, Holder, Lease, driven_under
+from bfm.sweep.lease import HEARTBEAT_S, STALE_S, Holder, Lease, driver_of
 from bfm.sweep.ledger import read_state
 from bfm.sweep.requests import FOLDER, Request, new_requests, put_request, request_words, wait_for_answer
 from bfm.sweep.state import CANCEL, ENQUEUE, STOP, SweepState
@@ -245,18 +245,18 @@ def test_an_answer_is_waited_for_as_long_as_is_said(tmp_path):
 
 def test_who_drives_a_sweep_is_told_from_its_lease(tmp_path):
     store = Store(tmp_path)
-    assert driven_under(store) is None
+    assert driver_of(store) is None
     lease = Lease.acquire(store, heartbeat_s=None)
-    assert driven_under(store) == 1
+    assert driver_of(store)["epoch"] == 1
     lease.release()
-    assert driven_under(store) is None
+    assert driver_of(store) is None
     mortal_lease(store)
-    assert driven_under(store) == 2
-    assert driven_under(store, clock=lambda: 1e12) is None
+    assert driver_of(store)["epoch"] == 2
+    assert driver_of(store, clock=lambda: 1e12) is None
     here = Holder.this_process()
     gone = Holder(here.host, here.machine, here.pid, here.started_at_s + 1e6)
     Lease.acquire(store, holder=gone, heartbeat_s=None, clock=itertools.count(0.0, STALE_S).__next__)
-    assert driven_under(store) is None
+    assert driver_of(store) is None
     assert HEARTBEAT_S < STALE_S
 
 
