@@ -134,9 +134,12 @@ class Store:
 
     def check_writable(self) -> None:
         """Put something and take it away again: raises now what writing here would raise later."""
-        name = f".writable-{uuid.uuid4().hex}"
-        self.put(name, b"written")
-        self.delete(name)
+        name = f"writable-{uuid.uuid4().hex}"
+        try:
+            self.put(name, b"written")
+            self.delete(name)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), self.uri) from error
 
     def get(self, name: str) -> bytes:
         """Read an object; FileNotFoundError where there is none."""

@@ -34,6 +34,7 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
+from bfm.sweep.plan import check_held
 from bfm.sweep.requests import new_requests, request_words
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import resolve
@@ -116,7 +117,9 @@ def run_sweep(
     opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
-        check_fits(opened.spec, Machine.here())
+        machine = Machine.here()
+        check_fits(opened.spec, machine)
+        check_held(opened.feasible, machine)
     # A table that is refused begins no sweep.
     table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
     with signals_raise(), _driver(opened, store, extend) as driver:

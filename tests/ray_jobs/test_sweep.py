@@ -18,7 +18,7 @@ import ray
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
@@ -94,6 +94,18 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ra
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
         assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
     assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch, tmp_path) -> None:
+    def crowded(**options):
+        raise Exception("The current node timed out during startup.\nThis could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", crowded)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(PausedError, match="Ray did not start on this machine .*timed out during startup"), local_ray():
+        pytest.fail("it did")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_of_no_use_begin_no_sweep(tmp_path, toy_shards, no_ray, capsys) -> None:

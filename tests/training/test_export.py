@@ -59,6 +59,8 @@ def test_mistakes_are_one_line(bfm, shop, tmp_path):
         ("predict", tmp_path, log, "--out", tmp_path / "p"),
         ("predict", shop.folder / "export", log, "--out", tmp_path / "p", "--k", 1000),
         ("predict", shop.folder / "export", shop.folder / "table.parquet", "--out", tmp_path / "p"),
+        ("predict", shop.folder / "export", log, "--out", log / "p"),
+        ("export", shop.checkpoint, *shards, "--out", log / "e"),
     ]
     for arguments in wrong:
         code, out, err = bfm(*arguments)
