@@ -103,7 +103,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", crowded)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(PausedError, match="Ray did not start on this machine .*timed out during startup"), local_ray():
+    with pytest.raises(PausedError, match=r"Ray did not start on this machine .*timed out during startup"), local_ray():
         pytest.fail("it did")
     assert list(tmp_path.iterdir()) == []
 

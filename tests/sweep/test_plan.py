@@ -183,7 +183,7 @@ def test_status_adds_up():
     driver.lost(tasks[1].task_id, "killed")
     third = driver.next_task()
     status = json.loads(json.dumps(summarise(driver.state)))
-    assert status["running"] == [third.task_id]
+    assert list(driver.state.open_tasks) == [third.task_id]
     assert status["lost_tasks"] == {"killed": 1}
     assert status["lost_flops"] == tasks[1].reserved_flops
     assert status["spent_flops"] + status["reserved_flops"] + status["left_flops"] == status["total_flops"]
