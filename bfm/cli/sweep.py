@@ -20,26 +20,40 @@ def plan(
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
     probe_seconds: Annotated[float, number("How long to measure this machine; 0: no times.", high=3600)] = 20.0,
+    gpu: Annotated[str | None, typer.Option(help="Price it for this card: a100, h100, ...")] = None,
+    throughput: Annotated[float | None, number("Price it at this speed of one worker, in FLOP/s.", above=True)] = None,
+    price_per_hour: Annotated[float | None, number("Of one worker, in any currency.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""
+    """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe.
+
+    bfm plan search_spaces/allocation.yaml --gpu h100 --price-per-hour 2.5
+    """
     import torch
 
     from bfm.sweep.machine import Machine
     from bfm.sweep.on_log import open_space
     from bfm.sweep.plan import plan as make_plan
     from bfm.sweep.plan import render
+    from bfm.sweep.price import bill, bill_text, price_of
     from bfm.sweep.spec import resolve
     from bfm.training.single import measure_speed
 
+    price = price_of(gpu, throughput, price_per_hour)
     opened, machine = open_space(resolve(space, with_shards(overrides, shards))), Machine.here()
     # As a task is trained: more threads than a slot has would wait for each other.
     torch.set_num_threads(max(1, int(min(opened.spec.scaling.tiers[0][0].cpus, machine.cores))))
-    measure = (lambda config, seconds: measure_speed(config, opened.shards, seconds)) if probe_seconds > 0 else None
+    measure = (
+        (lambda config, seconds: measure_speed(config, opened.shards, seconds))
+        if probe_seconds > 0 and not price
+        else None
+    )
     made = make_plan(opened.spec, opened.costs, machine, measure, probe_seconds)
     seen_rule = opened.protocol.seen_rule
-    shown = {**made.as_dict(), "seen_items": seen_rule}
-    show(shown, as_json, lambda _: f"{render(made)}\nseen items {seen_rule}")
+    priced = bill(made, price) if price else None
+    shown = {**made.as_dict(), "seen_items": seen_rule, "bill": priced.as_dict() if priced else None}
+    parts = [render(made), *([bill_text(priced)] if priced else []), f"seen items {seen_rule}"]
+    show(shown, as_json, lambda _: "\n\n".join(parts))
 
 
 @app.command()
