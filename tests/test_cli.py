@@ -203,11 +203,11 @@ def test_a_mistake_is_one_line_and_exit_2(bfm, config, toy_shards, tmp_path, arg
 
 
 def test_without_a_word_there_is_help(bfm):
-    for words in ((), ("data",)):
+    for words, verb in (((), "enqueue"), (("data",), "prepare")):
         code, out, err = bfm(*words)
         assert (code, out) == (2, "")
         assert "Usage: " in err
-        assert "Commands:" in err
+        assert f"  {verb} " in err
 
 
 @pytest.mark.parametrize(
