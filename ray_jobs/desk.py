@@ -247,6 +247,9 @@ class Desk:
             self._signals.ask(f"`bfm stop` of {record['by']}")
         elif record["verb"] == CANCEL:
             self._cancel(record["trial"], live)
+        else:
+            # Something is to be tried, whatever the driver said before.
+            self.finished = False
 
     def _cancel(self, trial_id: str, live: Sequence[Live]) -> None:
         if self._next is not None and self._next.trial == trial_id:

@@ -51,8 +51,7 @@ def train(
     from bfm.report.console import Display, step_words, validation_text
     from bfm.report.matmul_peak import matmul_peak
     from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
-    from bfm.sweep.costs import Costs
-    from bfm.sweep.machine import check_run
+    from bfm.sweep.machine import check_config
     from bfm.sweep.tiers import tier_of_options
     from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
@@ -60,14 +59,12 @@ def train(
     from bfm.yaml import load_yaml
 
     opened, values = Shards.open(shards), load_yaml(config)
-    protocol = Protocol.load(opened)
-    decided = log_defaults(values, protocol.filter_seen, opened.history_length)
+    decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
     tier = tier_of_options(workers, zero_stage, gpus, micro_groups, softmax)
     peak = matmul_peak("cuda" if gpus and torch.cuda.is_available() else "cpu")
     if workers == 1 or not os.environ.get("RAY_ADDRESS"):
-        cost = Costs.on(opened, protocol, queries).of(checked)
-        check_run(tier, cost.memory_bytes(tier, micro_groups, checked.averaging), flops, peak)
+        check_config(checked, opened, tier, flops, peak)
     Store(out).check_writable()
     writer = TrialWriter(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     with Display("train") as display:

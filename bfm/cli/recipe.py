@@ -27,10 +27,14 @@ def recipe(
 
     Writes report/recipe.json into the sweep's or study's folder. The configuration is one that `bfm train` takes.
     """
+    from bfm.events.shards import Shards
     from bfm.report.console import Display, step_words
     from bfm.report.matmul_peak import matmul_peak
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
+    from bfm.sweep.machine import check_config
     from bfm.sweep.recipe.check import check_recipe
+    from bfm.sweep.tiers import Tier
+    from bfm.training.config import TrainConfig
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Record, StepRecord
 
@@ -38,7 +42,9 @@ def recipe(
     publish_recipe(folder, made, None)
     record = None
     if check:
-        peak = matmul_peak(EngineFactory().device.type)
+        device = EngineFactory().device.type
+        peak, tier = matmul_peak(device), Tier(gpus=float(device == "cuda"))
+        check_config(TrainConfig.from_dict(made.config), Shards.open(place), tier, flops, peak)
         with Display("check") as display:
 
             def observe(record: Record) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -55,13 +54,12 @@ def watch(
             shown.update(Text(text(view)), refresh=True)
 
 
-def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float], None]) -> Any:
+def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float], None]) -> Iterator[SweepView]:
     while True:
         view = read()
         yield view
         if view.state.finished is not None and view.live["driver"] is None:
             return
-        sys.stdout.flush()
         sleep(every_s)
 
 

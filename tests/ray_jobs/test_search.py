@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.requests import Request
-from bfm.sweep.state import CANCEL, STOP
+from bfm.sweep.state import CANCEL, ENQUEUE, STOP
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
 from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Live, SweepEvent
@@ -249,6 +249,23 @@ def test_what_was_in_hand_of_a_cancelled_trial_is_not_begun() -> None:
     assert not yielding
     assert driver.yields == {"t3-r0-a0": Account()}
     assert json.loads(searcher.suggest("d")["task"])["trial"] == "t4"
+
+
+def test_a_sweep_that_was_about_to_end_takes_what_is_enqueued() -> None:
+    driver, clock, inbox = FakeDriver(1, 2), Clock(), []
+    desk = make_desk(driver, 2, clock=clock, inbox=lambda: [inbox.pop()] if inbox else [])
+    searcher = DriverSearcher(desk)
+    searcher.suggest("a")
+    searcher.started("a")
+    searcher.may_end("a", {ROW: "{}"})
+    assert searcher.suggest("b") is None
+    assert desk.finished
+    clock.now_s += LOOK_S
+    inbox.append(Request("1", ENQUEUE, "ann@desk", {"refused": None}))
+    driver.left = 1
+    desk.look_after(list(searcher._trials.values()))
+    assert not desk.finished
+    assert desk.peek(list(searcher._trials.values())).trial == "t1"
 
 
 @pytest.mark.parametrize("verb", [STOP, CANCEL])
