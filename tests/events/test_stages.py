@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 from bfm.events import build, prepare, source
 from bfm.events.describe import describe
 from bfm.events.parts import KEYS
@@ -353,7 +353,7 @@ def test_a_full_disk_leaves_the_old_set_and_nothing_half_made(shop, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(build, "write_part", full)
-    with pytest.raises(UserError, match="no space left on the disk"):
+    with pytest.raises(PausedError, match="no space left on the disk"):
         prepare_serially(*arguments, overwrite=True)
     assert contents(folder) == before
 
