@@ -7,34 +7,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from bfm.events.clean import Losses
+from bfm.events.clean import FAULT, Cleaned, Losses, TimeRange, merged
 from bfm.events.raw import Lines
 from bfm.events.ties import Ties
 
 _MOST_FILES = 10
 
 
-@dataclass(frozen=True)
+@dataclass
 class PieceFacts:
     """What was read of a piece of the log."""
 
     path: str
     words: str
     """How the file was understood, where that is not as usual."""
-    rows: int
-    lines: Lines
+    rows: int = 0
+    lines: Lines = field(default_factory=Lines)
     """Of text."""
-    columns: set[str]
-    reasons: Counter[str]
+    columns: set[str] = field(default_factory=set)
+    reasons: Counter[str] = field(default_factory=Counter)
     """Of unusable rows."""
-    losses: Losses
-    ties: Ties
+    losses: Losses = field(default_factory=Losses)
+    ties: Ties = field(default_factory=Ties)
     """In the raw order."""
-    numbered: bool
-    """Times are numbers whose unit was guessed."""
+    guessed_times: TimeRange = None
+
+    def add(self, cleaned: Cleaned) -> None:
+        """Count some more rows (their ties apart)."""
+        self.rows += cleaned.table.num_rows
+        self.lines += cleaned.lines
+        self.columns |= cleaned.names
+        self.reasons.update(cleaned.table[FAULT].drop_null().to_pylist())
+        self.losses += cleaned.losses
+        self.guessed_times = merged([self.guessed_times, cleaned.guessed_times])
 
 
 def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) -> dict[str, Any]:

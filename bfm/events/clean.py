@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,8 @@ Losses = Counter[tuple[str, str]]
 of values made missing; or of texts and lists one of BAG_COUNTS: `values` with at least one word or element, how many of
 these are `cut`, and how many words or elements are `lost`."""
 BAG_COUNTS = ("values", "cut", "lost")
+TimeRange = tuple[int, int] | None
+"""First and last, in milliseconds, of times that are numbers whose unit was guessed; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,7 @@ class Cleaned:
     losses: Losses
     raw: pa.Table
     """The rows as read; those that could not be read would follow."""
-    numbered: bool = False
-    """Times are numbers whose unit was guessed."""
+    guessed_times: TimeRange = None
     names: frozenset[str] = frozenset()
     """All columns of the rows, wanted or not."""
     lines: Lines = field(default_factory=Lines)
@@ -137,7 +138,7 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[
     columns[RAW] = _raw_text(raw.select(present), parse.to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, losses, raw, _guessed(raw, schema))
+    return Cleaned(table, losses, raw, _guessed_times(raw, time, schema))
 
 
 def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
@@ -172,16 +173,23 @@ def column_of(raw: pa.Table, name: str) -> pa.Array:
     return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
-def check_clock(first_ms: int, last_ms: int) -> None:
+def merged(ranges: Iterable[TimeRange]) -> TimeRange:
+    """One range over several."""
+    known = [found for found in ranges if found is not None]
+    return (min(first for first, _ in known), max(last for _, last in known)) if known else None
+
+
+def check_clock(guessed: TimeRange) -> None:
     """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
-    if _CLOCK_MS[0] <= last_ms and first_ms <= _CLOCK_MS[1]:
+    if guessed is None or (_CLOCK_MS[0] <= guessed[1] and guessed[0] <= _CLOCK_MS[1]):
         return
-    spans = [np.datetime64(int(ms), "ms").astype("datetime64[D]") for ms in (first_ms, last_ms)]
+    first_ms, last_ms = guessed
+    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
     fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
     for per_ms, low, high, setting in _LOOKS_LIKE:
         if low <= first_ms / per_ms and last_ms / per_ms <= high:
             fix = f"these look like {setting}"
-    raise UserError(f"times from {spans[0]} to {spans[1]}, is the unit right?", key="time", fix=fix)
+    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
@@ -246,9 +254,12 @@ def join_key(parts: list[pa.Array]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-def _guessed(raw: pa.Table, schema: EventSchema) -> bool:
+def _guessed_times(raw: pa.Table, time: pa.Array, schema: EventSchema) -> TimeRange:
     spec = schema.time
-    return spec is not None and (spec.unit, spec.format) == ("auto", None) and parse.are_numbers(raw, spec.column)
+    if spec is None or (spec.unit, spec.format) != ("auto", None) or not parse.are_numbers(column_of(raw, spec.column)):
+        return None
+    found = pc.min_max(time).as_py()
+    return None if found["min"] is None else (found["min"], found["max"])
 
 
 def _first_fault(faults: Faults) -> pa.Array:

@@ -105,14 +105,18 @@ class Histories:
     ) -> Iterator[pa.Table]:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
+        guessed: clean.TimeRange = None
         for done, piece in enumerate(pieces):
             for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
                 self.rows += cleaned.table.num_rows
                 present |= cleaned.names
                 self.losses += cleaned.losses
-                yield self._number(cleaned.table)
+                guessed = clean.merged([guessed, cleaned.guessed_times])
+                if cleaned.table.num_rows:
+                    yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
         source.check_read(self.rows, columns.names, present)
+        clean.check_clock(guessed)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""

@@ -199,12 +199,11 @@ def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
     return pc.coalesce(from_number, from_text), wrong_number | wrong_text
 
 
-def are_numbers(raw: pa.Table, name: str) -> bool:
-    """Whether a column of times, or the first known value of one of text, is a number."""
-    column = raw[name] if name in raw.column_names else None
-    if column is None or (not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type)):
-        return column is not None and is_plain(column.type) and not pa.types.is_temporal(column.type)
-    first = _known(plain(column.slice(0, 1000))).drop_null()
+def are_numbers(column: pa.Array) -> bool:
+    """Whether a column is of numbers, or of text whose first known value is one."""
+    if not pa.types.is_large_string(column.type):
+        return is_plain(column.type) and not pa.types.is_temporal(column.type)
+    first = _known(column.slice(0, 1000)).drop_null()
     return len(first) > 0 and pc.match_substring_regex(first[0], _NUMBER).as_py()
 
 

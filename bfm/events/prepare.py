@@ -34,7 +34,6 @@ from bfm.events.find import find_item_table, find_logs
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.parse import numbers, plain, to_mask
-from bfm.events.raw import Lines
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
@@ -155,30 +154,15 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 
 def clean_piece(job: Job, piece: Piece) -> None:
     """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
-    numbered, rows, seen, losses, ties, lines, reasons = (
-        False,
-        0,
-        set[str](),
-        clean.Losses(),
-        Ties(),
-        Lines(),
-        Counter[str](),
-    )
+    facts = PieceFacts(piece.path, piece.words())
+    bounds = np.array([number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)], np.uint64)
     for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
-        rows += cleaned.table.num_rows
-        seen |= cleaned.names
-        losses += cleaned.losses
-        lines += cleaned.lines
-        numbered |= cleaned.numbered
-        if not cleaned.table.num_rows:
-            continue
-        reasons.update(cleaned.table[clean.FAULT].drop_null().to_pylist())
-        order, table = _by_hash(cleaned.table, job.seed)
-        ties += _raw_ties(job.schema, cleaned.raw, order, table)
-        bounds = [number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)]
-        starts = np.searchsorted(table[_SPREAD].to_numpy(), np.array(bounds, np.uint64))
-        job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
-    facts = PieceFacts(piece.path, piece.words(), rows, lines, seen, reasons, losses, ties, numbered)
+        facts.add(cleaned)
+        if cleaned.table.num_rows:
+            order, table = _by_hash(cleaned.table, job.seed)
+            facts.ties += _raw_ties(job.schema, cleaned.raw, order, table)
+            starts = np.searchsorted(table[_SPREAD].to_numpy(), bounds)
+            job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
     job.save("read", piece.index, facts)
 
 
@@ -298,9 +282,7 @@ def choose_split(job: Job) -> Split:
     if not any(partition.events for partition in partitions):
         example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
         raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
-    if any(piece.numbered for piece in job.load("read")):
-        times = [partition.time_range for partition in partitions if partition.events]
-        clean.check_clock(min(first for first, _ in times), max(last for _, last in times))
+    clean.check_clock(clean.merged(piece.guessed_times for piece in job.load("read")))
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
