@@ -194,9 +194,9 @@ def _parsed(found: _Mended, separator: str, names: Sequence[str], columns: Seque
         return "skip"
 
     # Arrow knows the columns by their place: names that nobody asked for may stand twice.
-    places = {name: str(names.index(name)) for name in columns}
+    places = {name: str(names.index(name)) for name in columns} or {"": "0"}
     expected = found.lines["rows"] - len(found.misfits)
-    table = pa.table({name: pa.array([], pa.large_string()) for name in columns})
+    table = pa.table({name: pa.array([], pa.large_string()) for name in places})
     if expected:
         table = pyarrow.csv.read_csv(
             io.BytesIO(found.text),

@@ -12,11 +12,12 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bfm.errors import UserError
+from bfm.events.csv_lines import read_rows
 from bfm.events.schema import ReadSpec
 
 BLOCK_BYTES = 1 << 24
@@ -86,18 +87,22 @@ def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[st
     if form == "json":
         start = text.lstrip()
         return replace(dialect, array=re.match(r"\[\s*[{\]]|\{\s*\n", start) is not None)
-    text = text.replace("\r\n", "\n").replace("\r", "\n") if dialect.newline == "\r" else text
+    text = text.replace("\r", "\n") if dialect.newline == "\r" else text
+    # Sheets may name their separator in a line of its own.
+    named = re.match(r"sep=(.)\r?\n", text)
     # Of separators with as many of the columns, the first.
-    found = [_header(text, mark) for mark in (read.delimiter or _SEPARATORS[form])]
+    marks = named[1] if named else read.delimiter or _SEPARATORS[form]
+    found = [_header(text[named.end() if named else 0 :], mark) for mark in marks]
     separator, names, rest = max(found, key=lambda header: len({*header[1]} & {*columns}))
     header_bytes = len(text[: len(text) - len(rest)].encode())
     dialect = replace(dialect, separator=separator, names=names, header_bytes=header_bytes)
     if dialect.decimal is None:
+        wanted = [name for name in dict.fromkeys(names) if name in numbers]
         # The last row may be cut.
-        rows = list(csv.reader(io.StringIO(rest[: rest.rfind("\n") + 1]), delimiter=separator))
-        places = [place for place, name in enumerate(names) if name in numbers]
-        cells = (row[place].strip() for row in rows for place in places if place < len(row))
-        dialect = replace(dialect, decimal=_decimal_mark(cells, separator))
+        sample = iter([rest[: rest.rfind("\n") + 1].encode()])
+        for rows in read_rows(sample, separator, names, wanted):
+            cells = itertools.chain(*(column.to_pylist() for column in rows.table.columns))
+            dialect = replace(dialect, decimal=_decimal_mark(cells, separator))
     return dialect
 
 
@@ -157,10 +162,10 @@ def _header(text: str, separator: str) -> tuple[str, tuple[str, ...], str]:
     return separator, (), ""
 
 
-def _decimal_mark(cells: Iterator[str], separator: str) -> str | None:
+def _decimal_mark(cells: Iterable[str], separator: str) -> str | None:
     """The mark that numbers show."""
     comma = point = unclear = 0
-    for cell in cells:
+    for cell in map(str.strip, cells):
         if _UNCLEAR.fullmatch(cell):
             unclear += "," in cell
         elif _WITH_COMMA.fullmatch(cell):

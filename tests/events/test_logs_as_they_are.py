@@ -165,7 +165,9 @@ def test_text_in_another_encoding_is_told_by_file_and_byte(tmp_path):
         prepared(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["\nuser,item,time\n", "\r\n\r\nuser,item,time\n", 'user,item,"time"\n'])
+@pytest.mark.parametrize(
+    "text", ["\nuser,item,time\n", "sep=,\nuser,item,time\n", "\r\n\r\nuser,item,time\n", 'user,item,"time"\n']
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_headers_and_line_ends(tmp_path, text, newline):
     body = (text + "".join(f"{u},{i},{t}\n" for u, i, t in ROWS)).replace("\r", "").replace("\n", newline)
