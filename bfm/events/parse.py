@@ -130,9 +130,8 @@ def inexact(column: pa.Array) -> np.ndarray:
         return to_mask(pc.and_(pc.is_finite(values), pc.invert(whole)))
     if pa.types.is_decimal(kind):
         return to_mask(pc.not_equal(pc.floor(column), column))
-    if pa.types.is_large_string(kind):
-        codes = column.dictionary_encode()
-        return to_mask(pc.match_substring_regex(codes.dictionary, _ROUNDED).take(codes.indices))
+    if pa.types.is_large_string(kind) and pc.any(pc.match_substring(column, "+")).as_py():
+        return to_mask(pc.match_substring_regex(column, _ROUNDED))
     return np.zeros(len(column), bool)
 
 
@@ -147,12 +146,12 @@ def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     if not is_plain(kind):
         return pa.nulls(len(column), pa.float64()), to_mask(column.is_valid()), wrong
     if pa.types.is_large_string(kind):
-        # Arrow's number parser refuses a leading plus.
-        text = pc.replace_substring_regex(_known(column), r"^\+([0-9.])", r"\1")
-        good = pc.match_substring_regex(text, _NUMBER)
-        infinite = to_mask(pc.match_substring_regex(text, _INFINITE))
-        wrong = to_mask(pc.and_(text.is_valid(), pc.invert(good))) & ~infinite
-        values = pc.if_else(good, text, None).cast(pa.float64())
+        # Each distinct text is read once.
+        codes = column.dictionary_encode()
+        values, good, endless = _read_numbers(codes.dictionary)
+        infinite = to_mask(endless.take(codes.indices))
+        wrong = to_mask(pc.invert(pc.or_(good, endless)).take(codes.indices))
+        values = values.take(codes.indices)
     else:
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
             column = column.cast(pa.timestamp("ms"))
@@ -252,6 +251,15 @@ def _known(column: pa.Array) -> pa.Array:
     """Trimmed texts, null where one says that there is nothing."""
     text = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.is_in(text, _MISSING), None, text)
+
+
+def _read_numbers(texts: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Float64 of texts, which of them are a number or missing, and which an infinity."""
+    # Arrow's number parser refuses a leading plus.
+    known = pc.replace_substring_regex(_known(texts), r"^\+([0-9.])", r"\1")
+    number = pc.match_substring_regex(known, _NUMBER)
+    infinite = pc.match_substring_regex(known, _INFINITE).fill_null(False)
+    return pc.if_else(number, known, None).cast(pa.float64()), number.fill_null(True), infinite
 
 
 def _integers(column: pa.Array) -> pa.Array:
