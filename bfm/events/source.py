@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,8 @@ def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
         yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, EOFError, OSError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, UnicodeDecodeError) or "utf8" in text.lower().replace("-", ""):
+        # Arrow cannot hand over a row of the wrong width that is not UTF-8.
+        if isinstance(error, UnicodeDecodeError) or re.search("utf-?8|CSV parse error", text, re.IGNORECASE):
             encoding = how.encoding if how else "utf-8"
             with _open_stream(path) as stream:
                 what = f"is not {encoding} text: {dialect.bad_byte(stream, encoding)}"

@@ -157,8 +157,10 @@ def test_encodings(tmp_path, encoding):
     assert manifest.checks.get("read_as", {}) == ({} if encoding == "utf-8-sig" else {encoding: "log.csv"})
 
 
-def test_text_in_another_encoding_is_told_by_file_and_byte(tmp_path):
-    write_csv(tmp_path / "log.csv", [*ROWS, ("é", "i1", START_S)], encoding="latin-1")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("row", [("é", "i1", START_S), ("u1", "é")])
+def test_text_in_another_encoding_is_told_by_file_and_byte(tmp_path, row):
+    write_csv(tmp_path / "log.csv", [*ROWS, row], encoding="latin-1")
     byte = (tmp_path / "log.csv").read_bytes().index(b"\xe9")
     expected = rf"log\.csv: read\.encoding: is not utf-8 text: byte {byte:,} is 0xe9; .*encoding: latin-1"
     with pytest.raises(UserError, match=expected):
