@@ -40,21 +40,25 @@ def prepare(
         "items": manifest.items,
         "catalogue": manifest.catalogue,
         "quarantined": dict(manifest.rows_quarantined),
-        "cuts": manifest.checks.get("cuts", {}),
+        **{name: manifest.checks.get(name, {}) for name in _TOLD},
         "seen_items": manifest.checks["seen_items"],
     }
     show(summary, as_json, _prepared_text)
 
 
+_TOLD = ("lines", "files", "repairs", "read_as", "left_out", "items_without_row", "item_rows_unreadable", "cuts")
+
+
 def _prepared_text(summary: dict[str, Any]) -> str:
+    from bfm.events.account import account_lines
     from bfm.events.describe import cut_lines
 
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary["quarantined"].items()) or "none"
     lines = [
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
-        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}",
+        f"({summary['catalogue']:,} in the catalogue)",
         f"seen items {summary['seen_items']}",
         *(f"cut: {line}" for line in cut_lines(summary["cuts"])),
+        *account_lines(summary["rows"], summary["events"], summary["quarantined"], summary),
         summary["shards"],
     ]
     return "\n".join(lines)
