@@ -95,9 +95,11 @@ def _strptime(value: str) -> str:
     return value
 
 
+_Kind = Literal["categorical", "numeric", "text", "list", "vector", "time"]
 _Buckets = Annotated[list[float], AfterValidator(_ascending)]
-_Count = Annotated[int, BeforeValidator(parse_count)]
-_Names = Annotated[list[str], BeforeValidator(_as_names)]
+_WrittenCount = Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^[0-9][0-9_.]*([eE]\+?[0-9]+)?[kKMGTP]?$")]
+_Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=_WrittenCount)]
+_Names = Annotated[list[str], BeforeValidator(_as_names, json_schema_input_type=str | list[str])]
 
 
 class TimeSpec(_Strict):
@@ -121,10 +123,10 @@ class ItemPart(_Strict):
 class FieldSpec(TimeSpec):
     """One item or context field; `format` and `unit` are those of times."""
 
-    kind: Literal["categorical", "numeric", "text", "list", "vector", "time"]
+    kind: _Kind
     separator: str | None = None
     """list, vector: what separates the elements where the column is text."""
-    max_length: Annotated[int, Field(ge=1), BeforeValidator(parse_count)] | None = None
+    max_length: Annotated[_Count, Field(ge=1)] | None = None
     """text, list: only the first so many words (32 where left out) or elements (16) of a value are kept."""
     buckets: _Buckets | None = None
     """categorical: cut a number into buckets."""
@@ -136,6 +138,20 @@ class FieldSpec(TimeSpec):
                 fix = f"remove it, or set kind to {' or '.join(kinds)}"
                 raise UserError(f"does not go with kind {self.kind}", key=option, fix=fix)
         return self
+
+
+class FieldEntry(FieldSpec):
+    """As it is written: the column is the field's name where it is left out."""
+
+    column: str | None = None  # type: ignore[assignment]
+
+
+_Fields = Annotated[
+    dict[str, FieldSpec], BeforeValidator(_as_fields, json_schema_input_type=dict[str, _Kind | FieldEntry] | None)
+]
+
+
+_Parts = Annotated[list[str | ItemPart], Field(min_length=1)]
 
 
 class ItemTable(_Strict):
@@ -197,7 +213,9 @@ class SplitSpec(_Strict):
 class EvaluationSpec(_Strict):
     """The evaluation protocol."""
 
-    queries: Annotated[int | None, BeforeValidator(_as_queries)] = 10_000
+    queries: Annotated[
+        int | None, BeforeValidator(_as_queries, json_schema_input_type=_WrittenCount | Literal["all"] | None)
+    ] = 10_000
     """Headline queries per part; None (written `all`) takes all of them."""
     filter_seen: bool | None = None
     """Items that the user had before are in no list; None: as the log's repeats say."""
@@ -214,14 +232,20 @@ class BuiltIn(_Strict):
 class EventSchema(_Strict):
     """A checked schema."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["time"]}, {"required": ["position"]}]})
+
     name: str
     user: str
-    time: Annotated[TimeSpec | None, BeforeValidator(_as_column)] = None
+    time: Annotated[TimeSpec | None, BeforeValidator(_as_column, json_schema_input_type=str | TimeSpec)] = None
     position: str | None = None
-    item: Annotated[list[ItemPart], BeforeValidator(_as_columns), Field(min_length=1)]
+    item: Annotated[
+        list[ItemPart],
+        Field(min_length=1),
+        BeforeValidator(_as_columns, json_schema_input_type=str | ItemPart | _Parts),
+    ]
     items: ItemTable | None = None
-    item_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
-    context_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
+    item_fields: _Fields = Field(default_factory=dict)
+    context_fields: _Fields = Field(default_factory=dict)
     read: ReadSpec | None = None
     clean: CleanSpec = CleanSpec()
     split: SplitSpec = SplitSpec()

@@ -1,7 +1,11 @@
+import re
+from pathlib import Path
+
+import jsonschema
 import pytest
 
 from bfm.errors import UserError
-from bfm.events.schema import MAX_LENGTH, EventSchema, built_in_schemas, load_schema
+from bfm.events.schema import MAX_LENGTH, EventSchema, built_in_schemas, load_schema, schema_path
 from bfm.yaml import parse_yaml, validate
 
 BASE = "name: shop\nuser: u\ntime: t\nitem: i\n"
@@ -27,20 +31,62 @@ def test_defaults():
 
 
 def test_the_json_schema_says_what_an_option_means():
-    field = EventSchema.model_json_schema()["$defs"]["FieldSpec"]["properties"]["max_length"]
-    assert field["anyOf"][0] == {"type": "integer", "minimum": 1}
+    field = EventSchema.model_json_schema()["$defs"]["FieldEntry"]["properties"]["max_length"]
+    assert {"type": "integer", "minimum": 1} in field["anyOf"][0]["anyOf"]
     assert all(str(length) in field["description"] for length in MAX_LENGTH.values())
     assert "power of two" in EventSchema.model_json_schema()["properties"]["hash_rows"]["description"]
 
 
+SHORT = (
+    BASE.replace("item: i", "item: [mcc, {column: amount, buckets: [10, 50, 100]}]")
+    + "items: {path: t.csv, key: [mcc, bucket]}\n"
+    + "item_fields: {brand: categorical, tags: {kind: list, separator: '|', column: tag_ids, max_length: 1k}}\n"
+    + "evaluation: {queries: all}\nhash_rows: 4096\n"
+    + "split: {by: time, valid_from: 2017-11-01, test_from: 2017-12-01}\n"
+)
+
+
+def by_editors(text):
+    """Raises where an editor that goes by `bfm schema log` would mark a fault."""
+    jsonschema.validate(parse_yaml(text, file="s.yaml"), EventSchema.model_json_schema())
+
+
+def test_the_json_schema_takes_every_form_that_is_taken():
+    by_editors(SHORT)
+    by_editors("name: s\nuser: u\nposition: p\nitem: i\n")
+    for name in built_in_schemas():
+        by_editors(schema_path(name).read_text())
+    documents = Path(__file__).parents[2] / "docs" / "data.md"
+    by_editors(re.search(r"```yaml\n(# shop.yaml.*?)```", documents.read_text(), re.S).group(1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BASE + "contxt_fields: {}\n",
+        BASE + "item_fields: {a: {kind: numeric, colum: x}}\n",
+        BASE + "item_fields: {a: number}\n",
+        BASE + "context_fields: {a: {kind: text, max_length: -8}}\n",
+        BASE + "item_fields: {a: {kind: text, max_length: 1.5}}\n",
+        BASE + "item_fields: {a: {kind: text, max_length: all}}\n",
+        BASE + "position: p\n",
+        "name: s\nuser: u\nitem: i\n",
+        BASE + "evaluation: {queries: 1.5}\n",
+        BASE.replace("item: i", "item: []"),
+        BASE.replace("user: u\n", ""),
+        BASE + "split: {by: weeks}\n",
+        BASE + "read: {decimal: ';'}\n",
+    ],
+)
+def test_the_json_schema_refuses_what_is_refused(text):
+    with pytest.raises(UserError):
+        check(text)
+    with pytest.raises(jsonschema.ValidationError):
+        by_editors(text)
+
+
 def test_short_forms_are_written_out():
-    schema = check(
-        BASE.replace("item: i", "item: [mcc, {column: amount, buckets: [10, 50, 100]}]")
-        + "items: {path: t.csv, key: [mcc, bucket]}\n"
-        + "item_fields: {brand: categorical, tags: {kind: list, separator: '|', column: tag_ids, max_length: 1k}}\n"
-        + "evaluation: {queries: all}\nhash_rows: 4096\n"
-        + "split: {by: time, valid_from: 2017-11-01, test_from: 2017-12-01}\n"
-    )
+    schema = check(SHORT)
     assert [part.column for part in schema.item] == ["mcc", "amount"]
     assert schema.item[1].buckets == [10, 50, 100]
     assert (schema.item_fields["brand"].column, schema.item_fields["tags"].column) == ("brand", "tag_ids")
