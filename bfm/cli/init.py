@@ -21,25 +21,37 @@ MEASURE_S = 10.0
 
 @app.command()
 def init(
-    shards: Annotated[str, typer.Option("--space", metavar="SHARDS", help="Propose a space for this shard set.")],
+    logs: Annotated[list[str] | None, typer.Argument(metavar="LOG...", help="Files, folders, globs or URIs.")] = None,
+    shards: Annotated[
+        str | None, typer.Option("--space", metavar="SHARDS", help="Propose a space for this shard set.")
+    ] = None,
     flops: Annotated[float | None, number("What the sweep may spend, such as 1e13.", above=True)] = None,
     hours: Annotated[float | None, number("The same as hours of this machine, which is measured.", above=True)] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
 ) -> None:
-    """Propose a search space for a log and a budget: ladder, sizes, window and batch, with a reason each.
+    """Propose a schema for a log, or a search space for its shards and a budget; each choice with its reason.
+
+    bfm init 'logs/*.csv' --out shop.yaml
 
     bfm init --space shards --hours 2 --out space.yaml
     """
-    if (flops is None) == (hours is None):
+    if bool(logs) == (shards is not None):
+        raise UserError("nothing to look at", key="LOG", fix="give the files of a log, or --space SHARDS and a budget")
+    if shards is not None and (flops is None) == (hours is None):
         raise UserError("a budget is needed", key="--flops", fix="give --flops 1e13 or --hours 2, one of them")
     if out is not None and out.exists():
         raise UserError("exists already", file=str(out), fix="choose another file, or remove it")
-    text = _space(shards, flops, hours or 0.0)
+    if shards is None:
+        from bfm.events.guess import guess_schema
+
+        text, then = guess_schema(logs or []), f"bfm data prepare {out} {' '.join(logs or [])} --out shards"
+    else:
+        text, then = _space(shards, flops, hours or 0.0), f"bfm plan {out}"
     if out is None:
         print(text, end="")
     else:
         write_atomic(out, text.encode())
-        print(f"{out}; next: bfm plan {out}")
+        print(f"{out}; next: {then}")
 
 
 def _space(location: str, flops: float | None, hours: float) -> str:

@@ -74,7 +74,7 @@ def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[st
     Args:
         head: as they stand in the file, uncompressed.
         form: csv, tsv or json.
-        columns: of these the header should have as many as can be.
+        columns: of these the header should have as many as can be; without any, of columns at all.
         numbers: those of them that hold numbers.
         read: what the schema says.
 
@@ -93,7 +93,7 @@ def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[st
     # Of separators with as many of the columns, the first.
     marks = named[1] if named else read.delimiter or _SEPARATORS[form]
     found = [_header(text[named.end() if named else 0 :], mark) for mark in marks]
-    separator, names, rest = max(found, key=lambda header: len({*header[1]} & {*columns}))
+    separator, names, rest = max(found, key=lambda header: len({*header[1]} & {*columns} if columns else header[1]))
     header_bytes = len(text[: len(text) - len(rest)].encode())
     dialect = replace(dialect, separator=separator, names=names, header_bytes=header_bytes)
     if dialect.decimal is None:

@@ -48,11 +48,16 @@ def find_logs(schema: EventSchema, logs: list[str]) -> Found:
         UserError: nothing is there.
     """
     if logs:
-        left_out = Counter[str]()
-        return Found(sorted({path for log in logs for path in _expand(log, left_out)}), left_out)
+        return find_files(logs)
     if schema.builtin is None:
         raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
     return Found([str(package_folder(schema) / name) for name in schema.builtin.log], {})
+
+
+def find_files(logs: list[str]) -> Found:
+    """Files of places that a user names. Raises UserError where one has none."""
+    left_out = Counter[str]()
+    return Found(sorted({path for log in logs for path in _expand(log, left_out)}), left_out)
 
 
 def package_folder(schema: EventSchema) -> Path:

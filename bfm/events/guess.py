@@ -1,0 +1,241 @@
+"""A first schema for the files of a log, so that nobody starts from a blank page: what a column seems to be, and why.
+
+Enters: files, of which the first rows are read. Leaves: the text of a schema YAML; what was not certain stands beside
+it as a comment. The schema is a guess to be read, not a decision: `prepare` and `describe` tell what becomes of it.
+
+Shape legend: E rows that were read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bfm.errors import UserError
+from bfm.events.find import find_files
+from bfm.events.parse import inexact, keys, numbers, plain, times
+from bfm.events.schema import RESERVED, TimeSpec
+from bfm.events.source import Columns, make_pieces, read_piece, table_columns
+from bfm.units import format_count
+
+_ROWS = 200_000
+_WORDS: Mapping[str, str] = {
+    "user": r"user|customer|client|household|account|member|visitor|buyer|card|session|person|reviewer",
+    "item": r"item|product|sku|article|asin|stock|movie|track|song|merchant|mcc|listing|isbn|title_id|content|page",
+    "time": r"time|date|created|_at$|^at$|^ts$|when|day",
+}
+"""Of a column's name, in order of how much they say."""
+_SURE = 0.99
+"""Share of rows from which on something holds of a column."""
+_USUAL = 0.95
+"""Share of an item's rows that have its usual value of a field of the item."""
+_MOST_CATEGORIES = 1000
+_LONG_WORDS = 3.0
+_EARLIEST_MS, _LATEST_MS = 315_532_800_000, 4_102_444_800_000  # 1980, 2100
+_FEWEST_REPEATS = 1.2
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the rows that were read."""
+
+    name: str
+    values_E: pa.Array
+    """Plain, as bfm.events.parse takes them."""
+
+    @property
+    def keys_E(self) -> pa.Array:
+        """As ids."""
+        return keys(self.values_E)[0]
+
+    @property
+    def distinct(self) -> int:
+        """Number of different values."""
+        return int(pc.count_distinct(self.keys_E).as_py())
+
+    @property
+    def known(self) -> int:
+        """Rows that have a value."""
+        return len(self.values_E) - int(self.keys_E.null_count)
+
+    def named(self, role: str) -> int:
+        """How much its name says that it is that: 0 for nothing."""
+        words = _WORDS[role].split("|")
+        found = [len(words) - place for place, word in enumerate(words) if re.search(word, self.name.lower())]
+        return max(found, default=0) + (len(words) if found and self.name.lower().endswith("id") else 0)
+
+    @property
+    def is_time(self) -> bool:
+        """Nearly all of it are times between 1980 and 2100."""
+        found_E, _ = times(self.values_E, TimeSpec(column=self.name))
+        told = found_E.drop_null().to_numpy()
+        return len(told) >= _SURE * max(self.known, 1) > 0 and bool(
+            np.mean((told > _EARLIEST_MS) & (told < _LATEST_MS)) >= _SURE and len(np.unique(told)) > 1
+        )
+
+    @property
+    def is_number(self) -> bool:
+        """Nearly all of it are numbers."""
+        found_E, _, _ = numbers(self.values_E)
+        return len(found_E.drop_null()) >= _SURE * max(self.known, 1) > 0
+
+    @property
+    def can_be_id(self) -> bool:
+        """It repeats, and is no measured number."""
+        return self.known > _FEWEST_REPEATS * self.distinct > 1 and not inexact(self.values_E).any()
+
+
+def guess_schema(logs: Sequence[str]) -> str:
+    """The text of a schema for files, folders, globs or URIs. Raises UserError where no column can be user, item, time.
+
+    Fields of items are those that are the same at every row of an item; the others are of the event.
+    """
+    found = find_files(list(logs))
+    columns, rows, understood = _read(found.paths)
+    if rows == 0:
+        raise UserError("has no rows", file=found.paths[0], fix="give a log with rows")
+    doubts: list[str] = [f"first {format_count(rows)} rows of {found.paths[0]}{understood}"]
+    time = _choose("time", [column for column in columns if column.is_time], doubts)
+    if time is None:
+        fix = "write a schema by hand, with `position: COLUMN` where whole numbers order a user's events"
+        raise UserError("no column holds times between 1980 and 2100", file=found.paths[0], fix=fix)
+    left = [column for column in columns if column is not time]
+    user = _choose("user", [column for column in left if column.can_be_id and not column.is_time], doubts)
+    if user is None:
+        names = ", ".join(column.name for column in columns)
+        raise UserError(f"no column of {names} repeats as users do", file=found.paths[0], fix="write a schema by hand")
+    left = [column for column in left if column is not user]
+    item = _choose("item", [column for column in left if column.can_be_id and not column.is_time], doubts)
+    if item is None:
+        raise UserError("no column repeats as items do", file=found.paths[0], fix="write a schema by hand")
+    left = [column for column in left if column is not item]
+    sides: dict[str, list[str]] = {"item_fields": [], "context_fields": []}
+    for column in left:
+        entry = _field(column)
+        if entry is None:
+            doubts.append(f"{column.name} is left out: it has one value, or another one at every row, or none")
+            continue
+        sides["item_fields" if _belongs_to(column, item) else "context_fields"].append(entry)
+    return "\n".join(_lines(user, time, item, sides, doubts)) + "\n"
+
+
+def _read(paths: Sequence[str]) -> tuple[list[_Column], int, str]:
+    """(columns of the first rows, how many rows, how the file was understood)."""
+    names = table_columns(paths[0], Columns(()))
+    tables: list[pa.Table] = []
+    columns = Columns(names, names)
+    pieces = make_pieces([paths[0]], columns)
+    for chunk in (chunk for piece in pieces for chunk in read_piece(piece, columns)):
+        tables.append(chunk.table)
+        if sum(map(len, tables)) >= _ROWS:
+            break
+    table = pa.concat_tables(tables, promote_options="permissive").slice(0, _ROWS)
+    words = pieces[0].words()
+    found = [_Column(name, plain(table[name])) for name in table.column_names]
+    return found, len(table), f", read as {words}" if words else ""
+
+
+def _choose(role: str, able: Sequence[_Column], doubts: list[str]) -> _Column | None:
+    """The column whose name says most; of equals the one of most different values."""
+    ranked = sorted(able, key=lambda column: (column.named(role), column.distinct), reverse=True)
+    if not ranked:
+        return None
+    best = ranked[0]
+    if not best.named(role):
+        doubts.append(f"{role}: no column's name says so; {best.name} has {format_count(best.distinct)} values")
+    elif others := [column.name for column in ranked[1:] if column.named(role)]:
+        doubts.append(f"{role}: {best.name}, or {' or '.join(others[:3])}?")
+    return best
+
+
+def _belongs_to(column: _Column, item: _Column) -> bool:
+    """Whether nearly all rows of items that occur again have the item's usual value of it."""
+    rows = pa.table({"item": item.keys_E, "value": _texts(column)}).drop_null()
+    pairs = rows.group_by(["item", "value"]).aggregate([([], "count_all")])
+    items = pairs.group_by("item").aggregate([("count_all", "max"), ("count_all", "sum")])
+    again = items.filter(pc.greater(items["count_all_sum"], 1))
+    if len(again) == 0:
+        return False
+    other = 1 - pc.sum(again["count_all_max"]).as_py() / pc.sum(again["count_all_sum"]).as_py()
+    # A value that nearly all events have is no item's own.
+    commonest = pc.max(pairs.group_by("value").aggregate([("count_all", "sum")])["count_all_sum"]).as_py()
+    return bool(other <= min(1 - _USUAL, 0.3 * (1 - commonest / len(rows))))
+
+
+def _texts(column: _Column) -> pa.Array:
+    if pa.types.is_list(column.values_E.type) or pa.types.is_large_list(column.values_E.type):
+        return pa.array([None if value is None else str(value) for value in column.values_E.to_pylist()])
+    return column.keys_E
+
+
+def _field(column: _Column) -> str | None:
+    """`name: kind`, None where it can be no field."""
+    kind, options = _kind(column)
+    if kind is None:
+        return None
+    name = re.sub(r"\W+", "_", column.name).strip("_").lower() or "field"
+    name = f"{name}_column" if name in RESERVED else name
+    if name != column.name:
+        options = {"column": f'"{column.name}"', **options}
+    if not options:
+        return f"{name}: {kind}"
+    return f"{name}: {{{', '.join(f'{key}: {value}' for key, value in {'kind': kind, **options}.items())}}}"
+
+
+def _kind(column: _Column) -> tuple[str | None, dict[str, Any]]:
+    values_E = column.values_E
+    if pa.types.is_list(values_E.type) or pa.types.is_large_list(values_E.type):
+        return "list", {}
+    if column.distinct < 2:
+        return None, {}
+    if column.distinct >= column.known and not column.is_number:
+        return ("text" if _words(column) >= _LONG_WORDS else None), {}
+    if column.is_time:
+        return "time", {}
+    if column.is_number:
+        is_code = column.named("user") or column.named("item") or column.name.lower().endswith(("id", "code"))
+        return ("categorical" if is_code else "numeric"), {}
+    if _words(column) >= _LONG_WORDS:
+        return "text", {}
+    texts = [text for text in column.keys_E.drop_null().unique().to_pylist()[:1000] if text]
+    if np.mean(["|" in text for text in texts]) > 0.3:
+        return "list", {"separator": '"|"'}
+    return ("categorical" if column.distinct <= max(_MOST_CATEGORIES, 0.1 * column.known) else "text"), {}
+
+
+def _words(column: _Column) -> float:
+    """Mean number of words of its different values."""
+    texts = column.keys_E.drop_null().unique().to_pylist()[:1000]
+    return float(np.mean([len(text.split()) for text in texts])) if texts else 0.0
+
+
+def _lines(
+    user: _Column, time: _Column, item: _Column, sides: Mapping[str, Sequence[str]], doubts: Sequence[str]
+) -> Iterator[str]:
+    yield "# A first schema, proposed by `bfm init`: look at it, then `bfm data prepare` and `bfm data describe`."
+    for doubt in doubts:
+        yield f"# {doubt}"
+    yield "name: log"
+    yield f"user: {_quoted(user.name)}  # {_counted(user)}"
+    yield f"time: {_quoted(time.name)}"
+    yield f"item: {_quoted(item.name)}  # {_counted(item)}"
+    for side, fields in sides.items():
+        if fields:
+            yield f"{side}:"
+            yield from (f"  {field}" for field in fields)
+
+
+def _counted(column: _Column) -> str:
+    return f"{format_count(column.distinct)} values, {column.known / column.distinct:.3g} events each"
+
+
+def _quoted(name: str) -> str:
+    return (
+        name if re.fullmatch(r"[A-Za-z_][\w.]*", name) else '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    )
