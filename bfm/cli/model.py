@@ -43,8 +43,8 @@ def train(
     """
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
+    from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
-    from bfm.report.matmul_peak import matmul_peak
     from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
     from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
@@ -190,8 +190,8 @@ def predict(
     Users are in no particular order. A user without any usable row has empty lists. Items that the export does not
     know count in histories, embedded from their fields in the log, and are never recommended.
     """
+    from bfm.predictions import predict_log, summary_text
     from bfm.report.console import Display
-    from bfm.report.predictions import predict_log, summary_text
 
     with Display("predict") as display:
         summary = predict_log(export, logs, out, k=k, vectors=vectors, filter_seen=filter_seen, progress=display.show)
@@ -206,10 +206,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """What this machine can do and what is missing."""
-    from bfm.report.doctor import examine
+    from bfm.sweep.doctor import examine
 
     if loss:
-        from bfm.report.loss_check import check_losses, losses_text
+        from bfm.objective.loss_check import check_losses, losses_text
         from bfm.training.engine import EngineFactory
 
         rows = check_losses(EngineFactory().device.type)
