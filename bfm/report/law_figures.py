@@ -94,13 +94,15 @@ _SHOWN = {"params": ("N", format_count), "events": ("D", format_count), "share":
 def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
     """The figures that the fits allow."""
     joint, batch, agreed = (told(laws, law) for law in ("joint", "batch", "agreement"))
-    figures = []
+    figures: list[Figure] = []
     for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
         known = [(runs, fit) for runs, fit in joint if name in asked_axes(fit)]
         caption = _AXIS + _ZERO * bool((known[0][0][name] == 0).any())
         published = name in _PUBLISHED_EXPONENT or name in _PUBLISHED_RANGE
         caption += _PAPER * (published and any(told_optima(fit, name) for _, fit in known))
         file = f"law-{re.sub(r'[^a-z0-9]+', '_', name.lower())}"
+        if file in [figure.name for figure in figures]:
+            file += f"-{len(figures)}"
         variants = [Variant(fit.metric, axis_sentence(fit, name), axis_panels(name, runs, fit)) for runs, fit in known]
         figures.append(Figure(file, axis_words(name).heading, caption, variants))
     if batch:
@@ -143,13 +145,7 @@ def _valley_panel(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, st
     if not shown:
         return empty(with_goal(fit.metric), "no budget has runs of its own")
     every = np.concatenate([np.array(within[curve["flops"]]) for curve in shown])
-    low, high = float(x_R[every][x_R[every] > 0].min()), float(x_R[every].max())
-    zero = low / max(high / low, 4.0) ** 0.14
-    has_zero = bool((x_R[every] == 0).any())
-    axis = log_axis(words.label, low, high, words.text, left=0.22 if has_zero else 0.06)
-    if has_zero:
-        ticks = [tick for tick in axis["tickvals"] if tick > 0.99 * low]
-        axis |= {"tickvals": [zero, *ticks], "ticktext": ["0", *map(words.text, ticks)]}
+    axis, zero = _valley_axis(words, x_R[every])
     budgets = {budget.flops: budget for budget in fit.budgets}
     window = value_window(adjusted_R[every].tolist(), fit.metric, [one.best for one in fit.budgets])
     traces: list[Trace] = []
@@ -169,6 +165,16 @@ def _valley_panel(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, st
     shapes, notes = _error_bars(fit, window)
     layout = {"xaxis": axis, "yaxis": linear_axis("", *window.ends), "shapes": shapes, "annotations": notes}
     return Panel(with_goal(fit.metric), traces, layout | {"showlegend": True, "margin": {"r": 56}})
+
+
+def _valley_axis(words: AxisWords, x_R: np.ndarray) -> tuple[dict[str, Any], float]:
+    """A log axis, and where 0 stands on it, at the left, where some run is at 0."""
+    low, high = float(x_R[x_R > 0].min()), float(x_R.max())
+    if (x_R > 0).all():
+        return log_axis(words.label, low, high, words.text), math.nan
+    axis, zero = log_axis(words.label, low, high, words.text, left=0.22), low / max(high / low, 4.0) ** 0.14
+    ticks = [tick for tick in axis["tickvals"] if tick > 0.99 * low]
+    return axis | {"tickvals": [zero, *ticks], "ticktext": ["0", *map(words.text, ticks)]}, zero
 
 
 def _seen(values: Sequence[float], window: Window) -> list[float]:

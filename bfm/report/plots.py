@@ -73,10 +73,10 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def short(name: object) -> str:
-    """A name from outside for a label: not too long, and of its own direction."""
+def short(name: object, longest: int = _LONGEST) -> str:
+    """Text from outside for a label: not too long, and of its own direction."""
     text = str(name)
-    cut = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 13]}\u2026{text[-12:]}"
+    cut = text if len(text) <= longest else f"{text[: longest - 13]}\u2026{text[-12:]}"
     return f"\u2068{plain(cut)}\u2069"
 
 
@@ -117,7 +117,7 @@ def log_axis(
     width = max(math.log10(high / low), 0.3)
     ends = math.log10(low) - left * width, math.log10(high) + right * width
     ticks = log_ticks(10 ** ends[0], 10 ** ends[1])
-    axis = {"title": {"text": plain(label)}, "type": "log", "range": list(ends)}
+    axis = {"title": {"text": short(label)}, "type": "log", "range": list(ends)}
     return axis | {"tickvals": ticks, "ticktext": [text(tick) for tick in ticks]}
 
 
@@ -129,13 +129,13 @@ def log_ticks(low: float, high: float) -> list[float]:
     )
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [float(f"{sub}e{exponent}") for exponent in exponents for sub in of_decade]
-    within = [tick for tick in ticks if low <= tick <= high]
-    return within[:: math.ceil(len(within) / _MOST_TICKS) or 1]
+    within = [tick for tick in ticks if low <= tick <= high] or [float(f"{math.sqrt(low * high):.2g}")]
+    return within[:: math.ceil(len(within) / _MOST_TICKS)]
 
 
 def linear_axis(label: str, low: float, high: float) -> dict[str, Any]:
     """An axis over [low, high] whose ticks plotly chooses."""
-    return {"type": "linear", "title": {"text": plain(label)}, "range": [low, high], "nticks": 6}
+    return {"type": "linear", "title": {"text": short(label)}, "range": [low, high], "nticks": 6}
 
 
 def rung_axis(rungs: Sequence[float], beyond: float | None = None) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def value_window(
     low, high = min([low, *known]), max([high, *known])
     span = max(high - low, 0.02 * abs(high), 1e-9)
     # Ranking metrics have a natural zero, so a floor near it may stretch the axis; a loss has none.
-    near = max(1.5 * span, (0.15 if minimise else 0.6) * abs(high))
+    near = max(1.5 * span, (0.05 if minimise else 0.6) * abs(high))
     for value in references:
         if low - near <= value <= high + near:
             low, high = min(low, value), max(high, value)

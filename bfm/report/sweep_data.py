@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bfm.laws.frontier import (
@@ -32,7 +32,6 @@ from bfm.report.plots import (
     Window,
     linear_axis,
     log_axis,
-    plain,
     rung_axis,
     rung_colours,
     short,
@@ -46,6 +45,7 @@ from bfm.units import format_count, format_seconds
 _LOG_FROM = 4.0
 """Positive numbers that spread by this factor stand on a log axis."""
 _FAN = 0.3
+_LINE = 90
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
     rows = rung_rows(results.rows)
     fields = [name for name in varied_fields(rows) if name != "embedder_share"]
     status = [str(row.get("status", "ok")) for row in rows]
-    return [
+    columns = [
         Column("trial", [Cell(str(row["trial"])) for row in rows]),
         Column("status", [Cell(one, kind="" if one == "ok" else "bad") for one in status]),
         _numbers("C", [row.get("rung_flops") for row in rows], power_text),
@@ -92,6 +92,12 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
         _numbers("steps", [row.get("steps") for row in rows], format_count),
         _numbers("training", [row.get("train_s") for row in rows], format_seconds),
         Column("engine", [Cell(engine_text(row)) for row in rows]),
+    ]
+    # A setting may be called as one of ours is.
+    names = [column.name for column in columns]
+    return [
+        replace(column, name=f"{column.name} (setting)") if column.name in names[:place] else column
+        for place, column in enumerate(columns)
     ]
 
 
@@ -135,12 +141,12 @@ def _metric_facts(
     window = _window(results, metric, points, [value for _, value in floors])
     low, high = window.ends
     return {
-        "label": with_goal(metric),
+        "label": short(metric),
         "goal": goal_of(metric),
         "axis": linear_axis(with_goal(metric), low, high),
         "edges": window.edges,
         "said": frontier_sentence(metric, points, baselines, compare),
-        "floors": [{"name": plain(name), "value": value, "near": low <= value <= high} for name, value in floors],
+        "floors": [{"name": short(name), "value": value, "near": low <= value <= high} for name, value in floors],
         "frontier": [
             {
                 "flops": point.flops,
@@ -149,7 +155,7 @@ def _metric_facts(
                 "row": places[id(point.row)],
                 "carried": point.carried,
                 "change": change_text(point),
-                "floor": plain(against_words(point.row, metric, baselines, compare)),
+                "floor": short(against_words(point.row, metric, baselines, compare), _LINE),
             }
             for point in points
         ],

@@ -257,7 +257,7 @@ def test_settings_and_metrics_of_any_name_are_shown_as_they_are():
     assert "<b>'x" not in html
     assert "x&#34;&amp; y z</th>" in html
     panels = data_of(html)["figures"]["law-_b_x_y_z"][0]["panels"]
-    assert panels[0]["layout"]["xaxis"]["title"]["text"] == "&lt;b&gt;'x\"&amp; y z"
+    assert panels[0]["layout"]["xaxis"]["title"]["text"] == "\u2068&lt;b&gt;'x\"&amp; y z\u2069"
 
 
 def test_the_page_names_the_queries_that_were_scored():

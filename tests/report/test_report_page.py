@@ -107,7 +107,10 @@ def test_figures_are_drawn_from_what_the_rows_hold(sweep):
         assert all(low < point["value"] < high for point in facts["frontier"])
     assert told["metrics"]["nll"]["frontier"][1]["change"].startswith("-")
     assert "above the strongest floor, popularity 8.91: -" in told["metrics"]["nll"]["said"]
-    assert {floor["name"] for floor in told["metrics"]["recall@10"]["floors"]} == {"popularity", "co-occurrence"}
+    assert {floor["name"] for floor in told["metrics"]["recall@10"]["floors"]} == {
+        short("popularity"),
+        short("co-occurrence"),
+    }
 
 
 def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):

@@ -1,10 +1,10 @@
-// Draws the figures of a page from the JSON in it, and lets a person choose what they show. Texts from outside reach the
-// page as text nodes, and plotly only where Python has made them plain.
+// Draws the figures of a page from the JSON in it, and lets a person choose what they show. Texts from outside reach
+// the page as text nodes, and plotly only where they have been made plain.
 (function () {
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const sweep = data.sweep, root = document.documentElement, live = document.getElementById('live');
-const PRINT_PX = 680, PRINT_HIGH_PX = 370, BINS = 12, NARROW_PX = 560;
+const PRINT_PX = 680, PRINT_HIGH_PX = 370, BINS = 12, NARROW_PX = 560, PAUSE_MS = 30, RESIZE_MS = 120;
 let printing = false;
 
 // --- theme: colours named @ink and the like follow the page's, light, dark or printed.
@@ -36,8 +36,8 @@ function draw(plot, panel) {
     margin: { l: 48, r: 16, t: 14, b: given.showlegend ? 76 : 50, ...given.margin }, paper_bgcolor: 'rgba(0,0,0,0)',
     plot_bgcolor: 'rgba(0,0,0,0)', font: { color: '@ink', size: 12, family: 'Inter, Segoe UI, Arial, sans-serif' },
     hoverlabel: { bgcolor: '@panel', bordercolor: '@muted', font: { color: '@ink', size: 12 }, align: 'left' },
-    showlegend: Boolean(given.showlegend), legend: { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom', itemclick: false,
-      itemdoubleclick: false, font: { size: 11 } },
+    showlegend: Boolean(given.showlegend), legend: { orientation: 'h', yref: 'container', y: 0, yanchor: 'bottom',
+      itemclick: false, itemdoubleclick: false, font: { size: 11 } },
   };
   if (printing) { Object.assign(layout, { width: PRINT_PX, height: PRINT_HIGH_PX }); }
   const traces = panel.traces.map(trace => {
@@ -47,23 +47,21 @@ function draw(plot, panel) {
     const shared = { thickness: 10, outlinewidth: 0, ...bar, ...(narrow ? flat : { x: 1.01, len: 0.95 }) };
     return { ...trace, marker: { ...trace.marker, colorbar: shared } };
   });
-  return Plotly.react(plot, ...themed([traces, layout], colours()), { displayModeBar: false, responsive: !printing });
+  return Plotly.react(plot, ...themed([traces, layout], colours()), { displayModeBar: false });
 }
-function textOf(point) {
-  const box = document.createElement('div');
-  // Of our own making: names in it are plain.
-  box.innerHTML = String(point.text).replaceAll('<br>', ', ');
-  return box.textContent;
-}
+const plain = text => text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');
+const spoken = text => text.replaceAll('<br>', ', ').replaceAll('&lt;', '<').replaceAll('&gt;', '>').replaceAll('&amp;', '&');
+// The next point to the right (or left) of those that say something: shown as if hovered, and read out.
 function walk(plot, step) {
-  const points = plot.data.flatMap((trace, curve) => (trace.hoverinfo === 'text' ? trace.text : []).map(
-    (text, place) => ({ text, curve, place, x: Number(trace.x[place]), y: trace.y[place] }))
-  ).filter(point => point.text && point.y !== null).sort((a, b) => a.x - b.x);
-  if (!points.length) { return; }
-  plot.walked = ((plot.walked === undefined ? (step > 0 ? -1 : 0) : plot.walked) + step + points.length) % points.length;
-  const point = points[plot.walked];
+  const told = plot.data.flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
+    (text, place) => ({ text, curve, place, x: Number(trace.x[place]) })));
+  const found = told.filter(point => point.text).sort((a, b) => a.x - b.x);
+  if (!found.length) { return; }
+  const from = plot.walked === undefined ? (step > 0 ? -1 : 0) : plot.walked;
+  plot.walked = (from + step + found.length) % found.length;
+  const point = found[plot.walked];
   Plotly.Fx.hover(plot, [{ curveNumber: point.curve, pointNumber: point.place }]);
-  live.textContent = textOf(point);
+  live.textContent = spoken(String(point.text));
 }
 
 // --- figures of a sweep's results
@@ -73,32 +71,31 @@ function colourOf(name) {
   const found = column(name) || column('C'), axis = found.axis || {};
   const at = (found.value || []).map(value => value === null ? null : log(axis) ? Math.log10(value) : value);
   const known = at.filter(value => value !== null), low = Math.min(...known), high = Math.max(...known);
-  const scale = sweep.scales[found.name === 'C' ? 'rung' : 'size'];
-  const ticks = axis.tickvals || [];
-  return { at, low, high: high > low ? high : low + 1, scale: scale.map((hex, place) => [place / (scale.length - 1), hex]),
+  const scale = sweep.scales[found.name === 'C' ? 'rung' : 'size'], ticks = axis.tickvals || [];
+  return { at, low, high: high > low ? high : low + 1,
+    scale: scale.map((hex, place) => [place / (scale.length - 1), hex]),
     bar: { title: { text: axis.title ? axis.title.text : '', font: { size: 11 } }, tickfont: { size: 11 },
       ...(ticks.length ? { tickvals: log(axis) ? ticks.map(Math.log10) : ticks, ticktext: axis.ticktext } : {}) } };
 }
 function about(row, metric) {
-  const told = name => { const found = column(name); return found ? name + ' ' + found.text[row] : ''; };
+  const told = ['C', 'N', 'D', 's'].map(column).filter(Boolean).map(found => found.name + ' ' + found.text[row]);
   const value = column(metric), behind = value.remark && value.remark[row];
-  return [sweep.label[row], ['C', 'N', 'D', 's'].map(told).filter(Boolean).join(', '),
-    plain(metric) + ' ' + value.text[row] + (behind ? ' (' + behind + (behind === 'best' ? ' of its rung' :
-      ' to the best of its rung') + ')' : '')].join('<br>');
+  const beside = !behind ? '' : behind === 'best' ? ', best of its rung' : '<br>' + behind + ' (to the best of its rung)';
+  return [sweep.label[row], told.join(', '), sweep.metrics[metric].label + ' ' + value.text[row] + beside].join('<br>');
 }
-const plain = text => text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');
 function within(value, edges) { return value === null ? null : Math.min(Math.max(value, edges[0]), edges[1]); }
-function points(rows, x, metric, colour, more) {
+function points(rows, x, metric, colour) {
   const facts = sweep.metrics[metric], values = column(metric).value, paint = colourOf(colour);
   return { type: 'scatter', mode: 'markers', x: rows.map(row => x[row]), showlegend: false, hoverinfo: 'text',
     y: rows.map(row => within(values[row], facts.edges)), text: rows.map(row => about(row, metric)),
     marker: { size: 7, opacity: 0.85, color: rows.map(row => paint.at[row]), cmin: paint.low, cmax: paint.high,
-      colorscale: paint.scale, line: { color: '@paper', width: 0.6 }, colorbar: paint.bar, showscale: true }, ...more };
+      colorscale: paint.scale, line: { color: '@paper', width: 0.6 }, colorbar: paint.bar, showscale: true } };
 }
 const measured = metric => [...sweep.flops.keys()].filter(row => column(metric).value[row] !== null);
 function failed(x, metric) {
-  const rows = [...sweep.flops.keys()].filter(row => sweep.failed[row] && x[row] !== null), facts = sweep.metrics[metric];
-  const worst = facts.edges[facts.goal === 'minimize' ? 1 : 0], status = column('status').text;
+  const rows = [...sweep.flops.keys()].filter(row => sweep.failed[row] && x[row] !== null);
+  const facts = sweep.metrics[metric], worst = facts.edges[facts.goal === 'minimize' ? 1 : 0];
+  const status = column('status').text;
   return { type: 'scatter', mode: 'markers', x: rows.map(row => x[row]), y: rows.map(() => worst), hoverinfo: 'text',
     text: rows.map(row => sweep.label[row] + '<br>' + plain(status[row]) + ', N ' + column('N').text[row]),
     name: 'no result', showlegend: rows.length > 0, marker: { symbol: 'x', size: 8, color: '@bad' } };
@@ -125,16 +122,18 @@ const builders = {
     const step = { type: 'scatter', mode: 'lines', hoverinfo: 'skip', showlegend: false,
       x: [...points_.map(point => point.flops), end], line: { color: '@ink', width: 1.6, shape: 'hv' },
       y: [...points_.map(point => point.value), points_[points_.length - 1].value] };
-    const best = { type: 'scatter', mode: 'markers', x: held.map(point => point.flops), y: held.map(point => point.value),
-      text: texts, hoverinfo: 'text', showlegend: false, error_y: bar(held.map(point => point.bar)),
+    const best = { type: 'scatter', mode: 'markers', x: held.map(point => point.flops),
+      y: held.map(point => point.value), text: texts, hoverinfo: 'text', showlegend: false, error_y: bar(held.map(point => point.bar)),
       marker: { size: 11, color: 'rgba(0,0,0,0)', line: { color: '@ink', width: 2 } } };
-    return { said: facts.said, traces: [points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour),
-      step, best, failed(sweep.fanned, chosen.metric)],
-      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, ...floors(facts), showlegend: true } };
+    const dots = points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour);
+    const crosses = failed(sweep.fanned, chosen.metric);
+    return { said: facts.said, traces: [dots, step, best, crosses],
+      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, ...floors(facts), showlegend: crosses.showlegend } };
   },
   curves(chosen) {
     const facts = sweep.metrics[chosen.metric], values = column(chosen.metric).value, paint = colourOf(chosen.colour);
-    const rows = measured(chosen.metric).sort((a, b) => sweep.trial[a] - sweep.trial[b] || sweep.flops[a] - sweep.flops[b]);
+    const rows = measured(chosen.metric);
+    rows.sort((a, b) => sweep.trial[a] - sweep.trial[b] || sweep.flops[a] - sweep.flops[b]);
     const bins = Array.from({ length: BINS }, () => ({ x: [], y: [] })), open = [];
     rows.forEach((row, place) => {
       const last = sweep.trial[rows[place + 1]] !== sweep.trial[row];
@@ -149,23 +148,25 @@ const builders = {
       showlegend: false, line: { color: shade(paint.scale, (place + 0.5) / BINS), width: 1.3 } }));
     const dots = points(rows, sweep.flops, chosen.metric, chosen.colour);
     dots.marker = { ...dots.marker, size: 6, symbol: open.map(waits => waits ? 'circle-open' : 'circle') };
-    return { said: '', traces: [...lines, dots, failed(sweep.flops, chosen.metric)],
-      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: true } };
+    const crosses = failed(sweep.flops, chosen.metric);
+    return { said: '', traces: [...lines, dots, crosses],
+      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
   scatter(chosen) {
     const facts = sweep.metrics[chosen.metric], against = column(chosen.x), values = column(chosen.metric).value;
-    const rows = measured(chosen.metric).filter(row => against.value[row] !== null && (!log(against.axis) || against.value[row] > 0));
+    const rows = measured(chosen.metric).filter(row => against.value[row] !== null);
     const bests = facts.bests.filter(best => rows.includes(best.row));
-    const best = { type: 'scatter', mode: 'lines+markers', x: bests.map(found => against.value[found.row]), hoverinfo: 'text',
-      y: bests.map(found => values[found.row]), text: bests.map(found => about(found.row, chosen.metric)),
+    const best = { type: 'scatter', mode: 'lines+markers', x: bests.map(found => against.value[found.row]),
+      hoverinfo: 'text', y: bests.map(found => values[found.row]), text: bests.map(found => about(found.row, chosen.metric)),
       showlegend: false, error_y: bar(bests.map(found => found.bar)), line: { color: '@muted', dash: 'dot', width: 1.2 },
       marker: { symbol: 'diamond-open', size: 12, color: '@ink', line: { width: 2 } } };
-    return { said: '', traces: [points(rows, against.value, chosen.metric, chosen.colour), best, failed(against.value, chosen.metric)],
-      layout: { xaxis: against.axis, yaxis: facts.axis, showlegend: true } };
+    const crosses = failed(against.value, chosen.metric);
+    return { said: '', traces: [points(rows, against.value, chosen.metric, chosen.colour), best, crosses],
+      layout: { xaxis: against.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
 };
 function shade(scale, share) {
-  const place = Math.min(Math.floor(share * (scale.length - 1)), scale.length - 2), rest = share * (scale.length - 1) - place;
+  const whole = share * (scale.length - 1), place = Math.min(Math.floor(whole), scale.length - 2), rest = whole - place;
   const part = (hex, start) => parseInt(hex.slice(start, start + 2), 16);
   const mixed = [1, 3, 5].map(start => Math.round(
     part(scale[place][1], start) * (1 - rest) + part(scale[place + 1][1], start) * rest));
@@ -173,6 +174,9 @@ function shade(scale, share) {
 }
 
 // --- a figure: its choices, its sentence, its panels
+function save(plot, filename) {
+  Plotly.downloadImage(plot, { format: 'svg', width: plot.clientWidth, height: plot.clientHeight, filename });
+}
 function chosenOf(figure) {
   return Object.fromEntries([...figure.querySelectorAll('select')].map(found => [found.dataset.choice, found.value]));
 }
@@ -199,8 +203,8 @@ function show(figure) {
   });
 }
 function newPanel(frame) {
-  const panel = frame.appendChild(document.createElement('div')), title = panel.appendChild(document.createElement('p'));
-  const plot = panel.appendChild(document.createElement('div'));
+  const panel = frame.appendChild(document.createElement('div'));
+  const title = panel.appendChild(document.createElement('p')), plot = panel.appendChild(document.createElement('div'));
   panel.className = 'panel'; plot.className = 'plot'; title.dir = 'auto';
   plot.tabIndex = 0; plot.setAttribute('role', 'img');
   plot.addEventListener('keydown', event => {
@@ -214,8 +218,7 @@ figures.forEach(figure => {
   figure.addEventListener('click', event => {
     const act = event.target.dataset.act, plots = [...figure.querySelectorAll('.plot')];
     if (act === 'reset') { show(figure); }
-    if (act === 'save') { plots.forEach((plot, place) => Plotly.downloadImage(plot, { format: 'svg', width: plot.clientWidth,
-      height: plot.clientHeight, filename: figure.dataset.figure + (place ? '-' + (place + 1) : '') })); }
+    if (act === 'save') { plots.forEach((plot, place) => save(plot, figure.dataset.figure + (place ? '-' + (place + 1) : ''))); }
   });
 });
 
@@ -255,7 +258,8 @@ function listEvery(frame) {
       cell.appendChild(document.createElement('bdi')).textContent = found.text[row];
       if (!place) { cell.scope = 'row'; }
       if (found.value) { cell.dataset.value = found.value[row] === null ? '' : found.value[row]; }
-      if (found.remark && found.remark[row]) { cell.appendChild(document.createElement('small')).textContent = found.remark[row]; }
+      const remark = found.remark && found.remark[row];
+      if (remark) { cell.appendChild(document.createElement('small')).textContent = remark; }
     });
   });
 }
@@ -272,6 +276,11 @@ function tellTheme() { button.setAttribute('aria-pressed', String(isDark())); }
 button.addEventListener('click', () => { root.dataset.theme = isDark() ? 'light' : 'dark'; tellTheme(); showAll(); });
 prefersDark.addEventListener('change', () => { tellTheme(); showAll(); });
 tellTheme();
+let width = innerWidth, due;
+addEventListener('resize', () => {
+  // A phone's own bars change the height alone.
+  if (innerWidth !== width) { width = innerWidth; clearTimeout(due); due = setTimeout(showAll, RESIZE_MS); }
+});
 const print = on => { printing = on; showAll(); };
 addEventListener('beforeprint', () => print(true));
 addEventListener('afterprint', () => print(false));
@@ -283,6 +292,6 @@ const waiting = [...figures];
   if (!figure) { root.dataset.ready = 'all'; return; }
   show(figure);
   root.dataset.ready = 'first';
-  setTimeout(next);
+  setTimeout(next, PAUSE_MS);
 }());
 }());
