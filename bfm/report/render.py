@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from bfm.report.plots import Figure, finite
+from bfm.report.plots import Figure, finite, level
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,16 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("bfm.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["pair"] = lambda name: (name, name)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
+
+
+def _shown(value: object) -> object:
+    return level(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> Markup:

@@ -84,6 +84,7 @@ def page_of(sweep, **more) -> str:
 def keep(page, tmp_path: Path, name: str) -> None:
     folder = Path(os.environ.get("BFM_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
+    page.add_style_tag(content="section { content-visibility: visible !important; }")
     page.screenshot(path=folder / f"{name}.png", full_page=True)
 
 
@@ -262,10 +263,10 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
     state.rejected = Counter({evil: 3})
     baselines = {**sweep["baselines"], evil: {"nll": 7.5, metric: 2.0}}
     page = visit(render_report(rows, state, baselines, {"provenance": {evil: evil}})["index.html"].decode())
-    assert page.locator("h1").inner_text().strip() == evil.strip()
+    assert page.locator("h1").inner_text().strip() == evil.replace("\u202e", "").strip()
     page.evaluate("document.querySelectorAll('details').forEach(found => { found.open = true; })")
-    page.locator("#frontier").get_by_label("Metric").select_option(metric)
-    page.locator("#scatter").get_by_label("Against").select_option(evil)
+    page.locator("#frontier").get_by_label("Metric").select_option(metric.replace("\u202e", ""))
+    page.locator("#scatter").get_by_label("Against").select_option(evil.replace("\u202e", ""))
     page.locator("#scatter").get_by_label("Colour").select_option("kind")
     assert (evil[:20] if kind != "right-to-left" else "abc") in hovered(page, "curves", 2, trace=12)
     assert page.locator("main img, main a[href^=javascript], .plot a").count() == 0
@@ -275,6 +276,7 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
         assert overflow(page) == 0
         keep(page, tmp_path, f"{kind}-{width}")
     assert page.evaluate("window.hit") is None
+    assert "\u202e" not in page.locator("main").inner_text(), "nothing turns the text around"
 
 
 def test_600_trials_at_5_rungs_open_in_two_seconds(visit, browser, tmp_path):

@@ -121,8 +121,8 @@ def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
     lede = html[html.index('class="lede"') :][:900]
     assert "The best of the sweep is BELOW the strongest floor in nll (" in lede
     assert "personal 0.9) and above it in ndcg@10 (" in lede
-    assert re.search(r'<span class="loss">below the strongest floor, personal 1: \+', html)
-    assert re.search(r'<span class="gain">above the strongest floor, co-occurrence 0.071: \+', html)
+    assert re.search(r'<div class="note loss">below the strongest floor, personal 1: \+', html)
+    assert re.search(r'<div class="note gain">above the strongest floor, co-occurrence 0.071: \+', html)
 
 
 def test_the_page_tells_differences_on_the_same_queries(sweep):

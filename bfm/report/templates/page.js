@@ -50,7 +50,8 @@ function draw(plot, panel) {
   return Plotly.react(plot, ...themed([traces, layout], colours()), { displayModeBar: false });
 }
 const plain = text => text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;');
-const spoken = text => text.replaceAll('<br>', ', ').replaceAll('&lt;', '<').replaceAll('&gt;', '>').replaceAll('&amp;', '&');
+const spoken = text => text.replaceAll('<br>', ', ').replaceAll('&lt;', '<').replaceAll('&gt;', '>')
+  .replaceAll('&amp;', '&');
 // The next point to the right (or left) of those that say something: shown as if hovered, and read out.
 function walk(plot, step) {
   const told = plot.data.flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
@@ -80,7 +81,8 @@ function colourOf(name) {
 function about(row, metric) {
   const told = ['C', 'N', 'D', 's'].map(column).filter(Boolean).map(found => found.name + ' ' + found.text[row]);
   const value = column(metric), behind = value.remark && value.remark[row];
-  const beside = !behind ? '' : behind === 'best' ? ', best of its rung' : '<br>' + behind + ' (to the best of its rung)';
+  const beside = !behind ? '' : behind === 'best' ? ', best of its rung'
+    : '<br>' + behind + ' (to the best of its rung)';
   return [sweep.label[row], told.join(', '), sweep.metrics[metric].label + ' ' + value.text[row] + beside].join('<br>');
 }
 function within(value, edges) { return value === null ? null : Math.min(Math.max(value, edges[0]), edges[1]); }
@@ -123,7 +125,8 @@ const builders = {
       x: [...points_.map(point => point.flops), end], line: { color: '@ink', width: 1.6, shape: 'hv' },
       y: [...points_.map(point => point.value), points_[points_.length - 1].value] };
     const best = { type: 'scatter', mode: 'markers', x: held.map(point => point.flops),
-      y: held.map(point => point.value), text: texts, hoverinfo: 'text', showlegend: false, error_y: bar(held.map(point => point.bar)),
+      y: held.map(point => point.value), text: texts, hoverinfo: 'text', showlegend: false,
+      error_y: bar(held.map(point => point.bar)),
       marker: { size: 11, color: 'rgba(0,0,0,0)', line: { color: '@ink', width: 2 } } };
     const dots = points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour);
     const crosses = failed(sweep.fanned, chosen.metric);
@@ -157,8 +160,9 @@ const builders = {
     const rows = measured(chosen.metric).filter(row => against.value[row] !== null);
     const bests = facts.bests.filter(best => rows.includes(best.row));
     const best = { type: 'scatter', mode: 'lines+markers', x: bests.map(found => against.value[found.row]),
-      hoverinfo: 'text', y: bests.map(found => values[found.row]), text: bests.map(found => about(found.row, chosen.metric)),
-      showlegend: false, error_y: bar(bests.map(found => found.bar)), line: { color: '@muted', dash: 'dot', width: 1.2 },
+      y: bests.map(found => values[found.row]), text: bests.map(found => about(found.row, chosen.metric)),
+      hoverinfo: 'text', showlegend: false, error_y: bar(bests.map(found => found.bar)),
+      line: { color: '@muted', dash: 'dot', width: 1.2 },
       marker: { symbol: 'diamond-open', size: 12, color: '@ink', line: { width: 2 } } };
     const crosses = failed(against.value, chosen.metric);
     return { said: '', traces: [points(rows, against.value, chosen.metric, chosen.colour), best, crosses],
@@ -218,7 +222,9 @@ figures.forEach(figure => {
   figure.addEventListener('click', event => {
     const act = event.target.dataset.act, plots = [...figure.querySelectorAll('.plot')];
     if (act === 'reset') { show(figure); }
-    if (act === 'save') { plots.forEach((plot, place) => save(plot, figure.dataset.figure + (place ? '-' + (place + 1) : ''))); }
+    if (act === 'save') {
+      plots.forEach((plot, place) => save(plot, figure.dataset.figure + (place ? '-' + (place + 1) : '')));
+    }
   });
 });
 
