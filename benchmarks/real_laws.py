@@ -15,17 +15,21 @@ import argparse
 import csv
 import datetime
 import io
+import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from common import RESULTS, ROOT, machine, publish
 
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.laws.frontier import Row, rung_rows
+from bfm.laws.result import Estimate
 from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
 from bfm.report.study import Chapter, chapters, read_study
@@ -192,8 +196,27 @@ def write_laws(storage: str, logs: Iterable[str]) -> None:
         lines += ["", f"## {Store(study).uri.rsplit('/', 1)[-1]}", "", "| axis | law | metric | what the runs say |"]
         lines += ["|---|---|---|---|", *(line for chapter in told for line in laws(chapter))]
         sweeps = [sweep for chapter in told for sweep in chapter.sweeps]
+        lines += ["", *_seeds([row for sweep in sweeps for row in rung_rows(sweep.rows)])]
         lines += ["", *[check_text(check) for sweep in sweeps for check in sweep.state.checks]]
     publish("real_laws", "\n".join([*lines, "", machine("torch", "ray", "scipy"), ""]))
+
+
+def _seeds(rows: Iterable[Row]) -> Iterable[str]:
+    """What a seed is worth: the deviation of rows that are equal but for it, and their means."""
+    alike: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row["rung_flops"], json.dumps(row["config"], sort_keys=True)), []).append(row)
+    groups = {key: rows for key, rows in alike.items() if len({row["seed"] for row in rows}) > 1}
+    for metric in METRICS:
+        values = [[row["metrics"][metric] for row in rows] for rows in groups.values()]
+        free = sum(len(of_group) - 1 for of_group in values)
+        if free:
+            deviation = math.sqrt(sum(np.var(of_group) * len(of_group) for of_group in values) / free)
+            yield f"One run's {metric} has a standard deviation of {deviation:.4f} over seeds ({len(values)} groups).\n"
+    means = sorted((flops, rows[0]["params"], rows) for (flops, _), rows in groups.items())
+    for flops, params, rows in means:
+        told = ", ".join(f"{name} {np.mean([row['metrics'][name] for row in rows]):.4f}" for name in METRICS)
+        yield f"- C {flops:.3g}, N {params:,}: mean of {len(rows)} seeds {told}"
 
 
 def laws(chapter: Chapter) -> Iterable[str]:
@@ -212,9 +235,12 @@ def _said(found: Fitted) -> str:
         if value.is_known
     ]
     for budget in found.fit.budgets:
-        optima = [
-            f"{name} {estimate_text(value, '{:.4g}'.format)}" for name, value in budget.optima.items() if value.is_known
-        ]
+        known = {name: value for name, value in budget.optima.items() if value.is_known}
+        optima = [f"{name} {estimate_text(value, '{:.4g}'.format)}" for name, value in known.items()]
+        if {"N_opt", "D_opt"} <= set(known):
+            n, d = known["N_opt"], known["D_opt"]
+            ratio = Estimate(d.estimate / n.estimate, d.low / n.high, d.high / n.low)
+            optima.append(f"D/N {estimate_text(ratio, '{:.4g}'.format)}")
         if optima:
             told.append(f"at {budget.flops:.3g}: {', '.join(optima)}")
     return f"{found.fit.runs} runs; {'; '.join(told) or 'nothing identifiable'}".replace("|", "/")

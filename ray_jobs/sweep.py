@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from pathlib import Path
 import ray
 import yaml
 
+from bfm.doors.loggers import Log, Told, open_logs, tracking
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.exits import exit_code
 from bfm.files import Store, absolute
@@ -34,7 +35,7 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.settings import TENSORBOARD, SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT
 from bfm.sweep.status import import_words
@@ -106,12 +107,14 @@ def run_sweep(
 
     Raises:
         UserError: the space is infeasible on the shards, the sweep does not fit the machine, another one holds the
-            ledger, or `resume` or `extend` disagree with what stands. Nothing is running then.
+            ledger, a logger is not installed, or `resume` or `extend` disagree with what stands. Nothing is running
+            then.
         CorruptError: shards, checkpoint or ledger are damaged.
         PausedError: tasks are lost to a fault that is nobody's configuration; the sweep can be resumed.
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
+    logs = open_logs(spec.listeners, Told(spec.name, store.uri, spec.swept))
     opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
@@ -126,7 +129,7 @@ def run_sweep(
             tell(SweepEvent("imported", reason=import_words(driver.take_runs(table))), driver)
         try:
             if driver.state.finished is None:
-                _train(opened, store, driver, joins, progress, execute)
+                _train(opened, store, driver, joins, progress, execute, logs)
         except (Interrupted, PausedError) as end:
             why = f"stopped by {end}; the same command goes on" if isinstance(end, Interrupted) else "paused"
             print(_outcome(driver, store, why).line(), file=sys.stderr)
@@ -168,6 +171,7 @@ def _train(
     joins: bool,
     progress: Progress | None,
     execute: Executor | None,
+    logs: Mapping[str, Log],
 ) -> None:
     """Run tasks on Ray until the sweep ends. `joins`: the cluster is another's, and may grow."""
     spec = opened.spec
@@ -177,31 +181,49 @@ def _train(
         quiet_session(os.cpu_count()),
         # Ray takes the signals for itself when it starts, so they are taken back afterwards.
         signals_raise() as signals,
-        _curves(store, driver, floors, progress) as on_event,
+        _listener(store, driver, floors, logs, progress) as on_event,
         closing(Pulses()) as pulses,
     ):
         signals.waits = True
         room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
         desk = Desk(driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals)
-        place = Workplace(absolute(spec.data.shards), store.uri, HPARAMS_METRICS, pulses)
+        place = Workplace(
+            absolute(spec.data.shards),
+            store.uri,
+            HPARAMS_METRICS,
+            pulses,
+            swept=spec.swept,
+            curves=TENSORBOARD in spec.listeners,
+        )
         run_tasks(desk, execute or place)
 
 
 @contextmanager
-def _curves(
-    store: Store, driver: SweepDriver, floors: Baselines, progress: Progress | None
+def _listener(
+    store: Store, driver: SweepDriver, floors: Baselines, logs: Mapping[str, Log], progress: Progress | None
 ) -> Iterator[Callable[[SweepEvent], None]]:
-    """Sweep-level TensorBoard, and the caller's display, as one listener."""
-    writer = SweepWriter(f"{store.uri}/tensorboard/_sweep", floors)
+    """Sweep-level TensorBoard, other people's tools and the caller's display, as one listener."""
+    with tracking(logs) as track, _curves(store, driver, floors) as draw:
 
-    def listen(event: SweepEvent) -> None:
-        if event.kind == "row":
-            writer.update(driver.state)
-        if progress is not None:
-            progress(event, driver)
+        def listen(event: SweepEvent) -> None:
+            if event.row is not None:
+                draw()
+                track(event.row)
+            if progress is not None:
+                progress(event, driver)
 
-    try:
         yield listen
+
+
+@contextmanager
+def _curves(store: Store, driver: SweepDriver, floors: Baselines) -> Iterator[Callable[[], None]]:
+    """What draws the sweep as it stands; nothing where TensorBoard is none of the loggers."""
+    if TENSORBOARD not in driver.spec.listeners:
+        yield lambda: None
+        return
+    writer = SweepWriter(f"{store.uri}/tensorboard/_sweep", floors)
+    try:
+        yield lambda: writer.update(driver.state)
         writer.finish(driver.state.all_rows(), compare=Pairing(store, read_floor_scores(store)))
     finally:
         writer.close()

@@ -129,6 +129,19 @@ class RungTrial(Trainable):
         """Nothing to load, for the same reason."""
 
 
+class NoWriter:
+    """In TensorBoard's place where it is not told anything."""
+
+    def take(self, record: Record) -> None:
+        """Nothing."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """The executor of a real sweep: where its tasks find their data and leave checkpoints and curves."""
@@ -141,6 +154,10 @@ class Workplace:
     """Names of the metrics that TensorBoard's HParams show."""
     pulses: Pulses | None = None
     """Where tasks tell that they move."""
+    swept: tuple[str, ...] | None = None
+    """Settings that HParams show; None: all."""
+    curves: bool = True
+    """Whether TensorBoard is told anything."""
 
     def __call__(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         """Train and evaluate the task; its row. Raises UserError where this node does not see the sweep's storage."""
@@ -182,11 +199,15 @@ class Workplace:
 
         return observe
 
-    def writer(self, task: dict[str, Any]) -> TrialWriter:
+    def writer(self, task: dict[str, Any]) -> TrialWriter | NoWriter:
         """The trial's TensorBoard folder, taken up again."""
+        if not self.curves:
+            return NoWriter()
         from bfm.report.tensorboard import TrialWriter
 
-        return TrialWriter(f"{self.storage}/tensorboard/{task['trial']}", task["config"], self.metrics)
+        config = task["config"]
+        shown = config if self.swept is None else {name: config.get(name) for name in self.swept}
+        return TrialWriter(f"{self.storage}/tensorboard/{task['trial']}", shown, self.metrics)
 
     def _train_alone(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         with closing(self.writer(task)) as writer:

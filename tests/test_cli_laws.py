@@ -93,6 +93,19 @@ def test_joint_says_what_the_runs_tell_before_it_gives_numbers(bfm, table):
     assert head == "joint of loss on 45 runs"
 
 
+def test_a_setting_of_the_users_own_is_an_axis_or_a_choice(bfm, tmp_path):
+    columns = surface_table()
+    kinds, drops = (
+        np.array(["adam", "sgd"])[np.arange(45) % 2],
+        np.array([0.02, 0.05, 0.1, 0.2, 0.4])[np.arange(45) % 5],
+    )
+    columns["loss"] = columns["loss"] + 0.05 * (kinds == "sgd") + 0.02 * np.log(drops / 0.1) ** 2
+    path = write(tmp_path / "runs.csv", {**columns, "optimizer": kinds, "drop": drops})
+    found = fitted(bfm, "joint", path, "--columns", f"{COLUMNS},setting=optimizer,setting=drop")
+    assert found["parameters"]["optimizer=sgd"]["low"] < 0.05 < found["parameters"]["optimizer=sgd"]["high"]
+    assert found["budgets"][2]["drop_opt"]["low"] < 0.1 < found["budgets"][2]["drop_opt"]["high"]
+
+
 def test_what_no_interval_bounds_is_not_identifiable(bfm, tmp_path):
     first, again = surface_table(), surface_table()
     again["loss"] = again["loss"] + 0.001
@@ -189,6 +202,9 @@ BAD = [
     ("surface", changed(), COLUMNS, ("--objective", "mse"), "objective"),
     ("surface", changed(), COLUMNS, ("--delta", "0"), "delta"),
     ("surface", changed(), COLUMNS, ("--metric", "recall@99"), "recall@99"),
+    ("joint", changed(), COLUMNS, ("--bootstrap", "100"), "--bootstrap: joint takes no such option"),
+    ("joint", changed(steps=np.ones(COUNT)), f"{COLUMNS},setting=steps", (), "steps is the name of a role"),
+    ("joint", changed(a=np.ones(COUNT)), f"{COLUMNS},setting=a,setting=a", (), "setting=a is given twice"),
     (
         "surface",
         changed(C=np.concatenate([surface_table()["C"][:-9], 1.3 * surface_table()["C"][-9:]])),

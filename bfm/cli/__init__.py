@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from bfm.cli import data, laws, model, recipe, simulate, sweep
+from bfm.cli import data, init, laws, model, recipe, simulate, sweep
 from bfm.exits import exit_code
 
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "From a log to shards": ("data", "init"),
+    "Before a sweep": ("doctor", "plan", "simulate"),
+    "A sweep": ("sweep", "study", "status"),
+    "What it tells": ("report", "fit", "recipe", "export-optuna"),
+    "One model": ("train", "eval", "export", "predict"),
+    "For editors": ("schema",),
+}
+"""The verbs in the order in which a user needs them."""
+
+
+class Verbs(TyperGroup):
+    """Help lists the verbs by group."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of `GROUPS`; a verb that is in none comes last."""
+        known = [name for names in GROUPS.values() for name in names if name in self.commands]
+        return [*known, *sorted(set(self.commands) - set(known))]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """A section a group."""
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for title, rows in self._sections(ctx, width):
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def _sections(self, ctx: Any, width: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        left = self.list_commands(ctx)
+        for title, names in {**GROUPS, "More": tuple(left)}.items():
+            here = [name for name in names if name in left]
+            left = [name for name in left if name not in here]
+            if here:
+                yield title, [(name, self.commands[name].get_short_help_str(width)) for name in here]
+
+
 app = typer.Typer(
-    help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
+    cls=Verbs,
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 app.add_typer(data.app, name="data")
-for verbs in (model.app, sweep.app, simulate.app, laws.app, recipe.app):
+for verbs in (init.app, model.app, sweep.app, simulate.app, laws.app, recipe.app):
     app.registered_commands += verbs.registered_commands
 
 

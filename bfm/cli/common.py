@@ -38,3 +38,14 @@ def show_either(as_json: bool, value: Callable[[], Any], text: Callable[[], str]
 def with_shards(overrides: list[str] | None, shards: str | None) -> list[str]:
     """The overrides of a space, --shards among them."""
     return [*(overrides or []), *([f"data.shards={shards}"] if shards else [])]
+
+
+def chosen_metrics(asked: str | None, known: list[str], default: list[str]) -> list[str]:
+    """Metrics from text such as nll,ndcg@10 or all. Raises UserError for one that is not known."""
+    if asked is None:
+        return default
+    names = known if asked == "all" else [name.strip() for name in asked.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no metric {name!r}", key="--metric", fix=f"one of {', '.join(known)}, or all")
+    return names

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, show
+from bfm.cli.common import Json, chosen_metrics, show
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -24,13 +24,19 @@ def fit(
     metric: Annotated[
         str | None, typer.Option(help="Metrics, comma-separated, or all (default: nll, or the table's loss).")
     ] = None,
-    curve: Annotated[str, typer.Option(help="isoflop: valley (two-term), quadratic or akima.")] = "valley",
-    objective: Annotated[str, typer.Option(help="surface: huber or asym_mae.")] = "huber",
-    delta: Annotated[float, typer.Option(help="surface: where Huber's loss turns linear, in log loss.")] = 1e-3,
+    curve: Annotated[
+        str | None, typer.Option(help="isoflop: valley (two-term, the default), quadratic or akima.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="surface: huber (the default) or asym_mae.")] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="surface: where Huber's loss turns linear, in log loss (1e-3).")
+    ] = None,
     reference_batch: Annotated[
         float | None, typer.Option(help="batch: B_ref of the 20 % overhead, in the table's unit of B.")
     ] = None,
-    bootstrap: Annotated[int, typer.Option(help="surface: bootstrap draws in place of the profile likelihood.")] = 0,
+    bootstrap: Annotated[
+        int | None, typer.Option(help="surface: bootstrap draws in place of the profile likelihood.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a scaling law, with intervals.
@@ -39,12 +45,14 @@ def fit(
 
     bfm fit surface published.csv --columns params=N,events=D,flops=C,loss=loss --json
     """
-    from bfm.laws.fitting import LAWS, FitOptions
+    from bfm.laws.fitting import LAWS
     from bfm.report.law_text import law_text
 
     if law not in LAWS:
         raise UserError(f"there is no law {law!r}", key="LAW", fix=f"one of {', '.join(LAWS)}")
-    options = FitOptions(curve, objective, delta, reference_batch, bootstrap)
+    names = ("curve", "objective", "delta", "reference_batch", "bootstrap")
+    given = zip(names, (curve, objective, delta, reference_batch, bootstrap), strict=True)
+    options = {name: value for name, value in given if value is not None}
     fits = _of_table(law, runs, columns, where, metric, options)
     if len(fits) == 1:
         (only,) = fits.values()
@@ -58,7 +66,7 @@ def fit(
 
 
 def _of_table(
-    law: str, runs: str, columns: str | None, where: str | None, metric: str | None, options: Any
+    law: str, runs: str, columns: str | None, where: str | None, metric: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Metric -> its fit, or the UserError that says why there is none."""
     from bfm.laws.fitting import fit_law, fit_metrics
@@ -71,26 +79,16 @@ def _of_table(
         if where is not None:
             raise UserError("filters rows of a table", key="--where", fix="leave it out, or give report/runs.parquet")
         rows, known = law_rows(runs, law)
-        return fit_metrics(law, rows, _metrics(metric, known, known[:1]), runs, options)
+        return fit_metrics(law, rows, chosen_metrics(metric, known, known[:1]), runs, **options)
     table = from_table(runs, parse_columns(columns), where)
     known = list(table.metrics)
     found: dict[str, Any] = {}
-    for name in _metrics(metric, known, [table.metric]):
+    for name in chosen_metrics(metric, known, [table.metric]):
         try:
-            found[name] = fit_law(law, table.fitting(name) if name in known else table, options)
+            found[name] = fit_law(law, table.fitting(name) if name in known else table, **options)
         except UserError as error:
             found[name] = error
     return found
-
-
-def _metrics(asked: str | None, known: list[str], default: list[str]) -> list[str]:
-    if asked is None:
-        return default
-    names = known if asked == "all" else [name.strip() for name in asked.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"there is no metric {name!r}", key="--metric", fix=f"one of {', '.join(known)}, or all")
-    return names
 
 
 def _show_several(fits: dict[str, Any], as_json: bool) -> None:

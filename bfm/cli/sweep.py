@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, show, show_either, with_shards
+from bfm.cli.common import Json, Overrides, chosen_metrics, show, show_either, with_shards
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -20,26 +20,40 @@ def plan(
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
     probe_seconds: Annotated[float, typer.Option(help="How long to measure this machine; 0: no times.")] = 20.0,
+    gpu: Annotated[str | None, typer.Option(help="Price it for this card: a100, h100, ...")] = None,
+    throughput: Annotated[float | None, typer.Option(help="Price it at this speed of one worker, in FLOP/s.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one worker, in any currency.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe."""
+    """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe.
+
+    bfm plan search_spaces/allocation.yaml --gpu h100 --price-per-hour 2.5
+    """
     import torch
 
     from bfm.sweep.machine import Machine
     from bfm.sweep.on_log import open_space
     from bfm.sweep.plan import plan as make_plan
     from bfm.sweep.plan import render
+    from bfm.sweep.price import bill, bill_text, price_of
     from bfm.sweep.spec import resolve
     from bfm.training.single import measure_speed
 
+    price = price_of(gpu, throughput, price_per_hour)
     opened, machine = open_space(resolve(space, with_shards(overrides, shards))), Machine.here()
     # As a task is trained: more threads than a slot has would wait for each other.
     torch.set_num_threads(max(1, int(min(opened.spec.scaling.tiers[0][0].cpus, machine.cores))))
-    measure = (lambda config, seconds: measure_speed(config, opened.shards, seconds)) if probe_seconds > 0 else None
+    measure = (
+        (lambda config, seconds: measure_speed(config, opened.shards, seconds))
+        if probe_seconds > 0 and not price
+        else None
+    )
     made = make_plan(opened.spec, opened.costs, machine, measure, probe_seconds)
     seen_rule = opened.protocol.seen_rule
-    shown = {**made.as_dict(), "seen_items": seen_rule}
-    show(shown, as_json, lambda _: f"{render(made)}\nseen items {seen_rule}")
+    priced = bill(made, price) if price else None
+    shown = {**made.as_dict(), "seen_items": seen_rule, "bill": priced.as_dict() if priced else None}
+    parts = [render(made), *([bill_text(priced)] if priced else []), f"seen items {seen_rule}"]
+    show(shown, as_json, lambda _: "\n\n".join(parts))
 
 
 @app.command()
@@ -111,6 +125,30 @@ def report(
     view = read_sweep(sweep_dir)
     files = publish_report(view)
     show_either(as_json, lambda: {"frontier": view.frontiers(), "files": files}, lambda: report_text(view, files))
+
+
+@app.command("export-optuna")
+def export_optuna(
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep or a study.")],
+    target: Annotated[str, typer.Argument(metavar="FILE", help="x.journal, x.db (SQLite), or a database's URL.")],
+    metric: Annotated[
+        str | None, typer.Option(help="Metrics, comma-separated, or all (default: those that the sweep selects by).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a sweep as Optuna studies, one per metric, for optuna-dashboard; again, to add what is new.
+
+    bfm export-optuna runs/mine mine.journal && optuna-dashboard mine.journal
+    """
+    from bfm.doors.optuna_storage import export_sweep, open_storage, own_metrics
+    from bfm.laws.frontier import metric_names
+    from bfm.report.study import read_study
+
+    sweeps = [sweep for sweep in read_study(sweep_dir) if sweep.has_begun]
+    chosen = [chosen_metrics(metric, metric_names(view.rows), own_metrics(view.state)) for view in sweeps]
+    storage = open_storage(target)
+    told = [done for view, names in zip(sweeps, chosen, strict=True) for done in export_sweep(view, storage, names)]
+    show({"studies": [done.as_dict() for done in told]}, as_json, lambda _: "\n".join(done.line() for done in told))
 
 
 @app.command()

@@ -1,15 +1,17 @@
-"""C as a function of N and D, C = scale * N^power * D, and the C of a table at which optima are of interest.
+"""What an event costs at a size, and the C of a table at which optima are of interest.
 
-Shape legend: R runs.
+Shape legend: R runs, T terms of a cost.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from bfm.laws.runs import Runs
 
@@ -23,7 +25,71 @@ NEAR = math.log(2.0) + 1e-6
 
 @dataclass(frozen=True)
 class Cost:
-    """C = scale * N^power * D."""
+    """C / D = base + root N^.5 + line N (1 - s) + embedder N s + negative K: what a model's matmuls come to.
+
+    `middle` are the share and K at which sizes are compared: those of the middle run.
+    """
+
+    weight_T: np.ndarray
+    middle: Mapping[str, float]
+    words: str
+    """How it was found."""
+
+    def per_event(self, params: Any, share: Any = None, negatives: Any = None) -> Any:
+        """C / D, of numbers or arrays; at the middle share and K where they are left out."""
+        share = self.middle.get("share", 0.0) if share is None else share
+        negatives = self.middle.get("negatives", 0.0) if negatives is None else negatives
+        return sum(weight * term for weight, term in zip(self.weight_T, _terms(params, share, negatives), strict=True))
+
+    def events(self, params: Any, flops: Any) -> Any:
+        """D that C pays for at N, of numbers or arrays."""
+        return flops / self.per_event(params)
+
+    def slope(self, params: float) -> float:
+        """Power of N with which an event's cost grows there."""
+        base, root, line, embedder, negatives = self.weight_T * np.array(
+            _terms(params, self.middle.get("share", 0.0), self.middle.get("negatives", 0.0))
+        )
+        return float((0.5 * root + line + embedder) / (base + root + line + embedder + negatives))
+
+    def dearer(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Cost of an event of rows over that of the same sizes at the middle share and K."""
+        params_R = columns["params"]
+        varied = {name: columns[name] for name in self.middle if name in columns}
+        return np.asarray(self.per_event(params_R, **varied) / self.per_event(params_R))
+
+
+def _terms(params: Any, share: Any, negatives: Any) -> tuple[Any, ...]:
+    one = np.ones_like(np.asarray(params, float))
+    return one, np.sqrt(params), params * (1 - share), params * share, negatives * one
+
+
+def cost_of(runs: Runs) -> Cost:
+    """6 N D without a column flops; else the terms, none below 0, that fit C / D best by relative error.
+
+    Shares and K are terms where they differ and C tells them.
+    """
+    if not runs.has("flops"):
+        return Cost(np.array([0.0, 0.0, 6.0, 6.0, 0.0]), {}, "C = 6 N D (the runs give no C)")
+    paid_R = runs["flops"] / runs["events"]
+    varied = {
+        name: runs[name] for name in ("share", "negatives") if name in runs.settings and runs[name].dtype.kind == "f"
+    }
+    middle: dict[str, float] = {name: float(np.median(values)) for name, values in varied.items()}
+    terms_RT = np.stack(_terms(runs["params"], varied.get("share", 0.0), varied.get("negatives", 0.0)), 1)
+    weight_T = nnls(terms_RT / paid_R[:, None], np.ones(len(runs)))[0]
+    if "share" not in varied:
+        weight_T[3] = weight_T[2]
+    apart = float(np.sqrt(np.mean((terms_RT @ weight_T / paid_R - 1) ** 2)))
+    names = ("", " N^.5", " N" if "share" not in varied else " N (1 - s)", " N s", " K")
+    shown = weight_T * (1, 1, 1, "share" in varied, 1)
+    parts = " + ".join(f"{weight:.4g}{name}" for weight, name in zip(shown, names, strict=True) if weight > 0)
+    return Cost(weight_T, middle, f"C = ({parts}) D (fitted to the runs' C, within {apart:.1%})")
+
+
+@dataclass(frozen=True)
+class PowerCost:
+    """C = scale * N^power * D: where an optimum is to have a closed form."""
 
     scale: float
     power: float
@@ -34,24 +100,20 @@ class Cost:
         """C, of numbers or arrays."""
         return self.scale * params**self.power * events
 
-    def events(self, params: Any, flops: float) -> Any:
-        """D that C pays for at N, of a number or an array."""
-        return flops / (self.scale * params**self.power)
 
-
-def cost_of(runs: Runs) -> Cost:
+def power_cost_of(runs: Runs) -> PowerCost:
     """6 N D without a column flops; the median C / (N D) where it is one number; else the power of N that fits best."""
     if not runs.has("flops"):
-        return Cost(6.0, 1.0, "C = 6 N D (the runs give no C)")
+        return PowerCost(6.0, 1.0, "C = 6 N D (the runs give no C)")
     log_n_R = np.log(runs["params"])
     log_ratio_R = np.log(runs["flops"]) - log_n_R - np.log(runs["events"])
     middle = float(np.median(log_ratio_R))
     if np.quantile(np.abs(log_ratio_R - middle), 0.9) <= _CONSTANT:
-        return Cost(math.exp(middle), 1.0, f"C = {math.exp(middle):.4g} N D (median over the runs)")
+        return PowerCost(math.exp(middle), 1.0, f"C = {math.exp(middle):.4g} N D (median over the runs)")
     slope, level = (float(value) for value in np.polyfit(log_n_R, log_ratio_R, 1))
     apart = float(np.sqrt(np.mean((log_ratio_R - level - slope * log_n_R) ** 2)))
     scale, power = math.exp(level), 1 + slope
-    return Cost(scale, power, f"C = {scale:.4g} N^{power:.4f} D (fitted to the runs' C, within {apart:.1%})")
+    return PowerCost(scale, power, f"C = {scale:.4g} N^{power:.4f} D (fitted to the runs' C, within {apart:.1%})")
 
 
 def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:

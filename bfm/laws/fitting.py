@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from bfm.errors import UserError
 from bfm.laws.agreement import fit_agreement
@@ -20,54 +22,42 @@ from bfm.laws.runs import Runs, from_rows
 from bfm.laws.surface import fit_surface
 from bfm.laws.targets import events_to_target
 
-AXIS_OF_LAW: Mapping[str, str | None] = {
-    "joint": None,
-    "isoflop": "allocation",
-    "surface": "allocation",
-    "hull": "allocation",
-    "share": "embedder_share",
-    "batch": "batch",
-    "negatives": "negatives",
-    "agreement": None,
-}
-"""The axis that a sweep must measure for a law to be read off it; None: any."""
-LAWS = tuple(AXIS_OF_LAW)
-
 
 @dataclass(frozen=True)
-class FitOptions:
-    """What a user may choose; each law takes what concerns it."""
+class Law:
+    """What a name of a law stands for."""
 
-    curve: str = "valley"
-    """isoflop: valley, quadratic or akima."""
-    objective: str = "huber"
-    """surface: huber or asym_mae."""
-    delta: float = 1e-3
-    """surface: where Huber's loss turns linear, in log loss."""
-    reference_batch: float | None = None
-    """batch: B_ref of the 20 % overhead; None: the law's own rule."""
-    bootstrap: int = 0
-    """surface: full bootstrap draws in place of the profile likelihood."""
-    seed: int = 0
+    fit: Callable[..., LawFit]
+    axis: str | None = None
+    """What a sweep must measure for the law to be read off it; None: anything."""
+    options: tuple[str, ...] = ()
+    """Keyword arguments of `fit` that a user may give."""
 
 
-def fit_law(law: str, runs: Runs, options: FitOptions = FitOptions()) -> LawFit:
-    """One law on runs. Raises UserError where the law is unknown, or the runs lack what it needs."""
-    fits: dict[str, Callable[[], LawFit]] = {
-        "isoflop": lambda: fit_isoflop(runs, curve=options.curve, seed=options.seed),
-        "surface": lambda: fit_surface(
-            runs, objective=options.objective, delta=options.delta, seed=options.seed, bootstrap=options.bootstrap
-        ),
-        "hull": lambda: fit_hull(runs, seed=options.seed),
-        "joint": lambda: joint_law(runs),
-        "share": lambda: axis_law(runs, "share"),
-        "batch": lambda: fit_batch(runs, reference_batch=options.reference_batch),
-        "negatives": lambda: axis_law(runs, "negatives"),
-        "agreement": lambda: fit_agreement(runs),
-    }
-    if law not in fits:
+LAWS: Mapping[str, Law] = {
+    "joint": Law(joint_law),
+    "isoflop": Law(fit_isoflop, "allocation", ("curve",)),
+    "surface": Law(fit_surface, "allocation", ("objective", "delta", "bootstrap")),
+    "hull": Law(fit_hull, "allocation"),
+    "share": Law(partial(axis_law, name="share"), "embedder_share"),
+    "batch": Law(fit_batch, "batch", ("reference_batch",)),
+    "negatives": Law(partial(axis_law, name="negatives"), "negatives"),
+    "agreement": Law(fit_agreement),
+}
+
+
+def fit_law(law: str, runs: Runs, **options: Any) -> LawFit:
+    """One law on runs. Raises UserError where the law is unknown, takes no such option, or the runs lack what it needs.
+
+    The options are those of the law's own function, in `LAWS`.
+    """
+    if law not in LAWS:
         raise UserError(f"there is no law {law!r}", key="LAW", fix=f"one of {', '.join(LAWS)}")
-    return fits[law]()
+    for name in options.keys() - set(LAWS[law].options):
+        others = [other for other, known in LAWS.items() if name in known.options]
+        key = f"--{name.replace('_', '-')}"
+        raise UserError(f"{law} takes no such option", key=key, fix=f"leave it out; it is for {', '.join(others)}")
+    return LAWS[law].fit(runs, **options)
 
 
 def runs_of_sweep(law: str, rows: Iterable[Row], metric: str, source: str) -> Runs:
@@ -78,13 +68,13 @@ def runs_of_sweep(law: str, rows: Iterable[Row], metric: str, source: str) -> Ru
 
 
 def fit_metrics(
-    law: str, rows: Sequence[Row], metrics: Sequence[str], source: str, options: FitOptions = FitOptions()
+    law: str, rows: Sequence[Row], metrics: Sequence[str], source: str, **options: Any
 ) -> dict[str, LawFit | UserError]:
     """The same law per metric; where the runs cannot tell, the reason in its place."""
     found: dict[str, LawFit | UserError] = {}
     for metric in metrics:
         try:
-            found[metric] = fit_law(law, runs_of_sweep(law, rows, metric, source), options)
+            found[metric] = fit_law(law, runs_of_sweep(law, rows, metric, source), **options)
         except UserError as error:
             found[metric] = error
     return found

@@ -112,7 +112,9 @@ class Joint:
         self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """`foretell` of new runs by their columns, each of shape R."""
-        return self.foretell(self.frame.places(columns, choices).growing(self.problem.errors.growth))
+        return self.foretell(
+            self.frame.places(_at_middle(self.cost, columns), choices).growing(self.problem.errors.growth)
+        )
 
     def foretell(self, where: Places) -> tuple[np.ndarray, np.ndarray]:
         """(loss, half width of the 95 % prediction interval) of new runs of new trials, each of shape R."""
@@ -198,7 +200,7 @@ def varying(runs: Runs, cost: Cost) -> tuple[dict[str, np.ndarray], tuple[str, .
 
     A rate that follows N and the batch is a rule's and no axis.
     """
-    flops_R = runs["flops"] if runs.has("flops") else cost.flops(runs["params"], runs["events"])
+    flops_R = runs["flops"] if runs.has("flops") else runs["events"] * cost.per_event(runs["params"])
     columns = {"params": runs["params"], "events": runs["events"], "flops": flops_R}
     if runs.has("batch") and np.ptp(np.log(runs["batch"])) > _SAME:
         columns["batch"] = runs["batch"]
@@ -207,13 +209,25 @@ def varying(runs: Runs, cost: Cost) -> tuple[dict[str, np.ndarray], tuple[str, .
     axes, choices = [], {}
     for name in runs.settings:
         values_R = runs[name]
-        if values_R.dtype.kind == "f" and len(np.unique(values_R[values_R > 0])) >= FEWEST and (values_R >= 0).all():
-            if not _follows(values_R, columns):
-                axes.append(name)
-                columns[name] = values_R
+        is_number = values_R.dtype.kind == "f" and (values_R >= 0).all()
+        if is_number and _follows(values_R, columns):
+            continue
+        if is_number and len(np.unique(values_R[values_R > 0])) >= FEWEST:
+            axes.append(name)
+            columns[name] = values_R
         elif len(np.unique(values_R)) > 1:
             choices[name] = labels(values_R)
-    return columns, tuple(axes), choices
+    return _at_middle(cost, columns), tuple(axes), choices
+
+
+def _at_middle(cost: Cost, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns with the events that the same C pays for at the middle share and K, seen as often.
+
+    So an axis' valley is what it does at equal C: that many negatives leave fewer events is a part of it.
+    """
+    dearer_R = cost.dearer(columns)
+    moved = {name: columns[name] * dearer_R for name in ("events", "unique_events") if name in columns}
+    return {**columns, **moved}
 
 
 def labels(values_R: np.ndarray) -> np.ndarray:

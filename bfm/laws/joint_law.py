@@ -102,13 +102,9 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
     places, unit = fit.problem.places, np.eye(len(fit.theta_P))
     found: dict[str, Estimate] = {}
     if fit.has_sizes:
-        exponent, power = best.size.exponent(), fit.cost.power
-        found |= {"N_exponent": exponent, "N_coefficient": best.size.at(1.0)}
-        ends = (exponent.estimate, exponent.high, exponent.low)
-        found["D_exponent"] = Estimate(*(1 - power * end for end in ends))
-        ends = (found["N_coefficient"].estimate, found["N_coefficient"].high, found["N_coefficient"].low)
-        with np.errstate(divide="ignore"):
-            found["D_coefficient"] = Estimate(*(float(1 / (fit.cost.scale * np.float64(end) ** power)) for end in ends))
+        data = best.events(fit.cost)
+        found |= {"N_exponent": best.size.exponent(), "N_coefficient": best.size.at(1.0)}
+        found |= {"D_exponent": data.exponent(), "D_coefficient": data.at(1.0)}
         for name, log, rate, column in (("A", LOG_A, LOG_ALPHA, "params"), ("B", LOG_B, LOG_BETA, "events")):
             middle = fit.frame.logs[column]
             exponent_now = math.exp(fit.theta_P[rate])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfm.laws.cost import NEAR, cost_levels
+from bfm.laws.cost import NEAR, Cost, cost_levels
 from bfm.laws.joint import Joint
 from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
 from bfm.laws.powerlaw import UNKNOWN, exponential, line
@@ -91,6 +91,14 @@ class Optima:
     def budgets(self) -> list[float]:
         """Those that have runs."""
         return list(self.middle)
+
+    def events(self, cost: Cost) -> PowerLaw:
+        """The law of D* that the best sizes leave at each C."""
+        size_K = np.exp(self.size.log_x_K)
+        slope_K = np.array([-cost.slope(size) for size in size_K])
+        log_d_K = self.size.log_c_K - np.log(cost.per_event(size_K))
+        covariance_KK = slope_K[:, None] * self.size.covariance_KK * slope_K
+        return replace(self.size, log_x_K=log_d_K, covariance_KK=covariance_KK)
 
     def log_size(self, flops: float) -> float:
         """ln N* of a budget, or the middle of its runs where it has none."""

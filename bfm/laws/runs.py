@@ -43,8 +43,8 @@ _COLUMN_OF = {"embedder_share": "share", "learning_rate": "rate"}
 _ELSEWHERE = ("params", "groups_per_step")
 """Settings that stand as N and batch."""
 _SECOND_STAGE = ("freeze_at_flops", "negatives_exponent")
-METRIC = "metric"
-"""The role of further metrics of a table; it may be given several times."""
+METRIC, SETTING = "metric", "setting"
+"""The roles of further metrics of a table and of what else its runs differ in; both may be given several times."""
 _SAME_COST = 0.05
 _DEDUPLICATED = (
     "training FLOPs, forward and backward, of the matmuls on the path that made a run; an item is embedded once per "
@@ -127,15 +127,16 @@ class Runs:
 def parse_columns(text: str) -> list[tuple[str, str]]:
     """`params=N,loss=loss,metric=recall` as (role, column) pairs. Raises UserError."""
     pairs: list[tuple[str, str]] = []
-    known = (*NUMBERS, *TEXTS, METRIC)
+    known = (*NUMBERS, *TEXTS, METRIC, SETTING)
     for part in text.split(","):
         role, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
             raise UserError(f"{part!r} is not ROLE=COLUMN", key="--columns", fix="write e.g. params=N,loss=loss")
         if role not in known:
             raise UserError(f"unknown role {role!r}", key="--columns", fix=f"one of {', '.join(known)}")
-        if role != METRIC and role in (before for before, _ in pairs):
-            raise UserError(f"{role} is given twice", key="--columns", fix="name one column for it")
+        again = role if role not in (METRIC, SETTING) else f"{role}={column}"
+        if (role, column) in pairs or again in (before for before, _ in pairs):
+            raise UserError(f"{again} is given twice", key="--columns", fix="name one column for it")
         pairs.append((role, column))
     return pairs
 
@@ -150,10 +151,14 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     table = read_table(path, [column for _, column in columns], where)
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, np.ndarray] = {}
-    metric = "loss"
+    metric, settings = "loss", [role for role, _ in columns if role in SETTINGS]
     for role, column in columns:
         if role in TEXTS:
             values[role] = np.array([str(value) for value in table[column].to_pylist()])
+            continue
+        if role == SETTING:
+            values[column] = _setting(table[column].to_pylist(), file, column)
+            settings.append(column)
             continue
         numbers = np.array([_number(value, file, column) for value in table[column].to_pylist()])
         if role in ("loss", METRIC):
@@ -166,7 +171,6 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     definitions = {role: f"column {column}" for role, column in columns}
     definitions["C"] = definitions.pop("flops", "not given")
     names = tuple(f"row {number}" for number in table[NUMBER].to_pylist())
-    settings = tuple(name for name in SETTINGS if name in values)
     assumed = "params" in values and "events" in values and "loss" in values and "flops" not in values
     warnings: tuple[str, ...] = (
         ("the table gives no C: 6 N D is taken, which small models and large catalogues are not",) if assumed else ()
@@ -174,7 +178,7 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     if {"unique_events", "events"} <= set(values) and not (values["events"] > values["unique_events"]).any():
         warnings += ("no run has more events than unique_events: what a repeated event is worth is not asked",)
     told = (*settings, *(["unique_events"] if "unique_events" in values else []))
-    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, settings), told)
+    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, tuple(settings)), told)
 
 
 def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger", probes: bool = False) -> Runs:
@@ -271,7 +275,7 @@ def _checked(runs: Runs, told: Sequence[str] = ()) -> Runs:
     """
     warnings = list(runs.warnings)
     known = ("params", "events", "flops", "loss", "batch", "steps", "budget")
-    needed = [*(name for name in known if runs.has(name)), *told]
+    needed = [*(name for name in known if runs.has(name)), *(name for name in told if runs[name].dtype.kind == "f")]
     finite = np.all([np.isfinite(runs[name]) for name in needed], axis=0) if needed else np.ones(len(runs), bool)
     if not finite.all():
         warnings.append(f"{int((~finite).sum())} of {len(runs)} runs have no finite {' or '.join(needed)}: left out")
@@ -333,6 +337,16 @@ def _without_deduplication(rows: Sequence[Row]) -> str:
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([float(value) if isinstance(value := row.get(name), (int, float)) else math.nan for row in rows])
+
+
+def _setting(values: list[Any], file: str, column: str) -> np.ndarray:
+    """Floats, or texts where some value is no number."""
+    if column in (*NUMBERS, *TEXTS):
+        raise UserError(f"{column} is the name of a role", file=file, key="--columns", fix="rename the column")
+    told = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in told):
+        return np.array([math.nan if value is None else float(value) for value in values])
+    return np.array(list(map(str, values)))
 
 
 def _number(value: Any, file: str, column: str) -> float:

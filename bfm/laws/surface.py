@@ -25,7 +25,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws import intervals
-from bfm.laws.cost import Cost, cost_levels, cost_of, unbracketed
+from bfm.laws.cost import PowerCost, cost_levels, power_cost_of, unbracketed
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import CONFIDENCE, BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.robust import RobustFit, robust_fit
@@ -66,7 +66,7 @@ class _Problem:
     """ln of the measured losses."""
     center: tuple[float, float]
     """ln of N0 and D0."""
-    cost: Cost
+    cost: PowerCost
     skewed: bool
     """asym_mae, not Huber's loss."""
     deltas: Sequence[float]
@@ -153,7 +153,7 @@ def fit_surface(
     y_R = np.log(to_loss(runs.metric, runs["loss"]))
     skewed = objective == "asym_mae"
     deltas = (math.exp(float(np.median(y_R))) * _ROUNDED).tolist() if skewed else [delta]
-    problem = _Problem(log_n_R, log_d_R, y_R, center, cost_of(runs), skewed, deltas)
+    problem = _Problem(log_n_R, log_d_R, y_R, center, power_cost_of(runs), skewed, deltas)
     fit = problem.best()
     interval: Interval = fit.region.interval
     method = intervals.METHOD

@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import bfm
 from bfm.errors import CorruptError, UserError
 from bfm.events.encoding import Encoding
 from bfm.events.manifest import Manifest
@@ -41,6 +40,7 @@ from bfm.ranking.metrics import check_k
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
 from bfm.sealed import Sealed, check_files, list_files
+from bfm.version import __version__
 
 EXPORT = Sealed("exported model", "export.json", version=5, fix="write one with `bfm export`")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,7 +76,7 @@ class Predictor:
         """Write the files into a folder and seal it with whatever lies there; `origin` is kept in export.json."""
         facts = {
             **origin,
-            "code_version": bfm.__version__,
+            "code_version": __version__,
             "shape": dataclasses.asdict(self.model.shape),
             "window": self.window,
             "table_width": self.model.table_width,

@@ -13,7 +13,7 @@ from typing import Any
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.laws.fitting import AXIS_OF_LAW
+from bfm.laws.fitting import LAWS
 from bfm.laws.frontier import Row, metric_names
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted, sweep_laws
@@ -35,7 +35,7 @@ def law_rows(location: str, law: str) -> tuple[Sequence[Row], list[str]]:
 
     Sweeps without an axis serve every law. Raises UserError where no sweep of a study can.
     """
-    needed = AXIS_OF_LAW[law]
+    needed = LAWS[law].axis
     begun = [sweep for sweep in read_sweeps(location) if sweep.has_begun]
     fitting = [sweep for sweep in begun if not sweep.folder or needed is None or sweep.axis in (needed, None)]
     if not fitting:

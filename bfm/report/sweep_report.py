@@ -31,7 +31,7 @@ def report_text(view: SweepView, files: list[str]) -> str:
     """The frontier table and where the report lies."""
     shown = [frontier_text(view.results, view.floors, view.compare), failures_text(view.rows, view.state)]
     shown.append("\n".join(checks_lines(view.state.checks)))
-    paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard"
+    paths = f"report       {files[0]}\ntensorboard  tensorboard --logdir {view.store.uri}/tensorboard/_sweep"
     return "\n\n".join(part for part in [*shown, paths] if part)
 
 

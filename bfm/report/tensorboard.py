@@ -1,14 +1,17 @@
 """TensorBoard of a sweep: step records and ledger rows in, event files out; one folder per trial and one for the sweep.
 
-Every curve is written twice: against steps, and under `by_flops/` against C at x = round(1000 log10 C), because the x
-of TensorBoard is a whole number (12000 is 1e12 FLOPs). Cooldown branches have tags of their own: the trunk goes on from
-where they began. `val/` is a row over all its queries, `validation/` a look on the way at the first of them. Writers
-may be opened again in another process: they go on where the folder's files end.
+TensorBoard shows groups of tags by name, so what a sweep is about has the first: `frontier`, of the sweep, then
+`loss_by_C` and `metrics_by_C`, of its trials. Those are against C, at x = round(1000 log10 C), because the x of
+TensorBoard is a whole number (12000 is 1e12 FLOPs); all else of a trial is against steps. Cooldown branches have tags
+of their own: the trunk goes on from where they began. `val/` is a row over all its queries, `validation/` a look on the
+way at the first of them, `row/` what HParams show of its size. A trial writes a few hundred points however long it
+trains. Writers may be opened again in another process: they go on where the folder's files end.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from bfm.laws.frontier import (
     Row,
     by_rung,
     frontiers,
+    goal_of,
     metric_error,
     metric_value,
     no_answers,
@@ -39,9 +43,9 @@ from bfm.training.records import Record, StepRecord, Validation
 from bfm.training.watch import WATCHED
 from bfm.units import format_flops
 
-# A point is worth writing when C (of a sweep, the number of results) has grown by this factor, or after this long, and
-# within this share of the run's time.
-POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.005, 10.0, 0.01
+# A point is worth writing when C (of a sweep, the number of results) or the time has grown by this factor, but not
+# sooner than after this long, and within this share of the run's time.
+POINT_GROWTH, POINT_INTERVAL_S, WRITING_SHARE = 1.02, 10.0, 0.01
 _TAGS = {
     "trunk": {
         "train/loss": "loss",
@@ -57,31 +61,33 @@ _TAGS = {
         "progress/stage": "stage",
     },
     "cooldown": {
-        "cooldown/loss": "loss",
-        "cooldown/loss_headline": "loss_headline",
-        "cooldown/loss_basket": "loss_basket",
-        "cooldown/lr": "learning_rate",
-        "cooldown/grad_norm": "grad_norm",
-        "cooldown/events_per_s": "events_per_s",
+        "train_cooldown/loss": "loss",
+        "train_cooldown/loss_headline": "loss_headline",
+        "train_cooldown/loss_basket": "loss_basket",
+        "opt_cooldown/lr": "learning_rate",
+        "opt_cooldown/grad_norm": "grad_norm",
+        "perf_cooldown/events_per_s": "events_per_s",
     },
 }
 HPARAMS_METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
-"""Metrics that the HParams tab shows."""
-_MARKERS = {"trunk": "train/loss", "cooldown": "cooldown/loss"}
+"""Metrics that the HParams tab shows, after N, s, D and C of the last row."""
+_SIZES = {"row/N": "params", "row/s": "embedder_share", "row/D": "events", "row/C": "path_flops"}
+_MARKERS = {"trunk": "train/loss", "cooldown": "train_cooldown/loss"}
+_BY_C = {"trunk": "loss_by_C/trunk", "cooldown": "loss_by_C/cooldown"}
 _VALIDATION_TAGS = {"trunk": "validation", "cooldown": "validation_cooled"}
 
 
 class TrialWriter:
     """Scalars of one trial; hands `.take` to training as its observer.
 
-    Steps up to the last one in the folder are not written again. config: for HParams; metrics: names of the protocol's
-    metrics, such as nll and recall@10.
+    Steps up to the last one in the folder are not written again. settings: what HParams show of the trial, in this
+    order; metrics: names of the protocol's metrics, such as nll and recall@10.
     """
 
     def __init__(
         self,
         log_dir: str | Path,
-        config: Mapping[str, Any],
+        settings: Mapping[str, Any],
         metrics: Sequence[str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,7 +103,7 @@ class TrialWriter:
         self._validated: dict[str, set[int]] = {tag: set() for tag in _VALIDATION_TAGS.values()}
         self._waiting: StepRecord | None = None
         if not self._read_back():
-            self._begin(config, metrics)
+            self._begin(settings, metrics)
 
     def step(self, record: StepRecord) -> None:
         """Take a step record (rank 0 only). Most are dropped: see `POINT_GROWTH`; the last of a phase never is."""
@@ -109,8 +115,10 @@ class TrialWriter:
         now_s = self._clock()
         grown = record.path_flops >= POINT_GROWTH * self._written_flops[record.phase]
         first = self._last_step[record.phase] < 0
-        cheap = self._writing_s <= WRITING_SHARE * (now_s - self._opened_s)
-        if first or (cheap and (grown or now_s - self._written_s >= POINT_INTERVAL_S)):
+        run_s = now_s - self._opened_s
+        cheap = self._writing_s <= WRITING_SHARE * run_s
+        due = now_s - self._written_s >= max(POINT_INTERVAL_S, (POINT_GROWTH - 1) * run_s)
+        if first or (cheap and (grown or due)):
             self._write_waiting()
 
     def take(self, record: Record) -> None:
@@ -131,7 +139,8 @@ class TrialWriter:
         values |= {f"{tag}/{metric}_floor": floor[1] for metric, floor in floors.items() if floor is not None}
         values |= {f"{tag}/nll_best": validation.best_nll, f"{tag}/epochs": validation.epochs}
         self._file.scalars(validation.step, values)
-        self._file.scalars(flops_step(validation.path_flops), _by_flops(values))
+        by_c = {_against_c(metric, f"{tag}_{metric}"): value for metric, value in validation.metrics.items()}
+        self._file.scalars(flops_step(validation.path_flops), by_c)
         self._file.flush()
 
     def row(self, row: Row) -> None:
@@ -144,9 +153,10 @@ class TrialWriter:
             self._file.summary(_session_end("STATUS_FAILURE"))
         elif steps not in self._rung_steps:
             self._rung_steps.add(steps)
-            values = _validation(row)
-            self._file.scalars(steps, {**values, "progress/rung": row.get("rung")})
-            self._file.scalars(flops_step(row["path_flops"]), _by_flops(values))
+            sizes = {tag: row.get(name) for tag, name in _SIZES.items()}
+            self._file.scalars(steps, {**_validation(row), **sizes, "progress/rung": row.get("rung")})
+            by_c = {_against_c(metric, metric): metric_value(row, metric) for metric in row.get("metrics") or {}}
+            self._file.scalars(flops_step(row["path_flops"]), by_c)
         self._file.flush()
 
     def close(self) -> None:
@@ -170,7 +180,7 @@ class TrialWriter:
         values |= {f"{kind}/gate_{component}": gate for component, gate in record.gates.items()}
         self._file.scalars(record.step, values)
         if place > self._last_place[phase]:
-            self._file.scalars(place, _by_flops(values))
+            self._file.scalars(place, {_BY_C[phase]: record.loss})
             self._last_place[phase] = place
         self._last_step[phase], self._written_flops[phase] = record.step, record.path_flops
         self._written_s = self._clock()
@@ -190,14 +200,14 @@ class TrialWriter:
                 for phase, marker in _MARKERS.items():
                     if value.tag == marker:
                         self._last_step[phase] = max(self._last_step[phase], event.step)
-                    elif value.tag == f"by_flops/{marker}":
+                    elif value.tag == _BY_C[phase]:
                         self._last_place[phase] = max(self._last_place[phase], event.step)
         return started
 
-    def _begin(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    def _begin(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         # The three protos go into this very file: torch's add_hparams would open a run of its own beside the curves.
-        settings = {name: value for name, value in config.items() if isinstance(value, (bool, int, float, str))}
-        for summary in hparams(settings, dict.fromkeys((f"val/{metric}" for metric in metrics), 0.0)):
+        shown = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+        for summary in hparams(shown, dict.fromkeys([*_SIZES, *(f"val/{metric}" for metric in metrics)], 0.0)):
             self._file.summary(summary)
         self._file.summary(custom_scalars(_trial_layout(metrics)))
         self._file.flush()
@@ -218,6 +228,7 @@ class SweepWriter:
         for event in stored_events(self._file.store):
             if any(value.tag == "spend/total" for value in event.summary.value):
                 self._last_step = max(self._last_step, event.step)
+        self._has_layout = self._last_step >= 0
 
     def update(self, state: SweepState) -> None:
         """After a commit: frontier per metric and rung, spend and occupancy per rung, where a point is worth writing.
@@ -247,6 +258,9 @@ class SweepWriter:
             return
         self._last_step = len(found)
         told = frontiers(found)
+        if not self._has_layout:
+            self._has_layout = True
+            self._file.summary(custom_scalars(_sweep_layout(list(told))))
         best = {
             f"frontier/{metric}/C={format_flops(point.flops)}": point.value
             for metric, points in told.items()
@@ -259,7 +273,8 @@ class SweepWriter:
             if metric in values
         }
         self._file.scalars(len(found), {**best, **_spend(found, state), **_occupancy(found, state)})
-        self._file.scalars(flops_step(state.spent_flops), _by_flops(best))
+        by_spend = {tag.replace("frontier/", "frontier_by_spend/", 1): value for tag, value in best.items()}
+        self._file.scalars(flops_step(state.spent_flops), by_spend)
         self._file.flush()
 
     def finish(self, rows: Sequence[Row], compare: Compare = no_answers) -> None:
@@ -286,8 +301,9 @@ def _validation(row: Row) -> dict[str, float]:
     return values
 
 
-def _by_flops(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"by_flops/{tag}": value for tag, value in values.items() if tag != "progress/path_flops"}
+def _against_c(metric: str, name: str) -> str:
+    """The tag of a metric's curve against C."""
+    return f"{'loss' if goal_of(metric) == 'minimize' else 'metrics'}_by_C/{name}"
 
 
 def _spend(found: Sequence[Row], state: SweepState) -> dict[str, float]:
@@ -308,20 +324,28 @@ def _occupancy(found: Sequence[Row], state: SweepState) -> dict[str, float]:
     return values
 
 
+def _sweep_layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    against = {"Frontier": "frontier", "Frontier against spend": "frontier_by_spend"}
+    return {
+        title: {metric: ["Multiline", [f"^{group}/{re.escape(metric)}/"]] for metric in metrics}
+        for title, group in against.items()
+    }
+
+
 def _trial_layout(metrics: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     bands = {metric: ["Margin", [f"val/{metric}", f"val_low/{metric}", f"val_high/{metric}"]] for metric in metrics}
     return {
         "Training": {
-            "loss": ["Multiline", ["^train/loss$", "^cooldown/loss$"]],
-            "loss against C": ["Multiline", ["^by_flops/train/loss$", "^by_flops/cooldown/loss$"]],
-            "loss of headline and of basket targets": ["Multiline", ["^train/loss_", "^cooldown/loss_"]],
-            "mean gates": ["Multiline", ["^train/gate_", "^cooldown/gate_"]],
+            "loss against C": ["Multiline", [f"^{tag}$" for tag in _BY_C.values()]],
+            "loss": ["Multiline", [f"^{tag}$" for tag in _MARKERS.values()]],
+            "loss of headline and of basket targets": ["Multiline", ["^train/loss_", "^train_cooldown/loss_"]],
+            "mean gates": ["Multiline", ["^train/gate_", "^train_cooldown/gate_"]],
         },
         "Validation on the way": {
             metric: ["Multiline", [f"^validation/{metric}(_best|_floor)?$"]] for metric in WATCHED
         },
         "Validation, two standard errors": bands,
-        "Throughput": {"events per second": ["Multiline", ["^perf/events_per_s$", "^cooldown/events_per_s$"]]},
+        "Throughput": {"events per second": ["Multiline", ["^perf/events_per_s$", "^perf_cooldown/events_per_s$"]]},
     }
 
 

@@ -17,9 +17,9 @@ from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
 
 Record = Mapping[str, Any]
-RESUMED = ("budget.total_flops", "budget.max_trials", "scaling.", "stage1.checkpoint", "data.shards")
-"""More to spend, other machines, or the same trunk or shards elsewhere (`check_rows` tells whether they are the same):
-no decision so far would have been another one."""
+RESUMED = ("budget.total_flops", "budget.max_trials", "scaling.", "stage1.checkpoint", "data.shards", "loggers")
+"""More to spend, other machines, other loggers, or the same trunk or shards elsewhere (`check_rows` tells whether they
+are the same): no decision so far would have been another one."""
 EXTENDED = (
     *RESUMED,
     "budget.ladder_flops",

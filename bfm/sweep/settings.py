@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, TypeAdapter, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, WithJsonSchema
 from pydantic.dataclasses import dataclass
 
 from bfm.errors import UserError
@@ -27,6 +27,8 @@ from bfm.training.config import TrainConfig
 from bfm.training.schedule import TOLERANCE, trunk_flops
 from bfm.units import parse_count
 
+TENSORBOARD = "tensorboard"
+LOGGERS = (TENSORBOARD, "mlflow", "wandb")
 POLICIES = ("frontier", "asha-promote", "asha-stop", "isoflop-window", "random", "grid")
 
 
@@ -132,6 +134,15 @@ _SEEDS_SCHEMA = {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"typ
 Seeds = Annotated[tuple[int, ...], BeforeValidator(_read_seeds), WithJsonSchema(_SEEDS_SCHEMA)]
 
 
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise UserError(f"{list(names)} repeats one", fix="name every logger once")
+    return names
+
+
+Loggers = Annotated[tuple[Literal[*LOGGERS], ...], AfterValidator(_distinct)]  # type: ignore[valid-type]
+
+
 @dataclass(frozen=True, config=SECTION, kw_only=True)
 class SweepSpec:
     """A whole sweep: the search-space file."""
@@ -153,6 +164,9 @@ class SweepSpec:
     """The first one seeds the proposals and explores; the others are of near-ties at the top (frontier policy)."""
     probes: Probes = ()
     """C at which the trunk is evaluated on its way."""
+    loggers: Loggers | None = None
+    """Who is told of rows, beside the ledger and the report: tensorboard, mlflow, wandb (where their packages are
+    installed); None: TensorBoard."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -160,9 +174,19 @@ class SweepSpec:
         return self.metric, *self.metric.others
 
     @property
+    def listeners(self) -> tuple[str, ...]:
+        """The loggers by name."""
+        return (TENSORBOARD,) if self.loggers is None else self.loggers
+
+    @property
     def free_parameters(self) -> tuple[Parameter, ...]:
         """The axes with a choice."""
         return tuple(parameter for parameter in self.parameters if parameter.is_free)
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """The settings in which its trials differ."""
+        return tuple(parameter.name for parameter in self.free_parameters)
 
     @property
     def cooldown_fractions(self) -> tuple[float, float]:

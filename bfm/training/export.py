@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import bfm
 from bfm.errors import UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
@@ -18,6 +17,7 @@ from bfm.ranking.predictor import DTYPES, Predictor
 from bfm.sealed import check_free, publish, staging
 from bfm.training.checkpoint import load_model
 from bfm.training.config import TrainConfig
+from bfm.version import __version__
 
 _README = """\
 # {name}: an exported model
@@ -75,7 +75,7 @@ def export_checkpoint(checkpoint: str, shards: str, out: Path, catalogue_dtype: 
         few=min(10, opened.num_catalogue),
         events=meta["counters"]["events"],
         neighbours=_NEIGHBOURS_LINE if model.neighbours else "",
-        version=bfm.__version__,
+        version=__version__,
     )
     with staging(out) as scratch:
         made = scratch / "export"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-import bfm
 from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.metrics import Evaluation, QueryScores, summarise
 from bfm.training.engine import compute_dtype
 from bfm.training.loop import Trainer
+from bfm.version import __version__
 
 
 def trained(trainer: Trainer) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def measured(scores: QueryScores | None) -> dict[str, Any]:
 @functools.cache
 def code_version() -> str:
     """Version and content of the code: `0.1.0+` and a hash of bfm's sources."""
-    root = Path(bfm.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
         digest.update(path.read_bytes())
-    return f"{bfm.__version__}+{digest.hexdigest()[:12]}"
+    return f"{__version__}+{digest.hexdigest()[:12]}"

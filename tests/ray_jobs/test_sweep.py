@@ -18,6 +18,7 @@ import ray
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bfm.doors import loggers
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
@@ -60,10 +61,15 @@ def no_ray(monkeypatch):
         ({"budget": {"ladder_flops": [1e3, 2e3]}}, ""),
         ({"data": {"shards": "nowhere"}}, "nowhere"),
         ({"scaling": {"tiers": [{"cpus": 4000}]}}, "scaling.tiers.0"),
+        ({"loggers": ["tensorboard", "wandb"]}, "loggers: wandb is not installed"),
+        ({"loggers": ["neptune"]}, "loggers.0"),
         ({"stage1": {"checkpoint": "nowhere/trunk"}}, "nowhere/trunk: there is no checkpoint"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_2_before_ray(tmp_path, toy_shards, no_ray, capsys, changes, words) -> None:
+def test_wrong_input_is_one_line_and_exit_2_before_ray(
+    tmp_path, toy_shards, no_ray, monkeypatch, capsys, changes, words
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     space = write_space(tmp_path, toy_shards.path, **changes) if "budgets" not in changes else tmp_path / "s.yaml"
     if "budgets" in changes:
         space.write_text(write_space(tmp_path, toy_shards.path).read_text() + "budgets: {}\n")
@@ -152,6 +158,7 @@ def test_a_sweep_on_a_small_ray(tmp_path, toy_shards, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with local_ray(2, dashboard=True):
         check_a_sweep_that_goes_well(tmp_path, write_space(tmp_path, toy_shards.path))
+        check_other_loggers(tmp_path, write_space(tmp_path, toy_shards.path, loggers=["mlflow", "wandb"]), monkeypatch)
 
 
 @pytest.mark.slow
@@ -247,6 +254,21 @@ def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
     wait_for(lambda: ray.available_resources().get("CPU") == 2.0, 30, "all CPUs are free again")
 
 
+def check_other_loggers(tmp_path: Path, space: Path, monkeypatch) -> None:
+    """One tool takes every row, the other is away; TensorBoard is told nothing."""
+    told: list[tuple[str, int]] = []
+    tools = {"mlflow": lambda sweep: lambda row: told.append((row["trial"], row["rung"])), "wandb": lambda sweep: away}
+
+    def away(row: dict) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(loggers, "TOOLS", tools)
+    outcome = run_sweep(resolve(space, ["name=told"]), str(tmp_path), execute=planted_executor())
+    assert outcome.succeeded
+    assert sorted(told) == sorted((row["trial"], row["rung"]) for row in rows(tmp_path / "told"))
+    assert not (tmp_path / "told" / "tensorboard").exists()
+
+
 def check_lost_tasks_are_tried_again(tmp_path: Path, space: Path) -> None:
     def fault(task: dict) -> None:
         import os
@@ -275,7 +297,7 @@ def check_a_sweep_of_which_nothing_came(tmp_path: Path, space: Path, monkeypatch
     def fault(task: dict) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(sweep, "Workplace", lambda *settings: planted_executor(fault))
+    monkeypatch.setattr(sweep, "Workplace", lambda *places, **settings: planted_executor(fault))
     assert main([str(space), "--storage", str(tmp_path), "--name", "nothing", "--set", "scaling.max_retries=0"]) == 1
     assert not rows(tmp_path / "nothing")
 
@@ -310,9 +332,11 @@ def test_real_tasks_on_one_and_two_workers_leave_nothing_behind(tmp_path, toy_sh
     top = next(row for row in done if row["rung"] == 1)
     assert top["metrics"]["nll"] < 6
     board = EventAccumulator(str(tmp_path / "tiny" / "tensorboard" / top["trial"])).Reload()
-    tags = {"train/loss", "opt/lr", "val/nll", "by_flops/train/loss", "perf/events_per_s"}
+    tags = {"train/loss", "opt/lr", "val/nll", "loss_by_C/trunk", "perf/events_per_s"}
     assert tags <= set(board.Tags()["scalars"])
-    assert board.Scalars("cooldown/loss")[-1].step == top["steps"], "the group's curve ends where its row was taken"
+    assert board.Scalars("train_cooldown/loss")[-1].step == top["steps"], (
+        "the group's curve ends where its row was taken"
+    )
 
 
 @pytest.mark.slow

@@ -59,19 +59,19 @@ class Clock:
 
 def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
     writer = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
-    for step in range(1, 81):
+    for step in range(1, 41):
         writer.step(record(step))
-    for step in range(81, 101):
+    for step in range(41, 51):
         writer.step(record(step, "cooldown"))
     writer.row(rung_row(100))
     writer.close()
     board = read(tmp_path)
     losses = board.Scalars("train/loss")
-    assert [event.step for event in losses] == list(range(1, 81))
+    assert [event.step for event in losses] == list(range(1, 41))
     assert losses[9].value == pytest.approx(8.9)
-    assert [event.step for event in board.Scalars("cooldown/loss")] == list(range(81, 101))
-    assert board.Scalars("by_flops/train/loss")[0].step == flops_step(1e9) == 9000
-    assert {event.value for event in board.Scalars("cooldown/gate_pointer")} == {0.25}
+    assert [event.step for event in board.Scalars("train_cooldown/loss")] == list(range(41, 51))
+    assert board.Scalars("loss_by_C/trunk")[0].step == flops_step(1e9) == 9000
+    assert {event.value for event in board.Scalars("train_cooldown/gate_pointer")} == {0.25}
     assert "train/loss_basket" not in board.Tags()["scalars"], "steps without basket targets"
     for tag in (
         "train/loss_headline",
@@ -82,10 +82,9 @@ def test_a_trial_reads_back_against_steps_and_against_c(tmp_path):
         "perf/flops_per_s",
         "progress/events",
     ):
-        assert len(board.Scalars(tag)) == 80
-        assert board.Scalars(f"by_flops/{tag}")
+        assert len(board.Scalars(tag)) == 40
     assert [(event.step, event.value) for event in board.Scalars("val/nll")] == [(100, 8.0)]
-    assert [event.step for event in board.Scalars("by_flops/val/recall@10")] == [11000]
+    assert [event.step for event in board.Scalars("metrics_by_C/recall@10")] == [11000]
     assert board.Scalars("val_low/nll")[0].value == pytest.approx(7.96)
     assert "val/coverage@10" not in board.Tags()["scalars"]
     assert "val_low/recall@10" not in board.Tags()["scalars"]
@@ -105,26 +104,28 @@ def test_hparams_and_layout_are_there_from_the_start(tmp_path):
     experiment = plugin_data_pb2.HParamsPluginData.FromString(
         contents["_hparams_/experiment"].plugin_data.content
     ).experiment
-    assert [info.name.tag for info in experiment.metric_infos] == ["val/nll", "val/recall@10"]
+    sizes = ["row/N", "row/s", "row/D", "row/C"]
+    assert [info.name.tag for info in experiment.metric_infos] == [*sizes, "val/nll", "val/recall@10"]
+    assert [info.name for info in experiment.hparam_infos] == ["params", "embedder_share", "averaging"]
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_killed_and_resumed_trial_has_every_step_once(tmp_path):
     first = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
-    for step in range(1, 41):
+    for step in range(1, 31):
         first.step(record(step))
-    first.row(rung_row(40))
+    first.row(rung_row(30))
     # The process dies here: nothing is closed. The next one goes on from a checkpoint at step 20.
     second = TrialWriter(tmp_path, CONFIG, METRICS, Clock())
-    for step in range(21, 61):
+    for step in range(21, 51):
         second.step(record(step))
-    second.row(rung_row(40))
-    second.row(rung_row(60, rung=1))
+    second.row(rung_row(30))
+    second.row(rung_row(50, rung=1))
     second.close()
-    assert steps_of(tmp_path, "train/loss") == list(range(1, 61))
-    places = steps_of(tmp_path, "by_flops/train/loss")
+    assert steps_of(tmp_path, "train/loss") == list(range(1, 51))
+    places = steps_of(tmp_path, "loss_by_C/trunk")
     assert len(places) == len(set(places))
-    assert steps_of(tmp_path, "val/nll") == [40, 60]
+    assert steps_of(tmp_path, "val/nll") == [30, 50]
     sessions = [v for e in stored_events(Store(tmp_path)) for v in e.summary.value if v.tag.endswith("start_info")]
     assert len(sessions) == 1
 
@@ -141,7 +142,7 @@ def test_validations_stand_beside_floors_and_the_best_once_each(tmp_path):
     for name, value in expected.items():
         (event,) = board.Scalars(f"validation/{name}")
         assert (event.step, event.value) == (100, pytest.approx(value))
-    assert [event.step for event in board.Scalars("by_flops/validation/nll")] == [flops_step(1.2e12)]
+    assert [event.step for event in board.Scalars("loss_by_C/validation_nll")] == [flops_step(1.2e12)]
     assert [event.value for event in board.Scalars("validation_cooled/nll")] == [8.5]
     assert [event.step for event in board.Scalars("train/loss")] == [99]
 
@@ -175,10 +176,10 @@ def test_long_trials_write_few_points_but_the_last_of_each_phase(tmp_path):
     writer.step(record(10_001, "cooldown"))
     writer.close()
     steps = steps_of(tmp_path, "train/loss")
-    # Every step up to 200 (each grows C by more than 0.5 %), then log(10000 / 200) / log(1.005) = 784 points.
-    assert 900 < len(steps) < 1000
+    # Every step up to 50 (each grows C by more than 2 %), then log(10000 / 50) / log(1.02) = 268 points.
+    assert 290 < len(steps) < 330
     assert steps[-1] == 10_000
-    assert steps_of(tmp_path, "cooldown/loss") == [10_001]
+    assert steps_of(tmp_path, "train_cooldown/loss") == [10_001]
 
 
 def test_slow_steps_are_written_by_time(tmp_path):
@@ -190,8 +191,40 @@ def test_slow_steps_are_written_by_time(tmp_path):
     writer.close()
     # Every third step (12 s), and the last.
     assert steps_of(tmp_path, "train/loss") == [*range(1, 101, 3)]
-    places = steps_of(tmp_path, "by_flops/train/loss")
+    places = steps_of(tmp_path, "loss_by_C/trunk")
     assert places == [15000]
+
+
+def test_a_week_of_slow_steps_is_some_hundred_points(tmp_path):
+    clock = Clock()
+    writer = TrialWriter(tmp_path, CONFIG, METRICS, clock)
+    for step in range(1, 20_161):
+        clock.now_s += 30.0
+        writer.step(record(step, path_flops=int(1e18 + 1e13 * step)))
+    writer.close()
+    # Every step up to 50 of them, then log(week / 1500 s) / log(1.02).
+    assert 200 < len(steps_of(tmp_path, "train/loss")) < 400
+
+
+def test_what_a_sweep_is_about_stands_first(tmp_path):
+    sweep = planted_sweep()
+    board = SweepWriter(tmp_path / "_sweep", sweep["baselines"])
+    board.update(sweep["state"])
+    board.close()
+    trial = TrialWriter(tmp_path / "t00000", CONFIG, METRICS, Clock())
+    for told in (record(1), record(2, "cooldown"), VALIDATION):
+        trial.take(told)
+    trial.row(rung_row(100) | {"params": 1010, "embedder_share": 0.02, "events": 90_000})
+    trial.close()
+    boards = [read(tmp_path / name) for name in ("_sweep", "t00000")]
+    groups = sorted({tag.partition("/")[0] for board in boards for tag in board.Tags()["scalars"]})
+    assert groups[:4] == ["frontier", "frontier_by_spend", "loss_by_C", "metrics_by_C"]
+    sizes = {tag: boards[1].Scalars(tag)[0].value for tag in ("row/N", "row/s", "row/D", "row/C")}
+    assert sizes == pytest.approx({"row/N": 1010, "row/s": 0.02, "row/D": 90_000, "row/C": 1e11})
+    layouts = [
+        value for value in boards[0].summary_metadata.values() if value.plugin_data.plugin_name == "custom_scalars"
+    ]
+    assert len(layouts) == 1
 
 
 def test_a_writer_that_costs_too_much_writes_less(tmp_path, monkeypatch):
@@ -277,7 +310,7 @@ def test_the_sweep_reads_back_and_is_taken_up_again(tmp_path):
     assert board.Scalars("occupancy/C=4e11")[-1].value == 10
     assert board.Scalars("occupancy/failed")[-1].value == 2
     assert board.Scalars("spend/C=1e11")[-1].value == pytest.approx(2.4e12, rel=0.01)
-    assert board.Scalars("by_flops/frontier/nll/C=1e11")
+    assert board.Scalars("frontier_by_spend/nll/C=1e11")
     assert b"at most" in board.Tensors("frontier/text_summary")[0].tensor_proto.string_val[0]
 
 
@@ -297,8 +330,8 @@ def test_a_long_sweep_is_looked_at_whole_only_now_and_then(tmp_path):
         state.rungs[0][str(number)] = {**row, "trial": str(number)}
         state.arrivals.append((str(number), 0))
         writer.update(state)
-    # Every result up to 200, then log(3000 / 200) / log(1.005) = 543, and those that a hundredth of the time allows.
-    assert len(looks) < 800
+    # Every result up to 50, then log(3000 / 50) / log(1.02) = 207, and those that a hundredth of the time allows.
+    assert len(looks) < 300
     writer.close()
     assert looks[-1] == 3000
 

@@ -1,0 +1,67 @@
+"""`bfm init`: a first schema for a log's files, a first search space for its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bfm.errors import UserError
+from bfm.files import write_atomic
+from bfm.units import parse_number
+
+if TYPE_CHECKING:
+    from bfm.events.shards import Shards
+
+app = typer.Typer()
+
+MEASURE_S = 10.0
+
+
+@app.command()
+def init(
+    shards: Annotated[str, typer.Option("--space", metavar="SHARDS", help="Propose a space for this shard set.")],
+    flops: Annotated[str | None, typer.Option(help="What the sweep may spend, such as 1e13.")] = None,
+    hours: Annotated[float | None, typer.Option(help="The same as hours of this machine, which is measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
+) -> None:
+    """Propose a search space for a log and a budget: ladder, sizes, window and batch, with a reason each.
+
+    bfm init --space shards --hours 2 --out space.yaml
+    """
+    if (flops is None) == (hours is None):
+        raise UserError("a budget is needed", key="--flops", fix="give --flops 1e13 or --hours 2, one of them")
+    if out is not None and out.exists():
+        raise UserError("exists already", file=str(out), fix="choose another file, or remove it")
+    text = _space(shards, None if flops is None else parse_number(flops, key="--flops"), hours or 0.0)
+    if out is None:
+        print(text, end="")
+    else:
+        write_atomic(out, text.encode())
+        print(f"{out}; next: bfm plan {out}")
+
+
+def _space(location: str, flops: float | None, hours: float) -> str:
+    from bfm.events.protocol import Protocol
+    from bfm.events.shards import Shards
+    from bfm.sweep.machine import Machine
+    from bfm.sweep.propose import propose
+
+    shards, machine = Shards.open(location), Machine.here()
+    slots = machine.gpus or max(1, int(machine.cores))
+    if flops is None:
+        flops = hours * 3600 * slots * _speed(shards)
+    return propose(shards, Protocol.load(shards), location, flops, slots, machine.gpus).text()
+
+
+def _speed(shards: Shards) -> float:
+    """FLOP/s of one task on this machine, of a small model."""
+    import torch
+
+    from bfm.training.config import TrainConfig, log_defaults
+    from bfm.training.single import measure_speed
+
+    torch.set_num_threads(1)
+    decided = log_defaults((), False, shards.history_length)
+    return measure_speed(TrainConfig(params=5e3, embedder_share=0.15, d_item=16, **decided), shards, MEASURE_S)
