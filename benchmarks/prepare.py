@@ -25,8 +25,8 @@ from pathlib import Path
 import psutil
 from common import cpu_name
 
+from bfm.events.find import find_logs
 from bfm.events.schema import load_schema
-from bfm.events.source import find_logs
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards
 
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def against_pandas(folder: Path, rounds: int, cpus: int) -> list[str]:
-    (log,) = find_logs(load_schema("complete_journey"), [])
+    (log,) = find_logs(load_schema("complete_journey"), []).paths
     found: dict[str, list[Usage]] = {name: [] for name in NAMES}
     for number in range(rounds):
         with local_ray(cpus):

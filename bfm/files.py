@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -130,6 +131,15 @@ class Store:
             return failed > 0 and self._place.get(name) == data
 
         return self._patiently(name, create)
+
+    def check_writable(self) -> None:
+        """Put something and take it away again: raises now what writing here would raise later."""
+        name = f"writable-{uuid.uuid4().hex}"
+        try:
+            self.put(name, b"written")
+            self.delete(name)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), self.uri) from error
 
     def get(self, name: str) -> bytes:
         """Read an object; FileNotFoundError where there is none."""

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
+from bfm.events.account import reading_lines
 from bfm.events.clean import repairs
 from bfm.events.histories import Histories, Part
 from bfm.events.protocol import QueryTable
@@ -136,6 +137,8 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
     return {
         "rows": histories.rows,
         "unusable": dict(sorted(histories.unusable.items())),
+        "read_as": histories.read_as,
+        "left_out": dict(histories.left_out),
         "repairs": repairs(histories.losses),
         "cuts": {name: count for (name, what), count in sorted(histories.losses.items()) if what == "cut" and count},
         "duplicates": histories.duplicates,
@@ -167,4 +170,5 @@ def summary_text(summary: dict[str, Any]) -> str:
         )
     if summary["short_lists"]:
         lines.append(f"users with fewer unseen items than asked for: {summary['short_lists']:,}")
+    lines += reading_lines(summary["read_as"], summary["left_out"])
     return "\n".join(lines)

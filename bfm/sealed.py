@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store, canonical_json, readable_json, sha256_bytes, sha256_file
 
 Files = dict[str, dict[str, Any]]
@@ -112,19 +112,16 @@ def check_free(out: Path, overwrites: Sealed | None = None, fix: str = "choose a
 def staging(out: Path) -> Iterator[Path]:
     """A fresh hidden folder beside `out` to work in; it is gone afterwards, whatever happens.
 
-    Raises UserError where it cannot be made, or where the disk got full inside.
+    Raises OSError where it cannot be made, PausedError where the disk got full inside.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror})", file=str(out), fix="choose another folder") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
     try:
         yield folder
     except Exception as error:
         if _disk_is_full(error):
-            fix = "free some space or choose another folder; nothing half-made was left behind"
-            raise UserError("no space left on the disk", file=str(out), fix=fix) from error
+            what = "no space left on the disk; free some or choose another folder; nothing half-made was left behind"
+            raise PausedError(f"{out}: {what}") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -37,6 +37,9 @@ def parse_number(value: object, *, file: str | None = None, key: str | None = No
 
 def parse_count(value: object, *, key: str | None = None) -> int:
     """A whole number (`4096`, `64k`, `1e5`). Raises UserError where a fraction is left."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        # Exact, however large; a float holds 53 bits.
+        return int(value)
     number = parse_number(value, key=key)
     if number != int(number):
         raise UserError(f"{value!r} is not a whole number", key=key, fix="write a whole number")

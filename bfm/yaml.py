@@ -117,24 +117,31 @@ def parse_yaml(text: str, *, file: str) -> dict[str, Any]:
         raise UserError(_one_line(str(error)), file=file, fix="correct the YAML") from error
 
 
-def validate(model: type[Model], values: Mapping[str, Any], *, file: str | None = None) -> Model:
-    """Build a pydantic model or dataclass (extra="forbid"), or raise the first fault as one UserError."""
+def validate(
+    model: type[Model], values: Mapping[str, Any], *, file: str | None = None, words: Mapping[str, str] | None = None
+) -> Model:
+    """Build a pydantic model or dataclass (extra="forbid"), or raise the first fault as one UserError.
+
+    `words`: keys and choices that people bring from elsewhere -> what to write.
+    """
     try:
         return TypeAdapter(model).validate_python(dict(values))
     except ValidationError as error:
         # An unknown key is the likelier slip than the required key that it leaves missing.
         fault = sorted(error.errors(), key=lambda item: item["type"] not in _UNKNOWN)[0]
-        raise _user_error(model, fault, file) from error
+        raise _user_error(model, fault, file, words or {}) from error
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A fix that names the nearest known word, or all of them."""
+def did_you_mean(word: str, known: Iterable[str], words: Mapping[str, str] | None = None) -> str:
+    """A fix: what `words` say of the word, else the nearest known one, else all of them."""
+    if words and word.lower() in words:
+        return words[word.lower()]
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
-def _user_error(model: type, fault: Any, file: str | None) -> UserError:
+def _user_error(model: type, fault: Any, file: str | None, words: Mapping[str, str]) -> UserError:
     inner = fault.get("ctx", {}).get("error")
     location = [part for part in fault["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     key = ".".join(str(part) for part in location) or None
@@ -142,10 +149,14 @@ def _user_error(model: type, fault: Any, file: str | None) -> UserError:
         nested = ".".join(part for part in (key, inner.key) if part) or None
         return UserError(inner.what, file=file, key=nested, fix=inner.fix)
     if fault["type"] in _UNKNOWN:
-        fix = did_you_mean(str(location[-1]), _keys_at(model, location[:-1]))
+        fix = did_you_mean(str(location[-1]), _keys_at(model, location[:-1]), words)
         return UserError("unknown key", file=file, key=key, fix=fix)
     if fault["type"] in ("missing", "missing_argument"):
         return UserError("is missing", file=file, key=key, fix="add it")
+    if fault["type"] == "literal_error":
+        known = [choice.strip("'") for choice in re.split(", | or ", fault["ctx"]["expected"])]
+        fix = did_you_mean(str(fault["input"]), known, words)
+        return UserError(f"{fault['input']!r:.60} is no choice", file=file, key=key, fix=fix)
     kind = _KINDS.get(fault["type"])
     what = f"expected a {kind}" if kind else _one_line(fault["msg"])
     return UserError(what, file=file, key=key, fix=f"got {fault['input']!r:.60}")

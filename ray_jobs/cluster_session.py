@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ray
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 
 _SOCKET = "/bfm-abcdefgh/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"
 _LONGEST_TEMP = 107 - len(_SOCKET)
@@ -40,7 +40,8 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
         num_cpus: of the local session; None takes all.
         dashboard: needed for job submission and for freeing the resources of stopped trials.
 
-    Raises UserError where RAY_ADDRESS is not that of a cluster that answers, or of one of other versions.
+    Raises UserError where RAY_ADDRESS is not that of a cluster that answers, or of one of other versions, PausedError
+    where Ray does not start here.
     """
     if ray.is_initialized():
         yield
@@ -66,14 +67,22 @@ def local_ray(num_cpus: int | None = None, *, dashboard: bool = False) -> Iterat
             ray.shutdown()
         return
     folder = short_temp_folder()
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        _temp_dir=str(folder),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=dashboard,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            _temp_dir=str(folder),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=dashboard,
+        )
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        # A machine that is crowded beyond what Ray waits for; it has no error of its own for it.
+        words = " ".join(str(error).split())
+        raise PausedError(f"Ray did not start on this machine ({words}); run the same command again") from error
 
     def gone(why: OSError) -> str:
         shutil.rmtree(folder, ignore_errors=True)
@@ -94,18 +103,19 @@ def cluster_address() -> str:
     Raises UserError for an address of another kind, or one where nobody does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    _, colon, port = address.rpartition(":")
-    if "://" in address:
+    if address in ("", "auto", "local"):
+        return address
+    _, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
         raise UserError(
             f"{address} is not the address of a cluster's head",
             key="RAY_ADDRESS",
-            fix="submit with `ray job submit`, or unset it to run on this machine",
+            fix="write HOST:PORT, submit with `ray job submit`, or unset it to run on this machine",
         )
-    if colon and port.isdigit():
-        try:
-            knock(address)
-        except OSError as error:
-            raise _no_cluster(address, str(error)) from error
+    try:
+        knock(address)
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
     return address
 
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from bfm.errors import PausedError
 from bfm.sweep.driver import SweepDriver
-from bfm.sweep.state import NODE, WORKER
+from bfm.sweep.requests import Request, request_words
+from bfm.sweep.state import CANCEL, NODE, STOP, WORKER
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs import trial
@@ -38,8 +39,8 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class SweepEvent:
-    """Something a display may show: `kind` is opened, imported, assigned, row, lost, yielded, growing, quarantined,
-    waiting or finished."""
+    """Something a display may show: `kind` is opened, imported, asked, assigned, row, lost, yielded, growing,
+    quarantined, waiting or finished."""
 
     kind: str
     task: Task | None = None
@@ -76,7 +77,7 @@ class Live:
 
 
 class Desk:
-    """See the module. `live` are all trials that hold something.
+    """See the module. `live` are all trials that hold something; `inbox` holds requests that nobody has answered.
 
     `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it. A signal
     and a PausedError end it too, once the running tasks have left their checkpoints.
@@ -91,6 +92,7 @@ class Desk:
         room: ClusterRoom,
         running: Attempts,
         signals: Signals,
+        inbox: Callable[[], list[Request]] = list,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.driver, self.slots, self.clock = driver, slots, clock
@@ -100,7 +102,7 @@ class Desk:
         """What does not fit beside what runs."""
         self._waiting_since_s = clock()
         self.quarantine = Quarantine()
-        self._on_event, self._signals = on_event, signals
+        self._on_event, self._signals, self._inbox = on_event, signals, inbox
         self._room, self._running = room, running
         self._next: Task | None = None
         self._excused: set[tuple[str, int]] = set()
@@ -203,7 +205,7 @@ class Desk:
                 self._running.ask_to_yield(task)
         if not running or self.clock() > self._ends_at_s:
             if self._signals.received is not None:
-                raise Interrupted(self._signals.received)
+                raise Interrupted(self._signals.received, self._signals.sender)
             self.failure = self.failure or self._paused
         return True
 
@@ -212,8 +214,8 @@ class Desk:
         self._room.ask([])
 
     def look_after(self, live: Sequence[Live]) -> None:
-        """End what stands still and free what the dead hold; make room for what has waited long; give idle room to a
-        running task."""
+        """End what stands still and free what the dead hold; do what is asked from outside; make room for what has
+        waited long; give idle room to a running task."""
         if self.clock() >= self._look_again_at_s:
             self._look_again_at_s = self.clock() + LOOK_S
             self._guard(lambda: self._look(live))
@@ -225,12 +227,37 @@ class Desk:
             if one.task.task_id in hung and one.settled_at_s is None:
                 one.gone = True
                 self._lose(one, HUNG, None)
+        for request in self._inbox():
+            self._take(request, live)
         if self.in_hand or self.finished or self.failure is not None:
             return
         if self.waiting is None and self._growing is None:
             self._room.ask(*self._grow(live))
         elif self.waiting is not None and self.clock() - self._waiting_since_s > ROOM_S:
             self._make_room(self.waiting, live)
+
+    def _take(self, request: Request, live: Sequence[Live]) -> None:
+        """Answer a request, and do what it asks of running tasks."""
+        record = self.driver.take(request)
+        self._on_event(SweepEvent("asked", reason=request_words(record)))
+        self._ask_again_at_s = float("-inf")
+        if record["refused"] is not None:
+            return
+        if record["verb"] == STOP:
+            self._signals.ask(f"`bfm stop` of {record['by']}")
+        elif record["verb"] == CANCEL:
+            self._cancel(record["trial"], live)
+        else:
+            # Something is to be tried, whatever the driver said before.
+            self.finished = False
+
+    def _cancel(self, trial_id: str, live: Sequence[Live]) -> None:
+        if self._next is not None and self._next.trial == trial_id:
+            task, self._next = self._next, None
+            self.driver.yielded(task.task_id, Account())
+        for one in live:
+            if one.task.trial == trial_id and one.settled_at_s is None:
+                self._running.ask_to_yield(one.task)
 
     def _make_room(self, waiting: Task, live: Sequence[Live]) -> None:
         """Have smaller tasks go on later, so that a large one never starves and nothing stands idle for it for long."""

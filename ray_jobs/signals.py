@@ -12,8 +12,9 @@ from types import FrameType
 class Interrupted(BaseException):
     """SIGINT or SIGTERM; not an Exception, so that nothing on the way takes it for a failed task."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, sender: str | None = None) -> None:
+        """`sender`: who asked for it, where no signal was sent."""
+        super().__init__(sender or signal.Signals(number).name)
         self.number = number
 
 
@@ -24,6 +25,13 @@ class Signals:
         self.waits = False
         """Whether the first signal is only noted, for somebody who looks at `received`."""
         self.received: int | None = None
+        self.sender: str | None = None
+        """Who asked from elsewhere, where this is no signal."""
+
+    def ask(self, sender: str) -> None:
+        """As if SIGTERM had come."""
+        if self.received is None:
+            self.received, self.sender = signal.SIGTERM, sender
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
+from bfm.sweep.plan import check_held
+from bfm.sweep.requests import Request, new_requests, request_words
 from bfm.sweep.settings import TENSORBOARD, SweepSpec
 from bfm.sweep.spec import resolve
 from bfm.sweep.state import IMPORT
@@ -118,7 +120,9 @@ def run_sweep(
     opened = open_space(spec)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
-        check_fits(opened.spec, Machine.here())
+        machine = Machine.here()
+        check_fits(opened.spec, machine)
+        check_held(opened.feasible, machine)
     # A table that is refused begins no sweep.
     table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
     with signals_raise(), _driver(opened, store, extend) as driver:
@@ -127,6 +131,8 @@ def run_sweep(
         tell(SweepEvent("opened"), driver)
         if table is not None:
             tell(SweepEvent("imported", reason=import_words(driver.take_runs(table))), driver)
+        for request in new_requests(store, driver.state.requests):
+            tell(SweepEvent("asked", reason=request_words(driver.take(request))), driver)
         try:
             if driver.state.finished is None:
                 _train(opened, store, driver, joins, progress, execute, logs)
@@ -186,7 +192,13 @@ def _train(
     ):
         signals.waits = True
         room, running = ClusterRoom(grows=joins), Attempts(store, pulses)
-        desk = Desk(driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals)
+
+        def inbox() -> list[Request]:
+            return new_requests(store, driver.state.requests)
+
+        desk = Desk(
+            driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals, inbox=inbox
+        )
         place = Workplace(
             absolute(spec.data.shards),
             store.uri,
@@ -261,7 +273,7 @@ def sweep_verb(
                 return
             if event.row is not None:
                 display.say(_row_line(event.row, spec.metric.name, leaders.beside(event.row, state), compare))
-            elif event.kind == "imported":
+            elif event.kind in ("imported", "asked"):
                 display.say(event.reason)
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
                 display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bfm.exits import exit_code
 from bfm.files import Store
 from bfm.training.checkpoint import read_meta
 from tests.helpers import make_shards
@@ -21,6 +23,18 @@ CONFIG = {
     "groups_per_step": 2,
     "d_item": 8,
     "learning_rate": "5e-3",
+}
+RUN = ("--shards", "SHARDS", "--flops", "1e8", "--out", "TMP/run")
+SLIPS_OF_A_RUN = {
+    ("--seed", "-1"): "--seed: -1 is out of range",
+    ("--queries", "-5"): "--queries: -5 is out of range; write a whole number, 1 or more",
+    ("--workers", "0"): "--workers: 0 is out of range",
+    ("--micro-groups", "1.5"): "--micro-groups: '1.5' is not a whole number",
+    ("--flops", "-1e10"): "--flops: -1e10 is out of range; write above 0",
+    ("--flops", "1e25"): "--flops: 1e25 FLOPs take at least",
+    ("--gpus", "-1"): "--gpus: -1 is out of range",
+    ("--gpus", "64"): "--gpus: a task asks for 1 CPUs and 64 GPUs, this machine has",
+    ("--softmax", "two_pas"): "--softmax: 'two_pas' is no choice; did you mean 'two_pass'?",
 }
 CHECKPOINT = "trials/run/checkpoints/rung0-model"
 
@@ -143,17 +157,40 @@ def test_describe_reads_what_stands(bfm, toy_shards):
             ("train", "CONFIG", "--shards", "SHARDS", "--flops", "1e8", "--out", "TMP/run", "--validations", "-1"),
             "--validations: -1",
         ),
+        *((("train", "CONFIG", *RUN, *slip), expected) for slip, expected in SLIPS_OF_A_RUN.items()),
+        (("train", "TMP/huge.yaml", *RUN), "GiB of memory"),
+        (("train", "CONFIG", *RUN[:-1], "TMP/file"), "/file: file exists; choose another place"),
+        (("train", "CONFIG", *RUN[:-1], "TMP/file/run"), "/file/run: not a directory; choose another place"),
+        (("sweep", "SPACE", "--storage", "TMP/file"), "not a directory; choose another place"),
+        (("data", "prepare", "SCHEMA", "TMP/log.csv", "--out", "TMP/file/x"), "/file"),
+        (("data", "prepare", "movielens", "--cpus", "0"), "--cpus: 0 is out of range; write a whole number, 1 or more"),
+        (("data", "synth", "TMP/log", "--seed", "-1"), "--seed: -1 is out of range"),
+        (("data", "synth", "TMP/log", "--repeat", "1.5"), "--repeat: 1.5 is out of range; write 0 or more, at most 1"),
+        (("predict", "TMP", "TMP/log.csv", "--out", "TMP/p", "--k", "0"), "--k: 0 is out of range"),
+        (("plan", "SPACE", "--probe-seconds", "-1"), "--probe-seconds: -1 is out of range"),
+        (("recipe", "TMP", "--flops", "nan"), "--flops: 'nan' is not a number"),
+        (("eval", "TMP/none", "--shards", "SHARDS", "--queries", "-5"), "--queries: -5 is out of range"),
+        (("train",), "Missing argument 'config'; see `bfm train --help`"),
+        (("data", "prepare", "--frobnicate"), "No such option: --frobnicate; see `bfm data prepare --help`"),
+        (("swep",), "No such command 'swep'"),
         (("eval", "TMP/none", "--shards", "SHARDS"), "none"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--part", "tset"), "one of validation, test"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--k", "5,ten"), "--k: '5,ten' is no list of lengths"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--k", "0"), "--k: '0' is no list of lengths"),
         (("eval", "TMP/none", "--shards", "SHARDS", "--k", "5,1000"), "--k: lists of 1000 items cannot be made"),
-        (("data", "synth", "TMP/log", "--events", "-5"), "event"),
+        (("data", "synth", "TMP/log", "--events", "-5"), "--events: -5 is out of range"),
+        (("data", "synth", "TMP/log", "--events", "5"), "do not fit together"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(bfm, config, toy_shards, tmp_path, arguments, expected):
     (tmp_path / "bad.yaml").write_text("parms: 1e4\n")
+    (tmp_path / "huge.yaml").write_text(yaml.safe_dump({**CONFIG, "params": 1e12}))
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "log.csv").write_text("user,item,time\nann,tea,2024-01-01\n")
+    (tmp_path / "log.yaml").write_text("name: log\nuser: user\nitem: item\ntime: time\n")
+    space = write_space(tmp_path, toy_shards.path)
     places = {"TMP": str(tmp_path), "SHARDS": str(toy_shards.path), "CONFIG": str(config)}
+    places |= {"SPACE": str(space), "SCHEMA": str(tmp_path / "log.yaml")}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
     code, out, err = bfm(*arguments)
@@ -163,6 +200,47 @@ def test_a_mistake_is_one_line_and_exit_2(bfm, config, toy_shards, tmp_path, arg
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in err
+
+
+def test_without_a_word_there_is_help(bfm):
+    for words, verb in (((), "enqueue"), (("data",), "prepare")):
+        code, out, err = bfm(*words)
+        assert (code, out) == (2, "")
+        assert "Usage: " in err
+        assert f"  {verb} " in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/ro/x"),
+            1,
+            "OSError: [Errno 30] Read-only file system: '/ro/x'",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            1,
+            "OSError: [Errno 28] No space left on device: '/x'",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"),
+            2,
+            "/a/b: not a directory; choose another place",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 2, "/a: permission denied; choose another place"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), 1, "PermissionError: [Errno 1] Operation not"),
+        (MemoryError("Unable to allocate 7.28 TiB"), 1, "MemoryError: Unable to allocate 7.28 TiB"),
+    ],
+)
+def test_a_place_that_cannot_be_one_is_wrong_input_and_a_full_disk_is_a_fault(error, code, line, capsys):
+    def verb():
+        raise error
+
+    assert exit_code(verb) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"bfm: {line}")
+    assert said.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_is_one_line_and_exit_1(bfm, config, toy_shards, tmp_path):

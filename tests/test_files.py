@@ -263,3 +263,12 @@ def test_user_errors_are_one_line_and_travel_between_processes(kind):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert str(again) == str(error) == "space.yaml: budget.x: unknown key; did you mean 'y'?"
+
+
+def test_whether_a_place_can_be_written_is_known_before(tmp_path):
+    store = Store(tmp_path / "new")
+    store.check_writable()
+    assert store.names() == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError, match="file/run"):
+        Store(tmp_path / "file" / "run").check_writable()

@@ -55,6 +55,7 @@ def test_logs_are_read_from_a_bucket_as_from_a_disk(tmp_path, s3, monkeypatch):
     expected = prepare_serially("shop.yaml", ["log.parquet"], tmp_path / "local")
     put_frame(f"{s3}/logs/deep/0.parquet", frame[:1000])
     put_frame(f"{s3}/logs/1.parquet", frame[1000:])
+    put_frame(f"{s3}/logs/_temporary/0/0.parquet", frame[:10])
     Store(s3).put("logs/_SUCCESS", b"")
     for number, logs in enumerate(
         (["logs"], ["logs/**/*.parquet"], ["logs/*.parquet", "logs/*/0.parquet"], ["logs/1.parquet", "logs/deep"])

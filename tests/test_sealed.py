@@ -2,7 +2,7 @@
 
 import pytest
 
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store
 from bfm.sealed import Sealed, check_files, check_free, list_files, publish, staging
 
@@ -71,7 +71,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
             (scratch / "made" / "file").write_text(text)
             publish(scratch / "made", out)
         assert (out / "file").read_text() == text
-    with pytest.raises(UserError, match="no space left"), staging(out):
+    with pytest.raises(PausedError, match="no space left"), staging(out):
         raise OSError(28, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match="exists already"):

@@ -8,14 +8,16 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
-from bfm.cli import data, init, laws, model, recipe, simulate, sweep
+from bfm.cli import data, init, laws, model, recipe, simulate, steer, sweep
+from bfm.errors import UserError
 from bfm.exits import exit_code
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "From a log to shards": ("data", "init"),
     "Before a sweep": ("doctor", "plan", "simulate"),
-    "A sweep": ("sweep", "study", "status"),
+    "A sweep": ("sweep", "study", "status", "stop", "cancel", "enqueue"),
     "What it tells": ("report", "fit", "recipe", "export-optuna"),
     "One model": ("train", "eval", "export", "predict"),
     "For editors": ("schema",),
@@ -56,10 +58,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data.app, name="data")
-for verbs in (init.app, model.app, sweep.app, simulate.app, laws.app, recipe.app):
+for verbs in (init.app, model.app, sweep.app, steer.app, simulate.app, laws.app, recipe.app):
     app.registered_commands += verbs.registered_commands
 
 
 def main() -> None:
     """Run a verb and leave with its exit code."""
-    sys.exit(exit_code(app))
+    sys.exit(exit_code(_verb))
+
+
+def _verb() -> int:
+    """Raises UserError for words that no verb takes."""
+    try:
+        return app(prog_name="bfm", standalone_mode=False) or 0
+    except TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return 2
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "bfm"
+        raise UserError(error.format_message().rstrip("."), fix=f"see `{verb} --help`") from error

@@ -1,14 +1,55 @@
-"""What the verbs share: options and printing."""
+"""What the verbs share: options, the bounds of numbers among them, and printing."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from bfm.errors import UserError
+from bfm.units import parse_count, parse_number
+
+_SEEDS = 1 << 63
+
+
+def number(help: str, low: float = 0, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
+    """An option that is a number such as 1e12 or 64k, from `low` (`above` it) to `high` (`below` it)."""
+    floor = f"above {low:g}" if above else f"{low:g} or more"
+    ceiling = "" if high == math.inf else f", {'below' if below else 'at most'} {high:g}"
+
+    def take(param: typer.CallbackParam, value: str | None) -> float | None:
+        if value is None:
+            return None
+        found = parse_number(value, key=param.opts[0])
+        if found < low or found > high or (above and found == low) or (below and found == high):
+            raise UserError(f"{value} is out of range", key=param.opts[0], fix=f"write {floor}{ceiling}")
+        return found
+
+    return typer.Option(help=help, parser=str, callback=take, metavar="NUMBER")
+
+
+def whole(help: str, low: int = 0, high: int | None = None) -> Any:
+    """An option that is a whole number, from `low` to `high`."""
+    fix = f"write a whole number, {low} or more" if high is None else f"write a whole number from {low} to {high}"
+
+    def take(param: typer.CallbackParam, value: str | None) -> int | None:
+        if value is None:
+            return None
+        found = parse_count(value, key=param.opts[0])
+        if found < low or (high is not None and found > high):
+            raise UserError(f"{value} is out of range", key=param.opts[0], fix=fix)
+        return found
+
+    return typer.Option(help=help, parser=str, callback=take, metavar="N")
+
+
+def seed(help: str = "Seed.") -> Any:
+    """An option that is one."""
+    return whole(help, 0, _SEEDS - 1)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, show
+from bfm.cli.common import Json, number, seed, show, whole
 
 app = typer.Typer(help="Event logs: prepare, describe, synth.", no_args_is_help=True)
 
@@ -20,8 +20,8 @@ def prepare(
     ] = None,
     out: Annotated[str, typer.Option("--out", help="Folder or URI of the shard set.")] = "shards",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing shard set.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of the shuffles (default: the schema's).")] = None,
-    cpus: Annotated[int | None, typer.Option(help="Cores to use (default: all).")] = None,
+    seed: Annotated[int | None, seed("Seed of the shuffles (default: the schema's).")] = None,
+    cpus: Annotated[int | None, whole("Cores to use (default: all).", 1)] = None,
     as_json: Json = False,
 ) -> None:
     """Clean a log, fit its fields, split it and write memory-mapped shards."""
@@ -40,21 +40,25 @@ def prepare(
         "items": manifest.items,
         "catalogue": manifest.catalogue,
         "quarantined": dict(manifest.rows_quarantined),
-        "cuts": manifest.checks.get("cuts", {}),
+        **{name: manifest.checks.get(name, {}) for name in _TOLD},
         "seen_items": manifest.checks["seen_items"],
     }
     show(summary, as_json, _prepared_text)
 
 
+_TOLD = ("lines", "files", "repairs", "read_as", "left_out", "items_without_row", "item_rows_unreadable", "cuts")
+
+
 def _prepared_text(summary: dict[str, Any]) -> str:
+    from bfm.events.account import account_lines
     from bfm.events.describe import cut_lines
 
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary["quarantined"].items()) or "none"
     lines = [
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
-        f"({summary['catalogue']:,} in the catalogue); quarantined: {reasons}",
+        f"({summary['catalogue']:,} in the catalogue)",
         f"seen items {summary['seen_items']}",
         *(f"cut: {line}" for line in cut_lines(summary["cuts"])),
+        *account_lines(summary["rows"], summary["events"], summary["quarantined"], summary),
         summary["shards"],
     ]
     return "\n".join(lines)
@@ -73,29 +77,28 @@ def describe(shards: Annotated[str, typer.Argument(help="Prepared shard set.")],
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="New folder for the log, its schema and truth.json.")],
-    events: Annotated[str, typer.Option(help="Number of events, e.g. 1e6.")] = "1e6",
-    users: Annotated[str, typer.Option(help="Number of users.")] = "1e4",
-    items: Annotated[str, typer.Option(help="Number of items.")] = "1e4",
-    repeat: Annotated[float, typer.Option(help="Share of purchases that repeat, where an aisle is known.")] = 0.3,
-    basket: Annotated[float, typer.Option(help="Mean size of baskets, before their law is cut; 1: none.")] = 10.0,
-    seed: int = 0,
+    events: Annotated[int, whole("Number of events, e.g. 1e6.", 1)] = 1_000_000,
+    users: Annotated[int, whole("Number of users.", 1)] = 10_000,
+    items: Annotated[int, whole("Number of items.", 1)] = 10_000,
+    repeat: Annotated[float, number("Share of purchases that repeat, where an aisle is known.", high=1)] = 0.3,
+    basket: Annotated[float, number("Mean size of baskets, before their law is cut; 1: none.", 1)] = 10.0,
+    seed: Annotated[int, seed()] = 0,
     as_json: Json = False,
 ) -> None:
     """Write a synthetic log with known structure and its Bayes-optimal NLL and recall@10."""
     from bfm.events.synth import write_synthetic
     from bfm.report.console import Display
-    from bfm.units import format_count, parse_count
+    from bfm.units import format_count
 
-    counts = {name: parse_count(text, key=f"--{name}") for name, text in (("events", events), ("users", users))}
     with Display("synth") as display:
         truth = write_synthetic(
             out,
-            events=counts["events"],
-            users=counts["users"],
-            items=parse_count(items, key="--items"),
+            events=events,
+            users=users,
+            items=items,
             seed=seed,
             repeat=repeat,
             basket=basket,
-            progress=lambda done: display.show(f"{format_count(done)} events", done / counts["events"]),
+            progress=lambda done: display.show(f"{format_count(done)} events", done / events),
         )
     show(truth, as_json, lambda value: "\n".join(f"{name}: {entry}" for name, entry in value.items()) + f"\n{out}")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bfm.cli.common import number
 from bfm.errors import UserError
 from bfm.files import write_atomic
-from bfm.units import parse_number
 
 if TYPE_CHECKING:
     from bfm.events.shards import Shards
@@ -22,8 +22,8 @@ MEASURE_S = 10.0
 @app.command()
 def init(
     shards: Annotated[str, typer.Option("--space", metavar="SHARDS", help="Propose a space for this shard set.")],
-    flops: Annotated[str | None, typer.Option(help="What the sweep may spend, such as 1e13.")] = None,
-    hours: Annotated[float | None, typer.Option(help="The same as hours of this machine, which is measured.")] = None,
+    flops: Annotated[float | None, number("What the sweep may spend, such as 1e13.", above=True)] = None,
+    hours: Annotated[float | None, number("The same as hours of this machine, which is measured.", above=True)] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; stdout without it.")] = None,
 ) -> None:
     """Propose a search space for a log and a budget: ladder, sizes, window and batch, with a reason each.
@@ -34,7 +34,7 @@ def init(
         raise UserError("a budget is needed", key="--flops", fix="give --flops 1e13 or --hours 2, one of them")
     if out is not None and out.exists():
         raise UserError("exists already", file=str(out), fix="choose another file, or remove it")
-    text = _space(shards, None if flops is None else parse_number(flops, key="--flops"), hours or 0.0)
+    text = _space(shards, flops, hours or 0.0)
     if out is None:
         print(text, end="")
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, chosen_metrics, show
+from bfm.cli.common import Json, chosen_metrics, number, show, whole
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -29,14 +29,12 @@ def fit(
     ] = None,
     objective: Annotated[str | None, typer.Option(help="surface: huber (the default) or asym_mae.")] = None,
     delta: Annotated[
-        float | None, typer.Option(help="surface: where Huber's loss turns linear, in log loss (1e-3).")
+        float | None, number("surface: where Huber's loss turns linear, in log loss (1e-3).", above=True)
     ] = None,
     reference_batch: Annotated[
-        float | None, typer.Option(help="batch: B_ref of the 20 % overhead, in the table's unit of B.")
+        float | None, number("batch: B_ref of the 20 % overhead, in the table's unit of B.", above=True)
     ] = None,
-    bootstrap: Annotated[
-        int | None, typer.Option(help="surface: bootstrap draws in place of the profile likelihood.")
-    ] = None,
+    bootstrap: Annotated[int | None, whole("surface: bootstrap draws in place of the profile likelihood.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a scaling law, with intervals.

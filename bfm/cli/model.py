@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bfm.cli.common import Json, ShardsOption, parse_ks, show
+from bfm.cli.common import Json, ShardsOption, number, parse_ks, seed, show, whole
 
 app = typer.Typer()
 
@@ -20,20 +22,20 @@ def train(
         Path, typer.Argument(help="YAML of one configuration (params, embedder_share, learning_rate, ...).")
     ],
     shards: ShardsOption,
-    flops: Annotated[str, typer.Option(help="C: model training FLOPs, e.g. 1e12.")],
+    flops: Annotated[float, number("C: model training FLOPs, e.g. 1e12.", above=True)],
     out: Annotated[str, typer.Option("--out", help="Folder or URI for checkpoints and TensorBoard.")],
-    seed: int = 0,
-    queries: Annotated[int | None, typer.Option(help="Validation queries to score (default: all).")] = None,
-    workers: Annotated[int, typer.Option(help="More than one: Ray Train with DeepSpeed ZeRO.")] = 1,
-    zero_stage: Annotated[int, typer.Option(help="ZeRO stage of several workers.")] = 1,
-    micro_groups: Annotated[int, typer.Option(help="Negative groups per micro-batch, at most.")] = 1,
+    seed: Annotated[int, seed()] = 0,
+    queries: Annotated[int | None, whole("Validation queries to score (default: all).", 1)] = None,
+    workers: Annotated[int, whole("More than one: Ray Train with DeepSpeed ZeRO.", 1)] = 1,
+    zero_stage: Annotated[int, whole("ZeRO stage of several workers.", 0, 3)] = 1,
+    micro_groups: Annotated[int, whole("Negative groups per micro-batch, at most.", 1)] = 1,
     softmax: Annotated[
         str,
         typer.Option(help="How the loss is computed: auto, reference, two_pass; in stage 2 one_pass, triton, sharded."),
     ] = "auto",
-    gpus: Annotated[float, typer.Option(help="GPUs per worker.")] = 0.0,
+    gpus: Annotated[float, number("GPUs per worker.")] = 0.0,
     validations: Annotated[
-        int, typer.Option(help="Looks on the way, evenly spaced, at up to 1,000 validation queries; 0: none.")
+        int, whole("Looks on the way, evenly spaced, at up to 1,000 validation queries; 0: none.")
     ] = 5,
     as_json: Json = False,
 ) -> None:
@@ -41,23 +43,30 @@ def train(
 
     The weights of the validation with the lowest nll stay in trials/run/checkpoints/best of the folder.
     """
+    import torch
+
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
+    from bfm.files import Store
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
     from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
+    from bfm.sweep.machine import check_config
+    from bfm.sweep.tiers import tier_of_options
     from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
-    from bfm.units import parse_number
     from bfm.yaml import load_yaml
 
-    limit_flops = parse_number(flops, key="--flops")
     opened, values = Shards.open(shards), load_yaml(config)
     decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
+    tier = tier_of_options(workers, zero_stage, gpus, micro_groups, softmax)
+    peak = matmul_peak("cuda" if gpus and torch.cuda.is_available() else "cpu")
+    if workers == 1 or not os.environ.get("RAY_ADDRESS"):
+        check_config(checked, opened, tier, flops, peak)
+    Store(out).check_writable()
     writer = TrialWriter(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
-    peak = matmul_peak("cuda" if gpus else "cpu")
     with Display("train") as display:
 
         def observe(record: Record) -> None:
@@ -65,25 +74,17 @@ def train(
             if isinstance(record, Validation):
                 display.say(validation_text(record))
             else:
-                display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
+                display.show(step_words(record, flops, peak), record.path_flops / flops)
 
-        scaling = {
-            "workers": workers,
-            "zero_stage": zero_stage,
-            "micro_groups": micro_groups,
-            "softmax": softmax,
-            "cpus": 1.0,
-            "gpus": gpus,
-        }
         group = _run_group if workers > 1 else None
         row = train_single(
             checked,
             seed,
             shards,
             out,
-            flops=limit_flops,
+            flops=flops,
             queries=queries,
-            scaling=scaling,
+            scaling=asdict(tier),
             validations=validations,
             observer=observe,
             run_group=group,
@@ -134,10 +135,10 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder or URI of a checkpoint, e.g. run/trials/.../rung0-model.")],
     shards: ShardsOption,
     part: Annotated[str, typer.Option(help="validation or test.")] = "validation",
-    queries: Annotated[int | None, typer.Option(help="The first so many queries (default: all).")] = None,
+    queries: Annotated[int | None, whole("The first so many queries (default: all).", 1)] = None,
     k: Annotated[str, typer.Option("--k", help="Lengths of lists, e.g. 5,10,50.")] = "10",
     sampled_negatives: Annotated[
-        int | None, typer.Option(help="Also rank each target against so many drawn items, under names of their own.")
+        int | None, whole("Also rank each target against so many drawn items, under names of their own.", 1)
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -178,7 +179,7 @@ def predict(
     export: Annotated[str, typer.Argument(help="Folder that `bfm export` wrote.")],
     logs: Annotated[list[str], typer.Argument(help="Log files, globs, folders, URIs; columns as in training.")],
     out: Annotated[Path, typer.Option("--out", help="Parquet file, one row per user; an older one is replaced.")],
-    k: Annotated[int, typer.Option("--k", help="Items per user.")] = 10,
+    k: Annotated[int, whole("Items per user.", 1)] = 10,
     vectors: Annotated[bool, typer.Option("--vectors", help="Also write user vectors.")] = False,
     filter_seen: Annotated[
         bool | None, typer.Option("--filter-seen/--keep-seen", help="Items of the history (default: as evaluated).")
@@ -190,9 +191,11 @@ def predict(
     Users are in no particular order. A user without any usable row has empty lists. Items that the export does not
     know count in histories, embedded from their fields in the log, and are never recommended.
     """
+    from bfm.files import Store
     from bfm.predictions import predict_log, summary_text
     from bfm.report.console import Display
 
+    Store(out.absolute().parent).check_writable()
     with Display("predict") as display:
         summary = predict_log(export, logs, out, k=k, vectors=vectors, filter_seen=filter_seen, progress=display.show)
         display.say(summary_text(summary))

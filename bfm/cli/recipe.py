@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, show
+from bfm.cli.common import Json, number, seed, show
 
 app = typer.Typer()
 
@@ -14,38 +14,42 @@ app = typer.Typer()
 @app.command()
 def recipe(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep or of a study.")],
-    flops: Annotated[str, typer.Option(help="C of the run to foretell, e.g. 1e14.")],
+    flops: Annotated[float, number("C of the run to foretell, e.g. 1e14.", above=True)],
     metric: Annotated[str | None, typer.Option(help="Metric to be best in (default: the sweep's own).")] = None,
     shards: Annotated[str | None, typer.Option(help="The sweep's shard set, where it has moved.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Train the recipe, compare, and note the answer in the sweep's ledger.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the check.")] = 0,
+    seed: Annotated[int, seed("Seed of the check.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Size, share, batch, negatives, rate and data for a C, the metric it will reach with its interval, and why.
 
     Writes report/recipe.json into the sweep's or study's folder. The configuration is one that `bfm train` takes.
     """
+    from bfm.events.shards import Shards
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
+    from bfm.sweep.machine import check_config
     from bfm.sweep.recipe.check import check_recipe
+    from bfm.sweep.tiers import Tier
+    from bfm.training.config import TrainConfig
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Record, StepRecord
-    from bfm.units import parse_number
 
-    limit_flops = parse_number(flops, key="--flops")
-    made, sizes, place = foretell(folder, limit_flops, metric, shards)
+    made, sizes, place = foretell(folder, flops, metric, shards)
     publish_recipe(folder, made, None)
     record = None
     if check:
-        peak = matmul_peak(EngineFactory().device.type)
+        device = EngineFactory().device.type
+        peak, tier = matmul_peak(device), Tier(gpus=float(device == "cuda"))
+        check_config(TrainConfig.from_dict(made.config), Shards.open(place), tier, flops, peak)
         with Display("check") as display:
 
             def observe(record: Record) -> None:
                 if isinstance(record, StepRecord):
-                    display.show(step_words(record, limit_flops, peak), record.path_flops / limit_flops)
+                    display.show(step_words(record, flops, peak), record.path_flops / flops)
 
             record = check_recipe(made, sizes, place, seed=seed, observer=observe)
         publish_recipe(folder, made, record)

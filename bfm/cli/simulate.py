@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, show
+from bfm.cli.common import Json, Overrides, number, show, whole
 from bfm.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def simulate(
     where: Annotated[str | None, typer.Option(help="Row filter: dataset == 'rw' and decay != 'chinchilla'.")] = None,
     subset: Annotated[float, typer.Option(help="Share of the curves, drawn anew for each seed.")] = 1.0,
     policy: Annotated[str, typer.Option(help="Policies, comma-separated (default: frontier, or the space's).")] = "",
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    seeds: Annotated[int, whole("How many seeds.", 1)] = 1,
     eta: Annotated[float, typer.Option(help="Of the ASHA policies (with --curves).")] = 4.0,
     cooldown_fraction: Annotated[
         float, typer.Option(help="Share of a row's C in its cooldown branch (with --curves).")
     ] = 0.0,
     workers: Annotated[str, typer.Option(help="How many, or a schedule: 8,64@2h,16@1d.")] = "1",
-    throughput: Annotated[str, typer.Option(help="Training FLOP/s of a worker.")] = "1e15",
+    throughput: Annotated[float, number("Training FLOP/s of a worker.", above=True)] = 1e15,
     efficiency: Annotated[float, typer.Option(help="Twice the workers on a task are twice this as fast.")] = 0.9,
     startup_s: Annotated[float, typer.Option(help="Seconds until a new worker is ready.")] = 0.0,
     task_startup_s: Annotated[float, typer.Option(help="Seconds before a task trains.")] = 0.0,
@@ -62,9 +62,7 @@ def simulate(
     notice_s: Annotated[float, typer.Option(help="From a notice to a preemption; 0: none is given.")] = 120.0,
     failure_share: Annotated[float, typer.Option(help="Share of tasks that fail.")] = 0.0,
     straggler_share: Annotated[float, typer.Option(help="Share of tasks at a quarter of the speed.")] = 0.0,
-    price_per_hour: Annotated[
-        float, typer.Option(help="Of a worker that is there, busy or not, for the cost of a space.")
-    ] = 0.0,
+    price_per_hour: Annotated[float, number("Of a worker that is there, busy or not, for the cost of a space.")] = 0.0,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -78,14 +76,13 @@ def simulate(
     from bfm.sweep.simulator.contest import Contest, as_dict, compete, render
     from bfm.sweep.simulator.fleet import Fleet, parse_schedule
     from bfm.sweep.simulator.table import read_curves
-    from bfm.units import parse_number
 
     if (space is None) == (curves is None):
         raise UserError("needs a space or --curves", key="simulate", fix="give one of them: SPACE.yaml --law paper")
     _check_serves(context, _OF_CURVES if curves is None else _OF_SPACE, "a space" if curves is None else "--curves")
     fleet = Fleet(
         schedule=parse_schedule(workers),
-        flops_per_s=parse_number(throughput, key="--throughput"),
+        flops_per_s=throughput,
         startup_s=startup_s,
         task_startup_s=task_startup_s,
         preempted_per_hour=preempted_per_hour,
@@ -94,8 +91,6 @@ def simulate(
         notice_s=notice_s,
         efficiency=efficiency,
     )
-    if seeds < 1:
-        raise UserError(f"{seeds} seeds", key="--seeds", fix="at least 1")
     if space is not None:
         _space(space, law, fleet, policy, seeds, price_per_hour, overrides, as_json)
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bfm.cli.common import Json, Overrides, chosen_metrics, show, show_either, with_shards
+from bfm.cli.common import Json, Overrides, chosen_metrics, number, show, show_either, with_shards
 from bfm.errors import UserError
 
 app = typer.Typer()
@@ -19,10 +19,10 @@ def plan(
     space: Annotated[Path, typer.Argument(help="Search-space YAML.")],
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,
-    probe_seconds: Annotated[float, typer.Option(help="How long to measure this machine; 0: no times.")] = 20.0,
+    probe_seconds: Annotated[float, number("How long to measure this machine; 0: no times.", high=3600)] = 20.0,
     gpu: Annotated[str | None, typer.Option(help="Price it for this card: a100, h100, ...")] = None,
-    throughput: Annotated[float | None, typer.Option(help="Price it at this speed of one worker, in FLOP/s.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one worker, in any currency.")] = None,
+    throughput: Annotated[float | None, number("Price it at this speed of one worker, in FLOP/s.", above=True)] = None,
+    price_per_hour: Annotated[float | None, number("Of one worker, in any currency.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a sweep would train and cost, and what is infeasible and why. Trains nothing but the probe.
@@ -96,12 +96,19 @@ def study(
 
 @app.command()
 def status(
-    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")], as_json: Json = False
+    sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until it has ended.")] = False,
+    every: Annotated[float, number("Seconds between looks, with --watch.", 1)] = 5.0,
+    as_json: Json = False,
 ) -> None:
     """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
+    from bfm.report import standing
     from bfm.report.sweep_view import read_sweep, status_text
     from bfm.sweep.ledger import collector_paused
 
+    if watch:
+        standing.watch(lambda: read_sweep(sweep_dir), status_text, every_s=every, as_json=as_json)
+        return
     with collector_paused():
         view = read_sweep(sweep_dir)
         show_either(as_json, view.as_dict, lambda: status_text(view))

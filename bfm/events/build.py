@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from bfm.errors import UserError
 from bfm.events import clean, fitting
+from bfm.events.account import reading_checks
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding, write_items
 from bfm.events.fields import FittedField, Side
@@ -227,8 +228,8 @@ def finish_set(job: Job) -> Manifest:
         filter_seen=asked.filter_seen,
         seed=job.seed,
     )
-    ties, losses = Ties(), sum(of_parts, of_items)
-    for piece in job.load("read"):
+    ties, losses, pieces = Ties(), sum(of_parts, of_items), list(job.load("read"))
+    for piece in pieces:
         losses += piece.losses
         ties += piece.ties
     checks = {
@@ -237,6 +238,7 @@ def finish_set(job: Job) -> Manifest:
         "repairs": clean.repairs(losses),
         "cuts": _cuts(job, draft.fields, losses),
         "seen_items": protocol.seen_rule,
+        **reading_checks(pieces, job.left_out),
     }
     if shards.num_users == 1:
         checks["users"] = {"warning": "there is a single user: standard errors over users do not exist"}

@@ -1,7 +1,8 @@
 """Raw rows to cleaned rows: every row comes out, either usable or with a fault and its original content.
 
 A row is *quarantined* when it cannot be an event: its user, an item column, or its time (position) is missing, not
-readable, infinite or of a nested type, or the row itself could not be read. A *field value* that cannot be used (text
+readable, infinite or of a nested type, an id is a number that is not whole or was rounded, or the row itself could not
+be read. A *field value* that cannot be used (text
 where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
 such losses are counted per field and fault. NaN is missing.
 
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ import pyarrow.compute as pc
 from bfm.errors import UserError
 from bfm.events import parse
 from bfm.events.hashing import hash_rows
+from bfm.events.raw import Lines, RawChunk
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
-from bfm.events.source import Piece, RawChunk, read_piece
+from bfm.events.source import Columns, Piece, read_piece
 
 USER, TIME, ITEM, FAULT, RAW, HASH = "user", "time", "item", "fault", "raw", "hash"
 _TEXT = pa.large_string()
@@ -38,6 +40,15 @@ _CONTEXT_TYPE = {
     "time": pa.int64(),
 }
 _RAW_SLICE_ROWS = 4096
+_CLOCK_MS = 315_532_800_000, 4_102_444_800_000
+"""1980 to 2100."""
+_LOOKS_LIKE = (
+    (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
+    (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
+    (1, 190_001_010_000, 210_012_312_359, "written times: `time: {column: ..., format: '%Y%m%d%H%M'}`"),
+    (1, 19_000_101_000_000, 21_001_231_235_959, "written times: `time: {column: ..., format: '%Y%m%d%H%M%S'}`"),
+)
+"""Milliseconds per unit as guessed, lowest, highest, and what such numbers are."""
 Faults = list[tuple[str, np.ndarray]]
 """Reasons and the rows (bool [n]) that they are true of, the graver first."""
 Losses = Counter[tuple[str, str]]
@@ -45,6 +56,8 @@ Losses = Counter[tuple[str, str]]
 of values made missing; or of texts and lists one of BAG_COUNTS: `values` with at least one word or element, how many of
 these are `cut`, and how many words or elements are `lost`."""
 BAG_COUNTS = ("values", "cut", "lost")
+TimeRange = tuple[int, int] | None
+"""First and last, in milliseconds, of times that are numbers whose unit was guessed; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,12 @@ class Cleaned:
     table: pa.Table
     losses: Losses
     raw: pa.Table
-    """The rows as read (JSON lines with all their columns); none where they could not be read."""
+    """The rows as read; those that could not be read would follow."""
+    guessed_times: TimeRange = None
+    names: frozenset[str] = frozenset()
+    """All columns of the rows, wanted or not."""
+    lines: Lines = field(default_factory=Lines)
+    """Of text."""
 
 
 def item_column(name: str) -> str:
@@ -84,13 +102,19 @@ def log_columns(schema: EventSchema, event_item_fields: Sequence[str]) -> list[s
     return list(dict.fromkeys(column for column in columns if column is not None))
 
 
+def wanted(schema: EventSchema, event_item_fields: Sequence[str]) -> Columns:
+    """What is read from the log."""
+    return Columns(log_columns(schema, event_item_fields), schema.number_columns)
+
+
 def read_cleaned(piece: Piece, schema: EventSchema, event_item_fields: Sequence[str]) -> Iterator[Cleaned]:
     """The rows of a piece of the log in tables of bounded size. Raises UserError where the file cannot be read."""
-    for chunk in read_piece(piece, log_columns(schema, event_item_fields)):
-        if chunk.unreadable:
-            yield _unreadable(chunk, schema, event_item_fields)
+    for chunk in read_piece(piece, wanted(schema, event_item_fields)):
+        cleaned = _unreadable(chunk, schema, event_item_fields)
         if chunk.table.num_rows:
-            yield clean_table(chunk.table, schema, event_item_fields)
+            rows = clean_table(chunk.table, schema, event_item_fields)
+            cleaned = replace(rows, table=pa.concat_tables([rows.table, cleaned.table]))
+        yield replace(cleaned, names=chunk.names, lines=chunk.lines)
 
 
 def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
@@ -99,22 +123,22 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[
     Of the `log_columns`, one that the rows lack is missing in all of them; further columns are left out.
     """
     faults: Faults = []
-    user = _key(_column(raw, schema.user), "user", faults)
+    user = _key(column_of(raw, schema.user), "user", faults)
     item = item_key(raw, schema.item, faults)
     time = _order(raw, schema, faults)
     losses = Losses()
     columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
     for name in event_item_fields:
-        values = field_values(_column(raw, schema.item_fields[name].column), schema.item_fields[name], name, losses)
+        values = field_values(column_of(raw, schema.item_fields[name].column), schema.item_fields[name], name, losses)
         columns[item_column(name)] = to_text(values)
     for name, spec in schema.context_fields.items():
-        columns[context_column(name)] = field_values(_column(raw, spec.column), spec, name, losses)
+        columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
     columns[FAULT] = _first_fault(faults)
-    wanted = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
-    columns[RAW] = _raw_text(raw.select(wanted), parse.to_mask(columns[FAULT].is_valid()))
+    present = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
+    columns[RAW] = _raw_text(raw.select(present), parse.to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, losses, raw)
+    return Cleaned(table, losses, raw, _guessed_times(raw, time, schema))
 
 
 def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
@@ -144,9 +168,33 @@ def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
     return UserError(f"no row is usable ({counts})", key="LOG", fix=fix)
 
 
+def column_of(raw: pa.Table, name: str) -> pa.Array:
+    """A column as read, in one piece; all missing where there is none."""
+    return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
+
+
+def merged(ranges: Iterable[TimeRange]) -> TimeRange:
+    """One range over several."""
+    known = [found for found in ranges if found is not None]
+    return (min(first for first, _ in known), max(last for _, last in known)) if known else None
+
+
+def check_clock(guessed: TimeRange) -> None:
+    """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
+    if guessed is None or (_CLOCK_MS[0] <= guessed[1] and guessed[0] <= _CLOCK_MS[1]):
+        return
+    first_ms, last_ms = guessed
+    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
+    fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
+    for per_ms, low, high, setting in _LOOKS_LIKE:
+        if low <= first_ms / per_ms and last_ms / per_ms <= high:
+            fix = f"these look like {setting}"
+    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
+
+
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
     """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
-    texts = [_key(_column(raw, part.column), "item", faults, part.buckets) for part in parts]
+    texts = [_key(column_of(raw, part.column), "item", faults, part.buckets) for part in parts]
     for text in texts if len(texts) > 1 else ():
         faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
     return join_key(texts)
@@ -206,6 +254,14 @@ def join_key(parts: list[pa.Array]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
+def _guessed_times(raw: pa.Table, time: pa.Array, schema: EventSchema) -> TimeRange:
+    spec = schema.time
+    if spec is None or (spec.unit, spec.format) != ("auto", None) or not parse.are_numbers(column_of(raw, spec.column)):
+        return None
+    found = pc.min_max(time).as_py()
+    return None if found["min"] is None else (found["min"], found["max"])
+
+
 def _first_fault(faults: Faults) -> pa.Array:
     """Reason of the first fault of each row, null where there is none."""
     reasons, masks = zip(*faults, strict=True)
@@ -213,24 +269,22 @@ def _first_fault(faults: Faults) -> pa.Array:
     return pa.array(reasons, _TEXT).take(pa.array(first, mask=first < 0))
 
 
-def _column(raw: pa.Table, name: str) -> pa.Array:
-    return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
-
-
 def _key(column: pa.Array, role: str, faults: Faults, buckets: list[float] | None = None) -> pa.Array:
     values, wrong, infinite = parse.keys(column) if buckets is None else parse.numbers(column)
     faults.append((f"wrong type of {role}" if buckets is None else f"{role} is not a number", wrong))
     faults.append((f"{role} is infinite", infinite))
+    if buckets is None:
+        faults.append((f"{role} is a number that is not whole or was rounded", parse.inexact(column)))
     faults.append((f"missing {role}", parse.to_mask(values.is_null())))
     return values if buckets is None else parse.bucket_names(values, buckets)
 
 
 def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
     if schema.time is not None:
-        role, values, wrong = "time", *parse.times(_column(raw, schema.time.column), schema.time)
+        role, values, wrong = "time", *parse.times(column_of(raw, schema.time.column), schema.time)
     else:
         assert schema.position is not None
-        role, values, wrong = "position", *parse.positions(_column(raw, schema.position))
+        role, values, wrong = "position", *parse.positions(column_of(raw, schema.position))
     faults.append((f"unparsable {role}", wrong))
     faults.append((f"missing {role}", parse.to_mask(values.is_null())))
     return values

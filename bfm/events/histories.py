@@ -23,8 +23,10 @@ import pyarrow.compute as pc
 from pyarrow.dataset import dataset, write_dataset
 
 from bfm.events import clean, fitting, source
+from bfm.events.account import read_as, short_names
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
+from bfm.events.find import find_logs
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
 from bfm.events.parse import encoded, plain
@@ -76,8 +78,14 @@ class Histories:
         """Repeated rows left out, where the schema says so."""
         self._scratch = scratch
         self.new = NewItems(encoding, self.schema)
-        columns = clean.log_columns(self.schema, encoding.manifest.event_item_fields)
-        pieces = source.make_pieces(source.find_logs(self.schema, logs), columns)
+        found = find_logs(self.schema, logs)
+        self.left_out = found.left_out
+        """Hidden files and folders -> files."""
+        columns = clean.wanted(self.schema, encoding.manifest.event_item_fields)
+        pieces = source.make_pieces(found.paths, columns, self.schema.read)
+        names = short_names([piece.path for piece in pieces])
+        self.read_as = read_as(zip(names, (piece.words() for piece in pieces), strict=True))
+        """How files were understood that are not as usual."""
         tables = _whole_users(self._read(pieces, columns, progress), scratch)
         # The whole log is read before the first one comes.
         first = next(tables, None)
@@ -93,18 +101,22 @@ class Histories:
                 yield self._part(table, Path(folder))
 
     def _read(
-        self, pieces: list[source.Piece], columns: list[str], progress: Callable[[float], None]
+        self, pieces: list[source.Piece], columns: source.Columns, progress: Callable[[float], None]
     ) -> Iterator[pa.Table]:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
+        guessed: clean.TimeRange = None
         for done, piece in enumerate(pieces):
             for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
                 self.rows += cleaned.table.num_rows
-                present.update(cleaned.raw.column_names)
+                present |= cleaned.names
                 self.losses += cleaned.losses
-                yield self._number(cleaned.table)
+                guessed = clean.merged([guessed, cleaned.guessed_times])
+                if cleaned.table.num_rows:
+                    yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
-        source.check_read(self.rows, columns, present)
+        source.check_read(self.rows, columns.names, present)
+        clean.check_clock(guessed)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""

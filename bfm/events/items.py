@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bfm.events.clean import Losses, field_values, item_key, join_key, to_text
+from bfm.events.clean import Losses, column_of, field_values, item_key, join_key, to_text
 from bfm.events.encoding import KEY, Encoding
 from bfm.events.parse import SEPARATOR, plain
 from bfm.events.ragged import begins
 from bfm.events.schema import EventSchema, ItemPart
-from bfm.events.source import read_table
+from bfm.events.source import Columns, read_table
 
 ITEM_ID, POPULARITY = "item_id", "popularity"
 """The item fields that every schema may have."""
@@ -117,15 +117,22 @@ def join_item_table(
     """
     assert schema.items is not None
     columns = [*schema.items.key, *(schema.item_fields[name].column for name in names)]
-    raw = read_table(path, list(dict.fromkeys(columns)))
-    keys = item_key(raw, [ItemPart(column=column) for column in schema.items.key], [])
+    parts = [ItemPart(column=column) for column in schema.items.key]
+    none = pa.array([], pa.large_string())
+    keys_of, texts_of, unreadable = [none], {name: [none] for name in names}, 0
+    wanted = Columns(list(dict.fromkeys(columns)), schema.number_columns)
+    for chunk in read_table(path, wanted, schema.read):
+        unreadable += len(chunk.unreadable)
+        keys_of.append(item_key(chunk.table, parts, []))
+        for name in names:
+            spec = schema.item_fields[name]
+            texts_of[name].append(to_text(field_values(column_of(chunk.table, spec.column), spec, name, losses)))
+    keys = pa.concat_arrays(keys_of)
     found = pc.index_in(items.keys, value_set=keys)
-    texts = {}
-    for name in names:
-        spec = schema.item_fields[name]
-        texts[name] = to_text(field_values(plain(raw[spec.column]), spec, name, losses)).take(found)
+    texts = {name: pa.concat_arrays(values).take(found) for name, values in texts_of.items()}
     used_twice = len(keys) - keys.null_count - pc.count_distinct(keys, mode="only_valid").as_py()
-    return texts, {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
+    misfits = {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
+    return texts, {**misfits, "item_rows_unreadable": unreadable}
 
 
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:

@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 
 from bfm.errors import UserError
 from bfm.events import clean, source
+from bfm.events.account import PieceFacts
+from bfm.events.find import find_item_table, find_logs
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.parse import numbers, plain, to_mask
@@ -55,6 +57,8 @@ class Job:
     """Holds the other ones."""
     bin_bits: int
     """So many first bits of the hash say in which bin of its file a cleaned row lies."""
+    left_out: dict[str, int]
+    """Hidden files and folders among the log's -> files."""
 
     @property
     def shard_set(self) -> Path:
@@ -103,17 +107,6 @@ def load_file(path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class PieceFacts:
-    """What was read of a piece of the log."""
-
-    rows: int
-    columns: set[str]
-    losses: clean.Losses
-    ties: Ties
-    """In the raw order."""
-
-
-@dataclass(frozen=True)
 class PartitionFacts:
     """What a sorted partition holds."""
 
@@ -139,21 +132,21 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     """
     file = schema_path(schema)
     checked = load_schema(schema)
-    paths = source.find_logs(checked, logs)
+    found = find_logs(checked, logs)
     item_table, present = None, list[str]()
     if checked.items is not None:
-        item_table = source.find_item_table(checked, file, paths)
-        present = source.table_columns(item_table)
+        item_table = find_item_table(checked, file, found.paths)
+        present = source.table_columns(item_table, source.Columns(checked.items.key), checked.read)
         source.require_columns(checked.items.key, present, item_table)
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
-    pieces = source.make_pieces(paths, clean.log_columns(checked, from_events))
+    pieces = source.make_pieces(found.paths, clean.wanted(checked, from_events), checked.read)
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
     # A bin for each partition; of text files nobody knows the rows beforehand.
     rows = sum(high - low for low, high in (piece.rows for piece in pieces))
     bin_bits = min(num_partitions(rows).bit_length() - 1, _MOST_BIN_BITS)
-    return Job(checked, seed, folder, from_events, item_table, bin_bits), pieces
+    return Job(checked, seed, folder, from_events, item_table, bin_bits, dict(found.left_out)), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -161,17 +154,16 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 
 def clean_piece(job: Job, piece: Piece) -> None:
     """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
-    rows, seen, losses, ties = 0, set[str](), clean.Losses(), Ties()
+    facts = PieceFacts(piece.path, piece.words())
+    bounds = np.array([number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)], np.uint64)
     for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
-        rows += cleaned.table.num_rows
-        seen.update(cleaned.raw.column_names)
-        losses += cleaned.losses
-        order, table = _by_hash(cleaned.table, job.seed)
-        ties += _raw_ties(job.schema, cleaned.raw, order, table)
-        bounds = [number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)]
-        starts = np.searchsorted(table[_SPREAD].to_numpy(), np.array(bounds, np.uint64))
-        job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
-    job.save("read", piece.index, PieceFacts(rows, seen, losses, ties))
+        facts.add(cleaned)
+        if cleaned.table.num_rows:
+            order, table = _by_hash(cleaned.table, job.seed)
+            facts.ties += _raw_ties(job.schema, cleaned.raw, order, table)
+            starts = np.searchsorted(table[_SPREAD].to_numpy(), bounds)
+            job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
+    job.save("read", piece.index, facts)
 
 
 def _by_hash(cleaned: pa.Table, seed: int) -> tuple[np.ndarray, pa.Table]:
@@ -282,11 +274,15 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
 
 
 def choose_split(job: Job) -> Split:
-    """The split, once all partitions are sorted. Raises UserError where nothing usable is left."""
+    """The split, once all partitions are sorted.
+
+    Raises UserError where nothing usable is left, or times are where no log is.
+    """
     partitions: list[PartitionFacts] = list(job.load("sort"))
     if not any(partition.events for partition in partitions):
         example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
         raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
+    clean.check_clock(clean.merged(piece.guessed_times for piece in job.load("read")))
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))

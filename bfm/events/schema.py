@@ -7,6 +7,7 @@ item: [mcc, {column: amount, buckets: [10, 50, 100]}]     # a column, or several
 items: {path: items.parquet, key: mcc}                     # optional: a table with one row per item
 item_fields: {brand: categorical, tags: {kind: list, separator: "|", max_length: 64}}
 context_fields: {quantity: numeric, shop: {kind: categorical, column: shop_id}}
+read: {delimiter: ";", decimal: ",", encoding: latin-1}    # where the files do not show it themselves
 split: {by: time, valid: 0.1, test: 0.1}                   # or dates (valid_from, test_from); or by: leave_one_out
 """
 
@@ -72,6 +73,28 @@ def _ascending(buckets: list[float]) -> list[float]:
     return buckets
 
 
+def _separator(value: str) -> str:
+    if len(value) != 1 or not value.isascii() or value in '"\r\n':
+        raise UserError(f"{value!r} is not one character", fix='write for example ";" or "\\t"')
+    return value
+
+
+def _encoding(value: str) -> str:
+    try:
+        "".encode(value).decode(value)
+    except (LookupError, UnicodeError) as error:
+        fix = "write one that Python knows, such as utf-8, latin-1, cp1252 or utf-16"
+        raise UserError(f"{value!r} is no text encoding", fix=fix) from error
+    return value
+
+
+def _strptime(value: str) -> str:
+    before, mark, after = value.partition("%f")
+    if mark and (not before or before[-1].isalnum() or "%f" in after):
+        raise UserError("%f needs a mark before it", fix="write for example %S.%f")
+    return value
+
+
 _Buckets = Annotated[list[float], AfterValidator(_ascending)]
 _Count = Annotated[int, BeforeValidator(parse_count)]
 _Names = Annotated[list[str], BeforeValidator(_as_names)]
@@ -81,10 +104,11 @@ class TimeSpec(_Strict):
     """Where the time stands and how it is written."""
 
     column: str
-    format: str | None = None
-    """strptime format of text, where it is not ISO 8601."""
-    unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
-    """Unit of numbers; `auto` goes by each number's size (seconds below 1e11, then milliseconds, micro, nano)."""
+    format: Annotated[str, AfterValidator(_strptime)] | None = None
+    """strptime format of text and of whole numbers, where it is not ISO 8601; %f after a mark is a fraction."""
+    unit: Literal["auto", "s", "ms", "us", "ns", "sheet_days"] = "auto"
+    """Unit of numbers; `auto` goes by each number's size (seconds below 1e11, then milliseconds, micro, nano);
+    `sheet_days` are those that spreadsheets count from 1899-12-30."""
 
 
 class ItemPart(_Strict):
@@ -119,6 +143,17 @@ class ItemTable(_Strict):
 
     path: str
     key: _Names
+
+
+class ReadSpec(_Strict):
+    """How text files (the log's and the item table's) are written, where they do not show it themselves."""
+
+    delimiter: Annotated[str, AfterValidator(_separator)] | None = None
+    """CSV: what separates the values."""
+    decimal: Literal[".", ","] | None = None
+    """The mark in numbers that are written as text; with a comma, points separate thousands."""
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
+    """Where there is no byte order mark."""
 
 
 class CleanSpec(_Strict):
@@ -187,6 +222,7 @@ class EventSchema(_Strict):
     items: ItemTable | None = None
     item_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
     context_fields: Annotated[dict[str, FieldSpec], BeforeValidator(_as_fields)] = Field(default_factory=dict)
+    read: ReadSpec | None = None
     clean: CleanSpec = CleanSpec()
     split: SplitSpec = SplitSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -234,6 +270,14 @@ class EventSchema(_Strict):
     def split_by(self) -> Literal["time", "leave_one_out"]:
         """The split, its default resolved."""
         return self.split.by or ("time" if self.has_clock else "leave_one_out")
+
+    @property
+    def number_columns(self) -> set[str]:
+        """Columns that hold numbers (of times: may hold them)."""
+        parts = [part.column for part in self.item if part.buckets]
+        specs = [*self.item_fields.values(), *self.context_fields.values()]
+        parts += [spec.column for spec in specs if spec.buckets or spec.kind in ("numeric", "time")]
+        return {*parts, self.time.column if self.time else str(self.position)}
 
 
 def built_in_schemas() -> list[str]:

@@ -1,46 +1,48 @@
-"""Where logs come from: paths, folders, globs, URIs and installed packages to pieces, and pieces to raw tables.
+"""Files of a log to pieces, and pieces to raw tables: Parquet, CSV and TSV, JSON lines and JSON arrays.
 
-Formats go by the file's ending: Parquet (.parquet, .pq), CSV and TSV (.csv, .tsv), JSON lines (.jsonl, .ndjson,
-.json), the text formats also compressed (.gz, .bz2, .zst). CSV columns are read as text, so that no guess about a type
-depends on where a file is cut; empty text, NULL, NaN, nan, null, N/A and \\N are missing there.
+CSV columns are read as text, so that no guess about a type depends on where a file is cut. What a file does not hold
+may stand in its folders' names (find.py); `a.b` is the field b of a nested column a.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import importlib.util
-import io
+import csv
 import itertools
-import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
+from bfm.events import csv_lines, dialect, json_rows
+from bfm.events.dialect import Dialect
+from bfm.events.find import COMPRESSED, file_format, partitions
 from bfm.events.ragged import chunks
-from bfm.events.schema import EventSchema
-from bfm.files import Store, parent_store
+from bfm.events.raw import Lines, RawChunk
+from bfm.events.schema import ReadSpec
+from bfm.files import parent_store
 from bfm.yaml import did_you_mean
 
 CHUNK_ROWS = 1 << 18
-_CHUNK_BYTES = 1 << 24
 _PIECE_CHUNKS = 4
-_FORMATS = {
-    ".parquet": "parquet", ".pq": "parquet",
-    ".csv": "csv", ".tsv": "tsv",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-}  # fmt: skip
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-_CSV_NULLS = ["", "NULL", "null", "NaN", "nan", "N/A", "\\N"]
+_COMMA_NUMBER = r"^\s*[-+]?([0-9]{1,3}(\.[0-9]{3})+|[0-9]*)(,[0-9]*)?([eE][-+]?[0-9]+)?\s*$"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is wanted of a file."""
+
+    names: Sequence[str]
+    numbers: Collection[str] = ()
+    """Those that hold numbers."""
 
 
 @dataclass(frozen=True)
@@ -53,57 +55,18 @@ class Piece:
     """Parquet only."""
     rows: tuple[int, int] = (0, sys.maxsize)
     """Of these row groups, from one to before another."""
+    dialect: Dialect | None = None
+    """Of text files."""
+    told: dict[str, str | None] = field(default_factory=dict)
+    """Columns whose value the file's folders say."""
+
+    def words(self) -> str:
+        """How the file was understood, where that is not as usual."""
+        told = f"{', '.join(self.told)} by the folders' names" if self.told else ""
+        return ", ".join(filter(None, (self.dialect.words() if self.dialect else "", told)))
 
 
-@dataclass(frozen=True)
-class RawChunk:
-    """Some rows as read, and lines that could not be read as rows."""
-
-    table: pa.Table
-    unreadable: tuple[str, ...] = ()
-    reason: str = ""
-
-
-def find_logs(schema: EventSchema, logs: list[str]) -> list[str]:
-    """Files of the log, sorted and without doubles; the schema's installed package where no log is given.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    if logs:
-        return sorted({path for log in logs for path in _expand(log)})
-    if schema.builtin is None:
-        raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
-    return [str(package_folder(schema) / name) for name in schema.builtin.log]
-
-
-def package_folder(schema: EventSchema) -> Path:
-    """Folder of the installed package that ships the log. Raises UserError where it is not installed."""
-    assert schema.builtin is not None
-    spec = importlib.util.find_spec(schema.builtin.package)
-    if spec is None or not spec.submodule_search_locations:
-        fix = f"pip install 'bfm[{schema.builtin.extra}]'"
-        raise UserError(f"package {schema.builtin.package} is not installed", key="builtin.package", fix=fix)
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> str:
-    """The item table's file: absolute or a URI, else beside the schema, beside the log, or in the package."""
-    assert schema.items is not None
-    name = schema.items.path
-    if "://" in name or Path(name).is_absolute():
-        return name
-    folders = [str(schema_file.parent), *(log.rpartition("/")[0] for log in logs)]
-    if schema.builtin is not None and importlib.util.find_spec(schema.builtin.package):
-        folders.append(str(package_folder(schema)))
-    for folder in (folders := list(dict.fromkeys(folders))):
-        if Store(folder).exists(name):
-            return f"{folder}/{name}"
-    fix = f"looked in {', '.join(folders)}"
-    raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=fix)
-
-
-def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
+def make_pieces(paths: list[str], columns: Columns, read: ReadSpec | None = None) -> list[Piece]:
     """Cut files into pieces; Parquet files by row groups, large ones of these by rows, others whole.
 
     Checks the columns where a file names them.
@@ -112,11 +75,11 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
         UserError: a file is unreadable or lacks a column.
     """
     pieces: list[Piece] = []
+    dialects = iter(dialect.resolved([_sniffed(path, columns, read) for path in paths if not _is_parquet(path)]))
     for path in paths:
-        form, parts = file_format(path), [Piece(0, path)]
-        if form == "parquet":
+        if _is_parquet(path):
             file = _open_parquet(path)
-            present = file.schema_arrow.names
+            present = json_rows.column_paths(file.schema_arrow)
             num_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             parts = [
                 Piece(0, path, tuple(range(low, high)), rows)
@@ -124,10 +87,14 @@ def make_pieces(paths: list[str], columns: list[str]) -> list[Piece]:
                 for rows in _equal_parts(sum(num_rows[low:high]))
             ]
         else:
-            present = [] if form == "jsonl" else _csv_header(path, form)
+            parts = [Piece(0, path, dialect=next(dialects))]
+            assert parts[0].dialect is not None
+            present = list(parts[0].dialect.names)
+        said = {name: value for name, value in partitions(path).items() if name in columns.names}
+        told = {name: value for name, value in said.items() if name not in present}
         if present:
-            require_columns(columns, present, path)
-        pieces += [replace(part, index=len(pieces) + n) for n, part in enumerate(parts)]
+            require_columns(columns.names, [*present, *told], path)
+        pieces += [replace(part, index=len(pieces) + n, told=told) for n, part in enumerate(parts)]
     return pieces
 
 
@@ -138,114 +105,57 @@ def _equal_parts(num_rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def read_piece(piece: Piece, columns: list[str]) -> Iterator[RawChunk]:
-    """Rows of a piece in chunks of bounded size; of JSON lines with all their columns.
-
-    Raises UserError where the file cannot be read.
-    """
-    form = file_format(piece.path)
-    with _readable(piece.path):
-        if form == "parquet":
-            file = _open_parquet(piece.path)
-            place, (low, high) = 0, piece.rows
-            for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=columns):
-                inside = batch.slice(max(low - place, 0), max(high - max(low, place), 0))
-                if inside.num_rows:
-                    yield RawChunk(pa.Table.from_batches([inside]))
-                if (place := place + batch.num_rows) >= high:
-                    break
-        elif form == "jsonl":
-            yield from _read_json(piece.path)
-        elif _csv_header(piece.path, form):
-            yield from _read_csv(piece.path, form, columns)
+def read_piece(piece: Piece, columns: Columns) -> Iterator[RawChunk]:
+    """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
+    how = piece.dialect
+    wanted = [name for name in columns.names if name not in piece.told or (how and how.form == "json")]
+    with _readable(piece.path, how):
+        for chunk in _read_parquet(piece, wanted) if how is None else _read_text(piece.path, how, wanted):
+            table = chunk.table
+            for name, value in piece.told.items():
+                if name not in table.column_names and chunk.names:
+                    table = table.append_column(name, pa.array([value] * len(table), pa.large_string()))
+            if how is not None and how.decimal == ",":
+                table = _with_points(table, columns.numbers)
+            yield replace(chunk, table=table, names=chunk.names | piece.told.keys())
 
 
-def read_table(path: str, columns: list[str]) -> pa.Table:
-    """A whole file as one table (item tables)."""
-    tables = [
-        chunk.table.select(columns) for piece in make_pieces([path], columns) for chunk in read_piece(piece, columns)
-    ]
-    if not tables:
+def read_table(path: str, columns: Columns, read: ReadSpec | None = None) -> Iterator[RawChunk]:
+    """A whole file (an item table). Raises UserError where it has no rows or lacks a column."""
+    names, rows = set[str](), 0
+    for piece in make_pieces([path], columns, read):
+        for chunk in read_piece(piece, columns):
+            names |= chunk.names
+            rows += chunk.num_rows
+            yield chunk
+    if rows == 0:
         raise UserError("has no rows", file=path, fix="give an item table with rows")
-    return pa.concat_tables(tables, promote_options="permissive")
+    require_columns(columns.names, sorted(names), path)
 
 
-def table_columns(path: str) -> list[str]:
-    """Column names of a file (of JSON lines: of its first block)."""
-    form = file_format(path)
-    if form == "parquet":
-        return list(_open_parquet(path).schema_arrow.names)
-    if form in ("csv", "tsv"):
-        return _csv_header(path, form)
-    return list(next(_read_json(path), RawChunk(pa.table({}))).table.column_names)
+def table_columns(path: str, columns: Columns, read: ReadSpec | None = None) -> list[str]:
+    """Column names of a file (of JSON: of its first block); `columns` are some of them."""
+    if _is_parquet(path):
+        return json_rows.column_paths(_open_parquet(path).schema_arrow)
+    how = _sniffed(path, columns, read)
+    if how.form != "json":
+        return list(how.names)
+    with _readable(path, how):
+        first = next(filter(lambda chunk: chunk.names, _read_text(path, how, columns.names)), RawChunk(pa.table({})))
+    return sorted(first.names)
 
 
-def file_format(path: str) -> str:
-    """Format by the file's ending. Raises UserError for others."""
-    suffix = _suffix(path)
-    if suffix not in _FORMATS:
-        what = f"format {suffix or 'without an ending'} is not known"
-        raise UserError(what, file=path, fix=f"use {', '.join(_FORMATS)}")
-    return _FORMATS[suffix]
+# ---------------------------------------------------------------- inside
 
 
-def _suffix(path: str) -> str:
-    """The ending of a file without that of its compression."""
-    name = path.lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
-    return Path(name).suffix
-
-
-# ---------------------------------------------------------------- finding
-
-
-def _expand(log: str) -> list[str]:
-    """Files of a path, folder or glob, local or of a URI."""
-    parts = log.split("/")
-    fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts))
-    store = Store("/".join(parts[:fixed]) or ("/" if log.startswith("/") else "."))
-    if fixed < len(parts):
-        found = [name for name in store.walk() if _matches(name.split("/"), parts[fixed:])]
-    elif _is_file(log):
-        return [log]
-    else:
-        found = store.walk()
-        if not found and not (store.is_local and store.path().is_dir()):
-            raise UserError("there is no such file", file=log, fix="check the path")
-    paths = [_joined(store, name) for name in found if _is_log(name.rpartition("/")[2])]
-    if not paths:
-        raise UserError("no log files found", file=log, fix=f"expected files ending in {', '.join(_FORMATS)}")
-    return paths
-
-
-def _is_file(path: str) -> bool:
-    store, name = parent_store(path)
-    return store.exists(name)
-
-
-def _joined(store: Store, name: str) -> str:
-    """The place of an object as its own path or URI."""
-    return str(store.path(name)) if store.is_local else f"{store.uri}/{name}"
-
-
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether a relative path is one of a glob: `*` stays inside a folder, `**` does not."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def _is_log(name: str) -> bool:
-    return not name.startswith((".", "_")) and _suffix(name) in _FORMATS
+def _is_parquet(path: str) -> bool:
+    return file_format(path) == "parquet"
 
 
 def _open_stream(path: str) -> Any:
     """Bytes of a file, uncompressed."""
     store, name = parent_store(path)
-    codec = _COMPRESSED.get(Path(name.lower()).suffix)
+    codec = COMPRESSED.get(Path(name.lower()).suffix)
     stream = store.open(name)
     return pa.CompressedInputStream(stream, codec) if codec else pa.PythonFile(stream, "r")
 
@@ -257,126 +167,85 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 
 @contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
     """A file that cannot be read is the user's to restore."""
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowTypeError, EOFError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, EOFError, OSError) as error:
         text = " ".join(str(error).split())
-        if "utf8" in text.lower().replace("-", ""):
-            fix = "convert it, for example with iconv -t UTF-8"
-            raise UserError("is not UTF-8 text", file=path, fix=fix) from error
+        # Arrow cannot hand over a row of the wrong width that is not UTF-8.
+        if isinstance(error, UnicodeDecodeError) or re.search("utf-?8|CSV parse error", text, re.IGNORECASE):
+            encoding = how.encoding if how else "utf-8"
+            with _open_stream(path) as stream:
+                what = f"is not {encoding} text: {dialect.bad_byte(stream, encoding)}"
+            fix = "name its encoding in the schema, e.g. `read: {encoding: latin-1}`"
+            raise UserError(what, file=path, key="read.encoding", fix=fix) from error
         raise UserError(f"cannot be read ({text:.160})", file=path, fix="restore the file or leave it out") from error
+    except UserError as error:
+        if error.file is None:
+            raise UserError(error.what, file=path, key=error.key, fix=error.fix) from error
+        raise
 
 
-def require_columns(columns: list[str], present: list[str], path: str) -> None:
+def _sniffed(path: str, columns: Columns, read: ReadSpec | None) -> Dialect:
+    read = read or ReadSpec()
+    with _readable(path, Dialect("", read.encoding or "utf-8")):
+        with _open_stream(path) as stream:
+            head = stream.read(dialect.HEAD_BYTES)
+        try:
+            return dialect.sniff(head, file_format(path), columns.names, columns.numbers, read)
+        except csv.Error as error:
+            raise UserError(f"has a header that cannot be read ({error})", fix="check the first line") from error
+
+
+def _read_parquet(piece: Piece, names: Sequence[str]) -> Iterator[RawChunk]:
+    file = _open_parquet(piece.path)
+    place, (low, high) = 0, piece.rows
+    for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=list(names)):
+        inside = batch.slice(max(low - place, 0), max(high - max(low, place), 0))
+        if inside.num_rows:
+            yield RawChunk(json_rows.chosen(pa.Table.from_batches([inside]), names), names=frozenset(names))
+        if (place := place + batch.num_rows) >= high:
+            break
+
+
+def _read_text(path: str, how: Dialect, names: Sequence[str]) -> Iterator[RawChunk]:
+    with _open_stream(path) as stream:
+        blocks = dialect.text_blocks(stream, how)
+        if how.form == "json":
+            yield from (json_rows.read_values if how.array else json_rows.read_lines)(blocks, names)
+        elif how.names:
+            first = next(blocks)
+            header = first[: how.header_bytes]
+            yield RawChunk(pa.table({}), lines=Lines(header=header.count(b"\n") or 1))
+            rows = itertools.chain([first[how.header_bytes :]], blocks)
+            yield from csv_lines.read_rows(filter(None, rows), how.separator, how.names, names)
+
+
+def _with_points(table: pa.Table, numbers: Collection[str]) -> pa.Table:
+    """Text numbers such as 1.234,5 as 1234.5."""
+    for place, name in enumerate(table.column_names):
+        if name in numbers and pa.types.is_large_string(table[name].type):
+            texts = table[name].combine_chunks()
+            changed = pc.replace_substring(pc.replace_substring(texts, ".", ""), ",", ".")
+            column = pc.if_else(pc.match_substring_regex(texts, _COMMA_NUMBER), changed, texts)
+            table = table.set_column(place, name, column)
+    return table
+
+
+# ---------------------------------------------------------------- checks
+
+
+def require_columns(columns: Sequence[str], present: Sequence[str], path: str) -> None:
     """Raise UserError for the first column that is not present."""
     for column in columns:
         if column not in present:
             raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
 
 
-def check_read(rows: int, columns: list[str], present: set[str]) -> None:
+def check_read(rows: int, columns: Sequence[str], present: set[str]) -> None:
     """Raise UserError where a log that was read whole has no rows, or none of them a column."""
     if rows == 0:
         raise UserError("the log has no rows", key="LOG", fix="check the files")
     if present:
         require_columns(columns, sorted(present), "LOG")
-
-
-# ---------------------------------------------------------------- text formats
-
-
-def _csv_options(form: str) -> pyarrow.csv.ParseOptions:
-    return pyarrow.csv.ParseOptions(delimiter="\t" if form == "tsv" else ",", newlines_in_values=True)
-
-
-def _csv_header(path: str, form: str) -> list[str]:
-    """Column names; none where the file is empty."""
-    with _readable(path), _open_stream(path) as stream:
-        first = stream.read(1 << 16)
-        if not first.strip():
-            return []
-        line = first.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0]
-        return list(pyarrow.csv.read_csv(io.BytesIO(line + b"\n"), parse_options=_csv_options(form)).column_names)
-
-
-def _read_csv(path: str, form: str, columns: list[str]) -> Iterator[RawChunk]:
-    bad: list[str] = []
-
-    def keep(row: Any) -> str:
-        bad.append(row.text)
-        return "skip"
-
-    options = _csv_options(form)
-    options.invalid_row_handler = keep
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=columns,
-        column_types={name: pa.string() for name in columns},
-        null_values=_CSV_NULLS,
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=True,
-    )
-    reading = pyarrow.csv.ReadOptions(block_size=_CHUNK_BYTES, use_threads=False)
-    with _open_stream(path) as stream:
-        for batch in pyarrow.csv.open_csv(stream, reading, options, convert):
-            lines, bad[:] = tuple(bad), []
-            yield RawChunk(pa.Table.from_batches([batch]), lines, "wrong number of columns")
-    if bad:
-        yield RawChunk(pa.table({}), tuple(bad), "wrong number of columns")
-
-
-def _line_blocks(stream: Any) -> Iterator[bytes]:
-    """Whole lines in blocks of about _CHUNK_BYTES."""
-    lines = io.BufferedReader(stream)
-    while block := b"".join(lines.readlines(_CHUNK_BYTES)):
-        yield block
-
-
-def _read_json(path: str) -> Iterator[RawChunk]:
-    with _open_stream(path) as stream:
-        for block in _line_blocks(stream):
-            tables, lines = _parse_json(block)
-            yield from map(RawChunk, tables)
-            if lines:
-                yield RawChunk(pa.table({}), tuple(lines), "not a JSON object of plain values")
-
-
-def _parse_json(block: bytes) -> tuple[list[pa.Table], list[str]]:
-    """JSON lines to tables and unreadable lines; line by line only where a column has more than one type."""
-    if not block.strip():
-        return [], []
-    try:
-        table = pyarrow.json.read_json(io.BytesIO(block))
-        # Arrow takes text that looks like a date for a time if all of a block does; keys must not depend on that.
-        texts = [pa.field(f.name, pa.string()) for f in table.schema if pa.types.is_timestamp(f.type)]
-        if texts:
-            options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts))
-            table = pyarrow.json.read_json(io.BytesIO(block), parse_options=options)
-        return [table], []
-    except pa.ArrowInvalid:
-        return _parse_mixed_json(block)
-
-
-def _parse_mixed_json(block: bytes) -> tuple[list[pa.Table], list[str]]:
-    """Rows whose values have the same types form a table; so no value is changed to fit its column."""
-    alike: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
-    unreadable = []
-    for line in block.splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            alike.setdefault(tuple(sorted((key, type(value).__name__) for key, value in row.items())), []).append(row)
-        else:
-            unreadable.append(line.decode("utf-8", "replace"))
-    tables = []
-    for rows in alike.values():
-        try:
-            tables.append(pa.Table.from_pylist(rows))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            unreadable += [json.dumps(row, ensure_ascii=False) for row in rows]
-    return tables, unreadable

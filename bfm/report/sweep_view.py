@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
+from bfm.report.standing import standing_text
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
+from bfm.sweep.live import live_figures
 from bfm.sweep.status import life_text, summarise
 from bfm.sweep.study import StoredSweep, read_alone
 
@@ -24,12 +26,17 @@ class SweepView(StoredSweep):
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
-        return {**summarise(self.state), "frontier": self.frontiers(), "floors": self.floors}
+        return {**summarise(self.state), **self.live, "frontier": self.frontiers(), "floors": self.floors}
 
     def frontiers(self) -> dict[str, list[dict[str, Any]]]:
         """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
         found = self.results.frontiers(self.compare)
         return {metric: [_point_dict(point) for point in points] for metric, points in found.items()}
+
+    @cached_property
+    def live(self) -> dict[str, Any]:
+        """Who drives it, what runs and how far it is, what waits and why (bfm.sweep.live)."""
+        return live_figures(self.store, self.state)
 
     @cached_property
     def results(self) -> Results:
@@ -62,8 +69,13 @@ def read_sweep(sweep_dir: str) -> SweepView:
 
 
 def status_text(view: SweepView) -> str:
-    """For a terminal: the frontier so far, spend against the cap, the best trials, failures, the last decisions."""
-    parts = [frontier_text(view.results, view.floors, view.compare), spend_text(view.results, view.state)]
+    """For a terminal: whether it runs, what runs and waits, the frontier so far, the spend per rung, the best trials,
+    failures, the last decisions."""
+    parts = [
+        standing_text(view.live, view.state),
+        frontier_text(view.results, view.floors, view.compare),
+        spend_text(view.results, view.state),
+    ]
     parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
     return "\n\n".join(part for part in parts if part)
 

@@ -16,6 +16,8 @@ from bfm.sweep.state import SweepState
 Config = Mapping[str, Any]
 OPTUNA = "optuna"
 """Source of the points that Optuna drew."""
+ASKED = "asked"
+"""Source of what somebody enqueued (bfm.sweep.requests)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Proposal:
     params: int
     """Nominal N."""
     source: str
-    """optuna, random, grid, table or replica."""
+    """optuna, random, grid, table, replica or asked."""
     seed: int | None = None
     """None: the sweep's first."""
     rejected: dict[str, int] = field(default_factory=dict)
@@ -60,6 +62,14 @@ class Arena(Protocol):
     def places(self, config: Config, rung: int, limits: Mapping[str, int]) -> Sequence[Place]:
         """The ways in which it may be trained to a rung, fewest workers first; none where all of them are estimated as
         large as something that ran out of memory (`limits`: SweepState.memory_limits)."""
+        ...
+
+    def own(self, values: Config) -> Proposal:
+        """A configuration of the user's own; settings that it does not name are the space's constants, else defaults.
+
+        Raises UserError where a setting is unknown, or a constant here and another one there, InfeasibleError where it
+        has no row at any rung.
+        """
         ...
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:

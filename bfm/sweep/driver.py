@@ -22,6 +22,7 @@ from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
 from bfm.sweep.policy import Policy, Start, Stop
 from bfm.sweep.quota import evictions
+from bfm.sweep.requests import Request, answer, next_asked
 from bfm.sweep.rows import Row, checked_row, without_nan
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet
@@ -116,7 +117,7 @@ class SweepDriver:
                 if again is not None:
                     return again
                 continue
-            decision = self.policy.decide(self.state, self.available_flops)
+            decision = self._asked() or self.policy.decide(self.state, self.available_flops)
             if isinstance(decision, Wait):
                 assert self.state.open_tasks, "a policy waits although nothing is running"
                 return decision
@@ -192,6 +193,15 @@ class SweepDriver:
             self._write(record)
             self._keep_quota()
         return counted_import(record)
+
+    def take(self, request: Request) -> Record:
+        """Answer what somebody asks from outside; the record says whether it is refused, and why.
+
+        A cancelled trial that runs goes on until its executor ends it (`yielded`); it is then not started again.
+        """
+        record = answer(request, self.state, self.arena, self.spec.budget.total_flops, self._ledger.epoch)
+        self._write(record)
+        return record
 
     def close(self) -> None:
         """Give the lease back; the sweep can be resumed."""
@@ -288,7 +298,9 @@ class SweepDriver:
             left = task.rung_flops - attempt.progress_flops
             ahead = tuple(flops for flops in task.probes if flops > attempt.progress_flops)
             task = replace(task, progress=attempt.progress, reserved_flops=left, probes=ahead)
-        if attempt.lost > self.spec.scaling.max_retries:
+        if trial in self.state.cancelled:
+            reason = f"it was cancelled by {self.state.cancelled[trial]}"
+        elif attempt.lost > self.spec.scaling.max_retries:
             reason = f"it was lost {attempt.lost} times and got no further"
         elif task.reserved_flops > self.available_flops:
             if self.state.open_tasks:
@@ -302,12 +314,24 @@ class SweepDriver:
         self._write_end(place, {"kind": "abandoned", "trial": trial, "rung": rung, "reason": reason})
         return None
 
+    def _asked(self) -> Start | Wait | None:
+        """What was enqueued goes before what the policy would do, and is refused where the cap has no room left."""
+        while (start := next_asked(self.state, self.arena)) is not None and start.request is not None:
+            needed_flops = self.arena.reserve_flops(start.subject.config, start.rung, None)
+            if needed_flops <= self.available_flops:
+                return start
+            if self.state.open_tasks:
+                return Wait("running tasks may leave room under the cap for what was asked for")
+            refused = f"the cap has no room for it ({format_flops(self.available_flops)} FLOPs are left)"
+            self._write({**self.state.queue[start.request], "refused": refused})
+        return None
+
     def _begin(self, decision: Start, fits: Fits) -> Task | Wait:
         trial, records = decision.subject, []
         if isinstance(trial, Proposal):
             number, seed = self.state.num_proposals, self.spec.seeds[0] if trial.seed is None else trial.seed
             who = {"trial": f"t{number:05d}", "number": number, "seed": seed}
-            records = [{"kind": "proposal", **asdict(trial), **who}]
+            records = [{"kind": "proposal", **asdict(trial), **who, "request": decision.request}]
             trial = Trial.proposed(records[0])
         task = self._task(trial, decision.rung, self.state.trunk_below(trial.trial, decision.rung), 0)
         placed = self._placed(task, fits, self.spec.scaling.slots - len(self.state.open_tasks))

@@ -133,6 +133,23 @@ def latest_epoch(store: Store) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def driver_of(store: Store, clock: Callable[[], float] = time.time) -> dict[str, Any] | None:
+    """Epoch, host and pid of a holder that seems to live; None where nobody drives the sweep.
+
+    Only to tell people: on another machine's clock a heartbeat may seem older or younger than it is.
+    """
+    epoch = latest_epoch(store)
+    if not epoch or store.exists(_released(epoch)):
+        return None
+    holder, since_s = _taken(store, epoch)
+    if holder.machine == Holder.this_process().machine:
+        lives = holder.runs()
+    else:
+        beat = _heartbeat(store, epoch)
+        lives = clock() - (beat["at_s"] if beat else since_s) < 2 * STALE_S
+    return {"epoch": epoch, "host": holder.host, "pid": holder.pid} if lives else None
+
+
 def _started_at_s(pid: int) -> float:
     # Both are told by the same wall clock, in whole seconds of boot time, so that setting it changes nothing.
     return psutil.Process(pid).create_time() - psutil.boot_time()
@@ -145,8 +162,7 @@ def _wait_for_end(
 
     A heartbeat is only told from the one before it: the time in it is that of another machine's clock.
     """
-    taken = _read(store, _name(epoch))
-    holder = Holder(**{name: taken[name] for name in ("host", "machine", "pid", "started_at_s")})
+    holder, _ = _taken(store, epoch)
     here = holder.machine == me.machine
     beat, seen_s, renewals, told = _heartbeat(store, epoch), clock(), 0, False
     while not store.exists(_released(epoch)) and (holder.runs() if here else clock() - seen_s < STALE_S):
@@ -165,6 +181,12 @@ def _wait_for_end(
         sleep(LOOK_S)
         if (last := _heartbeat(store, epoch)) != beat:
             beat, seen_s, renewals = last, clock(), renewals + 1
+
+
+def _taken(store: Store, epoch: int) -> tuple[Holder, float]:
+    """Who took an epoch, and when by its clock."""
+    taken = _read(store, _name(epoch))
+    return Holder(**{name: taken[name] for name in ("host", "machine", "pid", "started_at_s")}), taken["at_s"]
 
 
 def _heartbeat(store: Store, epoch: int) -> dict[str, Any] | None:

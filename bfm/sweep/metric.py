@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from bfm.errors import UserError
 from bfm.laws.frontier import Goal, goal_of
 from bfm.sweep.keys import SECTION
+from bfm.sweep.words import CHOICES
 from bfm.units import parse_number
 from bfm.yaml import did_you_mean
 
@@ -92,7 +93,7 @@ class Constraint:
 def known(name: Any) -> Metric:
     """The metric of a name. Raises UserError where rows have no such figure."""
     if name not in METRICS:
-        raise UserError(f"unknown metric {name!r}", fix=did_you_mean(str(name), METRICS))
+        raise UserError(f"unknown metric {name!r}", fix=did_you_mean(str(name), METRICS, CHOICES))
     return Metric(name)
 
 

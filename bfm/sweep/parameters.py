@@ -18,7 +18,9 @@ from pydantic.dataclasses import dataclass as section
 
 from bfm.errors import UserError
 from bfm.sweep.keys import SECTION
+from bfm.sweep.words import CHOICES, KEYS
 from bfm.training.config import TrainConfig, check_value
+from bfm.training.words import SETTINGS
 from bfm.units import parse_number
 from bfm.yaml import did_you_mean, validate
 
@@ -143,7 +145,7 @@ def read_parameters(raw: Any) -> tuple[Parameter, ...]:
         raise UserError("is no mapping", fix="write NAME: {value: ...} for each of them")
     for name in raw:
         if name not in NAMES:
-            raise UserError("unknown parameter", key=str(name), fix=did_you_mean(str(name), NAMES))
+            raise UserError("unknown parameter", key=str(name), fix=did_you_mean(str(name), NAMES, SETTINGS))
         if not isinstance(raw[name], Mapping):
             raise UserError(f"{raw[name]!r} is not a mapping", key=name, fix=f"write {{value: {raw[name]}}}")
     if "params" not in raw:
@@ -153,15 +155,21 @@ def read_parameters(raw: Any) -> tuple[Parameter, ...]:
 
 def _read(name: str, raw: Mapping[str, Any]) -> Parameter:
     try:
-        validate(_Keys, raw)
+        validate(_Keys, raw, words={**KEYS, **CHOICES})
     except UserError as error:
         raise UserError(error.what, key=f"{name}.{error.key}", fix=error.fix) from None
     kinds = [kind for kind in ("value", "values") if kind in raw] + (["min/max"] if {"min", "max"} & set(raw) else [])
     if len(kinds) != 1:
         what = f"has {' and '.join(kinds)}" if kinds else "has no value"
         raise UserError(what, key=name, fix="give one of value, values, or min and max")
-    if kinds == ["min/max"]:
-        return _range(name, raw)
+    made = _range(name, raw) if kinds == ["min/max"] else _listed(name, raw, kinds)
+    if name == "learning_rate" and made.is_free and made.ends[0] == 0.0:
+        fix = "write value: 0 for the rule at every trial's own (N, B), or rates above 0"
+        raise UserError("0 stands for the rule in (N, B), which is no rate to search among others", key=name, fix=fix)
+    return made
+
+
+def _listed(name: str, raw: Mapping[str, Any], kinds: list[str]) -> Parameter:
     expected = "constant" if kinds == ["value"] else "categorical"
     if raw.get("distribution", expected) != expected:
         raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bfm.errors import UserError
 from bfm.sweep.costs import FLOAT_BYTES, STATE_COPIES, CostModel
 from bfm.sweep.machine import USUAL_CARD_GIB, Machine
 from bfm.sweep.policies.allotment import allot
@@ -145,6 +146,18 @@ def plan(
         slots_worst_s=None if worst_s is None else worst_s / slots,
         warnings=tuple(_warnings(spec, machine, rungs, tables, speeds)),
     )
+
+
+def check_held(feasible: FeasibleSet, machine: Machine) -> None:
+    """Raises UserError where no point of a space has a worker here with the memory that it is estimated to need."""
+    points, slots = feasible.sample[0], feasible.spec.scaling.slots
+    entries = [feasible.holding(point.config, point.cost, point.rungs[0]) for point in points]
+    if all(_is_unheld(machine, place, slots) for places in entries for place in places):
+        least = min((place for places in entries for place in places), key=lambda place: place.needed_bytes)
+        has_gib = machine.worker_gib(least.tier, slots)
+        what = f"the smallest model needs about {least.needed_bytes / GIB:,.3g} GiB, a worker here has {has_gib:.3g}"
+        fix = "search smaller models, use fewer `micro_groups`, or join a larger cluster with RAY_ADDRESS"
+        raise UserError(what, key="parameters.params", fix=fix)
 
 
 def render(sweep: Plan) -> str:

@@ -25,6 +25,8 @@ class Start:
     reason: str
     meant_for: int
     """The rung that it is trained for, step by step."""
+    request: str | None = None
+    """Id of the request (bfm.sweep.requests) that it answers."""
 
 
 @dataclass(frozen=True)

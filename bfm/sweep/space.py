@@ -104,6 +104,25 @@ class FeasibleSet:
             self._known[config_key(config.as_dict())] = verdict.rungs
         return verdict
 
+    def own(self, values: Mapping[str, Any]) -> Feasible:
+        """The verdict on a configuration of the user's own, which may lie outside the ranges of the free parameters.
+
+        Raises UserError where TrainConfig refuses it or it differs from the space in what is no coordinate of it,
+        InfeasibleError where it has no row at any rung.
+        """
+        config = self.spec.config(values)
+        free = {parameter.name for parameter in self.spec.free_parameters}
+        asked = config.as_dict()
+        inside = self.spec.config({name: asked[name] for name in free}).as_dict()
+        for name, value in asked.items():
+            if value != inside[name]:
+                what = f"is {inside[name]!r} all over this space, not {value!r}"
+                raise UserError(what, key=name, fix="leave it out, or give it a range and go on with --extend")
+        verdict = self.judge_config(config)
+        if isinstance(verdict, Rejection):
+            raise InfeasibleError(f"{verdict.reason} ({verdict.detail})", key=verdict.key, fix=verdict.fix)
+        return verdict
+
     def rungs(self, config: Mapping[str, Any]) -> range:
         """Of a whole configuration: from the first rung that has 100 steps and a sensible D/N to the last one.
 

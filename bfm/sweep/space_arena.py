@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from bfm.sweep.arena import Proposal
+from bfm.sweep.arena import ASKED, Proposal
 from bfm.sweep.axes import Axes
 from bfm.sweep.parameters import Parameter
 from bfm.sweep.proposer import Proposer
@@ -62,6 +62,11 @@ class SpaceArena:
     def places(self, config: Mapping[str, Any], rung: int, limits: Mapping[str, int]) -> list[Place]:
         """See Arena."""
         return self.feasible.places(config, rung, limits)
+
+    def own(self, values: Mapping[str, Any]) -> Proposal:
+        """See Arena."""
+        point = self.feasible.own(values)
+        return Proposal(point.config.as_dict(), point.cost.params, ASKED)
 
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """Drawn once per proposal number: decisions in between see the same points.

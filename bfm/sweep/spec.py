@@ -19,6 +19,7 @@ from bfm.sweep.measured import check_axis
 from bfm.sweep.metric import known
 from bfm.sweep.parameters import check_finite
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.words import SPACE
 from bfm.training.schedule import MIN_STEPS
 from bfm.units import format_flops
 from bfm.yaml import load_yaml, parse_yaml, validate
@@ -35,7 +36,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
 def from_dict(values: Mapping[str, Any], *, file: str | None = None) -> SweepSpec:
     """A checked SweepSpec from the YAML form (also from `SweepSpec.as_dict`). Raises UserError naming `file`."""
     try:
-        spec = validate(SweepSpec, values)
+        spec = validate(SweepSpec, values, words=SPACE)
         for check in (_check_names, _check_method, _check_tiers, _check_probes, _check_cap):
             check(spec)
         check_axis(spec.axis, spec.parameters, spec.budget.ladder_flops, bool(spec.probes))

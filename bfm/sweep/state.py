@@ -3,7 +3,8 @@
 Kinds of records: opened, spec, proposal, task (a reservation), row (rung row with its probe rows), lost (a task that
 ended without a row, and what it is charged), yielded (the same of one that was asked to end early), abandoned (a task
 that will not be tried again), evicted (a trunk that is kept no longer), imported (rows that were trained elsewhere),
-check (a recipe's prediction against its run), finished. Unknown fields are carried, unknown kinds refused. What a
+check (a recipe's prediction against its run), request (what somebody asked for from outside, and why it was refused, if
+it was: bfm.sweep.requests), finished. Unknown fields are carried, unknown kinds refused. What a
 task's place in the ladder is called is its integer rung index, never a FLOP count.
 """
 
@@ -25,6 +26,8 @@ WORKER = "worker"
 NODE = "node"
 """Who is to blame for a loss; only a worker's own are held against its task."""
 IMPORT = "import"
+STOP, CANCEL, ENQUEUE = "stop", "cancel", "enqueue"
+"""Verbs of requests."""
 LAST_DECISIONS = 5
 
 
@@ -130,6 +133,12 @@ class SweepState:
     checks: list[Record] = field(default_factory=list)
     """Recipes that were trained, each with what was predicted and what was measured; their FLOPs are not in the spend,
     so no decision of the sweep depends on them."""
+    requests: dict[str, Record] = field(default_factory=dict)
+    """Id -> the last answer to a request."""
+    queue: dict[str, Record] = field(default_factory=dict)
+    """Id -> the request for a configuration that has not begun, oldest first."""
+    cancelled: dict[str, str] = field(default_factory=dict)
+    """Trial -> who asked that it be trained no further."""
     finished: str | None = None
     """Why the sweep ended; None while it has not."""
     num_records: int = 0
@@ -164,8 +173,8 @@ class SweepState:
 
     @property
     def given_up(self) -> set[str]:
-        """Trials with a task that will not be tried again."""
-        return {trial for trial, _ in self.abandoned}
+        """Trials with a task that will not be tried again, or that were cancelled."""
+        return {trial for trial, _ in self.abandoned} | self.cancelled.keys()
 
     def trunk_below(self, trial: str, rung: int, *, or_evicted: bool = False) -> int | None:
         """The highest rung below one with a trunk to go on from (`or_evicted`: one that was trained); None: no such."""
@@ -198,6 +207,7 @@ class SweepState:
         self.num_proposals += 1
         self.arrivals_before_proposal = len(self.arrivals)
         self.trials[trial.trial] = trial
+        self.queue.pop(record.get("request") or "", None)
         self.rejected.update(record["rejected"])
 
     def _reserve(self, record: Record) -> None:
@@ -291,6 +301,16 @@ class SweepState:
         needed = ("flops", "metric", "predicted", "measured", "inside", "task_flops")
         self.checks.append({name: record[name] for name in needed} | record)
 
+    def _answer(self, record: Record) -> None:
+        self.requests[record["id"]] = record
+        if record["refused"] is not None:
+            self.queue.pop(record["id"], None)
+        elif record["verb"] == ENQUEUE:
+            self.queue[record["id"]] = record
+            self.finished = None
+        elif record["verb"] == CANCEL and self.queue.pop(record["trial"], None) is None:
+            self.cancelled[record["trial"]] = record["by"]
+
     def _finish(self, record: Record) -> None:
         self.finished = record["reason"]
 
@@ -307,6 +327,7 @@ _HANDLERS = {
     "evicted": SweepState._evict,
     "imported": SweepState._import,
     "check": SweepState._check,
+    "request": SweepState._answer,
     "finished": SweepState._finish,
 }
 

@@ -12,9 +12,10 @@ import numpy as np
 from bfm.laws.frontier import goal_of, numbers
 from bfm.sweep.metric import METRICS, Metric
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
+from bfm.sweep.requests import request_words
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
-from bfm.sweep.state import SweepState, metric_value
+from bfm.sweep.state import LAST_DECISIONS, SweepState, metric_value
 from bfm.sweep.winner import winner
 from bfm.units import GIB, format_flops
 
@@ -45,11 +46,12 @@ def summarise(state: SweepState) -> dict[str, Any]:
             for rung, rung_flops in enumerate(budget.ladder_flops)
         ],
         "winner": winner(state, spec),
-        "running": list(state.open_tasks),
         "retrying": [f"{trial} rung {rung}" for trial, rung in state.owed()],
         "abandoned": {f"{trial} rung {rung}": reason for (trial, rung), reason in state.abandoned.items()},
         "lost_tasks": dict(Counter(record["reason"] for record in state.losses)),
         "rejected": dict(state.rejected.most_common()),
+        "requests": list(state.requests.values()),
+        "cancelled": state.cancelled,
         "probes": len(state.probes),
         "storage": _storage(state, spec),
         "checks": state.checks,
@@ -59,13 +61,17 @@ def summarise(state: SweepState) -> dict[str, Any]:
 
 
 def life_text(state: SweepState) -> str:
-    """The winner, imports, what is kept, checks and last decisions, for a terminal; empty where there is nothing.
+    """The winner, imports, what is kept, checks, what was asked for and last decisions, for a terminal; empty where
+    there is nothing.
 
     Raises as `summarise`.
     """
     spec = spec_of(state)
     blocks = [_winner_lines(winner(state, spec)), [import_words(record) for record in state.imports]]
     blocks += [_storage_lines(_storage(state, spec)), checks_lines(state.checks)]
+    if state.requests:
+        asked = list(state.requests.values())[-LAST_DECISIONS:]
+        blocks.append(["last requests", *(f"  {request_words(record)}" for record in asked)])
     if state.decisions:
         lines = [f"  {_decision_line(decision)}" for decision in state.decisions]
         blocks.append(["last decisions", *lines])

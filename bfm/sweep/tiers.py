@@ -16,6 +16,7 @@ from bfm.errors import UserError
 from bfm.files import canonical_json
 from bfm.objective.methods import Method
 from bfm.sweep.keys import SECTION, Count, Number, Positive, at_least
+from bfm.yaml import validate
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -76,6 +77,18 @@ class Tier:
 
 
 _TIER: TypeAdapter[Tier] = TypeAdapter(Tier)
+
+
+def tier_of_options(workers: int, zero_stage: int, gpus: float, micro_groups: int, softmax: str) -> Tier:
+    """How `bfm train` runs one task. Raises UserError that names the option."""
+    alone = workers == 1
+    values: dict[str, Any] = {"engine": "plain" if alone else "deepspeed", "zero_stage": 0 if alone else zero_stage}
+    values |= {"workers": workers, "gpus": gpus, "micro_groups": micro_groups, "softmax": softmax}
+    try:
+        return validate(Tier, values)
+    except UserError as error:
+        key = error.key and f"--{error.key.replace('_', '-')}"
+        raise UserError(error.what, key=key, fix=error.fix) from None
 
 
 def _read(value: Any) -> tuple[Tier, ...]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bfm.errors import UserError
 from bfm.files import canonical_json, sha256_bytes
 from bfm.training.schedule import rule_learning_rate
+from bfm.training.words import SETTINGS
 from bfm.units import parse_count, parse_number
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ class TrainConfig:
             if key not in _NAMES:
                 close = difflib.get_close_matches(str(key), _NAMES, n=1)
                 fix = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(_NAMES)}"
+                fix = SETTINGS.get(str(key).lower(), fix)
                 raise UserError("unknown key", file=file, key=str(key), fix=fix)
         if "params" not in values:
             raise UserError("missing", file=file, key="params", fix="give the number of dense weights, e.g. 1e5")

@@ -4,7 +4,8 @@ In: a task and its store. Out: three small objects beside the task's checkpoints
 `account` is a promise made ahead: FLOPs are trained only after the account that allows them stands. So whoever finds a
 dead task knows a bound of what it has trained, NOTE_S to 2 NOTE_S of work above the truth. `stop` is the way back: a
 task that reads it trains no further step. Who writes `stop` first and then reads the account knows that nothing comes
-after it, also of a worker that was thought dead and is not.
+after it, also of a worker that was thought dead and is not. Beside its promise an account says where the task is, for
+those who watch.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from bfm.errors import PausedError
 from bfm.files import Store
+from bfm.training.records import StepRecord
 from bfm.training.task import Account
 
 NOTE_S = 10.0
 """An account allows work for one to two times as long."""
 STOP_S = 5.0
 """How often a task looks whether it shall stop."""
+_SHOWN = ("step", "phase", "path_flops", "events", "events_per_s", "flops_per_s")
+"""Of a StepRecord."""
 
 
 class YieldError(PausedError):
@@ -66,6 +72,12 @@ def settle(task: Named, store: Store) -> Account:
     return read_account(task, store)
 
 
+def read_live(task: Named, store: Store) -> dict[str, Any] | None:
+    """Where an attempt under this task id was when it wrote last (`Journal.show`); None where it has said nothing."""
+    entry = _read(store, task.name("account.json"))
+    return entry.get("live") if entry.get("task_id") == task.task_id else None
+
+
 def read_account(task: Named, store: Store) -> Account:
     """What an attempt under this task id wrote last, else an empty account: that of another one is that one's."""
     entry = _read(store, task.name("account.json"))
@@ -83,6 +95,7 @@ class Journal:
         """What earlier attempts under the same task id have left."""
         self.stop_asked = threading.Event()
         """Whether the task shall end after a checkpoint."""
+        self._live: dict[str, Any] | None = None
         self._noted = self._wanted = self.found
         self._fenced = False
         self._error: Exception | None = None
@@ -99,6 +112,15 @@ class Journal:
             if needed_flops + ahead_flops > self._wanted.spent_flops:
                 self._want(spent_flops=math.ceil(needed_flops + 2 * ahead_flops))
             self._wait(lambda: self._noted.spent_flops >= needed_flops)
+
+    def show(self, record: StepRecord) -> None:
+        """Where the task is: stands in the accounts that are written from now on."""
+        self._live = {
+            **{name: getattr(record, name) for name in _SHOWN},
+            "loss": record.loss if math.isfinite(record.loss) else None,
+            "host": socket.gethostname(),
+            "at_s": time.time(),
+        }
 
     def saved(self, progress_flops: int) -> None:
         """The in-rung checkpoint stands at `progress_flops`. Raises FencedError where the task was given up."""
@@ -176,7 +198,7 @@ class Journal:
                 return
 
     def _write(self, account: Account) -> None:
-        entry = {"task_id": self.task.task_id, "account": asdict(account)}
+        entry = {"task_id": self.task.task_id, "account": asdict(account), "live": self._live}
         self.store.put(self.task.name("account.json"), json.dumps(entry).encode())
 
 

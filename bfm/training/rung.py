@@ -28,7 +28,7 @@ from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory, EngineState
 from bfm.training.journal import Journal, YieldError
 from bfm.training.loop import Trainer
-from bfm.training.records import Observer
+from bfm.training.records import Observer, StepRecord
 from bfm.training.row import measured, trained
 from bfm.training.schedule import MIN_STEPS, TOLERANCE, check_rung
 from bfm.training.task import PROBE_QUERIES, Account, RungTask
@@ -110,7 +110,7 @@ class _RungRun:
             task.seed,
             self.data,
             self.factory,
-            observer=self.observer if self.factory.rank == 0 else None,
+            observer=self._observe if self.observer is not None and self.factory.rank == 0 else None,
             after_step=self._after_step,
             micro_groups=task.micro_groups,
             softmax=task.softmax,
@@ -182,6 +182,11 @@ class _RungRun:
             validation = self.watch.see(self.trainer, scores, weight)
             if self.observer is not None and self.factory.rank == 0:
                 self.observer(validation)
+
+    def _observe(self, record: StepRecord) -> None:
+        self.journal.show(record)
+        if self.observer is not None:
+            self.observer(record)
 
     def _score(self, weight: dict[str, Tensor], queries: int | None) -> QueryScores:
         """Scores of the first validation queries under these weights; queries are split over ranks."""

@@ -55,8 +55,6 @@ def train_single(
     Raises UserError where the storage holds another configuration or is already past `flops`, where
     `scaling["softmax"]` is impossible, or where there is nothing to validate on.
     """
-    if validations < 0:
-        raise UserError(f"{validations} is no number of validations", key="--validations", fix="write 0 or more")
     store, softmax = Store(storage), str(scaling.get("softmax", "auto"))
     # A worker's device is its own matter; the rest is told before workers are started.
     freezes = config.freeze_at_flops is not None

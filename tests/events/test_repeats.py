@@ -52,7 +52,7 @@ def test_a_log_without_targets_says_nothing_and_filters_nothing():
     assert "0.00%" in rule_words(facts)
 
 
-@pytest.mark.parametrize("order", ["time: t", "position: t"])
+@pytest.mark.parametrize("order", ["time: {column: t, unit: s}", "position: t"])
 @pytest.mark.parametrize("repeats", [True, False])
 def test_the_default_follows_the_log_whatever_the_split(tmp_path, order, repeats):
     lines = [f"{user},{step},{(user + step) % (3 if repeats else 97)}" for user in range(40) for step in range(30)]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 from bfm.events import build, prepare, source
 from bfm.events.describe import describe
 from bfm.events.parts import KEYS
@@ -117,7 +117,9 @@ def test_files_formats_and_order_of_rows_leave_no_trace(shop):
     one, five = contents(folder / "one"), contents(folder / "five")
     manifests = [json.loads(files.pop("manifest.json")) for files in (one, five)]
     assert one == five
-    # The one thing that is about the files themselves: how the packager ordered ties.
+    # What is about the files themselves: their lines, and how the packager ordered ties.
+    lines = [manifest["checks"].pop("lines", {}) for manifest in manifests]
+    assert lines == [{}, {"rows": 2400, "header": 2}]
     raw_ties = [manifest["checks"].pop("ties_raw") for manifest in manifests]
     assert raw_ties[0]["ascending_share"]["item"] == 1
     assert "item rises" in raw_ties[0]["warning"]
@@ -271,7 +273,7 @@ def test_bad_rows_are_quarantined_with_reason_and_count(shop):
     ],
 )
 def test_hopeless_logs_are_one_line(tmp_path, content, expected):
-    (tmp_path / "s.yaml").write_text("name: s\nuser: user\ntime: time\nitem: item\n")
+    (tmp_path / "s.yaml").write_text("name: s\nuser: user\ntime: {column: time, unit: s}\nitem: item\n")
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(UserError) as caught:
         prepare_serially(tmp_path / "s.yaml", [tmp_path / "log.csv"], tmp_path / "out")
@@ -288,7 +290,7 @@ def test_json_lines_without_a_column(tmp_path):
 
 
 def test_one_user_and_users_with_one_event_are_fine(tmp_path):
-    (tmp_path / "s.yaml").write_text("name: s\nuser: user\ntime: time\nitem: item\n")
+    (tmp_path / "s.yaml").write_text("name: s\nuser: user\ntime: {column: time, unit: s}\nitem: item\n")
     lines = [f"ann,{day * 86400},{day % 7}" for day in range(1, 200)]
     (tmp_path / "log.csv").write_text("\n".join(["user,time,item", *lines]))
     one = prepare_serially(tmp_path / "s.yaml", [tmp_path / "log.csv"], tmp_path / "one")
@@ -313,7 +315,7 @@ def test_other_mistakes_of_input(shop):
     folder, _ = shop
     (folder / "latin.csv").write_bytes(b"user,time,item,quantity,shop,words\n1,2,3,4,caf\xe9,x\n")
     cases = [
-        (folder / "latin.csv", "is not UTF-8"),
+        (folder / "latin.csv", r"latin\.csv: read\.encoding: is not utf-8 text: byte 46 is 0xe9"),
         (folder / "absent.csv", "there is no such file"),
         (folder / "*.nothing", "no log files found"),
         (folder / "shop.yaml", "format .yaml is not known"),
@@ -353,7 +355,7 @@ def test_a_full_disk_leaves_the_old_set_and_nothing_half_made(shop, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(build, "write_part", full)
-    with pytest.raises(UserError, match="no space left on the disk"):
+    with pytest.raises(PausedError, match="no space left on the disk"):
         prepare_serially(*arguments, overwrite=True)
     assert contents(folder) == before
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
+from bfm.sweep.requests import Request
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.sweep.workers import GROW_LEFT_S
 from bfm.training.task import Account
@@ -50,6 +51,7 @@ class FakeDriver:
         self.losses: dict[str, str] = {}
         self.faults: list[str] = []
         self.yields: dict[str, Account] = {}
+        self.taken: list[str] = []
         self.given = 0
         self.counts: Sequence[int] = ()
 
@@ -83,6 +85,10 @@ class FakeDriver:
         del self.open[task_id]
         self.yields[task_id] = account
         return True
+
+    def take(self, request: Request) -> dict[str, Any]:
+        self.taken.append(request.id)
+        return {"verb": request.verb, "by": request.by, **request.asked}
 
     def lost(self, task_id: str, reason: str, *, retry: bool = True, fault: str = "worker") -> bool:
         del self.open[task_id]

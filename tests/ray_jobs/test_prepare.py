@@ -76,7 +76,7 @@ def test_progress_goes_through_all_stages_and_ray_is_quiet(shop, capfd):
 def test_mistakes_found_by_workers_arrive_as_one_line(shop):
     whole = "user,time,item,quantity,shop,words\n" + "1,2,3,4,north,x\n" * 50_000
     (shop / "latin.csv").write_bytes(whole.encode() + b"1,2,3,4,caf\xe9,x\n")
-    with pytest.raises(UserError, match=r"latin\.csv: is not UTF-8") as raised:
+    with pytest.raises(UserError, match=r"latin\.csv: read\.encoding: is not utf-8 text: byte") as raised:
         prepare_shards(str(shop / "shop.yaml"), [str(shop / "latin.csv")], str(shop / "out"))
     assert len(str(raised.value).splitlines()) == 1
     assert not [path.name for path in shop.iterdir() if "out" in path.name]

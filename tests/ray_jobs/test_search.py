@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
 from bfm.errors import CorruptError, PausedError, UserError
+from bfm.sweep.requests import Request
+from bfm.sweep.state import CANCEL, ENQUEUE, STOP
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
 from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Live, SweepEvent
@@ -197,6 +199,82 @@ def stopping(num_tasks: int = 9, slots: int = 3):
         searcher.started(trial)
     signals.received = signal.SIGTERM
     return driver, searcher, clock, running.asked
+
+
+def asked(verb: str, refused: str | None = None, **what: Any) -> tuple[FakeDriver, DriverSearcher, Clock, list[str]]:
+    """Three running tasks, a fourth in hand, and a request that comes a moment later."""
+    running, inbox = FakeRunning(), []
+    driver, clock = FakeDriver(9, 4), Clock()
+    desk = make_desk(
+        driver, 4, running=running, clock=clock, inbox=lambda: [inbox.pop()] if inbox else [], on_event=EVENTS.append
+    )
+    searcher = DriverSearcher(desk)
+    for trial in "abc":
+        searcher.suggest(trial)
+        searcher.started(trial)
+    assert desk.peek(list(searcher._trials.values())).trial == "t3"
+    clock.now_s += LOOK_S
+    inbox.append(Request("1", verb, "ann@desk", {**what, "refused": refused}))
+    desk.look_after(list(searcher._trials.values()))
+    assert driver.taken == ["1"]
+    assert EVENTS[-1].kind == "asked"
+    return driver, searcher, clock, running.asked
+
+
+EVENTS: list[SweepEvent] = []
+
+
+def test_a_stop_from_elsewhere_is_a_signal() -> None:
+    _, searcher, _, yielding = asked(STOP, epoch=1)
+    assert searcher.suggest("d") is None
+    assert yielding == ["t0-r0-a0", "t1-r0-a0", "t2-r0-a0"]
+    for trial in "ab":
+        assert searcher.may_end(trial, YIELD)
+        searcher.on_trial_complete(trial, result={})
+    with pytest.raises(Interrupted, match="`bfm stop` of ann@desk") as caught:
+        searcher.may_end("c", YIELD)
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_tasks_of_a_cancelled_trial_are_asked_to_end() -> None:
+    driver, searcher, _, yielding = asked(CANCEL, trial="t1")
+    assert yielding == ["t1-r0-a0"]
+    searcher.may_end("b", YIELD)
+    assert driver.yields == {"t1-r0-a0": Account(70, "progress", 60)}
+    assert isinstance(searcher.suggest("d"), dict)
+
+
+def test_what_was_in_hand_of_a_cancelled_trial_is_not_begun() -> None:
+    driver, searcher, _, yielding = asked(CANCEL, trial="t3")
+    assert not yielding
+    assert driver.yields == {"t3-r0-a0": Account()}
+    assert json.loads(searcher.suggest("d")["task"])["trial"] == "t4"
+
+
+def test_a_sweep_that_was_about_to_end_takes_what_is_enqueued() -> None:
+    driver, clock, inbox = FakeDriver(1, 2), Clock(), []
+    desk = make_desk(driver, 2, clock=clock, inbox=lambda: [inbox.pop()] if inbox else [])
+    searcher = DriverSearcher(desk)
+    searcher.suggest("a")
+    searcher.started("a")
+    searcher.may_end("a", {ROW: "{}"})
+    assert searcher.suggest("b") is None
+    assert desk.finished
+    clock.now_s += LOOK_S
+    inbox.append(Request("1", ENQUEUE, "ann@desk", {"refused": None}))
+    driver.left = 1
+    desk.look_after(list(searcher._trials.values()))
+    assert not desk.finished
+    assert desk.peek(list(searcher._trials.values())).trial == "t1"
+
+
+@pytest.mark.parametrize("verb", [STOP, CANCEL])
+def test_what_is_refused_changes_nothing(verb) -> None:
+    driver, searcher, _, yielding = asked(verb, refused="no such trial", trial="t1")
+    assert not yielding
+    assert "refused, no such trial" in EVENTS[-1].reason
+    assert json.loads(searcher.suggest("d")["task"])["trial"] == "t3"
+    assert not driver.yields
 
 
 YIELD = {YIELDED: json.dumps(asdict(Account(70, "progress", 60)))}

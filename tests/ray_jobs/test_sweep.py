@@ -19,11 +19,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bfm.doors import loggers
-from bfm.errors import CorruptError, UserError
+from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep import machine
+from bfm.sweep.arena import ASKED
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import has_begun, read_ledger
 from bfm.sweep.machine import Machine
@@ -79,10 +80,17 @@ def test_wrong_input_is_one_line_and_exit_2_before_ray(
     assert words in message
 
 
-def test_a_dashboard_s_address_is_not_a_cluster(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "127.0.0.1", "head:abc"])
+def test_what_is_no_head_s_address_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys, address) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
-    assert "ray job submit" in capsys.readouterr().err
+    assert f"{address} is not the address of a cluster's head; write HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_port_that_is_none_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
+    assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
+    assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:99999" in capsys.readouterr().err
 
 
 def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
@@ -92,6 +100,18 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path, toy_shards, no_ra
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
         assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
     assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch, tmp_path) -> None:
+    def crowded(**options):
+        raise Exception("The current node timed out during startup.\nThis could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", crowded)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(PausedError, match=r"Ray did not start on this machine .*timed out during startup"), local_ray():
+        pytest.fail("it did")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_of_no_use_begin_no_sweep(tmp_path, toy_shards, no_ray, capsys) -> None:
@@ -444,6 +464,39 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_been(
     assert len(done) == len(rows(tmp_path / "tiny")), "a row is there twice"
     assert state.spent_flops <= resolve(space).budget.total_flops
     assert not state.open_tasks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_running_sweep_is_steered_from_its_storage(tmp_path, scratch, toy_shards, bfm) -> None:
+    space = write_space(tmp_path, toy_shards.path, scaling={"slots": 1}, budget=AMPLE)
+    place, own = tmp_path / "tiny", tmp_path / "own.yaml"
+    own.write_text("params: 3210\nlearning_rate: 4e-3\n")
+    first = launch(space, tmp_path, scratch)
+    try:
+        wait_for(lambda: has_rows(place, 1), 300, "a row")
+        code, out, err = bfm("enqueue", place, own, "--seed", "7")
+        assert code == 0, err
+        assert "enqueue N " in out
+        code, out, err = bfm("cancel", place, "t00000")
+        assert code == 0, err
+        assert "cancel t00000, asked for by" in out
+        code, out, err = bfm("stop", place)
+        assert code == 0, err
+    finally:
+        said = finish(first)
+    assert first.returncode == 143
+    assert "stopped by `bfm stop` of " in said
+    assert "Traceback" not in said
+    second = launch(space, tmp_path, scratch, "--resume", "must")
+    said = finish(second)
+    assert second.returncode == 0, said
+    state = folded(place)
+    (trial,) = (trial for trial in state.trials.values() if trial.source == ASKED)
+    assert (trial.config["learning_rate"], trial.seed, bool(trial.rows)) == (4e-3, 7, True)
+    assert len(state.requests) == 3
+    assert all(record["refused"] is None for record in state.requests.values())
+    assert not any(("t00000", rung) in state.attempts for rung in (0, 1))
 
 
 def has_rows(path: Path, number: int) -> bool:

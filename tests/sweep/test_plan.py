@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from bfm.errors import InfeasibleError
+from bfm.errors import InfeasibleError, UserError
 from bfm.sweep.driver import run_serial
 from bfm.sweep.machine import Machine
-from bfm.sweep.plan import plan, render
+from bfm.sweep.plan import check_held, plan, render
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.status import summarise
 from bfm.units import format_count
@@ -30,6 +31,17 @@ def test_the_plan_is_what_happens():
     assert expected.training_flops == pytest.approx(driver.state.spent_flops, rel=0.15)
     assert expected.training_flops <= spec.budget.total_flops
     assert json.loads(json.dumps(expected.as_dict()))["name"] == "planted"
+
+
+def test_a_space_of_which_nothing_is_held_here_is_refused():
+    """A worker of the planted world needs a little more than the 2 MiB of a group and the catalogue."""
+    feasible = FeasibleSet(make_spec(scaling={"slots": 2}), PlantedCosts())
+    check_held(feasible, HERE)
+    check_held(feasible, Machine(cores=2, gpus=0, memory_gib=2 * 3 / 1024))
+    with pytest.raises(UserError, match=r"params: the smallest model needs about 0.00\d+ GiB, a worker here"):
+        check_held(feasible, Machine(cores=2, gpus=0, memory_gib=2 * 2 / 1024))
+    told = make_spec(scaling={"slots": 2, "tiers": [{"memory_gib": 1}]})
+    check_held(FeasibleSet(told, PlantedCosts()), Machine(cores=2, gpus=0, memory_gib=2 * 2 / 1024))
 
 
 def test_speed_is_measured_at_three_sizes_within_the_seconds():
@@ -171,7 +183,7 @@ def test_status_adds_up():
     driver.lost(tasks[1].task_id, "killed")
     third = driver.next_task()
     status = json.loads(json.dumps(summarise(driver.state)))
-    assert status["running"] == [third.task_id]
+    assert list(driver.state.open_tasks) == [third.task_id]
     assert status["lost_tasks"] == {"killed": 1}
     assert status["lost_flops"] == tasks[1].reserved_flops
     assert status["spent_flops"] + status["reserved_flops"] + status["left_flops"] == status["total_flops"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.sweep.metric import Constraint, Metric
-from bfm.sweep.parameters import Parameter
+from bfm.sweep.metric import METRICS, Constraint, Metric
+from bfm.sweep.parameters import RANGES, Parameter
 from bfm.sweep.settings import POLICIES, Scheduler
 from bfm.sweep.spec import from_dict, json_schema, resolve
 from bfm.sweep.tiers import Tier
+from bfm.sweep.words import CHOICES, KEYS, SPACE
+from bfm.training.config import TrainConfig
+from bfm.training.schedule import rule_learning_rate
+from bfm.training.words import SETTINGS
 from bfm.yaml import load_yaml
 from tests.sweep.world import make_spec
 
@@ -169,7 +174,19 @@ SLIPS = {
     "metric.name=recall@50": ("metric.name", "unknown metric"),
     "metric.goal=minimize": ("metric.goal", "to be maximized"),
     "metric=nll": ("metric", "'nll'"),
-    "method=bayes": ("method", "'optuna', 'random' or 'grid'"),
+    "method=bayes": ("method", "write `method: optuna` (TPE), random or grid"),
+    "method=optna": ("method", "'optna' is no choice; did you mean 'optuna'?"),
+    "early_terminate={type: hyperband}": ("early_terminate", "write `scheduler: {type: frontier}`"),
+    "num_samples=20": ("num_samples", "write `budget.max_trials`"),
+    "budget.num_samples=20": ("budget.num_samples", "write `budget.max_trials`"),
+    "max_concurrent=4": ("max_concurrent", "write `scaling.slots`"),
+    "scaling.max_concurrent=4": ("scaling.max_concurrent", "write `scaling.slots`"),
+    "parameters.lr={value: 1e-3}": ("parameters.lr", "write `learning_rate`"),
+    "parameters.batch_size={value: 256}": ("parameters.batch_size", "write `groups_per_step`"),
+    "parameters.params={min: 3e4, max: 4e4, log: true}": ("parameters.params.log", "log_uniform_values"),
+    "metric.name=val_loss": ("metric.name", "write nll"),
+    "parameters.learning_rate={values: [0, 1e-3]}": ("parameters.learning_rate", "write value: 0 for the rule"),
+    "parameters.learning_rate={min: 0, max: 1e-3}": ("parameters.learning_rate", "write value: 0 for the rule"),
     "name='a/b'": ("name", "cannot name a folder"),
     "budget.total_flops=true": ("budget.total_flops", "True"),
     "budget.total_flops=1e17 events": ("budget.total_flops", "'1e17 events' is not a number"),
@@ -192,7 +209,7 @@ SLIPS = {
     "budget.max_epochs=0": ("budget.max_epochs", "above 0"),
     "scheduler.eta=1": ("scheduler.eta", "promotes everything"),
     "scheduler.eta=0.5": ("scheduler.eta", "0.5"),
-    "scheduler.type=asha": ("scheduler.type", "'asha-promote'"),
+    "scheduler.type=asha": ("scheduler.type", "write asha-promote or asha-stop"),
     "scheduler.type=front": ("scheduler.type", "'frontier'"),
     "metric.others=[recal@10]": ("metric.others.0", "did you mean 'recall@10'"),
     "metric.others=[nll, recall@10]": ("metric.others.1", "'recall@10' is named twice"),
@@ -217,12 +234,15 @@ SLIPS = {
         "parameters.params.distribution",
         "does not go with uniform",
     ),
-    "parameters.params={min: 3e4, max: 4e4, distribution: lognormal}": ("parameters.params.distribution", "'uniform'"),
+    "parameters.params={min: 3e4, max: 4e4, distribution: lognormal}": (
+        "parameters.params.distribution",
+        "write uniform",
+    ),
     "parameters.params={min: 3e4, max: 4e4, distribution: constant}": (
         "parameters.params.distribution",
         "min/max do not go with constant",
     ),
-    "parameters.params={min: 3e4, max: 4e4, step: 3}": ("parameters.params.step", "unknown key"),
+    "parameters.params={min: 3e4, max: 4e4, step: 3}": ("parameters.params.step", "unknown key; write `q`"),
     "parameters.params={min: 3e4, max: 4e4, q: 3}": ("parameters.params.q", "write q_uniform"),
     "parameters.params={min: 3e4, max: 4e4, q: 0, distribution: q_uniform}": ("parameters.params.q", "no step"),
     "parameters.params={min: 5, max: 9, q: 10, distribution: q_uniform}": ("parameters.params.q", "no multiple of 10"),
@@ -245,7 +265,7 @@ SLIPS = {
     ),
     "parameters.averaging={min: 0, max: 1}": ("parameters.averaging", "true or false"),
     "parameters.averaging={value: 1}": ("parameters.averaging.value", "expected true or false"),
-    "parameters.num_negatives={value: 1}": ("parameters.num_negatives", "did you mean 'negatives'"),
+    "parameters.num_negatives={value: 1}": ("parameters.num_negatives", "write `live_negatives`"),
     "parameters.depth={min: null, max: 3}": ("parameters.depth", "no null end"),
     "scaling.slots=0": ("scaling.slots", "at least 1"),
     "scaling.max_retries=-1": ("scaling.max_retries", "at least 0"),
@@ -255,7 +275,7 @@ SLIPS = {
     "scaling.tiers=[{workers: 2}]": ("scaling.tiers.0", "one worker"),
     "scaling.tiers=[{workers: 0}]": ("scaling.tiers.0.workers", "at least 1"),
     "scaling.tiers=[{engine: deepspeed, zero_stage: 4}]": ("scaling.tiers.0.zero_stage", "no ZeRO stage 4"),
-    "scaling.tiers=[{engine: fsdp}]": ("scaling.tiers.0.engine", "'plain' or 'deepspeed'"),
+    "scaling.tiers=[{engine: fsdp}]": ("scaling.tiers.0.engine", "known: deepspeed, plain"),
     "scaling.tiers=[{cpus: 0}]": ("scaling.tiers.0.cpus", "above 0"),
     "scaling.tiers=[{gpus: 1.5}]": ("scaling.tiers.0.gpus", "1.5 GPUs"),
     "scaling.tiers=[{engine: deepspeed, workers: 2, gpus: 0.5}]": ("scaling.tiers.0.gpus", "cannot share GPUs"),
@@ -284,6 +304,25 @@ def test_a_slip_is_one_line_with_file_and_key(good, override):
     assert str(good) in message
     assert "\n" not in message
     assert caught.value.fix
+
+
+def test_a_rate_of_0_is_the_rule_at_every_trial(good):
+    spec = resolve(good, ["parameters.learning_rate={value: 0}", "parameters.groups_per_step={value: 1}"])
+    small, large = (spec.config({"params": params}).learning_rate for params in (1e4, 1e6))
+    assert small == rule_learning_rate(1e4, spec.config({"params": 1e4}).group_windows * 64)
+    assert large < small
+
+
+def test_words_of_other_tools_are_none_of_this_one_and_lead_to_what_is():
+    settings, schema = set(TrainConfig.__dataclass_fields__), json_schema()
+    axis = schema["properties"]["parameters"]["additionalProperties"]
+    keys = {key for part in (schema, axis, *schema["$defs"].values()) for key in part.get("properties", {})}
+    assert not settings & set(SETTINGS)
+    assert not keys & set(KEYS)
+    assert not {*METRICS, *POLICIES, *RANGES} & set(CHOICES)
+    for fix in SPACE.values():
+        named = {part for name in re.findall(r"`([a-z_0-9.]+)(?::[^`]*)?`", fix) for part in name.split(".")}
+        assert named <= settings | keys, fix
 
 
 def test_slips_of_the_whole_file(tmp_path):

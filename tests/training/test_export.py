@@ -9,7 +9,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 from bfm.training.export import export_checkpoint
 
 _LOAD = """
@@ -59,6 +59,8 @@ def test_mistakes_are_one_line(bfm, shop, tmp_path):
         ("predict", tmp_path, log, "--out", tmp_path / "p"),
         ("predict", shop.folder / "export", log, "--out", tmp_path / "p", "--k", 1000),
         ("predict", shop.folder / "export", shop.folder / "table.parquet", "--out", tmp_path / "p"),
+        ("predict", shop.folder / "export", log, "--out", log / "p"),
+        ("export", shop.checkpoint, *shards, "--out", log / "e"),
     ]
     for arguments in wrong:
         code, out, err = bfm(*arguments)
@@ -73,7 +75,7 @@ def test_an_export_appears_whole_or_not_at_all(shop, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bfm.ranking.predictor.list_files", full_disk)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(PausedError, match="no space left"):
         export_checkpoint(shop.checkpoint, str(shop.shards.path), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 from bfm.files import Store
 from bfm.training import journal
 from bfm.training.checkpoint import load_checkpoint
-from bfm.training.journal import FencedError, Journal, YieldError, read_account, settle, stop_task
+from bfm.training.journal import FencedError, Journal, YieldError, read_account, read_live, settle, stop_task
 from bfm.training.rung import run_rung
 from bfm.training.task import Account, RungTask
 from tests.training.common import CPU, STAGE_1, STAGE_2
@@ -41,6 +42,22 @@ def test_no_step_is_trained_before_an_account_covers_it(toy_shards, tmp_path, ha
     assert all(trained <= allowed for trained, allowed in accounts)
     assert len({allowed for _, allowed in accounts}) > 3, "the account is renewed on the way"
     assert read_account(task(), store).spent_flops == row["task_flops"], "at the end it is exact"
+
+
+def test_an_account_says_where_its_task_is(toy_shards, tmp_path, hasty):
+    store, told, shown = Store(tmp_path), [], []
+
+    def look(record):
+        told.append(record)
+        shown.append(read_live(task(), store))
+
+    run_rung(task(), toy_shards, CPU, store, look)
+    assert shown[0] is None
+    last = read_live(task(), store)
+    assert (last["step"], last["phase"], last["path_flops"]) == (told[-1].step, "cooldown", told[-1].path_flops)
+    assert last["loss"] == told[-1].loss
+    assert last["host"] == socket.gethostname()
+    assert read_live(task(attempt=1), store) is None
 
 
 def test_a_task_that_was_given_up_trains_nothing_beyond_its_account(toy_shards, tmp_path, hasty):

@@ -206,6 +206,10 @@ class TableArena:
         del config, rung, limits
         return [Place(Tier(), {"workers": 1}, 0)]
 
+    def own(self, values: Mapping[str, Any]) -> Proposal:
+        """None: there are no curves but the table's. Raises UserError."""
+        raise UserError("known curves cannot be added to", fix="leave it out")
+
     def pool(self, state: SweepState, number: int) -> Sequence[Proposal]:
         """All curves that were not begun."""
         if self._pool[0] == number:

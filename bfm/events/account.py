@@ -1,0 +1,123 @@
+"""What became of the lines and rows of a log: an account that adds up, for the manifest's checks and for people.
+
+Lines of text are rows, headers, blank, or go on inside a value; rows are events or in quarantine for a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bfm.events.clean import FAULT, Cleaned, Losses, TimeRange, merged
+from bfm.events.raw import Lines
+from bfm.events.ties import Ties
+
+_MOST_FILES = 10
+
+
+@dataclass
+class PieceFacts:
+    """What was read of a piece of the log."""
+
+    path: str
+    words: str
+    """How the file was understood, where that is not as usual."""
+    rows: int = 0
+    lines: Lines = field(default_factory=Lines)
+    """Of text."""
+    columns: set[str] = field(default_factory=set)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Of unusable rows."""
+    losses: Losses = field(default_factory=Losses)
+    ties: Ties = field(default_factory=Ties)
+    """In the raw order."""
+    guessed_times: TimeRange = None
+
+    def add(self, cleaned: Cleaned) -> None:
+        """Count some more rows (their ties apart)."""
+        self.rows += cleaned.table.num_rows
+        self.lines += cleaned.lines
+        self.columns |= cleaned.names
+        self.reasons.update(cleaned.table[FAULT].drop_null().to_pylist())
+        self.losses += cleaned.losses
+        self.guessed_times = merged([self.guessed_times, cleaned.guessed_times])
+
+
+def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) -> dict[str, Any]:
+    """The manifest's checks about files and lines; empty ones are as usual."""
+    lines, reasons, rows = Lines(), dict[str, Counter[str]](), Counter[str]()
+    names = dict(zip([piece.path for piece in pieces], short_names([piece.path for piece in pieces]), strict=True))
+    for piece in pieces:
+        assert not piece.lines or piece.lines["rows"] == piece.rows, f"{piece.path}: lines and rows do not add up"
+        lines += piece.lines
+        rows[names[piece.path]] += piece.rows
+        reasons.setdefault(names[piece.path], Counter()).update(piece.reasons)
+    worst = sorted((name for name in reasons if reasons[name]), key=lambda name: -reasons[name].total())
+    files = {name: {"rows": rows[name], **reasons[name]} for name in worst[:_MOST_FILES]}
+    if len(worst) > _MOST_FILES:
+        files["others"] = {"files": len(worst) - _MOST_FILES}
+    return {
+        "lines": dict(lines),
+        "files": files if len(reasons) > 1 else {},
+        "read_as": read_as([(names[piece.path], piece.words) for piece in pieces]),
+        "left_out": dict(left_out),
+    }
+
+
+def read_as(files: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """How files (name, words) were understood that are not as usual: words -> the first of them, and how many more."""
+    groups: dict[str, list[str]] = {}
+    for name, words in files:
+        if words and name not in groups.setdefault(words, []):
+            groups[words].append(name)
+    return {words: name + (f" and {len(more)} more" if more else "") for words, (name, *more) in groups.items()}
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them share."""
+    folders = [path.split("/")[:-1] for path in paths]
+    shared = 0
+    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
+        shared += 1
+    return ["/".join(path.split("/")[shared:]) for path in paths]
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`missing user 3, unparsable time 1`."""
+    return ", ".join(f"{what} {count:,}" for what, count in counts.items())
+
+
+def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks: Mapping[str, Any]) -> list[str]:
+    """The account of a preparation for people; what did not happen is not said."""
+    out = sum(quarantined.values())
+    reasons = f" ({counts_text(quarantined)})" if out else ""
+    told = [f"rows: {rows:,} read = {events:,} events + {out:,} quarantined{reasons}"]
+    if lines := dict(checks.get("lines", {})):
+        literal = lines.pop("with quotes as text", 0)
+        parts = " + ".join(f"{count:,} {what}" for what, count in lines.items() if count)
+        told.append(f"lines: {sum(lines.values()):,} = {parts}")
+        if literal:
+            told.append(f"repaired: quotes that nobody closes were taken as text in {literal:,} lines")
+    for name, counts in checks.get("files", {}).items():
+        told.append(f"file {name}: {counts_text(counts)}")
+    if repaired := checks.get("repairs"):
+        told.append(f"repaired: values taken as missing: {counts_text(repaired)}")
+    told += reading_lines(checks.get("read_as", {}), checks.get("left_out", {}))
+    if without := checks.get("items_without_row"):
+        told.append(f"warning: {without:,} items of the log have no row in the item table")
+    if unreadable := checks.get("item_rows_unreadable"):
+        told.append(f"warning: {unreadable:,} rows of the item table could not be read")
+    return told
+
+
+def reading_lines(how: Mapping[str, str], left_out: Mapping[str, int]) -> list[str]:
+    """How files were understood, and which were left out, for people."""
+    told = [f"read as: {words} ({files})" for words, files in how.items()]
+    if left_out:
+        names = ", ".join(f"{name} ({count:,} file{'s' * (count > 1)})" for name, count in left_out.items())
+        told.append(f"left out as hidden: {names}")
+    if "_delta_log" in left_out:
+        told.append("warning: this is a Delta table, and files that its log has removed were read too; export it first")
+    return told

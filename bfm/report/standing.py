@@ -1,0 +1,104 @@
+"""Where a sweep stands now, for a terminal: whether it runs, what is trained, what waits; once, or again and again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from bfm.sweep.state import SweepState
+from bfm.units import format_count, format_flops, format_seconds, ruled
+
+if TYPE_CHECKING:
+    from bfm.report.sweep_view import SweepView
+
+_RUNNING = ("running", "rung", "phase", "step", "C", "done", "loss", "events/s", "left", "on", "told")
+
+
+def standing_text(live: Mapping[str, Any], state: SweepState) -> str:
+    """Whether it runs, the spend, what is searched and the best checkpoint, then what runs and what waits."""
+    parts = ["\n".join([_driver_line(live["driver"], state), *_spend_lines(state), *_kept_lines(live)])]
+    if live["running"]:
+        parts.append(ruled(_RUNNING, [_running_cells(task) for task in live["running"]]))
+    if live["waiting"]:
+        parts.append("\n".join(["waiting", *(f"  {one['what']}: {one['why']}" for one in live["waiting"])]))
+    return "\n\n".join(parts)
+
+
+def watch(
+    read: Callable[[], SweepView],
+    text: Callable[[SweepView], str],
+    *,
+    every_s: float,
+    as_json: bool,
+    console: Console | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show a sweep every so many seconds, until it has ended: on a terminal in place, else one look after another.
+
+    With `as_json` each look is a line of JSON.
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    if as_json or not console.is_terminal:
+        for view in _looks(read, every_s, sleep):
+            print(json.dumps(view.as_dict()) if as_json else f"{text(view)}\n", flush=True)
+        return
+    with Live(console=console, auto_refresh=False, transient=False) as shown:
+        for view in _looks(read, every_s, sleep):
+            shown.update(Text(text(view)), refresh=True)
+
+
+def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float], None]) -> Iterator[SweepView]:
+    while True:
+        view = read()
+        yield view
+        if view.state.finished is not None and view.live["driver"] is None:
+            return
+        sleep(every_s)
+
+
+def _driver_line(driver: Mapping[str, Any] | None, state: SweepState) -> str:
+    if driver is not None:
+        return f"runs, driven by process {driver['pid']} on {driver['host']}"
+    return f"finished: {state.finished}" if state.finished else "nobody runs it; the same command goes on"
+
+
+def _spend_lines(state: SweepState) -> list[str]:
+    cap_flops = state.cap_flops or 0
+    spent = f"spent {format_flops(state.spent_flops)} of {format_flops(cap_flops)} FLOPs"
+    left_flops = cap_flops - state.spent_flops - state.reserved_flops
+    return [f"{spent}, {format_flops(state.reserved_flops)} reserved, {format_flops(max(0, left_flops))} left"]
+
+
+def _kept_lines(live: Mapping[str, Any]) -> list[str]:
+    settings = ", ".join(f"{name} {_range(shape)}" for name, shape in live["settings"].items())
+    lines = [f"searches {settings}"] if settings else []
+    return [*lines, f"best checkpoint {live['best_checkpoint']}"] if live["best_checkpoint"] else lines
+
+
+def _range(shape: Mapping[str, Any]) -> str:
+    if "values" in shape:
+        return f"one of {', '.join(map(str, shape['values']))}"
+    return f"{shape['min']:g} to {shape['max']:g}" + (" (log)" if "log" in shape["distribution"] else "")
+
+
+def _running_cells(task: Mapping[str, Any]) -> list[str]:
+    rate, loss, left_s, told_s = (task[name] for name in ("events_per_s", "loss", "left_s", "told_s"))
+    return [
+        task["task_id"],
+        str(task["rung"]),
+        task["phase"] or "starts",
+        "-" if task["step"] is None else str(task["step"]),
+        format_flops(task["path_flops"]),
+        f"{task['path_flops'] / task['rung_flops']:.0%}",
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if rate is None else format_count(rate),
+        "-" if left_s is None else format_seconds(left_s),
+        "-" if task["host"] is None else f"{task['host']} x{task['workers']}",
+        "-" if told_s is None else f"{format_seconds(told_s)} ago",
+    ]

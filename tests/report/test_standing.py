@@ -1,0 +1,122 @@
+"""Where a sweep stands now: who drives it, what runs and how far it is, what waits; watched until it has ended."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from bfm.files import Store
+from bfm.report.standing import watch
+from bfm.report.sweep_view import read_sweep, status_text
+from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.lease import Lease
+from bfm.sweep.ledger import Ledger
+from bfm.sweep.live import live_figures
+from bfm.sweep.requests import Request, put_request
+from bfm.sweep.state import CANCEL, ENQUEUE
+from bfm.training.journal import Journal
+from bfm.training.records import StepRecord
+from bfm.training.task import Account
+from tests.sweep.world import PlantedCosts, execute, make_spec
+
+RECORD = StepRecord(
+    loss=4.5,
+    loss_headline=4.0,
+    loss_basket=5.0,
+    gates={},
+    step=120,
+    stage=1,
+    phase="trunk",
+    path_flops=250_000_000,
+    events=9000,
+    learning_rate=1e-3,
+    grad_norm=1.0,
+    events_per_s=1234.0,
+    flops_per_s=1e7,
+    elapsed_s=25.0,
+)
+
+
+@pytest.fixture
+def driver(tmp_path):
+    store = Store(tmp_path)
+    ledger = Ledger(store, Lease.acquire(store, heartbeat_s=None))
+    driver = SweepDriver.start(make_spec(scaling={"slots": 3}), ledger, PlantedCosts())
+    yield driver
+    driver.close()
+
+
+def tell(driver, task):
+    """The task's account, as its worker writes it."""
+    journal = Journal(task, driver._ledger.store)
+    journal.show(RECORD)
+    journal.close(300_000_000)
+
+
+def test_what_runs_is_told_as_far_as_its_account_goes(driver, tmp_path):
+    first, second = driver.next_task(), driver.next_task()
+    tell(driver, first)
+    told, untold = json.loads(json.dumps(read_sweep(str(tmp_path)).as_dict()))["running"]
+    assert (told["task_id"], told["step"], told["path_flops"]) == (first.task_id, 120, 250_000_000)
+    assert told["left_s"] == pytest.approx(75, abs=5)
+    assert untold["task_id"] == second.task_id
+    assert (untold["step"], untold["loss"], untold["left_s"], untold["path_flops"]) == (None, None, None, 0)
+    text = status_text(read_sweep(str(tmp_path)))
+    assert "runs, driven by process " in text
+    (line,) = (line for line in text.splitlines() if line.startswith(first.task_id))
+    assert all(word in line for word in ("trunk", "120", "2.5e8", "25%", "4.5000", "1.23k", "1m1", "x1"))
+    assert "2e9 reserved" in text
+    assert "searches learning_rate 0.0001 to 0.1 (log), params 300 to 10000 (log)" in text
+
+
+def test_what_waits_is_told_with_the_reason(driver, tmp_path):
+    first, second = driver.next_task(), driver.next_task()
+    driver.lost(first.task_id, "its node is gone")
+    driver.yielded(second.task_id, Account())
+    driver.take(Request("0001-a", ENQUEUE, "ann@desk", {"config": {"params": 1234}, "seed": 0}))
+    open_request = put_request(Store(tmp_path), CANCEL, {"trial": "t00000"})
+    waiting = {one["what"]: one["why"] for one in live_figures(Store(tmp_path), driver.state)["waiting"]}
+    assert waiting["t00000 rung 0"] == "was lost (its node is gone), goes on"
+    assert waiting["t00001 rung 0"] == "was asked to make room or to end, goes on"
+    assert waiting["N 1,234 seed 0 (0001-a)"] == "asked for by ann@desk, comes next"
+    assert "not answered yet" in waiting[f"cancel ({open_request.id})"]
+    text = status_text(read_sweep(str(tmp_path)))
+    assert "waiting\n  t00000 rung 0: was lost" in text
+    assert "last requests\n  enqueue N 1,234, asked for by ann@desk" in text
+
+
+def test_a_finished_sweep_names_its_best_checkpoint(driver, tmp_path):
+    run_serial(driver, lambda task: {**execute(task), "model": f"trials/{task.trial}/checkpoints/model"})
+    driver.close()
+    view = read_sweep(str(tmp_path))
+    status = view.as_dict()
+    assert status["driver"] is None
+    assert status["best_checkpoint"] == f"{tmp_path}/trials/{status['winner']['trial']}/checkpoints/model"
+    assert status["settings"]["params"]["min"] == 300
+    text = status_text(view)
+    assert text.startswith(f"finished: {view.state.finished}")
+    assert f"best checkpoint {status['best_checkpoint']}" in text
+
+
+def test_a_sweep_is_watched_until_it_has_ended(driver, tmp_path, capsys):
+    naps = []
+
+    def work(seconds):
+        """While the watcher sleeps."""
+        naps.append(seconds)
+        if len(naps) == 3:
+            run_serial(driver, execute)
+            driver.close()
+
+    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=True, sleep=work)
+    looks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [look["finished"] is None for look in looks] == [True, True, True, False]
+    assert naps == [2.0] * 3
+    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=False, sleep=pytest.fail)
+    assert capsys.readouterr().out.startswith("finished: ")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=200, height=60)
+    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=False, console=screen, sleep=pytest.fail)
+    assert "finished: " in screen.file.getvalue()
