@@ -195,7 +195,7 @@ def main() -> None:
         return
     import torch
 
-    from bfm.report.matmul_peak import matmul_peak
+    from bfm.model.matmul_peak import matmul_peak
 
     found, peaks = {}, {}
     with tempfile.TemporaryDirectory(prefix="bfm-steps-") as name:

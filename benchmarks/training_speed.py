@@ -109,7 +109,7 @@ def serve_bfm() -> None:
     """This process is bfm's worker."""
     import torch
 
-    from bfm.report.matmul_peak import matmul_peak
+    from bfm.model.matmul_peak import matmul_peak
 
     serve(build_bfm, {"package": f"bfm {version('bfm')}", "torch": torch.__version__, "peak": matmul_peak()})
 

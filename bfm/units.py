@@ -88,3 +88,9 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
     return [
         "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left, with a rule below the heads."""
+    head, *body = aligned([heads, *lines], left=1)
+    return "\n".join([head, "-" * len(head), *body])

@@ -48,8 +48,8 @@ def train(
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
     from bfm.files import Store
+    from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
-    from bfm.report.matmul_peak import matmul_peak
     from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
     from bfm.sweep.machine import check_config
     from bfm.sweep.tiers import tier_of_options
@@ -192,8 +192,8 @@ def predict(
     know count in histories, embedded from their fields in the log, and are never recommended.
     """
     from bfm.files import Store
+    from bfm.predictions import predict_log, summary_text
     from bfm.report.console import Display
-    from bfm.report.predictions import predict_log, summary_text
 
     Store(out.absolute().parent).check_writable()
     with Display("predict") as display:
@@ -209,10 +209,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """What this machine can do and what is missing."""
-    from bfm.report.doctor import examine
+    from bfm.sweep.doctor import examine
 
     if loss:
-        from bfm.report.loss_check import check_losses, losses_text
+        from bfm.objective.loss_check import check_losses, losses_text
         from bfm.training.engine import EngineFactory
 
         rows = check_losses(EngineFactory().device.type)

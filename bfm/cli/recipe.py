@@ -28,8 +28,8 @@ def recipe(
     Writes report/recipe.json into the sweep's or study's folder. The configuration is one that `bfm train` takes.
     """
     from bfm.events.shards import Shards
+    from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
-    from bfm.report.matmul_peak import matmul_peak
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.machine import check_config
     from bfm.sweep.recipe.check import check_recipe

@@ -117,7 +117,6 @@ def status(
 @app.command()
 def report(
     sweep_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep or a study.")],
-    png: Annotated[bool, typer.Option("--png", help="Also write figures/overview.png.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write report/index.html and runs.parquet of a sweep, and print its frontier; of a study, one page of its laws."""
@@ -127,11 +126,11 @@ def report(
     from bfm.sweep.study import is_study
 
     if is_study(sweep_dir):
-        files = publish_study(sweep_dir, overview=png)
+        files = publish_study(sweep_dir)
         show({"files": files}, as_json, lambda _: f"report       {files[0]}")
         return
     view = read_sweep(sweep_dir)
-    files = publish_report(view, overview=png)
+    files = publish_report(view)
     show_either(as_json, lambda: {"frontier": view.frontiers(), "files": files}, lambda: report_text(view, files))
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from bfm.laws.frontier import Gap
 from bfm.laws.result import Estimate
+from bfm.units import format_flops
 
 UNPAIRED = "~ unpaired, far too wide: a row holds no scores of its queries"
 """What the mark of `gap_text` means."""
 _FAR = 1e6
+_SUPERSCRIPT = str.maketrans("0123456789-", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b")
 
 
 def value_text(value: float, error: float = math.nan) -> str:
@@ -51,3 +53,12 @@ def estimate_text(value: Estimate, text: Callable[[float], str] = "{:.3g}".forma
         return text(value.estimate)
     ends = [text(end) if math.isfinite(end) else "open" for end in (value.low, value.high)]
     return f"{text(value.estimate)} [{ends[0]}, {ends[1]}]"
+
+
+def power_text(value: float) -> str:
+    """1e12 -> '10' with a raised 12; 4e11 -> '4x10' with a raised 11."""
+    if not (value > 0 and math.isfinite(value)):
+        return "0"
+    mantissa, exponent = format_flops(value).split("e")
+    raised = "10" + exponent.translate(_SUPERSCRIPT)
+    return raised if mantissa == "1" else f"{mantissa}\u00d7{raised}"

@@ -70,6 +70,14 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
 
+def against_words(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
+    """A row beside the strongest floor at a metric: which, its value and the difference; empty without one."""
+    found = against_strongest(row, metric, baselines, compare)
+    if found is None:
+        return ""
+    return f"{found.side} the strongest floor, {found.floor} {found.reference:.4g}: {gap_text(found.gap)}"
+
+
 def shown_name(floor: str) -> str:
     """The name of a floor for people."""
     return floor.replace("_", "-")

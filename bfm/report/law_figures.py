@@ -1,71 +1,82 @@
 """The figures of fitted laws, as a paper would show them: fits and their runs in, figures with captions out.
 
 Per axis of the joint law: the curves of each budget with their optima, and the optimum against C. Beside them critical
-batches, how far loss and ranking metrics agree, and what is foretold beyond the largest C.
+batches (law_batch.py), how far loss and ranking metrics agree, and what is foretold beyond the largest C. A figure has
+a variant per metric. R runs of one budget.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from bfm.laws.frontier import goal_of
-from bfm.laws.result import Estimate, LawFit
+from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.laws.runs import Runs
-from bfm.report.digits import estimate_text
-from bfm.report.figures import NamedFigure
+from bfm.laws.transform import from_loss, to_loss
+from bfm.report.digits import estimate_text, power_text
+from bfm.report.law_batch import batch_panels
 from bfm.report.law_details import (
+    AxisWords,
     agreements,
     asked_axes,
     axis_words,
     estimates,
-    hardest_groups,
     ranked_metrics,
     told_exponent,
     told_optima,
 )
 from bfm.report.law_fits import Fitted, told
-from bfm.report.law_panels import (
-    Band,
-    Curve,
-    Valley,
-    correlation_panel,
-    critical_panel,
-    error_bars,
-    extrapolation_panel,
-    need_panel,
-    reference_line,
-    reference_range,
-    trend_panel,
-    valley_panel,
+from bfm.report.law_words import agreement, axis_sentence, critical
+from bfm.report.plots import (
+    BAD,
+    INK,
+    MUTED,
+    PAPER,
+    Figure,
+    Panel,
+    Trace,
+    Variant,
+    Window,
+    band_traces,
+    bars,
+    diamonds,
+    dots,
+    empty,
+    line,
+    linear_axis,
+    log_axis,
+    plain,
+    rung_axis,
+    rung_colours,
+    short,
+    value_window,
+    with_goal,
+    words_at,
 )
-from bfm.report.panels import titled
-from bfm.report.style import house_style, new_axes, new_figure, power_text, rung_colours
 from bfm.units import format_count
 
-_WIDTH_IN = 10.6
-_SHOWN_METRICS = 2
+_LEAST_SPAN = 4.0
 _PUBLISHED_EXPONENT = {"params": 0.617}
 """Of an optimum in C, as arXiv 2606.05257 found it."""
 _PUBLISHED_RANGE = {"share": (0.011, 0.037)}
 """Where it found the optimum at every C."""
 _AXIS = (
-    "Above, one colour per C: each run as it would stand were all else at its best, and the joint law there. Diamonds "
+    "First, one colour per C: each run as it would stand were all else at its best, and the joint law there. Diamonds "
     "are optima, bars and bands 95 % intervals, bars at the side one standard deviation of the errors either way. "
-    "Below, the optimum against C: solid where runs are, dashed and paler where it is foretold."
+    "Then the optimum against C: solid where runs are, dashed and paler where it is foretold."
 )
 _ZERO = " An open square is 0, which has a place of its own."
 _PAPER = " The grey line or strip is what arXiv 2606.05257 found."
 _BATCH = (
-    "Left, what each batch B cost to reach one target (of several, the hardest): lines are steps = a + b / B. A "
-    "diamond is the batch with 20 % more events than linear scaling from a reference batch, a circle the one with "
-    "twice the least events (b / a): two definitions, not to be compared. Right, both against N with 95 % intervals."
+    "What each batch B cost to reach one target (of several, the hardest): lines are steps = a + b / B. A diamond is "
+    "the batch with 20 % more events than linear scaling from a reference batch, a circle the one with twice the least "
+    "events (b / a): two definitions, not to be compared. Then both against N with 95 % intervals."
 )
 _AGREEMENT = (
     "Spearman correlation over the runs of one C between the loss and each ranking metric, +1 where they prefer the "
@@ -76,166 +87,249 @@ _OUTLOOK = (
     "move together); the line is the joint law at its own optimum with the 95 % prediction interval of one run, "
     "dashed and paler beyond the largest C."
 )
-_CRITICAL = (
-    ("overhead20", "20 % more\nevents", "D", "cbs"),
-    ("gain_halving", "twice the\nleast events", "o", "gain_halving"),
-)
-"""Definition of the critical batch, its words, its marker and its power law in N."""
+_SHOWN = {"params": ("N", format_count), "events": ("D", format_count), "share": ("s", "{:.2%}".format)}
+"""What a run says of itself."""
 
 
-def law_figures(laws: Sequence[Fitted]) -> list[NamedFigure]:
+def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
     """The figures that the fits allow."""
     joint, batch, agreed = (told(laws, law) for law in ("joint", "batch", "agreement"))
-    figures = []
+    figures: list[Figure] = []
     for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
         known = [(runs, fit) for runs, fit in joint if name in asked_axes(fit)]
         caption = _AXIS + _ZERO * bool((known[0][0][name] == 0).any())
-        caption += _PAPER * (name in _PUBLISHED_EXPONENT or name in _PUBLISHED_RANGE)
+        published = name in _PUBLISHED_EXPONENT or name in _PUBLISHED_RANGE
+        caption += _PAPER * (published and any(told_optima(fit, name) for _, fit in known))
         file = f"law-{re.sub(r'[^a-z0-9]+', '_', name.lower())}"
-        figures.append(NamedFigure(file, axis_words(name).heading, caption, axis_figure(name, known)))
+        if file in [figure.name for figure in figures]:
+            file += f"-{len(figures)}"
+        variants = [Variant(fit.metric, axis_sentence(fit, name), axis_panels(name, runs, fit)) for runs, fit in known]
+        figures.append(Figure(file, axis_words(name).heading, caption, variants))
     if batch:
-        figures.append(NamedFigure("law-batch", "Critical batch size", _BATCH, batch_figure(batch)))
+        variants = [Variant(fit.metric, critical(fit), batch_panels(runs, fit)) for runs, fit in batch]
+        figures.append(Figure("law-batch", "Critical batch size", _BATCH, variants))
     if agreed:
-        figures.append(NamedFigure("law-agreement", "Agreement against C", _AGREEMENT, agreement_figure(agreed)))
+        variants = [Variant(fit.metric, agreement(fit), [_correlation_panel(runs, fit)]) for runs, fit in agreed[:1]]
+        figures.append(Figure("law-agreement", "Agreement against C", _AGREEMENT, variants))
     # Without a law of N* there is no best model to foretell.
     foretold = [found for found in laws if found.outlook and found.fit and told_exponent(found.fit, "params")]
     if foretold:
-        figures.append(NamedFigure("law-outlook", "Beyond the largest C", _OUTLOOK, outlook_figure(foretold)))
+        variants = [Variant(found.metric, outlook_sentence(found), [_outlook_panel(found)]) for found in foretold]
+        figures.append(Figure("law-outlook", "Beyond the largest C", _OUTLOOK, variants))
     return figures
 
 
-@house_style
-def axis_figure(name: str, found: Sequence[tuple[Runs, LawFit]]) -> Figure:
-    """Curves per budget above, below the optimum against C where it is told, the loss and a ranking metric beside."""
-    shown = found[:_SHOWN_METRICS]
-    panels = 1 + any(told_optima(fit, name) for _, fit in shown)
-    lines, columns = (panels, len(shown)) if len(shown) > 1 else (1, panels)
-    figure = new_figure(_WIDTH_IN * (1.0 if columns > 1 else 0.55), 3.2 * lines + 0.5)
-    axes = new_axes(figure, lines, columns, panels * len(shown))
-    for place, (runs, fit) in enumerate(shown):
-        colours = rung_colours([curve["flops"] for curve in fit.details["axes"][name]["curves"]])
-        valleys, words = _valleys(runs, fit, name, colours), axis_words(name)
-        valley_panel(axes[place], valleys, fit.metric, words)
-        if valleys:
-            error_bars(axes[place], fit.metric, {f"a {kind}": fit.details["noise"][kind] for kind in ("row", "trial")})
-        if panels > 1:
-            _optimum_panel(axes[len(shown) + place], fit, name, colours)
-    return figure
+def outlook_sentence(found: Fitted) -> str:
+    """What is foretold at the largest C."""
+    flops, last = found.outlook[-1]
+    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}."
 
 
-@house_style
-def batch_figure(found: Sequence[tuple[Runs, LawFit]]) -> Figure:
-    """Events and steps to a target against B, and the critical batches against N; a line per metric."""
-    shown = found[:_SHOWN_METRICS]
-    figure = new_figure(_WIDTH_IN, 3.3 * len(shown) + 0.1)
-    axes = new_axes(figure, len(shown), 3, 3 * len(shown))
-    for place, (runs, fit) in enumerate(shown):
-        groups = hardest_groups(fit)
-        colours = rung_colours([float(place) for place in range(len(groups))])
-        events, steps, critical = axes[3 * place : 3 * place + 3]
-        marks = [
-            [(fit.parameters[f"{name}[{group['group']}]"].estimate, marker) for name, _, marker, _ in _CRITICAL]
-            for group in groups
-        ]
-        for panel, quantity in ((events, "events"), (steps, "steps")):
-            needs = [
-                _need(runs, group, quantity, colour) for group, colour in zip(groups, colours.values(), strict=True)
-            ]
-            need_panel(panel, needs, f"{fit.metric}: {quantity} to target", marks, "B, events per step")
-        critical_panel(critical, [_critical_series(fit, *series) for series in _CRITICAL])
-    return figure
+def axis_panels(name: str, runs: Runs, fit: LawFit) -> list[Panel]:
+    """Curves per budget, and the optimum against C where it is told."""
+    curves, words = fit.details["axes"][name]["curves"], axis_words(name)
+    colours = rung_colours([curve["flops"] for curve in curves])
+    panels = [_valley_panel(runs, fit, name, colours)]
+    return panels + ([_optimum_panel(fit, words, name, colours)] if told_optima(fit, name) else [])
 
 
-@house_style
-def agreement_figure(found: Sequence[tuple[Runs, LawFit]]) -> Figure:
-    """One line per ranking metric."""
-    runs, fit = found[0]
-    lines = {name: points for name in ranked_metrics(fit) if (points := agreements(fit, name))}
-    colours = rung_colours([float(place) for place in range(len(lines))])
-    figure = new_figure(_WIDTH_IN * 0.62, 3.4)
-    axes = new_axes(figure, 1, 1, 1)[0]
-    axes.set_title(f"Spearman correlation of {fit.metric} with")
-    shown = [(name, colour, points) for (name, points), colour in zip(lines.items(), colours.values(), strict=True)]
-    correlation_panel(axes, shown, sorted(runs.budgets()))
-    return figure
-
-
-@house_style
-def outlook_figure(found: Sequence[Fitted]) -> Figure:
-    """The best of each C and the law's expectation, per metric."""
-    shown = found[:_SHOWN_METRICS]
-    figure = new_figure(_WIDTH_IN * (1.0 if len(shown) > 1 else 0.55), 3.5)
-    for panel, one in zip(new_axes(figure, 1, len(shown), len(shown)), shown, strict=True):
-        assert one.runs is not None
-        extrapolation_panel(panel, _best(one.runs), one.outlook, one.metric)
-    return figure
-
-
-def _optimum_panel(axes: Axes, fit: LawFit, name: str, colours: Mapping[float, Any]) -> None:
-    """The optimum of an axis against C, and what is published of it."""
-    words, known, exponent = axis_words(name), told_optima(fit, name), told_exponent(fit, name)
-    power = "" if exponent is None else f" \u221d C^p,  p = {estimate_text(exponent, '{:.3f}'.format)}"
-    titled(axes, f"{words.symbol}*{power or ' against C'}")
-    points = [(at, value, colours[at]) for at, value in known.items()]
-    band = estimates(fit.details["axes"][name]["trend"]) if exponent else []
-    trend_panel(axes, points, list(colours), band, words.text)
-    if name in _PUBLISHED_EXPONENT and len(points) > 1:
-        middle = [(at, value.estimate) for at, value, _ in points]
-        reference_line(axes, middle, _PUBLISHED_EXPONENT[name], f"exponent {_PUBLISHED_EXPONENT[name]:g}")
-    if name in _PUBLISHED_RANGE and points:
-        reference_range(axes, *_PUBLISHED_RANGE[name], words.text)
-
-
-def _valleys(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, Any]) -> list[Valley]:
-    """Per budget its runs as they would stand were all else at its best, the curve there, and the optimum on it."""
-    view, known, groups = fit.details["axes"][name], told_optima(fit, name), runs.budgets()
-    best = {budget.flops: budget.best for budget in fit.budgets}
+def _valley_panel(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, str]) -> Panel:
+    """A metric against what was varied, on a log scale; x = 0 stands apart at the left, without a curve."""
+    words, view, groups = axis_words(name), fit.details["axes"][name], runs.budgets()
     adjusted_R, x_R = np.array(view["adjusted"], float), runs[name]
-    valleys = []
-    for curve in view["curves"]:
-        flops, line = curve["flops"], _through(curve["x"], curve["value"])
-        here = [place for place in groups.get(flops, ()) if math.isfinite(adjusted_R[place])]
-        if (x_R[here] > 0).any():
-            drawn = f"C = {power_text(flops)}", colours[flops], x_R[here], adjusted_R[here], line
-            at_best = (known[flops], best[flops]) if flops in known else (None, math.nan, "no optimum")
-            valleys.append(Valley(*drawn, *at_best))
-    return valleys
+    within = {
+        curve["flops"]: [place for place in groups.get(curve["flops"], ()) if math.isfinite(adjusted_R[place])]
+        for curve in view["curves"]
+    }
+    shown = [curve for curve in view["curves"] if (x_R[within[curve["flops"]]] > 0).any()]
+    if not shown:
+        return empty(with_goal(fit.metric), "no budget has runs of its own")
+    every = np.concatenate([np.array(within[curve["flops"]]) for curve in shown])
+    axis, zero = _valley_axis(words, x_R[every])
+    budgets = {budget.flops: budget for budget in fit.budgets}
+    window = value_window(adjusted_R[every].tolist(), fit.metric, [one.best for one in fit.budgets])
+    traces: list[Trace] = []
+    for curve in shown:
+        flops, optimum = curve["flops"], told_optima(fit, name).get(curve["flops"])
+        # Runs at 0 last: the legend shows the symbol of the first.
+        here = np.array(sorted(within[flops], key=lambda place: x_R[place] == 0))
+        texts = [_run_text(runs, place, fit.metric, adjusted_R[place]) for place in here]
+        named = f"C = {power_text(flops)}" + ("" if optimum else " (no optimum)")
+        symbols = ["square-open" if x == 0 else "circle" for x in x_R[here]]
+        x, y = np.where(x_R[here] == 0, zero, x_R[here]), np.clip(adjusted_R[here], *window.edges)
+        more = {"name": named, "showlegend": True, "marker": {"symbol": symbols}}
+        traces.append(dots(x, y, colours[flops], texts, **more))
+        traces.append(line(curve["x"], _seen(curve["value"], window), colours[flops]))
+        if optimum is not None:
+            traces += _optimum_traces(optimum, budgets[flops], words, colours[flops], window, axis)
+    shapes, notes = _error_bars(fit, window)
+    layout = {"xaxis": axis, "yaxis": linear_axis("", *window.ends), "shapes": shapes, "annotations": notes}
+    return Panel(with_goal(fit.metric), traces, layout | {"showlegend": True, "margin": {"r": 56}})
 
 
-def _through(x: Sequence[float], values: Sequence[float]) -> Curve:
-    return lambda x_P: np.interp(np.log(x_P), np.log(x), values, left=math.nan, right=math.nan)
+def _valley_axis(words: AxisWords, x_R: np.ndarray) -> tuple[dict[str, Any], float]:
+    """A log axis, and where 0 stands on it, at the left, where some run is at 0."""
+    low, high = float(x_R[x_R > 0].min()), float(x_R.max())
+    if (x_R > 0).all():
+        return log_axis(words.label, low, high, words.text), math.nan
+    axis, zero = log_axis(words.label, low, high, words.text, left=0.22), low / max(high / low, 4.0) ** 0.14
+    ticks = [tick for tick in axis["tickvals"] if tick > 0.99 * low]
+    return axis | {"tickvals": [zero, *ticks], "ticktext": ["0", *map(words.text, ticks)]}, zero
 
 
-def _need(runs: Runs, group: Mapping[str, Any], quantity: str, colour: object) -> Valley:
-    """Events or steps of one group, and a B + b or a + b / B."""
-    same = [np.abs(runs[key] / group[key] - 1) <= 0.02 for key in ("params", "target", "budget") if key in group]
-    here = runs.select(np.all(same, axis=0) if same else np.ones(len(runs), bool))
-    batch_R = here["batch"]
-    events_R = here["events"] if here.has("events") else here["steps"] * batch_R
-    a, b = group["a"], group["b"]
-    label = f"N {format_count(group['params'])}" if "params" in group else str(group["group"])
-    if quantity == "events":
-        return Valley(label, colour, batch_R, events_R, lambda batch_P: a * batch_P + b)
-    return Valley(label, colour, batch_R, events_R / batch_R, lambda batch_P: a + b / batch_P)
+def _seen(values: Sequence[float], window: Window) -> list[float]:
+    low, high = window.edges
+    return [value if low <= value <= high else math.nan for value in values]
 
 
-def _critical_series(
-    fit: LawFit, name: str, label: str, marker: str, law: str
-) -> tuple[str, str, list[tuple[float, Estimate]], Band]:
-    sizes = {group["params"]: group["group"] for group in hardest_groups(fit) if "params" in group}
-    points = [(float(size), fit.parameters[f"{name}[{group}]"]) for size, group in sizes.items()]
-    known = [(size, value) for size, value in points if 0 < value.estimate < math.inf]
-    power, level = (fit.parameters.get(f"{law}_{part}", Estimate(math.nan)) for part in ("exponent", "coefficient"))
-    if len(known) < 2 or not (math.isfinite(power.low) and math.isfinite(power.high)):
-        return label, marker, known, []
-    ends = [known[0][0] / 1.3, known[-1][0] * 1.3]
-    line = [(size, level.estimate * size**power.estimate) for size in ends]
-    return label, marker, known, [(size, Estimate(value, value, value)) for size, value in line]
+def _optimum_traces(
+    optimum: Estimate, budget: BudgetOptimum, words: AxisWords, colour: str, window: Window, axis: Mapping[str, Any]
+) -> list[Trace]:
+    """The interval as a pale bar, and the optimum on it."""
+    left, right = (10.0**end for end in axis["range"])
+    best = float(np.clip(budget.best, *window.edges))
+    text = _optimum_text(words, budget.flops, optimum)
+    reach = [max(optimum.low, left), min(optimum.high, right)]
+    return [
+        line(reach, [best] * 2, colour, width=7, opacity=0.35),
+        diamonds([optimum.estimate], [best], colour, [text]),
+    ]
 
 
-def _best(runs: Runs) -> list[tuple[float, float, float]]:
-    """(C, value, standard error) of the best run of each budget."""
+def _optimum_text(words: AxisWords, flops: float, optimum: Estimate) -> str:
+    return f"{plain(words.symbol)}* = {estimate_text(optimum, words.text)}<br>at C = {power_text(flops)}"
+
+
+def _run_text(runs: Runs, place: int, metric: str, adjusted: float) -> str:
+    """Who a run is, what it reached and what it would have."""
+    shown = [f"{symbol} {text(runs[column][place])}" for column, (symbol, text) in _SHOWN.items() if runs.has(column)]
+    values = f"{plain(metric)} {runs['loss'][place]:.4g}, {adjusted:.4g} were all else at its best"
+    return "<br>".join([short(runs.names[place]), ", ".join(shown), values])
+
+
+def _error_bars(fit: LawFit, window: Window) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Right of the panel, to its scale: the standard deviations of errors of the loss, either way, with their names."""
+    loss = float(to_loss(fit.metric, np.array([sum(window.ends) / 2]))[0])
+    shapes, notes = [], []
+    sizes = {kind: fit.details["noise"][kind] for kind in ("row", "trial")}
+    for place, (kind, size) in enumerate((kind, size) for kind, size in sizes.items() if size > 0):
+        ends = [float(from_loss(fit.metric, loss - size)), float(from_loss(fit.metric, loss + size))]
+        x, side = 1.03 + 0.05 * place, {"color": MUTED, "width": 2}
+        across = {"xref": "paper", "yref": "y", "x0": x, "x1": x, "y0": min(ends), "y1": max(ends)}
+        shapes.append({"type": "line", **across, "line": side})
+        notes.append(words_at(x, max(ends), f"a {kind}", yref="y", yanchor="bottom", textangle=-90))
+    return shapes, notes
+
+
+def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[float, str]) -> Panel:
+    """The optimum of an axis against C on log scales, the law and its band over all C, and what is published of it."""
+    known, exponent, rungs = told_optima(fit, name), told_exponent(fit, name), list(colours)
+    power = "" if exponent is None else f" \u221d C^p, p = {estimate_text(exponent, '{:.3f}'.format)}"
+    band = estimates(fit.details["axes"][name]["trend"]) if exponent else []
+    y_axis = log_window([*known.values(), *(value for _, value in band)], words.text)
+    low_edge, high_edge = (10.0**end for end in y_axis["range"])
+    values = [value.estimate for value in known.values()]
+    lows = [max(value.low, low_edge) for value in known.values()]
+    highs = [min(value.high, high_edge) for value in known.values()]
+    texts = [
+        f"{words.symbol}* = {estimate_text(value, words.text)}<br>at C = {power_text(at)}"
+        for at, value in known.items()
+    ]
+    marked = diamonds(list(known), values, [colours[at] for at in known], texts)
+    traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(values, lows, highs, INK)}]
+    shapes, notes = [], []
+    if name in _PUBLISHED_EXPONENT and len(known) > 1:
+        traces.append(_published_line(list(known.items()), rungs, _PUBLISHED_EXPONENT[name]))
+    if name in _PUBLISHED_RANGE:
+        low, high = _PUBLISHED_RANGE[name]
+        strip = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high, "line": {"width": 0}}
+        shapes.append(strip | {"fillcolor": MUTED, "opacity": 0.12, "layer": "below"})
+        named = f"arXiv 2606.05257: {words.text(low)} to {words.text(high)}"
+        notes.append(words_at(1, math.log10(high), named, yref="y", xanchor="right", yanchor="top"))
+    if missing := [at for at in rungs if at not in known]:
+        text = f"no optimum at C = {', '.join(map(power_text, missing))}"
+        notes.append(words_at(0, 0, text, xanchor="left", yanchor="bottom", font={"size": 11, "color": BAD}))
+    x_axis = rung_axis(rungs, band[-1][0] if band else None)
+    layout = {"xaxis": x_axis, "yaxis": y_axis, "shapes": shapes, "annotations": notes, "showlegend": True}
+    return Panel(f"{words.symbol}*{power or ' against C'}", traces, layout)
+
+
+def log_window(values: Sequence[Estimate], text: Callable[[float], str]) -> dict[str, Any]:
+    """A logarithmic y axis that shows estimates and their intervals."""
+    middles = [value.estimate for value in values]
+    # An open interval must not squeeze the optima into a corner: it leaves through the edge.
+    reach = 4 * max(max(middles) / min(middles), 2.0) ** 0.5
+    ends = [end for value in values for end in (value.estimate, value.low, value.high)]
+    near = [end for end in ends if min(middles) / reach <= end <= max(middles) * reach]
+    # Optima that do not move with C must look as if they do not.
+    middle = math.sqrt(min(near) * max(near))
+    return log_axis("", min(*near, middle / _LEAST_SPAN**0.5), max(*near, middle * _LEAST_SPAN**0.5), text)
+
+
+def _published_line(points: Sequence[tuple[float, Estimate]], rungs: Sequence[float], exponent: float) -> Trace:
+    """A power law of a published exponent through the (geometric) middle of our optima."""
+    x, y = np.log([at for at, _ in points]), np.log([value.estimate for _, value in points])
+    ends = np.array([rungs[0], rungs[-1]])
+    level = np.exp(y.mean() + exponent * (np.log(ends) - x.mean()))
+    return line(ends, level, MUTED, dash="dot", width=1.2, name=f"exponent {exponent:g}", showlegend=True)
+
+
+def _correlation_panel(runs: Runs, fit: LawFit) -> Panel:
+    """Spearman correlations with intervals against C, one line per ranking metric."""
+    told_of = {name: points for name in ranked_metrics(fit) if (points := agreements(fit, name))}
+    if not told_of:
+        return empty(f"{fit.metric} and ranking", "no C has enough runs")
+    flops = sorted(runs.budgets())
+    step = math.log10(min((b / a for a, b in itertools.pairwise(flops)), default=2.0))
+    traces = []
+    for place, (name, colour) in enumerate(zip(told_of, rung_colours(range(len(told_of))).values(), strict=True)):
+        # Side by side, so that the bars of several metrics at one C are all seen.
+        shift = 10 ** (0.07 * step * (place - (len(told_of) - 1) / 2))
+        points = told_of[name]
+        values = [value.estimate for _, value in points]
+        texts = [
+            f"{plain(name)}: {estimate_text(value, '{:+.2f}'.format)}<br>at C = {power_text(at)}"
+            for at, value in points
+        ]
+        trace = dots([at * shift for at, _ in points], values, colour, texts, name=short(name), showlegend=True)
+        ends = [value.low for _, value in points], [value.high for _, value in points]
+        traces.append(trace | {"mode": "lines+markers", "error_y": bars(values, *ends, colour)})
+    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": {"color": MUTED, "width": 1}}
+    layout = {"xaxis": rung_axis(flops), "yaxis": linear_axis("", -1.1, 1.1), "shapes": [zero], "showlegend": True}
+    return Panel(f"Spearman correlation of {fit.metric} with", traces, layout)
+
+
+def _outlook_panel(found: Fitted) -> Panel:
+    """The best of each C, and what the law foretells: dashed beyond the last."""
+    runs, band = found.runs, found.outlook
+    assert runs is not None
+    best, (beyond, last) = _best(runs), band[-1]
+    rungs, values = [runs_at[0] for runs_at in best], [runs_at[1] for runs_at in best]
+    middles = [value.estimate for _, value in band]
+    reach = 3 * float(np.ptp([*values, *middles]) or 1.0)
+    ends = [max(last.low, last.estimate - reach), min(last.high, last.estimate + reach)]
+    low, high = min(*values, *middles, *ends), max(*values, *middles, *ends)
+    air = 0.08 * max(high - low, 1e-9)
+    texts = [
+        f"{short(name)}<br>{plain(found.metric)} {value:.4g} at C = {power_text(at)}" for at, value, _, name in best
+    ]
+    errors = [0.0 if math.isnan(error) else 2 * error for _, _, error, _ in best]
+    reached = dots(rungs, values, INK, texts, name="best run", showlegend=True)
+    sides = (
+        [value - error for value, error in zip(values, errors, strict=True)],
+        [value + error for value, error in zip(values, errors, strict=True)],
+    )
+    traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(values, *sides, MUTED)}]
+    mark = {"color": PAPER, "line": {"color": INK, "width": 1.5}}
+    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found))], showlegend=True)
+    traces.append(foretold | {"name": "foretold", "marker": foretold["marker"] | mark})
+    layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", low - air, high + air), "showlegend": True}
+    return Panel(with_goal(found.metric), traces, layout)
+
+
+def _best(runs: Runs) -> list[tuple[float, float, float, str]]:
+    """(C, value, standard error, name) of the best run of each budget."""
     sign = 1.0 if goal_of(runs.metric) == "minimize" else -1.0
     errors_R = runs.errors.get(runs.metric, np.full(len(runs), math.nan))
     best = [(flops, places[np.argmin(sign * runs["loss"][places])]) for flops, places in runs.budgets().items()]
-    return [(flops, float(runs["loss"][place]), float(errors_R[place])) for flops, place in best]
+    return [(at, float(runs["loss"][place]), float(errors_R[place]), runs.names[place]) for at, place in best]

@@ -1,4 +1,4 @@
-"""The written parts of fitted laws: fits (or the reasons why there are none) in, pieces of HTML out.
+"""The written parts of fitted laws: fits (or the reasons why there are none) in, sentences and tables out.
 
 Sentences come first, tables last. Beside our numbers stand those of arXiv 2606.05257 (retail events, 600 runs, C from
 1e15 to 1e19; read off its text, so a digit is approximate). It gives no intervals.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
-from bfm.report.digits import estimate_text
+from bfm.report.digits import estimate_text, power_text
 from bfm.report.law_details import agreements, asked_axes, axis_words, hardest_groups, ranked_metrics
 from bfm.report.law_fits import Fitted
 from bfm.report.law_text import by_reason, differences_text, outliers_text, union
-from bfm.report.law_words import CRITICAL, Said, by_metric, rows_text, sentences
-from bfm.report.style import power_text
-from bfm.report.template import Cell, escape, paragraph, table
+from bfm.report.law_words import CRITICAL, rows_text, sentences
+from bfm.report.render import Cell, Table
 from bfm.units import format_count
 
 _HEADINGS = {"joint": "Joint law", "batch": "Critical batch size", "agreement": "Agreement of loss and ranking"}
@@ -36,48 +36,70 @@ _PUBLISHED = {
 _MOST_NOTES = 6
 
 
-def opening(laws: Sequence[Fitted]) -> str:
-    """One sentence per axis, and how the rows came to be."""
-    said = [f"<p><b>{escape(about)}:</b> {escape(text)}</p>" for about, text in _said(laws)]
-    rows = [rows_text(found.fit) for found in laws[:1] if found.fit is not None]
-    return "".join([*said, *[paragraph(text, "muted") for text in rows]])
+@dataclass(frozen=True)
+class Answer:
+    """What the runs say of one question by some metrics."""
+
+    question: str
+    metrics: str
+    text: str
 
 
-def law_parts(laws: Sequence[Fitted]) -> str:
-    """Every law with its tables, what differs between metrics, warnings, and why some were not fitted."""
-    tables = {"joint": _joint_tables, "batch": _batch_table, "agreement": _agreement_table}
-    parts = []
-    for law, heading in _HEADINGS.items():
-        fits, refused = _fits(laws, law), _refused(laws, law)
-        parts += [f"<h3>{escape(heading)}</h3>"] if fits or refused else []
-        parts += [tables[law](fits), paragraph(differences_text(fits)), _notes(fits)] if fits else []
-        parts += [paragraph(f"Not fitted for {metrics}: {reason}.", "muted") for reason, metrics in refused.items()]
-    return "".join(parts)
+@dataclass(frozen=True)
+class LawPart:
+    """A law in full: its tables, what differs between metrics, what to doubt, and why some metrics have no fit."""
+
+    heading: str
+    tables: Sequence[Table]
+    remarks: Sequence[str]
 
 
-def headline_table(axes: Sequence[tuple[str, Sequence[Fitted]]]) -> str:
-    """One line per chapter and question: what a recipe takes from it, or why it says nothing."""
-    lines: list[list[Cell | str]] = []
-    for name, laws in axes:
-        said = _said(laws)
-        for law, heading in _HEADINGS.items():
-            said += [(heading, f"not fitted for {names}: {why}") for why, names in _refused(laws, law).items()]
-        lines += [[name, Cell(about, kind="text"), Cell(text, kind="wrap")] for about, text in said]
-    return table(["sweeps of", "question", "what the runs say"], lines)
-
-
-def _said(laws: Sequence[Fitted]) -> list[Said]:
-    """What the first metric's fits say in words, and of axes what further metrics say."""
+def answers(laws: Sequence[Fitted]) -> list[Answer]:
+    """One sentence per axis and metric, those of an axis together; metrics that say the same stand in one."""
     said = []
-    for law in _HEADINGS:
-        fits = _fits(laws, law)
-        others = {axis_words(name).heading: by_metric(fits, name) for name in _axes(fits)}
-        for fit in list(fits.values())[:1]:
-            said += [(about, f"{text} {others.get(about, '')}".strip()) for about, text in sentences(fit)]
+    for law, heading in _HEADINGS.items():
+        by_question: dict[str, dict[str, list[str]]] = {}
+        for metric, fit in _fits(laws, law).items():
+            for question, text in sentences(fit):
+                by_question.setdefault(question, {}).setdefault(text, []).append(metric)
+        said += [
+            Answer(question, ", ".join(metrics), text)
+            for question, by_text in by_question.items()
+            for text, metrics in by_text.items()
+        ]
+        said += [Answer(heading, names, f"not fitted: {why}.") for why, names in _refused(laws, law).items()]
     return said
 
 
-def _joint_tables(fits: Mapping[str, LawFit]) -> str:
+def answer_table(chapters: Sequence[tuple[str, Sequence[Fitted]]]) -> Table:
+    """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing."""
+    lines: list[list[Cell | str]] = [
+        [name, Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text"), Cell(answer.text, kind="wrap")]
+        for name, laws in chapters
+        for answer in answers(laws)
+    ]
+    return Table("What the runs say", ["sweeps of", "question", "by", "answer"], lines)
+
+
+def rows_note(laws: Sequence[Fitted]) -> str:
+    """How the rows came to be, and which noise was found in them."""
+    return next((rows_text(found.fit) for found in laws if found.fit is not None), "")
+
+
+def law_parts(laws: Sequence[Fitted]) -> list[LawPart]:
+    """Every law that was asked for."""
+    tables = {"joint": _joint_tables, "batch": _batch_tables, "agreement": _agreement_tables}
+    parts = []
+    for law, heading in _HEADINGS.items():
+        fits, refused = _fits(laws, law), _refused(laws, law)
+        remarks = [differences_text(fits), *_notes(fits)] if fits else []
+        remarks += [f"Not fitted for {metrics}: {reason}." for reason, metrics in refused.items()]
+        if fits or refused:
+            parts.append(LawPart(heading, tables[law](fits) if fits else [], [*filter(None, remarks)]))
+    return parts
+
+
+def _joint_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     """A table per axis, exponents and optima; then what else was fitted. A column per metric, one of published."""
     tables, shown = [], set()
     for name in _axes(fits):
@@ -86,13 +108,13 @@ def _joint_tables(fits: Mapping[str, LawFit]) -> str:
         lines = [_parameter_line(fits, exponent) for exponent in exponents]
         lines += _optimum_lines(fits, words.optimum, words.text)
         lines += _optimum_lines(fits, "D/N", "{:.3g}".format) if sizes else []
-        tables.append(table([words.heading, *fits, _PAPER], lines))
+        tables.append(Table(words.heading, ["", *fits, _PAPER], lines))
         shown |= set(exponents)
     # Coefficients are optima at C = 1, which no one trains at.
     names = union(fit.parameters for fit in fits.values())
     rest = [name for name in names if name not in shown and not name.endswith("coefficient")]
     lines = [*(_parameter_line(fits, name) for name in rest), ["runs", *(str(fit.runs) for fit in fits.values()), ""]]
-    return "".join([*tables, table(["Parameters", *fits, _PAPER], lines)])
+    return [*tables, Table("Parameters", ["", *fits, _PAPER], lines)]
 
 
 def _parameter_line(fits: Mapping[str, LawFit], name: str) -> list[Cell | str]:
@@ -123,7 +145,7 @@ def _optima(budget: BudgetOptimum) -> dict[str, Estimate]:
     return {**budget.optima, "D/N": Estimate(data.estimate / size.estimate, *ends)}
 
 
-def _batch_table(fits: Mapping[str, LawFit]) -> str:
+def _batch_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     """Critical batches of each size by both definitions, and their exponents in N."""
     lines: list[list[Cell | str]] = []
     for key, words in CRITICAL.items():
@@ -138,10 +160,10 @@ def _batch_table(fits: Mapping[str, LawFit]) -> str:
     lines += [_parameter_line(fits, name) for name in ("cbs_exponent", "gain_halving_exponent")]
     lines.append(["runs", *(str(fit.runs) for fit in fits.values()), ""])
     note = "B in events (target positions) per step; a sequence of the paper holds 256. Its definition is not ours."
-    return table(["", *fits, _PAPER], lines) + paragraph(note, "muted")
+    return [Table("Critical batch", ["", *fits, _PAPER], lines, note)]
 
 
-def _agreement_table(fits: Mapping[str, LawFit]) -> str:
+def _agreement_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     """Spearman of the loss with each ranking metric at each C, and the change per factor 10 in C."""
     (fit,) = fits.values()
     metrics = ranked_metrics(fit)
@@ -153,21 +175,22 @@ def _agreement_table(fits: Mapping[str, LawFit]) -> str:
     trends = [_cell(fit.parameters[f"trend[{metric}]"], "{:+.2f}".format) for metric in metrics]
     lines.append(["change of Fisher's z per factor 10 in C", *trends])
     lines.append([_PAPER, *[_published("agreement", metric) for metric in metrics]])
-    return table(["", *[f"{fit.metric} with {metric}" for metric in metrics]], lines)
+    heads = ["", *[f"{fit.metric} with {metric}" for metric in metrics]]
+    return [Table("Spearman correlation of the loss with ranking metrics", heads, lines)]
 
 
 def _cell(value: Estimate | None, text: Callable[[float], str] = "{:.3g}".format, remark: str = "") -> Cell:
     return Cell("-" if value is None else estimate_text(value, text), remark)
 
 
-def _notes(fits: Mapping[str, LawFit]) -> str:
+def _notes(fits: Mapping[str, LawFit]) -> list[str]:
     """What to doubt, each doubt once."""
     doubts = {metric: [*fit.warnings, outliers_text(fit)] for metric, fit in fits.items()}
     said = by_reason((metric, doubt) for metric, found in doubts.items() for doubt in found if doubt)
     shown = [f"{metrics}: {text}" for text, metrics in said.items()]
     if more := shown[_MOST_NOTES:]:
         shown[_MOST_NOTES:] = [f"and {len(more)} more; bfm fit tells all"]
-    return "".join(paragraph(text, "muted") for text in shown)
+    return shown
 
 
 def _fits(laws: Sequence[Fitted], law: str) -> dict[str, LawFit]:

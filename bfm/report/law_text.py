@@ -11,8 +11,7 @@ from bfm.laws.compare import differences
 from bfm.laws.result import LawFit
 from bfm.report.digits import estimate_text
 from bfm.report.law_words import rows_text, sentences
-from bfm.report.tables import ruled
-from bfm.units import format_flops
+from bfm.units import format_flops, ruled
 
 _SHOWN = 5
 

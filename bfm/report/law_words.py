@@ -152,16 +152,6 @@ def agreement(fit: LawFit) -> str:
     return f"{'; '.join(said)}."
 
 
-def by_metric(fits: Mapping[str, LawFit], name: str) -> str:
-    """What the metrics after the first say of an axis; empty where there is none."""
-    metrics: dict[str, list[str]] = {}
-    for metric, fit in list(fits.items())[1:]:
-        told = told_optima(fit, name)
-        metrics.setdefault(_best(axis_words(name), told) if told else "not told", []).append(metric)
-    said = "; by ".join(f"{', '.join(names)} {best}" for best, names in metrics.items())
-    return f"By {said}." if said else ""
-
-
 def rows_text(fit: LawFit) -> str:
     """How the rows came to be, and which noise was found in them."""
     found = [f"{name.capitalize()}: {fit.definitions[name]}." for name in ("rows", "noise") if name in fit.definitions]

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bfm.report.digits import value_text
-from bfm.report.style import power_text
-from bfm.report.template import Cell, paragraph, table
+from bfm.report.digits import power_text, value_text
+from bfm.report.render import Cell, Table
 from bfm.sweep.recipe.verdicts import calibration_text
 
 
-def recipe_part(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str, Any]]) -> str:
+def recipe_table(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str, Any]]) -> Table:
     """Every prediction that was trained (ledger records), and that of recipe.json: predicted, measured, inside."""
     shown = list(checks)
     if recipe and not any(_same(recipe, check) for check in checks):
@@ -28,16 +27,18 @@ def recipe_part(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str, 
         ]
         lines.append(
             [
-                Cell(power_text(float(one["flops"]))),
-                Cell(str(one["metric"])),
+                power_text(float(one["flops"])),
+                str(one["metric"]),
                 Cell(f"{one['predicted']['estimate']:.4g}"),
                 Cell(f"[{ends[0]}, {ends[1]}]"),
                 Cell("-" if measured is None else value_text(measured, math.nan if error is None else error)),
                 verdict,
             ]
         )
-    held = paragraph(f"{calibration_text(checks)}.", "muted") if checks else ""
-    return table(["C", "metric", "predicted", "95 % interval", "measured", ""], lines) + held
+    held = f"{calibration_text(checks)}." if checks else ""
+    return Table(
+        "Recipe: predicted and measured", ["C", "metric", "predicted", "95 % interval", "measured", ""], lines, held
+    )
 
 
 def _same(recipe: Mapping[str, Any], check: Mapping[str, Any]) -> bool:

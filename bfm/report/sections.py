@@ -1,10 +1,11 @@
-"""The written parts of the report page: rows, state, baselines and provenance in, pieces of HTML out."""
+"""The written parts of the report page: rows, state, baselines and provenance in, tables and facts out."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,32 +18,27 @@ from bfm.laws.frontier import (
     by_rung,
     frontiers,
     goal_of,
-    metric_error,
     metric_names,
-    metric_value,
-    no_answers,
     rung_ladder,
     rung_rows,
 )
-from bfm.report.digits import UNPAIRED, gap_text, value_text
-from bfm.report.figures import varied_fields
-from bfm.report.floors import Baselines, against_strongest, shown_name, strongest, sweep_verdict
-from bfm.report.style import power_text
+from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
+from bfm.report.floors import Baselines, against_strongest, against_words, shown_name, strongest, sweep_verdict
+from bfm.report.render import Cell, Facts, Table
+from bfm.report.sweep_data import Column, engine_text, varied_choices, varied_fields
 from bfm.report.tables import (
-    behind_text,
     change_text,
     failed_rows,
     lost_tasks,
     point_text,
     trials_in_order,
 )
-from bfm.report.template import Cell, escape, facts, paragraph, table
 from bfm.sweep.state import SweepState
-from bfm.units import format_count, format_seconds
+from bfm.units import format_count
 
 _NAMED = 3
 """So many rows within error are named."""
-_DEFINITIONS = (
+DEFINITIONS = (
     (
         "C",
         "training FLOPs (forward and backward) on the path that made a result: matmuls as the reference implementation "
@@ -80,7 +76,20 @@ _DEFINITIONS = (
 )
 
 
-def lede(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare = no_answers) -> str:
+@dataclass(frozen=True)
+class Card:
+    """A number that the page opens with."""
+
+    name: str
+    value: str
+    note: str
+    floor: str = ""
+    side: str = ""
+    """gain above the strongest floor, loss below it."""
+    share: float | None = None
+
+
+def lede(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
     best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
     return f"{_headline(rows, state)} {sweep_verdict(best, baselines, compare)}".strip()
@@ -97,158 +106,148 @@ def _headline(rows: Sequence[Row], state: SweepState) -> str:
     text = f"{_plural(len(trials), 'trial')} with {_plural(len(results), 'result')} on a ladder of C = {steps} FLOPs"
     if sizes:
         text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
-    fields = varied_fields(rows)
+    fields = [*varied_fields(rows), *varied_choices(rows)]
     if fields:
         text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
     return f"{text}."
 
 
-def cards(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare = no_answers) -> str:
+def cards(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare) -> list[Card]:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric, points in frontiers(rows).items():
         if points:
             best = points[-1]
             size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
-            notes = f"{size}{escape(best.row['trial'])} at C = {power_text(float(best.row['rung_flops']))}"
-            value = value_text(best.value, best.error).split(" ")[0]
             error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
-            found.append(
-                f'<div class="card"><div class="name">{escape(metric)}</div><div class="value">{escape(value)}</div>'
-                f'<div class="note">{error}{notes}<br>{_beside_floor(best.row, metric, baselines, compare)}</div></div>'
-            )
+            note = f"{error}{size}{best.row['trial']} at C = {power_text(float(best.row['rung_flops']))}"
+            floor = against_strongest(best.row, metric, baselines, compare)
+            side = "" if floor is None else {"above": "gain", "below": "loss"}.get(floor.side, "")
+            words = against_words(best.row, metric, baselines, compare)
+            value = value_text(best.value, best.error).split(" ")[0]
+            found.append(Card(metric, value, note, words, side))
     spent, cap = state.spent_flops, state.cap_flops
     if spent:
         share = min(spent / cap, 1.0) if cap else 1.0
         under = f"{spent / cap:.0%} of the cap of {power_text(cap)} FLOPs" if cap else "FLOPs of training, no cap"
-        found.append(
-            f'<div class="card"><div class="name">spent</div><div class="value">{power_text(spent)}</div>'
-            f'<div class="meter"><span style="width:{share:.1%}"></span></div><div class="note">{under}</div></div>'
-        )
-    return f'<div class="cards">{"".join(found)}</div>' if found else ""
+        found.append(Card("spent", power_text(spent), under, share=share))
+    return found
 
 
-def best_table(rows: Sequence[Row], compare: Compare = no_answers) -> str:
-    """Best so far per rung and metric, what it brings against the rung below, who holds it and who is within error."""
-    told = frontiers(rows, compare)
-    metrics = list(told)
-    points = {metric: {point.flops: point for point in told[metric]} for metric in metrics}
+def best_table(results: Results, baselines: Baselines, compare: Compare) -> Table:
+    """Best so far per rung and metric beside the strongest floor, what it brings against the rung below, who holds it
+    and who is within error."""
+    told = results.frontiers(compare)
+    points = {metric: {point.flops: point for point in told[metric]} for metric in told}
     lines: list[list[Cell | str]] = []
-    for flops, here in by_rung(rows).items():
-        line: list[Cell | str] = [Cell(power_text(flops)), Cell(str(len(here)))]
-        for metric in metrics:
+    for flops, here in results.by_rung.items():
+        line: list[Cell | str] = [power_text(flops), str(len(here))]
+        for metric in told:
             point = points[metric].get(flops)
-            line.append(Cell(point_text(point), "" if point is None else _point_remark(point)))
+            remark = "" if point is None else _point_remark(point, metric, baselines, compare)
+            line.append(Cell(point_text(point), remark))
         lines.append(line)
-    heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in metrics]]
+    if baselines and told:
+        floors = [strongest(baselines, metric) for metric in told]
+        cells = [Cell("-") if floor is None else Cell(value_text(floor[1]), floor[0]) for floor in floors]
+        lines.append(["strongest floor", "", *cells])
     note = (
         "A star: reached at a lower rung already. Within error: within two standard errors of the difference. "
         f"Differences are on the same queries, query by query ({UNPAIRED})."
     )
-    return table(heads, lines) + paragraph(note, "muted") if lines and metrics else ""
+    heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in told]]
+    return Table("The best value of each metric with at most C in one trial", heads, lines if told else [], note)
 
 
-def _point_remark(point: FrontierPoint) -> str:
+def _point_remark(point: FrontierPoint, metric: str, baselines: Baselines, compare: Compare) -> str:
     size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
     change = f"{change_text(point)} against the rung below" if point.change is not None else ""
     names = [str(row["trial"]) + ("" if gap.paired else "~") for row, gap in point.rivals]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     rivals = f"within error: {', '.join(names[:_NAMED])}{more}" if names else ""
-    return "; ".join(part for part in (str(point.row["trial"]), size, change, rivals) if part)
+    floor = against_strongest(point.row, metric, baselines, compare)
+    beside = "" if floor is None or point.carried else f"{gap_text(floor.gap)} to {floor.floor}"
+    return "; ".join(part for part in (str(point.row["trial"]), size, change, beside, rivals) if part)
 
 
-def trial_table(rows: Sequence[Row], compare: Compare = no_answers, *, every_row: bool = False) -> str:
-    """Trials at their highest rung, or every rung row, each against the best of its rung; heads sort."""
-    results, fields = Results(rows), [field for field in varied_fields(rows) if field != "embedder_share"]
-    shown = rung_rows(rows) if every_row else trials_in_order(results)
-    best = {metric: points[-1].row for metric, points in results.frontiers().items() if points}
-    metrics, bests = results.metrics, {metric: results.bests(metric) for metric in results.metrics}
-    lines: list[list[Cell | str]] = []
-    for row in shown:
-        status = str(row.get("status", "ok"))
-        line: list[Cell | str] = [
-            Cell(str(row["trial"])),
-            Cell(status, kind="" if status == "ok" else "bad"),
-            _numeric(row.get("rung_flops"), power_text),
-            _numeric(row.get("params"), format_count),
-            _numeric(row.get("embedder_share"), lambda share: f"{share:.2%}"),
-        ]
-        for metric in metrics:
-            value = metric_value(row, metric)
-            kind = "best" if best.get(metric) is row else ""
-            behind = behind_text(row, bests[metric].get(row["rung_flops"]), metric, compare)
-            line.append(Cell(value_text(value, metric_error(row, metric)), behind, value=value, kind=kind))
-        config = row.get("config") or {}
-        line += [_numeric(config.get(field), lambda value: f"{value:.4g}") for field in fields]
-        line += [
-            _numeric(row.get("events"), format_count),
-            _numeric(_ratio(row.get("events"), row.get("params")), lambda value: f"{value:.3g}"),
-            _numeric(row.get("epochs"), lambda value: f"{value:.2f}"),
-            _numeric(row.get("batch_events"), format_count),
-            _numeric(row.get("steps"), format_count),
-            _numeric(row.get("train_s"), format_seconds),
-            Cell(_engine(row)),
-        ]
-        lines.append(line)
-    heads = ["trial", "status", "C", "N", "s", *metrics, *[field.replace("_", " ") for field in fields]]
-    return table([*heads, "D", "D/N", "epochs", "B", "steps", "training", "engine"], lines, sortable=True)
+def trial_table(results: Results, columns: Sequence[Column]) -> Table:
+    """Trials at their highest rung, each against the best of its rung; heads sort."""
+    places = {id(row): place for place, row in enumerate(rung_rows(results.rows))}
+    shown = [places[id(row)] for row in trials_in_order(results)]
+    lines = [[column.cells[place] for column in columns] for place in shown]
+    note = "A head sorts. Under a value: its difference from the best of its rung, on the same queries."
+    return Table("Trials at their highest rung", [column.name for column in columns], lines, note, sortable=True)
 
 
-def baseline_table(rows: Sequence[Row], baselines: Baselines) -> str:
+def baseline_table(rows: Sequence[Row], baselines: Baselines) -> Table:
     """The floors without a model, on the same queries, the strongest marked, with the sweep's best beside them."""
     metrics = metric_names(rows) or sorted({metric for values in baselines.values() for metric in values})
-    if not baselines:
-        return ""
     best_floors = {metric: strongest(baselines, metric) for metric in metrics}
 
     def cell(name: str, metric: str, value: float) -> Cell:
         floor = best_floors[metric]
         return Cell(value_text(value), kind="best" if floor is not None and floor[0] == name else "")
 
-    lines = [
-        [Cell(name), *[cell(name, metric, values.get(metric, math.nan)) for metric in metrics]]
+    lines: list[list[Cell | str]] = [
+        [name, *[cell(name, metric, values.get(metric, math.nan)) for metric in metrics]]
         for name, values in ((shown_name(floor), values) for floor, values in baselines.items())
     ]
     best = {metric: points[-1] for metric, points in frontiers(rows).items() if points}
-    lines.append([Cell("best of the sweep"), *[Cell(point_text(best.get(metric))) for metric in metrics]])
-    return table(["", *metrics], lines)
+    if lines:
+        lines.append(["best of the sweep", *[Cell(point_text(best.get(metric))) for metric in metrics]])
+    return Table("What counting reaches without training", ["floor", *metrics], lines, "On the same queries.")
 
 
-def failures_part(rows: Sequence[Row], state: SweepState) -> str:
-    """Divergences, lost tasks and refused proposals, each with its reason."""
+def spend_table(rows: Sequence[Row], state: SweepState) -> Table:
+    """FLOPs per rung, diverged and lost work, and what is left under the cap."""
+    entries = []
+    for flops, here in by_rung(rows).items():
+        finished = [row for row in here if row.get("status", "ok") == "ok"]
+        entries.append((f"rung {power_text(flops)}", _plural(len(finished), "result"), sum(map(_spent, finished))))
+    if failed := failed_rows(rows):
+        entries.append(("without a result", str(len(failed)), sum(map(_spent, failed))))
+    in_rows = sum(spent for _, _, spent in entries)
+    spent_all, cap = float(state.spent_flops or in_rows), float(state.cap_flops or 0.0)
+    if spent_all - in_rows > 1e-3 * max(spent_all, 1.0):
+        entries.append(("lost, redone, probes", "", spent_all - in_rows))
+    if cap > spent_all:
+        entries.append(("left under the cap", "", cap - spent_all))
+    total = cap or spent_all or 1.0
+    lines: list[list[Cell | str]] = [
+        [what, count, power_text(flops), Cell(f"{flops / total:.0%}", value=flops / total, kind="bar")]
+        for what, count, flops in entries
+    ]
+    note = "Training FLOPs. Lost and redone work counts against the cap; evaluation does not."
+    share = "share of the cap" if cap else "share"
+    return Table("Where the FLOPs went", ["what", "results", "FLOPs", share], lines, note)
+
+
+def failure_table(rows: Sequence[Row], state: SweepState) -> Table:
+    """Divergences and lost tasks, each with its reason."""
     lines: list[list[Cell | str]] = [
         [
-            Cell(str(row["trial"])),
-            _numeric(row.get("rung_flops"), power_text),
+            str(row["trial"]),
+            Cell(power_text(float(row.get("rung_flops") or 0))),
             Cell(str(row["status"]), kind="text bad"),
             Cell(f"at C = {power_text(float(row.get('path_flops') or 0))}; {_settings(row)}", kind="wrap"),
         ]
         for row in failed_rows(rows)
     ]
     lines += [
-        [
-            Cell(trial),
-            Cell(f"rung {rung}"),
-            Cell("lost", kind="text bad"),
-            Cell(reason, kind="wrap"),
-        ]
+        [trial, f"rung {rung}", Cell("lost", kind="text bad"), Cell(reason, kind="wrap")]
         for trial, rung, reason in lost_tasks(state)
     ]
-    refused = [[Cell(str(reason)), Cell(str(count))] for reason, count in state.rejected.items()]
-    parts = [table(["trial", "C", "what", "detail"], lines)]
-    if refused:
-        parts += ["<h3>Proposals refused before they cost anything</h3>", table(["reason", "count"], refused)]
-    return "".join(parts) or paragraph("Nothing diverged, nothing was lost, nothing was refused.")
+    return Table("Divergences and lost tasks", ["trial", "C", "what", "detail"], lines)
 
 
-def data_part(extra: Mapping[str, Any], scored: int | None = None) -> str:
-    """What the sweep was trained on, and measured with: the first `scored` validation queries (None: all)."""
-    manifest, protocol = extra.get("manifest"), extra.get("protocol")
-    events = f"<h3>Events</h3>{facts(_events(manifest))}" if manifest else ""
-    return events + (f"<h3>Evaluation protocol</h3>{facts(_rules(protocol, scored))}" if protocol else "")
+def refusal_table(state: SweepState) -> Table:
+    """Proposals that never ran, by reason."""
+    lines = [[str(reason), str(count)] for reason, count in state.rejected.items()]
+    return Table("Proposals refused before they cost anything", ["reason", "count"], lines)
 
 
-def _events(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
+def event_facts(manifest: Mapping[str, Any]) -> Facts:
+    """What the sweep was trained on."""
     bad_rows = "; ".join(f"{count} {reason}" for reason, count in manifest["rows_quarantined"].items() if count)
     counts = {
         "users": "users",
@@ -269,7 +268,8 @@ def _events(manifest: Mapping[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _rules(protocol: Mapping[str, Any], scored: int | None) -> list[tuple[str, object]]:
+def protocol_facts(protocol: Mapping[str, Any], scored: int | None) -> Facts:
+    """What it was measured with: the first `scored` validation queries (None: all)."""
     parts = protocol["parts"].items()
     return [
         *((f"{name} queries", _queries(part, scored if name == "validation" else None)) for name, part in parts),
@@ -280,45 +280,17 @@ def _rules(protocol: Mapping[str, Any], scored: int | None) -> list[tuple[str, o
     ]
 
 
-def provenance_part(rows: Sequence[Row], extra: Mapping[str, Any]) -> str:
+def provenance_facts(rows: Sequence[Row], extra: Mapping[str, Any]) -> Facts:
     """Which code, data and machine made the rows; several values of one thing are shown with their counts."""
     names = ("code_version", "flops_version", "protocol_hash", "shards_hash", "device", "dtype", "threads")
     pairs: list[tuple[str, object]] = [(name.replace("_", " "), _tally(rows, name)) for name in names]
-    pairs.append(("engines", _counted(Counter(_engine(row) for row in rung_rows(rows)))))
+    pairs.append(("engines", _counted(Counter(engine_text(row) for row in rung_rows(rows)))))
     pairs += [(str(name), value) for name, value in (extra.get("provenance") or {}).items()]
-    return facts(pairs)
+    return pairs
 
 
-def definitions_part() -> str:
-    """The words of the page."""
-    return facts([(word, meaning) for word, meaning in _DEFINITIONS])
-
-
-def _beside_floor(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
-    found = against_strongest(row, metric, baselines, compare)
-    if found is None:
-        return ""
-    kind = {"above": ' class="gain"', "below": ' class="loss"'}.get(found.side, "")
-    amount = f"{gap_text(found.gap)} to {found.reference:.3g}"
-    return f"<span{kind}>{found.side} the strongest floor, {escape(found.floor)}: {escape(amount)}</span>"
-
-
-def _numeric(value: object, text: Any) -> Cell:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return Cell("-", value=math.nan)
-    return Cell(text(float(value)), value=float(value))
-
-
-def _ratio(upper: object, lower: object) -> float:
-    numbers = isinstance(upper, (int, float)) and isinstance(lower, (int, float))
-    return upper / lower if numbers and lower else math.nan  # type: ignore[operator]
-
-
-def _engine(row: Row) -> str:
-    name = row.get("engine") or "-"
-    if name == "zero" and row.get("zero_stage") is not None:
-        name = f"ZeRO-{row['zero_stage']}"
-    return f"{name}, {_plural(int(row.get('workers') or 1), 'worker')}"
+def _spent(row: Row) -> float:
+    return float(row.get("task_flops") or 0.0)
 
 
 def _settings(row: Row) -> str:

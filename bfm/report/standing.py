@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from bfm.report.tables import ruled
 from bfm.sweep.state import SweepState
-from bfm.units import format_count, format_flops, format_seconds
+from bfm.units import format_count, format_flops, format_seconds, ruled
 
 if TYPE_CHECKING:
     from bfm.report.sweep_view import SweepView

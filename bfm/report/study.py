@@ -7,7 +7,7 @@ Enters: the folder or URI of a study (bfm.sweep.study) or of one sweep. Leaves: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,11 @@ from bfm.laws.fitting import LAWS
 from bfm.laws.frontier import Row, metric_names
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted, sweep_laws
-from bfm.report.law_sections import headline_table, law_parts, opening
-from bfm.report.page import shown_figure
-from bfm.report.recipe_section import recipe_part
-from bfm.report.style import svg_text
+from bfm.report.law_sections import answer_table, law_parts, rows_note
+from bfm.report.recipe_section import recipe_table
+from bfm.report.render import render
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
-from bfm.report.template import escape, page, paragraph, section
 from bfm.sweep.study import by_axis, joined, read_sweeps
 
 
@@ -72,56 +70,36 @@ def chapters(sweeps: Sequence[SweepView]) -> list[Chapter]:
     return [Chapter((group[0].axis or group[0].folder).replace("_", " "), tuple(group)) for group in by_axis(sweeps)]
 
 
-def publish_study(location: str, *, overview: bool = False) -> list[str]:
+def publish_study(location: str) -> list[str]:
     """Write the reports of a study's sweeps and its own page; returns the locations of files, its page first."""
     sweeps, store = read_study(location), Store(location)
-    files = [file for sweep in sweeps if sweep.has_begun for file in publish_report(sweep, overview=overview)]
+    files = [file for sweep in sweeps if sweep.has_begun for file in publish_report(sweep)]
     folder = store.child("report")
-    drawn: dict[str, bytes] = {}
-    html = study_html(store.uri.rsplit("/", 1)[-1], sweeps, drawn, read_recipe(store))
-    for name, data in [*drawn.items(), ("index.html", html.encode())]:
-        folder.put(name, data)
-    return [f"{folder.uri}/index.html", *[f"{folder.uri}/{name}" for name in drawn], *files]
+    folder.put("index.html", study_html(store.uri.rsplit("/", 1)[-1], sweeps, read_recipe(store)).encode())
+    return [f"{folder.uri}/index.html", *files]
 
 
-def study_html(
-    name: str, sweeps: Sequence[SweepView], drawn: dict[str, bytes], recipe: Mapping[str, Any] | None = None
-) -> str:
-    """The study's page; its figures' SVG files are added to `drawn`."""
+def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any] | None = None) -> str:
+    """The study's page: every answer in one table, then a chapter per axis."""
     checks = [check for sweep in sweeps for check in sweep.state.checks]
     told = chapters(sweeps)
-    parts = [
-        section("summary", "All laws", headline_table([(chapter.title, chapter.laws) for chapter in told])),
-        section("recipe", "Recipe: predicted and measured", recipe_part(recipe, checks)),
+    figures = [
+        [replace(figure, name=f"chapter-{place}-{figure.name}") for figure in law_figures(chapter.laws)]
+        for place, chapter in enumerate(told)
     ]
-    for place, chapter in enumerate(told):
-        parts.append(section(f"chapter-{place}", chapter.title.capitalize(), _chapter_part(chapter, place, drawn)))
     begun, results = sum(sweep.has_begun for sweep in sweeps), sum(len(sweep.state.arrivals) for sweep in sweeps)
-    lede = f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together."
-    links = "".join(f'<a href="#chapter-{place}">{escape(chapter.title)}</a>' for place, chapter in enumerate(told))
-    head = (
-        f'<header><p class="eyebrow">bfm report: study</p><h1>{escape(name)}</h1>{paragraph(lede, "lede")}'
-        f'<nav><a href="#summary">All laws</a>{links}</nav></header>'
+    parts = [
+        {"chapter": chapter, "figures": drawn, "laws": law_parts(chapter.laws), "rows_note": rows_note(chapter.laws)}
+        for chapter, drawn in zip(told, figures, strict=True)
+    ]
+    return render(
+        "study.html",
+        f"{name}: scaling laws",
+        [figure for of_chapter in figures for figure in of_chapter],
+        None,
+        name=name,
+        lede=f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together.",
+        answers=answer_table([(chapter.title, chapter.laws) for chapter in told]),
+        recipe=recipe_table(recipe, checks),
+        chapters=parts,
     )
-    foot = "<footer>Intervals are 95 %. The rows behind each law are in its sweeps' report/runs.parquet.</footer>"
-    return page(f"{name}: scaling laws", "\n".join([head, *parts, foot]))
-
-
-def _chapter_part(chapter: Chapter, place: int, drawn: dict[str, bytes]) -> str:
-    parts = [*[_about(sweep) for sweep in chapter.sweeps], opening(chapter.laws)]
-    for figure in law_figures(chapter.laws):
-        unique = f"{place}-{figure.name}"
-        text = svg_text(figure.figure)
-        drawn[f"figures/{unique}.svg"] = text.encode()
-        parts.append(shown_figure(figure, text, f"chapter-{unique}"))
-    return "".join([*parts, law_parts(chapter.laws)])
-
-
-def _about(sweep: SweepView) -> str:
-    """One line with a link to the sweep's own report."""
-    if not sweep.has_begun:
-        return paragraph(f"{sweep.folder}: not begun.", "muted")
-    trials = len({str(row["trial"]) for row in sweep.rows})
-    state = "finished" if sweep.state.finished else "unfinished"
-    link = f'<a href="../{escape(sweep.folder)}/report/index.html">{escape(sweep.folder)}</a>'
-    return f"<p>{link}: axis {escape(sweep.axis or 'none')}, {trials} trials, {state}.</p>"

@@ -17,12 +17,10 @@ from bfm.sweep.state import SweepState
 from bfm.sweep.status import spec_of
 
 
-def publish_report(view: SweepView, *, overview: bool = False) -> list[str]:
+def publish_report(view: SweepView) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
     shown = {**_data(view.state), "recipe": read_recipe(view.store)}
-    files = render_report(
-        view.rows, view.state, view.floors, shown, laws=view.laws, compare=view.compare, overview=overview
-    )
+    files = render_report(view.rows, view.state, view.floors, shown, laws=view.laws, compare=view.compare)
     folder = view.store.child("report")
     for name, data in files.items():
         folder.put(name, data)

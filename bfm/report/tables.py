@@ -23,7 +23,7 @@ from bfm.laws.frontier import (
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
 from bfm.sweep.state import SweepState
-from bfm.units import aligned, format_count, format_flops, format_seconds
+from bfm.units import format_count, format_flops, format_seconds, ruled
 
 _MARKS = (
     ("*", "* reached at a lower rung"),
@@ -216,12 +216,6 @@ def _more_text(point: FrontierPoint | None) -> str:
     if point is None or not point.rivals:
         return ""
     return f"{len(point.rivals)} more" + ("" if all(gap.paired for _, gap in point.rivals) else "~")
-
-
-def ruled(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left, with a rule below the heads."""
-    head, *body = aligned([heads, *lines], left=1)
-    return "\n".join([head, "-" * len(head), *body])
 
 
 def _tight(cell: str) -> str:

@@ -19,12 +19,12 @@ from bfm.events.encoding import Encoding, write_items
 from bfm.events.histories import Histories
 from bfm.events.protocol import Protocol, QueryTable, query_targets
 from bfm.files import Store
+from bfm.predictions import predict_log, summary_text
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import summarise
 from bfm.ranking.predictor import DTYPES, EXPORT, Predictor
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
-from bfm.report.predictions import predict_log, summary_text
 from bfm.training.export import export_checkpoint
 from tests.helpers import history_of, user_keys
 from tests.ranking.shop import CONFIG, SCHEMA, make_shop

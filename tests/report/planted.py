@@ -59,6 +59,18 @@ def fake_row(trial: int, rung: int, config: dict[str, Any], rng: np.random.Gener
     }  # fmt: skip
 
 
+def large_sweep(num_trials: int = 600, num_rungs: int = 5) -> dict[str, Any]:
+    """Every trial at every rung."""
+    rng, rows = np.random.default_rng(0), []
+    for trial in range(num_trials):
+        config = {"params": float(10 ** rng.uniform(3.7, 6.3)), "embedder_share": float(10 ** rng.uniform(-2.2, -0.7))}
+        config |= {"learning_rate": float(10 ** rng.uniform(-3.1, -1.8)), "copy": ("pointer", "none")[trial % 2]}
+        for rung in range(num_rungs):
+            row = fake_row(trial, min(rung, 2), config, rng)
+            rows.append(row | {"rung": rung, "rung_flops": RUNGS[0] * 4**rung})
+    return {"rows": rows, "state": state_of(rows), "baselines": planted_sweep(4)["baselines"]}
+
+
 def compare(row: dict[str, Any], other: dict[str, Any], metric: str) -> Gap:
     """As if the queries had been stored: errors of differences are a tenth of what they are unpaired."""
     apart = unpaired(row, other, metric)

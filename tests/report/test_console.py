@@ -7,9 +7,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from bfm.laws.frontier import Results
-from bfm.report import crowding
 from bfm.report.console import Display, Leaders, memorising_words, step_words, validation_text
-from bfm.sweep import machine
+from bfm.sweep import crowding, machine
 from bfm.sweep.state import SweepState
 from tests.report.planted import VALIDATION
 

@@ -11,7 +11,7 @@ import pytest
 from bfm.laws.fitting import fit_law, runs_of_sweep
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.report.law_text import law_text
-from bfm.report.law_words import axis_sentence, by_metric, rows_text, sentences
+from bfm.report.law_words import axis_sentence, rows_text, sentences
 from tests.report import planted_laws as planted
 
 OPEN = Estimate(math.nan, 0.0, math.inf)
@@ -103,12 +103,6 @@ def test_one_budget_tells_an_optimum_and_no_law():
     one = law([grown(1e7)], Estimate(math.nan, -math.inf, math.inf))
     said = "best at 10M [9M, 11M] at C = 1e10; how it moves with C is not told: bracket it at more budgets, further"
     assert axis_sentence(one, "params").startswith(said)
-
-
-def test_further_metrics_stand_together_where_they_say_the_same():
-    fits = {"nll": law([grown(1e7)]), "a": law([grown(2e7)]), "b": law([grown(2e7)]), "c": law([None])}
-    assert by_metric(fits, "params") == "By a, b best at 20M [18M, 22M] at C = 1e10; by c not told."
-    assert by_metric({"nll": law([grown(1e7)])}, "params") == ""
 
 
 def test_sizes_that_do_not_differ_ask_nothing():

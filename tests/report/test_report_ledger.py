@@ -34,7 +34,7 @@ def test_the_page_follows_the_ledger():
     assert state.cap_flops == 10**13
     assert lost_tasks(state) == [(rows[2]["trial"], rows[2]["rung"], "killed, 1e+11 FLOPs charged")]
     html = render_report(state.all_rows(), state, {}, {})["index.html"].decode()
-    assert "<h1>mini</h1>" in html
+    assert "<h1><bdi>mini</bdi></h1>" in html
     assert "unfinished sweep" in html
     assert "fewer than 100 steps" in html
     assert "killed, 1e+11 FLOPs charged" in html

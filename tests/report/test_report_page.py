@@ -1,13 +1,13 @@
-"""Figures and the page: whole, self-contained, escaped, and unbroken by few or bad rows."""
+"""The page of a sweep: whole, self-contained, escaped, and unbroken by few or bad rows."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,8 +18,10 @@ from bfm.events.manifest import Manifest
 from bfm.events.repeats import rule_facts
 from bfm.files import Store
 from bfm.laws.frontier import Results, frontier
-from bfm.report import figures, style
+from bfm.report.digits import power_text
 from bfm.report.page import render_report
+from bfm.report.plots import log_ticks, plain, short, value_window
+from bfm.report.sweep_data import varied_choices, varied_fields
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, trials_in_order
@@ -54,7 +56,7 @@ class Balanced(HTMLParser):
         for name, value in attributes:
             if name == "id":
                 self.ids.append(value)
-            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:image/png")):
+            if name in ("src", "href", "xlink:href") and not value.startswith("#"):
                 self.fetched.append(value)
 
 
@@ -65,27 +67,50 @@ def parsed(html: str) -> Balanced:
     return parser
 
 
+def data_of(html: str) -> dict:
+    """What the page's figures are drawn from."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
 def rendered(sweep, extra=None) -> str:
     return render_report(sweep["rows"], sweep["state"], sweep["baselines"], extra or {})["index.html"].decode()
 
 
 def test_report_of_a_sweep_is_whole_and_self_contained(sweep):
     files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {})
-    assert list(files)[-1] == "index.html"
+    assert list(files) == ["runs.parquet", "index.html"]
     html = files["index.html"].decode()
     page = parsed(html)
     assert page.fetched == []
-    assert not re.search(r"@import|url\((?!#)", html)
     assert len(page.ids) == len(set(page.ids))
-    for reference in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html):
-        assert (reference[0] or reference[1]) in page.ids
-    for anchor in ("best", "frontier", "curves", "isoflop", "settings", "agreement", "spend", "trials", "failures"):
-        assert anchor in page.ids
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(page.ids)
+    order = ["best", "frontier", "results", "curves", "scatter", "trials", "baselines", "failures", "provenance"]
+    assert [name for name in page.ids if name in order] == order
     assert pq.read_table(io.BytesIO(files["runs.parquet"])).num_rows == len(sweep["rows"])
-    for figure in ("frontier", "curves", "isoflop", "settings", "agreement", "spend"):
-        ElementTree.fromstring(files[f"figures/{figure}.svg"])
     # Every trial has its line.
-    assert all(f"<td>t{trial:03d}</td>" in html for trial in range(24))
+    assert all(f"<bdi>t{trial:03d}</bdi></th>" in html for trial in range(24))
+
+
+def test_figures_are_drawn_from_what_the_rows_hold(sweep):
+    told = data_of(
+        render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, compare=compare)["index.html"].decode()
+    )["sweep"]
+    columns = {column["name"]: column for column in told["columns"]}
+    assert columns["nll"]["value"] == [row["metrics"].get("nll") for row in sweep["rows"]]
+    assert columns["N"]["text"][0] == format_count(sweep["rows"][0]["params"])
+    assert sum(told["failed"]) == 2
+    for metric, facts in told["metrics"].items():
+        points = frontier(sweep["rows"], metric)
+        assert [point["value"] for point in facts["frontier"]] == [point.value for point in points]
+        assert [sweep["rows"][point["row"]] for point in facts["frontier"]] == [point.row for point in points]
+        low, high = facts["axis"]["range"]
+        assert all(low < point["value"] < high for point in facts["frontier"])
+    assert told["metrics"]["nll"]["frontier"][1]["change"].startswith("-")
+    assert "above the strongest floor, popularity 8.91: -" in told["metrics"]["nll"]["said"]
+    assert {floor["name"] for floor in told["metrics"]["recall@10"]["floors"]} == {
+        short("popularity"),
+        short("co-occurrence"),
+    }
 
 
 def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
@@ -96,8 +121,8 @@ def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
     lede = html[html.index('class="lede"') :][:900]
     assert "The best of the sweep is BELOW the strongest floor in nll (" in lede
     assert "personal 0.9) and above it in ndcg@10 (" in lede
-    assert "below the strongest floor, personal: " in html
-    assert "above the strongest floor, co-occurrence: " in html
+    assert re.search(r'<div class="note loss">below the strongest floor, personal 1: \+', html)
+    assert re.search(r'<div class="note gain">above the strongest floor, co-occurrence 0.071: \+', html)
 
 
 def test_the_page_tells_differences_on_the_same_queries(sweep):
@@ -107,7 +132,8 @@ def test_the_page_tells_differences_on_the_same_queries(sweep):
     remark = (
         f"{point.row['trial']}; N {format_count(point.row['params'])}; {change:+.4f} \u00b1 {error:.4f} against the"
     )
-    assert f"<small>{remark} rung below; within error: {point.rivals[0][0]['trial']}" in html
+    assert f"<small>{remark} rung below; {point.value - 8.91:.4g} to popularity; within error: t" in html
+    assert "<bdi>strongest floor</bdi>" in html
     second = trials_in_order(Results(sweep["rows"]))[1]
     assert f"<small>{behind_text(second, point.row, 'nll', compare)}</small>" in html
     assert "~</small>" not in html
@@ -137,8 +163,10 @@ def test_everything_from_outside_is_escaped():
     html = rendered(sweep, extra)
     assert "inside baskets, reported apart" in html
     assert "<script>alert" not in html
-    assert html.count("<script>") == 1
+    assert html.count("<script") == 3, "the data, the library, ours"
     parsed(html)
+    assert evil in data_of(html)["sweep"]["columns"][0]["text"]
+    assert evil not in json.dumps(data_of(html)["sweep"]["label"])
 
 
 def test_pages_of_few_and_bad_rows():
@@ -184,24 +212,19 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     assert page.read_bytes() == before
 
 
-def test_overview_is_a_picture(sweep):
-    data = figures.overview_png(sweep["rows"], sweep["baselines"])
-    assert data.startswith(b"\x89PNG")
-
-
-def test_figure_colours_follow_the_page_theme_but_not_in_files(sweep):
-    figure = figures.isoflop_figure(sweep["rows"], ["nll"])
-    text = style.svg_text(figure)
-    inline = style.inline_svg(text, "isoflop", 'a "quoted" <caption>')
-    assert style.INK not in inline
-    assert "var(--ink)" in inline
-    assert "&quot;quoted&quot; &lt;caption>" in inline
-    assert "var(" not in text
-    ElementTree.parse(io.BytesIO(inline.encode()))
-
-
 def test_varied_fields_are_the_swept_numbers(sweep):
-    assert figures.varied_fields(sweep["rows"]) == ["embedder_share", "groups_per_step", "learning_rate"]
+    assert varied_fields(sweep["rows"]) == ["embedder_share", "groups_per_step", "learning_rate"]
+    for place, row in enumerate(sweep["rows"]):
+        row["config"] = {
+            **row["config"],
+            "copy": ("pointer", "none")[place % 2],
+            "tied": bool(place % 2),
+            "kind": "mlp",
+        }
+    assert varied_choices(sweep["rows"]) == ["copy", "tied"]
+    (told,) = (column for column in data_of(rendered(sweep))["sweep"]["columns"] if column["name"] == "copy")
+    assert told["value"][:2] == [1.0, 0.0]
+    assert told["axis"]["ticktext"] == ["\u2068none\u2069", "\u2068pointer\u2069"]
 
 
 @pytest.mark.parametrize(
@@ -215,4 +238,29 @@ def test_varied_fields_are_the_swept_numbers(sweep):
     ],
 )
 def test_powers_read_well(value, text):
-    assert style.power_text(value) == text
+    assert power_text(value) == text
+
+
+def test_text_for_plotly_is_plain_and_short():
+    assert plain("<b>&") == "&lt;b&gt;&amp;"
+    assert short("t" * 300) == f"\u2068{'t' * 35}\u2026{'t' * 12}\u2069"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (8e3, 3e6, [1e4, 1e5, 1e6]),
+        (20, 400, [30, 100, 300]),
+        (1.1, 1.6, [1.5]),
+        (1e3, 1e21, [10**k for k in range(3, 22, 3)]),
+    ],
+)
+def test_ticks_of_log_axes_are_few_and_round(low, high, ticks):
+    assert log_ticks(low, high) == ticks
+
+
+def test_a_run_that_nearly_diverged_does_not_flatten_the_picture():
+    window = value_window([6.0, 6.1, 6.2, 6.3, 60.0], "nll", references=[6.6, 9.0])
+    assert 5.9 < window.ends[0] < 6.0
+    assert 6.6 < window.edges[1] < window.ends[1] < 7.0
+    assert value_window([0.2, 0.21], "recall@10", references=[0.12]).ends[0] < 0.12

@@ -15,12 +15,12 @@ from bfm.report.tables import (
     evaluation_text,
     failures_text,
     frontier_text,
-    ruled,
     spend_text,
     trials_in_order,
     trials_text,
 )
 from bfm.sweep.state import SweepState
+from bfm.units import ruled
 from tests.report.planted import compare
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from bfm.report.loss_check import METHODS, check_losses, losses_text
+from bfm.objective.loss_check import METHODS, check_losses, losses_text
 
 
 def test_every_implementation_agrees_or_says_why_it_cannot_run():
@@ -30,7 +30,7 @@ def test_every_implementation_agrees_or_says_why_it_cannot_run():
 def test_the_dense_table_takes_more_memory_than_tiles_of_it():
     # A fresh process: one that has held large arrays lends what it kept of them.
     code = (
-        "import json; from bfm.report.loss_check import check_losses;"
+        "import json; from bfm.objective.loss_check import check_losses;"
         "print(json.dumps([row.as_dict() for row in check_losses(num_queries=64, num_candidates=200_000, width=16)]))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

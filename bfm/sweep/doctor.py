@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from bfm.report.crowding import crowding
-from bfm.report.matmul_peak import matmul_peak
+from bfm.model.matmul_peak import matmul_peak
+from bfm.sweep.crowding import crowding
 from bfm.sweep.machine import Machine
 from bfm.units import GIB, format_flops
 

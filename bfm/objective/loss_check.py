@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bfm.model.matmul_peak import timed_s
 from bfm.objective.frozen import DealtItems
 from bfm.objective.fused import fused_available
 from bfm.objective.softmax import choose_method, log_sum
-from bfm.report.matmul_peak import timed_s
-from bfm.report.tables import ruled
+from bfm.units import ruled
 
 # The dense table last: what a process has once held it may keep, and would lend to those after it.
 METHODS = ("one_pass", "two_pass", "triton", "sharded", "reference")

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from bfm.report.matmul_peak import matmul_peak
+from bfm.model.matmul_peak import matmul_peak
 
 
 def test_peak_is_measured_once_and_quickly():

@@ -1,0 +1,273 @@
+"""What the figures and tables of a sweep's results are made of: ledger rows in, a column per thing told of them out.
+
+The page holds every result once, as columns of texts and numbers; the browser draws the figures from them by the metric
+and the colour that a person chooses (templates/page.js), and lists them. R rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bfm.laws.frontier import (
+    Compare,
+    FrontierPoint,
+    Results,
+    Row,
+    by_rung,
+    goal_of,
+    metric_error,
+    metric_value,
+    rung_ladder,
+    rung_rows,
+)
+from bfm.report.digits import power_text, value_text
+from bfm.report.floors import Baselines, against_words, shown_name
+from bfm.report.plots import (
+    RUNG_SCALE,
+    SIZE_SCALE,
+    Window,
+    linear_axis,
+    log_axis,
+    rung_axis,
+    rung_colours,
+    short,
+    value_window,
+    with_goal,
+)
+from bfm.report.render import Cell
+from bfm.report.tables import behind_text, change_text
+from bfm.units import format_count, format_seconds
+
+_LOG_FROM = 4.0
+"""Positive numbers that spread by this factor stand on a log axis."""
+_FAN = 0.3
+_LINE = 90
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing told of every row: a cell each, and the axis that its numbers stand on; None: no axis."""
+
+    name: str
+    cells: Sequence[Cell]
+    axis: Mapping[str, Any] | None = None
+
+    @property
+    def values(self) -> list[float]:
+        """NaN where a row has none."""
+        return [math.nan if cell.value is None else cell.value for cell in self.cells]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        told: dict[str, Any] = {"name": self.name, "text": [cell.text for cell in self.cells]}
+        if any(cell.value is not None for cell in self.cells):
+            told["value"] = self.values
+        if any(cell.remark for cell in self.cells):
+            told["remark"] = [cell.remark for cell in self.cells]
+        return told | ({} if self.axis is None else {"axis": self.axis})
+
+
+def columns_of(results: Results, compare: Compare) -> list[Column]:
+    """What is told of each rung row; a metric's value stands above its difference from the best of its rung."""
+    rows = rung_rows(results.rows)
+    fields = [name for name in varied_fields(rows) if name != "embedder_share"]
+    status = [str(row.get("status", "ok")) for row in rows]
+    columns = [
+        Column("trial", [Cell(str(row["trial"])) for row in rows]),
+        Column("status", [Cell(one, kind="" if one == "ok" else "bad") for one in status]),
+        _numbers("C", [row.get("rung_flops") for row in rows], power_text),
+        _numbers("N", [row.get("params") for row in rows], format_count),
+        _numbers("s", [row.get("embedder_share") for row in rows], "{:.2%}".format),
+        *[_metric(results, rows, metric, compare) for metric in results.metrics],
+        *[_numbers(_words(name), [_config(row, name) for row in rows], "{:.4g}".format) for name in fields],
+        *[_choices(name, rows) for name in varied_choices(rows)],
+        _numbers("D", [row.get("events") for row in rows], format_count),
+        _numbers("D/N", [_ratio(row.get("events"), row.get("params")) for row in rows], "{:.3g}".format),
+        _numbers("epochs", [row.get("epochs") for row in rows], "{:.2f}".format),
+        _numbers("B", [row.get("batch_events") for row in rows], format_count),
+        _numbers("steps", [row.get("steps") for row in rows], format_count),
+        _numbers("training", [row.get("train_s") for row in rows], format_seconds),
+        Column("engine", [Cell(engine_text(row)) for row in rows]),
+    ]
+    # A setting may be called as one of ours is.
+    names = [column.name for column in columns]
+    return [
+        replace(column, name=f"{column.name} (setting)") if column.name in names[:place] else column
+        for place, column in enumerate(columns)
+    ]
+
+
+def sweep_data(
+    results: Results, columns: Sequence[Column], baselines: Baselines, compare: Compare
+) -> dict[str, Any] | None:
+    """What the page's script draws the figures of results from; None where nothing has a value."""
+    told = {metric: points for metric, points in results.frontiers(compare).items() if points}
+    if not told:
+        return None
+    rows, rungs = rung_rows(results.rows), rung_ladder(results.rows)
+    trials = {trial: place for place, trial in enumerate(dict.fromkeys(str(row["trial"]) for row in rows))}
+    places = {id(row): place for place, row in enumerate(rows)}
+    return {
+        "columns": [column.as_dict() for column in columns],
+        "trial": [trials[str(row["trial"])] for row in rows],
+        "label": [short(row["trial"]) for row in rows],
+        "flops": [float(row["rung_flops"]) for row in rows],
+        "fanned": _fanned(rows, rungs),
+        "failed": [row.get("status", "ok") != "ok" for row in rows],
+        "rungs": {"axis": rung_axis(rungs), "flops": rungs, "colours": list(rung_colours(rungs).values())},
+        "scales": {"size": SIZE_SCALE, "rung": RUNG_SCALE},
+        "metrics": {
+            metric: _metric_facts(results, metric, points, places, baselines, compare)
+            for metric, points in told.items()
+        },
+    }
+
+
+def _metric_facts(
+    results: Results,
+    metric: str,
+    points: Sequence[FrontierPoint],
+    places: Mapping[int, int],
+    baselines: Baselines,
+    compare: Compare,
+) -> dict[str, Any]:
+    """The frontier of a metric, its floors, the best of each rung, and the axis that shows them."""
+    floors = [(shown_name(name), values[metric]) for name, values in baselines.items() if metric in values]
+    floors = [entry for entry in floors if math.isfinite(entry[1])]
+    window = _window(results, metric, points, [value for _, value in floors])
+    low, high = window.ends
+    return {
+        "label": short(metric),
+        "goal": goal_of(metric),
+        "axis": linear_axis(with_goal(metric), low, high),
+        "edges": window.edges,
+        "said": frontier_sentence(metric, points, baselines, compare),
+        "floors": [{"name": short(name), "value": value, "near": low <= value <= high} for name, value in floors],
+        "frontier": [
+            {
+                "flops": point.flops,
+                "value": point.value,
+                "bar": 2 * point.error,
+                "row": places[id(point.row)],
+                "carried": point.carried,
+                "change": change_text(point),
+                "floor": short(against_words(point.row, metric, baselines, compare), _LINE),
+            }
+            for point in points
+        ],
+        "bests": [
+            {"row": places[id(row)], "bar": 2 * metric_error(row, metric)} for row in results.bests(metric).values()
+        ],
+    }
+
+
+def frontier_sentence(metric: str, points: Sequence[FrontierPoint], baselines: Baselines, compare: Compare) -> str:
+    """The best value of a metric, who has it, and how it stands beside the strongest floor."""
+    best = points[-1]
+    size = f", N {format_count(best.row['params'])}" if best.row.get("params") else ""
+    at = f"{best.row['trial']}{size}, at C = {power_text(float(best.row['rung_flops']))}"
+    floor = against_words(best.row, metric, baselines, compare)
+    return f"Best {metric}: {value_text(best.value, best.error)} ({at})" + (f", {floor}." if floor else ".")
+
+
+def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floors: Sequence[float]) -> Window:
+    values = [metric_value(row, metric) for here in results.finished.values() for row in here]
+    reach = [point.value + side * 2 * point.error for point in points for side in (-1, 1)]
+    return value_window([value for value in values if math.isfinite(value)], metric, reach, floors)
+
+
+def varied_fields(rows: Sequence[Row]) -> list[str]:
+    """Numbers of the configuration, other than N, that take at least two values over the rung rows."""
+    values: dict[str, set[float]] = {}
+    for row in rung_rows(rows):
+        for field, value in (row.get("config") or {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                values.setdefault(field, set()).add(float(value))
+    return [field for field, found in sorted(values.items()) if len(found) > 1 and field != "params"]
+
+
+def varied_choices(rows: Sequence[Row]) -> list[str]:
+    """Settings that are no numbers and take at least two values over the rung rows."""
+    values: dict[str, set[str]] = {}
+    for row in rung_rows(rows):
+        for field, value in (row.get("config") or {}).items():
+            if isinstance(value, (bool, str)):
+                values.setdefault(field, set()).add(str(value))
+    return [field for field, found in sorted(values.items()) if len(found) > 1]
+
+
+def engine_text(row: Row) -> str:
+    """Which engine trained a row, on how many workers."""
+    name = row.get("engine") or "-"
+    if name == "zero" and row.get("zero_stage") is not None:
+        name = f"ZeRO-{row['zero_stage']}"
+    workers = int(row.get("workers") or 1)
+    return f"{name}, {workers} worker{'s' if workers > 1 else ''}"
+
+
+def _metric(results: Results, rows: Sequence[Row], metric: str, compare: Compare) -> Column:
+    bests = results.bests(metric)
+    cells = []
+    for row in rows:
+        value, behind = metric_value(row, metric), behind_text(row, bests.get(row["rung_flops"]), metric, compare)
+        kind = "best" if behind == "best" else ""
+        cells.append(Cell(value_text(value, metric_error(row, metric)), behind, value=value, kind=kind))
+    known = [cell.value for cell in cells if cell.value is not None and math.isfinite(cell.value)]
+    window = value_window(known, metric) if known else None
+    return Column(metric, cells, None if window is None else linear_axis(with_goal(metric), *window.ends))
+
+
+def _numbers(name: str, values: Sequence[object], text: Callable[[float], str]) -> Column:
+    numbers = [float(value) if isinstance(value, (int, float)) else math.nan for value in values]
+    cells = [Cell(text(number) if math.isfinite(number) else "-", value=number) for number in numbers]
+    known = sorted({number for number in numbers if math.isfinite(number)})
+    if len(known) < 2:
+        return Column(name, cells)
+    low, high = known[0], known[-1]
+    if low > 0 and high >= _LOG_FROM * low:
+        axis = log_axis(name, low, high, text)
+    else:
+        axis = linear_axis(name, low - 0.06 * (high - low), high + 0.06 * (high - low))
+    few = {"tickvals": known, "ticktext": [text(number) for number in known]} if len(known) <= 5 else {}
+    return Column(name, cells, axis | few)
+
+
+def _choices(name: str, rows: Sequence[Row]) -> Column:
+    """Values by their place in the alphabet, which name the ticks."""
+    texts = [str(_config(row, name)) for row in rows]
+    names = sorted(set(texts))
+    axis = linear_axis(_words(name), -0.5, len(names) - 0.5)
+    cells = [Cell(text, value=float(names.index(text)), kind="text") for text in texts]
+    return Column(_words(name), cells, axis | {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]})
+
+
+def _fanned(rows: Sequence[Row], rungs: Sequence[float]) -> list[float]:
+    """C of the dots: the rung, a little to the left for its small N and to the right for its large, so that none
+    hides."""
+    width = _FAN * math.log10(min((high / low for low, high in itertools.pairwise(rungs)), default=1.4))
+    sizes = {flops: [row["params"] for row in here if row.get("params")] for flops, here in by_rung(rows).items()}
+    ends = {flops: (min(known), max(known)) for flops, known in sizes.items() if known}
+
+    def share(row: Row) -> float:
+        low, high = ends.get(row["rung_flops"], (1, 1))
+        return math.log(row["params"] / low) / math.log(high / low) - 0.5 if row.get("params") and high > low else 0.0
+
+    return [row["rung_flops"] * 10 ** (width * share(row)) for row in rows]
+
+
+def _config(row: Row, name: str) -> object:
+    value = (row.get("config") or {}).get(name)
+    return str(value) if isinstance(value, bool) else value
+
+
+def _words(field: str) -> str:
+    return field.replace("_", " ")
+
+
+def _ratio(upper: object, lower: object) -> float:
+    numbers = isinstance(upper, (int, float)) and isinstance(lower, (int, float))
+    return upper / lower if numbers and lower else math.nan  # type: ignore[operator]
