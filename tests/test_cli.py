@@ -146,7 +146,7 @@ def test_describe_reads_what_stands(bfm, toy_shards):
         (("sweep", "TMP/missing.yaml"), "missing.yaml"),
         (("status", "TMP"), "there is no sweep here"),
         (("report", "TMP"), "there is no sweep here"),
-        (("schema", "nothing"), "one of log, space"),
+        (("schema", "nothing"), "one of log, space, train"),
         (
             ("train", "TMP/bad.yaml", "--shards", "SHARDS", "--flops", "1e8", "--out", "TMP/run"),
             "did you mean `params`",

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-MEASURE_S = 10.0
-
 
 @app.command()
 def init(
@@ -72,7 +70,7 @@ def _speed(shards: Shards) -> float:
     import torch
 
     from bfm.training.config import TrainConfig, log_defaults
-    from bfm.training.single import measure_speed
+    from bfm.training.single import MEASURE_S, measure_speed
 
     torch.set_num_threads(1)
     decided = log_defaults((), False, shards.history_length)

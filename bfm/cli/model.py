@@ -7,11 +7,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bfm.cli.common import Json, ShardsOption, number, parse_ks, seed, show, whole
+from bfm.errors import UserError
+from bfm.units import format_flops
+
+if TYPE_CHECKING:
+    from bfm.events.shards import Shards
+    from bfm.training.config import TrainConfig
 
 app = typer.Typer()
 
@@ -22,8 +28,11 @@ def train(
         Path, typer.Argument(help="YAML of one configuration (params, embedder_share, learning_rate, ...).")
     ],
     shards: ShardsOption,
-    flops: Annotated[float, number("C: model training FLOPs, e.g. 1e12.", above=True)],
     out: Annotated[str, typer.Option("--out", help="Folder or URI for checkpoints and TensorBoard.")],
+    flops: Annotated[float | None, number("C: model training FLOPs, e.g. 1e12.", above=True)] = None,
+    minutes: Annotated[
+        float | None, number("The same as minutes of training with one worker here, which is measured.", above=True)
+    ] = None,
     seed: Annotated[int, seed()] = 0,
     queries: Annotated[int | None, whole("Validation queries to score (default: all).", 1)] = None,
     workers: Annotated[int, whole("More than one: Ray Train with DeepSpeed ZeRO.", 1)] = 1,
@@ -42,6 +51,8 @@ def train(
     """Train one configuration to a FLOP budget; run again with more FLOPs and it goes on from where it was.
 
     The weights of the validation with the lowest nll stay in trials/run/checkpoints/best of the folder.
+
+    bfm train search_spaces/train.yaml --shards shards --minutes 5 --out run
     """
     import torch
 
@@ -63,6 +74,11 @@ def train(
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
     tier = tier_of_options(workers, zero_stage, gpus, micro_groups, softmax)
     peak = matmul_peak("cuda" if gpus and torch.cuda.is_available() else "cpu")
+    if (flops is None) == (minutes is None) or (minutes is not None and workers > 1):
+        fix = "give --flops 1e12, or, of one worker, --minutes 5"
+        raise UserError("how long to train is told by one of two options", key="--flops", fix=fix)
+    if flops is None:
+        flops = _flops_in(60 * (minutes or 0.0), checked, opened)
     if workers == 1 or not os.environ.get("RAY_ADDRESS"):
         check_config(checked, opened, tier, flops, peak)
     Store(out).check_writable()
@@ -98,6 +114,15 @@ def train(
     show(row, as_json, lambda row: _row_text(row, shards, queries, out))
     if row["status"] != "ok":
         raise SystemExit(1)
+
+
+def _flops_in(training_s: float, config: TrainConfig, shards: Shards) -> float:
+    """What one worker trains in so many seconds on this machine."""
+    from bfm.training.single import MEASURE_S, measure_speed
+
+    speed = measure_speed(config, shards, min(MEASURE_S, training_s))
+    print(f"{format_flops(speed)} FLOP/s: {format_flops(speed * training_s)} FLOPs", file=sys.stderr)
+    return speed * training_s
 
 
 def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, Any]:

@@ -159,12 +159,12 @@ def export_optuna(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="log or space.")]) -> None:
-    """The JSON schema of a log's schema YAML or of a search space, for editors."""
+def schema(kind: Annotated[str, typer.Argument(help="log, space or train.")]) -> None:
+    """The JSON schema of a log's schema YAML, of a search space or of one configuration, for editors."""
     from bfm.events.schema import EventSchema
-    from bfm.sweep.spec import json_schema
+    from bfm.sweep.spec import config_schema, json_schema
 
-    schemas = {"log": EventSchema.model_json_schema, "space": json_schema}
+    schemas = {"log": EventSchema.model_json_schema, "space": json_schema, "train": config_schema}
     if kind not in schemas:
-        raise UserError(f"no schema {kind!r}", key="KIND", fix="one of log, space")
+        raise UserError(f"no schema {kind!r}", key="KIND", fix=f"one of {', '.join(schemas)}")
     print(json.dumps(schemas[kind](), indent=1))

@@ -6,7 +6,12 @@ fault and fix. Nothing here opens data or starts Ray; whether the space is feasi
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from bfm.sweep.metric import known
 from bfm.sweep.parameters import check_finite
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.words import SPACE
+from bfm.training.config import TrainConfig
 from bfm.training.schedule import MIN_STEPS
 from bfm.units import format_flops
 from bfm.yaml import load_yaml, parse_yaml, validate
@@ -54,6 +60,36 @@ def check_name(name: str, key: str) -> None:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of the file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(SweepSpec).json_schema()}
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of one configuration's file, as `bfm train` takes it."""
+    words = _docstrings(TrainConfig)
+    properties = {}
+    for option in dataclasses.fields(TrainConfig):
+        told = dict(option.metadata["schema"])
+        if option.default is None:
+            told["type"] = [*told["type"], "null"]
+        properties[option.name] = {**told, **({"description": words[option.name]} if option.name in words else {})}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "bfm train",
+        "type": "object",
+        "properties": properties,
+        "required": ["params"],
+        "additionalProperties": False,
+    }
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """Name -> the text that stands under a field of a class."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    found = {}
+    for field, below in itertools.pairwise(ast.iter_child_nodes(definition)):
+        told = below.value if isinstance(below, ast.Expr) else None
+        if isinstance(field, ast.AnnAssign) and isinstance(told, ast.Constant):
+            found[ast.unparse(field.target)] = " ".join(str(told.value).split())
+    return found
 
 
 def _check_names(spec: SweepSpec) -> None:

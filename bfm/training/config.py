@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from bfm.model.sizing import Shape
 
 
-Metadata = Mapping[str, Callable[[object, str], Any]]
-"""Of a field: how its value is checked, `check(value, key)`."""
+Metadata = Mapping[str, Any]
+"""Of a field: how its value is checked, `check(value, key)`, and how that reads as a JSON schema (`schema`)."""
 
 
 def _number(low: float, high: float = math.inf, *, low_open: bool = False, high_open: bool = False) -> Metadata:
@@ -37,7 +37,9 @@ def _number(low: float, high: float = math.inf, *, low_open: bool = False, high_
             raise UserError(f"{value!r} is out of range", key=key, fix=f"must be {left}{right}")
         return number
 
-    return {"check": check}
+    bounds = {"exclusiveMinimum" if low_open else "minimum": low}
+    bounds |= {} if math.isinf(high) else {"exclusiveMaximum" if high_open else "maximum": high}
+    return {"check": check, "schema": {"type": ["number", "string"], **bounds}}
 
 
 def _count(low: int, high: int, *, even: bool = False) -> Metadata:
@@ -49,7 +51,7 @@ def _count(low: int, high: int, *, even: bool = False) -> Metadata:
             raise UserError(f"{value!r} is odd", key=key, fix="take an even number: 32, 64, 128, ...")
         return number
 
-    return {"check": check}
+    return {"check": check, "schema": {"type": ["integer", "string"], "minimum": low, "maximum": high}}
 
 
 def _choice(*allowed: str) -> Metadata:
@@ -58,7 +60,7 @@ def _choice(*allowed: str) -> Metadata:
             raise UserError(f"{value!r} is no choice", key=key, fix=f"write {' or '.join(allowed)}")
         return str(value)
 
-    return {"check": check}
+    return {"check": check, "schema": {"enum": list(allowed)}}
 
 
 def _flag(value: object, key: str) -> bool:
@@ -134,7 +136,7 @@ class TrainConfig:
     """K: negatives drawn per group in stage 2, beside the group's own targets."""
     negatives_exponent: float = field(default=0.5, metadata=_number(0, 2))
     """Draws are proportional to popularity to this power."""
-    averaging: bool = field(default=False, metadata={"check": _flag})
+    averaging: bool = field(default=False, metadata={"check": _flag, "schema": {"type": "boolean"}})
     """Keep a running average of the trunk's weights (probes need it)."""
 
     def __post_init__(self) -> None:

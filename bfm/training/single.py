@@ -141,6 +141,10 @@ def _beside_floors(
     }
 
 
+MEASURE_S = 10.0
+"""Enough to tell a machine's speed to some percent."""
+
+
 def measure_speed(config: TrainConfig, shards: Shards, measure_s: float) -> float:
     """Training FLOP/s of one plain worker on this machine for a configuration, over about `measure_s` seconds."""
     trainer = Trainer(config, 0, TrainingData.of(shards), EngineFactory())

@@ -17,7 +17,7 @@ from bfm.errors import UserError
 from bfm.sweep.metric import METRICS, Constraint, Metric
 from bfm.sweep.parameters import RANGES, Parameter
 from bfm.sweep.settings import POLICIES, Scheduler
-from bfm.sweep.spec import from_dict, json_schema, resolve
+from bfm.sweep.spec import config_schema, from_dict, json_schema, resolve
 from bfm.sweep.tiers import Tier
 from bfm.sweep.words import CHOICES, KEYS, SPACE
 from bfm.training.config import TrainConfig
@@ -26,7 +26,8 @@ from bfm.training.words import SETTINGS
 from bfm.yaml import load_yaml
 from tests.sweep.world import make_spec
 
-QUICKSTART = Path(__file__).parents[2] / "search_spaces" / "quickstart.yaml"
+SPACES = Path(__file__).parents[2] / "search_spaces"
+QUICKSTART = SPACES / "quickstart.yaml"
 
 GOOD = """
 name: space
@@ -426,3 +427,17 @@ def test_probes_are_on_the_trunk_that_a_task_trains():
     assert spec.probes_between(0.2, 0, None) == (10**8, 8 * 10**8)
     assert spec.probes_between(0.2, 1, 0) == (9 * 10**8,)
     assert spec.probes_between(0.2, 2, 1) == (10**10,)
+
+
+def test_the_json_schema_of_a_configuration_knows_every_key_and_refuses_what_is_refused():
+    schema = config_schema()
+    jsonschema.validate(load_yaml(SPACES / "train.yaml"), schema)
+    for path in (SPACES / "stage1").glob("*.yaml"):
+        jsonschema.validate(load_yaml(path), schema)
+    assert "negative groups per optimizer step" in schema["properties"]["groups_per_step"]["description"]
+    wrong = ({"parms": 1e3}, {}, {"params": 0}, {"params": 1e3, "copy": "maybe"}, {"params": 1e3, "window": 1.5})
+    for values in wrong:
+        with pytest.raises(UserError):
+            TrainConfig.from_dict(values)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(values, schema)
