@@ -32,6 +32,7 @@ from bfm.laws.frontier import goal_of, metric_value
 from bfm.report.floors import shown_name
 from bfm.report.sweep_view import SweepView
 from bfm.sweep.parameters import Parameter, read_parameters
+from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState, Trial
 
 JOURNALS, DATABASES = (".journal", ".log"), (".db", ".sqlite", ".sqlite3")
@@ -98,8 +99,8 @@ def export_sweep(view: SweepView, storage: BaseStorage, metrics: Sequence[str]) 
 
 def own_metrics(state: SweepState) -> list[str]:
     """The metrics that the sweep has a frontier of, the one that selects first."""
-    metric = (state.spec or {}).get("metric", {})
-    return [metric["name"], *(other["name"] for other in metric.get("others") or ())]
+    metric = from_dict(state.spec or {}).metric
+    return [metric.name, *(other.name for other in metric.others)]
 
 
 def _export(view: SweepView, storage: BaseStorage, metric: str, axes: Axes) -> Exported:

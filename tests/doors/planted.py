@@ -21,7 +21,8 @@ def write_sweep(location: str, rows: list[Record], axis: str | None = None) -> s
     """A finished sweep of one row per trial; its name is its folder's."""
     store = Store(location)
     spec = {
-        "name": location.rsplit("/", 1)[-1], "axis": axis, "metric": {"name": "nll"}, "parameters": PARAMETERS,
+        "name": location.rsplit("/", 1)[-1], "axis": axis, "parameters": PARAMETERS,
+        "metric": {"name": "nll", "others": ["recall@10"]}, "data": {"shards": "shards"},
         "budget": {"ladder_flops": list(BUDGETS), "total_flops": 1e21},
     }  # fmt: skip
     records: list[Record] = [{"kind": "opened"}, {"kind": "spec", "spec": spec}]
