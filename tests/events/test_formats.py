@@ -111,7 +111,8 @@ def write_all(folder: Path, kind, rows):
     return extra | dict.fromkeys(("b.csv.gz", "wide.tsv", "plain.parquet", "odd.parquet"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 # A dozen preparations an example are too slow to shrink.
 @settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 @given(logs(), st.sampled_from([97, 1 << 24]))
