@@ -114,7 +114,7 @@ def write_all(folder: Path, kind, rows):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 # A dozen preparations an example are too slow to shrink.
-@settings(deadline=None, max_examples=8, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=4, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow])
 @given(logs(), st.sampled_from([97, 1 << 24]))
 def test_every_format_and_dialect_makes_the_same_shards_and_an_account_that_adds_up(log, block):
     kind, rows = log
