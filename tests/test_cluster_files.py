@@ -247,22 +247,25 @@ def test_the_builder_is_sent_what_it_copies_and_nothing_else() -> None:
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == sources_of_the_image()
     assert all((ROOT / source).exists() for source in sources_of_the_image())
-    assert not names_of_the_readme() & sources_of_the_image()
+    assert not names_of_the_documents() & sources_of_the_image()
 
 
-def names_of_the_readme() -> set[str]:
-    """The folders and files that the README's commands write data, runs, models and lists into."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
+def names_of_the_documents() -> set[str]:
+    """The folders and files that the documents' commands write data, runs, models and lists into."""
+    files = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(file.read_text() for file in files)
     written = re.findall(r"--(?:out|storage) ([a-z][\w/.]+)(?!:)\b", text) + re.findall(r"'(\w+)/\*", text)
     written += re.findall(r"^QUICKSTART \?= (\w+)", text, re.MULTILINE)
-    return {name.partition("/")[0] for name in written}
+    written += re.findall(r"bfm data synth (\w+)", text)
+    # Spaces and schemas are what a job is told.
+    return {name.partition("/")[0] for name in written if not name.endswith(".yaml")}
 
 
 def test_the_shipped_code_is_code(tmp_path) -> None:
     environment = load("runtime_env.yaml")
     assert set(environment) == {"excludes", "env_vars"}
     assert all(isinstance(value, str) for value in environment["env_vars"].values())
-    names = names_of_the_readme()
+    names = names_of_the_documents()
     assert names >= {"shards", "run", "runs", "model", "logs", "quickstart"}
     code = ["bfm/model/fields.py", "bfm/cli/run.py", "ray_jobs/sweep.py", "search_spaces/quickstart.yaml"]
     here = tmp_path / "here"

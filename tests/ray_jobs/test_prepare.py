@@ -6,7 +6,7 @@ import time
 import pytest
 import ray
 
-from bfm.errors import UserError
+from bfm.errors import PausedError, UserError
 from bfm.events import prepare
 from bfm.events.shards import Shards
 from bfm.files import Store
@@ -97,7 +97,7 @@ def test_a_full_disk_at_a_worker_is_said_and_leaves_nothing(shop, spread):
             (folder / "half").write_text("made")
             ray_prepare._over(folder, spread, write, [(number,) for number in range(40)])
 
-    with pytest.raises(UserError, match="no space left on the disk"):
+    with pytest.raises(PausedError, match="no space left on the disk"):
         fill()
     begun = len(list(shop.glob("begun-*")))
     assert begun < 20
