@@ -132,7 +132,7 @@ def shop(folder: Path) -> None:
     yaml = re.search(r"```yaml\n(# shop.yaml.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
     assert yaml is not None
     (folder / "shop.yaml").write_text(yaml.group(1))
-    (folder / "config.yaml").write_text("params: 1e3\nwindow: 64\ngroup_windows: 2\nd_item: 16\n")
+    (folder / "config.yaml").write_text("params: 1e3\nembedder_share: 0.15\nwindow: 64\ngroup_windows: 2\nd_item: 16\n")
 
 
 def run(bfm, words: list[str]) -> None:
