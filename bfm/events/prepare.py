@@ -38,6 +38,7 @@ from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
 from bfm.events.ties import Ties, count_ties
+from bfm.files import absolute
 
 PARTITION_ROWS = 1 << 18
 _SPREAD = "spread"
@@ -132,10 +133,11 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     """
     file = schema_path(schema)
     checked = load_schema(schema)
-    found = find_logs(checked, logs)
+    # On a cluster workers stand in folders of their own.
+    found = find_logs(checked, [absolute(log) for log in logs])
     item_table, present = None, list[str]()
     if checked.items is not None:
-        item_table = find_item_table(checked, file, found.paths)
+        item_table = absolute(find_item_table(checked, file, found.paths))
         present = source.table_columns(item_table, source.Columns(checked.items.key), checked.read)
         source.require_columns(checked.items.key, present, item_table)
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
