@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 from bfm.report.law_fits import sweep_laws
 from bfm.report.page import render_report
@@ -279,10 +280,9 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
     assert "\u202e" not in page.locator("main").inner_text(), "nothing turns the text around"
 
 
-def test_600_trials_at_5_rungs_open_in_two_seconds(visit, browser, tmp_path):
-    """Of work of the page's own process until its frontier stands: what other processes take is not the page's."""
-    file = tmp_path / "large.html"
-    file.write_text(page_of(large_sweep(), compare=compare))
+def opening(browser, file):
+    """Seconds of work of the page's own process until its frontier stands (a page without one: all of it), the least of
+    three: what other processes take is not the page's."""
     taken = []
     for _ in range(3):
         page = browser.new_page()
@@ -299,7 +299,21 @@ def test_600_trials_at_5_rungs_open_in_two_seconds(visit, browser, tmp_path):
         work = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
         taken.append(work["TaskDuration"] * first_ms / wall_ms)
         page.close()
-    print(f"opened in {min(taken):.2f} s of work")
+    return min(taken)
+
+
+def test_600_trials_at_5_rungs_open_in_two_seconds(visit, browser, tmp_path):
+    """Where the machine is quick enough to read the library alone in half of that."""
+    library, file = tmp_path / "library.html", tmp_path / "large.html"
+    ready = "document.documentElement.dataset.ready = 'all'"
+    library.write_text(
+        f"<!doctype html><html><body><script>{get_plotlyjs()}</script><script>{ready}</script></body></html>"
+    )
+    file.write_text(page_of(large_sweep(), compare=compare))
+    alone, taken = opening(browser, library), opening(browser, file)
+    print(f"opened in {taken:.2f} s of work, {alone:.2f} s of it the library's")
     if crowded := crowding():
-        pytest.skip(f"{crowded}; it took {min(taken):.2f} s of work")
-    assert min(taken) < OPEN_S
+        pytest.skip(f"{crowded}; it took {taken:.2f} s of work, the library alone {alone:.2f} s")
+    if alone > OPEN_S / 2:
+        pytest.skip(f"this machine takes {alone:.2f} s for the library alone; the page took {taken:.2f} s")
+    assert taken < OPEN_S
