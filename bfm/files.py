@@ -38,6 +38,11 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def checksum(data: bytes) -> dict[str, Any]:
+    """What tells later whether bytes are whole and unaltered."""
+    return {"sha256": sha256_bytes(data), "bytes": len(data)}
+
+
 def sha256_file(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """Hex digest of a file, read in pieces; `on_bytes` is told how many came with each."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))

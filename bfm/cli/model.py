@@ -69,14 +69,14 @@ def train(
     from bfm.training.single import TRIAL, train_single
     from bfm.yaml import load_yaml
 
+    if (flops is None) == (minutes is None) or (minutes is not None and workers > 1):
+        fix = "give --flops 1e12, or, of one worker, --minutes 5"
+        raise UserError("how long to train is told by one of two options", key="--flops", fix=fix)
     opened, values = Shards.open(shards), load_yaml(config)
     decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
     tier = tier_of_options(workers, zero_stage, gpus, micro_groups, softmax)
     peak = matmul_peak("cuda" if gpus and torch.cuda.is_available() else "cpu")
-    if (flops is None) == (minutes is None) or (minutes is not None and workers > 1):
-        fix = "give --flops 1e12, or, of one worker, --minutes 5"
-        raise UserError("how long to train is told by one of two options", key="--flops", fix=fix)
     if flops is None:
         flops = _flops_in(60 * (minutes or 0.0), checked, opened)
     if workers == 1 or not os.environ.get("RAY_ADDRESS"):

@@ -25,7 +25,8 @@ from bfm.laws.frontier import Row
 
 CLOSING_S = 30.0
 """A sweep that ends waits so long for rows that a tool has not taken yet."""
-_SIZES = {"N": "params", "s": "embedder_share", "D": "events", "C": "path_flops", "epochs": "epochs"}
+SIZES = {"N": "params", "s": "embedder_share", "D": "events", "C": "path_flops", "epochs": "epochs"}
+"""What people call it -> its name in a row."""
 _log = logging.getLogger(__name__)
 Log = Callable[[Row], None]
 
@@ -54,7 +55,7 @@ def values_of(row: Row) -> dict[str, float]:
     """A row's metrics with their standard errors, N, s, D, C and epochs: what of them is a finite number."""
     values = dict(row.get("metrics") or {})
     values |= {f"error/{metric}": error for metric, error in (row.get("errors") or {}).items()}
-    values |= {name: row.get(key) for name, key in _SIZES.items()}
+    values |= {name: row.get(key) for name, key in SIZES.items()}
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 

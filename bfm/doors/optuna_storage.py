@@ -27,13 +27,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from bfm.doors.loggers import SIZES
 from bfm.errors import UserError
 from bfm.laws.frontier import goal_of, metric_value
 from bfm.report.floors import shown_name
 from bfm.report.sweep_view import SweepView
 from bfm.sweep.parameters import Parameter, read_parameters
-from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState, Trial
+from bfm.sweep.status import spec_of
 
 JOURNALS, DATABASES = (".journal", ".log"), (".db", ".sqlite", ".sqlite3")
 Axes = dict[str, BaseDistribution]
@@ -99,8 +100,7 @@ def export_sweep(view: SweepView, storage: BaseStorage, metrics: Sequence[str]) 
 
 def own_metrics(state: SweepState) -> list[str]:
     """The metrics that the sweep has a frontier of, the one that selects first."""
-    metric = from_dict(state.spec or {}).metric
-    return [metric.name, *(other.name for other in metric.others)]
+    return [metric.name for metric in spec_of(state).metrics]
 
 
 def _export(view: SweepView, storage: BaseStorage, metric: str, axes: Axes) -> Exported:
@@ -180,8 +180,7 @@ def _sizes(trial: Trial) -> dict[str, Any]:
     if not trial.rows:
         return {"N": trial.params}
     row = trial.rows[max(trial.rows)]
-    named = {"N": "params", "s": "embedder_share", "D": "events", "epochs": "epochs", "C": "path_flops"}
-    return {name: row[key] for name, key in named.items() if row.get(key) is not None}
+    return {name: row[key] for name, key in SIZES.items() if row.get(key) is not None}
 
 
 def _leads_to(stored: FrozenTrial, wanted: FrozenTrial) -> bool:

@@ -40,8 +40,8 @@ _CONTEXT_TYPE = {
     "time": pa.int64(),
 }
 _RAW_SLICE_ROWS = 4096
-_CLOCK_MS = 315_532_800_000, 4_102_444_800_000
-"""1980 to 2100."""
+CLOCK_MS = 315_532_800_000, 4_102_444_800_000
+"""1980 to 2100: times outside are taken for something else."""
 _LOOKS_LIKE = (
     (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
     (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
@@ -181,7 +181,7 @@ def merged(ranges: Iterable[TimeRange]) -> TimeRange:
 
 def check_clock(guessed: TimeRange) -> None:
     """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
-    if guessed is None or (_CLOCK_MS[0] <= guessed[1] and guessed[0] <= _CLOCK_MS[1]):
+    if guessed is None or (CLOCK_MS[0] <= guessed[1] and guessed[0] <= CLOCK_MS[1]):
         return
     first_ms, last_ms = guessed
     first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))

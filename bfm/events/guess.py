@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
+from bfm.events.clean import CLOCK_MS
 from bfm.events.find import find_files
 from bfm.events.parse import inexact, keys, numbers, plain, times
 from bfm.events.schema import RESERVED, TimeSpec
@@ -37,7 +39,6 @@ _USUAL = 0.95
 """Share of an item's rows that have its usual value of a field of the item."""
 _MOST_CATEGORIES = 1000
 _LONG_WORDS = 3.0
-_EARLIEST_MS, _LATEST_MS = 315_532_800_000, 4_102_444_800_000  # 1980, 2100
 _FEWEST_REPEATS = 1.2
 
 
@@ -49,17 +50,23 @@ class _Column:
     values_E: pa.Array
     """Plain, as bfm.events.parse takes them."""
 
-    @property
+    @cached_property
     def keys_E(self) -> pa.Array:
         """As ids."""
         return keys(self.values_E)[0]
 
     @property
+    def is_list(self) -> bool:
+        """It holds lists."""
+        kind = self.values_E.type
+        return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+    @cached_property
     def distinct(self) -> int:
         """Number of different values."""
         return int(pc.count_distinct(self.keys_E).as_py())
 
-    @property
+    @cached_property
     def known(self) -> int:
         """Rows that have a value."""
         return len(self.values_E) - int(self.keys_E.null_count)
@@ -70,22 +77,22 @@ class _Column:
         found = [len(words) - place for place, word in enumerate(words) if re.search(word, self.name.lower())]
         return max(found, default=0) + (len(words) if found and self.name.lower().endswith("id") else 0)
 
-    @property
+    @cached_property
     def is_time(self) -> bool:
         """Nearly all of it are times between 1980 and 2100."""
         found_E, _ = times(self.values_E, TimeSpec(column=self.name))
         told = found_E.drop_null().to_numpy()
         return len(told) >= _SURE * max(self.known, 1) > 0 and bool(
-            np.mean((told > _EARLIEST_MS) & (told < _LATEST_MS)) >= _SURE and len(np.unique(told)) > 1
+            np.mean((told > CLOCK_MS[0]) & (told < CLOCK_MS[1])) >= _SURE and len(np.unique(told)) > 1
         )
 
-    @property
+    @cached_property
     def is_number(self) -> bool:
         """Nearly all of it are numbers."""
         found_E, _, _ = numbers(self.values_E)
         return len(found_E.drop_null()) >= _SURE * max(self.known, 1) > 0
 
-    @property
+    @cached_property
     def can_be_id(self) -> bool:
         """It repeats, and is no measured number."""
         return self.known > _FEWEST_REPEATS * self.distinct > 1 and not inexact(self.values_E).any()
@@ -169,7 +176,7 @@ def _belongs_to(column: _Column, item: _Column) -> bool:
 
 
 def _texts(column: _Column) -> pa.Array:
-    if pa.types.is_list(column.values_E.type) or pa.types.is_large_list(column.values_E.type):
+    if column.is_list:
         return pa.array([None if value is None else str(value) for value in column.values_E.to_pylist()])
     return column.keys_E
 
@@ -182,15 +189,14 @@ def _field(column: _Column) -> str | None:
     name = re.sub(r"\W+", "_", column.name).strip("_").lower() or "field"
     name = f"{name}_column" if name in RESERVED else name
     if name != column.name:
-        options = {"column": f'"{column.name}"', **options}
+        options = {"column": _quoted(column.name), **options}
     if not options:
         return f"{name}: {kind}"
     return f"{name}: {{{', '.join(f'{key}: {value}' for key, value in {'kind': kind, **options}.items())}}}"
 
 
 def _kind(column: _Column) -> tuple[str | None, dict[str, Any]]:
-    values_E = column.values_E
-    if pa.types.is_list(values_E.type) or pa.types.is_large_list(values_E.type):
+    if column.is_list:
         return "list", {}
     if column.distinct < 2:
         return None, {}

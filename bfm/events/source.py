@@ -6,7 +6,6 @@ may stand in its folders' names (find.py); `a.b` is the field b of a nested colu
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 import sys
@@ -192,10 +191,7 @@ def _sniffed(path: str, columns: Columns, read: ReadSpec | None) -> Dialect:
     with _readable(path, Dialect("", read.encoding or "utf-8")):
         with _open_stream(path) as stream:
             head = stream.read(dialect.HEAD_BYTES)
-        try:
-            return dialect.sniff(head, file_format(path), columns.names, columns.numbers, read)
-        except csv.Error as error:
-            raise UserError(f"has a header that cannot be read ({error})", fix="check the first line") from error
+        return dialect.sniff(head, file_format(path), columns.names, columns.numbers, read)
 
 
 def _read_parquet(piece: Piece, names: Sequence[str]) -> Iterator[RawChunk]:

@@ -231,10 +231,7 @@ def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[fl
     values = [value.estimate for value in known.values()]
     lows = [max(value.low, low_edge) for value in known.values()]
     highs = [min(value.high, high_edge) for value in known.values()]
-    texts = [
-        f"{words.symbol}* = {estimate_text(value, words.text)}<br>at C = {power_text(at)}"
-        for at, value in known.items()
-    ]
+    texts = [_optimum_text(words, at, value) for at, value in known.items()]
     marked = diamonds(list(known), values, [colours[at] for at in known], texts)
     traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(values, lows, highs, INK)}]
     shapes, notes = [], []

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pydantic_core import from_json
 
 from bfm.errors import CorruptError, UserError
-from bfm.files import Store, canonical_json, sha256_bytes
+from bfm.files import Store, canonical_json, checksum
 from bfm.sweep.repeats import Repeats
 from bfm.sweep.state import SweepState
 
@@ -111,11 +111,11 @@ class Ledger:
             "records": len(records),
             "previous": self._sums.get(number - 1),
             "before_pack": self._sums.get(number - pack.covers),
-            "pack": {"sha256": sha256_bytes(pack.data), "bytes": len(pack.data)} if pack.covers > 1 else None,
+            "pack": checksum(pack.data) if pack.covers > 1 else None,
         }
         body = canonical_json(header) + b"\n" + lines
-        checksum = sha256_bytes(body)
-        first = canonical_json({"sha256": checksum, "bytes": len(body)}) + b"\n"
+        told = checksum(body)
+        first = canonical_json(told) + b"\n"
         data = first + body + (pack.data if pack.covers > 1 else b"")
         if not self.store.put_new(_name(number), data):
             return False
@@ -125,7 +125,7 @@ class Ledger:
         ends = [number]
         for standing in reversed(self._packs):
             ends.append(ends[-1] - standing.covers)
-        self._sums = {end: self._sums[end] for end in ends[1:] if end} | {number: checksum}
+        self._sums = {end: self._sums[end] for end in ends[1:] if end} | {number: told["sha256"]}
         return True
 
     def drop(self, folder: str) -> None:
@@ -288,7 +288,7 @@ def _decode(store: Store, number: int, data: bytes) -> _Segment:
     try:
         told = json.loads(first)
         body, pack = rest[: told["bytes"]], rest[told["bytes"] :]
-        whole = canonical_json({"sha256": sha256_bytes(body), "bytes": len(body)}) == first
+        whole = canonical_json(checksum(body)) == first
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -301,7 +301,7 @@ def _decode(store: Store, number: int, data: bytes) -> _Segment:
         raise CorruptError(f"{place}: is a copy of segment {header['segment']}")
     kept: bytes | None = lines
     if header["pack"] is not None:
-        kept = pack if {"sha256": sha256_bytes(pack), "bytes": len(pack)} == header["pack"] else None
+        kept = pack if checksum(pack) == header["pack"] else None
     return _Segment(header["epoch"], told["sha256"], header["previous"], header["before_pack"], lines, kept)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -111,15 +111,16 @@ def propose(shards: Shards, protocol: Protocol, location: str, total_flops: floa
     """A space for a budget on the shard set at `location`. Raises UserError where it is too small for two rungs."""
     decided = log_defaults((), protocol.filter_seen, shards.history_length)
     window, group_windows = int(decided["window"]), int(decided["group_windows"])
-    d_item = 16 if total_flops < 1e14 else 32 if total_flops < 1e17 else 64
     costs = Costs.on(shards, protocol, None)
-    known = [_cost(costs, size, window, group_windows, d_item) for size in _SIZES]
-    sizes = [cost for cost in known if cost is not None]
-    top = total_flops / _TOPS
-    if min((cost.epochs(top) for cost in _searched(sizes, top)), default=0.0) > _MOST_EPOCHS:
-        less = propose(shards, protocol, location, total_flops / _STEP, slots, gpus)
-        note = f"less than was given: every size sees the log more than {_MOST_EPOCHS:g} times at rungs above these"
-        return less if note in less.notes else replace(less, notes=(note, *less.notes))
+    notes: tuple[str, ...] = ()
+    while True:
+        d_item = 16 if total_flops < 1e14 else 32 if total_flops < 1e17 else 64
+        known = [_cost(costs, size, window, group_windows, d_item) for size in _SIZES]
+        sizes, top = [cost for cost in known if cost is not None], total_flops / _TOPS
+        if min((cost.epochs(top) for cost in _searched(sizes, top)), default=0.0) <= _MOST_EPOCHS:
+            break
+        total_flops /= _STEP
+        notes = (f"less than was given: every size sees the log more than {_MOST_EPOCHS:g} times at rungs above these",)
     ladder = [top / _STEP**rung for rung in reversed(range(_MOST_RUNGS))]
     searched = {flops: _searched(sizes, flops) for flops in ladder}
     ladder = [flops for flops in ladder if searched[flops]]
@@ -129,13 +130,13 @@ def propose(shards: Shards, protocol: Protocol, location: str, total_flops: floa
         raise UserError(what, key="--flops", fix=f"give {format_flops(need * _STEP * _TOPS)} or more")
     params = [cost.params for flops in ladder for cost in searched[flops]]
     middle = searched[ladder[0]][len(searched[ladder[0]]) // 2]
-    steps = middle.steps(ladder[0], TrainConfig(params=1e4).cooldown_fraction)
+    steps = middle.steps(ladder[0], TrainConfig.cooldown_fraction)
     groups = next((groups for groups in _GROUPS if steps / groups >= _STEPS), 1)
     num_queries = protocol.queries("validation").num_headline
     queries = int(np.clip(num_queries * ladder[0] / middle.evaluation_flops, _LEAST_QUERIES, 10_000))
     ends = f"{format_count(min(params))} to {format_count(max(params))}"
     epochs = middle.epochs(ladder[0]), min(cost.epochs(ladder[-1]) for cost in searched[ladder[-1]])
-    notes = (
+    notes += (
         f"sizes {ends}: a factor {_AROUND:g} about those of the source paper's law at each rung, as far as they exist",
         f"training targets are seen {epochs[0]:.2g} times at the lowest rung, {epochs[1]:.2g} and more at the top",
         f"window: the history of a usual event, {shards.history_length:.0f} events, as a power of two up to 512",
@@ -175,7 +176,7 @@ def _searched(sizes: Sequence[ConfigCost], flops: float) -> list[ConfigCost]:
         if not middle / _AROUND <= cost.params <= middle * _AROUND or cost.events(flops) < _LEAST_RATIO * cost.params:
             continue
         try:
-            cost.steps(flops, TrainConfig(params=1e4).cooldown_fraction)
+            cost.steps(flops, TrainConfig.cooldown_fraction)
         except InfeasibleError:
             continue
         found.append(cost)

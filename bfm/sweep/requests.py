@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.files import Store, canonical_json, sha256_bytes
+from bfm.files import Store, canonical_json, checksum
 from bfm.sweep.arena import ASKED, Arena, Proposal
 from bfm.sweep.on_log import open_space
 from bfm.sweep.policy import Start
@@ -54,7 +54,7 @@ def put_request(store: Store, verb: str, asked: dict[str, Any]) -> Request:
     """Ask; returns once the object stands."""
     request = Request(f"{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex[:12]}", verb, _me(), asked)
     body = canonical_json({"verb": request.verb, "by": request.by, "asked": request.asked})
-    head = canonical_json({"sha256": sha256_bytes(body), "bytes": len(body)})
+    head = canonical_json(checksum(body))
     store.put_new(_name(request.id), head + b"\n" + body)
     return request
 
@@ -184,7 +184,7 @@ def check_enqueue(state: SweepState, proposal: Proposal, seed: int, arena: Arena
 def _read(store: Store, request_id: str) -> Request:
     head, _, body = store.get(_name(request_id)).partition(b"\n")
     try:
-        if canonical_json({"sha256": sha256_bytes(body), "bytes": len(body)}) != head:
+        if canonical_json(checksum(body)) != head:
             raise ValueError("its checksum does not fit")
         return Request(request_id, **json.loads(body))
     except (ValueError, TypeError) as error:
