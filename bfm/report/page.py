@@ -67,7 +67,6 @@ def report_html(
         best=sections.best_table(results, baselines, compare),
         laws=law_parts(laws),
         recipe=recipe_table(extra.get("recipe"), state.checks),
-        trials=sections.trial_table(results, columns),
         baselines=sections.baseline_table(rows, baselines),
         spend=sections.spend_table(rows, state),
         failures=[sections.failure_table(rows, state), sections.refusal_table(state)],

@@ -25,14 +25,8 @@ from bfm.laws.frontier import (
 from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
 from bfm.report.floors import Baselines, against_strongest, against_words, shown_name, strongest, sweep_verdict
 from bfm.report.render import Cell, Facts, Table
-from bfm.report.sweep_data import Column, engine_text, varied_choices, varied_fields
-from bfm.report.tables import (
-    change_text,
-    failed_rows,
-    lost_tasks,
-    point_text,
-    trials_in_order,
-)
+from bfm.report.sweep_data import engine_text, varied_choices, varied_fields
+from bfm.report.tables import change_text, failed_rows, lost_tasks, point_text
 from bfm.sweep.state import SweepState
 from bfm.units import format_count
 
@@ -170,15 +164,6 @@ def _point_remark(point: FrontierPoint, metric: str, baselines: Baselines, compa
     return "; ".join(part for part in (str(point.row["trial"]), size, change, beside, rivals) if part)
 
 
-def trial_table(results: Results, columns: Sequence[Column]) -> Table:
-    """Trials at their highest rung, each against the best of its rung; heads sort."""
-    places = {id(row): place for place, row in enumerate(rung_rows(results.rows))}
-    shown = [places[id(row)] for row in trials_in_order(results)]
-    lines = [[column.cells[place] for column in columns] for place in shown]
-    note = "A head sorts. Under a value: its difference from the best of its rung, on the same queries."
-    return Table("Trials at their highest rung", [column.name for column in columns], lines, note, sortable=True)
-
-
 def baseline_table(rows: Sequence[Row], baselines: Baselines) -> Table:
     """The floors without a model, on the same queries, the strongest marked, with the sweep's best beside them."""
     metrics = metric_names(rows) or sorted({metric for values in baselines.values() for metric in values})
@@ -214,7 +199,7 @@ def spend_table(rows: Sequence[Row], state: SweepState) -> Table:
         entries.append(("left under the cap", "", cap - spent_all))
     total = cap or spent_all or 1.0
     lines: list[list[Cell | str]] = [
-        [what, count, power_text(flops), Cell(f"{flops / total:.0%}", value=flops / total, kind="bar")]
+        [what, count, power_text(flops), Cell(f"{flops / total:.0%}", kind="bar", share=flops / total)]
         for what, count, flops in entries
     ]
     note = "Training FLOPs. Lost and redone work counts against the cap; evaluation does not."

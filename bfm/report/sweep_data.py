@@ -38,8 +38,7 @@ from bfm.report.plots import (
     value_window,
     with_goal,
 )
-from bfm.report.render import Cell
-from bfm.report.tables import behind_text, change_text
+from bfm.report.tables import behind_text, change_text, trials_in_order
 from bfm.units import format_count, format_seconds
 
 _LOG_FROM = 4.0
@@ -50,35 +49,27 @@ _LINE = 90
 
 @dataclass(frozen=True)
 class Column:
-    """One thing told of every row: a cell each, and the axis that its numbers stand on; None: no axis."""
+    """One thing told of every row. An axis is what its numbers stand on; without one nobody can choose it."""
 
     name: str
-    cells: Sequence[Cell]
+    text: Sequence[str]
+    value: Sequence[float] | None = None
+    """To draw and sort by; NaN where a row has none."""
+    remark: Sequence[str] | None = None
     axis: Mapping[str, Any] | None = None
 
-    @property
-    def values(self) -> list[float]:
-        """NaN where a row has none."""
-        return [math.nan if cell.value is None else cell.value for cell in self.cells]
-
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        told: dict[str, Any] = {"name": self.name, "text": [cell.text for cell in self.cells]}
-        if any(cell.value is not None for cell in self.cells):
-            told["value"] = self.values
-        if any(cell.remark for cell in self.cells):
-            told["remark"] = [cell.remark for cell in self.cells]
-        return told | ({} if self.axis is None else {"axis": self.axis})
+        """JSON-able form of what there is."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def columns_of(results: Results, compare: Compare) -> list[Column]:
     """What is told of each rung row; a metric's value stands above its difference from the best of its rung."""
     rows = rung_rows(results.rows)
     fields = [name for name in varied_fields(rows) if name != "embedder_share"]
-    status = [str(row.get("status", "ok")) for row in rows]
     columns = [
-        Column("trial", [Cell(str(row["trial"])) for row in rows]),
-        Column("status", [Cell(one, kind="" if one == "ok" else "bad") for one in status]),
+        Column("trial", [str(row["trial"]) for row in rows]),
+        Column("status", [str(row.get("status", "ok")) for row in rows]),
         _numbers("C", [row.get("rung_flops") for row in rows], power_text),
         _numbers("N", [row.get("params") for row in rows], format_count),
         _numbers("s", [row.get("embedder_share") for row in rows], "{:.2%}".format),
@@ -91,7 +82,7 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
         _numbers("B", [row.get("batch_events") for row in rows], format_count),
         _numbers("steps", [row.get("steps") for row in rows], format_count),
         _numbers("training", [row.get("train_s") for row in rows], format_seconds),
-        Column("engine", [Cell(engine_text(row)) for row in rows]),
+        Column("engine", [engine_text(row) for row in rows]),
     ]
     # A setting may be called as one of ours is.
     names = [column.name for column in columns]
@@ -104,15 +95,16 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
 def sweep_data(
     results: Results, columns: Sequence[Column], baselines: Baselines, compare: Compare
 ) -> dict[str, Any] | None:
-    """What the page's script draws the figures of results from; None where nothing has a value."""
+    """What the page's script draws the figures of results from and lists; None where there is none."""
     told = {metric: points for metric, points in results.frontiers(compare).items() if points}
-    if not told:
-        return None
     rows, rungs = rung_rows(results.rows), rung_ladder(results.rows)
+    if not rows:
+        return None
     trials = {trial: place for place, trial in enumerate(dict.fromkeys(str(row["trial"]) for row in rows))}
     places = {id(row): place for place, row in enumerate(rows)}
     return {
         "columns": [column.as_dict() for column in columns],
+        "trials": [places[id(row)] for row in trials_in_order(results)],
         "trial": [trials[str(row["trial"])] for row in rows],
         "label": [short(row["trial"]) for row in rows],
         "flops": [float(row["rung_flops"]) for row in rows],
@@ -210,30 +202,27 @@ def engine_text(row: Row) -> str:
 
 
 def _metric(results: Results, rows: Sequence[Row], metric: str, compare: Compare) -> Column:
-    bests = results.bests(metric)
-    cells = []
-    for row in rows:
-        value, behind = metric_value(row, metric), behind_text(row, bests.get(row["rung_flops"]), metric, compare)
-        kind = "best" if behind == "best" else ""
-        cells.append(Cell(value_text(value, metric_error(row, metric)), behind, value=value, kind=kind))
-    known = [cell.value for cell in cells if cell.value is not None and math.isfinite(cell.value)]
-    window = value_window(known, metric) if known else None
-    return Column(metric, cells, None if window is None else linear_axis(with_goal(metric), *window.ends))
+    bests, values = results.bests(metric), [metric_value(row, metric) for row in rows]
+    text = [value_text(value, metric_error(row, metric)) for row, value in zip(rows, values, strict=True)]
+    behind = [behind_text(row, bests.get(row["rung_flops"]), metric, compare) for row in rows]
+    known = [value for value in values if math.isfinite(value)]
+    axis = linear_axis(with_goal(metric), *value_window(known, metric).ends) if known else None
+    return Column(metric, text, values, behind, axis)
 
 
 def _numbers(name: str, values: Sequence[object], text: Callable[[float], str]) -> Column:
     numbers = [float(value) if isinstance(value, (int, float)) else math.nan for value in values]
-    cells = [Cell(text(number) if math.isfinite(number) else "-", value=number) for number in numbers]
+    texts = [text(number) if math.isfinite(number) else "-" for number in numbers]
     known = sorted({number for number in numbers if math.isfinite(number)})
     if len(known) < 2:
-        return Column(name, cells)
+        return Column(name, texts, numbers)
     low, high = known[0], known[-1]
     if low > 0 and high >= _LOG_FROM * low:
         axis = log_axis(name, low, high, text)
     else:
         axis = linear_axis(name, low - 0.06 * (high - low), high + 0.06 * (high - low))
     few = {"tickvals": known, "ticktext": [text(number) for number in known]} if len(known) <= 5 else {}
-    return Column(name, cells, axis | few)
+    return Column(name, texts, numbers, axis=axis | few)
 
 
 def _choices(name: str, rows: Sequence[Row]) -> Column:
@@ -241,8 +230,8 @@ def _choices(name: str, rows: Sequence[Row]) -> Column:
     texts = [str(_config(row, name)) for row in rows]
     names = sorted(set(texts))
     axis = linear_axis(_words(name), -0.5, len(names) - 0.5)
-    cells = [Cell(text, value=float(names.index(text)), kind="text") for text in texts]
-    return Column(_words(name), cells, axis | {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]})
+    named = {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]}
+    return Column(_words(name), texts, [float(names.index(text)) for text in texts], axis=axis | named)
 
 
 def _fanned(rows: Sequence[Row], rungs: Sequence[float]) -> list[float]:
