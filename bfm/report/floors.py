@@ -83,10 +83,15 @@ def shown_name(floor: str) -> str:
     return floor.replace("_", "-")
 
 
+def floors_at(baselines: Baselines, metric: str) -> dict[str, float]:
+    """Shown name -> value of the floors that have a metric."""
+    found = {shown_name(name): values.get(metric, math.nan) for name, values in baselines.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
 def strongest(baselines: Baselines, metric: str) -> tuple[str, float] | None:
     """Name and value of the floor that is best at a metric; None where no floor has it."""
-    known = {shown_name(name): values.get(metric, math.nan) for name, values in baselines.items()}
-    known = {name: value for name, value in known.items() if math.isfinite(value)}
+    known = floors_at(baselines, metric)
     if not known:
         return None
     pick = min if goal_of(metric) == "minimize" else max

@@ -20,6 +20,7 @@ from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss
 from bfm.report.digits import estimate_text, power_text
+from bfm.report.floors import Baselines, floors_at, strongest
 from bfm.report.law_batch import batch_panels
 from bfm.report.law_details import (
     AxisWords,
@@ -48,6 +49,7 @@ from bfm.report.plots import (
     diamonds,
     dots,
     empty,
+    floor_lines,
     line,
     linear_axis,
     log_axis,
@@ -85,14 +87,14 @@ _AGREEMENT = (
 _OUTLOOK = (
     "Dots are the best run of each C, grey bars two standard errors over queries (the same ones at every C, so they "
     "move together); the line is the joint law at its own optimum with the 95 % prediction interval of one run, "
-    "dashed and paler beyond the largest C."
+    "dashed and paler beyond the largest C. Dashed lines across are floors: what counting reaches without a model."
 )
 _SHOWN = {"params": ("N", format_count), "events": ("D", format_count), "share": ("s", "{:.2%}".format)}
 """What a run says of itself."""
 
 
-def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
-    """The figures that the fits allow."""
+def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
+    """The figures that the fits allow; the floors stand beside what is foretold."""
     joint, batch, agreed = (told(laws, law) for law in ("joint", "batch", "agreement"))
     figures: list[Figure] = []
     for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
@@ -114,15 +116,20 @@ def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
     # Without a law of N* there is no best model to foretell.
     foretold = [found for found in laws if found.outlook and found.fit and told_exponent(found.fit, "params")]
     if foretold:
-        variants = [Variant(found.metric, outlook_sentence(found), [_outlook_panel(found)]) for found in foretold]
+        variants = [
+            Variant(found.metric, outlook_sentence(found, baselines), [_outlook_panel(found, baselines)])
+            for found in foretold
+        ]
         figures.append(Figure("law-outlook", "Beyond the largest C", _OUTLOOK, variants))
     return figures
 
 
-def outlook_sentence(found: Fitted) -> str:
-    """What is foretold at the largest C."""
+def outlook_sentence(found: Fitted, baselines: Baselines) -> str:
+    """What is foretold at the largest C, and the strongest floor."""
     flops, last = found.outlook[-1]
-    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}."
+    floor = strongest(baselines, found.metric)
+    beside = "" if floor is None else f"; the strongest floor is {floor[0]}, {floor[1]:.4g}"
+    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}{beside}."
 
 
 def axis_panels(name: str, runs: Runs, fit: LawFit) -> list[Panel]:
@@ -296,7 +303,7 @@ def _correlation_panel(runs: Runs, fit: LawFit) -> Panel:
     return Panel(f"Spearman correlation of {fit.metric} with", traces, layout)
 
 
-def _outlook_panel(found: Fitted) -> Panel:
+def _outlook_panel(found: Fitted, baselines: Baselines) -> Panel:
     """The best of each C, and what the law foretells: dashed beyond the last."""
     runs, band = found.runs, found.outlook
     assert runs is not None
@@ -305,8 +312,8 @@ def _outlook_panel(found: Fitted) -> Panel:
     middles = [value.estimate for _, value in band]
     reach = 3 * float(np.ptp([*values, *middles]) or 1.0)
     ends = [max(last.low, last.estimate - reach), min(last.high, last.estimate + reach)]
-    low, high = min(*values, *middles, *ends), max(*values, *middles, *ends)
-    air = 0.08 * max(high - low, 1e-9)
+    every, floors = [*values, *middles], floors_at(baselines, found.metric)
+    window = value_window(every, found.metric, [*every, *ends], [*floors.values()])
     texts = [
         f"{short(name)}<br>{plain(found.metric)} {value:.4g} at C = {power_text(at)}" for at, value, _, name in best
     ]
@@ -318,10 +325,10 @@ def _outlook_panel(found: Fitted) -> Panel:
     )
     traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(values, *sides, MUTED)}]
     mark = {"color": PAPER, "line": {"color": INK, "width": 1.5}}
-    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found))], showlegend=True)
+    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found, baselines))], showlegend=True)
     traces.append(foretold | {"name": "foretold", "marker": foretold["marker"] | mark})
-    layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", low - air, high + air), "showlegend": True}
-    return Panel(with_goal(found.metric), traces, layout)
+    layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", *window.ends), "showlegend": True}
+    return Panel(with_goal(found.metric), traces, layout, floor_lines(floors, window))
 
 
 def _best(runs: Runs) -> list[tuple[float, float, float, str]]:

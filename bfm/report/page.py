@@ -56,7 +56,7 @@ def report_html(
     return render(
         "sweep.html",
         f"{name}: compute frontier",
-        law_figures(laws),
+        law_figures(laws, baselines),
         sweep,
         name=name,
         standing="finished" if state.finished else "unfinished",

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from bfm.report.plots import Figure, finite, level
 
 LIBRARY = "vendor/plotly-basic.min.js"
-"""plotly.js with the traces that the page draws, as it stands in npm's plotly.js-basic-dist-min 4.1.1, licence beside it.
+"""plotly.js with the traces that the page draws, as in npm's plotly.js-basic-dist-min 4.1.1, licence beside it.
 PyPI's plotly has the whole library alone: four times as large, and a browser reads it in six times the time."""
 
 

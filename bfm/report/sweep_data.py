@@ -25,11 +25,12 @@ from bfm.laws.frontier import (
     rung_rows,
 )
 from bfm.report.digits import power_text, value_text
-from bfm.report.floors import Baselines, against_words, shown_name
+from bfm.report.floors import Baselines, against_words, floors_at
 from bfm.report.plots import (
     RUNG_SCALE,
     SIZE_SCALE,
     Window,
+    floor_lines,
     linear_axis,
     log_axis,
     rung_axis,
@@ -128,17 +129,15 @@ def _metric_facts(
     compare: Compare,
 ) -> dict[str, Any]:
     """The frontier of a metric, its floors, the best of each rung, and the axis that shows them."""
-    floors = [(shown_name(name), values[metric]) for name, values in baselines.items() if metric in values]
-    floors = [entry for entry in floors if math.isfinite(entry[1])]
-    window = _window(results, metric, points, [value for _, value in floors])
-    low, high = window.ends
+    floors = floors_at(baselines, metric)
+    window = _window(results, metric, points, [*floors.values()])
     return {
         "label": short(metric),
         "goal": goal_of(metric),
-        "axis": linear_axis(with_goal(metric), low, high),
+        "axis": linear_axis(with_goal(metric), *window.ends),
         "edges": window.edges,
         "said": frontier_sentence(metric, points, baselines, compare),
-        "floors": [{"name": short(name), "value": value, "near": low <= value <= high} for name, value in floors],
+        "floors": floor_lines(floors, window),
         "frontier": [
             {
                 "flops": point.flops,

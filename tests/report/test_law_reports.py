@@ -46,11 +46,11 @@ def optima(axis: str, name: str) -> list[Estimate]:
 
 def figures_of(laws) -> dict[str, list[Panel]]:
     """The panels of each figure for its first metric."""
-    return {figure.name: list(figure.variants[0].panels) for figure in law_figures(laws)}
+    return {figure.name: list(figure.variants[0].panels) for figure in law_figures(laws, {})}
 
 
 def drawn(panels) -> str:
-    return json.dumps(finite([panel.as_dict() for panel in panels]), ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite([vars(panel) for panel in panels]), ensure_ascii=False, allow_nan=False)
 
 
 def said(laws) -> str:
@@ -98,7 +98,7 @@ def test_each_axis_has_its_figures(axis, names):
 
 
 def test_a_figure_has_a_variant_and_a_sentence_per_metric():
-    (share, _) = law_figures(laws_of("embedder_share"))
+    (share, _) = law_figures(laws_of("embedder_share"), {})
     assert [one.metric for one in share.variants] == ["nll", "recall@10"]
     assert share.variants[0].said.startswith("best at 2.")
     assert share.variants[1].panels[0].title == "recall@10 \u2191"
@@ -107,7 +107,7 @@ def test_a_figure_has_a_variant_and_a_sentence_per_metric():
 def test_every_axis_of_a_joint_sweep_has_a_figure_of_runs_as_they_would_stand_at_the_best_of_the_others():
     rows = [row | {"metrics": {"nll": row["metrics"]["nll"]}} for row in planted_sweep(60)["rows"] if row["metrics"]]
     laws = [found for found in sweep_laws(rows, None) if found.law == "joint"]
-    (figures, ((runs, fit),)) = law_figures(laws), told(laws, "joint")
+    (figures, ((runs, fit),)) = law_figures(laws, {}), told(laws, "joint")
     assert [figure.name for figure in figures] == ["law-params", "law-share", "law-rate", "law-outlook"]
     assert figures[2].heading == "Learning rate"
     panel = figures[0].variants[0].panels[0]
@@ -152,6 +152,17 @@ def test_tables_hold_the_planted_numbers_beside_published_ones():
     critical = told(laws_of("batch"), "batch")[0][1].parameters
     halving = [value.estimate for name, value in critical.items() if name.startswith("gain_halving[")]
     assert halving == pytest.approx(list(planted.GAIN_HALVING.values()), rel=0.15)
+
+
+def test_what_is_foretold_stands_beside_the_floors():
+    floors = {"popularity": {"nll": 4.2}, "co_occurrence": {"nll": 30.0, "recall@10": 0.5}}
+    figures = {figure.name: figure for figure in law_figures(laws_of("allocation"), floors)}
+    told_of = figures["law-outlook"].variants[0]
+    assert told_of.said.endswith("; the strongest floor is popularity, 4.2.")
+    names = {floor["name"].strip("\u2068\u2069"): floor["near"] for floor in told_of.panels[0].floors}
+    assert names == {"popularity": True, "co-occurrence": False}
+    low, high = told_of.panels[0].layout["yaxis"]["range"]
+    assert low < 4.2 < high < 30.0
 
 
 def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():

@@ -25,14 +25,28 @@ function themed(value, known) {
 }
 
 // --- one plot
+// What counting reaches: lines across the plot, or a remark where they are off its scale.
+function floorMarks(floors) {
+  const near = floors.filter(floor => floor.near), far = floors.filter(floor => !floor.near);
+  const remark = { xref: 'paper', x: 1, xanchor: 'right', yanchor: 'bottom', showarrow: false,
+    font: { size: 11, color: '@muted' } };
+  const named = near.map(floor => ({ ...remark, y: floor.value, text: floor.name }));
+  const off = { ...remark, yref: 'paper', y: 1,
+    text: 'off scale: ' + far.map(floor => floor.name + ' ' + floor.value.toPrecision(3)).join(', ') };
+  return { annotations: far.length ? [...named, off] : named, shapes: near.map(floor => ({ type: 'line',
+    xref: 'paper', yref: 'y', x0: 0, x1: 1, y0: floor.value, y1: floor.value, layer: 'below',
+    line: { color: '@muted', width: 1, dash: 'dash' } })) };
+}
 function draw(plot, panel) {
   const narrow = plot.clientWidth < NARROW_PX && !printing, given = panel.layout;
+  const marks = floorMarks(panel.floors || []);
   const axis = { gridcolor: '@grid', linecolor: '@grid', zeroline: false, automargin: true, ticks: '',
     tickfont: { color: '@muted', size: 12 } };
   const titled = found => ({ ...axis, ...found, title: { standoff: 8, ...(found || {}).title,
     font: { color: '@muted', size: 12 } } });
   const layout = {
-    ...given, xaxis: titled(given.xaxis), yaxis: titled(given.yaxis), autosize: !printing, hovermode: 'closest',
+    ...given, annotations: [...(given.annotations || []), ...marks.annotations],
+    shapes: [...(given.shapes || []), ...marks.shapes], xaxis: titled(given.xaxis), yaxis: titled(given.yaxis), autosize: !printing, hovermode: 'closest',
     margin: { l: 48, r: 16, t: 14, b: given.showlegend ? 76 : 50, ...given.margin }, paper_bgcolor: 'rgba(0,0,0,0)',
     plot_bgcolor: 'rgba(0,0,0,0)', font: { color: '@ink', size: 12, family: 'Inter, Segoe UI, Arial, sans-serif' },
     hoverlabel: { bgcolor: '@panel', bordercolor: '@muted', font: { color: '@ink', size: 12 }, align: 'left' },
@@ -102,17 +116,6 @@ function failed(x, metric) {
     text: rows.map(row => sweep.label[row] + '<br>' + plain(status[row]) + ', N ' + column('N').text[row]),
     name: 'no result', showlegend: rows.length > 0, marker: { symbol: 'x', size: 8, color: '@bad' } };
 }
-function floors(facts) {
-  const near = facts.floors.filter(floor => floor.near), far = facts.floors.filter(floor => !floor.near);
-  const across = { xref: 'paper', yref: 'y', x0: 0, x1: 1 };
-  const named = near.map(floor => ({ xref: 'paper', x: 1, xanchor: 'right', y: floor.value, yanchor: 'bottom',
-    text: floor.name, showarrow: false, font: { size: 11, color: '@muted' } }));
-  const off = { xref: 'paper', yref: 'paper', x: 1, y: 1, xanchor: 'right', yanchor: 'bottom', showarrow: false,
-    text: 'off scale: ' + far.map(floor => floor.name + ' ' + floor.value.toPrecision(2)).join(', '),
-    font: { size: 11, color: '@muted' } };
-  return { annotations: far.length ? [...named, off] : named, shapes: near.map(floor => ({ ...across, type: 'line',
-    y0: floor.value, y1: floor.value, layer: 'below', line: { color: '@muted', width: 1, dash: 'dash' } })) };
-}
 const bar = sizes => ({ type: 'data', array: sizes.map(size => size || 0), color: '@ink', thickness: 1.3, width: 0 });
 const builders = {
   frontier(chosen) {
@@ -130,8 +133,8 @@ const builders = {
       marker: { size: 11, color: 'rgba(0,0,0,0)', line: { color: '@ink', width: 2 } } };
     const dots = points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour);
     const crosses = failed(sweep.fanned, chosen.metric);
-    return { traces: [dots, step, best, crosses],
-      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, ...floors(facts), showlegend: crosses.showlegend } };
+    return { traces: [dots, step, best, crosses], floors: facts.floors,
+      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
   curves(chosen) {
     const facts = sweep.metrics[chosen.metric], values = column(chosen.metric).value, paint = colourOf(chosen.colour);
