@@ -57,6 +57,11 @@ class AgainstFloor:
     side: Literal["below", "within error of", "above"]
     """Equal values of unknown error are below."""
 
+    @property
+    def words(self) -> str:
+        """Which floor, its value and the difference."""
+        return f"{self.side} the strongest floor, {self.floor} {self.reference:.4g}: {gap_text(self.gap)}"
+
 
 def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Compare) -> AgainstFloor | None:
     """A row beside the strongest floor at a metric; None where either has no value."""
@@ -68,14 +73,6 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
     gap = gap_between(row, beside, metric, compare)
     side: Literal["above", "below"] = "above" if is_above(value, floor[1], metric) else "below"
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
-
-
-def against_words(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
-    """A row beside the strongest floor at a metric: which, its value and the difference; empty without one."""
-    found = against_strongest(row, metric, baselines, compare)
-    if found is None:
-        return ""
-    return f"{found.side} the strongest floor, {found.floor} {found.reference:.4g}: {gap_text(found.gap)}"
 
 
 def shown_name(floor: str) -> str:

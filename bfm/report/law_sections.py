@@ -71,14 +71,18 @@ def answers(laws: Sequence[Fitted]) -> list[Answer]:
     return said
 
 
-def answer_table(chapters: Sequence[tuple[str, Sequence[Fitted]]]) -> Table:
-    """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing."""
-    lines: list[list[Cell | str]] = [
-        [name, Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text"), Cell(answer.text, kind="wrap")]
-        for name, laws in chapters
-        for answer in answers(laws)
-    ]
-    return Table("What the runs say", ["sweeps of", "question", "by", "answer"], lines)
+def answer_table(chapters: Mapping[str, Sequence[Fitted]]) -> Table:
+    """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing.
+
+    The chapters of a study are told apart by their names; a sweep alone has none.
+    """
+    heads, lines = ["question", "by", "answer"], []
+    named = any(chapters)
+    for name, laws in chapters.items():
+        for answer in answers(laws):
+            told = [Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text")]
+            lines.append([*([Cell(name)] if named else []), *told, Cell(answer.text, kind="wrap")])
+    return Table("What the runs say, by axis and metric", ["sweeps of", *heads] if named else heads, lines)
 
 
 def rows_note(laws: Sequence[Fitted]) -> str:

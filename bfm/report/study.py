@@ -19,8 +19,8 @@ from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.law_sections import answer_table, law_parts, rows_note
-from bfm.report.recipe_section import recipe_table
 from bfm.report.render import render
+from bfm.report.sections import recipe_table
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
 from bfm.sweep.study import by_axis, joined, read_sweeps
@@ -105,7 +105,7 @@ def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any]
         None,
         name=name,
         lede=f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together.",
-        answers=answer_table([(chapter.title, chapter.laws) for chapter in told]),
+        answers=answer_table({chapter.title: chapter.laws for chapter in told}),
         recipe=recipe_table(recipe, checks),
         chapters=parts,
     )

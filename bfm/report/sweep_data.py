@@ -12,20 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bfm.laws.frontier import (
-    Compare,
-    FrontierPoint,
-    Results,
-    Row,
-    by_rung,
-    goal_of,
-    metric_error,
-    metric_value,
-    rung_ladder,
-    rung_rows,
-)
+from bfm.laws.frontier import FrontierPoint, Results, Row, goal_of, metric_error, metric_value, rung_rows
 from bfm.report.digits import power_text, value_text
-from bfm.report.floors import Baselines, against_words, floors_at
+from bfm.report.floors import AgainstFloor, against_strongest, floors_at
 from bfm.report.plots import (
     RUNG_SCALE,
     SIZE_SCALE,
@@ -34,11 +23,11 @@ from bfm.report.plots import (
     linear_axis,
     log_axis,
     rung_axis,
-    rung_colours,
     short,
     value_window,
     with_goal,
 )
+from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, change_text, trials_in_order
 from bfm.units import format_count, format_seconds
 
@@ -64,9 +53,9 @@ class Column:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def columns_of(results: Results, compare: Compare) -> list[Column]:
+def columns_of(view: SweepView) -> list[Column]:
     """What is told of each rung row; a metric's value stands above its difference from the best of its rung."""
-    rows = rung_rows(results.rows)
+    rows = rung_rows(view.rows)
     fields = [name for name in varied_fields(rows) if name != "embedder_share"]
     columns = [
         Column("trial", [str(row["trial"]) for row in rows]),
@@ -74,7 +63,7 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
         _numbers("C", [row.get("rung_flops") for row in rows], power_text),
         _numbers("N", [row.get("params") for row in rows], format_count),
         _numbers("s", [row.get("embedder_share") for row in rows], "{:.2%}".format),
-        *[_metric(results, rows, metric, compare) for metric in results.metrics],
+        *[_metric(view, rows, metric) for metric in view.results.metrics],
         *[_numbers(_words(name), [_config(row, name) for row in rows], "{:.4g}".format) for name in fields],
         *[_choices(name, rows) for name in varied_choices(rows)],
         _numbers("D", [row.get("events") for row in rows], format_count),
@@ -93,50 +82,39 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
     ]
 
 
-def sweep_data(
-    results: Results, columns: Sequence[Column], baselines: Baselines, compare: Compare
-) -> dict[str, Any] | None:
+def sweep_data(view: SweepView) -> dict[str, Any] | None:
     """What the page's script draws the figures of results from and lists; None where there is none."""
-    told = {metric: points for metric, points in results.frontiers(compare).items() if points}
-    rows, rungs = rung_rows(results.rows), rung_ladder(results.rows)
+    rows, rungs = rung_rows(view.rows), view.results.by_rung
     if not rows:
         return None
+    ladder = list(rungs)
     trials = {trial: place for place, trial in enumerate(dict.fromkeys(str(row["trial"]) for row in rows))}
     places = {id(row): place for place, row in enumerate(rows)}
     return {
-        "columns": [column.as_dict() for column in columns],
-        "trials": [places[id(row)] for row in trials_in_order(results)],
+        "columns": [column.as_dict() for column in columns_of(view)],
+        "trials": [places[id(row)] for row in trials_in_order(view.results)],
         "trial": [trials[str(row["trial"])] for row in rows],
         "label": [short(row["trial"]) for row in rows],
         "flops": [float(row["rung_flops"]) for row in rows],
         "fanned": _fanned(rows, rungs),
         "failed": [row.get("status", "ok") != "ok" for row in rows],
-        "rungs": {"axis": rung_axis(rungs), "flops": rungs, "colours": list(rung_colours(rungs).values())},
+        "rungs": {"axis": rung_axis(ladder), "flops": ladder},
         "scales": {"size": SIZE_SCALE, "rung": RUNG_SCALE},
-        "metrics": {
-            metric: _metric_facts(results, metric, points, places, baselines, compare)
-            for metric, points in told.items()
-        },
+        "metrics": {metric: _metric_facts(view, metric, places) for metric in view.bests},
     }
 
 
-def _metric_facts(
-    results: Results,
-    metric: str,
-    points: Sequence[FrontierPoint],
-    places: Mapping[int, int],
-    baselines: Baselines,
-    compare: Compare,
-) -> dict[str, Any]:
+def _metric_facts(view: SweepView, metric: str, places: Mapping[int, int]) -> dict[str, Any]:
     """The frontier of a metric, its floors, the best of each rung, and the axis that shows them."""
-    floors = floors_at(baselines, metric)
-    window = _window(results, metric, points, [*floors.values()])
+    points, floors = view.points[metric], floors_at(view.floors, metric)
+    window = _window(view.results, metric, points, [*floors.values()])
+    beside = [against_strongest(point.row, metric, view.floors, view.compare) for point in points]
     return {
         "label": short(metric),
         "goal": goal_of(metric),
         "axis": linear_axis(with_goal(metric), *window.ends),
         "edges": window.edges,
-        "said": frontier_sentence(metric, points, baselines, compare),
+        "said": frontier_sentence(metric, points[-1], beside[-1]),
         "floors": floor_lines(floors, window),
         "frontier": [
             {
@@ -146,23 +124,23 @@ def _metric_facts(
                 "row": places[id(point.row)],
                 "carried": point.carried,
                 "change": change_text(point),
-                "floor": short(against_words(point.row, metric, baselines, compare), _LINE),
+                "floor": "" if floor is None else short(floor.words, _LINE),
             }
-            for point in points
+            for point, floor in zip(points, beside, strict=True)
         ],
         "bests": [
-            {"row": places[id(row)], "bar": 2 * metric_error(row, metric)} for row in results.bests(metric).values()
+            {"row": places[id(row)], "bar": 2 * metric_error(row, metric)}
+            for row in view.results.bests(metric).values()
         ],
     }
 
 
-def frontier_sentence(metric: str, points: Sequence[FrontierPoint], baselines: Baselines, compare: Compare) -> str:
+def frontier_sentence(metric: str, best: FrontierPoint, floor: AgainstFloor | None) -> str:
     """The best value of a metric, who has it, and how it stands beside the strongest floor."""
-    best = points[-1]
     size = f", N {format_count(best.row['params'])}" if best.row.get("params") else ""
     at = f"{best.row['trial']}{size}, at C = {power_text(float(best.row['rung_flops']))}"
-    floor = against_words(best.row, metric, baselines, compare)
-    return f"Best {metric}: {value_text(best.value, best.error)} ({at})" + (f", {floor}." if floor else ".")
+    beside = "" if floor is None else f", {floor.words}"
+    return f"Best {metric}: {value_text(best.value, best.error)} ({at}){beside}."
 
 
 def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floors: Sequence[float]) -> Window:
@@ -200,10 +178,10 @@ def engine_text(row: Row) -> str:
     return f"{name}, {workers} worker{'s' if workers > 1 else ''}"
 
 
-def _metric(results: Results, rows: Sequence[Row], metric: str, compare: Compare) -> Column:
-    bests, values = results.bests(metric), [metric_value(row, metric) for row in rows]
+def _metric(view: SweepView, rows: Sequence[Row], metric: str) -> Column:
+    bests, values = view.results.bests(metric), [metric_value(row, metric) for row in rows]
     text = [value_text(value, metric_error(row, metric)) for row, value in zip(rows, values, strict=True)]
-    behind = [behind_text(row, bests.get(row["rung_flops"]), metric, compare) for row in rows]
+    behind = [behind_text(row, bests.get(row["rung_flops"]), metric, view.compare) for row in rows]
     known = [value for value in values if math.isfinite(value)]
     axis = linear_axis(with_goal(metric), *value_window(known, metric).ends) if known else None
     return Column(metric, text, values, behind, axis)
@@ -233,11 +211,11 @@ def _choices(name: str, rows: Sequence[Row]) -> Column:
     return Column(_words(name), texts, [float(names.index(text)) for text in texts], axis=axis | named)
 
 
-def _fanned(rows: Sequence[Row], rungs: Sequence[float]) -> list[float]:
+def _fanned(rows: Sequence[Row], rungs: Mapping[float, Sequence[Row]]) -> list[float]:
     """C of the dots: the rung, a little to the left for its small N and to the right for its large, so that none
     hides."""
     width = _FAN * math.log10(min((high / low for low, high in itertools.pairwise(rungs)), default=1.4))
-    sizes = {flops: [row["params"] for row in here if row.get("params")] for flops, here in by_rung(rows).items()}
+    sizes = {flops: [row["params"] for row in here if row.get("params")] for flops, here in rungs.items()}
     ends = {flops: (min(known), max(known)) for flops, known in sizes.items() if known}
 
     def share(row: Row) -> float:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from bfm.report.law_fits import sweep_laws
-from bfm.report.page import render_report
 from bfm.report.render import LIBRARY, read_file
 from tests.report import planted_laws
-from tests.report.planted import compare, large_sweep, planted_sweep
+from tests.report.planted import compare, large_sweep, page_of, planted_sweep
 from tests.report.test_report_page import data_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -75,12 +74,7 @@ def visit(browser, tmp_path):
 def share_page() -> str:
     rows = planted_laws.share_rows()
     sweep = planted_sweep(4)
-    files = render_report(rows, sweep["state"], sweep["baselines"], {}, laws=sweep_laws(rows, "embedder_share"))
-    return files["index.html"].decode()
-
-
-def page_of(sweep, **more) -> str:
-    return render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, **more)["index.html"].decode()
+    return page_of(sweep | {"rows": rows}, laws=sweep_laws(rows, "embedder_share"))
 
 
 def keep(page, tmp_path: Path, name: str) -> None:
@@ -263,7 +257,7 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
     state.losses = [{"trial": evil, "rung": 1, "reason": evil, "charged_flops": 1}]
     state.rejected = Counter({evil: 3})
     baselines = {**sweep["baselines"], evil: {"nll": 7.5, metric: 2.0}}
-    page = visit(render_report(rows, state, baselines, {"provenance": {evil: evil}})["index.html"].decode())
+    page = visit(page_of({"rows": rows, "state": state, "baselines": baselines}, {"provenance": {evil: evil}}))
     assert page.locator("h1").inner_text().strip() == evil.replace("\u202e", "").strip()
     page.evaluate("document.querySelectorAll('details').forEach(found => { found.open = true; })")
     page.locator("#frontier").get_by_label("Metric").select_option(metric.replace("\u202e", ""))
