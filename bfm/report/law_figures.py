@@ -33,6 +33,7 @@ from bfm.report.law_details import (
     told_optima,
 )
 from bfm.report.law_fits import Fitted, told
+from bfm.report.law_published import EXPONENTS, RANGES, SOURCE
 from bfm.report.law_words import agreement, axis_sentence, critical
 from bfm.report.plots import (
     BAD,
@@ -64,17 +65,13 @@ from bfm.report.plots import (
 from bfm.units import format_count
 
 _LEAST_SPAN = 4.0
-_PUBLISHED_EXPONENT = {"params": 0.617}
-"""Of an optimum in C, as arXiv 2606.05257 found it."""
-_PUBLISHED_RANGE = {"share": (0.011, 0.037)}
-"""Where it found the optimum at every C."""
 _AXIS = (
     "First, one colour per C: each run as it would stand were all else at its best, and the joint law there. Diamonds "
     "are optima, bars and bands 95 % intervals, bars at the side one standard deviation of the errors either way. "
     "Then the optimum against C: solid where runs are, dashed and paler where it is foretold."
 )
 _ZERO = " An open square is 0, which has a place of its own."
-_PAPER = " The grey line or strip is what arXiv 2606.05257 found."
+_PUBLISHED = f" The grey line or strip is what {SOURCE} found."
 _BATCH = (
     "What each batch B cost to reach one target (of several, the hardest): lines are steps = a + b / B. A diamond is "
     "the batch with 20 % more events than linear scaling from a reference batch, a circle the one with twice the least "
@@ -100,8 +97,8 @@ def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
     for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
         known = [(runs, fit) for runs, fit in joint if name in asked_axes(fit)]
         caption = _AXIS + _ZERO * bool((known[0][0][name] == 0).any())
-        published = name in _PUBLISHED_EXPONENT or name in _PUBLISHED_RANGE
-        caption += _PAPER * (published and any(told_optima(fit, name) for _, fit in known))
+        published = name in EXPONENTS or name in RANGES
+        caption += _PUBLISHED * (published and any(told_optima(fit, name) for _, fit in known))
         file = f"law-{re.sub(r'[^a-z0-9]+', '_', name.lower())}"
         if file in [figure.name for figure in figures]:
             file += f"-{len(figures)}"
@@ -242,13 +239,13 @@ def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[fl
     marked = diamonds(list(known), values, [colours[at] for at in known], texts)
     traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(values, lows, highs, INK)}]
     shapes, notes = [], []
-    if name in _PUBLISHED_EXPONENT and len(known) > 1:
-        traces.append(_published_line(list(known.items()), rungs, _PUBLISHED_EXPONENT[name]))
-    if name in _PUBLISHED_RANGE:
-        low, high = _PUBLISHED_RANGE[name]
+    if name in EXPONENTS and len(known) > 1:
+        traces.append(_published_line(list(known.items()), rungs, EXPONENTS[name]))
+    if name in RANGES:
+        low, high = RANGES[name]
         strip = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high, "line": {"width": 0}}
         shapes.append(strip | {"fillcolor": MUTED, "opacity": 0.12, "layer": "below"})
-        named = f"arXiv 2606.05257: {words.text(low)} to {words.text(high)}"
+        named = f"{SOURCE}: {words.text(low)} to {words.text(high)}"
         notes.append(words_at(1, math.log10(high), named, yref="y", xanchor="right", yanchor="top"))
     if missing := [at for at in rungs if at not in known]:
         text = f"no optimum at C = {', '.join(map(power_text, missing))}"

@@ -47,6 +47,11 @@ class Table:
         return bool(self.lines)
 
     @property
+    def kinds(self) -> list[str]:
+        """How each column is set: the first kind of its first cell."""
+        return [cell.kind.split(" ")[0] for cell in next(self.cells)]
+
+    @property
     def cells(self) -> Iterator[list[Cell]]:
         """The lines, all of cells."""
         return ([cell if isinstance(cell, Cell) else Cell(cell) for cell in line] for line in self.lines)

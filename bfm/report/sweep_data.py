@@ -151,22 +151,21 @@ def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floo
 
 def varied_fields(rows: Sequence[Row]) -> list[str]:
     """Numbers of the configuration, other than N, that take at least two values over the rung rows."""
-    values: dict[str, set[float]] = {}
-    for row in rung_rows(rows):
-        for field, value in (row.get("config") or {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                values.setdefault(field, set()).add(float(value))
-    return [field for field, found in sorted(values.items()) if len(found) > 1 and field != "params"]
+    return [name for name in _varied(rows, (int, float)) if name != "params"]
 
 
 def varied_choices(rows: Sequence[Row]) -> list[str]:
     """Settings that are no numbers and take at least two values over the rung rows."""
-    values: dict[str, set[str]] = {}
+    return _varied(rows, (str,))
+
+
+def _varied(rows: Sequence[Row], kinds: tuple[type, ...]) -> list[str]:
+    values: dict[str, set[object]] = {}
     for row in rung_rows(rows):
-        for field, value in (row.get("config") or {}).items():
-            if isinstance(value, (bool, str)):
-                values.setdefault(field, set()).add(str(value))
-    return [field for field, found in sorted(values.items()) if len(found) > 1]
+        for name in row.get("config") or {}:
+            if isinstance(value := _config(row, name), kinds):
+                values.setdefault(name, set()).add(value)
+    return sorted(name for name, found in values.items() if len(found) > 1)
 
 
 def engine_text(row: Row) -> str:
