@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.report.digits import estimate_text, power_text
 from bfm.report.law_details import agreements, asked_axes, axis_words, hardest_groups, ranked_metrics
-from bfm.report.law_fits import Fitted
+from bfm.report.law_fits import Fitted, told
 from bfm.report.law_published import SOURCE, TEXTS
 from bfm.report.law_text import by_reason, differences_text, outliers_text, union
 from bfm.report.law_words import CRITICAL, rows_text, sentences
@@ -67,8 +67,8 @@ def answer_table(chapters: Mapping[str, Sequence[Fitted]]) -> Table:
     named = any(chapters)
     for name, laws in chapters.items():
         for answer in answers(laws):
-            told = [Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text")]
-            lines.append([*([Cell(name)] if named else []), *told, Cell(answer.text, kind="wrap")])
+            about = [Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text")]
+            lines.append([*([Cell(name)] if named else []), *about, Cell(answer.text, kind="wrap")])
     return Table("What the runs say, by axis and metric", ["sweeps of", *heads] if named else heads, lines)
 
 
@@ -185,7 +185,7 @@ def _notes(fits: Mapping[str, LawFit]) -> list[str]:
 
 
 def _fits(laws: Sequence[Fitted], law: str) -> dict[str, LawFit]:
-    return {found.metric: found.fit for found in laws if found.law == law and found.fit is not None}
+    return {fit.metric: fit for _, fit in told(laws, law)}
 
 
 def _refused(laws: Sequence[Fitted], law: str) -> dict[str, str]:

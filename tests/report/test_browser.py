@@ -123,6 +123,28 @@ def test_the_page_opens_without_an_error_on_any_screen(visit, share_page, tmp_pa
     keep(page, tmp_path, f"share-{width}-{theme}")
 
 
+def test_figures_and_lists_are_drawn_when_they_come_near(browser, sweep, tmp_path):
+    file = tmp_path / "index.html"
+    file.write_text(page_of(sweep))
+    page = browser.new_page(viewport={"width": 1180, "height": 600})
+    page.goto(file.as_uri())
+    drawn, listed = page.locator("#scatter .main-svg"), page.locator("#trials tbody tr")
+    page.locator("#frontier .main-svg").first.wait_for()
+    assert drawn.count() == listed.count() == 0
+    page.locator("#scatter").scroll_into_view_if_needed()
+    drawn.first.wait_for()
+    page.get_by_role("link", name="Trials").click()
+    listed.first.wait_for()
+    assert listed.count() == 24
+    page.close()
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    page.pdf(path=tmp_path / "page.pdf")
+    assert page.locator("#scatter .main-svg").count() > 0, "a print shows all"
+    assert page.locator("#trials tbody tr").count() == 24
+    page.close()
+
+
 def test_a_print_is_on_white_with_figures_that_fit(visit, share_page, tmp_path):
     page = visit(share_page, theme="dark")
     page.emulate_media(media="print")

@@ -68,7 +68,7 @@ const spoken = text => text.replaceAll('<br>', ', ').replaceAll('&lt;', '<').rep
   .replaceAll('&amp;', '&');
 // The next point to the right (or left) of those that say something: shown as if hovered, and read out.
 function walk(plot, step) {
-  const told = plot.data.flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
+  const told = (plot.data || []).flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
     (text, place) => ({ text, curve, place, x: Number(trace.x[place]) })));
   const found = told.filter(point => point.text).sort((a, b) => a.x - b.x);
   if (!found.length) { return; }
