@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from common import cpu_name
 
-from bfm.events.find import find_logs
+from bfm.events.log_files import find_logs
 from bfm.events.schema import load_schema
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards

@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
-from bfm.events.account import reading_lines
 from bfm.events.clean import repairs
 from bfm.events.histories import Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.metrics import check_k
 from bfm.ranking.predictor import Predictor, Top
+from bfm.tables.understood import reading_lines
 
 _ROW_GROUP_USERS = 4096
 # Shares of the progress bar.

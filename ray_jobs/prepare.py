@@ -24,9 +24,9 @@ from bfm.errors import UserError
 from bfm.events import build, prepare
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest
 from bfm.events.prepare import Job, plan_job
-from bfm.events.source import Piece
 from bfm.files import Store
 from bfm.sealed import check_free, publish, staging
+from bfm.tables.pieces import Piece
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]

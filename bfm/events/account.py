@@ -6,13 +6,14 @@ Lines of text are rows, headers, blank, or go on inside a value; rows are events
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bfm.events.clean import FAULT, Cleaned, Losses, TimeRange, merged
-from bfm.events.raw import Lines
 from bfm.events.ties import Ties
+from bfm.tables.raw import Lines
+from bfm.tables.understood import read_as, reading_lines, short_names
 
 _MOST_FILES = 10
 
@@ -66,24 +67,6 @@ def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) ->
     }
 
 
-def read_as(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """How files (name, words) were understood that are not as usual: words -> the first of them, and how many more."""
-    groups: dict[str, list[str]] = {}
-    for name, words in files:
-        if words and name not in groups.setdefault(words, []):
-            groups[words].append(name)
-    return {words: name + (f" and {len(more)} more" if more else "") for words, (name, *more) in groups.items()}
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them share."""
-    folders = [path.split("/")[:-1] for path in paths]
-    shared = 0
-    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
-        shared += 1
-    return ["/".join(path.split("/")[shared:]) for path in paths]
-
-
 def counts_text(counts: Mapping[str, int]) -> str:
     """`missing user 3, unparsable time 1`."""
     return ", ".join(f"{what} {count:,}" for what, count in counts.items())
@@ -109,15 +92,4 @@ def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks
         told.append(f"warning: {without:,} items of the log have no row in the item table")
     if unreadable := checks.get("item_rows_unreadable"):
         told.append(f"warning: {unreadable:,} rows of the item table could not be read")
-    return told
-
-
-def reading_lines(how: Mapping[str, str], left_out: Mapping[str, int]) -> list[str]:
-    """How files were understood, and which were left out, for people."""
-    told = [f"read as: {words} ({files})" for words, files in how.items()]
-    if left_out:
-        names = ", ".join(f"{name} ({count:,} file{'s' * (count > 1)})" for name, count in left_out.items())
-        told.append(f"left out as hidden: {names}")
-    if "_delta_log" in left_out:
-        told.append("warning: this is a Delta table, and files that its log has removed were read too; export it first")
     return told

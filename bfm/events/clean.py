@@ -23,11 +23,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.events import parse
 from bfm.events.hashing import hash_rows
-from bfm.events.raw import Lines, RawChunk
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart
-from bfm.events.source import Columns, Piece, read_piece
+from bfm.events.times import times
+from bfm.tables.pieces import Columns, Piece, read_piece
+from bfm.tables.raw import Lines, RawChunk
+from bfm.tables.values import (
+    SEPARATOR,
+    are_numbers,
+    bucket_names,
+    encoded,
+    inexact,
+    keys,
+    lists,
+    numbers,
+    plain,
+    positions,
+    to_mask,
+    vectors,
+)
 
 USER, TIME, ITEM, FAULT, RAW, HASH = "user", "time", "item", "fault", "raw", "hash"
 _TEXT = pa.large_string()
@@ -135,7 +149,7 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[
         columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
     columns[FAULT] = _first_fault(faults)
     present = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
-    columns[RAW] = _raw_text(raw.select(present), parse.to_mask(columns[FAULT].is_valid()))
+    columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
     return Cleaned(table, losses, raw, _guessed_times(raw, time, schema))
@@ -152,7 +166,7 @@ def usable(cleaned: pa.Table, seed: int) -> pa.Table:
     """The rows without a fault in columns of one chunk, text as dictionaries, with the hash of the whole row: HASH."""
     faultless = cleaned[FAULT].null_count == cleaned.num_rows
     rows = (cleaned if faultless else cleaned.filter(cleaned[FAULT].is_null())).drop_columns([FAULT, RAW])
-    columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
+    columns = {name: encoded(plain(rows[name])) for name in rows.column_names}
     return pa.table({**columns, HASH: hash_rows(list(columns.values()), seed)})
 
 
@@ -170,7 +184,7 @@ def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
 
 def column_of(raw: pa.Table, name: str) -> pa.Array:
     """A column as read, in one piece; all missing where there is none."""
-    return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
+    return plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
 def merged(ranges: Iterable[TimeRange]) -> TimeRange:
@@ -193,10 +207,10 @@ def check_clock(guessed: TimeRange) -> None:
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
-    """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
+    """The item of each row as one text; several columns are joined by `SEPARATOR`."""
     texts = [_key(column_of(raw, part.column), "item", faults, part.buckets) for part in parts]
     for text in texts if len(texts) > 1 else ():
-        faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
+        faults.append(("item holds a control character", to_mask(pc.match_substring(text, SEPARATOR))))
     return join_key(texts)
 
 
@@ -205,21 +219,21 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, losses: Losses) -
     faults: Faults
     values: pa.Array
     if spec.kind == "time":
-        values, wrong = parse.times(column, spec)
+        values, wrong = times(column, spec)
         faults = [("not a time", wrong)]
     elif spec.kind == "numeric" or spec.buckets is not None:
-        values, wrong, infinite = parse.numbers(column)
+        values, wrong, infinite = numbers(column)
         faults = [("not a number", wrong), ("infinite", infinite)]
         if spec.buckets is not None:
-            values = parse.bucket_names(values, spec.buckets)
+            values = bucket_names(values, spec.buckets)
     elif spec.kind == "list":
-        values, wrong = parse.lists(column, spec.separator)
+        values, wrong = lists(column, spec.separator)
         faults = [("not a list", wrong)]
     elif spec.kind == "vector":
-        values, wrong = parse.vectors(column, spec.separator)
+        values, wrong = vectors(column, spec.separator)
         faults = [("not a vector of finite numbers", wrong)]
     else:
-        values, wrong, infinite = parse.keys(column)
+        values, wrong, infinite = keys(column)
         faults = [("not a plain value", wrong), ("infinite", infinite)]
     for fault, mask in faults:
         if mask.any():
@@ -236,19 +250,19 @@ def repairs(losses: Losses) -> dict[str, int]:
 def to_text(values: pa.Array) -> pa.Array:
     """Values of any kind as one text each (lists joined), so that equal values are equal texts."""
     if pa.types.is_large_list(values.type):
-        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(parse.SEPARATOR, _TEXT))
+        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(SEPARATOR, _TEXT))
     return values.cast(_TEXT)
 
 
 def from_text(texts: pa.Array, kind: str) -> pa.Array:
     """Inverse of `to_text`."""
     target = _CONTEXT_TYPE[kind]
-    return (pc.split_pattern(texts, parse.SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
+    return (pc.split_pattern(texts, SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
 
 
 def join_key(parts: list[pa.Array]) -> pa.Array:
     """One text per row of one or several columns of text."""
-    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(parse.SEPARATOR, _TEXT))
+    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(SEPARATOR, _TEXT))
 
 
 # ---------------------------------------------------------------- inside
@@ -256,7 +270,7 @@ def join_key(parts: list[pa.Array]) -> pa.Array:
 
 def _guessed_times(raw: pa.Table, time: pa.Array, schema: EventSchema) -> TimeRange:
     spec = schema.time
-    if spec is None or (spec.unit, spec.format) != ("auto", None) or not parse.are_numbers(column_of(raw, spec.column)):
+    if spec is None or (spec.unit, spec.format) != ("auto", None) or not are_numbers(column_of(raw, spec.column)):
         return None
     found = pc.min_max(time).as_py()
     return None if found["min"] is None else (found["min"], found["max"])
@@ -270,23 +284,23 @@ def _first_fault(faults: Faults) -> pa.Array:
 
 
 def _key(column: pa.Array, role: str, faults: Faults, buckets: list[float] | None = None) -> pa.Array:
-    values, wrong, infinite = parse.keys(column) if buckets is None else parse.numbers(column)
+    values, wrong, infinite = keys(column) if buckets is None else numbers(column)
     faults.append((f"wrong type of {role}" if buckets is None else f"{role} is not a number", wrong))
     faults.append((f"{role} is infinite", infinite))
     if buckets is None:
-        faults.append((f"{role} is a number that is not whole or was rounded", parse.inexact(column)))
-    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
-    return values if buckets is None else parse.bucket_names(values, buckets)
+        faults.append((f"{role} is a number that is not whole or was rounded", inexact(column)))
+    faults.append((f"missing {role}", to_mask(values.is_null())))
+    return values if buckets is None else bucket_names(values, buckets)
 
 
 def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
     if schema.time is not None:
-        role, values, wrong = "time", *parse.times(column_of(raw, schema.time.column), schema.time)
+        role, values, wrong = "time", *times(column_of(raw, schema.time.column), schema.time)
     else:
         assert schema.position is not None
-        role, values, wrong = "position", *parse.positions(column_of(raw, schema.position))
+        role, values, wrong = "position", *positions(column_of(raw, schema.position))
     faults.append((f"unparsable {role}", wrong))
-    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
+    faults.append((f"missing {role}", to_mask(values.is_null())))
     return values
 
 

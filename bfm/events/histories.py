@@ -22,18 +22,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.dataset import dataset, write_dataset
 
-from bfm.events import clean, fitting, source
-from bfm.events.account import read_as, short_names
+from bfm.events import clean, fitting
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.find import find_logs
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
-from bfm.events.parse import encoded, plain
+from bfm.events.log_files import find_logs
 from bfm.events.parts import write_part
-from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards
+from bfm.ragged import chunks
+from bfm.tables.pieces import Columns, Piece, check_read, make_pieces
+from bfm.tables.understood import read_as, short_names
+from bfm.tables.values import encoded, plain
 from bfm.yaml import validate
 
 PART_ROWS = 1 << 19
@@ -82,7 +83,7 @@ class Histories:
         self.left_out = found.left_out
         """Hidden files and folders -> files."""
         columns = clean.wanted(self.schema, encoding.manifest.event_item_fields)
-        pieces = source.make_pieces(found.paths, columns, self.schema.read)
+        pieces = make_pieces(found.paths, columns, self.schema.read)
         names = short_names([piece.path for piece in pieces])
         self.read_as = read_as(zip(names, (piece.words() for piece in pieces), strict=True))
         """How files were understood that are not as usual."""
@@ -100,9 +101,7 @@ class Histories:
             with TemporaryDirectory(dir=self._scratch) as folder:
                 yield self._part(table, Path(folder))
 
-    def _read(
-        self, pieces: list[source.Piece], columns: source.Columns, progress: Callable[[float], None]
-    ) -> Iterator[pa.Table]:
+    def _read(self, pieces: list[Piece], columns: Columns, progress: Callable[[float], None]) -> Iterator[pa.Table]:
         """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
         present: set[str] = set()
         guessed: clean.TimeRange = None
@@ -115,7 +114,7 @@ class Histories:
                 if cleaned.table.num_rows:
                     yield self._number(cleaned.table)
             progress((done + 1) / len(pieces))
-        source.check_read(self.rows, columns.names, present)
+        check_read(self.rows, columns.names, present)
         clean.check_clock(guessed)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:

@@ -28,17 +28,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
-from bfm.events import clean, source
+from bfm.events import clean
 from bfm.events.account import PieceFacts
-from bfm.events.find import find_item_table, find_logs
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import numbers, plain, to_mask
+from bfm.events.log_files import find_item_table, find_logs
 from bfm.events.schema import EventSchema, load_schema, schema_path
-from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
 from bfm.events.ties import Ties, count_ties
-from bfm.files import absolute
+from bfm.tables.pieces import Columns, Piece, check_read, make_pieces, require_columns, table_columns
+from bfm.tables.values import numbers, plain, to_mask
 
 PARTITION_ROWS = 1 << 18
 _SPREAD = "spread"
@@ -133,15 +132,14 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     """
     file = schema_path(schema)
     checked = load_schema(schema)
-    # On a cluster workers stand in folders of their own.
-    found = find_logs(checked, [absolute(log) for log in logs])
+    found = find_logs(checked, logs)
     item_table, present = None, list[str]()
     if checked.items is not None:
-        item_table = absolute(find_item_table(checked, file, found.paths))
-        present = source.table_columns(item_table, source.Columns(checked.items.key), checked.read)
-        source.require_columns(checked.items.key, present, item_table)
+        item_table = find_item_table(checked, file, found.paths)
+        present = table_columns(item_table, Columns(checked.items.key), checked.read)
+        require_columns(checked.items.key, present, item_table)
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
-    pieces = source.make_pieces(found.paths, clean.wanted(checked, from_events), checked.read)
+    pieces = make_pieces(found.paths, clean.wanted(checked, from_events), checked.read)
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
@@ -204,7 +202,7 @@ def rows_read(job: Job) -> int:
     pieces: list[PieceFacts] = list(job.load("read"))
     total = sum(piece.rows for piece in pieces)
     columns = clean.log_columns(job.schema, job.event_item_fields)
-    source.check_read(total, columns, set[str]().union(*(piece.columns for piece in pieces)))
+    check_read(total, columns, set[str]().union(*(piece.columns for piece in pieces)))
     return total
 
 

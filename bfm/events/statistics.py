@@ -17,9 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
+from bfm.ragged import distinct
 
 _SAMPLE_POSITIONS = 1 << 17
 _PIECE_POSITIONS = 1 << 18

@@ -27,9 +27,9 @@ from scipy.special import entr
 
 from bfm.errors import UserError
 from bfm.events.bayes import BayesFilter, World, WorldSpec, histories
-from bfm.events.ragged import chunks, runs
 from bfm.events.randomness import generator
 from bfm.files import write_atomic, write_json
+from bfm.ragged import chunks, runs
 
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000
