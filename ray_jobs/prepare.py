@@ -94,7 +94,7 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     over = partial(_over, job.folder)
     with _watched(job, "read", len(pieces), progress):
         over(_blocks, partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
-    count = prepare.num_partitions(prepare.rows_read(job))
+    count = prepare.count_partitions(job)
     with _watched(job, "sort", count, progress):
         over(_blocks, partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")

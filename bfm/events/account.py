@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bfm.events.clean import FAULT, Cleaned, Losses, TimeRange, merged
+from bfm.errors import UserError
+from bfm.events.clean import FAULT, Cleaned, Losses
 from bfm.events.ties import Ties
+from bfm.events.times import TimeRange, check_clock, merged
+from bfm.tables.pieces import require_columns
 from bfm.tables.raw import Lines
 from bfm.tables.understood import read_as, reading_lines, short_names
 
@@ -19,11 +22,11 @@ _MOST_FILES = 10
 
 
 @dataclass
-class PieceFacts:
-    """What was read of a piece of the log."""
+class Reading:
+    """What was read of a log, or of a piece of it."""
 
-    path: str
-    words: str
+    path: str = ""
+    words: str = ""
     """How the file was understood, where that is not as usual."""
     rows: int = 0
     lines: Lines = field(default_factory=Lines)
@@ -46,7 +49,23 @@ class PieceFacts:
         self.guessed_times = merged([self.guessed_times, cleaned.guessed_times])
 
 
-def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) -> dict[str, Any]:
+def check_reading(readings: Sequence[Reading], columns: Sequence[str]) -> int:
+    """Rows of a log that was read whole; `columns` are those that it needs.
+
+    Raises UserError where it has no rows, none of them has a column, or times whose unit was guessed are where no log
+    is.
+    """
+    rows = sum(reading.rows for reading in readings)
+    if rows == 0:
+        raise UserError("the log has no rows", key="LOG", fix="check the files")
+    # The columns of JSON are known at the end only.
+    if present := set[str]().union(*(reading.columns for reading in readings)):
+        require_columns(columns, sorted(present), "LOG")
+    check_clock(merged(reading.guessed_times for reading in readings))
+    return rows
+
+
+def reading_checks(pieces: Sequence[Reading], left_out: Mapping[str, int]) -> dict[str, Any]:
     """The manifest's checks about files and lines; empty ones are as usual."""
     lines, reasons, rows = Lines(), dict[str, Counter[str]](), Counter[str]()
     names = dict(zip([piece.path for piece in pieces], short_names([piece.path for piece in pieces]), strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,13 +24,12 @@ import pyarrow.compute as pc
 
 from bfm.errors import UserError
 from bfm.events.hashing import hash_rows
-from bfm.events.schema import EventSchema, FieldSpec, ItemPart
-from bfm.events.times import times
+from bfm.events.schema import EventSchema, FieldSpec, ItemPart, TimeSpec
+from bfm.events.times import TimeRange, guessed_range, times
 from bfm.tables.pieces import Columns, Piece, read_piece
 from bfm.tables.raw import Lines, RawChunk
 from bfm.tables.values import (
     SEPARATOR,
-    are_numbers,
     bucket_names,
     encoded,
     inexact,
@@ -54,15 +53,6 @@ _CONTEXT_TYPE = {
     "time": pa.int64(),
 }
 _RAW_SLICE_ROWS = 4096
-CLOCK_MS = 315_532_800_000, 4_102_444_800_000
-"""1980 to 2100: times outside are taken for something else."""
-_LOOKS_LIKE = (
-    (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
-    (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
-    (1, 190_001_010_000, 210_012_312_359, "written times: `time: {column: ..., format: '%Y%m%d%H%M'}`"),
-    (1, 19_000_101_000_000, 21_001_231_235_959, "written times: `time: {column: ..., format: '%Y%m%d%H%M%S'}`"),
-)
-"""Milliseconds per unit as guessed, lowest, highest, and what such numbers are."""
 Faults = list[tuple[str, np.ndarray]]
 """Reasons and the rows (bool [n]) that they are true of, the graver first."""
 Losses = Counter[tuple[str, str]]
@@ -70,8 +60,6 @@ Losses = Counter[tuple[str, str]]
 of values made missing; or of texts and lists one of BAG_COUNTS: `values` with at least one word or element, how many of
 these are `cut`, and how many words or elements are `lost`."""
 BAG_COUNTS = ("values", "cut", "lost")
-TimeRange = tuple[int, int] | None
-"""First and last, in milliseconds, of times that are numbers whose unit was guessed; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[
     columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
     target = cleaned_schema(schema, event_item_fields)
     table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, losses, raw, _guessed_times(raw, time, schema))
+    return Cleaned(table, losses, raw, _guessed(raw, time, schema.time))
 
 
 def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
@@ -185,25 +173,6 @@ def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
 def column_of(raw: pa.Table, name: str) -> pa.Array:
     """A column as read, in one piece; all missing where there is none."""
     return plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
-
-
-def merged(ranges: Iterable[TimeRange]) -> TimeRange:
-    """One range over several."""
-    known = [found for found in ranges if found is not None]
-    return (min(first for first, _ in known), max(last for _, last in known)) if known else None
-
-
-def check_clock(guessed: TimeRange) -> None:
-    """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
-    if guessed is None or (CLOCK_MS[0] <= guessed[1] and guessed[0] <= CLOCK_MS[1]):
-        return
-    first_ms, last_ms = guessed
-    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
-    fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
-    for per_ms, low, high, setting in _LOOKS_LIKE:
-        if low <= first_ms / per_ms and last_ms / per_ms <= high:
-            fix = f"these look like {setting}"
-    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
@@ -268,12 +237,8 @@ def join_key(parts: list[pa.Array]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-def _guessed_times(raw: pa.Table, time: pa.Array, schema: EventSchema) -> TimeRange:
-    spec = schema.time
-    if spec is None or (spec.unit, spec.format) != ("auto", None) or not are_numbers(column_of(raw, spec.column)):
-        return None
-    found = pc.min_max(time).as_py()
-    return None if found["min"] is None else (found["min"], found["max"])
+def _guessed(raw: pa.Table, time: pa.Array, spec: TimeSpec | None) -> TimeRange:
+    return None if spec is None else guessed_range(column_of(raw, spec.column), time, spec)
 
 
 def _first_fault(faults: Faults) -> pa.Array:

@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.events.clean import CLOCK_MS
 from bfm.events.schema import RESERVED, TimeSpec
-from bfm.events.times import times
+from bfm.events.times import CLOCK_MS, times
 from bfm.tables.find import find_files
 from bfm.tables.pieces import Columns, make_pieces, read_piece, table_columns
 from bfm.tables.values import inexact, keys, numbers, plain

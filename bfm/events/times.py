@@ -5,12 +5,15 @@ Each value is judged by itself alone, as in bfm/tables/values.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bfm.errors import UserError
 from bfm.events.schema import TimeSpec
-from bfm.tables.values import NUMBER, integers, is_plain, keys, known, numbers, to_mask
+from bfm.tables.values import NUMBER, are_numbers, integers, is_plain, keys, known, numbers, to_mask
 
 _ISO = (
     r"^(?P<year>[0-9]{4})[-/](?P<month>[0-9]{1,2})[-/](?P<day>[0-9]{1,2})"
@@ -21,6 +24,17 @@ _ISO = (
 _MIN_MS, _MAX_MS = -62_135_596_800_000, 253_402_300_799_999
 _UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6, "sheet_days": 1 / 86_400_000}
 _SHEET_EPOCH_MS = -2_209_161_600_000
+CLOCK_MS = 315_532_800_000, 4_102_444_800_000
+"""1980 to 2100: times outside are taken for something else."""
+_LOOKS_LIKE = (
+    (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
+    (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
+    (1, 190_001_010_000, 210_012_312_359, "written times: `time: {column: ..., format: '%Y%m%d%H%M'}`"),
+    (1, 19_000_101_000_000, 21_001_231_235_959, "written times: `time: {column: ..., format: '%Y%m%d%H%M%S'}`"),
+)
+"""Milliseconds per unit as guessed, lowest, highest, and what such numbers are."""
+TimeRange = tuple[int, int] | None
+"""First and last, in milliseconds, of times that are numbers whose unit was guessed; None where there are none."""
 
 
 def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
@@ -47,6 +61,33 @@ def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
     from_number, wrong_number = _epoch(pc.if_else(numeric, text, None), spec.unit)
     from_text, wrong_text = _iso(pc.if_else(numeric, None, text))
     return pc.coalesce(from_number, from_text), wrong_number | wrong_text
+
+
+def guessed_range(column: pa.Array, time: pa.Array, spec: TimeSpec) -> TimeRange:
+    """The range of `time`, read from a column, where it was numbers of an unknown unit."""
+    if (spec.unit, spec.format) != ("auto", None) or not are_numbers(column):
+        return None
+    found = pc.min_max(time).as_py()
+    return None if found["min"] is None else (found["min"], found["max"])
+
+
+def merged(ranges: Iterable[TimeRange]) -> TimeRange:
+    """One range over several."""
+    known = [found for found in ranges if found is not None]
+    return (min(first for first, _ in known), max(last for _, last in known)) if known else None
+
+
+def check_clock(guessed: TimeRange) -> None:
+    """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
+    if guessed is None or (CLOCK_MS[0] <= guessed[1] and guessed[0] <= CLOCK_MS[1]):
+        return
+    first_ms, last_ms = guessed
+    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
+    fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
+    for per_ms, low, high, setting in _LOOKS_LIKE:
+        if low <= first_ms / per_ms and last_ms / per_ms <= high:
+            fix = f"these look like {setting}"
+    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
 
 
 # ---------------------------------------------------------------- inside

@@ -159,6 +159,13 @@ def blocks_of(path: str, how: Dialect) -> Iterator[Iterator[bytes]]:
         yield dialect.text_blocks(stream, how)
 
 
+def require_columns(columns: Sequence[str], present: Sequence[str], path: str) -> None:
+    """Raise UserError for the first column that is not present."""
+    for column in columns:
+        if column not in present:
+            raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
+
+
 # ---------------------------------------------------------------- inside
 
 
@@ -224,21 +231,3 @@ def _read_text(path: str, how: Dialect, names: Sequence[str]) -> Iterator[RawChu
             yield RawChunk(pa.table({}), lines=Lines(header=header.count(b"\n") or 1))
             rows = itertools.chain([first[how.header_bytes :]], blocks)
             yield from csv_lines.read_rows(filter(None, rows), how.separator, how.names, names)
-
-
-# ---------------------------------------------------------------- checks
-
-
-def require_columns(columns: Sequence[str], present: Sequence[str], path: str) -> None:
-    """Raise UserError for the first column that is not present."""
-    for column in columns:
-        if column not in present:
-            raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
-
-
-def check_read(rows: int, columns: Sequence[str], present: set[str]) -> None:
-    """Raise UserError where a log that was read whole has no rows, or none of them a column."""
-    if rows == 0:
-        raise UserError("the log has no rows", key="LOG", fix="check the files")
-    if present:
-        require_columns(columns, sorted(present), "LOG")
