@@ -6,7 +6,7 @@ be read. A *field value* that cannot be used (text
 where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
 such losses are counted per field and fault. NaN is missing.
 
-A cleaned table has the columns of `cleaned_schema`. Item fields travel as text (`to_text`): which value an item has is
+A cleaned table has the columns of `Cleaner.target`. Item fields travel as text (`to_text`): which value an item has is
 decided by counting equal texts.
 """
 
@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from bfm.errors import UserError
 from bfm.events.hashing import hash_rows
 from bfm.events.schema import EventSchema, FieldSpec, ItemPart, TimeSpec
 from bfm.events.times import TimeRange, guessed_range, times
-from bfm.tables.pieces import Columns, Piece, read_piece
+from bfm.tables.pieces import Piece, make_pieces, read_piece
 from bfm.tables.raw import Lines, RawChunk
 from bfm.tables.values import (
     SEPARATOR,
@@ -87,67 +88,72 @@ def context_column(name: str) -> str:
     return f"c.{name}"
 
 
-def cleaned_schema(schema: EventSchema, event_item_fields: Sequence[str]) -> pa.Schema:
-    """Columns of a cleaned table; `event_item_fields` are the item fields that stand in the log itself."""
-    fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
-    fields += [(item_column(name), _TEXT) for name in event_item_fields]
-    fields += [(context_column(name), _CONTEXT_TYPE[spec.kind]) for name, spec in schema.context_fields.items()]
-    return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
+@dataclass(frozen=True)
+class Cleaner:
+    """What is read of a log, and how it is cleaned."""
 
+    schema: EventSchema
+    event_item_fields: Sequence[str]
+    """Item fields that stand in the log itself."""
 
-def log_columns(schema: EventSchema, event_item_fields: Sequence[str]) -> list[str]:
-    """Columns that are read from the log, each once."""
-    order = schema.time.column if schema.time else schema.position
-    columns = [schema.user, order, *(part.column for part in schema.item)]
-    columns += [schema.item_fields[name].column for name in event_item_fields]
-    columns += [spec.column for spec in schema.context_fields.values()]
-    return list(dict.fromkeys(column for column in columns if column is not None))
+    @cached_property
+    def columns(self) -> list[str]:
+        """Columns that are read, each once."""
+        schema = self.schema
+        order = schema.time.column if schema.time else schema.position
+        columns = [schema.user, order, *(part.column for part in schema.item)]
+        columns += [schema.item_fields[name].column for name in self.event_item_fields]
+        columns += [spec.column for spec in schema.context_fields.values()]
+        return list(dict.fromkeys(column for column in columns if column is not None))
 
+    @cached_property
+    def target(self) -> pa.Schema:
+        """Columns of a cleaned table."""
+        fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
+        fields += [(item_column(name), _TEXT) for name in self.event_item_fields]
+        fields += [
+            (context_column(name), _CONTEXT_TYPE[spec.kind]) for name, spec in self.schema.context_fields.items()
+        ]
+        return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
 
-def wanted(schema: EventSchema, event_item_fields: Sequence[str]) -> Columns:
-    """What is read from the log."""
-    return Columns(log_columns(schema, event_item_fields), schema.number_columns)
+    def pieces(self, paths: Sequence[str]) -> list[Piece]:
+        """The pieces of a log's files. Raises UserError where one is unreadable or lacks a column."""
+        return make_pieces(paths, self.columns, self.schema.number_columns, self.schema.read)
 
+    def read(self, piece: Piece) -> Iterator[Cleaned]:
+        """The rows of a piece in tables of bounded size. Raises UserError where the file cannot be read."""
+        for chunk in read_piece(piece, self.columns):
+            cleaned = self.clean(chunk.table)
+            table = pa.concat_tables([cleaned.table, self.unreadable(chunk)])
+            yield replace(cleaned, table=table, names=chunk.names, lines=chunk.lines)
 
-def read_cleaned(piece: Piece, schema: EventSchema, event_item_fields: Sequence[str]) -> Iterator[Cleaned]:
-    """The rows of a piece of the log in tables of bounded size. Raises UserError where the file cannot be read."""
-    for chunk in read_piece(piece, wanted(schema, event_item_fields)):
-        cleaned = _unreadable(chunk, schema, event_item_fields)
-        if chunk.table.num_rows:
-            rows = clean_table(chunk.table, schema, event_item_fields)
-            cleaned = replace(rows, table=pa.concat_tables([rows.table, cleaned.table]))
-        yield replace(cleaned, names=chunk.names, lines=chunk.lines)
+    def clean(self, raw: pa.Table) -> Cleaned:
+        """Clean rows as read, with columns of any type.
 
+        Of the `columns`, one that the rows lack is missing in all of them; further ones are left out.
+        """
+        schema, faults, losses = self.schema, Faults(), Losses()
+        user = _key(column_of(raw, schema.user), "user", faults)
+        item = item_key(raw, schema.item, faults)
+        time = _order(raw, schema, faults)
+        columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
+        for name in self.event_item_fields:
+            spec = schema.item_fields[name]
+            columns[item_column(name)] = to_text(field_values(column_of(raw, spec.column), spec, name, losses))
+        for name, spec in schema.context_fields.items():
+            columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
+        columns[FAULT] = _first_fault(faults)
+        present = [name for name in self.columns if name in raw.column_names]
+        columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
+        table = pa.table([columns[name] for name in self.target.names], schema=self.target)
+        return Cleaned(table, losses, raw, _guessed(raw, time, schema.time))
 
-def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
-    """Clean rows as read, with columns of any type.
-
-    Of the `log_columns`, one that the rows lack is missing in all of them; further columns are left out.
-    """
-    faults: Faults = []
-    user = _key(column_of(raw, schema.user), "user", faults)
-    item = item_key(raw, schema.item, faults)
-    time = _order(raw, schema, faults)
-    losses = Losses()
-    columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
-    for name in event_item_fields:
-        values = field_values(column_of(raw, schema.item_fields[name].column), schema.item_fields[name], name, losses)
-        columns[item_column(name)] = to_text(values)
-    for name, spec in schema.context_fields.items():
-        columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
-    columns[FAULT] = _first_fault(faults)
-    present = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
-    columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
-    target = cleaned_schema(schema, event_item_fields)
-    table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, losses, raw, _guessed(raw, time, schema.time))
-
-
-def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
-    target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
-    content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
-    table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
-    return Cleaned(table, Losses(), pa.table({}))
+    def unreadable(self, chunk: RawChunk) -> pa.Table:
+        """What could not be read as rows, as a cleaned table."""
+        num = len(chunk.unreadable)
+        content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
+        columns = [content.get(field.name, pa.nulls(num, field.type)) for field in self.target]
+        return pa.table(columns, schema=self.target)
 
 
 def usable(cleaned: pa.Table, seed: int) -> pa.Table:

@@ -22,7 +22,7 @@ from bfm.errors import UserError
 from bfm.events.schema import RESERVED, TimeSpec
 from bfm.events.times import CLOCK_MS, times
 from bfm.tables.find import find_files
-from bfm.tables.pieces import Columns, make_pieces, read_piece, table_columns
+from bfm.tables.pieces import make_pieces, read_piece, table_columns
 from bfm.tables.values import inexact, keys, numbers, plain
 from bfm.units import format_count
 
@@ -135,8 +135,8 @@ def guess_schema(logs: Sequence[str]) -> str:
 def _read(paths: Sequence[str]) -> tuple[list[_Column], int, str]:
     """(columns of the first rows, how many rows, how the file was understood)."""
     tables: list[pa.Table] = []
-    columns = Columns(table_columns(paths[0], Columns(())), None)
-    pieces = make_pieces([paths[0]], columns)
+    columns = table_columns(paths[0])
+    pieces = make_pieces([paths[0]], columns, None)
     for chunk in (chunk for piece in pieces for chunk in read_piece(piece, columns)):
         tables.append(chunk.table)
         if sum(map(len, tables)) >= _ROWS:

@@ -29,7 +29,7 @@ from bfm.events.parts import write_part
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards
 from bfm.events.spread import MOST_BITS, SPREAD, gather, num_partitions, write_spread
-from bfm.tables.pieces import Piece, make_pieces
+from bfm.tables.pieces import Piece
 from bfm.tables.understood import read_as, short_names
 from bfm.tables.values import encoded, plain
 from bfm.yaml import validate
@@ -76,16 +76,16 @@ class Histories:
         found = find_logs(self.schema, logs)
         self.left_out = found.left_out
         """Hidden files and folders -> files."""
-        columns = clean.wanted(self.schema, encoding.manifest.event_item_fields)
-        pieces = make_pieces(found.paths, columns, self.schema.read)
+        cleaner = clean.Cleaner(self.schema, encoding.manifest.event_item_fields)
+        pieces = cleaner.pieces(found.paths)
         names = short_names([piece.path for piece in pieces])
         self.read_as = read_as(zip(names, (piece.words() for piece in pieces), strict=True))
         """How files were understood that are not as usual."""
         self._scratch = scratch
         self._rows = scratch / "rows"
         self._rows.mkdir()
-        self._read(pieces, progress)
-        check_reading([self.reading], columns.names)
+        self._read(cleaner, pieces, progress)
+        check_reading([self.reading], cleaner.columns)
         if self.reading.reasons.total() == self.reading.rows:
             fix = "check that the log has the columns and formats of the training log"
             raise clean.nothing_usable(self.reading.reasons, fix)
@@ -100,11 +100,11 @@ class Histories:
                 with TemporaryDirectory(dir=self._scratch) as folder:
                     yield self._part(table, Path(folder))
 
-    def _read(self, pieces: list[Piece], progress: Callable[[float], None]) -> None:
+    def _read(self, cleaner: clean.Cleaner, pieces: list[Piece], progress: Callable[[float], None]) -> None:
         """Spread all rows over files."""
         chunks = 0
         for done, piece in enumerate(pieces):
-            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
+            for cleaned in cleaner.read(piece):
                 self.reading.add(cleaned)
                 if cleaned.table.num_rows:
                     rows = self._number(cleaned.table)

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from bfm.errors import UserError
 from bfm.events import clean
 from bfm.events.account import Reading, check_reading
+from bfm.events.clean import Cleaner
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
 from bfm.events.log_files import find_item_table, find_logs
@@ -36,7 +37,7 @@ from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.split import Split, time_split
 from bfm.events.spread import MOST_BITS, SPREAD, gather, num_partitions, write_spread
 from bfm.events.ties import Ties, count_ties
-from bfm.tables.pieces import Columns, Piece, make_pieces, require_columns, table_columns
+from bfm.tables.pieces import Piece, require_columns, table_columns
 from bfm.tables.values import numbers, plain, to_mask
 
 PARTITION_ROWS = 1 << 18
@@ -57,6 +58,11 @@ class Job:
     """So many first bits of the hash say in which bin of its file a cleaned row lies."""
     left_out: dict[str, int]
     """Hidden files and folders among the log's -> files."""
+
+    @property
+    def cleaner(self) -> Cleaner:
+        """What is read of the log."""
+        return Cleaner(self.schema, self.event_item_fields)
 
     @property
     def shard_set(self) -> Path:
@@ -137,10 +143,10 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     item_table, present = None, list[str]()
     if checked.items is not None:
         item_table = find_item_table(checked, file, found.paths)
-        present = table_columns(item_table, Columns(checked.items.key), checked.read)
+        present = table_columns(item_table, checked.items.key, checked.read)
         require_columns(checked.items.key, present, item_table)
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
-    pieces = make_pieces(found.paths, clean.wanted(checked, from_events), checked.read)
+    pieces = Cleaner(checked, from_events).pieces(found.paths)
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
@@ -156,7 +162,7 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 def clean_piece(job: Job, piece: Piece) -> None:
     """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
     reading = Reading(piece.path, piece.words())
-    for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
+    for part, cleaned in enumerate(job.cleaner.read(piece)):
         reading.add(cleaned)
         if cleaned.table.num_rows:
             order, table = _by_hash(cleaned.table, job.seed)
@@ -199,8 +205,7 @@ def _raw_ties(schema: EventSchema, raw: pa.Table, order: np.ndarray, table: pa.T
 
 def rows_read(job: Job) -> int:
     """Rows of the whole log, once all pieces are read. Raises UserError as `check_reading`."""
-    columns = clean.log_columns(job.schema, job.event_item_fields)
-    return check_reading(list(job.load("read")), columns)
+    return check_reading(list(job.load("read")), job.cleaner.columns)
 
 
 def count_partitions(job: Job) -> int:

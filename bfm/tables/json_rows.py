@@ -120,25 +120,27 @@ def _by_arrow(block: bytes, columns: Sequence[str], types: Types) -> pa.Table | 
     if table is None and types:
         types.clear()
         table = _parsed(block, types)
-    if table is None:
-        return None
-    # Arrow takes text that looks like a date for a time if all of a block does; keys must not depend on that.
-    learned = {field.name: kind for field in table.schema if (kind := _texts(field.type)) != field.type}
-    if learned:
-        types |= learned
-        table = _parsed(block, types)
-    if table is None:
-        return None
-    wanted = {name for path in columns for name in (path, *(name for name, _ in _splits(path)))}
-    learned = {
-        name: _decimals(table.schema.field(name).type)
-        for name in wanted.intersection(table.column_names)
-        if _lost_digits(table[name])
-    }
-    if learned:
-        types |= learned
+    while table is not None and (better := _better_types(table, columns)):
+        types |= better
         table = _parsed(block, types)
     return table
+
+
+def _better_types(table: pa.Table, columns: Sequence[str]) -> Types:
+    """Types of the columns in which Arrow changed values.
+
+    It takes text that looks like a date for a time if all of a block does, and rounds large whole numbers beside a
+    fraction; keys must not depend on either.
+    """
+    wanted = {name for path in columns for name in (path, *(name for name, _ in _splits(path)))}
+    better = {}
+    for field in table.schema:
+        kind = _changed(field.type, pa.types.is_timestamp, pa.string())
+        if field.name in wanted and _lost_digits(table[field.name]):
+            kind = _changed(kind, pa.types.is_floating, _DECIMAL)
+        if kind != field.type:
+            better[field.name] = kind
+    return better
 
 
 def _parsed(block: bytes, types: Types) -> pa.Table | None:
@@ -150,14 +152,6 @@ def _parsed(block: bytes, types: Types) -> pa.Table | None:
         return None
     # Of the learned columns, those that this block does not have.
     return table.drop_columns([name for name in types if table[name].null_count == len(table)])
-
-
-def _texts(kind: pa.DataType) -> pa.DataType:
-    return _changed(kind, pa.types.is_timestamp, pa.string())
-
-
-def _decimals(kind: pa.DataType) -> pa.DataType:
-    return _changed(kind, pa.types.is_floating, _DECIMAL)
 
 
 def _changed(kind: pa.DataType, which: Any, to: pa.DataType) -> pa.DataType:

@@ -36,15 +36,6 @@ ENCODING_KEY = "read.encoding"
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What is wanted of a file."""
-
-    names: Sequence[str]
-    numbers: Collection[str] | None = ()
-    """Those that hold numbers; None where any may."""
-
-
-@dataclass(frozen=True)
 class Piece:
     """A part of a table that one task reads."""
 
@@ -58,6 +49,8 @@ class Piece:
     """Of text files."""
     told: dict[str, str | None] = field(default_factory=dict)
     """Columns whose value the file's folders say."""
+    commas: frozenset[str] = frozenset()
+    """Columns whose numbers have decimal commas."""
 
     def words(self) -> str:
         """How the file was understood, where that is not as usual."""
@@ -65,16 +58,23 @@ class Piece:
         return ", ".join(filter(None, (self.dialect.words() if self.dialect else "", told)))
 
 
-def make_pieces(paths: list[str], columns: Columns, read: ReadSpec | None = None) -> list[Piece]:
+def make_pieces(
+    paths: Sequence[str], columns: Sequence[str], numbers: Collection[str] | None = (), read: ReadSpec | None = None
+) -> list[Piece]:
     """Cut files into pieces; Parquet files by row groups, large ones of these by rows, others whole.
 
-    Checks the columns where a file names them.
+    Args:
+        paths: of the files.
+        columns: those that are needed: checked where a file names its own.
+        numbers: columns that hold numbers; None where any may.
+        read: what the user says of text files.
 
     Raises:
         UserError: a file is unreadable or lacks a column.
     """
     pieces: list[Piece] = []
-    dialects = iter(dialect.resolved([_sniffed(path, columns, read) for path in paths if not _is_parquet(path)]))
+    texts = [path for path in paths if not _is_parquet(path)]
+    dialects = iter(dialect.resolved([_sniffed(path, columns, numbers, read) for path in texts]))
     for path in paths:
         if _is_parquet(path):
             file = open_parquet(path)
@@ -86,13 +86,15 @@ def make_pieces(paths: list[str], columns: Columns, read: ReadSpec | None = None
                 for rows in _equal_parts(sum(num_rows[low:high]))
             ]
         else:
-            parts = [Piece(0, path, dialect=next(dialects))]
-            assert parts[0].dialect is not None
-            present = list(parts[0].dialect.names)
-        said = {name: value for name, value in partitions(path).items() if name in columns.names}
+            how = next(dialects)
+            parts = [
+                Piece(0, path, dialect=how, commas=frozenset(numbers or ()) if how.decimal == "," else frozenset())
+            ]
+            present = list(how.names)
+        said = {name: value for name, value in partitions(path).items() if name in columns}
         told = {name: value for name, value in said.items() if name not in present}
         if present:
-            require_columns(columns.names, [*present, *told], path)
+            require_columns(columns, [*present, *told], path)
         pieces += [replace(part, index=len(pieces) + n, told=told) for n, part in enumerate(parts)]
     return pieces
 
@@ -104,44 +106,43 @@ def _equal_parts(num_rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def read_piece(piece: Piece, columns: Columns) -> Iterator[RawChunk]:
+def read_piece(piece: Piece, columns: Sequence[str]) -> Iterator[RawChunk]:
     """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
     how = piece.dialect
-    wanted = [name for name in columns.names if name not in piece.told or (how and how.form == "json")]
+    wanted = [name for name in columns if name not in piece.told or (how and how.form == "json")]
     with _readable(piece.path):
         for chunk in _read_parquet(piece, wanted) if how is None else _read_text(piece.path, how, wanted):
             table = chunk.table
             for name, value in piece.told.items():
                 if name not in table.column_names and chunk.names:
                     table = table.append_column(name, pa.array([value] * len(table), pa.large_string()))
-            if how is not None and how.decimal == ",":
-                for name in {*(columns.numbers or ())}.intersection(table.column_names):
-                    place, column = table.column_names.index(name), with_points(plain(table[name]))
-                    table = table.set_column(place, name, column)
+            for place, name in enumerate(table.column_names):
+                if name in piece.commas:
+                    table = table.set_column(place, name, with_points(plain(table[name])))
             yield replace(chunk, table=table, names=chunk.names | piece.told.keys())
 
 
-def read_file(path: str, columns: Columns, read: ReadSpec | None = None) -> Iterator[RawChunk]:
-    """Rows of a whole file. Raises UserError where it has no rows or lacks a column."""
+def read_file(path: str, columns: Sequence[str], numbers: Collection[str], read: ReadSpec | None) -> Iterator[RawChunk]:
+    """Rows of a whole file (see `make_pieces`). Raises UserError where it has no rows or lacks a column."""
     names, rows = set[str](), 0
-    for piece in make_pieces([path], columns, read):
+    for piece in make_pieces([path], columns, numbers, read):
         for chunk in read_piece(piece, columns):
             names |= chunk.names
             rows += chunk.num_rows
             yield chunk
     if rows == 0:
         raise UserError("has no rows", file=path, fix="give a table with rows")
-    require_columns(columns.names, sorted(names), path)
+    require_columns(columns, sorted(names), path)
 
 
-def table_columns(path: str, columns: Columns, read: ReadSpec | None = None) -> list[str]:
+def table_columns(path: str, columns: Sequence[str] = (), read: ReadSpec | None = None) -> list[str]:
     """Column names of a file (of JSON: of its first block); `columns` are some of them."""
     if _is_parquet(path):
         return json_rows.column_paths(open_parquet(path).schema_arrow)
-    how = _sniffed(path, columns, read)
+    how = _sniffed(path, columns, (), read)
     if how.form != "json":
         return list(how.names)
-    first = next(filter(lambda chunk: chunk.names, _read_text(path, how, columns.names)), RawChunk(pa.table({})))
+    first = next(filter(lambda chunk: chunk.names, _read_text(path, how, columns)), RawChunk(pa.table({})))
     return sorted(first.names)
 
 
@@ -202,12 +203,12 @@ def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
         raise
 
 
-def _sniffed(path: str, columns: Columns, read: ReadSpec | None) -> Dialect:
+def _sniffed(path: str, columns: Sequence[str], numbers: Collection[str] | None, read: ReadSpec | None) -> Dialect:
     read = read or ReadSpec()
     with _readable(path, Dialect("", read.encoding or "utf-8")):
         with _open_stream(path) as stream:
             head = stream.read(dialect.HEAD_BYTES)
-        return dialect.sniff(head, file_format(path), columns.names, columns.numbers, read)
+        return dialect.sniff(head, file_format(path), columns, numbers, read)
 
 
 def _read_parquet(piece: Piece, names: Sequence[str]) -> Iterator[RawChunk]:

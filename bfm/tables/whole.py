@@ -21,7 +21,6 @@ from bfm.tables.dialect import Dialect
 from bfm.tables.find import find_files
 from bfm.tables.pieces import (
     ENCODING_KEY,
-    Columns,
     Piece,
     blocks_of,
     make_pieces,
@@ -57,7 +56,7 @@ def read_whole(place: str, columns: Sequence[str]) -> Whole:
     """
     found = find_files([place])
     try:
-        pieces = make_pieces(found.paths, Columns(columns, None))
+        pieces = make_pieces(found.paths, columns, None)
         tables = [table for piece in pieces if (table := _read(piece, columns)).num_rows]
     except UserError as error:
         # Who brings such a table has no schema to name an encoding in.
@@ -87,7 +86,7 @@ def _read(piece: Piece, columns: Sequence[str]) -> pa.Table:
             )
     wanted = dict.fromkeys([*(name for name, count in num_named.items() if count == 1), *columns])
     tables = []
-    for chunk in read_piece(piece, Columns(list(wanted))):
+    for chunk in read_piece(piece, list(wanted)):
         _refuse(chunk.unreadable, chunk.reason, piece.path)
         tables += [chunk.table] if chunk.num_rows else []
     if not tables:

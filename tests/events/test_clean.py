@@ -23,12 +23,14 @@ def text(values):
 
 # ---------------------------------------------------------------- whole rows
 
-SHOP = schema(
-    "name: s\nuser: u\ntime: t\nitem: [mcc, {column: amount, buckets: [10, 100]}]\n"
-    "item_fields: {brand: categorical, tags: list, size: numeric}\n"
-    "context_fields: {quantity: numeric, shop: categorical, seen: time, note: text, place: vector}\n"
+SHOP = clean.Cleaner(
+    schema(
+        "name: s\nuser: u\ntime: t\nitem: [mcc, {column: amount, buckets: [10, 100]}]\n"
+        "item_fields: {brand: categorical, tags: list, size: numeric}\n"
+        "context_fields: {quantity: numeric, shop: categorical, seen: time, note: text, place: vector}\n"
+    ),
+    ["brand", "tags", "size"],
 )
-FIELDS = ["brand", "tags", "size"]
 
 
 def rows(**columns):
@@ -41,8 +43,8 @@ def rows(**columns):
 
 
 def test_a_good_row():
-    cleaned = clean.clean_table(rows(u=["ann"]), SHOP, FIELDS)
-    assert cleaned.table.schema == clean.cleaned_schema(SHOP, FIELDS)
+    cleaned = SHOP.clean(rows(u=["ann"]))
+    assert cleaned.table.schema == SHOP.target
     assert cleaned.table.to_pylist() == [
         {
             "user": "ann", "time": DAY_MS, "item": "5411\x1f10..100", "i.brand": "x", "i.tags": "a", "i.size": "1",
@@ -71,7 +73,7 @@ def test_a_good_row():
     ],
 )
 def test_unusable_rows_keep_reason_and_content(column, value, reason):
-    cleaned = clean.clean_table(rows(**{column: [value]}), SHOP, FIELDS)
+    cleaned = SHOP.clean(rows(**{column: [value]}))
     (row,) = cleaned.table.to_pylist()
     assert row["fault"] == reason
     raw = json.loads(row["raw"])
@@ -88,7 +90,7 @@ def test_bad_field_values_become_missing_and_are_counted():
         tags=[["a"], [], None],
         size=[math.nan, math.inf, 1.0],
     )
-    cleaned = clean.clean_table(raw, SHOP, FIELDS)
+    cleaned = SHOP.clean(raw)
     assert cleaned.table["fault"].null_count == 3
     assert cleaned.table["c.quantity"].to_pylist() == [None, None, None]
     assert cleaned.table["c.place"].to_pylist() == [None, [1.0, 2.0], None]
@@ -115,9 +117,9 @@ def test_text_of_item_values_comes_back():
 
 
 def test_rows_that_are_all_wrong_stay_rows():
-    cleaned = clean.clean_table(rows(u=[None] * 3), SHOP, FIELDS).table
+    cleaned = SHOP.clean(rows(u=[None] * 3)).table
     assert cleaned["fault"].to_pylist() == ["missing user"] * 3
-    unreadable = clean._unreadable(RawChunk(pa.table({}), ("{", "["), "not JSON"), SHOP, FIELDS).table
+    unreadable = SHOP.unreadable(RawChunk(pa.table({}), ("{", "["), "not JSON"))
     assert unreadable.schema == cleaned.schema
     assert unreadable["raw"].to_pylist() == ["{", "["]
     assert unreadable["fault"].null_count == 0
