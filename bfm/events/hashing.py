@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bfm.events.randomness import mix64, stream_key
 from bfm.ragged import runs
+from bfm.randomness import mix64, stream_key
 from bfm.tables.values import per_distinct
 
 _NULL = 0x6E756C6C
