@@ -2,9 +2,8 @@
 
 A row is *quarantined* when it cannot be an event: its user, an item column, or its time (position) is missing, not
 readable, infinite or of a nested type, an id is a number that is not whole or was rounded, or the row itself could not
-be read. A *field value* that cannot be used (text
-where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
-such losses are counted per field and fault. NaN is missing.
+be read. A *field value* that cannot be used (text where a number should stand, an infinity, a vector with a gap)
+becomes missing, which every field kind can represent; such losses are counted per field and fault. NaN is missing.
 
 A cleaned table has the columns of `Cleaner.target`. Item fields travel as text (`to_text`): which value an item has is
 decided by counting equal texts.

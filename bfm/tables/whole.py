@@ -32,6 +32,8 @@ from bfm.tables.understood import read_as, reading_lines, short_names
 from bfm.tables.values import keys, known, numbers, plain, with_points
 
 _WHOLE = r"^[-+]?[0-9]+(\.0*)?$"
+_NO_NUMBER = pa.array(["NA", "#NA", "-nan", "-NaN"], pa.large_string())
+"""Texts that are missing numbers, beside those that are missing anywhere."""
 _YES_OR_NO = pa.array(["true", "false"], pa.large_string())
 
 
@@ -144,9 +146,12 @@ def _column(table: pa.Table, name: str) -> pa.Array:
 def _numbers_or_text(texts: pa.Array) -> pa.Array:
     """Int64 or uint64 where all of a column that is not missing is whole, else doubles, yes or no, or the texts."""
     told = known(texts)
+    if told.null_count == len(told):
+        return pa.nulls(len(texts))
+    told = pc.if_else(pc.is_in(told, _NO_NUMBER), None, told)
     given = told.drop_null()
     if len(given) == 0:
-        return pa.nulls(len(texts))
+        return texts
     if pc.all(pc.match_substring_regex(given, _WHOLE)).as_py():
         digits = pc.replace_substring_regex(told, r"^\+|\.0*$", "")
         for kind in (pa.int64(), pa.uint64(), pa.float64()):

@@ -37,6 +37,8 @@ def column(tmp_path, cells):
         (["1", str(2**64 - 1)], "uint64", [1, 2**64 - 1]),
         (["-1", str(2**63)], "double", [-1.0, 2.0**63]),
         (["1", "2.5e3", "nan", "-inf"], "double", [1, 2500, None, float("-inf")]),
+        (["7", "NA", "-nan"], "int64", [7, None, None]),
+        (["NA", "NA"], "large_string", ["NA", "NA"]),
         (["True", "false", ""], "bool", [True, False, None]),
         (["a", "", "1"], "large_string", ["a", "", "1"]),
         (["", "None"], "null", [None, None]),
