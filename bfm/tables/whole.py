@@ -94,7 +94,8 @@ def _read(piece: Piece, columns: Sequence[str]) -> pa.Table:
     if not tables:
         return pa.table({})
     table = pa.concat_tables(tables)
-    return pa.table({name: _typed(plain(table[name]), how) for name in table.column_names})
+    typed = {name: _typed(plain(table[name]), how) for name in table.column_names}
+    return pa.table(typed | {name: _numbers_or_text(plain(table[name])) for name in piece.told})
 
 
 def _of_objects(piece: Piece, columns: Sequence[str]) -> pa.Table:
@@ -106,7 +107,9 @@ def _of_objects(piece: Piece, columns: Sequence[str]) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
     below = {name: [json_rows.value_at(row, name) for row in rows] for name in dict.fromkeys([*names, *columns])}
     found = {name: values for name, values in below.items() if name in names or any(v is not None for v in values)}
-    told = {name: pa.array([value] * len(rows), pa.large_string()) for name, value in piece.told.items()}
+    told = {
+        name: _numbers_or_text(pa.array([value] * len(rows), pa.large_string())) for name, value in piece.told.items()
+    }
     require_columns(columns, [*found, *told], piece.path)
     return pa.table(told | {name: _of_values(values) for name, values in found.items()})
 

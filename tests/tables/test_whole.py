@@ -58,14 +58,21 @@ def test_types_of_json(tmp_path):
     assert table["e"].to_pylist() == [None, 1, None]
 
 
-def test_columns_by_folders_and_paths(tmp_path):
-    for source in ("rw", "owt"):
-        (tmp_path / f"source={source}").mkdir()
-        pq.write_table(pa.table({"m": [{"loss": 1.5}]}), tmp_path / f"source={source}" / "a.parquet")
-    table = read_whole(str(tmp_path), ["m.loss", "source"]).table
-    assert table.select(["m.loss", "source"]).to_pylist() == [
-        {"m.loss": 1.5, "source": "owt"},
-        {"m.loss": 1.5, "source": "rw"},
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl"])
+def test_columns_by_folders_and_paths(tmp_path, form):
+    for source, seed in (("rw", 1), ("owt", 2)):
+        place = tmp_path / f"source={source}" / f"seed={seed}"
+        place.mkdir(parents=True)
+        if form == "csv":
+            (place / "a.csv").write_text("m.loss\n1.5\n")
+        elif form == "jsonl":
+            (place / "a.jsonl").write_text('{"m": {"loss": 1.5}}\n')
+        else:
+            pq.write_table(pa.table({"m": [{"loss": 1.5}]}), place / "a.parquet")
+    table = read_whole(str(tmp_path), ["m.loss", "source", "seed"]).table
+    assert table.select(["m.loss", "source", "seed"]).to_pylist() == [
+        {"m.loss": 1.5, "source": "owt", "seed": 2},
+        {"m.loss": 1.5, "source": "rw", "seed": 1},
     ]
 
 
