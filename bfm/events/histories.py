@@ -28,7 +28,7 @@ from bfm.events.log_files import find_logs
 from bfm.events.parts import write_part
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards
-from bfm.events.spread import MOST_BITS, SPREAD, gather, num_partitions, write_spread
+from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.tables.pieces import Piece
 from bfm.tables.understood import read_as, short_names
 from bfm.tables.values import encoded, plain
@@ -95,7 +95,7 @@ class Histories:
         files = sorted(self._rows.iterdir())
         partitions = num_partitions(self.reading.rows, PART_ROWS)
         for index in range(partitions):
-            table = gather(files, MOST_BITS, partitions, index)
+            table = gather(files, partitions, index)
             if table.num_rows:
                 with TemporaryDirectory(dir=self._scratch) as folder:
                     yield self._part(table, Path(folder))
@@ -110,7 +110,7 @@ class Histories:
                     rows = self._number(cleaned.table)
                     hashed = hash_column(encoded(rows[clean.USER].combine_chunks()), self.encoding.manifest.seed)
                     rows = rows.append_column(SPREAD, pa.array(hashed)).sort_by(SPREAD)
-                    write_spread(self._rows / f"{chunks:08d}", rows, MOST_BITS)
+                    write_spread(self._rows / f"{chunks:08d}", rows)
                     chunks += 1
             progress((done + 1) / len(pieces))
 

@@ -35,7 +35,7 @@ from bfm.events.histogram import Histogram
 from bfm.events.log_files import find_item_table, find_logs
 from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.split import Split, time_split
-from bfm.events.spread import MOST_BITS, SPREAD, gather, num_partitions, write_spread
+from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.events.ties import Ties, count_ties
 from bfm.tables.pieces import Piece, require_columns, table_columns
 from bfm.tables.values import numbers, plain, to_mask
@@ -54,8 +54,6 @@ class Job:
     """Item fields that stand in the log itself."""
     item_table: str | None
     """Holds the other ones."""
-    bin_bits: int
-    """So many first bits of the hash say in which bin of its file a cleaned row lies."""
     left_out: dict[str, int]
     """Hidden files and folders among the log's -> files."""
 
@@ -150,10 +148,7 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
-    # A bin for each partition; of text files nobody knows the rows beforehand.
-    rows = sum(high - low for low, high in (piece.rows for piece in pieces))
-    bin_bits = min(num_partitions(rows, PARTITION_ROWS).bit_length() - 1, MOST_BITS)
-    return Job(checked, seed, folder, from_events, item_table, bin_bits, dict(found.left_out)), pieces
+    return Job(checked, seed, folder, from_events, item_table, dict(found.left_out)), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -167,8 +162,7 @@ def clean_piece(job: Job, piece: Piece) -> None:
         if cleaned.table.num_rows:
             order, table = _by_hash(cleaned.table, job.seed)
             reading.ties += _raw_ties(job.schema, cleaned.raw, order, table)
-            path = job.place("cleaned", piece.index, part).with_suffix(".arrow")
-            write_spread(path, table, job.bin_bits)
+            write_spread(job.place("cleaned", piece.index, part), table)
     job.save("read", piece.index, reading)
 
 
@@ -218,7 +212,7 @@ def count_partitions(job: Job) -> int:
 
 def sort_partition(job: Job, partitions: int, index: int) -> None:
     """Write the quarantine and the events, in their final order, of one of so many equal ranges of hashes."""
-    table = gather(job.files("cleaned"), job.bin_bits, partitions, index)
+    table = gather(job.files("cleaned"), partitions, index)
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
     good = clean.usable(table.drop_columns([SPREAD]), job.seed)
     users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
