@@ -81,7 +81,7 @@ def reading_checks(pieces: Sequence[Reading], left_out: Mapping[str, int]) -> di
     return {
         "lines": dict(lines),
         "files": files if len(reasons) > 1 else {},
-        "read_as": read_as([(names[piece.path], piece.words) for piece in pieces]),
+        "read_as": read_as([(piece.path, piece.words) for piece in pieces]),
         "left_out": dict(left_out),
     }
 

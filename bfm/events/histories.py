@@ -30,7 +30,7 @@ from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards
 from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.tables.pieces import Piece
-from bfm.tables.understood import read_as, short_names
+from bfm.tables.understood import read_as
 from bfm.tables.values import encoded, plain
 from bfm.yaml import validate
 
@@ -78,8 +78,7 @@ class Histories:
         """Hidden files and folders -> files."""
         cleaner = clean.Cleaner(self.schema, encoding.manifest.event_item_fields)
         pieces = cleaner.pieces(found.paths)
-        names = short_names([piece.path for piece in pieces])
-        self.read_as = read_as(zip(names, (piece.words() for piece in pieces), strict=True))
+        self.read_as = read_as([(piece.path, piece.words()) for piece in pieces])
         """How files were understood that are not as usual."""
         self._scratch = scratch
         self._rows = scratch / "rows"

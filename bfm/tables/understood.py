@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 
-def read_as(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """How files (name, words) were understood that are not as usual: words -> the first of them, and how many more."""
+def read_as(files: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """How files (path, words) were understood that are not as usual: words -> the first, and how many more."""
     groups: dict[str, list[str]] = {}
-    for name, words in files:
+    for name, (_, words) in zip(short_names([path for path, _ in files]), files, strict=True):
         if words and name not in groups.setdefault(words, []):
             groups[words].append(name)
     return {words: name + (f" and {len(more)} more" if more else "") for words, (name, *more) in groups.items()}

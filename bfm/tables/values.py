@@ -27,7 +27,7 @@ _WHOLE = r"^(-?(?:0|[1-9][0-9]*))\.0+$"
 _ROUNDED = r"^-?[0-9](?:\.[0-9]+)?[eE]\+[0-9]+$"
 _INTEGER = r"^[-+]?(?:[0-9]{1,18}|[0-8][0-9]{18})(?:\.0*)?$"
 _COMMA_NUMBER = r"^\s*[-+]?([0-9]{1,3}(\.[0-9]{3})+|[0-9]*)(,[0-9]*)?([eE][-+]?[0-9]+)?\s*$"
-EXACT = 2.0**53
+_EXACT = 2.0**53
 """Doubles below it are exact whole numbers."""
 
 
@@ -94,8 +94,7 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         numbers = column.cast(pa.float64())
         infinite = to_mask(pc.is_inf(numbers))
         kept = pc.if_else(pc.is_finite(numbers), numbers, None)
-        whole = to_mask(pc.and_(pc.equal(pc.round(kept), kept), pc.less(pc.abs(kept), EXACT)))
-        as_int = pc.if_else(pa.array(whole), kept, None).cast(pa.int64()).cast(pa.large_string())
+        as_int = pc.if_else(_are_whole(kept), kept, None).cast(pa.int64()).cast(pa.large_string())
         # The shortest text of a float32 is not that of the same value as float64.
         exact = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
         return pc.coalesce(as_int, exact), wrong, infinite
@@ -116,8 +115,7 @@ def inexact(column: pa.Array) -> np.ndarray:
     kind = column.type
     if pa.types.is_floating(kind):
         values = column.cast(pa.float64())
-        whole = pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), EXACT))
-        return to_mask(pc.and_(pc.is_finite(values), pc.invert(whole)))
+        return to_mask(pc.and_(pc.is_finite(values), pc.invert(_are_whole(values))))
     if pa.types.is_decimal(kind):
         return to_mask(pc.not_equal(pc.floor(column), column))
     if pa.types.is_large_string(kind) and pc.any(pc.match_substring(column, "+")).as_py():
@@ -157,8 +155,7 @@ def positions(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Whole numbers as int64; mask of what is there but is no whole number."""
     values, wrong, infinite = numbers(column)
     exact = integers(column)
-    whole = to_mask(pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), EXACT)))
-    found = pc.coalesce(exact, pc.if_else(pa.array(whole), values, None).cast(pa.int64()))
+    found = pc.coalesce(exact, pc.if_else(_are_whole(values), values, None).cast(pa.int64()))
     return found, wrong | infinite | (to_mask(values.is_valid()) & to_mask(found.is_null()))
 
 
@@ -238,6 +235,11 @@ def bucket_names(values: pa.Array, edges: list[float]) -> pa.Array:
 
 
 # ---------------------------------------------------------------- inside
+
+
+def _are_whole(values: pa.Array) -> pa.Array:
+    """Booleans: doubles that are exact whole numbers."""
+    return pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), _EXACT))
 
 
 def _read_numbers(texts: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:

@@ -28,7 +28,7 @@ from bfm.tables.pieces import (
     read_piece,
     require_columns,
 )
-from bfm.tables.understood import read_as, reading_lines, short_names
+from bfm.tables.understood import read_as, reading_lines
 from bfm.tables.values import keys, known, numbers, plain, with_points
 
 _WHOLE = r"^[-+]?[0-9]+(\.0*)?$"
@@ -68,8 +68,7 @@ def read_whole(place: str, columns: Sequence[str]) -> Whole:
         raise UserError("has no rows", file=place, fix="give a table with rows")
     names = dict.fromkeys(name for table in tables for name in table.column_names)
     joined = {name: _joined([_column(table, name) for table in tables]) for name in names}
-    paths = [piece.path for piece in pieces]
-    how = read_as(zip(short_names(paths), (piece.words() for piece in pieces), strict=True))
+    how = read_as([(piece.path, piece.words()) for piece in pieces])
     return Whole(pa.table(joined), tuple(reading_lines(how, found.left_out)))
 
 
