@@ -95,6 +95,7 @@ def test_every_value_is_judged_by_itself(values):
         assert not (parse.to_mask(together[0].is_valid()) & together[1]).any()
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_written_by_python_come_back(number):
     assert parse.numbers(text([repr(number)]))[0].to_pylist() == [number]
