@@ -65,7 +65,7 @@ def test_a_planted_surface_is_found_in_any_file(bfm, tmp_path, suffix):
     assert {"C", "params", "events"} <= set(found["definitions"])
 
 
-@pytest.mark.parametrize("curve", ["quadratic", "akima"])
+@pytest.mark.parametrize("curve", ["valley", "quadratic"])
 def test_isoflop_has_exponents_and_an_optimum_per_budget(bfm, table, curve):
     found = fitted(bfm, "isoflop", table, "--columns", COLUMNS, "--curve", curve)
     assert found["parameters"]["N_exponent"]["estimate"] == pytest.approx(BETA / (ALPHA + BETA), abs=0.05)
