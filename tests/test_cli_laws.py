@@ -77,7 +77,7 @@ def test_a_table_of_another_dialect_is_the_same_table_and_told(bfm, table, tmp_p
     assert "left out as hidden: .ipynb_checkpoints (1 file)" in found["warnings"]
 
 
-@pytest.mark.parametrize("curve", ["quadratic", "akima"])
+@pytest.mark.parametrize("curve", ["valley", "quadratic"])
 def test_isoflop_has_exponents_and_an_optimum_per_budget(bfm, table, curve):
     found = fitted(bfm, "isoflop", table, "--columns", COLUMNS, "--curve", curve)
     assert found["parameters"]["N_exponent"]["estimate"] == pytest.approx(BETA / (ALPHA + BETA), abs=0.05)

@@ -23,9 +23,7 @@ def fit(
     metric: Annotated[
         str | None, typer.Option(help="Metrics, comma-separated, or all (default: nll, or the table's loss).")
     ] = None,
-    curve: Annotated[
-        str | None, typer.Option(help="isoflop: valley (two-term, the default), quadratic or akima.")
-    ] = None,
+    curve: Annotated[str | None, typer.Option(help="isoflop: valley (two-term, the default) or quadratic.")] = None,
     objective: Annotated[str | None, typer.Option(help="surface: huber (the default) or asym_mae.")] = None,
     delta: Annotated[
         float | None, number("surface: where Huber's loss turns linear, in log loss (1e-3).", above=True)
