@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bfm.events.ragged import Ragged
 from bfm.model.matmul_peak import timed_s
 from bfm.objective.fused import Tile, fused_softmax_state, num_splits
 from bfm.objective.softmax import log_sum
 from bfm.objective.tiled import State, log_sum_of_state, merge
+from bfm.ragged import Ragged
 from bfm.ranking.ranks import DotScores, rank_targets
 
 SCALES = (20.0, 60.0, 100.0)

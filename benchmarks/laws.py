@@ -3,10 +3,13 @@
 `surface`: 1,000 noisy draws of a planted L(N, D) on each of two designs: per quantity, how often the 95 % interval
 holds the truth, how often an end is open, and the seconds of a fit.
 `holdout`: the runs with the most C are left out of tables that others published, and predicted from the rest.
+`resampling`: widths of intervals on these tables against those of other samples of their own runs. The surface's
+profile likelihood against 200 bootstrap draws of whole training runs; the joint law's t intervals against a jackknife
+over 20 groups of training runs (runs drawn twice are twins without noise to REML, so a bootstrap is none for it).
 Run with `python benchmarks/laws.py surface` and `python benchmarks/laws.py holdout --external DIRECTORY`, the folder
 that holds gemstones/, kyo_takano_chinchilla/ and porian/. Writes benchmarks/results/laws_<part>.md.
 
-Shape legend: R runs.
+Shape legend: R runs, G groups of runs.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ import datetime
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from common import machine, publish
+from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws.joint import fit_joint
+from bfm.laws.joint_law import joint_law
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, from_table
 from bfm.laws.surface import fit_surface
@@ -33,6 +38,10 @@ from bfm.laws.surface import fit_surface
 PLANTED = {"E": 1.7, "A": 406.0, "B": 410.0, "alpha": 0.34, "beta": 0.28}
 NOISE = 0.003
 """Standard deviation of a loss, in nats."""
+
+BOOTSTRAPS, GROUPS = 200, 20
+LEAST = 1e-3
+"""An E below it is none."""
 
 
 @dataclass(frozen=True)
@@ -187,20 +196,72 @@ def holdout_part(external: Path) -> str:
     return "\n".join([title, _written("holdout"), "", *lines, ""])
 
 
+def resampling_part(external: Path) -> str:
+    """Widths of intervals by other samples of the same runs, over those that the laws tell."""
+    of_surface, of_joint = ("a", "E", "alpha", "beta"), ("N_exponent", "E")
+    heads = [*(f"surface {name}" for name in of_surface), *(f"joint {name}" for name in of_joint)]
+    lines = [f"| table | runs | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    ratios = []
+    for name, runs in tables(external):
+        told, redrawn = fit_surface(runs).parameters, fit_surface(runs, bootstrap=BOOTSTRAPS).parameters
+        found = [_width(redrawn[one], one) / _width(told[one], one) for one in of_surface]
+        left_out, law = _jackknife(runs, of_joint), joint_law(runs).parameters
+        found += [left_out[one] / _width(law[one], one) for one in of_joint]
+        ratios.append(found)
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(f'{ratio:.2f}' for ratio in found)} |")
+        print(lines[-1], flush=True)
+    middle = np.median(ratios, 0)
+    lines.append(f"| median | | {' | '.join(f'{ratio:.2f}' for ratio in middle)} |")
+    title = (
+        "# Intervals against other samples of the same runs\n\n"
+        f"Width by {BOOTSTRAPS} bootstrap draws of whole runs over that by profile likelihood (surface), and by a "
+        f"jackknife\nover {GROUPS} groups of runs over that of t intervals (joint); of E in its log."
+    )
+    return "\n".join([title, _written("resampling"), "", *lines, ""])
+
+
+def _jackknife(runs: Runs, names: Sequence[str]) -> dict[str, float]:
+    """Widths of 95 % intervals by leaving out a group of whole training runs at a time."""
+    curves = runs["curve"] if runs.has("curve") else np.arange(len(runs))
+    _, curve_R = np.unique(curves, return_inverse=True)
+    group_R = np.random.default_rng(0).permutation(curve_R.max() + 1)[curve_R] % GROUPS
+    fits = [joint_law(runs.select(group_R != group)).parameters for group in range(GROUPS)]
+    found = {}
+    for name in names:
+        value_G = np.array([_scaled(fit[name].estimate, name) for fit in fits])
+        error = math.sqrt((GROUPS - 1) * float(value_G.var()))
+        found[name] = 2 * float(stats.t.ppf(0.975, GROUPS - 1)) * error
+    return found
+
+
+def _width(value: Estimate, name: str) -> float:
+    return _scaled(value.high, name) - _scaled(value.low, name)
+
+
+def _scaled(value: float, name: str) -> float:
+    return math.log(max(value, LEAST)) if name == "E" else value
+
+
 def _written(part: str) -> str:
     return f"Written by `python benchmarks/laws.py {part}` on {datetime.date.today()}."
 
 
+ON_TABLES = {"holdout": holdout_part, "resampling": resampling_part}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("surface", "holdout"))
+    parser.add_argument("part", choices=("surface", *ON_TABLES))
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--external", type=Path, help="folder of the published tables")
     options = parser.parse_args()
-    if options.part == "holdout" and options.external is None:
-        parser.error("holdout needs --external")
-    text = holdout_part(options.external) if options.part == "holdout" else surface_part(options.draws, options.workers)
+    if options.part == "surface":
+        text = surface_part(options.draws, options.workers)
+    elif options.external is None:
+        parser.error(f"{options.part} needs --external")
+    else:
+        text = ON_TABLES[options.part](options.external)
     publish(f"laws_{options.part}", f"{text}\n{machine('numpy', 'scipy')}\n")
 
 

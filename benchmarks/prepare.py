@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from common import cpu_name
 
-from bfm.events.find import find_logs
+from bfm.events.log_files import find_logs
 from bfm.events.schema import load_schema
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards
@@ -121,7 +121,7 @@ def synthetic_log(folder: Path, events: int) -> Path:
     """Write a log of so many events by another process, whose memory is not to be counted."""
     path = folder / f"synthetic-{events}"
     arguments = f"Path({str(path)!r}), events={events}, users={events // 50}, items=20_000"
-    code = f"from pathlib import Path; from bfm.events.synth import write_synthetic; write_synthetic({arguments})"
+    code = f"from pathlib import Path; from bfm.synth.log import write_synthetic; write_synthetic({arguments})"
     subprocess.run([sys.executable, "-c", code], check=True)
     return path
 

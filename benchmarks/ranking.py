@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from common import RESULTS, cpu_name  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bfm.events.ragged import Ragged  # noqa: E402
+from bfm.ragged import Ragged  # noqa: E402
 from bfm.ranking.metrics import score_queries, summarise  # noqa: E402
 from bfm.ranking.ranks import DotScores, rank_targets  # noqa: E402
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, Windows
 from bfm.model.batch import ModelBatch
 from bfm.objective.objective import Objective, own_window_certain
+from bfm.randomness import permuted, stream_key
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 

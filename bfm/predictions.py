@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
-from bfm.events.account import reading_lines
 from bfm.events.clean import repairs
 from bfm.events.histories import Histories, Part
 from bfm.events.protocol import QueryTable
 from bfm.ranking.metrics import check_k
 from bfm.ranking.predictor import Predictor, Top
+from bfm.tables.understood import reading_lines
 
 _ROW_GROUP_USERS = 4096
 # Shares of the progress bar.
@@ -78,7 +78,7 @@ def predict_log(
             predictor.encoding, logs, spill, progress=lambda share: progress("reading", _READING * share)
         )
         if histories.new.ids:
-            predictor.add_items(histories.new.encode(histories.losses))
+            predictor.add_items(histories.new.encode(histories.reading.losses))
         events = 0
         with pq.ParquetWriter(made, _schema(predictor, vectors)) as writer:
             for part in histories.parts():
@@ -88,7 +88,7 @@ def predict_log(
                     counts["users"] += table.num_rows
                     counts["short_lists"] += int((listed[table["events"].to_numpy() > 0] < k).sum())
                     events += pc.sum(table["events"]).as_py()
-                    progress(f"{counts['users']:,} users", _READING + (1 - _READING) * events / histories.rows)
+                    progress(f"{counts['users']:,} users", _READING + (1 - _READING) * events / histories.reading.rows)
                 counts["users_without_event"] += len(part.without_event)
         os.replace(made, out)
     return {"predictions": str(out), **counts, **_read_counts(histories)}
@@ -134,13 +134,14 @@ def _lists(predictor: Predictor, top: Top) -> dict[str, pa.Array]:
 
 
 def _read_counts(histories: Histories) -> dict[str, Any]:
+    reading = histories.reading
     return {
-        "rows": histories.rows,
-        "unusable": dict(sorted(histories.unusable.items())),
+        "rows": reading.rows,
+        "unusable": dict(sorted(reading.reasons.items())),
         "read_as": histories.read_as,
         "left_out": dict(histories.left_out),
-        "repairs": repairs(histories.losses),
-        "cuts": {name: count for (name, what), count in sorted(histories.losses.items()) if what == "cut" and count},
+        "repairs": repairs(reading.losses),
+        "cuts": {name: count for (name, what), count in sorted(reading.losses.items()) if what == "cut" and count},
         "duplicates": histories.duplicates,
         "new_items": len(histories.new.ids),
         "new_item_events": histories.new.events,

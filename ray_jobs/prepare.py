@@ -24,9 +24,9 @@ from bfm.errors import UserError
 from bfm.events import build, prepare
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest
 from bfm.events.prepare import Job, plan_job
-from bfm.events.source import Piece
 from bfm.files import Store
 from bfm.sealed import check_free, publish, staging
+from bfm.tables.pieces import Piece
 from ray_jobs.cluster_session import local_ray, quiet_ray_data
 
 Progress = Callable[[str, float], None]
@@ -94,7 +94,7 @@ def _run(job: Job, pieces: list[Piece], progress: Progress) -> Manifest:
     over = partial(_over, job.folder)
     with _watched(job, "read", len(pieces), progress):
         over(_blocks, partial(prepare.clean_piece, job), [(piece,) for piece in pieces])
-    count = prepare.num_partitions(prepare.rows_read(job))
+    count = prepare.count_partitions(job)
     with _watched(job, "sort", count, progress):
         over(_blocks, partial(prepare.sort_partition, job, count), [(index,) for index in range(count)])
     job.drop("cleaned")

@@ -130,7 +130,8 @@ def run_sweep(
         tell = progress or (lambda event, driver: None)
         tell(SweepEvent("opened"), driver)
         if table is not None:
-            tell(SweepEvent("imported", reason=import_words(driver.take_runs(table))), driver)
+            words = "; ".join([import_words(driver.take_runs(table)), *table.told])
+            tell(SweepEvent("imported", reason=words), driver)
         for request in new_requests(store, driver.state.requests):
             tell(SweepEvent("asked", reason=request_words(driver.take(request))), driver)
         try:

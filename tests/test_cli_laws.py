@@ -65,7 +65,19 @@ def test_a_planted_surface_is_found_in_any_file(bfm, tmp_path, suffix):
     assert {"C", "params", "events"} <= set(found["definitions"])
 
 
-@pytest.mark.parametrize("curve", ["quadratic", "akima"])
+def test_a_table_of_another_dialect_is_the_same_table_and_told(bfm, table, tmp_path):
+    brought = tmp_path / "parts [1]"
+    (brought / ".ipynb_checkpoints").mkdir(parents=True)
+    text = table.read_text().replace(",", ";").replace(".", ",")
+    (brought / "runs.csv").write_text("\n" + text, encoding="utf-16")
+    (brought / ".ipynb_checkpoints" / "runs.csv").write_text(text)
+    found, expected = (fitted(bfm, "surface", place, "--columns", COLUMNS) for place in (brought, table))
+    assert found["parameters"] == expected["parameters"]
+    assert "read as: utf-16, separated by ';', decimal commas (runs.csv)" in found["warnings"]
+    assert "left out as hidden: .ipynb_checkpoints (1 file)" in found["warnings"]
+
+
+@pytest.mark.parametrize("curve", ["valley", "quadratic"])
 def test_isoflop_has_exponents_and_an_optimum_per_budget(bfm, table, curve):
     found = fitted(bfm, "isoflop", table, "--columns", COLUMNS, "--curve", curve)
     assert found["parameters"]["N_exponent"]["estimate"] == pytest.approx(BETA / (ALPHA + BETA), abs=0.05)

@@ -86,8 +86,8 @@ def synth(
     as_json: Json = False,
 ) -> None:
     """Write a synthetic log with known structure and its Bayes-optimal NLL and recall@10."""
-    from bfm.events.synth import write_synthetic
     from bfm.report.console import Display
+    from bfm.synth.log import write_synthetic
     from bfm.units import format_count
 
     with Display("synth") as display:

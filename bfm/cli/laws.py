@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,7 @@ app = typer.Typer()
 @app.command()
 def fit(
     law: Annotated[str, typer.Argument(help="joint, isoflop, surface, hull, share, batch, negatives or agreement.")],
-    runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep or study, or a table's file.")],
+    runs: Annotated[str, typer.Argument(metavar="RUNS", help="Folder or URI of a sweep or study, or a table's files.")],
     columns: Annotated[
         str | None, typer.Option(help="Of a table: params=N,events=D,flops=C,loss=loss,metric=recall,...")
     ] = None,
@@ -24,9 +23,7 @@ def fit(
     metric: Annotated[
         str | None, typer.Option(help="Metrics, comma-separated, or all (default: nll, or the table's loss).")
     ] = None,
-    curve: Annotated[
-        str | None, typer.Option(help="isoflop: valley (two-term, the default), quadratic or akima.")
-    ] = None,
+    curve: Annotated[str | None, typer.Option(help="isoflop: valley (two-term, the default) or quadratic.")] = None,
     objective: Annotated[str | None, typer.Option(help="surface: huber (the default) or asym_mae.")] = None,
     delta: Annotated[
         float | None, number("surface: where Huber's loss turns linear, in log loss (1e-3).", above=True)
@@ -70,9 +67,10 @@ def _of_table(
     from bfm.laws.fitting import fit_law, fit_metrics
     from bfm.laws.runs import from_table, parse_columns
     from bfm.report.study import law_rows
+    from bfm.tables.find import is_table
 
     if columns is None:
-        if Path(runs).suffix in (".csv", ".parquet", ".jsonl"):
+        if is_table(runs):
             raise UserError("a table needs its columns named", key="--columns", fix="write params=N,events=D,loss=loss")
         if where is not None:
             raise UserError("filters rows of a table", key="--where", fix="leave it out, or give report/runs.parquet")

@@ -36,7 +36,7 @@ def simulate(
     space: Annotated[Path | None, typer.Argument(help="Search-space YAML (with --law).")] = None,
     law: Annotated[str | None, typer.Option(help="Planted law for a space: paper.")] = None,
     curves: Annotated[
-        Path | None, typer.Option(help="Table of known curves: config_id, flops, loss and the features.")
+        str | None, typer.Option(help="Table of known curves: config_id, flops, loss and the features.")
     ] = None,
     rungs: Annotated[str | None, typer.Option(help="C of the rungs, e.g. 1e19,4e19 (with --curves).")] = None,
     budget_fraction: Annotated[float, typer.Option(help="Budget over what training all curves would cost.")] = 0.15,
@@ -96,11 +96,11 @@ def simulate(
         return
     assert curves is not None
     ladder, policies = _ladder(rungs), _policies(policy or "frontier")
-    known = read_curves(curves, _names(features), params_column, resumable_column, where)
-    contest = Contest(known, ladder, budget_fraction, subset, cooldown_fraction, eta, fleet=fleet)
     with Display("simulate") as display:
+        known = read_curves(curves, _names(features), params_column, resumable_column, where, display.say)
+        contest = Contest(known, ladder, budget_fraction, subset, cooldown_fraction, eta, fleet=fleet)
         standings = compete(contest, policies, range(seeds), display.show)
-    show(as_dict(str(curves), contest, standings), as_json, render)
+    show(as_dict(curves, contest, standings), as_json, render)
 
 
 def _space(

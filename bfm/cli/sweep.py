@@ -66,7 +66,7 @@ def sweep(
         bool, typer.Option("--extend", help="Go on with rungs above, another space, further seeds, another scheduler.")
     ] = False,
     runs: Annotated[
-        str | None, typer.Option("--import", help="Parquet, CSV or JSON lines of runs trained elsewhere.")
+        str | None, typer.Option("--import", help="Parquet, CSV or JSON files of runs trained elsewhere.")
     ] = None,
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Override data.shards.")] = None,

@@ -6,23 +6,27 @@ Lines of text are rows, headers, blank, or go on inside a value; rows are events
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bfm.events.clean import FAULT, Cleaned, Losses, TimeRange, merged
-from bfm.events.raw import Lines
+from bfm.errors import UserError
+from bfm.events.clean import FAULT, Cleaned, Losses
 from bfm.events.ties import Ties
+from bfm.events.times import TimeRange, check_clock, merged
+from bfm.tables.pieces import require_columns
+from bfm.tables.raw import Lines
+from bfm.tables.understood import read_as, reading_lines, short_names
 
 _MOST_FILES = 10
 
 
 @dataclass
-class PieceFacts:
-    """What was read of a piece of the log."""
+class Reading:
+    """What was read of a log, or of a piece of it."""
 
-    path: str
-    words: str
+    path: str = ""
+    words: str = ""
     """How the file was understood, where that is not as usual."""
     rows: int = 0
     lines: Lines = field(default_factory=Lines)
@@ -45,7 +49,23 @@ class PieceFacts:
         self.guessed_times = merged([self.guessed_times, cleaned.guessed_times])
 
 
-def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) -> dict[str, Any]:
+def check_reading(readings: Sequence[Reading], columns: Sequence[str]) -> int:
+    """Rows of a log that was read whole; `columns` are those that it needs.
+
+    Raises UserError where it has no rows, none of them has a column, or times whose unit was guessed are where no log
+    is.
+    """
+    rows = sum(reading.rows for reading in readings)
+    if rows == 0:
+        raise UserError("the log has no rows", key="LOG", fix="check the files")
+    # The columns of JSON are known at the end only.
+    if present := set[str]().union(*(reading.columns for reading in readings)):
+        require_columns(columns, sorted(present), "LOG")
+    check_clock(merged(reading.guessed_times for reading in readings))
+    return rows
+
+
+def reading_checks(pieces: Sequence[Reading], left_out: Mapping[str, int]) -> dict[str, Any]:
     """The manifest's checks about files and lines; empty ones are as usual."""
     lines, reasons, rows = Lines(), dict[str, Counter[str]](), Counter[str]()
     names = dict(zip([piece.path for piece in pieces], short_names([piece.path for piece in pieces]), strict=True))
@@ -61,27 +81,9 @@ def reading_checks(pieces: Sequence[PieceFacts], left_out: Mapping[str, int]) ->
     return {
         "lines": dict(lines),
         "files": files if len(reasons) > 1 else {},
-        "read_as": read_as([(names[piece.path], piece.words) for piece in pieces]),
+        "read_as": read_as([(piece.path, piece.words) for piece in pieces]),
         "left_out": dict(left_out),
     }
-
-
-def read_as(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """How files (name, words) were understood that are not as usual: words -> the first of them, and how many more."""
-    groups: dict[str, list[str]] = {}
-    for name, words in files:
-        if words and name not in groups.setdefault(words, []):
-            groups[words].append(name)
-    return {words: name + (f" and {len(more)} more" if more else "") for words, (name, *more) in groups.items()}
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them share."""
-    folders = [path.split("/")[:-1] for path in paths]
-    shared = 0
-    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
-        shared += 1
-    return ["/".join(path.split("/")[shared:]) for path in paths]
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
@@ -109,15 +111,4 @@ def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks
         told.append(f"warning: {without:,} items of the log have no row in the item table")
     if unreadable := checks.get("item_rows_unreadable"):
         told.append(f"warning: {unreadable:,} rows of the item table could not be read")
-    return told
-
-
-def reading_lines(how: Mapping[str, str], left_out: Mapping[str, int]) -> list[str]:
-    """How files were understood, and which were left out, for people."""
-    told = [f"read as: {words} ({files})" for words, files in how.items()]
-    if left_out:
-        names = ", ".join(f"{name} ({count:,} file{'s' * (count > 1)})" for name, count in left_out.items())
-        told.append(f"left out as hidden: {names}")
-    if "_delta_log" in left_out:
-        told.append("warning: this is a Delta table, and files that its log has removed were read too; export it first")
     return told

@@ -42,12 +42,12 @@ from bfm.events.manifest import Manifest
 from bfm.events.parts import column_files, join_column, write_part
 from bfm.events.prepare import Job, PartitionFacts, load_file, quarantined, rows_read
 from bfm.events.protocol import build_protocol
-from bfm.events.ragged import runs
 from bfm.events.repeats import training_repeats
 from bfm.events.schema import MAX_LENGTH, FieldSpec
 from bfm.events.shards import Shards, finish
 from bfm.events.split import Split
 from bfm.events.ties import Ties, tie_facts
+from bfm.ragged import runs
 
 # Share of training events whose item features are not the item's: above it, `describe` warns.
 _MANY_CONFLICTS = 0.05

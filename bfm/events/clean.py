@@ -2,11 +2,10 @@
 
 A row is *quarantined* when it cannot be an event: its user, an item column, or its time (position) is missing, not
 readable, infinite or of a nested type, an id is a number that is not whole or was rounded, or the row itself could not
-be read. A *field value* that cannot be used (text
-where a number should stand, an infinity, a vector with a gap) becomes missing, which every field kind can represent;
-such losses are counted per field and fault. NaN is missing.
+be read. A *field value* that cannot be used (text where a number should stand, an infinity, a vector with a gap)
+becomes missing, which every field kind can represent; such losses are counted per field and fault. NaN is missing.
 
-A cleaned table has the columns of `cleaned_schema`. Item fields travel as text (`to_text`): which value an item has is
+A cleaned table has the columns of `Cleaner.target`. Item fields travel as text (`to_text`): which value an item has is
 decided by counting equal texts.
 """
 
@@ -14,8 +13,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.events import parse
 from bfm.events.hashing import hash_rows
-from bfm.events.raw import Lines, RawChunk
-from bfm.events.schema import EventSchema, FieldSpec, ItemPart
-from bfm.events.source import Columns, Piece, read_piece
+from bfm.events.schema import EventSchema, FieldSpec, ItemPart, TimeSpec
+from bfm.events.times import TimeRange, guessed_range, times
+from bfm.tables.pieces import Piece, make_pieces, read_piece
+from bfm.tables.raw import Lines, RawChunk
+from bfm.tables.values import (
+    SEPARATOR,
+    bucket_names,
+    encoded,
+    inexact,
+    keys,
+    lists,
+    numbers,
+    plain,
+    positions,
+    to_mask,
+    vectors,
+)
 
 USER, TIME, ITEM, FAULT, RAW, HASH = "user", "time", "item", "fault", "raw", "hash"
 _TEXT = pa.large_string()
@@ -40,15 +53,6 @@ _CONTEXT_TYPE = {
     "time": pa.int64(),
 }
 _RAW_SLICE_ROWS = 4096
-CLOCK_MS = 315_532_800_000, 4_102_444_800_000
-"""1980 to 2100: times outside are taken for something else."""
-_LOOKS_LIKE = (
-    (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
-    (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
-    (1, 190_001_010_000, 210_012_312_359, "written times: `time: {column: ..., format: '%Y%m%d%H%M'}`"),
-    (1, 19_000_101_000_000, 21_001_231_235_959, "written times: `time: {column: ..., format: '%Y%m%d%H%M%S'}`"),
-)
-"""Milliseconds per unit as guessed, lowest, highest, and what such numbers are."""
 Faults = list[tuple[str, np.ndarray]]
 """Reasons and the rows (bool [n]) that they are true of, the graver first."""
 Losses = Counter[tuple[str, str]]
@@ -56,8 +60,6 @@ Losses = Counter[tuple[str, str]]
 of values made missing; or of texts and lists one of BAG_COUNTS: `values` with at least one word or element, how many of
 these are `cut`, and how many words or elements are `lost`."""
 BAG_COUNTS = ("values", "cut", "lost")
-TimeRange = tuple[int, int] | None
-"""First and last, in milliseconds, of times that are numbers whose unit was guessed; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -85,74 +87,79 @@ def context_column(name: str) -> str:
     return f"c.{name}"
 
 
-def cleaned_schema(schema: EventSchema, event_item_fields: Sequence[str]) -> pa.Schema:
-    """Columns of a cleaned table; `event_item_fields` are the item fields that stand in the log itself."""
-    fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
-    fields += [(item_column(name), _TEXT) for name in event_item_fields]
-    fields += [(context_column(name), _CONTEXT_TYPE[spec.kind]) for name, spec in schema.context_fields.items()]
-    return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
+@dataclass(frozen=True)
+class Cleaner:
+    """What is read of a log, and how it is cleaned."""
 
+    schema: EventSchema
+    event_item_fields: Sequence[str]
+    """Item fields that stand in the log itself."""
 
-def log_columns(schema: EventSchema, event_item_fields: Sequence[str]) -> list[str]:
-    """Columns that are read from the log, each once."""
-    order = schema.time.column if schema.time else schema.position
-    columns = [schema.user, order, *(part.column for part in schema.item)]
-    columns += [schema.item_fields[name].column for name in event_item_fields]
-    columns += [spec.column for spec in schema.context_fields.values()]
-    return list(dict.fromkeys(column for column in columns if column is not None))
+    @cached_property
+    def columns(self) -> list[str]:
+        """Columns that are read, each once."""
+        schema = self.schema
+        order = schema.time.column if schema.time else schema.position
+        columns = [schema.user, order, *(part.column for part in schema.item)]
+        columns += [schema.item_fields[name].column for name in self.event_item_fields]
+        columns += [spec.column for spec in schema.context_fields.values()]
+        return list(dict.fromkeys(column for column in columns if column is not None))
 
+    @cached_property
+    def target(self) -> pa.Schema:
+        """Columns of a cleaned table."""
+        fields = [(USER, _TEXT), (TIME, pa.int64()), (ITEM, _TEXT)]
+        fields += [(item_column(name), _TEXT) for name in self.event_item_fields]
+        fields += [
+            (context_column(name), _CONTEXT_TYPE[spec.kind]) for name, spec in self.schema.context_fields.items()
+        ]
+        return pa.schema([*fields, (FAULT, _TEXT), (RAW, _TEXT)])
 
-def wanted(schema: EventSchema, event_item_fields: Sequence[str]) -> Columns:
-    """What is read from the log."""
-    return Columns(log_columns(schema, event_item_fields), schema.number_columns)
+    def pieces(self, paths: Sequence[str]) -> list[Piece]:
+        """The pieces of a log's files. Raises UserError where one is unreadable or lacks a column."""
+        return make_pieces(paths, self.columns, self.schema.number_columns, self.schema.read)
 
+    def read(self, piece: Piece) -> Iterator[Cleaned]:
+        """The rows of a piece in tables of bounded size. Raises UserError where the file cannot be read."""
+        for chunk in read_piece(piece, self.columns):
+            cleaned = self.clean(chunk.table)
+            table = pa.concat_tables([cleaned.table, self.unreadable(chunk)])
+            yield replace(cleaned, table=table, names=chunk.names, lines=chunk.lines)
 
-def read_cleaned(piece: Piece, schema: EventSchema, event_item_fields: Sequence[str]) -> Iterator[Cleaned]:
-    """The rows of a piece of the log in tables of bounded size. Raises UserError where the file cannot be read."""
-    for chunk in read_piece(piece, wanted(schema, event_item_fields)):
-        cleaned = _unreadable(chunk, schema, event_item_fields)
-        if chunk.table.num_rows:
-            rows = clean_table(chunk.table, schema, event_item_fields)
-            cleaned = replace(rows, table=pa.concat_tables([rows.table, cleaned.table]))
-        yield replace(cleaned, names=chunk.names, lines=chunk.lines)
+    def clean(self, raw: pa.Table) -> Cleaned:
+        """Clean rows as read, with columns of any type.
 
+        Of the `columns`, one that the rows lack is missing in all of them; further ones are left out.
+        """
+        schema, faults, losses = self.schema, Faults(), Losses()
+        user = _key(column_of(raw, schema.user), "user", faults)
+        item = item_key(raw, schema.item, faults)
+        time = _order(raw, schema, faults)
+        columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
+        for name in self.event_item_fields:
+            spec = schema.item_fields[name]
+            columns[item_column(name)] = to_text(field_values(column_of(raw, spec.column), spec, name, losses))
+        for name, spec in schema.context_fields.items():
+            columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
+        columns[FAULT] = _first_fault(faults)
+        present = [name for name in self.columns if name in raw.column_names]
+        columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
+        table = pa.table([columns[name] for name in self.target.names], schema=self.target)
+        return Cleaned(table, losses, raw, _guessed(raw, time, schema.time))
 
-def clean_table(raw: pa.Table, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
-    """Clean rows as read, with columns of any type.
-
-    Of the `log_columns`, one that the rows lack is missing in all of them; further columns are left out.
-    """
-    faults: Faults = []
-    user = _key(column_of(raw, schema.user), "user", faults)
-    item = item_key(raw, schema.item, faults)
-    time = _order(raw, schema, faults)
-    losses = Losses()
-    columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
-    for name in event_item_fields:
-        values = field_values(column_of(raw, schema.item_fields[name].column), schema.item_fields[name], name, losses)
-        columns[item_column(name)] = to_text(values)
-    for name, spec in schema.context_fields.items():
-        columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
-    columns[FAULT] = _first_fault(faults)
-    present = [name for name in log_columns(schema, event_item_fields) if name in raw.column_names]
-    columns[RAW] = _raw_text(raw.select(present), parse.to_mask(columns[FAULT].is_valid()))
-    target = cleaned_schema(schema, event_item_fields)
-    table = pa.table([columns[name] for name in target.names], schema=target)
-    return Cleaned(table, losses, raw, _guessed_times(raw, time, schema))
-
-
-def _unreadable(chunk: RawChunk, schema: EventSchema, event_item_fields: Sequence[str]) -> Cleaned:
-    target, num = cleaned_schema(schema, event_item_fields), len(chunk.unreadable)
-    content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
-    table = pa.table([content.get(f.name, pa.nulls(num, f.type)) for f in target], schema=target)
-    return Cleaned(table, Losses(), pa.table({}))
+    def unreadable(self, chunk: RawChunk) -> pa.Table:
+        """What could not be read as rows, as a cleaned table."""
+        num = len(chunk.unreadable)
+        content = {FAULT: pa.array([chunk.reason] * num, _TEXT), RAW: pa.array(chunk.unreadable, _TEXT)}
+        columns = [content.get(field.name, pa.nulls(num, field.type)) for field in self.target]
+        return pa.table(columns, schema=self.target)
 
 
 def usable(cleaned: pa.Table, seed: int) -> pa.Table:
     """The rows without a fault in columns of one chunk, text as dictionaries, with the hash of the whole row: HASH."""
     faultless = cleaned[FAULT].null_count == cleaned.num_rows
     rows = (cleaned if faultless else cleaned.filter(cleaned[FAULT].is_null())).drop_columns([FAULT, RAW])
-    columns = {name: parse.encoded(parse.plain(rows[name])) for name in rows.column_names}
+    columns = {name: encoded(plain(rows[name])) for name in rows.column_names}
     return pa.table({**columns, HASH: hash_rows(list(columns.values()), seed)})
 
 
@@ -170,33 +177,14 @@ def nothing_usable(reasons: Mapping[str, int], fix: str) -> UserError:
 
 def column_of(raw: pa.Table, name: str) -> pa.Array:
     """A column as read, in one piece; all missing where there is none."""
-    return parse.plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
-
-
-def merged(ranges: Iterable[TimeRange]) -> TimeRange:
-    """One range over several."""
-    known = [found for found in ranges if found is not None]
-    return (min(first for first, _ in known), max(last for _, last in known)) if known else None
-
-
-def check_clock(guessed: TimeRange) -> None:
-    """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
-    if guessed is None or (CLOCK_MS[0] <= guessed[1] and guessed[0] <= CLOCK_MS[1]):
-        return
-    first_ms, last_ms = guessed
-    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
-    fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
-    for per_ms, low, high, setting in _LOOKS_LIKE:
-        if low <= first_ms / per_ms and last_ms / per_ms <= high:
-            fix = f"these look like {setting}"
-    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
+    return plain(raw[name]) if name in raw.column_names else pa.nulls(raw.num_rows, _TEXT)
 
 
 def item_key(raw: pa.Table, parts: list[ItemPart], faults: Faults) -> pa.Array:
-    """The item of each row as one text; several columns are joined by `parse.SEPARATOR`."""
+    """The item of each row as one text; several columns are joined by `SEPARATOR`."""
     texts = [_key(column_of(raw, part.column), "item", faults, part.buckets) for part in parts]
     for text in texts if len(texts) > 1 else ():
-        faults.append(("item holds a control character", parse.to_mask(pc.match_substring(text, parse.SEPARATOR))))
+        faults.append(("item holds a control character", to_mask(pc.match_substring(text, SEPARATOR))))
     return join_key(texts)
 
 
@@ -205,21 +193,21 @@ def field_values(column: pa.Array, spec: FieldSpec, name: str, losses: Losses) -
     faults: Faults
     values: pa.Array
     if spec.kind == "time":
-        values, wrong = parse.times(column, spec)
+        values, wrong = times(column, spec)
         faults = [("not a time", wrong)]
     elif spec.kind == "numeric" or spec.buckets is not None:
-        values, wrong, infinite = parse.numbers(column)
+        values, wrong, infinite = numbers(column)
         faults = [("not a number", wrong), ("infinite", infinite)]
         if spec.buckets is not None:
-            values = parse.bucket_names(values, spec.buckets)
+            values = bucket_names(values, spec.buckets)
     elif spec.kind == "list":
-        values, wrong = parse.lists(column, spec.separator)
+        values, wrong = lists(column, spec.separator)
         faults = [("not a list", wrong)]
     elif spec.kind == "vector":
-        values, wrong = parse.vectors(column, spec.separator)
+        values, wrong = vectors(column, spec.separator)
         faults = [("not a vector of finite numbers", wrong)]
     else:
-        values, wrong, infinite = parse.keys(column)
+        values, wrong, infinite = keys(column)
         faults = [("not a plain value", wrong), ("infinite", infinite)]
     for fault, mask in faults:
         if mask.any():
@@ -236,30 +224,26 @@ def repairs(losses: Losses) -> dict[str, int]:
 def to_text(values: pa.Array) -> pa.Array:
     """Values of any kind as one text each (lists joined), so that equal values are equal texts."""
     if pa.types.is_large_list(values.type):
-        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(parse.SEPARATOR, _TEXT))
+        return pc.binary_join(values.cast(pa.large_list(_TEXT)), pa.scalar(SEPARATOR, _TEXT))
     return values.cast(_TEXT)
 
 
 def from_text(texts: pa.Array, kind: str) -> pa.Array:
     """Inverse of `to_text`."""
     target = _CONTEXT_TYPE[kind]
-    return (pc.split_pattern(texts, parse.SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
+    return (pc.split_pattern(texts, SEPARATOR) if pa.types.is_large_list(target) else texts).cast(target)
 
 
 def join_key(parts: list[pa.Array]) -> pa.Array:
     """One text per row of one or several columns of text."""
-    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(parse.SEPARATOR, _TEXT))
+    return parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*parts, pa.scalar(SEPARATOR, _TEXT))
 
 
 # ---------------------------------------------------------------- inside
 
 
-def _guessed_times(raw: pa.Table, time: pa.Array, schema: EventSchema) -> TimeRange:
-    spec = schema.time
-    if spec is None or (spec.unit, spec.format) != ("auto", None) or not parse.are_numbers(column_of(raw, spec.column)):
-        return None
-    found = pc.min_max(time).as_py()
-    return None if found["min"] is None else (found["min"], found["max"])
+def _guessed(raw: pa.Table, time: pa.Array, spec: TimeSpec | None) -> TimeRange:
+    return None if spec is None else guessed_range(column_of(raw, spec.column), time, spec)
 
 
 def _first_fault(faults: Faults) -> pa.Array:
@@ -270,23 +254,23 @@ def _first_fault(faults: Faults) -> pa.Array:
 
 
 def _key(column: pa.Array, role: str, faults: Faults, buckets: list[float] | None = None) -> pa.Array:
-    values, wrong, infinite = parse.keys(column) if buckets is None else parse.numbers(column)
+    values, wrong, infinite = keys(column) if buckets is None else numbers(column)
     faults.append((f"wrong type of {role}" if buckets is None else f"{role} is not a number", wrong))
     faults.append((f"{role} is infinite", infinite))
     if buckets is None:
-        faults.append((f"{role} is a number that is not whole or was rounded", parse.inexact(column)))
-    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
-    return values if buckets is None else parse.bucket_names(values, buckets)
+        faults.append((f"{role} is a number that is not whole or was rounded", inexact(column)))
+    faults.append((f"missing {role}", to_mask(values.is_null())))
+    return values if buckets is None else bucket_names(values, buckets)
 
 
 def _order(raw: pa.Table, schema: EventSchema, faults: Faults) -> pa.Array:
     if schema.time is not None:
-        role, values, wrong = "time", *parse.times(column_of(raw, schema.time.column), schema.time)
+        role, values, wrong = "time", *times(column_of(raw, schema.time.column), schema.time)
     else:
         assert schema.position is not None
-        role, values, wrong = "position", *parse.positions(column_of(raw, schema.position))
+        role, values, wrong = "position", *positions(column_of(raw, schema.position))
     faults.append((f"unparsable {role}", wrong))
-    faults.append((f"missing {role}", parse.to_mask(values.is_null())))
+    faults.append((f"missing {role}", to_mask(values.is_null())))
     return values
 
 

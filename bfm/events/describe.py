@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from bfm.events.protocol import PARTS, Protocol
-from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.ties import Ties, count_ties, tie_facts
+from bfm.ragged import distinct
 from bfm.units import format_count
 
 _QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}

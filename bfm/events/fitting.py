@@ -27,9 +27,9 @@ from bfm.events.fields import FittedField, Kind, Side
 from bfm.events.hashing import hash_column
 from bfm.events.histogram import Histogram, from_ordered_bits, ordered_bits
 from bfm.events.items import summed
-from bfm.events.parse import per_distinct, plain, to_mask
-from bfm.events.ragged import runs
 from bfm.events.schema import MAX_LENGTH
+from bfm.ragged import runs
+from bfm.tables.values import per_distinct, plain, to_mask
 
 MAX_VALUES = 1 << 16
 _FIRST_ID = 2

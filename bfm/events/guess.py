@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.events.clean import CLOCK_MS
-from bfm.events.find import find_files
-from bfm.events.parse import inexact, keys, numbers, plain, times
 from bfm.events.schema import RESERVED, TimeSpec
-from bfm.events.source import Columns, make_pieces, read_piece, table_columns
+from bfm.events.times import CLOCK_MS, times
+from bfm.tables.find import find_files
+from bfm.tables.pieces import make_pieces, read_piece, table_columns
+from bfm.tables.values import inexact, keys, numbers, plain
 from bfm.units import format_count
 
 _ROWS = 200_000
@@ -48,7 +48,7 @@ class _Column:
 
     name: str
     values_E: pa.Array
-    """Plain, as bfm.events.parse takes them."""
+    """Plain, as bfm.tables.values takes them."""
 
     @cached_property
     def keys_E(self) -> pa.Array:
@@ -134,10 +134,9 @@ def guess_schema(logs: Sequence[str]) -> str:
 
 def _read(paths: Sequence[str]) -> tuple[list[_Column], int, str]:
     """(columns of the first rows, how many rows, how the file was understood)."""
-    names = table_columns(paths[0], Columns(()))
     tables: list[pa.Table] = []
-    columns = Columns(names, names)
-    pieces = make_pieces([paths[0]], columns)
+    columns = table_columns(paths[0])
+    pieces = make_pieces([paths[0]], columns, None)
     for chunk in (chunk for piece in pieces for chunk in read_piece(piece, columns)):
         tables.append(chunk.table)
         if sum(map(len, tables)) >= _ROWS:

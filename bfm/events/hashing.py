@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from bfm.events.parse import per_distinct
-from bfm.events.ragged import runs
-from bfm.events.randomness import mix64, stream_key
+from bfm.ragged import runs
+from bfm.randomness import mix64, stream_key
+from bfm.tables.values import per_distinct
 
 _NULL = 0x6E756C6C
 _STEP = np.uint64(0x9E3779B97F4A7C15)

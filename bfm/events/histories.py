@@ -3,15 +3,12 @@
 Enters: an `Encoding`, log files, a scratch folder. Leaves: `Part`s of bounded size, counts of what was read, and the
 encoded fields of items that the encoding does not know (their ids follow the known ones).
 
-Rows are cleaned, hashed and numbered chunk by chunk, and written to files by a hash of the user; what is too large for
-one part is divided again by another hash. Inside a part, order is that of a preparation: user, time, seeded hash of the
-whole cleaned row.
+Rows are cleaned, hashed and numbered chunk by chunk, spread over files and gathered by user (spread.py). Inside a part,
+order is that of a preparation: user, time, seeded hash of the whole cleaned row.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,24 +17,25 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow.dataset import dataset, write_dataset
 
-from bfm.events import clean, fitting, source
-from bfm.events.account import read_as, short_names
+from bfm.events import clean, fitting
+from bfm.events.account import Reading, check_reading
 from bfm.events.clean import Losses
 from bfm.events.encoding import Encoding
-from bfm.events.find import find_logs
 from bfm.events.hashing import hash_column, order_events
 from bfm.events.items import ITEM_ID, POPULARITY, Items, choose_values, count_values, known_keys
-from bfm.events.parse import encoded, plain
+from bfm.events.log_files import find_logs
 from bfm.events.parts import write_part
-from bfm.events.ragged import chunks
 from bfm.events.schema import EventSchema
 from bfm.events.shards import Shards
+from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
+from bfm.tables.pieces import Piece
+from bfm.tables.understood import read_as
+from bfm.tables.values import encoded, plain
 from bfm.yaml import validate
 
-PART_ROWS = 1 << 19
-_BUCKETS = 32
+PART_ROWS = 1 << 18
+"""A part has so many rows to twice as many on average, and whole users."""
 _TEXT = pa.large_string()
 
 
@@ -70,57 +68,53 @@ class Histories:
         """
         self.encoding = encoding
         self.schema = validate(EventSchema, encoding.manifest.schema, file="the export's schema")
-        self.rows = 0
-        self.unusable: Counter[str] = Counter()
-        """Reason -> rows."""
-        self.losses = Losses()
+        self.reading = Reading()
+        """What was read."""
         self.duplicates = 0
         """Repeated rows left out, where the schema says so."""
-        self._scratch = scratch
         self.new = NewItems(encoding, self.schema)
         found = find_logs(self.schema, logs)
         self.left_out = found.left_out
         """Hidden files and folders -> files."""
-        columns = clean.wanted(self.schema, encoding.manifest.event_item_fields)
-        pieces = source.make_pieces(found.paths, columns, self.schema.read)
-        names = short_names([piece.path for piece in pieces])
-        self.read_as = read_as(zip(names, (piece.words() for piece in pieces), strict=True))
+        cleaner = clean.Cleaner(self.schema, encoding.manifest.event_item_fields)
+        pieces = cleaner.pieces(found.paths)
+        self.read_as = read_as([(piece.path, piece.words()) for piece in pieces])
         """How files were understood that are not as usual."""
-        tables = _whole_users(self._read(pieces, columns, progress), scratch)
-        # The whole log is read before the first one comes.
-        first = next(tables, None)
-        self._tables = itertools.chain([] if first is None else [first], tables)
-        if sum(self.unusable.values()) == self.rows:
+        self._scratch = scratch
+        self._rows = scratch / "rows"
+        self._rows.mkdir()
+        self._read(cleaner, pieces, progress)
+        check_reading([self.reading], cleaner.columns)
+        if self.reading.reasons.total() == self.reading.rows:
             fix = "check that the log has the columns and formats of the training log"
-            raise clean.nothing_usable(self.unusable, fix)
+            raise clean.nothing_usable(self.reading.reasons, fix)
 
     def parts(self) -> Iterator[Part]:
         """Every user once. A part's files are gone when the next one is asked for."""
-        for table in self._tables:
-            with TemporaryDirectory(dir=self._scratch) as folder:
-                yield self._part(table, Path(folder))
+        files = sorted(self._rows.iterdir())
+        partitions = num_partitions(self.reading.rows, PART_ROWS)
+        for index in range(partitions):
+            table = gather(files, partitions, index)
+            if table.num_rows:
+                with TemporaryDirectory(dir=self._scratch) as folder:
+                    yield self._part(table, Path(folder))
 
-    def _read(
-        self, pieces: list[source.Piece], columns: source.Columns, progress: Callable[[float], None]
-    ) -> Iterator[pa.Table]:
-        """Cleaned, numbered rows; counts the rest. The columns of JSON lines are known at the end only."""
-        present: set[str] = set()
-        guessed: clean.TimeRange = None
+    def _read(self, cleaner: clean.Cleaner, pieces: list[Piece], progress: Callable[[float], None]) -> None:
+        """Spread all rows over files."""
+        chunks = 0
         for done, piece in enumerate(pieces):
-            for cleaned in clean.read_cleaned(piece, self.schema, self.encoding.manifest.event_item_fields):
-                self.rows += cleaned.table.num_rows
-                present |= cleaned.names
-                self.losses += cleaned.losses
-                guessed = clean.merged([guessed, cleaned.guessed_times])
+            for cleaned in cleaner.read(piece):
+                self.reading.add(cleaned)
                 if cleaned.table.num_rows:
-                    yield self._number(cleaned.table)
+                    rows = self._number(cleaned.table)
+                    hashed = hash_column(encoded(rows[clean.USER].combine_chunks()), self.encoding.manifest.seed)
+                    rows = rows.append_column(SPREAD, pa.array(hashed)).sort_by(SPREAD)
+                    write_spread(self._rows / f"{chunks:08d}", rows)
+                    chunks += 1
             progress((done + 1) / len(pieces))
-        source.check_read(self.rows, columns.names, present)
-        clean.check_clock(guessed)
 
     def _number(self, cleaned: pa.Table) -> pa.Table:
         """Usable events with item ids and hashes, and one row without an item per user of unusable rows."""
-        self.unusable.update(cleaned[clean.FAULT].drop_null().to_pylist())
         good = clean.usable(cleaned, self.encoding.manifest.seed)
         kept = [clean.USER, clean.TIME, clean.HASH, *map(clean.context_column, self.schema.context_fields)]
         events = pa.table({**{name: plain(good[name]) for name in kept}, clean.ITEM: self.new.number(good)})
@@ -142,7 +136,7 @@ class Histories:
             folder,
             item=events[clean.ITEM].to_numpy()[order],
             time=time[order],
-            context=fitting.encode_context(events.take(pa.array(order)), self.encoding, self.losses),
+            context=fitting.encode_context(events.take(pa.array(order)), self.encoding, self.reading.losses),
             user_offsets=offsets,
             train_end=none,
             valid_end=none,
@@ -198,30 +192,3 @@ class NewItems:
                 texts = choose_values([self._values[name]], Items(keys, none, none))[0]
             values[name] = clean.from_text(texts, spec.kind)
         return fitting.encode_fields(values, self.encoding.item_fields, self.encoding.vocabularies, losses)
-
-
-def _whole_users(tables: Iterator[pa.Table], scratch: Path, level: int = 0) -> Iterator[pa.Table]:
-    """Tables of whole users, at most PART_ROWS rows or one user each. Reads all rows first."""
-    num_rows = np.zeros(_BUCKETS, np.int64)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for table in tables:
-            bucket = (hash_column(encoded(plain(table[clean.USER])), level) % np.uint64(_BUCKETS)).astype(np.int64)
-            num_rows[:] += np.bincount(bucket, minlength=_BUCKETS)
-            yield from table.append_column("bucket", pa.array(bucket)).to_batches()
-
-    read = batches()
-    first = next(read, None)
-    if first is None:
-        return
-    with TemporaryDirectory(dir=scratch) as folder:
-        options = {"format": "ipc", "partitioning": ["bucket"], "use_threads": False}
-        write_dataset(itertools.chain([first], read), folder, schema=first.schema, **options)
-        used = np.flatnonzero(num_rows)
-        for low, high in chunks(num_rows[used], PART_ROWS):
-            part = dataset([dataset(f"{folder}/{name}", format="ipc") for name in used[low:high]])
-            if num_rows[used[low:high]].sum() > PART_ROWS and len(used) > 1:
-                rows = (pa.Table.from_batches([batch]) for batch in part.to_batches())
-                yield from _whole_users(rows, scratch, level + 1)
-            else:
-                yield part.to_table()

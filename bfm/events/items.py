@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from bfm.events.clean import Losses, column_of, field_values, item_key, join_key, to_text
 from bfm.events.encoding import KEY, Encoding
-from bfm.events.parse import SEPARATOR, plain
-from bfm.events.ragged import begins
 from bfm.events.schema import EventSchema, ItemPart
-from bfm.events.source import Columns, read_table
+from bfm.ragged import begins
+from bfm.tables.pieces import read_file
+from bfm.tables.values import SEPARATOR, plain
 
 ITEM_ID, POPULARITY = "item_id", "popularity"
 """The item fields that every schema may have."""
@@ -120,8 +120,7 @@ def join_item_table(
     parts = [ItemPart(column=column) for column in schema.items.key]
     none = pa.array([], pa.large_string())
     keys_of, texts_of, unreadable = [none], {name: [none] for name in names}, 0
-    wanted = Columns(list(dict.fromkeys(columns)), schema.number_columns)
-    for chunk in read_table(path, wanted, schema.read):
+    for chunk in read_file(path, list(dict.fromkeys(columns)), schema.number_columns, schema.read):
         unreadable += len(chunk.unreadable)
         keys_of.append(item_key(chunk.table, parts, []))
         for name in names:

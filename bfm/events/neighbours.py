@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bfm.events.ragged import Ragged, begins, chunks, place_in_run, runs
 from bfm.events.shards import Shards
+from bfm.ragged import Ragged, begins, chunks, place_in_run, runs
 
 REACH = 10
 LAST_EVENTS = 20

@@ -13,11 +13,10 @@ of files and workers leaves no trace but in the check of the raw order inside ti
 from __future__ import annotations
 
 import functools
-import itertools
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
-from bfm.events import clean, source
-from bfm.events.account import PieceFacts
-from bfm.events.find import find_item_table, find_logs
+from bfm.events import clean
+from bfm.events.account import Reading, check_reading
+from bfm.events.clean import Cleaner
 from bfm.events.hashing import hash_column, moments, order_events
 from bfm.events.histogram import Histogram
-from bfm.events.parse import numbers, plain, to_mask
+from bfm.events.log_files import find_item_table, find_logs
 from bfm.events.schema import EventSchema, load_schema, schema_path
-from bfm.events.source import Piece
 from bfm.events.split import Split, time_split
+from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.events.ties import Ties, count_ties
-from bfm.files import absolute
+from bfm.tables.pieces import Piece, require_columns, table_columns
+from bfm.tables.values import numbers, plain, to_mask
 
 PARTITION_ROWS = 1 << 18
-_SPREAD = "spread"
-_MOST_BIN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,13 @@ class Job:
     """Item fields that stand in the log itself."""
     item_table: str | None
     """Holds the other ones."""
-    bin_bits: int
-    """So many first bits of the hash say in which bin of its file a cleaned row lies."""
     left_out: dict[str, int]
     """Hidden files and folders among the log's -> files."""
+
+    @property
+    def cleaner(self) -> Cleaner:
+        """What is read of the log."""
+        return Cleaner(self.schema, self.event_item_fields)
 
     @property
     def shard_set(self) -> Path:
@@ -70,22 +71,25 @@ class Job:
         """The folder of a part of the events in the making."""
         return self.folder / "work" / "parts" / f"{index:05d}"
 
-    def save(self, stage: str, index: int, value: Any, *, part: int = 0, starts: Sequence[int] = (0,)) -> None:
-        """Keep what a task of a stage made: a table (memory-mappable, record batches that begin at `starts`) or another
-        value."""
-        path = self.folder / "work" / stage / f"{index:05d}-{part:05d}"
+    def place(self, stage: str, index: int, part: int = 0) -> Path:
+        """Where a task of a stage keeps what it makes, without the ending."""
+        folder = self.folder / "work" / stage
         try:
-            path.parent.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
         except FileNotFoundError as error:
             fix = "give an --out (for a URI, a TMPDIR) on a file system that all nodes share"
             raise UserError("a node of the cluster does not see this folder", file=str(self.folder), fix=fix) from error
+        return folder / f"{index:05d}-{part:05d}"
+
+    def save(self, stage: str, index: int, value: Any) -> None:
+        """Keep what a task of a stage made: a table (memory-mappable, of one batch) or another value."""
+        path = self.place(stage, index)
         if not isinstance(value, pa.Table):
             path.with_suffix(".pickle").write_bytes(pickle.dumps(value))
             return
         rows = pa.RecordBatch.from_struct_array(value.to_struct_array().combine_chunks())
         with pa.OSFile(f"{path}.arrow", "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-            for start, stop in itertools.pairwise([*starts, len(rows)]):
-                writer.write_batch(rows.slice(start, stop - start))
+            writer.write_batch(rows)
 
     def files(self, stage: str) -> list[Path]:
         """Files of what the tasks of a stage made, in the order of their indices."""
@@ -133,22 +137,18 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
     """
     file = schema_path(schema)
     checked = load_schema(schema)
-    # On a cluster workers stand in folders of their own.
-    found = find_logs(checked, [absolute(log) for log in logs])
+    found = find_logs(checked, logs)
     item_table, present = None, list[str]()
     if checked.items is not None:
-        item_table = absolute(find_item_table(checked, file, found.paths))
-        present = source.table_columns(item_table, source.Columns(checked.items.key), checked.read)
-        source.require_columns(checked.items.key, present, item_table)
+        item_table = find_item_table(checked, file, found.paths)
+        present = table_columns(item_table, checked.items.key, checked.read)
+        require_columns(checked.items.key, present, item_table)
     from_events = [name for name, spec in checked.item_fields.items() if spec.column not in present]
-    pieces = source.make_pieces(found.paths, clean.wanted(checked, from_events), checked.read)
+    pieces = Cleaner(checked, from_events).pieces(found.paths)
     (folder / "set").mkdir(parents=True)
     (folder / "work").mkdir()
     seed = checked.seed if seed is None else seed
-    # A bin for each partition; of text files nobody knows the rows beforehand.
-    rows = sum(high - low for low, high in (piece.rows for piece in pieces))
-    bin_bits = min(num_partitions(rows).bit_length() - 1, _MOST_BIN_BITS)
-    return Job(checked, seed, folder, from_events, item_table, bin_bits, dict(found.left_out)), pieces
+    return Job(checked, seed, folder, from_events, item_table, dict(found.left_out)), pieces
 
 
 # ---------------------------------------------------------------- clean
@@ -156,22 +156,20 @@ def plan_job(schema: str, logs: list[str], folder: Path, seed: int | None) -> tu
 
 def clean_piece(job: Job, piece: Piece) -> None:
     """Keep cleaned tables of bounded size, and what was read, repaired and tied."""
-    facts = PieceFacts(piece.path, piece.words())
-    bounds = np.array([number << (64 - job.bin_bits) for number in range(1 << job.bin_bits)], np.uint64)
-    for part, cleaned in enumerate(clean.read_cleaned(piece, job.schema, job.event_item_fields)):
-        facts.add(cleaned)
+    reading = Reading(piece.path, piece.words())
+    for part, cleaned in enumerate(job.cleaner.read(piece)):
+        reading.add(cleaned)
         if cleaned.table.num_rows:
             order, table = _by_hash(cleaned.table, job.seed)
-            facts.ties += _raw_ties(job.schema, cleaned.raw, order, table)
-            starts = np.searchsorted(table[_SPREAD].to_numpy(), bounds)
-            job.save("cleaned", piece.index, table, part=part, starts=starts.tolist())
-    job.save("read", piece.index, facts)
+            reading.ties += _raw_ties(job.schema, cleaned.raw, order, table)
+            write_spread(job.place("cleaned", piece.index, part), table)
+    job.save("read", piece.index, reading)
 
 
 def _by_hash(cleaned: pa.Table, seed: int) -> tuple[np.ndarray, pa.Table]:
     """The order of rows by user, time and place in the log, and the rows in this order.
 
-    Users stand by their hash, _SPREAD (uint64), unusable rows by a hash of their content.
+    Users stand by their hash, SPREAD (uint64), unusable rows by a hash of their content.
     """
     who = plain(pc.if_else(cleaned[clean.FAULT].is_null(), cleaned[clean.USER], cleaned[clean.RAW]))
     codes = who.dictionary_encode()
@@ -179,13 +177,13 @@ def _by_hash(cleaned: pa.Table, seed: int) -> tuple[np.ndarray, pa.Table]:
     rank = np.argsort(np.argsort(hashed))
     moment = moments(rank[code], plain(cleaned[clean.TIME]).fill_null(0).to_numpy())
     order = np.argsort((moment << len(moment).bit_length()) | np.arange(len(moment)))
-    return order, cleaned.take(pa.array(order)).append_column(_SPREAD, pa.array(hashed[code[order]]))
+    return order, cleaned.take(pa.array(order)).append_column(SPREAD, pa.array(hashed[code[order]]))
 
 
 def _raw_ties(schema: EventSchema, raw: pa.Table, order: np.ndarray, table: pa.Table) -> Ties:
     """Order inside ties as the log has it, in the columns of the item and the context."""
     good = to_mask(table[clean.FAULT].is_null())
-    user, time = (plain(table[name]).fill_null(0).to_numpy()[good] for name in (_SPREAD, clean.TIME))
+    user, time = (plain(table[name]).fill_null(0).to_numpy()[good] for name in (SPREAD, clean.TIME))
     columns: dict[str, Any] = {}
     names = {part.column for part in schema.item} | {spec.column for spec in schema.context_fields.values()}
     for name in names.intersection(raw.column_names):
@@ -200,27 +198,23 @@ def _raw_ties(schema: EventSchema, raw: pa.Table, order: np.ndarray, table: pa.T
 
 
 def rows_read(job: Job) -> int:
-    """Rows of the whole log, once all pieces are read. Raises UserError for an empty log or an absent column."""
-    pieces: list[PieceFacts] = list(job.load("read"))
-    total = sum(piece.rows for piece in pieces)
-    columns = clean.log_columns(job.schema, job.event_item_fields)
-    source.check_read(total, columns, set[str]().union(*(piece.columns for piece in pieces)))
-    return total
+    """Rows of the whole log, once all pieces are read. Raises UserError as `check_reading`."""
+    return check_reading(list(job.load("read")), job.cleaner.columns)
+
+
+def count_partitions(job: Job) -> int:
+    """Parts of the log that one task each holds in memory, once all pieces are read. Raises as `rows_read`."""
+    return num_partitions(rows_read(job), PARTITION_ROWS)
 
 
 # ---------------------------------------------------------------- shuffle and sort
 
 
-def num_partitions(rows: int) -> int:
-    """Partitions of a log of so many rows, each of what one task holds in memory: a power of two, so of whole bins."""
-    return 1 << max((rows // PARTITION_ROWS).bit_length() - 1, 0)
-
-
 def sort_partition(job: Job, partitions: int, index: int) -> None:
     """Write the quarantine and the events, in their final order, of one of so many equal ranges of hashes."""
-    table = _gathered(job, partitions, index)
+    table = gather(job.files("cleaned"), partitions, index)
     unusable = table.filter(table[clean.FAULT].is_valid()).select([clean.FAULT, clean.RAW])
-    good = clean.usable(table.drop_columns([_SPREAD]), job.seed)
+    good = clean.usable(table.drop_columns([SPREAD]), job.seed)
     users, user = _ranked_users(good[clean.USER].combine_chunks(), job.seed)
     order, repeated = order_events(user, good[clean.TIME].to_numpy(), good[clean.HASH].to_numpy())
     if job.schema.clean.drop_duplicates and repeated.any():
@@ -236,21 +230,6 @@ def sort_partition(job: Job, partitions: int, index: int) -> None:
     job.save("times", index, Histogram.of(time))
     time_range = (int(time.min()), int(time.max())) if len(time) else (0, 0)
     job.save("sort", index, PartitionFacts(len(users), len(order), time_range, reasons))
-
-
-def _gathered(job: Job, partitions: int, index: int) -> pa.Table:
-    """All cleaned rows of a range of hashes, in memory."""
-    low, high = (number * (1 << 64) // partitions for number in (index, index + 1))
-    ranges = []
-    for path in job.files("cleaned"):
-        # Read, not mapped: of a log larger than memory a range is a few whole bins of every file.
-        with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as reader:
-            for number in range(low >> (64 - job.bin_bits), ((high - 1) >> (64 - job.bin_bits)) + 1):
-                rows = reader.get_batch(number)
-                hashed = rows[_SPREAD].to_numpy()
-                start = np.searchsorted(hashed, np.uint64(low))
-                ranges.append(rows.slice(start, np.searchsorted(hashed, np.uint64(high - 1), side="right") - start))
-    return pa.Table.from_batches(ranges)
 
 
 def _ranked_users(user: pa.DictionaryArray, seed: int) -> tuple[pa.Array, np.ndarray]:
@@ -278,13 +257,12 @@ def _write_quarantine(job: Job, index: int, rows: pa.Table) -> dict[str, int]:
 def choose_split(job: Job) -> Split:
     """The split, once all partitions are sorted.
 
-    Raises UserError where nothing usable is left, or times are where no log is.
+    Raises UserError where nothing usable is left.
     """
     partitions: list[PartitionFacts] = list(job.load("sort"))
     if not any(partition.events for partition in partitions):
         example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
         raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
-    clean.check_clock(clean.merged(piece.guessed_times for piece in job.load("read")))
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))

@@ -22,11 +22,11 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.events.encoding import map_array
 from bfm.events.manifest import SHARD_SET
-from bfm.events.ragged import Ragged, distinct, place_in_run, runs
-from bfm.events.randomness import keyed, mix64, stream_key
 from bfm.events.repeats import rule_facts, rule_words
 from bfm.events.shards import Shards, Span
 from bfm.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
+from bfm.ragged import Ragged, distinct, place_in_run, runs
+from bfm.randomness import keyed, mix64, stream_key
 from bfm.sealed import check_files
 
 PROTOCOL = "protocol.json"

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
+from bfm.ragged import distinct
 
 NOISE = 0.01
 """Below this share of targets repeats are noise, and hiding seen items frees their places in a list."""

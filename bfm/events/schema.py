@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bfm.errors import UserError
+from bfm.tables.dialect import ReadSpec
 from bfm.units import parse_count
 from bfm.yaml import did_you_mean, load_yaml, validate
 
@@ -71,21 +72,6 @@ def _ascending(buckets: list[float]) -> list[float]:
     if not buckets or any(a >= b for a, b in itertools.pairwise(buckets)):
         raise UserError("are not ascending numbers", fix="write for example [10, 50, 100]")
     return buckets
-
-
-def _separator(value: str) -> str:
-    if len(value) != 1 or not value.isascii() or value in '"\r\n':
-        raise UserError(f"{value!r} is not one character", fix='write for example ";" or "\\t"')
-    return value
-
-
-def _encoding(value: str) -> str:
-    try:
-        "".encode(value).decode(value)
-    except (LookupError, UnicodeError) as error:
-        fix = "write one that Python knows, such as utf-8, latin-1, cp1252 or utf-16"
-        raise UserError(f"{value!r} is no text encoding", fix=fix) from error
-    return value
 
 
 def _strptime(value: str) -> str:
@@ -159,17 +145,6 @@ class ItemTable(_Strict):
 
     path: str
     key: _Names
-
-
-class ReadSpec(_Strict):
-    """How text files (the log's and the item table's) are written, where they do not show it themselves."""
-
-    delimiter: Annotated[str, AfterValidator(_separator)] | None = None
-    """CSV: what separates the values."""
-    decimal: Literal[".", ","] | None = None
-    """The mark in numbers that are written as text; with a comma, points separate thousands."""
-    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
-    """Where there is no byte order mark."""
 
 
 class CleanSpec(_Strict):

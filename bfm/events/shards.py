@@ -26,8 +26,8 @@ import numpy as np
 from bfm.errors import CorruptError
 from bfm.events.encoding import Encoding, map_array
 from bfm.events.manifest import MANIFEST, SHARD_SET, Manifest, fetch
-from bfm.events.ragged import chunks, runs
 from bfm.files import Store, sha256_bytes, write_atomic
+from bfm.ragged import chunks, runs
 from bfm.sealed import check_files, list_files
 
 _CHUNK_EVENTS = 1 << 20

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from bfm.errors import UserError
 from bfm.events.histogram import Histogram
-from bfm.events.parse import plain, times
 from bfm.events.schema import SplitSpec, TimeSpec
+from bfm.events.times import times
+from bfm.tables.values import plain
 
 _LEAVE_ONE_OUT_FIX = "give valid_from and test_from, other fractions, or by: leave_one_out"
 

@@ -17,9 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from bfm.events.ragged import distinct
 from bfm.events.shards import Shards
 from bfm.events.windows import Targets, WindowOrder
+from bfm.ragged import distinct
 
 _SAMPLE_POSITIONS = 1 << 17
 _PIECE_POSITIONS = 1 << 18
@@ -80,13 +80,13 @@ def group_means(shards: Shards, window: int, group_windows: int, targets: Target
     sampled = min(num_windows, max(group_windows, _SAMPLE_POSITIONS // window))
     counted = _count_sample(shards, window, sampled)
 
-    def distinct(count_I: np.ndarray) -> float:
+    def distinct_mean(count_I: np.ndarray) -> float:
         number, items = np.unique(count_I, return_counts=True)
         return float(-np.expm1(_log_absent(number, sampled, min(group_windows, sampled))) @ items)
 
     targets_mean = group_windows * shards.manifest.train_targets / num_windows
     queries_mean = targets_mean * (counted.queries_share if targets == "next_basket" else 1.0)
-    return GroupMeans(distinct(counted.items_I), distinct(counted.targets_I), targets_mean, queries_mean)
+    return GroupMeans(distinct_mean(counted.items_I), distinct_mean(counted.targets_I), targets_mean, queries_mean)
 
 
 def _count_windows(shards: Shards, window: int, sampled: int) -> _Counted:

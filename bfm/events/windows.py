@@ -28,9 +28,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from bfm.events.neighbours import LAST_EVENTS, REACH, Neighbours
 from bfm.events.protocol import QueryTable
-from bfm.events.ragged import begins, place_among_equal, place_in_run, runs
-from bfm.events.randomness import permuted, stream_key
 from bfm.events.shards import Shards
+from bfm.ragged import begins, place_among_equal, place_in_run, runs
+from bfm.randomness import permuted, stream_key
 
 _ORDER_STREAM = 0x0DE2
 _ORDER_BLOCK = 1024

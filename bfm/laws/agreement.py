@@ -1,4 +1,5 @@
-"""Do two metrics prefer the same runs: rank correlations within each budget, and whether they change with C.
+"""Do two metrics prefer the same runs: rank correlations within each budget, and whether they change with C (arXiv
+2606.05257: metrics agree less as C grows).
 
 Correlations are oriented so that +1 says both prefer the same runs. Intervals are of Fisher's z = artanh(r): variance
 (1 + r^2 / 2) / (n - 3) for Spearman (Bonett and Wright 2000), .437 / (n - 4) for Kendall's tau-b (Fieller, Hartley and
@@ -11,7 +12,7 @@ queries, so it is the trend on these queries: others would move all budgets toge
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from bfm.errors import UserError
-from bfm.laws.frontier import Row, goal_of, measured, metric_value
+from bfm.laws.frontier import goal_of
 from bfm.laws.result import CONFIDENCE, Estimate, LawFit
 from bfm.laws.runs import Runs
 
@@ -56,18 +57,6 @@ def agreement(flops: float, first_R: np.ndarray, second_R: np.ndarray) -> Agreem
     )
 
 
-def rank_agreement(rows: Iterable[Row], first: str, second: str) -> list[Agreement]:
-    """Rung by rung over ledger rows (arXiv 2606.05257: metrics agree less as C grows)."""
-    turn = 1.0 if goal_of(first) == goal_of(second) else -1.0
-    both = [row for row in measured(rows, first) if math.isfinite(metric_value(row, second))]
-    found = []
-    for flops in sorted({float(row["rung_flops"]) for row in both}):
-        here = [row for row in both if row["rung_flops"] == flops]
-        values = [np.array([metric_value(row, metric) for row in here]) for metric in (first, second)]
-        found.append(agreement(flops, values[0], turn * values[1]))
-    return [one for one in found if one is not None]
-
-
 def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
     """Whether the fitted metric and each of `metrics` (default: all others) prefer the same runs, and its trend in C.
 
@@ -76,7 +65,7 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
     Spearman per factor 10 in C by weighted least squares over the budgets. Raises UserError that says which runs are
     missing.
     """
-    runs.require("agreement", "flops", "loss")
+    runs.require("agreement", "budget" if runs.has("budget") else "flops", "loss")
     others = [name for name in runs.metrics if name != runs.metric] if metrics is None else list(metrics)
     if not others:
         fix = "name another metric of the table as metric=NAME"

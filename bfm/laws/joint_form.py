@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from bfm.laws.valley import rise
+
 LOG_A, LOG_B, LOG_E, LOG_ALPHA, LOG_BETA = range(5)
 HEIGHT, GROWTH, LEFT, RIGHT, OPTIMUM, SLOPES = range(6)
 """Of an axis, from its first parameter on."""
@@ -34,8 +36,6 @@ DRIVERS: Mapping[str, tuple[str, ...]] = {"rate": ("params", "batch", "flops")}
 LENGTH = math.log(10.0)
 """How far in ln N or ln D a miss is much the same: a decade."""
 _MOST_KNOTS = 60
-_STEEP = 20.0
-"""Of a side's exponent: no sweep goes where it is larger."""
 
 
 @dataclass(frozen=True)
@@ -242,31 +242,6 @@ class Frame:
         among_MM = _kernel(self.knots_MX, self.knots_MX) + 1e-8 * np.eye(len(self.knots_MX))
         across_RM = _kernel(where_RX, self.knots_MX)
         return np.asarray(solve_triangular(np.linalg.cholesky(among_MM), across_RM.T, lower=True).T)
-
-
-def rise(off_R: np.ndarray, left: float, right: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """2 / (l + r) ((e^(-l u) - 1) / l + (e^(r u) - 1) / r) and its derivatives by u, ln l and ln r.
-
-    u^2 + O(u^3): height and curvature hang on neither rate at the lowest point.
-    """
-    down_R, by_down_R, fall_R = _side(-off_R, left)
-    up_R, by_up_R, climb_R = _side(off_R, right)
-    scale = 2 / (left + right)
-    value_R, slope_R = scale * (down_R + up_R), scale * (climb_R - fall_R)
-    by_left_R = scale * by_down_R - left / (left + right) * value_R
-    by_right_R = scale * by_up_R - right / (left + right) * value_R
-    return value_R, slope_R, by_left_R, by_right_R
-
-
-def _side(t_R: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """((e^(rate t) - 1) / rate, its derivative by ln rate, by t), straight on where it is too steep."""
-    x_R = rate * t_R
-    near_R = np.minimum(x_R, _STEEP)
-    grown_R = np.expm1(near_R)
-    beyond_R = np.maximum(x_R - _STEEP, 0.0)
-    value_R = (grown_R + np.exp(_STEEP) * beyond_R) / rate
-    slope_R = np.exp(near_R)
-    return value_R, t_R * slope_R - value_R, slope_R
 
 
 def _by_count(values_R: np.ndarray) -> tuple[str, ...]:

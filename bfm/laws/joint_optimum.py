@@ -141,10 +141,17 @@ def _law(fit: Joint, found: Sequence[tuple[float, float, np.ndarray]]) -> PowerL
 
 
 def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None) -> tuple[float, np.ndarray] | None:
-    """(ln N*, its gradient by the parameters) near the runs of a budget; None without a minimum there."""
-    log_n_R = np.linspace(near_R.min() - LENGTH, near_R.max() + LENGTH, _PLACES)
-    place = int(np.argmin(fit.along(flops, log_n_R, batch)[0]))
-    if place in (0, _PLACES - 1):
+    """(ln N*, its gradient by the parameters) near the runs of a budget; None without a minimum there.
+
+    Between the runs, or else within a decade of them: further out what the form misses is not known, and there the
+    form alone can be lower.
+    """
+    for beyond in (0.0, LENGTH):
+        log_n_R = np.linspace(near_R.min() - beyond, near_R.max() + beyond, _PLACES)
+        place = int(np.argmin(fit.along(flops, log_n_R, batch)[0]))
+        if place not in (0, _PLACES - 1):
+            break
+    else:
         return None
     log_n = float(log_n_R[place])
     for _ in range(4):

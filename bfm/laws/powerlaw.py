@@ -53,9 +53,3 @@ def exponential(value: Estimate) -> Estimate:
     """The estimate of exp(x); beyond the range of floats an end is infinite, or zero."""
     with np.errstate(over="ignore"):
         return Estimate(*(float(np.exp(end)) for end in (value.estimate, value.low, value.high)))
-
-
-def drawn_places(log_flops_K: np.ndarray) -> list[float]:
-    """log C at which a law's band is told: over its budgets and a little beyond."""
-    low, high = float(log_flops_K.min()), float(log_flops_K.max())
-    return np.linspace(low - 0.2 * (high - low), high + 0.4 * (high - low), 5).tolist()

@@ -19,6 +19,7 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.laws.frontier import Row, goal_of, measured, metric_error, metric_value
 from bfm.laws.tables import NUMBER, read_table
+from bfm.tables.values import keys, plain
 
 NUMBERS = (
     "params",
@@ -142,19 +143,20 @@ def parse_columns(text: str) -> list[tuple[str, str]]:
 
 
 def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str | None = None) -> Runs:
-    """Runs of a CSV, Parquet or JSON-lines file; `columns` as of `parse_columns`.
+    """Runs of a table's files as they are (bfm.laws.tables); `columns` as of `parse_columns`.
 
     Raises UserError (file, column, what to do) for what cannot be read, losses that are not above 0, tables whose C is
     counted in two ways, and where no run is left.
     """
     file = str(path)
-    table = read_table(path, [column for _, column in columns], where)
+    told: list[str] = []
+    table = read_table(path, [column for _, column in columns], where, told.append)
     values: dict[str, np.ndarray] = {}
     metrics: dict[str, np.ndarray] = {}
     metric, settings = "loss", [role for role, _ in columns if role in SETTINGS]
     for role, column in columns:
         if role in TEXTS:
-            values[role] = np.array([str(value) for value in table[column].to_pylist()])
+            values[role] = np.array([str(value) for value in keys(plain(table[column]))[0].to_pylist()])
             continue
         if role == SETTING:
             values[column] = _setting(table[column].to_pylist(), file, column)
@@ -172,13 +174,13 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     definitions["C"] = definitions.pop("flops", "not given")
     names = tuple(f"row {number}" for number in table[NUMBER].to_pylist())
     assumed = "params" in values and "events" in values and "loss" in values and "flops" not in values
-    warnings: tuple[str, ...] = (
-        ("the table gives no C: 6 N D is taken, which small models and large catalogues are not",) if assumed else ()
-    )
+    warnings = tuple(told)
+    if assumed:
+        warnings += ("the table gives no C: 6 N D is taken, which small models and large catalogues are not",)
     if {"unique_events", "events"} <= set(values) and not (values["events"] > values["unique_events"]).any():
         warnings += ("no run has more events than unique_events: what a repeated event is worth is not asked",)
-    told = (*settings, *(["unique_events"] if "unique_events" in values else []))
-    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, tuple(settings)), told)
+    asked = (*settings, *(["unique_events"] if "unique_events" in values else []))
+    return _checked(Runs(file, values, names, metric, metrics, {}, definitions, warnings, tuple(settings)), asked)
 
 
 def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger", probes: bool = False) -> Runs:

@@ -182,7 +182,11 @@ def fit_surface(
         budgets=_budgets(runs, problem, fit.theta_P, interval),
         residuals=tuple((y_R - log_loss_R).tolist()),
         outliers=outliers,
-        warnings=(*runs.warnings, *_doubts(parameters, condition, outliers)),
+        warnings=(
+            *runs.warnings,
+            *_doubts(parameters, condition, outliers),
+            *_in_common(runs, redrawn=bool(bootstrap) or skewed),
+        ),
         details={"condition_number": condition},
     )
 
@@ -306,3 +310,13 @@ def _doubts(parameters: Mapping[str, Estimate], condition: float, outliers: tupl
         named = ", ".join(outlier.run for outlier in outliers[:5])
         notes.append(f"{len(outliers)} outliers: {named}{', ...' if len(outliers) > 5 else ''}")
     return notes
+
+
+def _in_common(runs: Runs, redrawn: bool) -> list[str]:
+    """A doubt about noise that rows of one training run share."""
+    if redrawn or not runs.has("curve") or len(np.unique(runs["curve"])) == len(runs):
+        return []
+    return [
+        "rows of one training run err together, which the profile likelihood does not know: "
+        "--bootstrap 200 redraws whole runs"
+    ]

@@ -1,4 +1,4 @@
-"""Tables of runs that others wrote: Parquet, CSV or JSON lines in, checked columns out.
+"""Tables of runs that others wrote: files as they are (bfm/tables) in, checked columns out.
 
 `where` is a row filter such as `dataset == 'rw' and decay != 'chinchilla'`: comparisons of columns with numbers, texts
 or lists (`in`, `not in`), joined by and, or, not.
@@ -14,18 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from bfm.errors import UserError
+from bfm.tables.whole import read_whole
 
-NUMBER = "number of the row in its file"
-_READERS: dict[str, Callable[[str], pa.Table]] = {
-    ".parquet": pyarrow.parquet.read_table,
-    ".csv": pyarrow.csv.read_csv,
-    ".jsonl": pyarrow.json.read_json,
-}
+NUMBER = "number of the row"
+"""Among all that were read."""
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -38,33 +32,31 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-def read_table(path: str | Path, columns: Sequence[str], where: str | None = None) -> pa.Table:
-    """The rows that `where` keeps, with at least the named columns, and their NUMBER in the file.
+def read_table(
+    path: str | Path,
+    columns: Sequence[str],
+    where: str | None = None,
+    say: Callable[[str], None] = lambda words: None,
+) -> pa.Table:
+    """The rows that `where` keeps, with at least the named columns, and their NUMBER.
 
-    Raises UserError naming file and column.
+    Args:
+        path: a file, a folder, a glob or a URI.
+        columns: as bfm.tables.whole takes them.
+        where: a row filter.
+        say: is told in lines how files were understood that are not as usual.
+
+    Raises:
+        UserError: naming file and column.
     """
-    place = Path(path)
-    reader = _READERS.get(place.suffix)
-    if reader is None:
-        raise UserError(f"{place.suffix or 'no'} suffix", file=str(path), fix=f"one of {', '.join(_READERS)}")
-    if not place.is_file():
-        raise UserError("there is no such file", file=str(path), fix="check the path")
-    try:
-        table = reader(str(path))
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        fix = f"write it as {place.suffix[1:]} in UTF-8"
-        raise UserError(f"cannot be read ({error})", file=str(path), fix=fix) from error
-    for name in columns:
-        count = table.column_names.count(name)
-        if count != 1:
-            what = f"there are {count} columns {name!r}" if count else f"there is no column {name!r}"
-            fix = "give each a name of its own" if count else f"its columns are {', '.join(table.column_names)}"
-            raise UserError(what, file=str(path), fix=fix)
-    table = table.append_column(NUMBER, pa.array(range(1, table.num_rows + 1)))
+    found = read_whole(str(path), columns)
+    for words in found.told:
+        say(words)
+    table = found.table.append_column(NUMBER, pa.array(range(1, found.table.num_rows + 1)))
     if where is not None:
         table = _filter(table, where, str(path))
     if table.num_rows == 0:
-        raise UserError("no row is left", file=str(path), key="--where" if where else None, fix="keep at least one row")
+        raise UserError("no row is left", file=str(path), key="--where", fix="keep at least one row")
     return table
 
 

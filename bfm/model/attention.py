@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bfm.events.ragged import begins
+from bfm.ragged import begins
 
 # Head dimensions that the kernels take are multiples of this.
 _HEAD_MULTIPLE = 8

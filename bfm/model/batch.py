@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bfm.events.ragged import begins, place_among_equal
 from bfm.model.attended import Pairs
 from bfm.model.attention import Segments
 from bfm.model.index import Index, index_items
+from bfm.ragged import begins, place_among_equal
 
 if TYPE_CHECKING:
     from bfm.events.windows import EvalWindows, Windows

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bfm.events.randomness import stream_key
 from bfm.model.attention import Segments, attend
 from bfm.model.batch import Group, QueryPlaces
+from bfm.randomness import stream_key
 
 _ROPE_BASE = 10_000.0
 _EPSILON, _LEAST_SQUARE = 1e-6, 1e-24

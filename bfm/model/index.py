@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.ragged import begins, runs
 from bfm.events.windows import Windows
+from bfm.ragged import begins, runs
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
-from bfm.events.ragged import begins
+from bfm.ragged import begins
 
 # Keeps draws of negatives apart from every other use of (seed, index) in the platform.
 _STREAM = 0x6E65_6761

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from bfm.errors import UserError
 from bfm.events.protocol import Protocol, QueryTable, query_targets, seen_items
-from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.model.flops import ModelCost
 from bfm.model.two_part import TwoPartModel
 from bfm.objective.sampling import fixed_candidates
 from bfm.objective.softmax import fixed_sample_loss
+from bfm.ragged import Ragged
 from bfm.ranking.metrics import QueryScores, query_mean, score_queries
 from bfm.ranking.queries import Answers, answer
 from bfm.ranking.ranks import rank_targets

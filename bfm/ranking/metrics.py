@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
-from bfm.events.ragged import Ragged
+from bfm.ragged import Ragged
 
 if TYPE_CHECKING:
     from bfm.ranking.ranks import Ranked

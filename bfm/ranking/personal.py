@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.events.protocol import Protocol, QueryTable, query_targets
-from bfm.events.ragged import chunks, runs
 from bfm.events.shards import Shards
 from bfm.files import canonical_json
+from bfm.ragged import chunks, runs
 from bfm.ranking.metrics import query_mean
 from bfm.ranking.mixed_scores import SparseMass, mixed_block
 from bfm.ranking.ranks import Scores

@@ -31,11 +31,11 @@ from bfm.events.encoding import Encoding
 from bfm.events.manifest import Manifest
 from bfm.events.neighbours import Neighbours
 from bfm.events.protocol import QueryTable, seen_items
-from bfm.events.ragged import Ragged
 from bfm.events.shards import Shards
 from bfm.files import Store, write_atomic
 from bfm.model.sizing import Shape
 from bfm.model.two_part import ItemStore, TwoPartModel
+from bfm.ragged import Ragged
 from bfm.ranking.metrics import check_k
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets

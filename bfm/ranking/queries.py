@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from bfm.events.protocol import QueryTable
-from bfm.events.ragged import chunks
 from bfm.events.shards import Shards
 from bfm.events.windows import eval_windows
 from bfm.model.batch import make_query_batch
 from bfm.model.two_part import TwoPartModel
+from bfm.ragged import chunks
 from bfm.ranking.mixed_scores import Component, MixtureScores, NeighbourMass, SparseMass
 from bfm.ranking.ranks import DotScores
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfm.errors import DivergedError
-from bfm.events.ragged import Ragged
+from bfm.ragged import Ragged
 from bfm.ranking.top_items import GROUP, TopItems, TopKeys, TopRows
 
 Scores = Callable[[slice], Callable[[slice], Tensor]]

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from bfm.errors import UserError
-from bfm.events.ragged import Ragged, chunks
+from bfm.ragged import Ragged, chunks
 from bfm.ranking.metrics import query_metrics
 from bfm.ranking.ranks import Scores, pass_on
 

@@ -1,9 +1,9 @@
 """Runs that were trained elsewhere, as rows of a sweep: a table in, one ledger record out.
 
-Enters: Parquet, CSV or JSON lines with a column per free parameter, `flops` (C), the selecting metric, and optionally
-`seed`, `config_id`, `protocol_hash` and further metrics. Leaves: rung rows of trials x00000, x00001, ... that cost
-nothing and have no checkpoint, and the counted reasons of the runs that are no use. Where the table does not say by
-which protocol they were scored, that it was the sweep's is the user's word.
+Enters: a table (see bfm.laws.tables) with a column per free parameter, `flops` (C), the selecting metric, and
+optionally `seed`, `config_id`, `protocol_hash` and further metrics. Leaves: rung rows of trials x00000, x00001, ...
+that cost nothing and have no checkpoint, and the counted reasons of the runs that are no use. Where the table does not
+say by which protocol they were scored, that it was the sweep's is the user's word.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bfm.sweep.parameters import Parameter
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet, Rejection
 from bfm.sweep.state import IMPORT, Record, SweepState
+from bfm.tables.values import keys, plain
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class RunTable:
     runs: tuple[Run, ...]
     left_out: dict[str, int]
     """Reason -> rows."""
+    told: tuple[str, ...]
+    """How the file was understood, where that is not as usual."""
 
 
 def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol_hash: str | None = None) -> RunTable:
@@ -61,11 +64,15 @@ def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol
     `protocol_hash` is the sweep's; runs that name another one are left out.
     """
     names = [parameter.name for parameter in spec.free_parameters]
-    table = read_table(path, [*names, "flops", spec.metric.name])
+    told: list[str] = []
+    table = read_table(path, [*names, "flops", spec.metric.name], say=told.append)
     runs: list[Run] = []
     left_out: Counter[str] = Counter()
+    if "config_id" in table.column_names:
+        ids = keys(plain(table["config_id"]))[0]
+        table = table.set_column(table.column_names.index("config_id"), "config_id", ids)
     for values in table.to_pylist():
-        # An empty cell of a CSV is an empty text.
+        # An empty cell of a column of texts is an empty text.
         run = _of_another(values, protocol_hash) or _judge(values, spec, feasible)
         if isinstance(run, Run):
             runs.append(run)
@@ -79,7 +86,7 @@ def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol
             key="--import",
             fix="compare it with the ladder and the space",
         )
-    return RunTable(Path(path).name, tuple(runs), dict(left_out.most_common()))
+    return RunTable(Path(path).name, tuple(runs), dict(left_out.most_common()), tuple(told))
 
 
 def import_record(state: SweepState, table: RunTable, spec: SweepSpec) -> Record:
@@ -149,13 +156,12 @@ def _judge(values: Mapping[str, Any], spec: SweepSpec, feasible: FeasibleSet) ->
     verdict = feasible.judge(point)
     if isinstance(verdict, Rejection):
         return verdict.reason
-    config_id = values.get("config_id")
     return Run(
         config=verdict.config.as_dict(),
         params=verdict.cost.params,
         embedder_share=verdict.cost.embedder_share,
         seed=int(seed),
-        config_id=None if config_id is None else str(config_id),
+        config_id=values.get("config_id"),
         rung=near[0],
         flops=round(flops),
         metrics={name: number for name, number in numbers.items() if number is not None},

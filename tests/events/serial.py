@@ -26,7 +26,7 @@ def prepare_serially(
         job, pieces = prepare.plan_job(str(schema), [str(log) for log in logs], folder, seed)
         for piece in pieces:
             prepare.clean_piece(job, piece)
-        count = prepare.num_partitions(prepare.rows_read(job))
+        count = prepare.count_partitions(job)
         for index in range(count):
             prepare.sort_partition(job, count, index)
         split = prepare.choose_split(job)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
@@ -162,6 +162,7 @@ def test_lists_are_padded():
     assert found[1] == {"values": 3, "cut": 1, "lost": 18}
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.lists(st.sampled_from("abcde"), max_size=8), min_size=1, max_size=20), st.integers(1, 9))
 def test_what_a_bag_loses_is_counted(bags, max_length):
     """A bag is its first `max_length` elements, and kept and lost ones are all there were; as words of a text too."""

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from bfm.events import dialect
+from bfm.tables import dialect
 from tests.events.serial import contents, prepare_serially
 
 SCHEMA = """\

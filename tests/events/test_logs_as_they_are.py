@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import UserError
-from bfm.events import dialect
 from bfm.events.account import account_lines
 from bfm.events.shards import Shards
+from bfm.tables import dialect
 from tests.events.serial import prepare_serially
 from tests.helpers import user_keys
 

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from bfm.errors import PausedError, UserError
-from bfm.events import build, prepare, source
+from bfm.events import build, prepare
 from bfm.events.describe import describe
 from bfm.events.parts import KEYS
 from bfm.events.shards import Shards
 from bfm.events.ties import count_ties, tie_facts
+from bfm.tables import pieces
 from tests.events.serial import PROJECT, contents, prepare_serially, shared_data
 from tests.helpers import history_of, open_verified, user_keys
 
@@ -135,7 +136,7 @@ def test_another_seed_orders_otherwise_and_pieces_and_partitions_leave_no_trace(
     prepare_serially(folder / "shop.yaml", logs, folder / "b", seed=1)
     assert contents(folder / "a")["events/item.npy"] != contents(folder / "b")["events/item.npy"]
     monkeypatch.setattr(prepare, "PARTITION_ROWS", 400)
-    monkeypatch.setattr(source, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(pieces, "CHUNK_ROWS", 130)
     prepare_serially(folder / "shop.yaml", logs, folder / "c")
     one, many = contents(folder / "a"), contents(folder / "c")
     assert user_keys(Shards.open(folder / "a")).equals(user_keys(Shards.open(folder / "c")))
@@ -317,7 +318,7 @@ def test_other_mistakes_of_input(shop):
     cases = [
         (folder / "latin.csv", r"latin\.csv: read\.encoding: is not utf-8 text: byte 46 is 0xe9"),
         (folder / "absent.csv", "there is no such file"),
-        (folder / "*.nothing", "no log files found"),
+        (folder / "*.nothing", "no files found"),
         (folder / "shop.yaml", "format .yaml is not known"),
     ]
     for log, expected in cases:
@@ -329,6 +330,21 @@ def test_other_mistakes_of_input(shop):
     with pytest.raises(UserError, match=r"table\.parquet is not there"):
         prepare_serially(folder / "shop.yaml", [folder / "log.parquet"], folder / "out")
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("log", ["logs", "logs/*.csv", "logs/log.csv", "file://logs/log.csv"])
+def test_relative_places_are_found_from_a_workers_folder(shop, monkeypatch, log):
+    folder, frame = shop
+    (folder / "logs").mkdir()
+    (folder / "elsewhere").mkdir()
+    frame.to_csv(folder / "logs" / "log.csv", index=False)
+    monkeypatch.chdir(folder)
+    job, planned = prepare.plan_job("shop.yaml", [log], folder / "work", None)
+    monkeypatch.chdir(folder / "elsewhere")
+    for piece in planned:
+        prepare.clean_piece(job, piece)
+    assert prepare.rows_read(job) == len(frame)
+    assert job.item_table == str(folder / "table.parquet")
 
 
 def test_the_target_must_be_free(shop):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.events.protocol import Protocol
-from bfm.events.randomness import permuted, stream_key
 from bfm.events.windows import WindowOrder, eval_windows
+from bfm.randomness import permuted, stream_key
 from tests.helpers import history_of, make_shards
 
 TARGETS = ("next_event", "next_basket")

@@ -9,25 +9,30 @@ import numpy as np
 import pytest
 
 from bfm.errors import UserError
-from bfm.laws.agreement import agreement, fit_agreement, rank_agreement
-from bfm.laws.runs import Runs
+from bfm.laws.agreement import agreement, fit_agreement
+from bfm.laws.runs import Runs, from_rows
 from tests.laws.test_frontier import row
+
+
+def found_in(rows):
+    return fit_agreement(from_rows(rows)).details["agreement"]["recall@10"]
 
 
 def test_agreement_turns_with_the_order_of_the_trials():
     same = [row(f"t{k}", 1e9, 5.0 - k, 0.1 * k) for k in range(5)]
-    turned = [row(f"t{k}", 4e9, 5.0 - k, -0.1 * k) for k in range(5)]
+    turned = [row(f"t{k}", 4e9, 5.0 - k, 0.5 - 0.1 * k) for k in range(5)]
     few = [row(f"t{k}", 9e9, 5.0 - k, 0.1 * k) for k in range(3)]
-    found = rank_agreement(same + turned + few, "nll", "recall@10")
-    assert [(a.flops, round(a.spearman.estimate, 12), a.rows) for a in found] == [(1e9, 1.0, 5), (4e9, -1.0, 5)]
-    assert [round(a.kendall.estimate, 12) for a in found] == [1.0, -1.0]
+    found = found_in(same + turned + few)
+    told = [(one["flops"], round(one["spearman"]["estimate"], 12), one["runs"]) for one in found]
+    assert told == [(1e9, 1.0, 5), (4e9, -1.0, 5)]
+    assert [round(one["kendall"]["estimate"], 12) for one in found] == [1.0, -1.0]
 
 
 def test_agreement_shares_ranks_of_equal_values_and_skips_constant_metrics():
     tied = [row(f"t{k}", 1e9, nll, recall) for k, (nll, recall) in enumerate([(1, 4), (2, 3), (2, 3), (3, 1)])]
-    assert rank_agreement(tied, "nll", "recall@10")[0].spearman.estimate == pytest.approx(1.0)
-    flat = [row(f"t{k}", 1e9, float(k), 0.5) for k in range(5)]
-    assert rank_agreement(flat, "nll", "recall@10") == []
+    assert found_in(tied)[0]["spearman"]["estimate"] == pytest.approx(1.0)
+    with pytest.raises(UserError, match="no budget has 4 runs"):
+        found_in([row(f"t{k}", 1e9, 1.0 + k, 0.5) for k in range(5)])
 
 
 def test_complete_agreement_is_no_certainty():

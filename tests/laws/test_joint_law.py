@@ -11,7 +11,8 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.laws.joint_law import axis_law, joint_law
-from bfm.laws.runs import Runs, from_rows
+from bfm.laws.runs import Runs, from_rows, from_table
+from tests.helpers import published
 from tests.laws import test_joint as joint
 from tests.laws.axes import NOISE, coverage, design, estimate, two_term
 from tests.report import planted_laws
@@ -55,6 +56,17 @@ def test_one_wild_run_is_named_and_moves_little():
         clean_value, value = before.optima["s_opt"], after.optima["s_opt"]
         assert clean_value.low < value.estimate < clean_value.high
         assert value.high - value.low < 1.5 * (clean_value.high - clean_value.low)
+
+
+def test_a_best_size_lies_between_the_runs_where_they_have_one():
+    """What the form misses is not known a decade below them, where it can be lower than at the runs' own valley."""
+    where = "dataset == 'rw' and hparams == 'base' and warmup == 'long' and param_count == 'kaplan'"
+    columns = [("params", "n"), ("events", "tokens"), ("flops", "flops"), ("loss", "loss")]
+    runs = from_table(published("porian/isoflop_points.parquet"), columns, where)
+    left_out = np.random.default_rng(0).permutation(len(runs)) % 20 == 9
+    fit = joint_law(runs.select(~left_out))
+    assert fit.budgets[-1].optima["N_opt"].estimate == pytest.approx(3.9e8, rel=0.1)
+    assert fit.parameters["N_exponent"].estimate == pytest.approx(0.84, abs=0.02)
 
 
 def test_rates_that_change_with_C_are_doubted():

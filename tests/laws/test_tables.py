@@ -96,7 +96,7 @@ def test_a_filter_that_keeps_nothing_is_named(csv):
 
 
 def test_a_missing_column_is_named_with_those_that_there_are(csv):
-    with pytest.raises(UserError, match="no column 'loss'; its columns are name, depth, rate") as caught:
+    with pytest.raises(UserError, match="no column 'loss'; known: depth, name, rate") as caught:
         read_table(csv, ["depth", "loss"])
     assert caught.value.file == str(csv)
 
@@ -105,16 +105,17 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_table(tmp_path / "none.csv", [])
     for name, text, fragment in (
-        ("runs.txt", "a\n1\n", ".txt suffix"),
-        ("runs", "a\n1\n", "no suffix"),
+        ("runs.txt", "a\n1\n", "format .txt is not known"),
+        ("runs", "a\n1\n", "format without an ending is not known"),
         ("runs.parquet", "not parquet", "cannot be read"),
-        ("runs.csv", "a,b\n1\n", "cannot be read"),
-        ("empty.csv", "", "cannot be read"),
-        ("runs.jsonl", "{", "cannot be read"),
-        ("head.csv", "a,b\n", "no row is left"),
+        ("runs.csv", "a,b\n1\n1,2", r"1 rows that cannot be read \(wrong number of columns\), the first is 1"),
+        ("empty.csv", "", "has no rows"),
+        ("runs.jsonl", "{", "1 rows that cannot be read"),
+        ("head.csv", "a,b\n", "has no rows"),
+        ("latin.csv", b"a\ncaf\xe9\n", "is not utf-8 text: byte 5 is 0xe9; write it as UTF-8"),
     ):
         path = tmp_path / name
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(UserError, match=fragment) as caught:
             read_table(path, [])
         assert caught.value.file == str(path)

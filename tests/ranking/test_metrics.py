@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bfm.errors import DivergedError
-from bfm.events.ragged import Ragged
+from bfm.ragged import Ragged
 from bfm.ranking import ranks
 from bfm.ranking.metrics import clustered_error, merge, score_queries, summarise
 from bfm.ranking.mixed_scores import MixtureScores, SparseMass

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bfm.errors import UserError
-from bfm.events.ragged import Ragged
+from bfm.ragged import Ragged
 from bfm.ranking.ranks import DotScores
 from bfm.ranking.sampled import _draw, sampled_metrics
 

@@ -73,6 +73,13 @@ def test_progress_goes_through_all_stages_and_ray_is_quiet(shop, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_relative_places_are_the_users_and_not_the_workers(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    relative = prepare_shards("shop.yaml", ["parts", "./log.parquet"], "out")
+    assert relative.rows_read == 2 * len(make_log())
+    assert (shop / "out" / "manifest.json").exists()
+
+
 def test_mistakes_found_by_workers_arrive_as_one_line(shop):
     whole = "user,time,item,quantity,shop,words\n" + "1,2,3,4,north,x\n" * 50_000
     (shop / "latin.csv").write_bytes(whole.encode() + b"1,2,3,4,caf\xe9,x\n")

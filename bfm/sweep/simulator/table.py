@@ -1,6 +1,6 @@
 """Known learning curves as an arena: any configuration can be run to any of its rows, at the rows' cost.
 
-Enters: a table (Parquet, CSV or JSON lines) with columns config_id, flops, loss and the features that are named.
+Enters: a table (see bfm.laws.tables) with columns config_id, flops, loss and the features that are named.
 Leaves: a TableArena for the driver and the rows that its tasks bring. Policies know which rows exist, never their loss.
 
 A configuration's row at a rung is its last one with at most the rung's C and more than the rung below; it has none
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from bfm.sweep.space import Place
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
 from bfm.sweep.tiers import Tier
+from bfm.tables.values import keys, plain
 
 _SIZE_NAMES = ("N", "n", "params")
 _FLOPS_SLACK = 1e-9
@@ -66,34 +67,38 @@ def read_curves(
     params_column: str | None = None,
     resumable_column: str | None = None,
     where: str | None = None,
+    say: Callable[[str], None] = lambda words: None,
 ) -> tuple[Curve, ...]:
     """The curves of a table, by config_id. Raises UserError that names file and column.
 
-    `params_column` None: the feature called N, n or params, if there is one.
+    `params_column` None: the feature called N, n or params, if there is one. `say`: as of read_table.
     """
     size = params_column or next((name for name in _SIZE_NAMES if name in features), None)
     others = [name for name in features if name != size]
     columns = ["config_id", "flops", "loss", *others, *filter(None, [size, resumable_column])]
-    table = read_table(path, columns, where)
+    table = read_table(path, columns, where, say)
     for name in ("flops", "loss", *filter(None, [size])):
         _check_numbers(table[name], name, str(path))
     if size is not None and pc.any(pc.less(table[size], 1)).as_py():
         raise UserError(f"{size} has values below 1", file=str(path), key=size, fix="write numbers of parameters")
-    if table["config_id"].null_count:
+    ids = keys(plain(table["config_id"]))[0]
+    if ids.null_count:
         raise UserError("config_id is empty in some rows", file=str(path), key="config_id", fix="fill it")
     for name in others:
         _check_feature(table[name], name, str(path))
     if resumable_column is not None:
         _check_flag(table[resumable_column], resumable_column, str(path))
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in table.select(list(dict.fromkeys(columns))).to_pylist():
-        groups.setdefault(str(row["config_id"]), []).append(row)
+    rows = table.select(list(dict.fromkeys(columns))).to_pylist()
+    for config_id, row in zip(ids.to_pylist(), rows, strict=True):
+        groups.setdefault(config_id, []).append(row)
     return tuple(_curve(name, groups[name], others, size, resumable_column, str(path)) for name in sorted(groups))
 
 
 def _check_numbers(column: pa.ChunkedArray, name: str, path: str) -> None:
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise UserError(f"{name} is {column.type}, not a number", file=path, key=name, fix="name another column")
+        kind = "text" if pa.types.is_large_string(column.type) else column.type
+        raise UserError(f"{name} is {kind}, not a number", file=path, key=name, fix="name another column")
     if name != "loss" and (column.null_count or not pc.all(pc.greater(column, 0)).as_py()):
         raise UserError(f"{name} has values that are not above 0", file=path, key=name, fix="leave those rows out")
     if name != "loss" and not pc.all(pc.is_finite(column)).as_py():

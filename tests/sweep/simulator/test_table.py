@@ -100,8 +100,8 @@ def test_numbers_as_names_and_missing_losses(table):
     [
         ({"loss": None}, [], None, "no column 'loss'"),
         ({}, ["depth"], None, "no column 'depth'"),
-        ({"loss": ["low"] * 5}, [], "loss", "loss is string, not a number"),
-        ({"flops": ["1e9"] * 5}, [], "flops", "flops is string"),
+        ({"loss": ["low"] * 5}, [], "loss", "loss is text, not a number"),
+        ({"flops": ["1e9"] * 5}, [], "flops", "flops is text"),
         ({"flops": [1e9, 4e9, 1e9, 16e9, 0.0]}, [], "flops", "not above 0"),
         ({"flops": [1e9, 4e9, 1e9, 16e9, None]}, [], "flops", "not above 0"),
         ({"flops": [1e9, 4e9, 1e9, 16e9, math.nan]}, [], "flops", "not above 0"),

@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from bfm.errors import UserError
-from bfm.events.dialect import BLOCK_BYTES
-from bfm.events.raw import Lines, RawChunk
+from bfm.tables.dialect import BLOCK_BYTES
+from bfm.tables.raw import Lines, RawChunk
 
-_UNREADABLE = "not a JSON object of plain values"
+UNREADABLE = "not a JSON object of plain values"
 _ROWS = 1 << 16
 _EXACT = 2**53
 _DECIMAL = pa.decimal128(38, 10)
@@ -50,6 +50,16 @@ def read_lines(blocks: Iterator[bytes], columns: Sequence[str]) -> Iterator[RawC
             yield from _one_by_one(map(_loaded, texts), columns)
 
 
+def read_objects(blocks: Iterator[bytes], array: bool) -> Iterator[Any]:
+    """Values of JSON lines (a line that is no JSON is a text), or of an array or of what follows each other.
+
+    Raises UserError where an array is no JSON, UnicodeDecodeError.
+    """
+    if array:
+        return _values(blocks)
+    return (_loaded(line) for block in blocks for line in block.split(b"\n") if line.strip())
+
+
 def read_values(blocks: Iterator[bytes], columns: Sequence[str]) -> Iterator[RawChunk]:
     """Rows of a JSON array, or of objects that follow each other. Raises UserError where the text is no JSON."""
     values = _values(blocks)
@@ -67,23 +77,33 @@ def column_paths(schema: Iterable[pa.Field], above: str = "") -> list[str]:
     return paths
 
 
-def column_at(table: pa.Table, path: str) -> pa.ChunkedArray | None:
+def columnvalue_at(table: pa.Table, path: str) -> pa.ChunkedArray | None:
     """The column of a name, or of a path into nested ones."""
     if path in table.column_names:
         return table[path]
     for name, rest in _splits(path):
         if name in table.column_names and pa.types.is_struct(table[name].type):
             below = {field.name: pc.struct_field(table[name], [field.name]) for field in table[name].type}
-            return column_at(pa.table(below), rest)
+            return columnvalue_at(pa.table(below), rest)
     return None
 
 
 def chosen(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Those of the wanted columns that a table has, by name or path."""
-    found = {name: column_at(table, name) for name in columns}
+    found = {name: columnvalue_at(table, name) for name in columns}
     chosen = {name: column for name, column in found.items() if column is not None}
     # A table without columns would have no rows.
     return pa.table(chosen or {"": pa.nulls(table.num_rows)})
+
+
+def value_at(row: dict[str, Any], path: str) -> Any:
+    """The value of a key or path."""
+    if path in row:
+        return row[path]
+    for name, rest in _splits(path):
+        if isinstance(row.get(name), dict):
+            return value_at(row[name], rest)
+    return None
 
 
 # ---------------------------------------------------------------- inside
@@ -100,25 +120,27 @@ def _by_arrow(block: bytes, columns: Sequence[str], types: Types) -> pa.Table | 
     if table is None and types:
         types.clear()
         table = _parsed(block, types)
-    if table is None:
-        return None
-    # Arrow takes text that looks like a date for a time if all of a block does; keys must not depend on that.
-    learned = {field.name: kind for field in table.schema if (kind := _texts(field.type)) != field.type}
-    if learned:
-        types |= learned
-        table = _parsed(block, types)
-    if table is None:
-        return None
-    wanted = {name for path in columns for name in (path, *(name for name, _ in _splits(path)))}
-    learned = {
-        name: _decimals(table.schema.field(name).type)
-        for name in wanted.intersection(table.column_names)
-        if _lost_digits(table[name])
-    }
-    if learned:
-        types |= learned
+    while table is not None and (better := _better_types(table, columns)):
+        types |= better
         table = _parsed(block, types)
     return table
+
+
+def _better_types(table: pa.Table, columns: Sequence[str]) -> Types:
+    """Types of the columns in which Arrow changed values.
+
+    It takes text that looks like a date for a time if all of a block does, and rounds large whole numbers beside a
+    fraction; keys must not depend on either.
+    """
+    wanted = {name for path in columns for name in (path, *(name for name, _ in _splits(path)))}
+    better = {}
+    for field in table.schema:
+        kind = _changed(field.type, pa.types.is_timestamp, pa.string())
+        if field.name in wanted and _lost_digits(table[field.name]):
+            kind = _changed(kind, pa.types.is_floating, _DECIMAL)
+        if kind != field.type:
+            better[field.name] = kind
+    return better
 
 
 def _parsed(block: bytes, types: Types) -> pa.Table | None:
@@ -130,14 +152,6 @@ def _parsed(block: bytes, types: Types) -> pa.Table | None:
         return None
     # Of the learned columns, those that this block does not have.
     return table.drop_columns([name for name in types if table[name].null_count == len(table)])
-
-
-def _texts(kind: pa.DataType) -> pa.DataType:
-    return _changed(kind, pa.types.is_timestamp, pa.string())
-
-
-def _decimals(kind: pa.DataType) -> pa.DataType:
-    return _changed(kind, pa.types.is_floating, _DECIMAL)
 
 
 def _changed(kind: pa.DataType, which: Any, to: pa.DataType) -> pa.DataType:
@@ -182,7 +196,7 @@ def _one_by_one(values: Iterable[Any], columns: Sequence[str]) -> Iterator[RawCh
     names: set[str] = set()
     for row in values:
         if isinstance(row, dict):
-            found = [_at(row, path) for path in columns]
+            found = [_bounded(value_at(row, path)) for path in columns]
             names.update(row, (path for path, value in zip(columns, found, strict=True) if value is not None))
             alike.setdefault(tuple(type(value).__name__ for value in found), []).append(found)
         else:
@@ -194,20 +208,11 @@ def _one_by_one(values: Iterable[Any], columns: Sequence[str]) -> Iterator[RawCh
             unreadable += [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
         else:
             yield RawChunk(pa.table(arrays, names=list(columns)), names=frozenset(names))
-    yield RawChunk(pa.table({}), tuple(unreadable), _UNREADABLE, frozenset(names))
-
-
-def _at(row: dict[str, Any], path: str) -> Any:
-    """The value of a key or path; integers that no 64 bits hold as text."""
-    if path in row:
-        return _bounded(row[path])
-    for name, rest in _splits(path):
-        if isinstance(row.get(name), dict):
-            return _at(row[name], rest)
-    return None
+    yield RawChunk(pa.table({}), tuple(unreadable), UNREADABLE, frozenset(names))
 
 
 def _bounded(value: Any) -> Any:
+    """Integers that no 64 bits hold as text."""
     if isinstance(value, list):
         return [_bounded(entry) for entry in value]
     return str(value) if type(value) is int and not -(2**63) <= value < 2**63 else value

@@ -1,4 +1,4 @@
-"""Columns of any Arrow type to the few types of a cleaned log, vectorised. Each value is judged by itself alone.
+"""Columns of any Arrow type to ids, numbers, lists and vectors, vectorised. Each value is judged by itself alone.
 
 Nothing here depends on the other values of a column, so the result does not depend on how a log is cut into files and
 blocks. Every parser returns the values (null where there is none) and boolean masks [n] of what was wrong.
@@ -14,11 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bfm.events.schema import TimeSpec
-
 SEPARATOR = "\x1f"
 """Joins the parts of composite keys and of lists written as one text."""
-_NUMBER = r"^(?:[0-9]+\.?[0-9]*|-[0-9]+\.?[0-9]*|-?\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?$"
+NUMBER = r"^(?:[0-9]+\.?[0-9]*|-[0-9]+\.?[0-9]*|-?\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?$"
 _INFINITE = r"(?i)^-?inf(?:inity)?$"
 _MISSING = pa.array(
     ["", "NULL", "Null", "null", "NaN", "NAN", "nan", "None", "<NA>", "N/A", "n/a", "#N/A", "NaT", "\\N"],
@@ -28,17 +26,9 @@ _MISSING = pa.array(
 _WHOLE = r"^(-?(?:0|[1-9][0-9]*))\.0+$"
 _ROUNDED = r"^-?[0-9](?:\.[0-9]+)?[eE]\+[0-9]+$"
 _INTEGER = r"^[-+]?(?:[0-9]{1,18}|[0-8][0-9]{18})(?:\.0*)?$"
+_COMMA_NUMBER = r"^\s*[-+]?([0-9]{1,3}(\.[0-9]{3})+|[0-9]*)(,[0-9]*)?([eE][-+]?[0-9]+)?\s*$"
 _EXACT = 2.0**53
 """Doubles below it are exact whole numbers."""
-_ISO = (
-    r"^(?P<year>[0-9]{4})[-/](?P<month>[0-9]{1,2})[-/](?P<day>[0-9]{1,2})"
-    r"(?:[T ]+(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2})(?:[.,](?P<fraction>[0-9]{1,9}))?)?)?"
-    r" ?(?:Z|z|UTC|(?P<sign>[-+])(?P<zone_hour>[0-9]{2})(?::?(?P<zone_minute>[0-9]{2}))?)?$"
-)
-# Years 1 to 9999.
-_MIN_MS, _MAX_MS = -62_135_596_800_000, 253_402_300_799_999
-_UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6, "sheet_days": 1 / 86_400_000}
-_SHEET_EPOCH_MS = -2_209_161_600_000
 
 
 def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -104,8 +94,7 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         numbers = column.cast(pa.float64())
         infinite = to_mask(pc.is_inf(numbers))
         kept = pc.if_else(pc.is_finite(numbers), numbers, None)
-        whole = to_mask(pc.and_(pc.equal(pc.round(kept), kept), pc.less(pc.abs(kept), _EXACT)))
-        as_int = pc.if_else(pa.array(whole), kept, None).cast(pa.int64()).cast(pa.large_string())
+        as_int = pc.if_else(_are_whole(kept), kept, None).cast(pa.int64()).cast(pa.large_string())
         # The shortest text of a float32 is not that of the same value as float64.
         exact = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
         return pc.coalesce(as_int, exact), wrong, infinite
@@ -113,7 +102,7 @@ def keys(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
     codes = column.dictionary_encode()
     text = codes.dictionary.cast(pa.large_string())
     if pa.types.is_large_string(kind):
-        text = pc.replace_substring_regex(_known(text), _WHOLE, r"\1")
+        text = pc.replace_substring_regex(known(text), _WHOLE, r"\1")
         text = pc.if_else(pc.equal(text, "-0"), "0", text)
     elif pa.types.is_decimal(kind) and kind.scale > 0:
         text = pc.replace_substring_regex(pc.replace_substring_regex(text, r"^-?0E-[0-9]+$", "0"), r"\.?0+$", "")
@@ -126,8 +115,7 @@ def inexact(column: pa.Array) -> np.ndarray:
     kind = column.type
     if pa.types.is_floating(kind):
         values = column.cast(pa.float64())
-        whole = pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), _EXACT))
-        return to_mask(pc.and_(pc.is_finite(values), pc.invert(whole)))
+        return to_mask(pc.and_(pc.is_finite(values), pc.invert(_are_whole(values))))
     if pa.types.is_decimal(kind):
         return to_mask(pc.not_equal(pc.floor(column), column))
     if pa.types.is_large_string(kind) and pc.any(pc.match_substring(column, "+")).as_py():
@@ -166,44 +154,46 @@ def numbers(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
 def positions(column: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Whole numbers as int64; mask of what is there but is no whole number."""
     values, wrong, infinite = numbers(column)
-    exact = _integers(column)
-    whole = to_mask(pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), _EXACT)))
-    found = pc.coalesce(exact, pc.if_else(pa.array(whole), values, None).cast(pa.int64()))
+    exact = integers(column)
+    found = pc.coalesce(exact, pc.if_else(_are_whole(values), values, None).cast(pa.int64()))
     return found, wrong | infinite | (to_mask(values.is_valid()) & to_mask(found.is_null()))
 
 
-def times(column: pa.Array, spec: TimeSpec) -> tuple[pa.Array, np.ndarray]:
-    """Milliseconds since the epoch from timestamps, dates, epoch numbers or text; without a zone, UTC.
+def known(column: pa.Array) -> pa.Array:
+    """Trimmed texts, null where one says that there is nothing."""
+    text = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(text, _MISSING), None, text)
 
-    Returns:
-        int64, null where missing or wrong; mask of values that are no time between the years 1 and 9999.
-    """
-    kind = column.type
-    if not is_plain(kind) or pa.types.is_boolean(kind) or pa.types.is_time(kind):
-        return pa.nulls(len(column), pa.int64()), to_mask(column.is_valid())
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        # safe=False: finer units are cut to milliseconds (floor for the years after 1970).
-        return _in_range(column.cast(pa.timestamp("ms", getattr(kind, "tz", None)), safe=False).cast(pa.int64()))
-    if spec.format is not None:
-        text = keys(column)[0]
-        parsed = _formatted(text, spec.format)
-        values, wrong = _in_range(parsed)
-        return values, wrong | to_mask(pc.and_(text.is_valid(), parsed.is_null()))
-    if not pa.types.is_large_string(kind):
-        return _epoch(column, spec.unit)
-    text = _known(column)
-    numeric = pc.match_substring_regex(text, _NUMBER)
-    from_number, wrong_number = _epoch(pc.if_else(numeric, text, None), spec.unit)
-    from_text, wrong_text = _iso(pc.if_else(numeric, None, text))
-    return pc.coalesce(from_number, from_text), wrong_number | wrong_text
+
+def integers(column: pa.Array) -> pa.Array:
+    """Int64 of integers, and of decimals and text that are one; null elsewhere."""
+    if pa.types.is_uint64(column.type):
+        column = pc.if_else(pc.less_equal(column, pa.scalar(2**63 - 1, pa.uint64())), column, None)
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64())
+    if pa.types.is_decimal(column.type):
+        column, _, _ = keys(column)
+    if not pa.types.is_large_string(column.type):
+        return pa.nulls(len(column), pa.int64())
+    text = pc.utf8_trim_whitespace(column)
+    whole = pc.if_else(pc.match_substring_regex(text, _INTEGER), text, None)
+    return pc.replace_substring_regex(whole, r"^\+|\.0*$", "").cast(pa.int64())
 
 
 def are_numbers(column: pa.Array) -> bool:
     """Whether a column is of numbers, or of text whose first known value is one."""
     if not pa.types.is_large_string(column.type):
         return is_plain(column.type) and not pa.types.is_temporal(column.type)
-    first = _known(column.slice(0, 1000)).drop_null()
-    return len(first) > 0 and pc.match_substring_regex(first[0], _NUMBER).as_py()
+    first = known(column.slice(0, 1000)).drop_null()
+    return len(first) > 0 and pc.match_substring_regex(first[0], NUMBER).as_py()
+
+
+def with_points(column: pa.Array) -> pa.Array:
+    """Text numbers such as 1.234,5 as 1234.5; all else as it is."""
+    if not pa.types.is_large_string(column.type):
+        return column
+    changed = pc.replace_substring(pc.replace_substring(column, ".", ""), ",", ".")
+    return pc.if_else(pc.match_substring_regex(column, _COMMA_NUMBER), changed, column)
 
 
 def lists(column: pa.Array, separator: str | None) -> tuple[pa.Array, np.ndarray]:
@@ -247,47 +237,18 @@ def bucket_names(values: pa.Array, edges: list[float]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-def _known(column: pa.Array) -> pa.Array:
-    """Trimmed texts, null where one says that there is nothing."""
-    text = pc.utf8_trim_whitespace(column)
-    return pc.if_else(pc.is_in(text, _MISSING), None, text)
+def _are_whole(values: pa.Array) -> pa.Array:
+    """Booleans: doubles that are exact whole numbers."""
+    return pc.and_(pc.equal(pc.round(values), values), pc.less(pc.abs(values), _EXACT))
 
 
 def _read_numbers(texts: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
     """Float64 of texts, which of them are a number or missing, and which an infinity."""
     # Arrow's number parser refuses a leading plus.
-    known = pc.replace_substring_regex(_known(texts), r"^\+([0-9.])", r"\1")
-    number = pc.match_substring_regex(known, _NUMBER)
-    infinite = pc.match_substring_regex(known, _INFINITE).fill_null(False)
-    return pc.if_else(number, known, None).cast(pa.float64()), number.fill_null(True), infinite
-
-
-def _integers(column: pa.Array) -> pa.Array:
-    """Int64 of integers, and of decimals and text that are one; null elsewhere."""
-    if pa.types.is_uint64(column.type):
-        column = pc.if_else(pc.less_equal(column, pa.scalar(2**63 - 1, pa.uint64())), column, None)
-    if pa.types.is_integer(column.type):
-        return column.cast(pa.int64())
-    if pa.types.is_decimal(column.type):
-        column, _, _ = keys(column)
-    if not pa.types.is_large_string(column.type):
-        return pa.nulls(len(column), pa.int64())
-    text = pc.utf8_trim_whitespace(column)
-    whole = pc.if_else(pc.match_substring_regex(text, _INTEGER), text, None)
-    return pc.replace_substring_regex(whole, r"^\+|\.0*$", "").cast(pa.int64())
-
-
-def _formatted(text: pa.Array, form: str) -> pa.Array:
-    """Int64 milliseconds of text in a strptime format, to which %f is added."""
-    before, mark, after = form.partition("%f")
-    if not mark:
-        return pc.strptime(text, format=form, unit="ms", error_is_null=True).cast(pa.int64())
-    pattern = rf"^(?P<before>.*)\{before[-1]}(?P<fraction>[0-9]{{1,9}})(?P<after>{'[^0-9].*' if after else ''})$"
-    parts = pc.extract_regex(text, pattern)
-    around = (pc.struct_field(parts, name) for name in ("before", "after"))
-    whole = pc.binary_join_element_wise(*around, pa.scalar("", pa.large_string()))
-    milli = pc.utf8_slice_codeunits(pc.utf8_rpad(pc.struct_field(parts, "fraction"), 3, "0"), 0, 3)
-    return pc.add(_formatted(whole, before[:-1] + after), milli.cast(pa.int64()))
+    text = pc.replace_substring_regex(known(texts), r"^\+([0-9.])", r"\1")
+    number = pc.match_substring_regex(text, NUMBER)
+    infinite = pc.match_substring_regex(text, _INFINITE).fill_null(False)
+    return pc.if_else(number, text, None).cast(pa.float64()), number.fill_null(True), infinite
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -299,52 +260,3 @@ def _relist(elements: pa.Array, parents: np.ndarray, count: int) -> pa.Array:
     lengths = np.bincount(parents, minlength=count)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]))
     return pa.LargeListArray.from_arrays(offsets, elements, mask=pa.array(lengths == 0))
-
-
-def _in_range(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    inside = pc.and_(pc.greater_equal(values, _MIN_MS), pc.less_equal(values, _MAX_MS))
-    return pc.if_else(inside, values, None), to_mask(pc.invert(inside))
-
-
-def _epoch(column: pa.Array, unit: str) -> tuple[pa.Array, np.ndarray]:
-    """Epoch numbers to milliseconds; `auto` goes by size."""
-    values, wrong, infinite = numbers(column)
-    raw = values.fill_null(0).to_numpy(zero_copy_only=False)
-    if unit == "auto":
-        size = np.abs(raw)
-        per_ms = np.select([size < 1e11, size < 1e14, size < 1e17], [1e-3, 1.0, 1e3], 1e6)
-    else:
-        per_ms = np.full(len(raw), _UNIT_PER_MS[unit])
-    out_of_range = np.abs(raw / per_ms) > 1e15
-    ms = np.floor(np.where(out_of_range, 0, raw) / per_ms).astype(np.int64)
-    if (per_ms > 1).any():
-        # Nanoseconds exceed the 53 bits of a float.
-        exact = _integers(column)
-        divided = exact.fill_null(0).to_numpy(zero_copy_only=False) // np.maximum(per_ms, 1).astype(np.int64)
-        ms = np.where((per_ms > 1) & to_mask(exact.is_valid()), divided, ms)
-    if unit == "sheet_days":
-        # What a sheet shows are seconds; its days are rounded.
-        ms = (ms + 500) // 1000 * 1000 + _SHEET_EPOCH_MS
-    parsed, outside = _in_range(pc.if_else(values.is_valid(), pa.array(ms), None))
-    return pc.if_else(pa.array(out_of_range), None, parsed), wrong | infinite | outside | out_of_range
-
-
-def _iso(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """ISO 8601 text (also with slashes or a blank) to milliseconds."""
-    parts = pc.extract_regex(text, _ISO)
-
-    def number(digits: pa.Array) -> np.ndarray:
-        filled = pc.if_else(pc.equal(digits, ""), "0", digits).fill_null("0")
-        return filled.cast(pa.int64()).to_numpy(zero_copy_only=False)
-
-    names = ("year", "month", "day", "hour", "minute", "second", "zone_hour", "zone_minute")
-    year, month, day, hour, minute, second, *zone = (number(pc.struct_field(parts, name)) for name in names)
-    milli = number(pc.utf8_slice_codeunits(pc.utf8_rpad(pc.struct_field(parts, "fraction"), 3, "0"), 0, 3))
-    good = to_mask(parts.is_valid()) & (month >= 1) & (month <= 12) & (day >= 1) & (hour < 24) & (minute < 60)
-    good &= (second <= 60) & (year >= 1)
-    first = ((year - 1970) * 12 + np.clip(month, 1, 12) - 1).astype("datetime64[M]")
-    days = first.astype("datetime64[D]").astype(np.int64) + day - 1
-    good &= days < (first + 1).astype("datetime64[D]").astype(np.int64)
-    east_s = np.where(to_mask(pc.equal(pc.struct_field(parts, "sign"), "-")), -1, 1) * (zone[0] * 3600 + zone[1] * 60)
-    ms = (days * 86_400 + hour * 3600 + minute * 60 + second - east_s) * 1000 + milli
-    return pc.if_else(pa.array(good), pa.array(ms), None), to_mask(text.is_valid()) & ~good

@@ -1,6 +1,6 @@
 """How a text file is written: its encoding, and of CSV the separator, the header and the decimal mark.
 
-A byte order mark decides the encoding; else the schema's `read` does; else it is UTF-8. The separator is the format's
+A byte order mark decides the encoding; else the user's `read` does; else it is UTF-8. The separator is the format's
 own (comma, of TSV tab) unless only another one gives the columns that are asked for. Decimals have a comma where the
 first rows have numbers such as `1,5` and none such as `1.5`.
 """
@@ -14,11 +14,12 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from bfm.errors import UserError
-from bfm.events.csv_lines import read_rows
-from bfm.events.schema import ReadSpec
+from bfm.tables.csv_lines import read_rows
 
 BLOCK_BYTES = 1 << 24
 HEAD_BYTES = 1 << 16
@@ -33,6 +34,34 @@ _WITH_COMMA = re.compile(r"[-+]?(\d{1,3}(\.\d{3})+|\d+),\d+")
 _WITH_POINT = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)\.\d+")
 # Three digits after a mark may be thousands.
 _UNCLEAR = re.compile(r"[-+]?\d{1,3}[.,]\d{3}")
+
+
+def _separator(value: str) -> str:
+    if len(value) != 1 or not value.isascii() or value in '"\r\n':
+        raise UserError(f"{value!r} is not one character", fix='write for example ";" or "\\t"')
+    return value
+
+
+def _encoding(value: str) -> str:
+    try:
+        "".encode(value).decode(value)
+    except (LookupError, UnicodeError) as error:
+        fix = "write one that Python knows, such as utf-8, latin-1, cp1252 or utf-16"
+        raise UserError(f"{value!r} is no text encoding", fix=fix) from error
+    return value
+
+
+class ReadSpec(BaseModel):
+    """What a user says of text files, where they do not show it themselves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    delimiter: Annotated[str, AfterValidator(_separator)] | None = None
+    """CSV: what separates the values."""
+    decimal: Literal[".", ","] | None = None
+    """The mark in numbers that are written as text; with a comma, points separate thousands."""
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = None
+    """Where there is no byte order mark."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +97,15 @@ class Dialect:
         return ", ".join(found)
 
 
-def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[str], read: ReadSpec) -> Dialect:
+def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[str] | None, read: ReadSpec) -> Dialect:
     """Dialect of a file from its first HEAD_BYTES.
 
     Args:
         head: as they stand in the file, uncompressed.
         form: csv, tsv or json.
         columns: of these the header should have as many as can be; without any, of columns at all.
-        numbers: those of them that hold numbers.
-        read: what the schema says.
+        numbers: those that hold numbers; None where any may.
+        read: what the user says.
 
     Raises:
         UnicodeDecodeError: the head is not in this encoding.
@@ -97,7 +126,7 @@ def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[st
     header_bytes = len(text[: len(text) - len(rest)].encode())
     dialect = replace(dialect, separator=separator, names=names, header_bytes=header_bytes)
     if dialect.decimal is None:
-        wanted = [name for name in dict.fromkeys(names) if name in numbers]
+        wanted = [name for name in names if names.count(name) == 1 and (numbers is None or name in numbers)]
         # The last row may be cut.
         sample = iter([rest[: rest.rfind("\n") + 1].encode()])
         for rows in read_rows(sample, separator, names, wanted):

@@ -12,14 +12,14 @@ import torch
 from scipy.special import entr
 
 from bfm.errors import UserError
-from bfm.events import synth as module
-from bfm.events.bayes import BayesFilter, World, WorldSpec, histories
 from bfm.events.protocol import Protocol, query_targets
 from bfm.events.schema import load_schema
 from bfm.events.shards import Shards
-from bfm.events.synth import write_synthetic
 from bfm.ranking.metrics import clustered_error, score_queries
 from bfm.ranking.ranks import rank_targets
+from bfm.synth import log as module
+from bfm.synth.log import write_synthetic
+from bfm.synth.world import BayesFilter, World, WorldSpec, histories
 from tests.events.serial import prepare_serially
 from tests.helpers import history_of
 

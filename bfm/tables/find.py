@@ -1,4 +1,4 @@
-"""Where logs lie: paths, folders, globs, URIs and installed packages to files.
+"""Where tables lie: paths, folders, globs and URIs to files, each absolute, so that any worker finds it.
 
 A name is taken as it is written where something stands there, else as a glob. Inside of folders and globs, what is
 hidden by a leading dot or underscore is left out and told: copies that notebooks keep, the remains of a dead job, the
@@ -11,16 +11,14 @@ text formats also compressed (.gz, .bz2, .zst).
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 from bfm.errors import UserError
-from bfm.events.schema import EventSchema
-from bfm.files import Store, parent_store
+from bfm.files import Store, absolute, parent_store
 
 FORMATS = {
     ".parquet": "parquet", ".pq": "parquet",
@@ -33,57 +31,23 @@ _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True)
 class Found:
-    """Files of a log."""
+    """Files that places hold."""
 
     paths: list[str]
-    """Sorted and without doubles."""
+    """Absolute, sorted and without doubles."""
     left_out: Mapping[str, int]
     """Hidden files and folders -> how many files of a known format."""
 
 
-def find_logs(schema: EventSchema, logs: list[str]) -> Found:
-    """Files of the log; the schema's installed package where no log is given.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    if logs:
-        return find_files(logs)
-    if schema.builtin is None:
-        raise UserError("no log given", key="LOG", fix="name files, folders, globs or URIs")
-    return Found([str(package_folder(schema) / name) for name in schema.builtin.log], {})
-
-
-def find_files(logs: list[str]) -> Found:
+def find_files(places: Sequence[str]) -> Found:
     """Files of places that a user names. Raises UserError where one has none."""
     left_out = Counter[str]()
-    return Found(sorted({path for log in logs for path in _expand(log, left_out)}), left_out)
+    return Found(sorted({path for place in places for path in _expand(place, left_out)}), left_out)
 
 
-def package_folder(schema: EventSchema) -> Path:
-    """Folder of the installed package that ships the log. Raises UserError where it is not installed."""
-    assert schema.builtin is not None
-    spec = importlib.util.find_spec(schema.builtin.package)
-    if spec is None or not spec.submodule_search_locations:
-        fix = f"pip install 'bfm[{schema.builtin.extra}]'"
-        raise UserError(f"package {schema.builtin.package} is not installed", key="builtin.package", fix=fix)
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def find_item_table(schema: EventSchema, schema_file: Path, logs: list[str]) -> str:
-    """The item table's file: absolute or a URI, else beside the schema, beside the log, or in the package."""
-    assert schema.items is not None
-    name = _decoded(schema.items.path)
-    if "://" in name or Path(name).is_absolute():
-        return name
-    folders = [str(schema_file.parent), *(log.rpartition("/")[0] for log in logs)]
-    if schema.builtin is not None and importlib.util.find_spec(schema.builtin.package):
-        folders.append(str(package_folder(schema)))
-    for folder in (folders := list(dict.fromkeys(folders))):
-        if Store(folder).exists(name):
-            return f"{folder}/{name}"
-    fix = f"looked in {', '.join(folders)}"
-    raise UserError(f"{name} is not there", file=str(schema_file), key="items.path", fix=fix)
+def is_table(name: str) -> bool:
+    """Whether a file's name ends as those of tables do."""
+    return _suffix(name) in FORMATS
 
 
 def file_format(path: str) -> str:
@@ -101,6 +65,11 @@ def partitions(path: str) -> dict[str, str | None]:
     return {name: None if value == _NO_PARTITION else unquote(value) for name, value in pairs}
 
 
+def decoded(place: str) -> str:
+    """A file:// URI as the path that it is."""
+    return unquote(place.removeprefix("file://")) if place.startswith("file://") else place
+
+
 # ---------------------------------------------------------------- inside
 
 
@@ -112,36 +81,31 @@ def _suffix(path: str) -> str:
     return Path(name).suffix
 
 
-def _decoded(place: str) -> str:
-    """A file:// URI as the path that it is."""
-    return unquote(place.removeprefix("file://")) if place.startswith("file://") else place
-
-
-def _expand(log: str, left_out: Counter[str]) -> list[str]:
+def _expand(place: str, left_out: Counter[str]) -> list[str]:
     """Files of a path, folder or glob, local or of a URI."""
-    log = _decoded(log)
-    parent, name = parent_store(log)
+    place = decoded(place)
+    parent, name = parent_store(place)
     if parent.exists(name):
-        return [log]
-    store = Store(log)
+        return [absolute(place)]
+    store = Store(place)
     found = store.walk()
     if not found and not (store.is_local and store.path().is_dir()):
-        parts = log.split("/")
+        parts = place.split("/")
         fixed = next((n for n, part in enumerate(parts) if any(mark in part for mark in "*?[")), None)
         if fixed is None:
-            raise UserError("there is no such file", file=log, fix="check the path")
-        store = Store("/".join(parts[:fixed]) or ("/" if log.startswith("/") else "."))
+            raise UserError("there is no such file", file=place, fix="check the path")
+        store = Store("/".join(parts[:fixed]) or ("/" if place.startswith("/") else "."))
         found = [name for name in store.walk() if _matches(name.split("/"), parts[fixed:])]
     paths = []
     for name in found:
-        if _suffix(name) in FORMATS:
+        if is_table(name):
             hidden = _hidden_part(name)
             if hidden is None:
                 paths.append(str(store.path(name)) if store.is_local else f"{store.uri}/{name}")
             else:
                 left_out[hidden] += 1
     if not paths:
-        raise UserError("no log files found", file=log, fix=f"expected files ending in {', '.join(FORMATS)}")
+        raise UserError("no files found", file=place, fix=f"expected files ending in {', '.join(FORMATS)}")
     return paths
 
 

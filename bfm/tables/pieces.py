@@ -1,4 +1,4 @@
-"""Files of a log to pieces, and pieces to raw tables: Parquet, CSV and TSV, JSON lines and JSON arrays.
+"""Files to pieces, and pieces to raw tables: Parquet, CSV and TSV, JSON lines and JSON arrays.
 
 CSV columns are read as text, so that no guess about a type depends on where a file is cut. What a file does not hold
 may stand in its folders' names (find.py); `a.b` is the field b of a nested column a.
@@ -17,36 +17,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bfm.errors import UserError
-from bfm.events import csv_lines, dialect, json_rows
-from bfm.events.dialect import Dialect
-from bfm.events.find import COMPRESSED, file_format, partitions
-from bfm.events.ragged import chunks
-from bfm.events.raw import Lines, RawChunk
-from bfm.events.schema import ReadSpec
 from bfm.files import parent_store
+from bfm.ragged import chunks
+from bfm.tables import csv_lines, dialect, json_rows
+from bfm.tables.dialect import Dialect, ReadSpec
+from bfm.tables.find import COMPRESSED, file_format, partitions
+from bfm.tables.raw import Lines, RawChunk
+from bfm.tables.values import plain, with_points
 from bfm.yaml import did_you_mean
 
 CHUNK_ROWS = 1 << 18
 _PIECE_CHUNKS = 4
-_COMMA_NUMBER = r"^\s*[-+]?([0-9]{1,3}(\.[0-9]{3})+|[0-9]*)(,[0-9]*)?([eE][-+]?[0-9]+)?\s*$"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What is wanted of a file."""
-
-    names: Sequence[str]
-    numbers: Collection[str] = ()
-    """Those that hold numbers."""
+ENCODING_KEY = "read.encoding"
+"""Of a schema: what says how text is written that does not show it."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a log that one task reads."""
+    """A part of a table that one task reads."""
 
     index: int
     path: str
@@ -58,6 +49,8 @@ class Piece:
     """Of text files."""
     told: dict[str, str | None] = field(default_factory=dict)
     """Columns whose value the file's folders say."""
+    commas: frozenset[str] = frozenset()
+    """Columns whose numbers have decimal commas."""
 
     def words(self) -> str:
         """How the file was understood, where that is not as usual."""
@@ -65,19 +58,26 @@ class Piece:
         return ", ".join(filter(None, (self.dialect.words() if self.dialect else "", told)))
 
 
-def make_pieces(paths: list[str], columns: Columns, read: ReadSpec | None = None) -> list[Piece]:
+def make_pieces(
+    paths: Sequence[str], columns: Sequence[str], numbers: Collection[str] | None = (), read: ReadSpec | None = None
+) -> list[Piece]:
     """Cut files into pieces; Parquet files by row groups, large ones of these by rows, others whole.
 
-    Checks the columns where a file names them.
+    Args:
+        paths: of the files.
+        columns: those that are needed: checked where a file names its own.
+        numbers: columns that hold numbers; None where any may.
+        read: what the user says of text files.
 
     Raises:
         UserError: a file is unreadable or lacks a column.
     """
     pieces: list[Piece] = []
-    dialects = iter(dialect.resolved([_sniffed(path, columns, read) for path in paths if not _is_parquet(path)]))
+    texts = [path for path in paths if not _is_parquet(path)]
+    dialects = iter(dialect.resolved([_sniffed(path, columns, numbers, read) for path in texts]))
     for path in paths:
         if _is_parquet(path):
-            file = _open_parquet(path)
+            file = open_parquet(path)
             present = json_rows.column_paths(file.schema_arrow)
             num_rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
             parts = [
@@ -86,13 +86,15 @@ def make_pieces(paths: list[str], columns: Columns, read: ReadSpec | None = None
                 for rows in _equal_parts(sum(num_rows[low:high]))
             ]
         else:
-            parts = [Piece(0, path, dialect=next(dialects))]
-            assert parts[0].dialect is not None
-            present = list(parts[0].dialect.names)
-        said = {name: value for name, value in partitions(path).items() if name in columns.names}
+            how = next(dialects)
+            parts = [
+                Piece(0, path, dialect=how, commas=frozenset(numbers or ()) if how.decimal == "," else frozenset())
+            ]
+            present = list(how.names)
+        said = {name: value for name, value in partitions(path).items() if name in columns}
         told = {name: value for name, value in said.items() if name not in present}
         if present:
-            require_columns(columns.names, [*present, *told], path)
+            require_columns(columns, [*present, *told], path)
         pieces += [replace(part, index=len(pieces) + n, told=told) for n, part in enumerate(parts)]
     return pieces
 
@@ -104,44 +106,65 @@ def _equal_parts(num_rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def read_piece(piece: Piece, columns: Columns) -> Iterator[RawChunk]:
+def read_piece(piece: Piece, columns: Sequence[str]) -> Iterator[RawChunk]:
     """Rows of a piece in chunks of bounded size. Raises UserError where the file cannot be read."""
     how = piece.dialect
-    wanted = [name for name in columns.names if name not in piece.told or (how and how.form == "json")]
-    with _readable(piece.path, how):
+    wanted = [name for name in columns if name not in piece.told or (how and how.form == "json")]
+    with _readable(piece.path):
         for chunk in _read_parquet(piece, wanted) if how is None else _read_text(piece.path, how, wanted):
             table = chunk.table
             for name, value in piece.told.items():
                 if name not in table.column_names and chunk.names:
                     table = table.append_column(name, pa.array([value] * len(table), pa.large_string()))
-            if how is not None and how.decimal == ",":
-                table = _with_points(table, columns.numbers)
+            for place, name in enumerate(table.column_names):
+                if name in piece.commas:
+                    table = table.set_column(place, name, with_points(plain(table[name])))
             yield replace(chunk, table=table, names=chunk.names | piece.told.keys())
 
 
-def read_table(path: str, columns: Columns, read: ReadSpec | None = None) -> Iterator[RawChunk]:
-    """A whole file (an item table). Raises UserError where it has no rows or lacks a column."""
+def read_file(path: str, columns: Sequence[str], numbers: Collection[str], read: ReadSpec | None) -> Iterator[RawChunk]:
+    """Rows of a whole file (see `make_pieces`). Raises UserError where it has no rows or lacks a column."""
     names, rows = set[str](), 0
-    for piece in make_pieces([path], columns, read):
+    for piece in make_pieces([path], columns, numbers, read):
         for chunk in read_piece(piece, columns):
             names |= chunk.names
             rows += chunk.num_rows
             yield chunk
     if rows == 0:
-        raise UserError("has no rows", file=path, fix="give an item table with rows")
-    require_columns(columns.names, sorted(names), path)
+        raise UserError("has no rows", file=path, fix="give a table with rows")
+    require_columns(columns, sorted(names), path)
 
 
-def table_columns(path: str, columns: Columns, read: ReadSpec | None = None) -> list[str]:
+def table_columns(path: str, columns: Sequence[str] = (), read: ReadSpec | None = None) -> list[str]:
     """Column names of a file (of JSON: of its first block); `columns` are some of them."""
     if _is_parquet(path):
-        return json_rows.column_paths(_open_parquet(path).schema_arrow)
-    how = _sniffed(path, columns, read)
+        return json_rows.column_paths(open_parquet(path).schema_arrow)
+    how = _sniffed(path, columns, (), read)
     if how.form != "json":
         return list(how.names)
-    with _readable(path, how):
-        first = next(filter(lambda chunk: chunk.names, _read_text(path, how, columns.names)), RawChunk(pa.table({})))
+    first = next(filter(lambda chunk: chunk.names, _read_text(path, how, columns)), RawChunk(pa.table({})))
     return sorted(first.names)
+
+
+def open_parquet(path: str) -> pq.ParquetFile:
+    """A Parquet file. Raises UserError where it cannot be read."""
+    store, name = parent_store(path)
+    with _readable(path):
+        return pq.ParquetFile(store.path(name) if store.is_local else store.open(name))
+
+
+@contextmanager
+def blocks_of(path: str, how: Dialect) -> Iterator[Iterator[bytes]]:
+    """UTF-8 text of a file in blocks (see dialect.text_blocks). Raises UserError where it cannot be read."""
+    with _readable(path, how), _open_stream(path) as stream:
+        yield dialect.text_blocks(stream, how)
+
+
+def require_columns(columns: Sequence[str], present: Sequence[str], path: str) -> None:
+    """Raise UserError for the first column that is not present."""
+    for column in columns:
+        if column not in present:
+            raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
 
 
 # ---------------------------------------------------------------- inside
@@ -159,12 +182,6 @@ def _open_stream(path: str) -> Any:
     return pa.CompressedInputStream(stream, codec) if codec else pa.PythonFile(stream, "r")
 
 
-def _open_parquet(path: str) -> pq.ParquetFile:
-    store, name = parent_store(path)
-    with _readable(path):
-        return pq.ParquetFile(store.path(name) if store.is_local else store.open(name))
-
-
 @contextmanager
 def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
     """A file that cannot be read is the user's to restore."""
@@ -178,7 +195,7 @@ def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
             with _open_stream(path) as stream:
                 what = f"is not {encoding} text: {dialect.bad_byte(stream, encoding)}"
             fix = "name its encoding in the schema, e.g. `read: {encoding: latin-1}`"
-            raise UserError(what, file=path, key="read.encoding", fix=fix) from error
+            raise UserError(what, file=path, key=ENCODING_KEY, fix=fix) from error
         raise UserError(f"cannot be read ({text:.160})", file=path, fix="restore the file or leave it out") from error
     except UserError as error:
         if error.file is None:
@@ -186,16 +203,16 @@ def _readable(path: str, how: Dialect | None = None) -> Iterator[None]:
         raise
 
 
-def _sniffed(path: str, columns: Columns, read: ReadSpec | None) -> Dialect:
+def _sniffed(path: str, columns: Sequence[str], numbers: Collection[str] | None, read: ReadSpec | None) -> Dialect:
     read = read or ReadSpec()
     with _readable(path, Dialect("", read.encoding or "utf-8")):
         with _open_stream(path) as stream:
             head = stream.read(dialect.HEAD_BYTES)
-        return dialect.sniff(head, file_format(path), columns.names, columns.numbers, read)
+        return dialect.sniff(head, file_format(path), columns, numbers, read)
 
 
 def _read_parquet(piece: Piece, names: Sequence[str]) -> Iterator[RawChunk]:
-    file = _open_parquet(piece.path)
+    file = open_parquet(piece.path)
     place, (low, high) = 0, piece.rows
     for batch in file.iter_batches(CHUNK_ROWS, row_groups=list(piece.row_groups), columns=list(names)):
         inside = batch.slice(max(low - place, 0), max(high - max(low, place), 0))
@@ -206,8 +223,7 @@ def _read_parquet(piece: Piece, names: Sequence[str]) -> Iterator[RawChunk]:
 
 
 def _read_text(path: str, how: Dialect, names: Sequence[str]) -> Iterator[RawChunk]:
-    with _open_stream(path) as stream:
-        blocks = dialect.text_blocks(stream, how)
+    with blocks_of(path, how) as blocks:
         if how.form == "json":
             yield from (json_rows.read_values if how.array else json_rows.read_lines)(blocks, names)
         elif how.names:
@@ -216,32 +232,3 @@ def _read_text(path: str, how: Dialect, names: Sequence[str]) -> Iterator[RawChu
             yield RawChunk(pa.table({}), lines=Lines(header=header.count(b"\n") or 1))
             rows = itertools.chain([first[how.header_bytes :]], blocks)
             yield from csv_lines.read_rows(filter(None, rows), how.separator, how.names, names)
-
-
-def _with_points(table: pa.Table, numbers: Collection[str]) -> pa.Table:
-    """Text numbers such as 1.234,5 as 1234.5."""
-    for place, name in enumerate(table.column_names):
-        if name in numbers and pa.types.is_large_string(table[name].type):
-            texts = table[name].combine_chunks()
-            changed = pc.replace_substring(pc.replace_substring(texts, ".", ""), ",", ".")
-            column = pc.if_else(pc.match_substring_regex(texts, _COMMA_NUMBER), changed, texts)
-            table = table.set_column(place, name, column)
-    return table
-
-
-# ---------------------------------------------------------------- checks
-
-
-def require_columns(columns: Sequence[str], present: Sequence[str], path: str) -> None:
-    """Raise UserError for the first column that is not present."""
-    for column in columns:
-        if column not in present:
-            raise UserError(f"has no column {column!r}", file=path, fix=did_you_mean(column, present))
-
-
-def check_read(rows: int, columns: Sequence[str], present: set[str]) -> None:
-    """Raise UserError where a log that was read whole has no rows, or none of them a column."""
-    if rows == 0:
-        raise UserError("the log has no rows", key="LOG", fix="check the files")
-    if present:
-        require_columns(columns, sorted(present), "LOG")

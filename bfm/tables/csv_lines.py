@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from bfm.errors import UserError
-from bfm.events.raw import Lines, RawChunk
+from bfm.tables.raw import Lines, RawChunk
 
 _WIDTH = "wrong number of columns"
 _LONGEST_VALUE = 1 << 20

@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 from scipy.special import entr
 
 from bfm.errors import UserError
-from bfm.events.bayes import BayesFilter, World, WorldSpec, histories
-from bfm.events.ragged import chunks, runs
-from bfm.events.randomness import generator
 from bfm.files import write_atomic, write_json
+from bfm.ragged import chunks, runs
+from bfm.randomness import generator
+from bfm.synth.world import BayesFilter, World, WorldSpec, histories
 
 TRUTH = "truth.json"
 _CHUNK_EVENTS = 500_000

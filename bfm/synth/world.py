@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.events.randomness import generator
+from bfm.randomness import generator
 
 _WORLD_STREAM = 0x3017D
 # Aisles per event that an average basket has beyond its first: the law of sizes is cut where 2 % of it are left.

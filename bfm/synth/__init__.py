@@ -1,0 +1,1 @@
+"""Synthetic logs of a world whose best predictor is known."""
