@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import machine, publish
 
+from bfm.doors.tensorboard import SweepWriter
 from bfm.files import Store
 from bfm.report.console import Leaders, row_words
-from bfm.report.tensorboard import SweepWriter
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
 from bfm.sweep.state import SweepState

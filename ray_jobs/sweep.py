@@ -20,6 +20,7 @@ import ray
 import yaml
 
 from bfm.doors.loggers import Log, Told, open_logs, tracking
+from bfm.doors.tensorboard import HPARAMS_METRICS, SweepWriter
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.exits import exit_code
 from bfm.files import Store, absolute
@@ -28,7 +29,6 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
-from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease

@@ -31,9 +31,9 @@ from ray_jobs.preemption import Notice
 from ray_jobs.pulse import Pulses, at_work
 
 if TYPE_CHECKING:
+    from bfm.doors.tensorboard import TrialWriter
     from bfm.events.shards import Shards
     from bfm.events.verified import Verification
-    from bfm.report.tensorboard import TrialWriter
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Observer, Record
 
@@ -203,7 +203,7 @@ class Workplace:
         """The trial's TensorBoard folder, taken up again."""
         if not self.curves:
             return NoWriter()
-        from bfm.report.tensorboard import TrialWriter
+        from bfm.doors.tensorboard import TrialWriter
 
         config = task["config"]
         shown = config if self.swept is None else {name: config.get(name) for name in self.swept}

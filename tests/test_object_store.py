@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bfm.doors.events_file import stored_events
+from bfm.doors.tensorboard import HPARAMS_METRICS, SweepWriter, TrialWriter
 from bfm.errors import UserError
 from bfm.events.protocol import Protocol
 from bfm.files import Store
-from bfm.report.events_file import stored_events
-from bfm.report.tensorboard import HPARAMS_METRICS, SweepWriter, TrialWriter
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import read_state

@@ -56,12 +56,12 @@ def train(
     """
     import torch
 
+    from bfm.doors.tensorboard import HPARAMS_METRICS, TrialWriter
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
     from bfm.files import Store
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
-    from bfm.report.tensorboard import HPARAMS_METRICS, TrialWriter
     from bfm.sweep.machine import check_config
     from bfm.sweep.tiers import tier_of_options
     from bfm.training.config import TrainConfig, log_defaults
@@ -126,7 +126,7 @@ def _flops_in(training_s: float, config: TrainConfig, shards: Shards) -> float:
 
 
 def _run_group(task: Mapping[str, Any], shards: str, storage: str) -> dict[str, Any]:
-    from bfm.report.tensorboard import HPARAMS_METRICS
+    from bfm.doors.tensorboard import HPARAMS_METRICS
     from ray_jobs.cluster_session import local_ray
     from ray_jobs.train import train_on_workers
     from ray_jobs.trial import Workplace

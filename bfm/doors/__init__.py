@@ -1,1 +1,1 @@
-"""Doors for other people's tools: a notebook's tables, Optuna's storages, MLflow and W&B."""
+"""Doors for other people's tools: TensorBoard, a notebook's tables, Optuna's storages, MLflow and W&B."""

@@ -57,6 +57,11 @@ class AgainstFloor:
     side: Literal["below", "within error of", "above"]
     """Equal values of unknown error are below."""
 
+    @property
+    def words(self) -> str:
+        """Which floor, its value and the difference."""
+        return f"{self.side} the strongest floor, {self.floor} {self.reference:.4g}: {gap_text(self.gap)}"
+
 
 def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Compare) -> AgainstFloor | None:
     """A row beside the strongest floor at a metric; None where either has no value."""
@@ -70,23 +75,20 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
 
-def against_words(row: Row, metric: str, baselines: Baselines, compare: Compare) -> str:
-    """A row beside the strongest floor at a metric: which, its value and the difference; empty without one."""
-    found = against_strongest(row, metric, baselines, compare)
-    if found is None:
-        return ""
-    return f"{found.side} the strongest floor, {found.floor} {found.reference:.4g}: {gap_text(found.gap)}"
-
-
 def shown_name(floor: str) -> str:
     """The name of a floor for people."""
     return floor.replace("_", "-")
 
 
+def floors_at(baselines: Baselines, metric: str) -> dict[str, float]:
+    """Shown name -> value of the floors that have a metric."""
+    found = {shown_name(name): values.get(metric, math.nan) for name, values in baselines.items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
 def strongest(baselines: Baselines, metric: str) -> tuple[str, float] | None:
     """Name and value of the floor that is best at a metric; None where no floor has it."""
-    known = {shown_name(name): values.get(metric, math.nan) for name, values in baselines.items()}
-    known = {name: value for name, value in known.items() if math.isfinite(value)}
+    known = floors_at(baselines, metric)
     if not known:
         return None
     pick = min if goal_of(metric) == "minimize" else max

@@ -20,6 +20,7 @@ from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss
 from bfm.report.digits import estimate_text, power_text
+from bfm.report.floors import Baselines, floors_at, strongest
 from bfm.report.law_batch import batch_panels
 from bfm.report.law_details import (
     AxisWords,
@@ -32,6 +33,7 @@ from bfm.report.law_details import (
     told_optima,
 )
 from bfm.report.law_fits import Fitted, told
+from bfm.report.law_published import EXPONENTS, RANGES, SOURCE
 from bfm.report.law_words import agreement, axis_sentence, critical
 from bfm.report.plots import (
     BAD,
@@ -48,6 +50,7 @@ from bfm.report.plots import (
     diamonds,
     dots,
     empty,
+    floor_lines,
     line,
     linear_axis,
     log_axis,
@@ -62,17 +65,13 @@ from bfm.report.plots import (
 from bfm.units import format_count
 
 _LEAST_SPAN = 4.0
-_PUBLISHED_EXPONENT = {"params": 0.617}
-"""Of an optimum in C, as arXiv 2606.05257 found it."""
-_PUBLISHED_RANGE = {"share": (0.011, 0.037)}
-"""Where it found the optimum at every C."""
 _AXIS = (
     "First, one colour per C: each run as it would stand were all else at its best, and the joint law there. Diamonds "
     "are optima, bars and bands 95 % intervals, bars at the side one standard deviation of the errors either way. "
     "Then the optimum against C: solid where runs are, dashed and paler where it is foretold."
 )
 _ZERO = " An open square is 0, which has a place of its own."
-_PAPER = " The grey line or strip is what arXiv 2606.05257 found."
+_PUBLISHED = f" The grey line or strip is what {SOURCE} found."
 _BATCH = (
     "What each batch B cost to reach one target (of several, the hardest): lines are steps = a + b / B. A diamond is "
     "the batch with 20 % more events than linear scaling from a reference batch, a circle the one with twice the least "
@@ -85,21 +84,21 @@ _AGREEMENT = (
 _OUTLOOK = (
     "Dots are the best run of each C, grey bars two standard errors over queries (the same ones at every C, so they "
     "move together); the line is the joint law at its own optimum with the 95 % prediction interval of one run, "
-    "dashed and paler beyond the largest C."
+    "dashed and paler beyond the largest C. Dashed lines across are floors: what counting reaches without a model."
 )
 _SHOWN = {"params": ("N", format_count), "events": ("D", format_count), "share": ("s", "{:.2%}".format)}
 """What a run says of itself."""
 
 
-def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
-    """The figures that the fits allow."""
+def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
+    """The figures that the fits allow; the floors stand beside what is foretold."""
     joint, batch, agreed = (told(laws, law) for law in ("joint", "batch", "agreement"))
     figures: list[Figure] = []
     for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
         known = [(runs, fit) for runs, fit in joint if name in asked_axes(fit)]
         caption = _AXIS + _ZERO * bool((known[0][0][name] == 0).any())
-        published = name in _PUBLISHED_EXPONENT or name in _PUBLISHED_RANGE
-        caption += _PAPER * (published and any(told_optima(fit, name) for _, fit in known))
+        published = name in EXPONENTS or name in RANGES
+        caption += _PUBLISHED * (published and any(told_optima(fit, name) for _, fit in known))
         file = f"law-{re.sub(r'[^a-z0-9]+', '_', name.lower())}"
         if file in [figure.name for figure in figures]:
             file += f"-{len(figures)}"
@@ -114,15 +113,20 @@ def law_figures(laws: Sequence[Fitted]) -> list[Figure]:
     # Without a law of N* there is no best model to foretell.
     foretold = [found for found in laws if found.outlook and found.fit and told_exponent(found.fit, "params")]
     if foretold:
-        variants = [Variant(found.metric, outlook_sentence(found), [_outlook_panel(found)]) for found in foretold]
+        variants = [
+            Variant(found.metric, outlook_sentence(found, baselines), [_outlook_panel(found, baselines)])
+            for found in foretold
+        ]
         figures.append(Figure("law-outlook", "Beyond the largest C", _OUTLOOK, variants))
     return figures
 
 
-def outlook_sentence(found: Fitted) -> str:
-    """What is foretold at the largest C."""
+def outlook_sentence(found: Fitted, baselines: Baselines) -> str:
+    """What is foretold at the largest C, and the strongest floor."""
     flops, last = found.outlook[-1]
-    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}."
+    floor = strongest(baselines, found.metric)
+    beside = "" if floor is None else f"; the strongest floor is {floor[0]}, {floor[1]:.4g}"
+    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}{beside}."
 
 
 def axis_panels(name: str, runs: Runs, fit: LawFit) -> list[Panel]:
@@ -235,13 +239,13 @@ def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[fl
     marked = diamonds(list(known), values, [colours[at] for at in known], texts)
     traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(values, lows, highs, INK)}]
     shapes, notes = [], []
-    if name in _PUBLISHED_EXPONENT and len(known) > 1:
-        traces.append(_published_line(list(known.items()), rungs, _PUBLISHED_EXPONENT[name]))
-    if name in _PUBLISHED_RANGE:
-        low, high = _PUBLISHED_RANGE[name]
+    if name in EXPONENTS and len(known) > 1:
+        traces.append(_published_line(list(known.items()), rungs, EXPONENTS[name]))
+    if name in RANGES:
+        low, high = RANGES[name]
         strip = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high, "line": {"width": 0}}
         shapes.append(strip | {"fillcolor": MUTED, "opacity": 0.12, "layer": "below"})
-        named = f"arXiv 2606.05257: {words.text(low)} to {words.text(high)}"
+        named = f"{SOURCE}: {words.text(low)} to {words.text(high)}"
         notes.append(words_at(1, math.log10(high), named, yref="y", xanchor="right", yanchor="top"))
     if missing := [at for at in rungs if at not in known]:
         text = f"no optimum at C = {', '.join(map(power_text, missing))}"
@@ -296,7 +300,7 @@ def _correlation_panel(runs: Runs, fit: LawFit) -> Panel:
     return Panel(f"Spearman correlation of {fit.metric} with", traces, layout)
 
 
-def _outlook_panel(found: Fitted) -> Panel:
+def _outlook_panel(found: Fitted, baselines: Baselines) -> Panel:
     """The best of each C, and what the law foretells: dashed beyond the last."""
     runs, band = found.runs, found.outlook
     assert runs is not None
@@ -305,8 +309,8 @@ def _outlook_panel(found: Fitted) -> Panel:
     middles = [value.estimate for _, value in band]
     reach = 3 * float(np.ptp([*values, *middles]) or 1.0)
     ends = [max(last.low, last.estimate - reach), min(last.high, last.estimate + reach)]
-    low, high = min(*values, *middles, *ends), max(*values, *middles, *ends)
-    air = 0.08 * max(high - low, 1e-9)
+    every, floors = [*values, *middles], floors_at(baselines, found.metric)
+    window = value_window(every, found.metric, [*every, *ends], [*floors.values()])
     texts = [
         f"{short(name)}<br>{plain(found.metric)} {value:.4g} at C = {power_text(at)}" for at, value, _, name in best
     ]
@@ -318,10 +322,10 @@ def _outlook_panel(found: Fitted) -> Panel:
     )
     traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(values, *sides, MUTED)}]
     mark = {"color": PAPER, "line": {"color": INK, "width": 1.5}}
-    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found))], showlegend=True)
+    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found, baselines))], showlegend=True)
     traces.append(foretold | {"name": "foretold", "marker": foretold["marker"] | mark})
-    layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", low - air, high + air), "showlegend": True}
-    return Panel(with_goal(found.metric), traces, layout)
+    layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", *window.ends), "showlegend": True}
+    return Panel(with_goal(found.metric), traces, layout, floor_lines(floors, window))
 
 
 def _best(runs: Runs) -> list[tuple[float, float, float, str]]:

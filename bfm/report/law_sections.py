@@ -1,7 +1,6 @@
 """The written parts of fitted laws: fits (or the reasons why there are none) in, sentences and tables out.
 
-Sentences come first, tables last. Beside our numbers stand those of arXiv 2606.05257 (retail events, 600 runs, C from
-1e15 to 1e19; read off its text, so a digit is approximate). It gives no intervals.
+Sentences come first, tables last. Beside our numbers stand the published ones.
 """
 
 from __future__ import annotations
@@ -13,26 +12,14 @@ from dataclasses import dataclass
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.report.digits import estimate_text, power_text
 from bfm.report.law_details import agreements, asked_axes, axis_words, hardest_groups, ranked_metrics
-from bfm.report.law_fits import Fitted
+from bfm.report.law_fits import Fitted, told
+from bfm.report.law_published import SOURCE, TEXTS
 from bfm.report.law_text import by_reason, differences_text, outliers_text, union
 from bfm.report.law_words import CRITICAL, rows_text, sentences
 from bfm.report.render import Cell, Table
 from bfm.units import format_count
 
 _HEADINGS = {"joint": "Joint law", "batch": "Critical batch size", "agreement": "Agreement of loss and ranking"}
-_PAPER = "arXiv 2606.05257"
-_PUBLISHED = {
-    ("joint", "N_exponent"): ".617 by loss, .57-.66 over metrics",
-    ("joint", "D_exponent"): ".383",
-    ("joint", "D/N"): "344 at 10\u00b9\u2075 to 36 at 10\u00b9\u2079",
-    ("joint", "share_exponent"): "about 0: nearly constant in C",
-    ("joint", "s_opt"): "1.1 % to 3.7 %, about 2 %",
-    ("joint", "negatives_exponent"): "above 0",
-    ("joint", "negatives_beta"): "about 1.2 by loss, .4-.56 by ranking metrics",
-    ("joint", "K_opt"): "at 10\u00b9\u2077: 1M by loss, 65k by recall@10",
-    ("batch", "overhead20"): "about 570 sequences by loss and recall@10, 200-275 by NDCG@10 and MRR@10",
-    ("agreement", "recall@10"): "+.93 at 10\u00b9\u2075 to -1.00 at 10\u00b9\u2078",
-}
 _MOST_NOTES = 6
 
 
@@ -71,14 +58,18 @@ def answers(laws: Sequence[Fitted]) -> list[Answer]:
     return said
 
 
-def answer_table(chapters: Sequence[tuple[str, Sequence[Fitted]]]) -> Table:
-    """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing."""
-    lines: list[list[Cell | str]] = [
-        [name, Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text"), Cell(answer.text, kind="wrap")]
-        for name, laws in chapters
-        for answer in answers(laws)
-    ]
-    return Table("What the runs say", ["sweeps of", "question", "by", "answer"], lines)
+def answer_table(chapters: Mapping[str, Sequence[Fitted]]) -> Table:
+    """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing.
+
+    The chapters of a study are told apart by their names; a sweep alone has none.
+    """
+    heads, lines = ["question", "by", "answer"], []
+    named = any(chapters)
+    for name, laws in chapters.items():
+        for answer in answers(laws):
+            about = [Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text")]
+            lines.append([*([Cell(name)] if named else []), *about, Cell(answer.text, kind="wrap")])
+    return Table("What the runs say, by axis and metric", ["sweeps of", *heads] if named else heads, lines)
 
 
 def rows_note(laws: Sequence[Fitted]) -> str:
@@ -108,13 +99,13 @@ def _joint_tables(fits: Mapping[str, LawFit]) -> list[Table]:
         lines = [_parameter_line(fits, exponent) for exponent in exponents]
         lines += _optimum_lines(fits, words.optimum, words.text)
         lines += _optimum_lines(fits, "D/N", "{:.3g}".format) if sizes else []
-        tables.append(Table(words.heading, ["", *fits, _PAPER], lines))
+        tables.append(Table(words.heading, ["", *fits, SOURCE], lines))
         shown |= set(exponents)
     # Coefficients are optima at C = 1, which no one trains at.
     names = union(fit.parameters for fit in fits.values())
     rest = [name for name in names if name not in shown and not name.endswith("coefficient")]
     lines = [*(_parameter_line(fits, name) for name in rest), ["runs", *(str(fit.runs) for fit in fits.values()), ""]]
-    return [*tables, Table("Parameters", ["", *fits, _PAPER], lines)]
+    return [*tables, Table("Parameters", ["", *fits, SOURCE], lines)]
 
 
 def _parameter_line(fits: Mapping[str, LawFit], name: str) -> list[Cell | str]:
@@ -160,7 +151,7 @@ def _batch_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     lines += [_parameter_line(fits, name) for name in ("cbs_exponent", "gain_halving_exponent")]
     lines.append(["runs", *(str(fit.runs) for fit in fits.values()), ""])
     note = "B in events (target positions) per step; a sequence of the paper holds 256. Its definition is not ours."
-    return [Table("Critical batch", ["", *fits, _PAPER], lines, note)]
+    return [Table("Critical batch", ["", *fits, SOURCE], lines, note)]
 
 
 def _agreement_tables(fits: Mapping[str, LawFit]) -> list[Table]:
@@ -174,7 +165,7 @@ def _agreement_tables(fits: Mapping[str, LawFit]) -> list[Table]:
         lines.append([f"Spearman at C = {power_text(flops)}", *cells])
     trends = [_cell(fit.parameters[f"trend[{metric}]"], "{:+.2f}".format) for metric in metrics]
     lines.append(["change of Fisher's z per factor 10 in C", *trends])
-    lines.append([_PAPER, *[_published("agreement", metric) for metric in metrics]])
+    lines.append([SOURCE, *[_published("agreement", metric) for metric in metrics]])
     heads = ["", *[f"{fit.metric} with {metric}" for metric in metrics]]
     return [Table("Spearman correlation of the loss with ranking metrics", heads, lines)]
 
@@ -194,7 +185,7 @@ def _notes(fits: Mapping[str, LawFit]) -> list[str]:
 
 
 def _fits(laws: Sequence[Fitted], law: str) -> dict[str, LawFit]:
-    return {found.metric: found.fit for found in laws if found.law == law and found.fit is not None}
+    return {fit.metric: fit for _, fit in told(laws, law)}
 
 
 def _refused(laws: Sequence[Fitted], law: str) -> dict[str, str]:
@@ -207,4 +198,4 @@ def _axes(fits: Mapping[str, LawFit]) -> list[str]:
 
 
 def _published(law: str, name: str) -> Cell:
-    return Cell(_PUBLISHED.get((law, name), ""), kind="text")
+    return Cell(TEXTS.get((law, name), ""), kind="text")

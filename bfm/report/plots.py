@@ -34,15 +34,12 @@ Band = Sequence[tuple[float, Estimate]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. layout: plotly's axes, shapes and annotations."""
+    """One plot. layout: plotly's axes, shapes and annotations; floors: as `floor_lines` makes them."""
 
     title: str
     traces: Sequence[Trace]
     layout: Mapping[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {"title": self.title, "traces": list(self.traces), "layout": dict(self.layout)}
+    floors: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,7 @@ class Figure:
 
     def as_dict(self) -> list[dict[str, Any]]:
         """JSON-able form of the variants."""
-        return [
-            {"said": one.said, "panels": [panel.as_dict() for panel in one.panels]} for one in self.variants
-        ]  # fmt: skip
+        return [{"said": one.said, "panels": [vars(panel) for panel in one.panels]} for one in self.variants]
 
 
 def plain(text: object) -> str:
@@ -196,6 +191,12 @@ def value_window(
         if low - near <= value <= high + near:
             low, high = min(low, value), max(high, value)
     return Window(low, high, 0.1 * max(high - low, span))
+
+
+def floor_lines(floors: Mapping[str, float], window: Window) -> list[dict[str, Any]]:
+    """Floors by name for a panel: lines across it, or a remark where they are beyond its window."""
+    low, high = window.ends
+    return [{"name": short(name), "value": value, "near": low <= value <= high} for name, value in floors.items()]
 
 
 def dots(x: Any, y: Any, colour: str, texts: Sequence[str], **more: Any) -> Trace:

@@ -16,19 +16,22 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from bfm.report.plots import Figure, finite, level
+
+LIBRARY = "vendor/plotly-basic.min.js"
+"""plotly.js with the traces that the page draws, as in npm's plotly.js-basic-dist-min 4.1.1, licence beside it.
+PyPI's plotly has the whole library alone: four times as large, and a browser reads it in six times the time."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: text, a smaller remark, the number to sort by (NaN: none, at the end) and a CSS class."""
+    """A table cell: text, a smaller remark, a CSS class, and a share that is drawn as a bar."""
 
     text: str
     remark: str = ""
-    value: float | None = None
     kind: str = ""
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,14 @@ class Table:
     heads: Sequence[str]
     lines: Sequence[Sequence[Cell | str]]
     note: str = ""
-    sortable: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.lines)
+
+    @property
+    def kinds(self) -> list[str]:
+        """How each column is set: the first kind of its first cell."""
+        return [cell.kind.split(" ")[0] for cell in next(self.cells)]
 
     @property
     def cells(self) -> Iterator[list[Cell]]:
@@ -57,7 +64,8 @@ Facts = Sequence[tuple[str, object]]
 def render(template: str, title: str, figures: Sequence[Figure], sweep: Mapping[str, Any] | None, **parts: Any) -> str:
     """The page of a template; `sweep` is what the figures of a sweep's results are drawn from (sweep_data.py)."""
     drawn = {figure.name: figure.as_dict() for figure in figures}
-    library, script, style = Markup(get_plotlyjs()) if drawn or sweep else "", _asset("page.js"), _asset("page.css")
+    library = read_file(LIBRARY) if drawn or (sweep and sweep["metrics"]) else ""
+    script, style = read_file("templates/page.js"), read_file("templates/page.css")
     data = finite({"figures": drawn, "sweep": sweep})
     hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in (library, script) if text)
     frame = {"library": library, "script": script, "style": style, "hashes": hashes, "data": data, "sweep": sweep}
@@ -82,8 +90,9 @@ def _shown(value: object) -> object:
     return level(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _asset(name: str) -> Markup:
-    return Markup(files("bfm.report").joinpath("templates", name).read_text(encoding="utf-8"))
+def read_file(name: str) -> Markup:
+    """One of this room's files, for a page as it is."""
+    return Markup(files("bfm.report").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _sha256(text: str) -> str:

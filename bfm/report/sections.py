@@ -1,4 +1,4 @@
-"""The written parts of the report page: rows, state, baselines and provenance in, tables and facts out."""
+"""The written parts of a sweep's page: a view of it and what is known of its data in, tables and facts out."""
 
 from __future__ import annotations
 
@@ -10,70 +10,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bfm.events.repeats import rule_words
-from bfm.laws.frontier import (
-    Compare,
-    FrontierPoint,
-    Results,
-    Row,
-    by_rung,
-    frontiers,
-    goal_of,
-    metric_names,
-    rung_ladder,
-    rung_rows,
-)
+from bfm.laws.frontier import FrontierPoint, Row, goal_of, rung_rows
 from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
-from bfm.report.floors import Baselines, against_strongest, against_words, shown_name, strongest, sweep_verdict
+from bfm.report.floors import against_strongest, shown_name, strongest, sweep_verdict
 from bfm.report.render import Cell, Facts, Table
-from bfm.report.sweep_data import Column, engine_text, varied_choices, varied_fields
-from bfm.report.tables import (
-    change_text,
-    failed_rows,
-    lost_tasks,
-    point_text,
-    trials_in_order,
-)
+from bfm.report.sweep_data import engine_text, varied_choices, varied_fields
+from bfm.report.sweep_view import SweepView
+from bfm.report.tables import change_text, failed_rows, lost_tasks, point_text
+from bfm.sweep.recipe.verdicts import calibration_text
 from bfm.sweep.state import SweepState
 from bfm.units import format_count
 
 _NAMED = 3
 """So many rows within error are named."""
-DEFINITIONS = (
-    (
-        "C",
-        "training FLOPs (forward and backward) on the path that made a result: matmuls as the reference implementation "
-        "runs them; evaluation, recomputation and lost work are not in it",
-    ),
-    ("rung", "a step of the ladder of C; a result at a rung has spent exactly that C within 1 %"),
-    ("trial", "one configuration and seed, trained along the ladder as far as it was promoted"),
-    ("frontier", "the best value of a metric reachable with at most C in one trial"),
-    (
-        "N",
-        "dense weights after the field tokens and before the final logits: embedder + contextualizer; stem and tables "
-        "are counted apart",
-    ),
-    ("s", "embedder share: embedder weights / N"),
-    ("D", "training positions with a next-event target, repeats counted; epochs = D / distinct ones"),
-    ("B", "mean target positions of one optimizer step"),
-    ("nll", "exact negative log-likelihood over the full catalogue, in nats per warm target"),
-    (
-        "recall@k, ndcg@k, mrr@k",
-        "means over queries against the full catalogue; a target unseen in training is a miss, and so is one that the "
-        "user had before where lists leave those out",
-    ),
-    (
-        "floor",
-        "what counting reaches without training: popularity, co-occurrence, the personal history; a model is below it "
-        "where counting does better",
-    ),
-    ("coverage@k", "share of the catalogue that appears in any query's top k"),
-    (
-        "\u00b1",
-        "one standard error over queries, clustered by user; it holds no seed-to-seed spread. That of a difference is "
-        "of the differences query by query, as all rows answer the same ones",
-    ),
-    ("within error", "less than two standard errors of the difference from the best"),
-)
 
 
 @dataclass(frozen=True)
@@ -89,44 +38,41 @@ class Card:
     share: float | None = None
 
 
-def lede(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare) -> str:
+def lede(view: SweepView) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
-    best = {metric: points[-1].row for metric, points in frontiers(rows).items() if points}
-    return f"{_headline(rows, state)} {sweep_verdict(best, baselines, compare)}".strip()
+    best = {metric: point.row for metric, point in view.bests.items()}
+    return f"{_headline(view)} {sweep_verdict(best, view.floors, view.compare)}".strip()
 
 
-def _headline(rows: Sequence[Row], state: SweepState) -> str:
-    results = [row for row in rung_rows(rows) if row.get("status", "ok") == "ok"]
-    trials = {str(row["trial"]) for row in rung_rows(rows)}
+def _headline(view: SweepView) -> str:
+    rows, spec = rung_rows(view.rows), view.state.spec
+    num_results = sum(map(len, view.results.finished.values()))
+    trials = {str(row["trial"]) for row in rows}
     if not trials:
         return "No result is in the ledger yet."
-    ladder = rung_ladder(rows) if state.spec is None else state.spec["budget"]["ladder_flops"]
+    ladder = list(view.results.by_rung) if spec is None else spec["budget"]["ladder_flops"]
     steps = ", ".join(power_text(flops) for flops in ladder[:8])
-    sizes = [float(row["params"]) for row in rung_rows(rows) if row.get("params")]
-    text = f"{_plural(len(trials), 'trial')} with {_plural(len(results), 'result')} on a ladder of C = {steps} FLOPs"
+    sizes = [float(row["params"]) for row in rows if row.get("params")]
+    text = f"{_plural(len(trials), 'trial')} with {_plural(num_results, 'result')} on a ladder of C = {steps} FLOPs"
     if sizes:
         text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
-    fields = [*varied_fields(rows), *varied_choices(rows)]
-    if fields:
+    if fields := [*varied_fields(rows), *varied_choices(rows)]:
         text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
     return f"{text}."
 
 
-def cards(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare: Compare) -> list[Card]:
+def cards(view: SweepView) -> list[Card]:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
-    for metric, points in frontiers(rows).items():
-        if points:
-            best = points[-1]
-            size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
-            error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
-            note = f"{error}{size}{best.row['trial']} at C = {power_text(float(best.row['rung_flops']))}"
-            floor = against_strongest(best.row, metric, baselines, compare)
-            side = "" if floor is None else {"above": "gain", "below": "loss"}.get(floor.side, "")
-            words = against_words(best.row, metric, baselines, compare)
-            value = value_text(best.value, best.error).split(" ")[0]
-            found.append(Card(metric, value, note, words, side))
-    spent, cap = state.spent_flops, state.cap_flops
+    for metric, best in view.bests.items():
+        size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
+        error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
+        note = f"{error}{size}{best.row['trial']} at C = {power_text(float(best.row['rung_flops']))}"
+        floor = against_strongest(best.row, metric, view.floors, view.compare)
+        side = "" if floor is None else {"above": "gain", "below": "loss"}.get(floor.side, "")
+        value = value_text(best.value, best.error).split(" ")[0]
+        found.append(Card(metric, value, note, "" if floor is None else floor.words, side))
+    spent, cap = view.state.spent_flops, view.state.cap_flops
     if spent:
         share = min(spent / cap, 1.0) if cap else 1.0
         under = f"{spent / cap:.0%} of the cap of {power_text(cap)} FLOPs" if cap else "FLOPs of training, no cap"
@@ -134,21 +80,20 @@ def cards(rows: Sequence[Row], state: SweepState, baselines: Baselines, compare:
     return found
 
 
-def best_table(results: Results, baselines: Baselines, compare: Compare) -> Table:
+def best_table(view: SweepView) -> Table:
     """Best so far per rung and metric beside the strongest floor, what it brings against the rung below, who holds it
     and who is within error."""
-    told = results.frontiers(compare)
+    told = view.points
     points = {metric: {point.flops: point for point in told[metric]} for metric in told}
     lines: list[list[Cell | str]] = []
-    for flops, here in results.by_rung.items():
+    for flops, here in view.results.by_rung.items():
         line: list[Cell | str] = [power_text(flops), str(len(here))]
         for metric in told:
             point = points[metric].get(flops)
-            remark = "" if point is None else _point_remark(point, metric, baselines, compare)
-            line.append(Cell(point_text(point), remark))
+            line.append(Cell(point_text(point), "" if point is None else _point_remark(point, metric, view)))
         lines.append(line)
-    if baselines and told:
-        floors = [strongest(baselines, metric) for metric in told]
+    if view.floors and told:
+        floors = [strongest(view.floors, metric) for metric in told]
         cells = [Cell("-") if floor is None else Cell(value_text(floor[1]), floor[0]) for floor in floors]
         lines.append(["strongest floor", "", *cells])
     note = (
@@ -159,52 +104,38 @@ def best_table(results: Results, baselines: Baselines, compare: Compare) -> Tabl
     return Table("The best value of each metric with at most C in one trial", heads, lines if told else [], note)
 
 
-def _point_remark(point: FrontierPoint, metric: str, baselines: Baselines, compare: Compare) -> str:
+def _point_remark(point: FrontierPoint, metric: str, view: SweepView) -> str:
     size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
     change = f"{change_text(point)} against the rung below" if point.change is not None else ""
     names = [str(row["trial"]) + ("" if gap.paired else "~") for row, gap in point.rivals]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     rivals = f"within error: {', '.join(names[:_NAMED])}{more}" if names else ""
-    floor = against_strongest(point.row, metric, baselines, compare)
+    floor = against_strongest(point.row, metric, view.floors, view.compare)
     beside = "" if floor is None or point.carried else f"{gap_text(floor.gap)} to {floor.floor}"
     return "; ".join(part for part in (str(point.row["trial"]), size, change, beside, rivals) if part)
 
 
-def trial_table(results: Results, columns: Sequence[Column]) -> Table:
-    """Trials at their highest rung, each against the best of its rung; heads sort."""
-    places = {id(row): place for place, row in enumerate(rung_rows(results.rows))}
-    shown = [places[id(row)] for row in trials_in_order(results)]
-    lines = [[column.cells[place] for column in columns] for place in shown]
-    note = "A head sorts. Under a value: its difference from the best of its rung, on the same queries."
-    return Table("Trials at their highest rung", [column.name for column in columns], lines, note, sortable=True)
-
-
-def baseline_table(rows: Sequence[Row], baselines: Baselines) -> Table:
+def floor_table(view: SweepView) -> Table:
     """The floors without a model, on the same queries, the strongest marked, with the sweep's best beside them."""
-    metrics = metric_names(rows) or sorted({metric for values in baselines.values() for metric in values})
-    best_floors = {metric: strongest(baselines, metric) for metric in metrics}
-
-    def cell(name: str, metric: str, value: float) -> Cell:
-        floor = best_floors[metric]
-        return Cell(value_text(value), kind="best" if floor is not None and floor[0] == name else "")
-
-    lines: list[list[Cell | str]] = [
-        [name, *[cell(name, metric, values.get(metric, math.nan)) for metric in metrics]]
-        for name, values in ((shown_name(floor), values) for floor, values in baselines.items())
-    ]
-    best = {metric: points[-1] for metric, points in frontiers(rows).items() if points}
+    metrics = view.results.metrics or sorted({metric for values in view.floors.values() for metric in values})
+    best_floors = {metric: strongest(view.floors, metric) or ("", math.nan) for metric in metrics}
+    lines: list[list[Cell | str]] = []
+    for floor, values in view.floors.items():
+        name = shown_name(floor)
+        kinds = ["best" if best_floors[metric][0] == name else "" for metric in metrics]
+        texts = [value_text(values.get(metric, math.nan)) for metric in metrics]
+        lines.append([name, *[Cell(text, kind=kind) for text, kind in zip(texts, kinds, strict=True)]])
     if lines:
-        lines.append(["best of the sweep", *[Cell(point_text(best.get(metric))) for metric in metrics]])
+        lines.append(["best of the sweep", *[point_text(view.bests.get(metric)) for metric in metrics]])
     return Table("What counting reaches without training", ["floor", *metrics], lines, "On the same queries.")
 
 
-def spend_table(rows: Sequence[Row], state: SweepState) -> Table:
+def spend_table(view: SweepView) -> Table:
     """FLOPs per rung, diverged and lost work, and what is left under the cap."""
-    entries = []
-    for flops, here in by_rung(rows).items():
-        finished = [row for row in here if row.get("status", "ok") == "ok"]
+    state, entries = view.state, []
+    for flops, finished in view.results.finished.items():
         entries.append((f"rung {power_text(flops)}", _plural(len(finished), "result"), sum(map(_spent, finished))))
-    if failed := failed_rows(rows):
+    if failed := failed_rows(view.rows):
         entries.append(("without a result", str(len(failed)), sum(map(_spent, failed))))
     in_rows = sum(spent for _, _, spent in entries)
     spent_all, cap = float(state.spent_flops or in_rows), float(state.cap_flops or 0.0)
@@ -214,7 +145,7 @@ def spend_table(rows: Sequence[Row], state: SweepState) -> Table:
         entries.append(("left under the cap", "", cap - spent_all))
     total = cap or spent_all or 1.0
     lines: list[list[Cell | str]] = [
-        [what, count, power_text(flops), Cell(f"{flops / total:.0%}", value=flops / total, kind="bar")]
+        [what, count, power_text(flops), Cell(f"{flops / total:.0%}", kind="bar", share=flops / total)]
         for what, count, flops in entries
     ]
     note = "Training FLOPs. Lost and redone work counts against the cap; evaluation does not."
@@ -222,7 +153,7 @@ def spend_table(rows: Sequence[Row], state: SweepState) -> Table:
     return Table("Where the FLOPs went", ["what", "results", "FLOPs", share], lines, note)
 
 
-def failure_table(rows: Sequence[Row], state: SweepState) -> Table:
+def failure_table(view: SweepView) -> Table:
     """Divergences and lost tasks, each with its reason."""
     lines: list[list[Cell | str]] = [
         [
@@ -231,11 +162,11 @@ def failure_table(rows: Sequence[Row], state: SweepState) -> Table:
             Cell(str(row["status"]), kind="text bad"),
             Cell(f"at C = {power_text(float(row.get('path_flops') or 0))}; {_settings(row)}", kind="wrap"),
         ]
-        for row in failed_rows(rows)
+        for row in failed_rows(view.rows)
     ]
     lines += [
         [trial, f"rung {rung}", Cell("lost", kind="text bad"), Cell(reason, kind="wrap")]
-        for trial, rung, reason in lost_tasks(state)
+        for trial, rung, reason in lost_tasks(view.state)
     ]
     return Table("Divergences and lost tasks", ["trial", "C", "what", "detail"], lines)
 
@@ -244,6 +175,36 @@ def refusal_table(state: SweepState) -> Table:
     """Proposals that never ran, by reason."""
     lines = [[str(reason), str(count)] for reason, count in state.rejected.items()]
     return Table("Proposals refused before they cost anything", ["reason", "count"], lines)
+
+
+def recipe_table(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str, Any]]) -> Table:
+    """Every prediction that was trained (ledger records), and that of recipe.json: predicted, measured, inside."""
+    shown = list(checks)
+    if recipe and not any(_same(recipe, check) for check in checks):
+        shown.append(recipe.get("check") or recipe)
+    lines: list[list[Cell | str]] = []
+    for one in shown:
+        measured, error = one.get("measured"), one.get("error")
+        verdict = Cell("not trained")
+        if measured is not None:
+            verdict = Cell("inside") if one["inside"] else Cell("outside", kind="bad")
+        ends = [
+            "open" if one["predicted"].get(end) is None else f"{one['predicted'][end]:.4g}" for end in ("low", "high")
+        ]
+        lines.append(
+            [
+                power_text(float(one["flops"])),
+                str(one["metric"]),
+                Cell(f"{one['predicted']['estimate']:.4g}"),
+                Cell(f"[{ends[0]}, {ends[1]}]"),
+                Cell("-" if measured is None else value_text(measured, math.nan if error is None else error)),
+                verdict,
+            ]
+        )
+    held = f"{calibration_text(checks)}." if checks else ""
+    return Table(
+        "Recipe: predicted and measured", ["C", "metric", "predicted", "95 % interval", "measured", ""], lines, held
+    )
 
 
 def event_facts(manifest: Mapping[str, Any]) -> Facts:
@@ -280,13 +241,12 @@ def protocol_facts(protocol: Mapping[str, Any], scored: int | None) -> Facts:
     ]
 
 
-def provenance_facts(rows: Sequence[Row], extra: Mapping[str, Any]) -> Facts:
+def provenance_facts(rows: Sequence[Row], known: Mapping[str, object]) -> Facts:
     """Which code, data and machine made the rows; several values of one thing are shown with their counts."""
     names = ("code_version", "flops_version", "protocol_hash", "shards_hash", "device", "dtype", "threads")
     pairs: list[tuple[str, object]] = [(name.replace("_", " "), _tally(rows, name)) for name in names]
     pairs.append(("engines", _counted(Counter(engine_text(row) for row in rung_rows(rows)))))
-    pairs += [(str(name), value) for name, value in (extra.get("provenance") or {}).items()]
-    return pairs
+    return [*pairs, *known.items()]
 
 
 def _spent(row: Row) -> float:
@@ -351,3 +311,7 @@ def _clock(milliseconds: int, pattern: str) -> str:
         return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=milliseconds)).strftime(pattern)
     except OverflowError:
         return f"{milliseconds} ms"
+
+
+def _same(recipe: Mapping[str, Any], check: Mapping[str, Any]) -> bool:
+    return (recipe["flops"], recipe["metric"]) == (check["flops"], check["metric"])

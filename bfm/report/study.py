@@ -15,11 +15,12 @@ from bfm.errors import UserError
 from bfm.files import Store
 from bfm.laws.fitting import LAWS
 from bfm.laws.frontier import Row, metric_names
+from bfm.report.floors import Baselines
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import Fitted, sweep_laws
 from bfm.report.law_sections import answer_table, law_parts, rows_note
-from bfm.report.recipe_section import recipe_table
 from bfm.report.render import render
+from bfm.report.sections import recipe_table
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
 from bfm.sweep.study import by_axis, joined, read_sweeps
@@ -64,6 +65,11 @@ class Chapter:
             return [law for sweep in begun for law in sweep.laws]
         return sweep_laws(joined(begun), begun[0].axis)
 
+    @property
+    def floors(self) -> Baselines:
+        """Of its first sweep that has them: rows that are fitted together answer the same queries."""
+        return next((sweep.floors for sweep in self.sweeps if sweep.has_begun and sweep.floors), {})
+
 
 def chapters(sweeps: Sequence[SweepView]) -> list[Chapter]:
     """In the order in which their first sweep stands."""
@@ -84,7 +90,7 @@ def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any]
     checks = [check for sweep in sweeps for check in sweep.state.checks]
     told = chapters(sweeps)
     figures = [
-        [replace(figure, name=f"chapter-{place}-{figure.name}") for figure in law_figures(chapter.laws)]
+        [replace(figure, name=f"chapter-{place}-{figure.name}") for figure in law_figures(chapter.laws, chapter.floors)]
         for place, chapter in enumerate(told)
     ]
     begun, results = sum(sweep.has_begun for sweep in sweeps), sum(len(sweep.state.arrivals) for sweep in sweeps)
@@ -99,7 +105,7 @@ def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any]
         None,
         name=name,
         lede=f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together.",
-        answers=answer_table([(chapter.title, chapter.laws) for chapter in told]),
+        answers=answer_table({chapter.title: chapter.laws for chapter in told}),
         recipe=recipe_table(recipe, checks),
         chapters=parts,
     )

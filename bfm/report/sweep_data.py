@@ -12,34 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bfm.laws.frontier import (
-    Compare,
-    FrontierPoint,
-    Results,
-    Row,
-    by_rung,
-    goal_of,
-    metric_error,
-    metric_value,
-    rung_ladder,
-    rung_rows,
-)
+from bfm.laws.frontier import FrontierPoint, Results, Row, goal_of, metric_error, metric_value, rung_rows
 from bfm.report.digits import power_text, value_text
-from bfm.report.floors import Baselines, against_words, shown_name
+from bfm.report.floors import AgainstFloor, against_strongest, floors_at
 from bfm.report.plots import (
     RUNG_SCALE,
     SIZE_SCALE,
     Window,
+    floor_lines,
     linear_axis,
     log_axis,
     rung_axis,
-    rung_colours,
     short,
     value_window,
     with_goal,
 )
-from bfm.report.render import Cell
-from bfm.report.tables import behind_text, change_text
+from bfm.report.sweep_view import SweepView
+from bfm.report.tables import behind_text, change_text, trials_in_order
 from bfm.units import format_count, format_seconds
 
 _LOG_FROM = 4.0
@@ -50,39 +39,31 @@ _LINE = 90
 
 @dataclass(frozen=True)
 class Column:
-    """One thing told of every row: a cell each, and the axis that its numbers stand on; None: no axis."""
+    """One thing told of every row. An axis is what its numbers stand on; without one nobody can choose it."""
 
     name: str
-    cells: Sequence[Cell]
+    text: Sequence[str]
+    value: Sequence[float] | None = None
+    """To draw and sort by; NaN where a row has none."""
+    remark: Sequence[str] | None = None
     axis: Mapping[str, Any] | None = None
 
-    @property
-    def values(self) -> list[float]:
-        """NaN where a row has none."""
-        return [math.nan if cell.value is None else cell.value for cell in self.cells]
-
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        told: dict[str, Any] = {"name": self.name, "text": [cell.text for cell in self.cells]}
-        if any(cell.value is not None for cell in self.cells):
-            told["value"] = self.values
-        if any(cell.remark for cell in self.cells):
-            told["remark"] = [cell.remark for cell in self.cells]
-        return told | ({} if self.axis is None else {"axis": self.axis})
+        """JSON-able form of what there is."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def columns_of(results: Results, compare: Compare) -> list[Column]:
+def columns_of(view: SweepView) -> list[Column]:
     """What is told of each rung row; a metric's value stands above its difference from the best of its rung."""
-    rows = rung_rows(results.rows)
+    rows = rung_rows(view.rows)
     fields = [name for name in varied_fields(rows) if name != "embedder_share"]
-    status = [str(row.get("status", "ok")) for row in rows]
     columns = [
-        Column("trial", [Cell(str(row["trial"])) for row in rows]),
-        Column("status", [Cell(one, kind="" if one == "ok" else "bad") for one in status]),
+        Column("trial", [str(row["trial"]) for row in rows]),
+        Column("status", [str(row.get("status", "ok")) for row in rows]),
         _numbers("C", [row.get("rung_flops") for row in rows], power_text),
         _numbers("N", [row.get("params") for row in rows], format_count),
         _numbers("s", [row.get("embedder_share") for row in rows], "{:.2%}".format),
-        *[_metric(results, rows, metric, compare) for metric in results.metrics],
+        *[_metric(view, rows, metric) for metric in view.results.metrics],
         *[_numbers(_words(name), [_config(row, name) for row in rows], "{:.4g}".format) for name in fields],
         *[_choices(name, rows) for name in varied_choices(rows)],
         _numbers("D", [row.get("events") for row in rows], format_count),
@@ -91,7 +72,7 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
         _numbers("B", [row.get("batch_events") for row in rows], format_count),
         _numbers("steps", [row.get("steps") for row in rows], format_count),
         _numbers("training", [row.get("train_s") for row in rows], format_seconds),
-        Column("engine", [Cell(engine_text(row)) for row in rows]),
+        Column("engine", [engine_text(row) for row in rows]),
     ]
     # A setting may be called as one of ours is.
     names = [column.name for column in columns]
@@ -101,52 +82,40 @@ def columns_of(results: Results, compare: Compare) -> list[Column]:
     ]
 
 
-def sweep_data(
-    results: Results, columns: Sequence[Column], baselines: Baselines, compare: Compare
-) -> dict[str, Any] | None:
-    """What the page's script draws the figures of results from; None where nothing has a value."""
-    told = {metric: points for metric, points in results.frontiers(compare).items() if points}
-    if not told:
+def sweep_data(view: SweepView) -> dict[str, Any] | None:
+    """What the page's script draws the figures of results from and lists; None where there is none."""
+    rows, rungs = rung_rows(view.rows), view.results.by_rung
+    if not rows:
         return None
-    rows, rungs = rung_rows(results.rows), rung_ladder(results.rows)
+    ladder = list(rungs)
     trials = {trial: place for place, trial in enumerate(dict.fromkeys(str(row["trial"]) for row in rows))}
     places = {id(row): place for place, row in enumerate(rows)}
     return {
-        "columns": [column.as_dict() for column in columns],
+        "columns": [column.as_dict() for column in columns_of(view)],
+        "trials": [places[id(row)] for row in trials_in_order(view.results)],
         "trial": [trials[str(row["trial"])] for row in rows],
         "label": [short(row["trial"]) for row in rows],
         "flops": [float(row["rung_flops"]) for row in rows],
         "fanned": _fanned(rows, rungs),
         "failed": [row.get("status", "ok") != "ok" for row in rows],
-        "rungs": {"axis": rung_axis(rungs), "flops": rungs, "colours": list(rung_colours(rungs).values())},
+        "rungs": {"axis": rung_axis(ladder), "flops": ladder},
         "scales": {"size": SIZE_SCALE, "rung": RUNG_SCALE},
-        "metrics": {
-            metric: _metric_facts(results, metric, points, places, baselines, compare)
-            for metric, points in told.items()
-        },
+        "metrics": {metric: _metric_facts(view, metric, places) for metric in view.bests},
     }
 
 
-def _metric_facts(
-    results: Results,
-    metric: str,
-    points: Sequence[FrontierPoint],
-    places: Mapping[int, int],
-    baselines: Baselines,
-    compare: Compare,
-) -> dict[str, Any]:
+def _metric_facts(view: SweepView, metric: str, places: Mapping[int, int]) -> dict[str, Any]:
     """The frontier of a metric, its floors, the best of each rung, and the axis that shows them."""
-    floors = [(shown_name(name), values[metric]) for name, values in baselines.items() if metric in values]
-    floors = [entry for entry in floors if math.isfinite(entry[1])]
-    window = _window(results, metric, points, [value for _, value in floors])
-    low, high = window.ends
+    points, floors = view.points[metric], floors_at(view.floors, metric)
+    window = _window(view.results, metric, points, [*floors.values()])
+    beside = [against_strongest(point.row, metric, view.floors, view.compare) for point in points]
     return {
         "label": short(metric),
         "goal": goal_of(metric),
-        "axis": linear_axis(with_goal(metric), low, high),
+        "axis": linear_axis(with_goal(metric), *window.ends),
         "edges": window.edges,
-        "said": frontier_sentence(metric, points, baselines, compare),
-        "floors": [{"name": short(name), "value": value, "near": low <= value <= high} for name, value in floors],
+        "said": frontier_sentence(metric, points[-1], beside[-1]),
+        "floors": floor_lines(floors, window),
         "frontier": [
             {
                 "flops": point.flops,
@@ -155,23 +124,23 @@ def _metric_facts(
                 "row": places[id(point.row)],
                 "carried": point.carried,
                 "change": change_text(point),
-                "floor": short(against_words(point.row, metric, baselines, compare), _LINE),
+                "floor": "" if floor is None else short(floor.words, _LINE),
             }
-            for point in points
+            for point, floor in zip(points, beside, strict=True)
         ],
         "bests": [
-            {"row": places[id(row)], "bar": 2 * metric_error(row, metric)} for row in results.bests(metric).values()
+            {"row": places[id(row)], "bar": 2 * metric_error(row, metric)}
+            for row in view.results.bests(metric).values()
         ],
     }
 
 
-def frontier_sentence(metric: str, points: Sequence[FrontierPoint], baselines: Baselines, compare: Compare) -> str:
+def frontier_sentence(metric: str, best: FrontierPoint, floor: AgainstFloor | None) -> str:
     """The best value of a metric, who has it, and how it stands beside the strongest floor."""
-    best = points[-1]
     size = f", N {format_count(best.row['params'])}" if best.row.get("params") else ""
     at = f"{best.row['trial']}{size}, at C = {power_text(float(best.row['rung_flops']))}"
-    floor = against_words(best.row, metric, baselines, compare)
-    return f"Best {metric}: {value_text(best.value, best.error)} ({at})" + (f", {floor}." if floor else ".")
+    beside = "" if floor is None else f", {floor.words}"
+    return f"Best {metric}: {value_text(best.value, best.error)} ({at}){beside}."
 
 
 def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floors: Sequence[float]) -> Window:
@@ -182,22 +151,21 @@ def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floo
 
 def varied_fields(rows: Sequence[Row]) -> list[str]:
     """Numbers of the configuration, other than N, that take at least two values over the rung rows."""
-    values: dict[str, set[float]] = {}
-    for row in rung_rows(rows):
-        for field, value in (row.get("config") or {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                values.setdefault(field, set()).add(float(value))
-    return [field for field, found in sorted(values.items()) if len(found) > 1 and field != "params"]
+    return [name for name in _varied(rows, (int, float)) if name != "params"]
 
 
 def varied_choices(rows: Sequence[Row]) -> list[str]:
     """Settings that are no numbers and take at least two values over the rung rows."""
-    values: dict[str, set[str]] = {}
+    return _varied(rows, (str,))
+
+
+def _varied(rows: Sequence[Row], kinds: tuple[type, ...]) -> list[str]:
+    values: dict[str, set[object]] = {}
     for row in rung_rows(rows):
-        for field, value in (row.get("config") or {}).items():
-            if isinstance(value, (bool, str)):
-                values.setdefault(field, set()).add(str(value))
-    return [field for field, found in sorted(values.items()) if len(found) > 1]
+        for name in row.get("config") or {}:
+            if isinstance(value := _config(row, name), kinds):
+                values.setdefault(name, set()).add(value)
+    return sorted(name for name, found in values.items() if len(found) > 1)
 
 
 def engine_text(row: Row) -> str:
@@ -209,31 +177,28 @@ def engine_text(row: Row) -> str:
     return f"{name}, {workers} worker{'s' if workers > 1 else ''}"
 
 
-def _metric(results: Results, rows: Sequence[Row], metric: str, compare: Compare) -> Column:
-    bests = results.bests(metric)
-    cells = []
-    for row in rows:
-        value, behind = metric_value(row, metric), behind_text(row, bests.get(row["rung_flops"]), metric, compare)
-        kind = "best" if behind == "best" else ""
-        cells.append(Cell(value_text(value, metric_error(row, metric)), behind, value=value, kind=kind))
-    known = [cell.value for cell in cells if cell.value is not None and math.isfinite(cell.value)]
-    window = value_window(known, metric) if known else None
-    return Column(metric, cells, None if window is None else linear_axis(with_goal(metric), *window.ends))
+def _metric(view: SweepView, rows: Sequence[Row], metric: str) -> Column:
+    bests, values = view.results.bests(metric), [metric_value(row, metric) for row in rows]
+    text = [value_text(value, metric_error(row, metric)) for row, value in zip(rows, values, strict=True)]
+    behind = [behind_text(row, bests.get(row["rung_flops"]), metric, view.compare) for row in rows]
+    known = [value for value in values if math.isfinite(value)]
+    axis = linear_axis(with_goal(metric), *value_window(known, metric).ends) if known else None
+    return Column(metric, text, values, behind, axis)
 
 
 def _numbers(name: str, values: Sequence[object], text: Callable[[float], str]) -> Column:
     numbers = [float(value) if isinstance(value, (int, float)) else math.nan for value in values]
-    cells = [Cell(text(number) if math.isfinite(number) else "-", value=number) for number in numbers]
+    texts = [text(number) if math.isfinite(number) else "-" for number in numbers]
     known = sorted({number for number in numbers if math.isfinite(number)})
     if len(known) < 2:
-        return Column(name, cells)
+        return Column(name, texts, numbers)
     low, high = known[0], known[-1]
     if low > 0 and high >= _LOG_FROM * low:
         axis = log_axis(name, low, high, text)
     else:
         axis = linear_axis(name, low - 0.06 * (high - low), high + 0.06 * (high - low))
     few = {"tickvals": known, "ticktext": [text(number) for number in known]} if len(known) <= 5 else {}
-    return Column(name, cells, axis | few)
+    return Column(name, texts, numbers, axis=axis | few)
 
 
 def _choices(name: str, rows: Sequence[Row]) -> Column:
@@ -241,15 +206,15 @@ def _choices(name: str, rows: Sequence[Row]) -> Column:
     texts = [str(_config(row, name)) for row in rows]
     names = sorted(set(texts))
     axis = linear_axis(_words(name), -0.5, len(names) - 0.5)
-    cells = [Cell(text, value=float(names.index(text)), kind="text") for text in texts]
-    return Column(_words(name), cells, axis | {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]})
+    named = {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]}
+    return Column(_words(name), texts, [float(names.index(text)) for text in texts], axis=axis | named)
 
 
-def _fanned(rows: Sequence[Row], rungs: Sequence[float]) -> list[float]:
+def _fanned(rows: Sequence[Row], rungs: Mapping[float, Sequence[Row]]) -> list[float]:
     """C of the dots: the rung, a little to the left for its small N and to the right for its large, so that none
     hides."""
     width = _FAN * math.log10(min((high / low for low, high in itertools.pairwise(rungs)), default=1.4))
-    sizes = {flops: [row["params"] for row in here if row.get("params")] for flops, here in by_rung(rows).items()}
+    sizes = {flops: [row["params"] for row in here if row.get("params")] for flops, here in rungs.items()}
     ends = {flops: (min(known), max(known)) for flops, known in sizes.items() if known}
 
     def share(row: Row) -> float:

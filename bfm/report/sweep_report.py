@@ -1,15 +1,23 @@
-"""The report of a sweep, written into its storage: `bfm report`."""
+"""The report of a sweep, written into its storage: index.html (one file that fetches nothing) and runs.parquet."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 from bfm.errors import CorruptError, UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.report.page import render_report
+from bfm.report import sections
+from bfm.report.law_figures import law_figures
+from bfm.report.law_sections import answer_table, law_parts, rows_note
+from bfm.report.render import render
+from bfm.report.runs_file import runs_parquet
+from bfm.report.sweep_data import sweep_data
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import failures_text, frontier_text
 from bfm.sweep.recipe.verdicts import checks_lines
@@ -19,12 +27,44 @@ from bfm.sweep.status import spec_of
 
 def publish_report(view: SweepView) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    shown = {**_data(view.state), "recipe": read_recipe(view.store)}
-    files = render_report(view.rows, view.state, view.floors, shown, laws=view.laws, compare=view.compare)
+    html = report_html(view, {**_data(view.state), "recipe": read_recipe(view.store)})
     folder = view.store.child("report")
-    for name, data in files.items():
-        folder.put(name, data)
-    return [f"{folder.uri}/{name}" for name in reversed(files)]
+    # The page stands only where all that it names stands.
+    folder.put("runs.parquet", runs_parquet(view.rows))
+    folder.put("index.html", html.encode())
+    return [f"{folder.uri}/{name}" for name in ("index.html", "runs.parquet")]
+
+
+def report_html(view: SweepView, about: Mapping[str, Any]) -> str:
+    """The page: first what the sweep answers, then the frontier, the laws, and all that they rest on.
+
+    about: manifest, protocol, provenance {name: value}, recipe (recipe.json), each of which may be missing.
+    """
+    state, spec = view.state, view.state.spec or {}
+    name = str(spec.get("name") or "sweep")
+    manifest, protocol = about.get("manifest"), about.get("protocol")
+    return render(
+        "sweep.html",
+        f"{name}: compute frontier",
+        law_figures(view.laws, view.floors),
+        sweep_data(view),
+        name=name,
+        standing="finished" if state.finished else "unfinished",
+        lede=sections.lede(view),
+        answers=answer_table({"": view.laws}),
+        rows_note=rows_note(view.laws),
+        cards=sections.cards(view),
+        best=sections.best_table(view),
+        laws=law_parts(view.laws),
+        recipe=sections.recipe_table(about.get("recipe"), state.checks),
+        floors=sections.floor_table(view),
+        spend=sections.spend_table(view),
+        failures=[sections.failure_table(view), sections.refusal_table(state)],
+        events=sections.event_facts(manifest) if manifest else [],
+        protocol=sections.protocol_facts(protocol, _scored(spec)) if protocol else [],
+        provenance=sections.provenance_facts(view.rows, about.get("provenance") or {}),
+        settings=yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True) if spec else "",
+    )
 
 
 def report_text(view: SweepView, files: list[str]) -> str:
@@ -49,3 +89,17 @@ def _data(state: SweepState) -> dict[str, Any]:
         return {"manifest": shards.manifest.as_dict(), "protocol": {**protocol.info, "hash": protocol.hash}}
     except (UserError, CorruptError) as error:
         return {"provenance": {"shards": str(error)}}
+
+
+def _scored(spec: Mapping[str, Any]) -> int | None:
+    """How many validation queries the rows were scored on; None: all."""
+    return (spec.get("data") or {}).get("evaluation_queries")
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences of any kind as dicts and lists, which YAML prints without tags."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -30,8 +30,17 @@ class SweepView(StoredSweep):
 
     def frontiers(self) -> dict[str, list[dict[str, Any]]]:
         """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
-        found = self.results.frontiers(self.compare)
-        return {metric: [_point_dict(point) for point in points] for metric, points in found.items()}
+        return {metric: [_point_dict(point) for point in points] for metric, points in self.points.items()}
+
+    @cached_property
+    def points(self) -> dict[str, list[FrontierPoint]]:
+        """The frontier of each headline metric, losses first, C ascending; without a value there is none."""
+        return self.results.frontiers(self.compare)
+
+    @property
+    def bests(self) -> dict[str, FrontierPoint]:
+        """The best of each metric that has a value."""
+        return {metric: points[-1] for metric, points in self.points.items() if points}
 
     @cached_property
     def live(self) -> dict[str, Any]:

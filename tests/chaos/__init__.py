@@ -28,7 +28,7 @@
 25 clocks, locale, odd and long paths   test_environment.py; sweep/test_lease.py; test_head.py (a time zone)
 26 no dashboard, a foreign cluster      test_cli.py doctor; ray_jobs/test_train.py; ray_jobs/test_sweep.py an_address
    versions that differ                 test_environment.py a_cluster_of_another_version
-27 TensorBoard cannot be written        report/test_report_tensorboard.py
+27 TensorBoard cannot be written        doors/test_tensorboard.py
 28 two sweeps in one folder             sweep/test_lease.py; sweep/test_ledger.py of_twenty_drivers
 29 another number of workers            training/test_zero.py row_of_two_workers, plain_to_zero
 30 600 trials with losses everywhere    test_invariants.py

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bfm.laws.frontier import Gap, unpaired
+from bfm.laws.frontier import Gap, no_answers, unpaired
+from bfm.report.sweep_report import report_html
+from bfm.report.sweep_view import SweepView
 from bfm.sweep.state import SweepState
 from bfm.training.records import Validation
 
@@ -128,3 +130,15 @@ def planted_sweep(num_trials: int = 24, seed: int = 3) -> dict[str, Any]:
         "co_occurrence": {"recall@10": 0.119, "ndcg@10": 0.071, "mrr@10": 0.055, "coverage@10": 0.21},
     }
     return {"rows": rows, "state": state, "baselines": baselines}
+
+
+def view_of(sweep: dict[str, Any], **known: Any) -> SweepView:
+    """A view whose storage is never asked: its rows, state and floors are given, and what else is known."""
+    view = SweepView(store=None, state=sweep["state"])
+    facts = {"rows": sweep["rows"], "floors": sweep["baselines"], "compare": no_answers, "laws": []}
+    vars(view).update(facts | known)
+    return view
+
+
+def page_of(sweep: dict[str, Any], about: dict[str, Any] | None = None, **known: Any) -> str:
+    return report_html(view_of(sweep, **known), about or {})

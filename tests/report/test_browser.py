@@ -11,19 +11,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from plotly.offline import get_plotlyjs
 
 from bfm.report.law_fits import sweep_laws
-from bfm.report.page import render_report
-from bfm.sweep.crowding import crowding
+from bfm.report.render import LIBRARY, read_file
 from tests.report import planted_laws
-from tests.report.planted import compare, large_sweep, planted_sweep
+from tests.report.planted import compare, large_sweep, page_of, planted_sweep
 from tests.report.test_report_page import data_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-OPEN_S = 2.0
+OPEN_S, MOST_WORK = 2.0, 6.0
 NAMES = {
     "image": "<img src=x onerror=window.hit=1>",
     "script": "</script><script>window.hit=1</script>",
@@ -61,7 +59,9 @@ def visit(browser, tmp_path):
         page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: said.append(request.url) if request.url != file.as_uri() else None)
         page.goto(file.as_uri(), wait_until="commit")
-        page.wait_for_selector("html[data-ready=all]", timeout=120_000)
+        for one in page.locator("figure, section > .scroll:empty").all():
+            one.scroll_into_view_if_needed()
+        page.locator("section > .scroll:empty, .plot:empty").wait_for(state="detached")
         return page
 
     yield opened
@@ -74,18 +74,12 @@ def visit(browser, tmp_path):
 def share_page() -> str:
     rows = planted_laws.share_rows()
     sweep = planted_sweep(4)
-    files = render_report(rows, sweep["state"], sweep["baselines"], {}, laws=sweep_laws(rows, "embedder_share"))
-    return files["index.html"].decode()
-
-
-def page_of(sweep, **more) -> str:
-    return render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, **more)["index.html"].decode()
+    return page_of(sweep | {"rows": rows}, laws=sweep_laws(rows, "embedder_share"))
 
 
 def keep(page, tmp_path: Path, name: str) -> None:
     folder = Path(os.environ.get("BFM_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    page.add_style_tag(content="section { content-visibility: visible !important; }")
     page.screenshot(path=folder / f"{name}.png", full_page=True)
 
 
@@ -127,6 +121,28 @@ def test_the_page_opens_without_an_error_on_any_screen(visit, share_page, tmp_pa
     assert page.locator(".plot .main-svg").count() >= 6
     assert overflow(page) == 0
     keep(page, tmp_path, f"share-{width}-{theme}")
+
+
+def test_figures_and_lists_are_drawn_when_they_come_near(browser, sweep, tmp_path):
+    file = tmp_path / "index.html"
+    file.write_text(page_of(sweep))
+    page = browser.new_page(viewport={"width": 1180, "height": 600})
+    page.goto(file.as_uri())
+    drawn, listed = page.locator("#scatter .main-svg"), page.locator("#trials tbody tr")
+    page.locator("#frontier .main-svg").first.wait_for()
+    assert drawn.count() == listed.count() == 0
+    page.locator("#scatter").scroll_into_view_if_needed()
+    drawn.first.wait_for()
+    page.get_by_role("link", name="Trials").click()
+    listed.first.wait_for()
+    assert listed.count() == 24
+    page.close()
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    page.pdf(path=tmp_path / "page.pdf")
+    assert page.locator("#scatter .main-svg").count() > 0, "a print shows all"
+    assert page.locator("#trials tbody tr").count() == 24
+    page.close()
 
 
 def test_a_print_is_on_white_with_figures_that_fit(visit, share_page, tmp_path):
@@ -263,7 +279,7 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
     state.losses = [{"trial": evil, "rung": 1, "reason": evil, "charged_flops": 1}]
     state.rejected = Counter({evil: 3})
     baselines = {**sweep["baselines"], evil: {"nll": 7.5, metric: 2.0}}
-    page = visit(render_report(rows, state, baselines, {"provenance": {evil: evil}})["index.html"].decode())
+    page = visit(page_of({"rows": rows, "state": state, "baselines": baselines}, {"provenance": {evil: evil}}))
     assert page.locator("h1").inner_text().strip() == evil.replace("\u202e", "").strip()
     page.evaluate("document.querySelectorAll('details').forEach(found => { found.open = true; })")
     page.locator("#frontier").get_by_label("Metric").select_option(metric.replace("\u202e", ""))
@@ -280,40 +296,29 @@ def test_names_from_outside_run_nothing_and_break_no_layout(visit, tmp_path, kin
     assert "\u202e" not in page.locator("main").inner_text(), "nothing turns the text around"
 
 
-def opening(browser, file):
-    """Seconds of work of the page's own process until its frontier stands (a page without one: all of it), the least of
-    three: what other processes take is not the page's."""
+def opening(browser, file: Path) -> float:
+    """Seconds of work of the page's own process until it can be read, its first figure included, the least of three:
+    what other processes take is not the page's."""
     taken = []
     for _ in range(3):
         page = browser.new_page()
-        page.add_init_script(
-            """new MutationObserver(() => {
-            window.first ??= document.documentElement.dataset.ready && performance.now();
-            }).observe(document, { attributes: true, subtree: true });"""
-        )
         session = page.context.new_cdp_session(page)
         session.send("Performance.enable", {"timeDomain": "threadTicks"})
         page.goto(file.as_uri(), wait_until="commit")
-        page.wait_for_selector("html[data-ready=all]", timeout=120_000)
-        wall_ms, first_ms = page.evaluate("[performance.now(), first]")
+        page.wait_for_selector("html[data-ready]", timeout=120_000)
         work = {one["name"]: one["value"] for one in session.send("Performance.getMetrics")["metrics"]}
-        taken.append(work["TaskDuration"] * first_ms / wall_ms)
+        taken.append(work["TaskDuration"])
         page.close()
     return min(taken)
 
 
-def test_600_trials_at_5_rungs_open_in_two_seconds(visit, browser, tmp_path):
-    """Where the machine is quick enough to read the library alone in half of that."""
+def test_600_trials_at_5_rungs_open_in_two_seconds(browser, tmp_path):
+    """What the page adds is bounded by what the library alone takes in the same run, whatever the machine."""
     library, file = tmp_path / "library.html", tmp_path / "large.html"
-    ready = "document.documentElement.dataset.ready = 'all'"
-    library.write_text(
-        f"<!doctype html><html><body><script>{get_plotlyjs()}</script><script>{ready}</script></body></html>"
-    )
+    ready = "document.documentElement.dataset.ready = ''"
+    library.write_text(f"<!doctype html><script>{read_file(LIBRARY)}</script><script>{ready}</script>")
     file.write_text(page_of(large_sweep(), compare=compare))
     alone, taken = opening(browser, library), opening(browser, file)
     print(f"opened in {taken:.2f} s of work, {alone:.2f} s of it the library's")
-    if crowded := crowding():
-        pytest.skip(f"{crowded}; it took {taken:.2f} s of work, the library alone {alone:.2f} s")
-    if alone > OPEN_S / 2:
-        pytest.skip(f"this machine takes {alone:.2f} s for the library alone; the page took {taken:.2f} s")
     assert taken < OPEN_S
+    assert taken < MOST_WORK * alone

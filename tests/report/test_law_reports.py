@@ -18,13 +18,12 @@ from bfm.report.digits import estimate_text
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
 from bfm.report.law_sections import answer_table, answers, law_parts
-from bfm.report.page import render_report
 from bfm.report.plots import Panel, finite
-from bfm.report.recipe_section import recipe_table
 from bfm.report.render import Table
+from bfm.report.sections import recipe_table
 from bfm.sweep.state import SweepState
 from tests.report import planted_laws as planted
-from tests.report.planted import planted_sweep, state_of
+from tests.report.planted import page_of, planted_sweep, state_of
 from tests.report.test_report_page import data_of, parsed
 
 ROWS = {
@@ -46,11 +45,11 @@ def optima(axis: str, name: str) -> list[Estimate]:
 
 def figures_of(laws) -> dict[str, list[Panel]]:
     """The panels of each figure for its first metric."""
-    return {figure.name: list(figure.variants[0].panels) for figure in law_figures(laws)}
+    return {figure.name: list(figure.variants[0].panels) for figure in law_figures(laws, {})}
 
 
 def drawn(panels) -> str:
-    return json.dumps(finite([panel.as_dict() for panel in panels]), ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite([vars(panel) for panel in panels]), ensure_ascii=False, allow_nan=False)
 
 
 def said(laws) -> str:
@@ -98,7 +97,7 @@ def test_each_axis_has_its_figures(axis, names):
 
 
 def test_a_figure_has_a_variant_and_a_sentence_per_metric():
-    (share, _) = law_figures(laws_of("embedder_share"))
+    (share, _) = law_figures(laws_of("embedder_share"), {})
     assert [one.metric for one in share.variants] == ["nll", "recall@10"]
     assert share.variants[0].said.startswith("best at 2.")
     assert share.variants[1].panels[0].title == "recall@10 \u2191"
@@ -107,7 +106,7 @@ def test_a_figure_has_a_variant_and_a_sentence_per_metric():
 def test_every_axis_of_a_joint_sweep_has_a_figure_of_runs_as_they_would_stand_at_the_best_of_the_others():
     rows = [row | {"metrics": {"nll": row["metrics"]["nll"]}} for row in planted_sweep(60)["rows"] if row["metrics"]]
     laws = [found for found in sweep_laws(rows, None) if found.law == "joint"]
-    (figures, ((runs, fit),)) = law_figures(laws), told(laws, "joint")
+    (figures, ((runs, fit),)) = law_figures(laws, {}), told(laws, "joint")
     assert [figure.name for figure in figures] == ["law-params", "law-share", "law-rate", "law-outlook"]
     assert figures[2].heading == "Learning rate"
     panel = figures[0].variants[0].panels[0]
@@ -154,6 +153,17 @@ def test_tables_hold_the_planted_numbers_beside_published_ones():
     assert halving == pytest.approx(list(planted.GAIN_HALVING.values()), rel=0.15)
 
 
+def test_what_is_foretold_stands_beside_the_floors():
+    floors = {"popularity": {"nll": 4.2}, "co_occurrence": {"nll": 30.0, "recall@10": 0.5}}
+    figures = {figure.name: figure for figure in law_figures(laws_of("allocation"), floors)}
+    told_of = figures["law-outlook"].variants[0]
+    assert told_of.said.endswith("; the strongest floor is popularity, 4.2.")
+    names = {floor["name"].strip("\u2068\u2069"): floor["near"] for floor in told_of.panels[0].floors}
+    assert names == {"popularity": True, "co-occurrence": False}
+    low, high = told_of.panels[0].layout["yaxis"]["range"]
+    assert low < 4.2 < high < 30.0
+
+
 def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():
     found = laws_of("allocation")[0]
     flops, last = found.outlook[-1]
@@ -167,9 +177,10 @@ def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():
 
 
 def test_the_page_opens_with_a_sentence_per_axis_and_metric():
-    html = render_report(planted.share_rows(), SweepState(), {}, {}, laws=laws_of("embedder_share"))["index.html"]
-    marks = ("Embedder share</th>", "best at 2.", "Rows: all 40 of 40 trials at 4 budgets, as designed. Noise: ")
-    places = [html.decode().index(mark) for mark in (*marks, 'id="frontier"', 'id="law-share"', 'id="trials"')]
+    sweep = {"rows": planted.share_rows(), "state": SweepState(), "baselines": {}}
+    html = page_of(sweep, laws=laws_of("embedder_share"))
+    marks = ("<bdi>Embedder share</bdi>", "best at 2.", "Rows: all 40 of 40 trials at 4 budgets, as designed. Noise: ")
+    places = [html.index(mark) for mark in (*marks, 'id="frontier"', 'id="law-share"', 'id="trials"')]
     assert places == sorted(places)
     by = [(answer.question, answer.metrics) for answer in answers(laws_of("embedder_share"))]
     assert by == [("Embedder share", "nll"), ("Embedder share", "recall@10"), ("nll and ranking", "nll")]
@@ -184,7 +195,7 @@ def test_metrics_that_say_the_same_stand_in_one_sentence():
 
 
 def test_one_table_says_what_a_recipe_takes_from_every_law():
-    table = "\n".join("|".join(line) for line in cells(answer_table([(axis, laws_of(axis)) for axis in ROWS])))
+    table = "\n".join("|".join(line) for line in cells(answer_table({axis: laws_of(axis) for axis in ROWS})))
     best = estimate_text(optima("embedder_share", "s_opt")[-1], lambda value: f"{100 * value:.3g} %")
     assert f"embedder_share|Embedder share|nll|best at {best} at C = 1e18, not told to move with C" in table
     assert re.search(r"at N = 1.6M B = \S+ \[.*\] costs 20 % more events and B = .* costs twice the least", table)
@@ -234,8 +245,7 @@ def test_rows_that_no_law_fits_say_why_in_one_line():
     for found in laws:
         assert (found.fit is None) == bool(found.refused)
         assert "\n" not in found.refused
-    files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, laws=laws)
-    html = files["index.html"].decode()
+    html = page_of(sweep, laws=laws)
     parsed(html)
     assert '<section id="laws">' in html
     # Each reason once, with the metrics that it concerns.
@@ -251,11 +261,10 @@ def test_settings_and_metrics_of_any_name_are_shown_as_they_are():
         nll = row["metrics"].get("nll")
         row["metrics"] = {"nll": nll, evil: nll + 0.01 * math.sin(place)} if nll else {}
     laws = sweep_laws(rows, None)
-    files = render_report(rows, state_of(rows), {}, {}, laws=laws)
-    html = files["index.html"].decode()
+    html = page_of({"rows": rows, "state": state_of(rows), "baselines": {}}, laws=laws)
     parsed(html)
     assert "<b>'x" not in html
-    assert "x&#34;&amp; y z</th>" in html
+    assert "x&#34;&amp; y z</bdi>" in html
     panels = data_of(html)["figures"]["law-_b_x_y_z"][0]["panels"]
     assert panels[0]["layout"]["xaxis"]["title"]["text"] == "\u2068&lt;b&gt;'x\"&amp; y z\u2069"
 
@@ -265,7 +274,8 @@ def test_the_page_names_the_queries_that_were_scored():
     protocol = {"parts": {"validation": part, "test": part}, "ties": "half", "target_rule": "", "hash": ""}
     extra = {"protocol": rule_facts({"targets": 9, "seen": 1}, None) | protocol}
     spec = {"budget": {"ladder_flops": [], "total_flops": 1}, "data": {"evaluation_queries": 4000}}
-    shown = [render_report([], SweepState(spec=one), {}, extra)["index.html"].decode() for one in (spec, None)]
+    sweeps = [{"rows": [], "state": SweepState(spec=one), "baselines": {}} for one in (spec, None)]
+    shown = [page_of(sweep, extra) for sweep in sweeps]
     assert "<dd><bdi>4,000 scored, the first of 10,000 of 2,300 users</bdi></dd>" in shown[0]
     assert shown[0].count("10,000 of 2,300 users, and 7 inside baskets") == 1
     assert shown[1].count("<dd><bdi>10,000 of 2,300 users, and 7 inside baskets") == 2

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.report.page import render_report
 from bfm.report.tables import lost_tasks
 from bfm.sweep.state import SweepState
-from tests.report.planted import RUNGS, planted_sweep
+from tests.report.planted import RUNGS, page_of, planted_sweep
 
 
 def test_the_page_follows_the_ledger():
@@ -33,7 +32,7 @@ def test_the_page_follows_the_ledger():
     assert state.spent_flops == pytest.approx(sum(row["task_flops"] for row in rows) + 1e11)
     assert state.cap_flops == 10**13
     assert lost_tasks(state) == [(rows[2]["trial"], rows[2]["rung"], "killed, 1e+11 FLOPs charged")]
-    html = render_report(state.all_rows(), state, {}, {})["index.html"].decode()
+    html = page_of({"rows": state.all_rows(), "state": state, "baselines": {}})
     assert "<h1><bdi>mini</bdi></h1>" in html
     assert "unfinished sweep" in html
     assert "fewer than 100 steps" in html

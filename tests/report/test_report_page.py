@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -19,7 +18,6 @@ from bfm.events.repeats import rule_facts
 from bfm.files import Store
 from bfm.laws.frontier import Results, frontier
 from bfm.report.digits import power_text
-from bfm.report.page import render_report
 from bfm.report.plots import log_ticks, plain, short, value_window
 from bfm.report.sweep_data import varied_choices, varied_fields
 from bfm.report.sweep_report import publish_report
@@ -27,7 +25,7 @@ from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, trials_in_order
 from bfm.sweep.state import SweepState
 from bfm.units import format_count
-from tests.report.planted import compare, diverged, planted_sweep
+from tests.report.planted import compare, diverged, page_of, planted_sweep
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -72,29 +70,22 @@ def data_of(html: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
 
 
-def rendered(sweep, extra=None) -> str:
-    return render_report(sweep["rows"], sweep["state"], sweep["baselines"], extra or {})["index.html"].decode()
-
-
 def test_report_of_a_sweep_is_whole_and_self_contained(sweep):
-    files = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {})
-    assert list(files) == ["runs.parquet", "index.html"]
-    html = files["index.html"].decode()
+    html = page_of(sweep)
     page = parsed(html)
     assert page.fetched == []
     assert len(page.ids) == len(set(page.ids))
     assert set(re.findall(r'href="#([^"]+)"', html)) <= set(page.ids)
     order = ["best", "frontier", "results", "curves", "scatter", "trials", "baselines", "failures", "provenance"]
     assert [name for name in page.ids if name in order] == order
-    assert pq.read_table(io.BytesIO(files["runs.parquet"])).num_rows == len(sweep["rows"])
-    # Every trial has its line.
-    assert all(f"<bdi>t{trial:03d}</bdi></th>" in html for trial in range(24))
+    # Every trial has its line, at its highest rung; those that have come furthest stand first.
+    rows = [sweep["rows"][place] for place in data_of(html)["sweep"]["trials"]]
+    assert sorted(row["trial"] for row in rows) == [f"t{trial:03d}" for trial in range(24)]
+    assert [row["rung"] for row in rows[:4]] == [2] * 4
 
 
 def test_figures_are_drawn_from_what_the_rows_hold(sweep):
-    told = data_of(
-        render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, compare=compare)["index.html"].decode()
-    )["sweep"]
+    told = data_of(page_of(sweep, compare=compare))["sweep"]
     columns = {column["name"]: column for column in told["columns"]}
     assert columns["nll"]["value"] == [row["metrics"].get("nll") for row in sweep["rows"]]
     assert columns["N"]["text"][0] == format_count(sweep["rows"][0]["params"])
@@ -115,9 +106,9 @@ def test_figures_are_drawn_from_what_the_rows_hold(sweep):
 
 def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
     sweep["baselines"]["co_occurrence"]["coverage@10"] = 0.01
-    assert "The best of the sweep is above every floor in nll" in rendered(sweep)
+    assert "The best of the sweep is above every floor in nll" in page_of(sweep)
     sweep["baselines"]["personal"] = {"nll": 1.0, "recall@10": 0.9}
-    html = rendered(sweep)
+    html = page_of(sweep)
     lede = html[html.index('class="lede"') :][:900]
     assert "The best of the sweep is BELOW the strongest floor in nll (" in lede
     assert "personal 0.9) and above it in ndcg@10 (" in lede
@@ -126,7 +117,7 @@ def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
 
 
 def test_the_page_tells_differences_on_the_same_queries(sweep):
-    html = render_report(sweep["rows"], sweep["state"], sweep["baselines"], {}, compare=compare)["index.html"].decode()
+    html = page_of(sweep, compare=compare)
     point = frontier(sweep["rows"], "nll", compare)[2]
     change, error = point.change.value, point.change.error
     remark = (
@@ -134,14 +125,15 @@ def test_the_page_tells_differences_on_the_same_queries(sweep):
     )
     assert f"<small>{remark} rung below; {point.value - 8.91:.4g} to popularity; within error: t" in html
     assert "<bdi>strongest floor</bdi>" in html
+    (nll,) = (column for column in data_of(html)["sweep"]["columns"] if column["name"] == "nll")
     second = trials_in_order(Results(sweep["rows"]))[1]
-    assert f"<small>{behind_text(second, point.row, 'nll', compare)}</small>" in html
+    assert nll["remark"][sweep["rows"].index(second)] == behind_text(second, point.row, "nll", compare)
     assert "~</small>" not in html
-    assert "~</small>" in rendered(sweep)
+    assert "~</small>" in page_of(sweep)
 
 
 def test_the_page_is_a_function_of_its_input():
-    assert rendered(planted_sweep(6)) == rendered(planted_sweep(6))
+    assert page_of(planted_sweep(6)) == page_of(planted_sweep(6))
 
 
 def test_everything_from_outside_is_escaped():
@@ -160,7 +152,7 @@ def test_everything_from_outside_is_escaped():
     protocol["parts"] = {evil: {"queries": 1, "users": 1, "basket_queries": 1}}
     extra = {"manifest": manifest, "protocol": protocol, "provenance": {evil: evil}}
     sweep["baselines"][evil] = {"nll": 7.5, "recall@10": 0.2}
-    html = rendered(sweep, extra)
+    html = page_of(sweep, extra)
     assert "inside baskets, reported apart" in html
     assert "<script>alert" not in html
     assert html.count("<script") == 3, "the data, the library, ours"
@@ -178,7 +170,7 @@ def test_pages_of_few_and_bad_rows():
     same = [full["rows"][0] | {"trial": f"t{k}"} for k in range(5)]
     probes = [full["rows"][0] | {"kind": "probe"}]
     for rows in [*cases, same, probes]:
-        parsed(rendered({"rows": rows, "state": SweepState(), "baselines": full["baselines"] if rows else {}}))
+        parsed(page_of({"rows": rows, "state": SweepState(), "baselines": full["baselines"] if rows else {}}))
 
 
 def test_many_rungs_one_metric_and_long_names():
@@ -188,19 +180,20 @@ def test_many_rungs_one_metric_and_long_names():
         for rung in range(12)
     ]  # fmt: skip
     spec = {"budget": {"ladder_flops": [row["rung_flops"] for row in rows], "total_flops": 10**14}}
-    parsed(rendered({"rows": rows, "state": SweepState(spec=spec), "baselines": {}}))
+    parsed(page_of({"rows": rows, "state": SweepState(spec=spec), "baselines": {}}))
 
 
 def test_rows_of_two_protocols_are_refused(sweep):
     sweep["rows"][0]["protocol_hash"] = "other"
     with pytest.raises(UserError, match="evaluation protocols"):
-        rendered(sweep)
+        page_of(sweep)
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     view = SweepView(Store(tmp_path), planted_sweep(6)["state"])
-    page = tmp_path / "report" / "index.html"
-    assert publish_report(view)[0] == str(page)
+    page, runs = tmp_path / "report" / "index.html", tmp_path / "report" / "runs.parquet"
+    assert publish_report(view) == [str(page), str(runs)]
+    assert pq.read_table(runs).num_rows == len(view.rows)
     before = page.read_bytes()
 
     def full_disk(store, name, data):
@@ -222,7 +215,7 @@ def test_varied_fields_are_the_swept_numbers(sweep):
             "kind": "mlp",
         }
     assert varied_choices(sweep["rows"]) == ["copy", "tied"]
-    (told,) = (column for column in data_of(rendered(sweep))["sweep"]["columns"] if column["name"] == "copy")
+    (told,) = (column for column in data_of(page_of(sweep))["sweep"]["columns"] if column["name"] == "copy")
     assert told["value"][:2] == [1.0, 0.0]
     assert told["axis"]["ticktext"] == ["\u2068none\u2069", "\u2068pointer\u2069"]
 

@@ -4,7 +4,7 @@
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const sweep = data.sweep, root = document.documentElement, live = document.getElementById('live');
-const PRINT_PX = 680, PRINT_HIGH_PX = 370, BINS = 12, NARROW_PX = 560, PAUSE_MS = 30, RESIZE_MS = 120;
+const PRINT_PX = 680, PRINT_HIGH_PX = 370, BINS = 12, NARROW_PX = 560, RESIZE_MS = 120, AHEAD = '300px';
 let printing = false;
 
 // --- theme: colours named @ink and the like follow the page's, light, dark or printed.
@@ -25,14 +25,28 @@ function themed(value, known) {
 }
 
 // --- one plot
+// What counting reaches: lines across the plot, or a remark where they are off its scale.
+function floorMarks(floors) {
+  const near = floors.filter(floor => floor.near), far = floors.filter(floor => !floor.near);
+  const remark = { xref: 'paper', x: 1, xanchor: 'right', yanchor: 'bottom', showarrow: false,
+    font: { size: 11, color: '@muted' } };
+  const named = near.map(floor => ({ ...remark, y: floor.value, text: floor.name }));
+  const off = { ...remark, yref: 'paper', y: 1,
+    text: 'off scale: ' + far.map(floor => floor.name + ' ' + floor.value.toPrecision(3)).join(', ') };
+  return { annotations: far.length ? [...named, off] : named, shapes: near.map(floor => ({ type: 'line',
+    xref: 'paper', yref: 'y', x0: 0, x1: 1, y0: floor.value, y1: floor.value, layer: 'below',
+    line: { color: '@muted', width: 1, dash: 'dash' } })) };
+}
 function draw(plot, panel) {
   const narrow = plot.clientWidth < NARROW_PX && !printing, given = panel.layout;
+  const marks = floorMarks(panel.floors || []);
   const axis = { gridcolor: '@grid', linecolor: '@grid', zeroline: false, automargin: true, ticks: '',
     tickfont: { color: '@muted', size: 12 } };
   const titled = found => ({ ...axis, ...found, title: { standoff: 8, ...(found || {}).title,
     font: { color: '@muted', size: 12 } } });
   const layout = {
-    ...given, xaxis: titled(given.xaxis), yaxis: titled(given.yaxis), autosize: !printing, hovermode: 'closest',
+    ...given, annotations: [...(given.annotations || []), ...marks.annotations],
+    shapes: [...(given.shapes || []), ...marks.shapes], xaxis: titled(given.xaxis), yaxis: titled(given.yaxis), autosize: !printing, hovermode: 'closest',
     margin: { l: 48, r: 16, t: 14, b: given.showlegend ? 76 : 50, ...given.margin }, paper_bgcolor: 'rgba(0,0,0,0)',
     plot_bgcolor: 'rgba(0,0,0,0)', font: { color: '@ink', size: 12, family: 'Inter, Segoe UI, Arial, sans-serif' },
     hoverlabel: { bgcolor: '@panel', bordercolor: '@muted', font: { color: '@ink', size: 12 }, align: 'left' },
@@ -54,7 +68,7 @@ const spoken = text => text.replaceAll('<br>', ', ').replaceAll('&lt;', '<').rep
   .replaceAll('&amp;', '&');
 // The next point to the right (or left) of those that say something: shown as if hovered, and read out.
 function walk(plot, step) {
-  const told = plot.data.flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
+  const told = (plot.data || []).flatMap((trace, curve) => trace.hoverinfo !== 'text' ? [] : trace.text.map(
     (text, place) => ({ text, curve, place, x: Number(trace.x[place]) })));
   const found = told.filter(point => point.text).sort((a, b) => a.x - b.x);
   if (!found.length) { return; }
@@ -102,17 +116,6 @@ function failed(x, metric) {
     text: rows.map(row => sweep.label[row] + '<br>' + plain(status[row]) + ', N ' + column('N').text[row]),
     name: 'no result', showlegend: rows.length > 0, marker: { symbol: 'x', size: 8, color: '@bad' } };
 }
-function floors(facts) {
-  const near = facts.floors.filter(floor => floor.near), far = facts.floors.filter(floor => !floor.near);
-  const across = { xref: 'paper', yref: 'y', x0: 0, x1: 1 };
-  const named = near.map(floor => ({ xref: 'paper', x: 1, xanchor: 'right', y: floor.value, yanchor: 'bottom',
-    text: floor.name, showarrow: false, font: { size: 11, color: '@muted' } }));
-  const off = { xref: 'paper', yref: 'paper', x: 1, y: 1, xanchor: 'right', yanchor: 'bottom', showarrow: false,
-    text: 'off scale: ' + far.map(floor => floor.name + ' ' + floor.value.toPrecision(2)).join(', '),
-    font: { size: 11, color: '@muted' } };
-  return { annotations: far.length ? [...named, off] : named, shapes: near.map(floor => ({ ...across, type: 'line',
-    y0: floor.value, y1: floor.value, layer: 'below', line: { color: '@muted', width: 1, dash: 'dash' } })) };
-}
 const bar = sizes => ({ type: 'data', array: sizes.map(size => size || 0), color: '@ink', thickness: 1.3, width: 0 });
 const builders = {
   frontier(chosen) {
@@ -130,8 +133,8 @@ const builders = {
       marker: { size: 11, color: 'rgba(0,0,0,0)', line: { color: '@ink', width: 2 } } };
     const dots = points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour);
     const crosses = failed(sweep.fanned, chosen.metric);
-    return { said: facts.said, traces: [dots, step, best, crosses],
-      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, ...floors(facts), showlegend: crosses.showlegend } };
+    return { traces: [dots, step, best, crosses], floors: facts.floors,
+      layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
   curves(chosen) {
     const facts = sweep.metrics[chosen.metric], values = column(chosen.metric).value, paint = colourOf(chosen.colour);
@@ -152,7 +155,7 @@ const builders = {
     const dots = points(rows, sweep.flops, chosen.metric, chosen.colour);
     dots.marker = { ...dots.marker, size: 6, symbol: open.map(waits => waits ? 'circle-open' : 'circle') };
     const crosses = failed(sweep.flops, chosen.metric);
-    return { said: '', traces: [...lines, dots, crosses],
+    return { traces: [...lines, dots, crosses],
       layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
   scatter(chosen) {
@@ -165,7 +168,7 @@ const builders = {
       line: { color: '@muted', dash: 'dot', width: 1.2 },
       marker: { symbol: 'diamond-open', size: 12, color: '@ink', line: { width: 2 } } };
     const crosses = failed(against.value, chosen.metric);
-    return { said: '', traces: [points(rows, against.value, chosen.metric, chosen.colour), best, crosses],
+    return { traces: [points(rows, against.value, chosen.metric, chosen.colour), best, crosses],
       layout: { xaxis: against.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
   },
 };
@@ -184,27 +187,28 @@ function save(plot, filename) {
 function chosenOf(figure) {
   return Object.fromEntries([...figure.querySelectorAll('select')].map(found => [found.dataset.choice, found.value]));
 }
-function show(figure) {
-  const name = figure.dataset.figure, chosen = chosenOf(figure), frame = figure.querySelector('.panels');
-  let told;
-  if (builders[name]) {
-    const built = builders[name](chosen);
-    told = { said: built.said, panels: [{ title: '', traces: built.traces, layout: built.layout }] };
-    frame.classList.add('wide');
-  } else {
-    told = data.figures[name][Number(chosen.metric || 0)];
-  }
-  figure.querySelector('.said').textContent = told.said;
-  while (frame.children.length > told.panels.length) { frame.lastChild.remove(); }
-  // All of them first: how wide one is depends on how many there are.
-  while (frame.children.length < told.panels.length) { newPanel(frame); }
-  const sentence = told.said || figure.querySelector('figcaption').textContent;
-  told.panels.forEach((panel, place) => {
-    const plot = frame.children[place].querySelector('.plot');
+// What a figure says and the frames of its panels; a panel's traces are made when it is drawn.
+function told(figure) {
+  const name = figure.dataset.figure, chosen = chosenOf(figure);
+  if (!builders[name]) { return data.figures[name][Number(chosen.metric || 0)]; }
+  const said = name === 'frontier' ? sweep.metrics[chosen.metric].said : '';
+  return { said, panels: [{ title: '', make: () => builders[name](chosen) }] };
+}
+function frame(figure) {
+  const { said, panels } = told(figure), frames = figure.querySelector('.panels');
+  figure.querySelector('.said').textContent = said;
+  while (frames.children.length > panels.length) { frames.lastChild.remove(); }
+  while (frames.children.length < panels.length) { newPanel(frames); }
+  const sentence = said || figure.querySelector('figcaption').textContent;
+  return panels.map((panel, place) => {
+    const plot = frames.children[place].querySelector('.plot');
     plot.previousSibling.textContent = panel.title;
     plot.setAttribute('aria-label', [panel.title, sentence].filter(Boolean).join('. '));
-    draw(plot, panel);
+    return [plot, panel];
   });
+}
+function show(figure) {
+  frame(figure).forEach(([plot, panel]) => draw(plot, panel.make ? panel.make() : panel));
 }
 function newPanel(frame) {
   const panel = frame.appendChild(document.createElement('div'));
@@ -218,6 +222,7 @@ function newPanel(frame) {
 }
 const figures = [...document.querySelectorAll('[data-figure]')];
 figures.forEach(figure => {
+  frame(figure);
   figure.addEventListener('change', () => show(figure));
   figure.addEventListener('click', event => {
     const act = event.target.dataset.act, plots = [...figure.querySelectorAll('.plot')];
@@ -228,7 +233,7 @@ figures.forEach(figure => {
   });
 });
 
-// --- tables: heads sort; what has no number stays at the end. Every result is listed when it is asked for.
+// --- lists of results: heads sort; what has no number stays at the end.
 function sortBy(head) {
   const table = head.closest('table'), body = table.tBodies[0], at = head.cellIndex;
   const up = head.getAttribute('aria-sort') !== 'ascending';
@@ -244,20 +249,16 @@ function sortBy(head) {
     return up ? order : -order;
   }).forEach(pair => body.appendChild(pair[1]));
 }
-document.addEventListener('click', event => {
-  const head = event.target.closest('table.sortable th');
-  if (head) { sortBy(head); }
-});
-function listEvery(frame) {
+function list(frame) {
   const table = frame.appendChild(document.createElement('table')), heads = table.createTHead().insertRow();
-  table.className = 'sortable';
-  table.createCaption().textContent = 'Every result at every rung';
+  table.createCaption().textContent = frame.getAttribute('aria-label');
   for (const found of sweep.columns) {
     const head = heads.appendChild(document.createElement('th'));
     head.scope = 'col'; head.appendChild(document.createElement('button')).textContent = found.name;
+    head.addEventListener('click', () => sortBy(head));
   }
   const body = table.createTBody();
-  sweep.flops.forEach((flops, row) => {
+  for (const row of frame.dataset.list === 'trials' ? sweep.trials : sweep.flops.keys()) {
     const line = body.insertRow();
     sweep.columns.forEach((found, place) => {
       const cell = line.appendChild(document.createElement(place ? 'td' : 'th'));
@@ -266,38 +267,43 @@ function listEvery(frame) {
       if (found.value) { cell.dataset.value = found.value[row] === null ? '' : found.value[row]; }
       const remark = found.remark && found.remark[row];
       if (remark) { cell.appendChild(document.createElement('small')).textContent = remark; }
+      if (remark === 'best') { cell.className = 'best'; }
+      if (found.name === 'status' && sweep.failed[row]) { cell.className = 'bad'; }
     });
-  });
+  }
 }
-const every = document.getElementById('every');
-if (every) {
-  every.addEventListener('toggle', () => listEvery(every.querySelector('.scroll')), { once: true });
-}
+const lists = [...document.querySelectorAll('[data-list]')];
 
 // --- the switch of the theme, and paper
 const button = document.getElementById('theme'), prefersDark = matchMedia('(prefers-color-scheme: dark)');
 const isDark = () => (root.dataset.theme || (prefersDark.matches ? 'dark' : 'light')) === 'dark';
-const showAll = () => figures.filter(figure => figure.querySelector('.plot')).forEach(show);
+const isDrawn = one => one.querySelector('.main-svg, table') !== null;
+const redraw = () => figures.filter(isDrawn).forEach(show);
 function tellTheme() { button.setAttribute('aria-pressed', String(isDark())); }
-button.addEventListener('click', () => { root.dataset.theme = isDark() ? 'light' : 'dark'; tellTheme(); showAll(); });
-prefersDark.addEventListener('change', () => { tellTheme(); showAll(); });
+button.addEventListener('click', () => { root.dataset.theme = isDark() ? 'light' : 'dark'; tellTheme(); redraw(); });
+prefersDark.addEventListener('change', () => { tellTheme(); redraw(); });
 tellTheme();
 let width = innerWidth, due;
 addEventListener('resize', () => {
   // A phone's own bars change the height alone.
-  if (innerWidth !== width) { width = innerWidth; clearTimeout(due); due = setTimeout(showAll, RESIZE_MS); }
+  if (innerWidth !== width) { width = innerWidth; clearTimeout(due); due = setTimeout(redraw, RESIZE_MS); }
 });
-const print = on => { printing = on; showAll(); };
-addEventListener('beforeprint', () => print(true));
-addEventListener('afterprint', () => print(false));
+const drawOne = one => one.dataset.list ? list(one) : show(one);
+addEventListener('beforeprint', () => {
+  printing = true;
+  lists.filter(one => !isDrawn(one) && one.checkVisibility()).forEach(list);
+  figures.forEach(show);
+});
+addEventListener('afterprint', () => { printing = false; redraw(); });
 
-// The first figure at once, the others when the page has been painted.
-const waiting = [...figures];
-(function next() {
-  const figure = waiting.shift();
-  if (!figure) { root.dataset.ready = 'all'; return; }
-  show(figure);
-  root.dataset.ready = 'first';
-  setTimeout(next, PAUSE_MS);
-}());
+// The first figure at once; the others, and lists, shortly before they are seen.
+const ahead = new IntersectionObserver(entries => {
+  for (const { target } of entries.filter(entry => entry.isIntersecting)) {
+    ahead.unobserve(target);
+    if (!isDrawn(target)) { drawOne(target); }
+  }
+}, { rootMargin: AHEAD });
+if (figures.length) { show(figures[0]); }
+[...figures, ...lists].forEach(one => ahead.observe(one));
+root.dataset.ready = '';
 }());

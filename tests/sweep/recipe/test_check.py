@@ -9,7 +9,7 @@ import pytest
 
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
-from bfm.report.recipe_section import recipe_table
+from bfm.report.sections import recipe_table
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.driver import run_serial
 from bfm.sweep.ledger import read_state

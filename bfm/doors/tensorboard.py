@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.metadata import PLUGIN_DATA_VERSION, PLUGIN_NAM
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
+from bfm.doors.events_file import EventFile, flops_step, stored_events
 from bfm.laws.frontier import (
     Compare,
     Results,
@@ -35,7 +36,6 @@ from bfm.laws.frontier import (
     no_answers,
     rung_rows,
 )
-from bfm.report.events_file import EventFile, flops_step, stored_events
 from bfm.report.floors import Baselines, shown_name, strongest
 from bfm.report.tables import frontier_text
 from bfm.sweep.state import SweepState

@@ -10,9 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from bfm.doors.events_file import EventFile, flops_step, stored_events
+from bfm.doors.tensorboard import SweepWriter, TrialWriter
 from bfm.files import Store
-from bfm.report.events_file import EventFile, flops_step, stored_events
-from bfm.report.tensorboard import SweepWriter, TrialWriter
 from bfm.sweep.state import SweepState
 from bfm.training.records import StepRecord
 from tests.report.planted import VALIDATION, planted_sweep, state_of

@@ -3,6 +3,10 @@
 On a disk events are appended to one file. Object stores cannot append: there they wait in memory and become a file of
 their own every `PART_S`, so that a running sweep is seen there too; TensorBoard reads the files of a folder in order of
 their names. A disk that is full, or storage that is away, costs one warning and the plots, never the training.
+
+Records are framed by tensorboard's own RecordWriter. Its EventFileWriter, and torch's SummaryWriter over it, are not
+enough: their thread keeps a full disk's error for whoever writes next, and on an object store, which they reach by
+boto3 or fsspec alone, each flush writes the whole file again.
 """
 
 from __future__ import annotations
