@@ -11,7 +11,7 @@ import yaml
 from bfm.events.protocol import Protocol
 from bfm.files import Store
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.settings import SweepSpec
@@ -22,6 +22,7 @@ from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.helpers import make_shards
 from tests.sweep.recipe.planted_sizes import row
+from tests.sweep.serial import run_serial
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
 NODE = "node"
+STORAGE = "storage"
 """Who is to blame for a loss; only a worker's own are held against its task."""
 IMPORT = "import"
 STOP, CANCEL, ENQUEUE = "stop", "cancel", "enqueue"

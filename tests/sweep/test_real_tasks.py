@@ -14,13 +14,14 @@ from bfm.report.digits import gap_text
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
+from tests.sweep.serial import run_serial
 
 SPACE = {
     "name": "toy",

@@ -15,7 +15,7 @@ from bfm.events.protocol import Protocol
 from bfm.files import Store, parent_store
 from bfm.sweep.changes import check_changes
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.machine import Machine
 from bfm.sweep.plan import plan
@@ -25,6 +25,7 @@ from bfm.sweep.task import Task
 from bfm.training.checkpoint import load_checkpoint, read_meta
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
+from tests.sweep.serial import run_serial
 from tests.training.common import CPU, STAGE_1
 
 SEED = 3

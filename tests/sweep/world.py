@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bfm.files import Store
 from bfm.sweep.costs import ConfigCost
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import STALE_S, Holder, Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger
@@ -21,6 +21,7 @@ from bfm.sweep.state import SweepState
 from bfm.sweep.status import import_words
 from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
+from tests.sweep.serial import run_serial
 
 EVENTS_PER_GROUP = 100.0
 GRID = {"params": {"values": [500, 1000, 3000]}, "learning_rate": {"values": [0.001, 0.004, 0.09]}}
