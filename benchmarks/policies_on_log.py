@@ -26,6 +26,7 @@ from bfm.files import Store
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
@@ -68,7 +69,7 @@ def run(job: tuple[str, int, argparse.Namespace]) -> dict[str, float]:
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         store, factory = Store(folder), EngineFactory(torch.device("cpu"))
-        driver = SweepDriver.start(spec, MemoryLedger(), costs)
+        driver = SweepDriver.start(FeasibleSet(spec, costs), MemoryLedger())
         run_serial(driver, lambda task: run_rung(RungTask.from_task(task.as_dict()), shards, factory, store))
     state, found = driver.state, {}
     for rung, flops in enumerate(spec.budget.ladder_flops):

@@ -168,7 +168,7 @@ def _driver(opened: OpenedSpace, store: Store, extend: bool) -> Iterator[SweepDr
     lease = Lease.acquire(store)
     try:
         ledger, tidy = Ledger(store, lease), partial(settle, store=store)
-        yield SweepDriver.start(opened.spec, ledger, opened.costs, settle=tidy, extend=extend, log=log)
+        yield SweepDriver.start(opened.feasible, ledger, settle=tidy, extend=extend, log=log)
     finally:
         lease.release()
 

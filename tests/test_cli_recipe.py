@@ -15,6 +15,7 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineFactory
@@ -58,7 +59,7 @@ class Sweep:
 
     def run(self, folder, execute):
         store = Store(folder / "tiny")
-        driver = SweepDriver.start(self.spec, Ledger(store, Lease.acquire(store)), self.costs)
+        driver = SweepDriver.start(FeasibleSet(self.spec, self.costs), Ledger(store, Lease.acquire(store)))
         run_serial(driver, lambda task: execute(task, store))
         driver.close()
         return folder / "tiny"

@@ -15,11 +15,10 @@ from itertools import count, takewhile
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
-from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
-from bfm.sweep.policy import Policy, Start, Stop
+from bfm.sweep.policy import Start, Stop
 from bfm.sweep.quota import evictions
 from bfm.sweep.requests import Request, answer, next_asked
 from bfm.sweep.rows import Row, checked_row, without_nan
@@ -51,14 +50,13 @@ class SweepDriver:
         self,
         spec: SweepSpec,
         ledger: Ledger | MemoryLedger,
-        policy: Policy,
         arena: Arena,
         *,
         settle: Settle = charge_all,
         extend: bool = False,
         log: Mapping[str, str] | None = None,
     ) -> None:
-        self.spec, self.policy, self.arena = spec, policy, arena
+        self.spec, self.arena, self.policy = spec, arena, make_policy(spec, arena)
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
@@ -69,18 +67,17 @@ class SweepDriver:
     @classmethod
     def start(
         cls,
-        spec: SweepSpec,
+        feasible: FeasibleSet,
         ledger: Ledger | MemoryLedger,
-        costs: CostModel,
         *,
         settle: Settle = charge_all,
         extend: bool = False,
         log: Mapping[str, str] | None = None,
     ) -> SweepDriver:
-        """With the policy and proposals that the spec names.
+        """Of a space on its log.
 
         Args:
-            spec, ledger, costs: what is swept, where it is written down, what it costs.
+            feasible, ledger: what is swept, and where it is written down.
             settle: tells what a lost task may have trained.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
             log: shards_hash and protocol_hash of what tasks are trained and scored on; rows of a ledger that name
@@ -91,8 +88,8 @@ class SweepDriver:
             UserError: a change would spoil the rows at hand.
         """
         past = past_parameters(ledger.replay.records)
-        arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        return cls(spec, ledger, make_policy(spec, arena), arena, settle=settle, extend=extend, log=log)
+        arena = SpaceArena(feasible, past)
+        return cls(feasible.spec, ledger, arena, settle=settle, extend=extend, log=log)
 
     @property
     def epoch(self) -> int:

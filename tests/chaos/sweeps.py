@@ -46,7 +46,7 @@ def unbroken(space: Path, storage: Path) -> Store:
     """The sweep of a space, run to its end in this process without Ray."""
     opened = open_space(resolve(space))
     store = Store(storage).child(opened.spec.name)
-    driver = SweepDriver.start(opened.spec, Ledger(store, Lease.acquire(store)), opened.costs)
+    driver = SweepDriver.start(opened.feasible, Ledger(store, Lease.acquire(store)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,6 +16,7 @@ from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger
 from bfm.sweep.live import Waits, live_figures, tell_waits
 from bfm.sweep.requests import Request, put_request
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import CANCEL, ENQUEUE
 from bfm.training.journal import Journal
 from bfm.training.records import StepRecord
@@ -45,7 +46,7 @@ RECORD = StepRecord(
 def driver(tmp_path):
     store = Store(tmp_path)
     ledger = Ledger(store, Lease.acquire(store, heartbeat_s=None))
-    driver = SweepDriver.start(make_spec(scaling={"slots": 3}), ledger, PlantedCosts())
+    driver = SweepDriver.start(FeasibleSet(make_spec(scaling={"slots": 3}), PlantedCosts()), ledger)
     yield driver
     driver.close()
 

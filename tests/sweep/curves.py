@@ -9,7 +9,6 @@ from typing import Any
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.metric import Selection
-from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.sweep.simulator.table import Curve, TableArena
 from tests.sweep.serial import run_serial
@@ -54,7 +53,7 @@ def begin(
 ) -> SweepDriver:
     """A driver without files over curves."""
     arena = TableArena(curves, spec.budget.ladder_flops, cooldown)
-    return SweepDriver(spec, MemoryLedger(records), make_policy(spec, arena), arena, **more)
+    return SweepDriver(spec, MemoryLedger(records), arena, **more)
 
 
 def sweep(

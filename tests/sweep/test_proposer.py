@@ -27,7 +27,7 @@ FOUR_AXES = {
 
 
 def proposer(spec):
-    return Proposer(spec, FeasibleSet(spec, PlantedCosts()))
+    return Proposer(FeasibleSet(spec, PlantedCosts()))
 
 
 def first(spec, state, number):
