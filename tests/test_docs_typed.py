@@ -42,9 +42,13 @@ SMALL_STUDY: dict[str, dict[str, Any]] = {
         "budget": {"ladder_flops": [4e8, 8e8], "total_flops": 4e10, "events_per_param": [0.1, 1e5]},
     },
     "critical_batch_small": {
-        "parameters": {"params": {"values": [1000, 2000]}, "groups_per_step": {"values": [1, 2, 4, 8, 16]}},
-        "budget": {"ladder_flops": [1e9], "total_flops": 5e10, "events_per_param": [0.1, 1e5]},
-        "probes": {"count": 12, "from": 1e8, "to": 8e8},
+        "parameters": {
+            "params": {"values": [500, 1000]},
+            "groups_per_step": {"values": [1, 2, 4, 8, 16]},
+            "group_windows": {"value": 2},
+        },
+        "budget": {"ladder_flops": [1.8e9], "total_flops": 5e10, "events_per_param": [0.1, 1e5]},
+        "probes": {"count": 8, "from": 2e8, "to": 1.4e9},
     },
 }
 """What the two spaces of docs/laws.md are replaced by, key by key."""
@@ -85,7 +89,7 @@ def small_study(folder: Path) -> None:
         space = yaml.safe_load((ROOT / "search_spaces" / f"{name}.yaml").read_text())
         for key, values in smaller.items():
             space[key] = space[key] | values
-        space["parameters"] |= {"window": {"value": 16}, "d_item": {"value": 16}}
+        space["parameters"] |= {"window": {"value": 16}, "d_item": {"value": 16}, "embedder_share": {"value": 0.3}}
         space["data"]["evaluation_queries"] = 300
         (folder / "search_spaces" / f"{name}.yaml").write_text(yaml.safe_dump(space))
     rng, sizes = np.random.default_rng(0), 10
