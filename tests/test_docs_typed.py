@@ -113,7 +113,7 @@ def known_curves(folder: Path) -> None:
         for flops in (1e19, 4e19, 1.6e20)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "runs.parquet")
-    (folder / "mine.yaml").write_text("params: 1.5e3\n")
+    (folder / "mine.yaml").write_text("params: 1.5e3\nembedder_share: 0.15\n")
 
 
 @pytest.fixture(scope="module")
