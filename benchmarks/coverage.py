@@ -154,7 +154,7 @@ def sweep_rows(case: Case, seed: int) -> list[dict[str, Any]]:
         return simulated_row(task, rows[-1]["params"], {"nll": rows[-1]["loss"]}, f"{task.trial}-{task.rung}")
 
     fleet = Fleet(((0.0, 8),))
-    simulate(spec, SpaceArena(spec, feasible), execute, fleet, np.random.default_rng(seed))
+    simulate(spec, SpaceArena(feasible), execute, fleet, np.random.default_rng(seed))
     return rows
 
 

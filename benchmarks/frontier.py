@@ -28,7 +28,6 @@ from bfm.files import Store
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger, read_state
-from bfm.sweep.policies import make_policy
 from bfm.sweep.proposer import POOL_SIZE, Proposer
 from bfm.sweep.simulator.contest import Contest, Entry, Standing, contest_spec, enter
 from bfm.sweep.simulator.fleet import Fleet, parse_schedule
@@ -221,7 +220,7 @@ def _growth(count: int, new: int, decisions: int) -> str:
     world = plant(PLANTED_LAWS[0], count + new, rungs, seed=3)
     arena = TableArena(world.curves, rungs)
     spec = contest_spec(Contest(world.curves, rungs, 1.0), "frontier", int(arena.full_flops(rungs[-1])), 0)
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena)
+    driver = SweepDriver(spec, MemoryLedger(), arena)
     depths = np.random.default_rng(0).geometric(1 - 1 / RATIO, count).clip(1, len(rungs))
     _fill(driver, arena, depths.tolist())
     rows, times_ms = len(driver.state.arrivals), []
@@ -280,7 +279,7 @@ def _replay(rows: int) -> str:
         ledger = Ledger(store, lease)
         batch = _Batched(ledger)
         spec = contest_spec(contest, "grid", 2 * int(arena.full_flops(rungs[-1])), 0)
-        driver = SweepDriver(spec, batch, make_policy(spec, arena), arena)
+        driver = SweepDriver(spec, batch, arena)
         _fill(driver, arena, [len(rungs)] * len(world.curves))
         batch.flush()
         lease.release()

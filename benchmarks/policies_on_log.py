@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import multiprocessing
+import sys
 import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -20,12 +24,14 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
+from tests.sweep.serial import run_serial
 
 POLICIES = ("frontier", "asha-promote", "isoflop-window")
 
@@ -63,7 +69,7 @@ def run(job: tuple[str, int, argparse.Namespace]) -> dict[str, float]:
     begun_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         store, factory = Store(folder), EngineFactory(torch.device("cpu"))
-        driver = SweepDriver.start(spec, MemoryLedger(), costs)
+        driver = SweepDriver.start(FeasibleSet(spec, costs), MemoryLedger())
         run_serial(driver, lambda task: run_rung(RungTask.from_task(task.as_dict()), shards, factory, store))
     state, found = driver.state, {}
     for rung, flops in enumerate(spec.budget.ladder_flops):

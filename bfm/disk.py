@@ -17,9 +17,36 @@ from typing import BinaryIO
 
 from bfm.errors import UserError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM_WORDS = os.strerror(errno.ENOSPC)
+_NEARLY_FULL_BYTES = 1 << 20
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_EXCLUSIVE_RENAME = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a full disk (also from another process, where only the text is left)."""
+    return any(getattr(seen, "errno", None) in _NO_ROOM or _NO_ROOM_WORDS in str(seen) for seen in _causes(error))
+
+
+def full_words(error: BaseException, folder: str) -> str | None:
+    """What to free, in a line, where an error is that the disk of a folder is full; None where it is another error, or
+    another disk's."""
+    if not is_full(error):
+        return None
+    is_named = any(folder in str(seen) for seen in _causes(error))
+    if not is_named and (not os.path.isdir(folder) or shutil.disk_usage(folder).free > _NEARLY_FULL_BYTES):
+        return None
+    told = next((seen.strerror for seen in _causes(error) if isinstance(seen, OSError) and seen.strerror), None)
+    return f"{folder}: {told or _NO_ROOM_WORDS}; free some of that disk"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 @contextmanager
@@ -37,6 +64,11 @@ def _written_beside(path: Path, data: bytes | Path) -> Iterator[Path]:
             handle.flush()
             os.fsync(handle.fileno())
         yield temporary
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        # What writes to an open file does not say to which.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

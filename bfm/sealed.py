@@ -6,7 +6,6 @@ beside it, and its own, which is the folder's identity. Shard sets, checkpoints 
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bfm.disk import is_full
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store, canonical_json, readable_json, sha256_bytes, sha256_file
 
@@ -119,7 +119,7 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         yield folder
     except Exception as error:
-        if _disk_is_full(error):
+        if is_full(error):
             what = "no space left on the disk; free some or choose another folder; nothing half-made was left behind"
             raise PausedError(f"{out}: {what}") from error
         raise
@@ -132,13 +132,3 @@ def publish(folder: Path, out: Path) -> None:
     if out.exists():
         out.rename(folder.parent / "replaced")
     folder.rename(out)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is a full disk (also from another process, where only the text is left)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

@@ -11,12 +11,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from bfm.errors import PausedError
 from bfm.sweep.driver import SweepDriver
+from bfm.sweep.live import Waits
 from bfm.sweep.requests import Request, request_words
-from bfm.sweep.state import CANCEL, NODE, STOP, WORKER
+from bfm.sweep.state import CANCEL, NODE, STOP, STORAGE, WORKER
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs import trial
@@ -30,6 +32,8 @@ LOOK_S = 10.0
 """How often running tasks are looked after."""
 ROOM_S = 60.0
 """A task waits so long for its room; then smaller ones, with as long to go, yield theirs."""
+STARTS_S = 60.0
+"""A process that starts takes no longer, where there is room for it."""
 YIELD_LIMIT_S = 45.0
 """A sweep that ends waits so long for the checkpoints of its running tasks."""
 DIED = "its worker process died (killed, out of memory, or its node is gone)"
@@ -55,6 +59,8 @@ class Live:
     task: Task
     nodes: frozenset[str]
     """Ids of those that were live when it was given out."""
+    taken_at_s: float = 0.0
+    """By the wall clock."""
     started_at_s: float | None = None
     settled_at_s: float | None = None
     ending: bool = False
@@ -77,7 +83,8 @@ class Live:
 
 
 class Desk:
-    """See the module. `live` are all trials that hold something; `inbox` holds requests that nobody has answered.
+    """See the module. `live` are all trials that hold something; `inbox` holds requests that nobody has answered;
+    `tell_waits` takes what has no room, whenever that has changed.
 
     `failure` holds the first exception that the driver raised: the run ends, and its caller must raise it. A signal
     and a PausedError end it too, once the running tasks have left their checkpoints.
@@ -93,6 +100,7 @@ class Desk:
         running: Attempts,
         signals: Signals,
         inbox: Callable[[], list[Request]] = list,
+        tell_waits: Callable[[Sequence[Waits]], None] = lambda waits: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.driver, self.slots, self.clock = driver, slots, clock
@@ -100,7 +108,9 @@ class Desk:
         self.finished = False
         self.waiting: Task | None = None
         """What does not fit beside what runs."""
-        self._waiting_since_s = clock()
+        self._waiting_since_s, self._waiting_at_s = clock(), 0.0
+        """By the clock that only goes on, and by the wall clock."""
+        self._tell_waits, self._waits = tell_waits, list[Waits]()
         self.quarantine = Quarantine()
         self._on_event, self._signals, self._inbox = on_event, signals, inbox
         self._room, self._running = room, running
@@ -151,8 +161,9 @@ class Desk:
         assert task is not None, "nothing was at hand"
         self._on_event(SweepEvent("assigned", task=task))
         avoid = ",".join(sorted(self.quarantine.nodes))
-        config = {"task": json.dumps(task.as_dict()), "assigned_at_s": time.time(), "avoid": avoid}
-        return Live(task, frozenset(self._room.nodes())), config
+        now_s = time.time()
+        config = {"task": json.dumps(task.as_dict()), "assigned_at_s": now_s, "avoid": avoid}
+        return Live(task, frozenset(self._room.nodes()), now_s), config
 
     def settle(self, live: Live, result: Mapping[str, Any]) -> None:
         """Commit what a trial has brought, once."""
@@ -161,6 +172,9 @@ class Desk:
         node = result.get(trial.NODE)
         if trial.LOST in result:
             self._lose(live, result[trial.LOST], node, retry=result["retry"])
+        elif trial.PAUSED in result:
+            self._paused = self._paused or PausedError(result[trial.PAUSED])
+            self._lose(live, result[trial.PAUSED], node, fault=STORAGE)
         elif trial.FATAL in result:
             if node is not None and self.quarantine.fatal(node, result["message"], self._usable()):
                 self._lose(live, result["message"], node, fault=NODE)
@@ -202,7 +216,7 @@ class Desk:
         if self._ends_at_s is None:
             self._ends_at_s = self.clock() + YIELD_LIMIT_S
             for task in running:
-                self._running.ask_to_yield(task)
+                self._guard(partial(self._running.ask_to_yield, task))
         if not running or self.clock() > self._ends_at_s:
             if self._signals.received is not None:
                 raise Interrupted(self._signals.received, self._signals.sender)
@@ -229,12 +243,30 @@ class Desk:
                 self._lose(one, HUNG, None)
         for request in self._inbox():
             self._take(request, live)
+        self._tell(live)
         if self.in_hand or self.finished or self.failure is not None:
             return
         if self.waiting is None and self._growing is None:
             self._room.ask(*self._grow(live))
         elif self.waiting is not None and self.clock() - self._waiting_since_s > ROOM_S:
             self._make_room(self.waiting, live)
+
+    def _tell(self, live: Sequence[Live]) -> None:
+        """Say to those who watch from elsewhere what has no room, where that is not what they know already."""
+        nodes, waits = self._nodes(), []
+        there = f"nodes: {len(nodes)}, with {_amounts(_sum(nodes))}"
+        if self.waiting is not None:
+            why = f"for {_amounts(total_of(self.waiting.scaling))} beside what runs; {there}"
+            waits.append(Waits(f"the next task, of rung {self.waiting.rung}", why, self._waiting_at_s))
+        for one in live:
+            if one.started_at_s is None and time.time() - one.taken_at_s > STARTS_S:
+                why = (
+                    f"for a process with {_amounts(total_of(one.task.scaling))} to start; {there}, others may hold them"
+                )
+                waits.append(Waits(one.task.task_id, why, one.taken_at_s))
+        if waits != self._waits:
+            self._waits = waits
+            self._tell_waits(waits)
 
     def _take(self, request: Request, live: Sequence[Live]) -> None:
         """Answer a request, and do what it asks of running tasks."""
@@ -307,9 +339,8 @@ class Desk:
             # It may be one of many: as many like it as are running.
             self._room.ask(running, [task] * max(1, min(len(running), self.slots - len(running))))
             if self.waiting is None:
-                self._waiting_since_s = self.clock()
-                needs = ", ".join(f"{amount:g} {name}s" for name, amount in total_of(task.scaling).items() if amount)
-                self._on_event(SweepEvent("waiting", task=task, reason=f"for {needs}"))
+                self._waiting_since_s, self._waiting_at_s = self.clock(), time.time()
+                self._on_event(SweepEvent("waiting", task=task, reason=f"for {_amounts(total_of(task.scaling))}"))
         self.waiting = task
 
     def _nodes(self) -> list[Resources]:
@@ -352,6 +383,14 @@ def _holdings(live: Iterable[Live]) -> list[Holding]:
 
 def _unsettled(live: Iterable[Live]) -> list[Task]:
     return [one.task for one in live if one.settled_at_s is None]
+
+
+def _sum(nodes: Sequence[Resources]) -> Resources:
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("GPU", "CPU")}
+
+
+def _amounts(resources: Resources) -> str:
+    return ", ".join(f"{amount:g} {name}s" for name, amount in resources.items() if amount) or "no CPUs"
 
 
 def _size(task: Task) -> tuple[float, ...]:

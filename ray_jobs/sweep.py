@@ -33,6 +33,7 @@ from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun
+from bfm.sweep.live import tell_waits
 from bfm.sweep.machine import Machine
 from bfm.sweep.on_log import OpenedSpace, open_space
 from bfm.sweep.plan import check_held
@@ -49,7 +50,7 @@ from ray_jobs.desk import Desk, SweepEvent
 from ray_jobs.pulse import Pulses
 from ray_jobs.room import ClusterRoom, check_fits
 from ray_jobs.signals import Interrupted, signals_raise
-from ray_jobs.trial import Executor, Workplace
+from ray_jobs.trial import Executor, Workplace, pauses_where_full
 from ray_jobs.tuning import quiet_session, run_tasks
 
 RESUME = ("auto", "never", "must")
@@ -112,7 +113,8 @@ def run_sweep(
             ledger, a logger is not installed, or `resume` or `extend` disagree with what stands. Nothing is running
             then.
         CorruptError: shards, checkpoint or ledger are damaged.
-        PausedError: tasks are lost to a fault that is nobody's configuration; the sweep can be resumed.
+        PausedError: tasks are lost to a fault that is nobody's configuration, or the storage's disk is full; the sweep
+            can be resumed.
         Interrupted: SIGINT or SIGTERM; the sweep can be resumed.
     """
     store = _sweep_store(storage, spec.name, resume, extend)
@@ -125,7 +127,7 @@ def run_sweep(
         check_held(opened.feasible, machine)
     # A table that is refused begins no sweep.
     table = None if runs is None else read_runs(runs, opened.spec, opened.feasible, opened.protocol.hash)
-    with signals_raise(), _driver(opened, store, extend) as driver:
+    with signals_raise(), pauses_where_full(store.uri), _driver(opened, store, extend) as driver:
         store.put("sweep.yaml", yaml.safe_dump(opened.spec.as_dict(), sort_keys=False).encode())
         tell = progress or (lambda event, driver: None)
         tell(SweepEvent("opened"), driver)
@@ -136,7 +138,8 @@ def run_sweep(
             tell(SweepEvent("asked", reason=request_words(driver.take(request))), driver)
         try:
             if driver.state.finished is None:
-                _train(opened, store, driver, joins, progress, execute, logs)
+                with pauses_where_full(store.uri):
+                    _train(opened, store, driver, joins, progress, execute, logs)
         except (Interrupted, PausedError) as end:
             why = f"stopped by {end}; the same command goes on" if isinstance(end, Interrupted) else "paused"
             print(_outcome(driver, store, why).line(), file=sys.stderr)
@@ -166,7 +169,7 @@ def _driver(opened: OpenedSpace, store: Store, extend: bool) -> Iterator[SweepDr
     lease = Lease.acquire(store)
     try:
         ledger, tidy = Ledger(store, lease), partial(settle, store=store)
-        yield SweepDriver.start(opened.spec, ledger, opened.costs, settle=tidy, extend=extend, log=log)
+        yield SweepDriver.start(opened.feasible, ledger, settle=tidy, extend=extend, log=log)
     finally:
         lease.release()
 
@@ -198,7 +201,14 @@ def _train(
             return new_requests(store, driver.state.requests)
 
         desk = Desk(
-            driver, spec.scaling.slots, on_event=on_event, room=room, running=running, signals=signals, inbox=inbox
+            driver,
+            spec.scaling.slots,
+            on_event=on_event,
+            room=room,
+            running=running,
+            signals=signals,
+            inbox=inbox,
+            tell_waits=partial(tell_waits, store, driver.epoch),
         )
         place = Workplace(
             absolute(spec.data.shards),

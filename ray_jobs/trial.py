@@ -13,15 +13,16 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.tune import PlacementGroupFactory, Trainable
 
-from bfm.errors import CorruptError, InfeasibleError, UserError
+from bfm.disk import full_words
+from bfm.errors import CorruptError, InfeasibleError, PausedError, UserError
 from bfm.files import Store
 from bfm.sweep.machine import COORDINATOR_CPUS
 from bfm.training.journal import YieldError
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 # (task, wall-clock time of its assignment in seconds) -> ledger row
 Executor = Callable[[dict[str, Any], float], dict[str, Any]]
-ROW, LOST, YIELDED, FATAL = "row", "lost", "yielded", "fatal"
-OUTCOMES = {ROW, LOST, YIELDED, FATAL}
+ROW, LOST, YIELDED, FATAL, PAUSED = "row", "lost", "yielded", "fatal", "paused"
+OUTCOMES = {ROW, LOST, YIELDED, FATAL, PAUSED}
 NODE = "node"
 """Beside the outcome: the id of the node that it comes from."""
 LEAVES = "leaves"
@@ -94,8 +95,8 @@ class RungTrial(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """{"row": JSON}, {"yielded": JSON}, {"lost": reason} or {"fatal": kind} once, with this node's id; afterwards
-        standby: empty."""
+        """{"row": JSON}, {"yielded": JSON}, {"lost": reason}, {"fatal": kind} or {"paused": reason} once, with this
+        node's id; afterwards standby: empty."""
         if self._delivered:
             time.sleep(STANDBY_S)
             if notice().given:
@@ -112,6 +113,8 @@ class RungTrial(Trainable):
             return {ROW: json.dumps(self._execute(self._task, self._assigned_at_s))}
         except YieldError as end:
             return {YIELDED: json.dumps(asdict(end.account)), LEAVES: notice().given}
+        except PausedError as end:
+            return {PAUSED: str(end)}
         except Exception as error:
             # The actor is sound and stays; the sweep's driver decides what becomes of the task.
             traceback.print_exc()
@@ -160,8 +163,15 @@ class Workplace:
     """Whether TensorBoard is told anything."""
 
     def __call__(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
-        """Train and evaluate the task; its row. Raises UserError where this node does not see the sweep's storage."""
+        """Train and evaluate the task; its row.
+
+        Raises UserError where this node does not see the sweep's storage, PausedError where that is full.
+        """
         check_mounted(self.storage)
+        with pauses_where_full(self.storage):
+            return self._train(task, assigned_at_s)
+
+    def _train(self, task: dict[str, Any], assigned_at_s: float) -> dict[str, Any]:
         if task["scaling"]["workers"] == 1:
             return self._train_alone(task, assigned_at_s)
         from ray_jobs.train import STAYS_S, train_on_workers
@@ -224,6 +234,19 @@ class Workplace:
             )
             writer.row(row)
         return row
+
+
+@contextmanager
+def pauses_where_full(storage: str) -> Iterator[None]:
+    """Raises PausedError, with a line that says what to free, for what fails because the sweep's disk is full."""
+    try:
+        yield
+    except Exception as error:
+        words = None if isinstance(error, PausedError) else full_words(error, storage)
+        if words is None:
+            raise
+        fewer = "or have fewer trunks kept (--extend --set storage.checkpoints_gib=N)"
+        raise PausedError(f"paused: {words}, {fewer}, and the same command goes on") from error
 
 
 def train_here(

@@ -11,10 +11,11 @@ import yaml
 from bfm.events.protocol import Protocol
 from bfm.files import Store
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.settings import SweepSpec
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineFactory
@@ -22,6 +23,7 @@ from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.helpers import make_shards
 from tests.sweep.recipe.planted_sizes import row
+from tests.sweep.serial import run_serial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Sweep:
 
     def run(self, folder, execute):
         store = Store(folder / "tiny")
-        driver = SweepDriver.start(self.spec, Ledger(store, Lease.acquire(store)), self.costs)
+        driver = SweepDriver.start(FeasibleSet(self.spec, self.costs), Ledger(store, Lease.acquire(store)))
         run_serial(driver, lambda task: execute(task, store))
         driver.close()
         return folder / "tiny"

@@ -39,7 +39,7 @@ def place(tmp_path, opened):
 
 def drive(opened, place):
     store = Store(place)
-    return SweepDriver.start(opened.spec, Ledger(store, Lease.acquire(store, heartbeat_s=None)), opened.costs)
+    return SweepDriver.start(opened.feasible, Ledger(store, Lease.acquire(store, heartbeat_s=None)))
 
 
 def take(driver, store):

@@ -16,6 +16,7 @@ from bfm.files import Store
 from bfm.sweep.costs import Costs
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import read_state
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.sweep.task import Finished
 from bfm.training.engine import EngineFactory
@@ -86,7 +87,7 @@ def test_a_sweep_lives_in_a_bucket(toy_shards, s3, s3_server, tmp_path, cache, b
 
     def drive(rows: int) -> SweepDriver:
         """A driver that dies after so many rows."""
-        driver = SweepDriver.start(spec, mortal_ledger(store), costs)
+        driver = SweepDriver.start(FeasibleSet(spec, costs), mortal_ledger(store))
         curves = SweepWriter(f"{store.uri}/tensorboard/_sweep", {})
         for _ in range(rows):
             task = driver.next_task()

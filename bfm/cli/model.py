@@ -62,6 +62,7 @@ def train(
     from bfm.files import Store
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
+    from bfm.sweep.costs import Costs
     from bfm.sweep.machine import check_config
     from bfm.sweep.tiers import tier_of_options
     from bfm.training.config import TrainConfig, log_defaults
@@ -73,14 +74,15 @@ def train(
         fix = "give --flops 1e12, or, of one worker, --minutes 5"
         raise UserError("how long to train is told by one of two options", key="--flops", fix=fix)
     opened, values = Shards.open(shards), load_yaml(config)
-    decided = log_defaults(values, Protocol.load(opened).filter_seen, opened.history_length)
+    protocol = Protocol.load(opened)
+    decided = log_defaults(values, protocol.filter_seen, opened.history_length)
     checked = TrainConfig.from_dict({**decided, **values}, file=str(config))
     tier = tier_of_options(workers, zero_stage, gpus, micro_groups, softmax)
     peak = matmul_peak("cuda" if gpus and torch.cuda.is_available() else "cpu")
     if flops is None:
         flops = _flops_in(60 * (minutes or 0.0), checked, opened)
     if workers == 1 or not os.environ.get("RAY_ADDRESS"):
-        check_config(checked, opened, tier, flops, peak)
+        check_config(checked, Costs.on(opened, protocol, None), tier, flops, peak)
     Store(out).check_writable()
     writer = TrialWriter(f"{out}/tensorboard/{TRIAL}", checked.as_dict(), HPARAMS_METRICS)
     with Display("train") as display:

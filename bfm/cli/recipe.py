@@ -27,10 +27,12 @@ def recipe(
 
     Writes report/recipe.json into the sweep's or study's folder. The configuration is one that `bfm train` takes.
     """
+    from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
+    from bfm.sweep.costs import Costs
     from bfm.sweep.machine import check_config
     from bfm.sweep.recipe.check import check_recipe
     from bfm.sweep.tiers import Tier
@@ -44,7 +46,9 @@ def recipe(
     if check:
         device = EngineFactory().device.type
         peak, tier = matmul_peak(device), Tier(gpus=float(device == "cuda"))
-        check_config(TrainConfig.from_dict(made.config), Shards.open(place), tier, flops, peak)
+        opened = Shards.open(place)
+        costs = Costs.on(opened, Protocol.load(opened), None)
+        check_config(TrainConfig.from_dict(made.config), costs, tier, flops, peak)
         with Display("check") as display:
 
             def observe(record: Record) -> None:

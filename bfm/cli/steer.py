@@ -43,8 +43,7 @@ def cancel(
     from bfm.sweep.study import read_alone
 
     sweep = read_alone(sweep_dir)
-    if trial not in sweep.state.queue:
-        check_cancel(sweep.state, trial)
+    check_cancel(sweep.state, trial)
     _ask(sweep, CANCEL, {"trial": trial}, as_json)
 
 

@@ -101,7 +101,9 @@ def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks
         parts = " + ".join(f"{count:,} {what}" for what, count in lines.items() if count)
         told.append(f"lines: {sum(lines.values()):,} = {parts}")
         if literal:
-            told.append(f"repaired: quotes that nobody closes were taken as text in {literal:,} lines")
+            told.append(
+                f"repaired: quotes that nobody closes were taken as text in {literal:,} line{'s' * (literal > 1)}"
+            )
     for name, counts in checks.get("files", {}).items():
         told.append(f"file {name}: {counts_text(counts)}")
     if repaired := checks.get("repairs"):

@@ -1,1 +1,1 @@
-"""Figures, the report page and TensorBoard."""
+"""Figures and the report page."""

@@ -3,7 +3,7 @@
 Enters: `next_task` for a free slot, `report` of rows, `lost` of dead tasks. Leaves: tasks, and ledger records; nothing
 is true before it stands in the ledger. A driver that resumes charges the tasks it finds open with what they may have
 trained, and starts them again first, from their in-rung checkpoints; with one worker its decisions then equal those of
-the unbroken run. No Ray here: `run_serial` is a whole executor.
+the unbroken run. No Ray here: whoever asks for tasks, trains them and reports is an executor.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import count, takewhile
 
-from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.sweep.arena import Arena, Proposal
 from bfm.sweep.breaker import Breaker
 from bfm.sweep.changes import check_changes, check_rows, past_parameters
-from bfm.sweep.costs import CostModel
 from bfm.sweep.imports import RunTable, import_record
 from bfm.sweep.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.policies import make_policy
-from bfm.sweep.policy import Policy, Start, Stop
+from bfm.sweep.policy import Start, Stop
 from bfm.sweep.quota import evictions
 from bfm.sweep.requests import Request, answer, next_asked
 from bfm.sweep.rows import Row, checked_row, without_nan
@@ -52,14 +50,13 @@ class SweepDriver:
         self,
         spec: SweepSpec,
         ledger: Ledger | MemoryLedger,
-        policy: Policy,
         arena: Arena,
         *,
         settle: Settle = charge_all,
         extend: bool = False,
         log: Mapping[str, str] | None = None,
     ) -> None:
-        self.spec, self.policy, self.arena = spec, policy, arena
+        self.spec, self.arena, self.policy = spec, arena, make_policy(spec, arena)
         with collector_paused():
             self.state = SweepState.fold(ledger.replay.records)
         self._ledger = ledger
@@ -70,18 +67,17 @@ class SweepDriver:
     @classmethod
     def start(
         cls,
-        spec: SweepSpec,
+        feasible: FeasibleSet,
         ledger: Ledger | MemoryLedger,
-        costs: CostModel,
         *,
         settle: Settle = charge_all,
         extend: bool = False,
         log: Mapping[str, str] | None = None,
     ) -> SweepDriver:
-        """With the policy and proposals that the spec names.
+        """Of a space on its log.
 
         Args:
-            spec, ledger, costs: what is swept, where it is written down, what it costs.
+            feasible, ledger: what is swept, and where it is written down.
             settle: tells what a lost task may have trained.
             extend: more of the spec may differ from the ledger's (see bfm.sweep.changes).
             log: shards_hash and protocol_hash of what tasks are trained and scored on; rows of a ledger that name
@@ -92,8 +88,13 @@ class SweepDriver:
             UserError: a change would spoil the rows at hand.
         """
         past = past_parameters(ledger.replay.records)
-        arena = SpaceArena(spec, FeasibleSet(spec, costs), past)
-        return cls(spec, ledger, make_policy(spec, arena), arena, settle=settle, extend=extend, log=log)
+        arena = SpaceArena(feasible, past)
+        return cls(feasible.spec, ledger, arena, settle=settle, extend=extend, log=log)
+
+    @property
+    def epoch(self) -> int:
+        """Of the lease that it writes under."""
+        return self._ledger.epoch
 
     @property
     def available_flops(self) -> int:
@@ -151,7 +152,8 @@ class SweepDriver:
         """A task ended without a row: what it may have trained is charged. False for a task that is already closed.
 
         `retry` False: it would end so again (an infeasible configuration, say), so it is given up at once.
-        `fault` NODE: its machine spoils whatever it is given: not the task's fault, and no reason to pause.
+        `fault` NODE: its machine spoils whatever it is given: not the task's fault, and no reason to pause; STORAGE:
+        the sweep's disk is full, for which whoever asks pauses by himself.
         Raises PausedError, once all is written, where the losses are nobody's configuration (bfm.sweep.breaker).
         """
         if not self._is_open(task_id):
@@ -199,7 +201,7 @@ class SweepDriver:
 
         A cancelled trial that runs goes on until its executor ends it (`yielded`); it is then not started again.
         """
-        record = answer(request, self.state, self.arena, self.spec.budget.total_flops, self._ledger.epoch)
+        record = answer(request, self.state, self.arena, self.spec.budget.total_flops, self.epoch)
         self._write(record)
         return record
 
@@ -208,7 +210,7 @@ class SweepDriver:
         self._ledger.close()
 
     def _open(self, extend: bool, log: Mapping[str, str]) -> None:
-        records: list[Record] = [{"kind": "opened", "epoch": self._ledger.epoch}]
+        records: list[Record] = [{"kind": "opened", "epoch": self.epoch}]
         check_rows((row for trial in self.state.trials.values() for row in trial.rows.values()), log)
         changed = check_changes(self.state.spec, self.spec, extend=extend)
         if self.state.spec is None or changed:
@@ -397,26 +399,3 @@ class SweepDriver:
 
 def _task_id(trial: str, rung: int, tries: int) -> str:
     return f"{trial}-r{rung}-a{tries}"
-
-
-def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:
-    """Run a sweep to its end in this process, one task at a time; returns why it ended.
-
-    `execute` trains a task. What it raises as a fault of its own (not of the configuration, not of the input) loses
-    the task, which is then tried again.
-    """
-    while True:
-        task = driver.next_task()
-        if isinstance(task, Finished):
-            return task.reason
-        assert isinstance(task, Task), "one task at a time leaves nothing to wait for"
-        try:
-            row = execute(task)
-        except InfeasibleError as error:
-            driver.lost(task.task_id, str(error), retry=False)
-        except (UserError, CorruptError):
-            raise
-        except Exception as error:
-            driver.lost(task.task_id, f"{type(error).__name__}: {error}")
-        else:
-            driver.report(task.task_id, row)

@@ -1,13 +1,18 @@
 """A sweep as it runs, from its storage alone: who drives it, what is trained and how far it is, what waits and why.
 
 Enters: a sweep's store and its ledger's state. Leaves: JSON-able figures. How far a task is stands in its account,
-which is written every ten seconds or so (bfm.training.journal); times are of the clocks of those who wrote.
+which is written every ten seconds or so (bfm.training.journal), and what its driver has no room for in an object of
+that one's (`tell_waits`): the ledger holds what was decided, and waiting is no decision. Times are of the clocks of
+those who wrote.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bfm.files import Store
@@ -18,6 +23,29 @@ from bfm.sweep.status import spec_of
 from bfm.sweep.task import Task
 from bfm.sweep.winner import winner
 from bfm.training.journal import read_live
+from bfm.units import format_seconds
+
+WAITS = "waits.json"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Something that a driver could do if there were room for it."""
+
+    what: str
+    why: str
+    since_s: float
+    """Seconds since the epoch."""
+
+
+def tell_waits(store: Store, epoch: int, waits: Sequence[Waits]) -> None:
+    """Replace what the driver of an epoch has told; where the storage refuses, that stays."""
+    try:
+        data = json.dumps({"epoch": epoch, "waits": [asdict(one) for one in waits]}).encode()
+        store.with_patience(0).put(WAITS, data)
+    except OSError as error:
+        _log.warning("%s/%s could not be written: %s", store.uri, WAITS, error)
 
 
 def live_figures(store: Store, state: SweepState, clock: Callable[[], float] = time.time) -> dict[str, Any]:
@@ -26,12 +54,12 @@ def live_figures(store: Store, state: SweepState, clock: Callable[[], float] = t
     Raises ValueError for a ledger without a spec.
     """
     spec = spec_of(state)
-    best = winner(state, spec)
+    best, driver, now_s = winner(state, spec), driver_of(store, clock), clock()
     model = best and state.trials[best["trial"]].rows[best["rung"]].get("model")
     return {
-        "driver": driver_of(store, clock),
-        "running": [_running(store, state, place, clock()) for place in state.open_tasks.values()],
-        "waiting": _waiting(store, state),
+        "driver": driver,
+        "running": [_running(store, state, place, now_s) for place in state.open_tasks.values()],
+        "waiting": [*_for_room(store, driver, now_s), *_waiting(store, state)],
         "settings": {parameter.name: parameter.as_dict() for parameter in spec.free_parameters},
         "best_checkpoint": f"{store.uri}/{model}" if model else None,
     }
@@ -55,7 +83,21 @@ def _running(store: Store, state: SweepState, place: tuple[str, int], now_s: flo
     }
 
 
-def _waiting(store: Store, state: SweepState) -> list[dict[str, str]]:
+def _for_room(store: Store, driver: dict[str, Any] | None, now_s: float) -> list[dict[str, Any]]:
+    """What the driver has told that it waits for; of an earlier one nobody waits any more."""
+    told = json.loads(store.get(WAITS)) if driver is not None and store.exists(WAITS) else None
+    if driver is None or told is None or told["epoch"] != driver["epoch"]:
+        return []
+    return [_waited(Waits(**one), now_s) for one in told["waits"]]
+
+
+def _waited(waits: Waits, now_s: float) -> dict[str, Any]:
+    waited_s = max(0.0, now_s - waits.since_s)
+    why = f"{waits.why}; waits for {format_seconds(waited_s)}"
+    return {"what": waits.what, "why": why, "waited_s": waited_s}
+
+
+def _waiting(store: Store, state: SweepState) -> list[dict[str, Any]]:
     """What is owed, what was asked for, what nobody has answered yet."""
     reasons = {(record["trial"], record["rung"]): record["reason"] for record in state.losses}
     waiting = []

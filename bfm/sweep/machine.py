@@ -13,9 +13,7 @@ import psutil
 import torch
 
 from bfm.errors import UserError
-from bfm.events.protocol import Protocol
-from bfm.events.shards import Shards
-from bfm.sweep.costs import Costs
+from bfm.sweep.costs import CostModel
 from bfm.sweep.tiers import Tier
 from bfm.training.config import TrainConfig
 from bfm.units import GIB, format_flops, format_seconds
@@ -99,9 +97,9 @@ def check_run(tier: Tier, needed_bytes: int, flops: float, peak_flops_per_s: flo
         raise UserError(what, key="--flops", fix=f"{format_flops(peak_flops_per_s)} FLOP/s is a worker's peak")
 
 
-def check_config(config: TrainConfig, shards: Shards, tier: Tier, flops: float, peak_flops_per_s: float) -> None:
+def check_config(config: TrainConfig, costs: CostModel, tier: Tier, flops: float, peak_flops_per_s: float) -> None:
     """The same of a configuration on a log. Raises InfeasibleError, too, where it cannot be built."""
-    cost = Costs.on(shards, Protocol.load(shards), None).of(config)
+    cost = costs.of(config)
     check_run(tier, cost.memory_bytes(tier, tier.micro_groups, config.averaging), flops, peak_flops_per_s)
 
 

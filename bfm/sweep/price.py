@@ -76,11 +76,7 @@ def price_of(gpu: str | None, throughput: float | None, per_hour: float | None) 
     """What a user's options say; None where they name no price and no speed. Raises UserError."""
     if gpu and throughput:
         raise UserError("two speeds: a GPU's and your own", key="--throughput", fix="leave --gpu out")
-    if per_hour is not None and per_hour < 0:
-        raise UserError(f"{per_hour:g} an hour", key="--price-per-hour", fix="0 or more")
     if throughput is not None:
-        if throughput <= 0:
-            raise UserError(f"{throughput:g} FLOP/s", key="--throughput", fix="above 0, e.g. 3e13")
         return Price(throughput, per_hour, f"{format_flops(throughput)} FLOP/s of a worker, as given")
     if gpu is None:
         if per_hour is not None:

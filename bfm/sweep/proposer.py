@@ -25,9 +25,8 @@ from optuna.distributions import (
 
 from bfm.sweep.arena import OPTUNA, Proposal
 from bfm.sweep.parameters import ConfigKey, Parameter, config_key
-from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import Feasible, FeasibleSet, Rejection
-from bfm.sweep.state import Record, SweepState, Trial, metric_value
+from bfm.sweep.state import Record, SweepState, Trial, comparable_value
 from bfm.sweep.tpe import coordinates, draws
 
 STARTUP_ROWS = 10
@@ -45,8 +44,8 @@ class Proposer:
     """So many of a pool's points are TPE's. They take away three fifths of the regret, 16 of them a quarter of what 2
     leave; without random points beside them it is half as high again (benchmarks/candidates.py)."""
 
-    def __init__(self, spec: SweepSpec, feasible: FeasibleSet) -> None:
-        self.spec, self.feasible = spec, feasible
+    def __init__(self, feasible: FeasibleSet) -> None:
+        self.spec, self.feasible = feasible.spec, feasible
         self._random: dict[int, tuple[dict[ConfigKey, Proposal], dict[str, int]]] = {}
         self._points: dict[str, list[float] | None] = {}
 
@@ -175,7 +174,7 @@ class Proposer:
         return self._points[trial.trial]
 
     def _value(self, row: dict[str, Any]) -> float | None:
-        return metric_value(row, self.spec.metric.name, self.spec.budget.tolerance)
+        return comparable_value(row, self.spec.metric.name, self.spec.budget.tolerance)
 
 
 def _rows_before_proposal(state: SweepState) -> dict[int, dict[str, Record]]:

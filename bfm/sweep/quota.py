@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from bfm.sweep.policy import Forecaster, Policy
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import Record, SweepState, metric_value
+from bfm.sweep.state import Record, SweepState, comparable_value
 from bfm.units import GIB
 
 Place = tuple[str, int]
@@ -84,7 +84,7 @@ def _least_promising(
 
 def _share_of_better(spec: SweepSpec, state: SweepState, place: Place) -> float:
     metric, tolerance = spec.metric, spec.budget.tolerance
-    values = {trial: metric_value(row, metric.name, tolerance) for trial, row in state.rungs[place[1]].items()}
+    values = {trial: comparable_value(row, metric.name, tolerance) for trial, row in state.rungs[place[1]].items()}
     own = values.pop(place[0])
     if own is None:
         return 1.0

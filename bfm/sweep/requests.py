@@ -93,8 +93,16 @@ def answer(request: Request, state: SweepState, arena: Arena, total_flops: int, 
     if request.damage is not None or request.verb not in VERBS:
         return {**record, "refused": request.damage or f"nobody knows {request.verb!r}"}
     try:
-        check = {STOP: _stop, CANCEL: _cancel, ENQUEUE: _enqueue}[request.verb]
-        return {**record, **check(request.asked, state, arena, total_flops, epoch), "refused": None}
+        if request.verb == STOP:
+            if request.asked["epoch"] != epoch:
+                raise UserError("the run that it was for has ended")
+        elif request.verb == CANCEL:
+            check_cancel(state, request.asked["trial"])
+        else:
+            proposal = arena.own(request.asked["config"])
+            check_enqueue(state, proposal, request.asked["seed"], arena, total_flops)
+            record |= {"config": proposal.config, "params": proposal.params}
+        return {**record, "refused": None}
     except UserError as error:
         return {**record, "refused": str(error)}
     except (KeyError, TypeError) as error:
@@ -127,29 +135,17 @@ def own_request(state: SweepState, values: Mapping[str, Any], seed: int | None, 
     """
     spec = from_dict(state.spec or {})
     opened = open_space(spec if shards is None else replace(spec, data=replace(spec.data, shards=shards)))
-    arena = SpaceArena(opened.spec, opened.feasible)
+    arena = SpaceArena(opened.feasible)
     proposal = arena.own(values)
     wanted = spec.seeds[0] if seed is None else seed
     check_enqueue(state, proposal, wanted, arena, spec.budget.total_flops)
     return {"config": proposal.config, "seed": wanted}
 
 
-def _stop(asked: Record, state: SweepState, arena: Arena, total_flops: int, epoch: int) -> Record:
-    if asked["epoch"] != epoch:
-        raise UserError("the run that it was for has ended")
-    return {}
-
-
-def _cancel(asked: Record, state: SweepState, arena: Arena, total_flops: int, epoch: int) -> Record:
-    name = asked["trial"]
-    if name in state.queue:
-        return {}
-    check_cancel(state, name)
-    return {}
-
-
 def check_cancel(state: SweepState, name: str) -> None:
-    """Raises UserError where there is no such trial, or nothing of it that could be cancelled."""
+    """Raises UserError where there is no such trial or request that waits, or nothing of it that could be cancelled."""
+    if name in state.queue:
+        return
     trial = state.trials.get(name)
     if trial is None:
         known = f"t00000 to t{state.num_proposals - 1:05d}" if state.num_proposals else "none yet"
@@ -159,12 +155,6 @@ def check_cancel(state: SweepState, name: str) -> None:
     running = any(trial == name for trial, _ in state.attempts)
     if not running and trial.rows and trial.rows[max(trial.rows)]["status"] != "ok":
         raise UserError(f"{name} has ended ({trial.rows[max(trial.rows)]['status']})", key="TRIAL", fix="leave it")
-
-
-def _enqueue(asked: Record, state: SweepState, arena: Arena, total_flops: int, epoch: int) -> Record:
-    proposal = arena.own(asked["config"])
-    check_enqueue(state, proposal, asked["seed"], arena, total_flops)
-    return {"config": proposal.config, "params": proposal.params}
 
 
 def check_enqueue(state: SweepState, proposal: Proposal, seed: int, arena: Arena, total_flops: int) -> None:

@@ -1,6 +1,6 @@
 """The arena of a real sweep: the feasible points of a space on a log, trained at the ladder's C.
 
-Enters: a SweepSpec and its FeasibleSet. Leaves: proposals, nominal costs, places (see bfm.sweep.arena).
+Enters: a FeasibleSet. Leaves: proposals, nominal costs, places (see bfm.sweep.arena).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from bfm.sweep.arena import ASKED, Proposal
 from bfm.sweep.axes import Axes
 from bfm.sweep.parameters import Parameter
 from bfm.sweep.proposer import Proposer
-from bfm.sweep.settings import SweepSpec
 from bfm.sweep.space import FeasibleSet, Place
 from bfm.sweep.state import SweepState
 
@@ -21,14 +20,14 @@ from bfm.sweep.state import SweepState
 class SpaceArena:
     """Points of a search space."""
 
-    def __init__(self, spec: SweepSpec, feasible: FeasibleSet, past: Sequence[Sequence[Parameter]] = ()) -> None:
+    def __init__(self, feasible: FeasibleSet, past: Sequence[Sequence[Parameter]] = ()) -> None:
         """`past`: parameters of earlier spaces of the same sweep; what varied in them stays a coordinate.
 
         Raises InfeasibleError for a space without a point.
         """
-        self.spec, self.feasible, self._past = spec, feasible, past
+        self.spec, self.feasible, self._past = feasible.spec, feasible, past
         self._params = [point.cost.params for point in feasible.sample[0]]
-        self.proposer = Proposer(spec, feasible)
+        self.proposer = Proposer(feasible)
         self._pool: tuple[int, Sequence[Proposal]] = (-1, ())
 
     @cached_property

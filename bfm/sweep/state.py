@@ -24,6 +24,7 @@ Record = dict[str, Any]
 DRIVER = "driver"
 WORKER = "worker"
 NODE = "node"
+STORAGE = "storage"
 """Who is to blame for a loss; only a worker's own are held against its task."""
 IMPORT = "import"
 STOP, CANCEL, ENQUEUE = "stop", "cancel", "enqueue"
@@ -338,7 +339,7 @@ def counted_import(record: Record) -> Record:
     return told | {name: len(record[name]) for name in ("rows", "trials")}
 
 
-def metric_value(row: Mapping[str, Any], metric: str, tolerance: float) -> float | None:
+def comparable_value(row: Mapping[str, Any], metric: str, tolerance: float) -> float | None:
     """The row's value where it may be compared: status ok, finite, and C within the tolerance of the rung."""
     value = row["metrics"].get(metric) if row["status"] == "ok" else None
     if value is None or not math.isfinite(value):

@@ -15,7 +15,7 @@ from bfm.sweep.recipe.verdicts import calibration, checks_lines
 from bfm.sweep.requests import request_words
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.spec import from_dict
-from bfm.sweep.state import LAST_DECISIONS, SweepState, metric_value
+from bfm.sweep.state import LAST_DECISIONS, SweepState, comparable_value
 from bfm.sweep.winner import winner
 from bfm.units import GIB, format_flops
 
@@ -141,7 +141,7 @@ def _storage_lines(storage: Mapping[str, Any]) -> list[str]:
 
 def _rung(state: SweepState, rung: int, rung_flops: int, selection: Metric, tolerance: float) -> dict[str, Any]:
     rows = state.rungs.get(rung, {})
-    values = {trial: metric_value(row, selection.name, tolerance) for trial, row in rows.items()}
+    values = {trial: comparable_value(row, selection.name, tolerance) for trial, row in rows.items()}
     comparable = {trial: rows[trial] for trial, value in values.items() if value is not None}
     statuses = Counter(row["status"] for row in rows.values())
     return {

@@ -8,14 +8,14 @@ from typing import Any
 
 from bfm.sweep.parameters import ConfigKey
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial, metric_value
+from bfm.sweep.state import SweepState, Trial, comparable_value
 
 
 def by_config(state: SweepState, rung: int, spec: SweepSpec) -> dict[ConfigKey, tuple[Trial, dict[int, float]]]:
     """Configurations with comparable rows at a rung that keep the constraints: the first trial, losses by seed."""
     found: dict[ConfigKey, tuple[Trial, dict[int, float]]] = {}
     for name, row in state.rungs.get(rung, {}).items():
-        value = metric_value(row, spec.metric.name, spec.budget.tolerance)
+        value = comparable_value(row, spec.metric.name, spec.budget.tolerance)
         if value is not None and _keeps(row, spec):
             trial = state.trials[name]
             found.setdefault(trial.key, (trial, {}))[1][trial.seed] = spec.metric.loss(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -360,7 +361,7 @@ class _RungRun:
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < needed_bytes:
             what = f"{free_bytes:,} bytes are free, the task's checkpoints need {needed_bytes:,}"
-            raise OSError(errno.ENOSPC, what, str(folder))
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}", str(folder))
 
     def _allow_next_step(self, flops_per_s: float = 0.0) -> None:
         """Nothing is trained before rank 0's account covers it; the others wait for rank 0 in the step."""

@@ -15,7 +15,8 @@
 13 checkpoints of another run, version  training/test_checkpoint.py another_run, another_version
 14 NaN, on one rank, at one trial       training/test_loop.py non_finite, test_rung.py divergence, test_zero.py
 15 out of memory                        training/test_rung.py out_of_memory, a_group_that_ran_out; sweep/test_memory.py
-16 full disk, storage that refuses      test_files.py; training/test_journal.py; sweep/test_breaker.py
+16 full disk, storage that refuses      test_files.py; training/test_journal.py; sweep/test_breaker.py;
+                                        ray_jobs/test_trial.py, test_search.py a_full_disk
 17 a process stands still               test_processes.py an_actor_that_stands_still; ray_jobs/test_pulse.py
 18 a name that is there already         ray_jobs/test_sweep.py resume_must_and_never
 19 malformed YAML                       test_yaml.py

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bfm.files import Store
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, has_begun, read_state
 from bfm.sweep.on_log import open_space
@@ -26,6 +26,7 @@ from bfm.training.journal import read_account
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from tests.ray_jobs.toys import end_tree, wait_for, write_space
+from tests.sweep.serial import run_serial
 
 LIMIT_S = 300.0
 LADDER = [1.5e8, 3e8]
@@ -45,7 +46,7 @@ def unbroken(space: Path, storage: Path) -> Store:
     """The sweep of a space, run to its end in this process without Ray."""
     opened = open_space(resolve(space))
     store = Store(storage).child(opened.spec.name)
-    driver = SweepDriver.start(opened.spec, Ledger(store, Lease.acquire(store)), opened.costs)
+    driver = SweepDriver.start(opened.feasible, Ledger(store, Lease.acquire(store)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

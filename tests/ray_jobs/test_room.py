@@ -236,6 +236,35 @@ def test_a_task_that_is_nearly_done_or_no_smaller_keeps_its_room(spent, scaling,
     assert searcher.desk.waiting is not None
 
 
+def test_what_has_no_room_is_told_to_those_who_watch_from_elsewhere(monkeypatch) -> None:
+    told, clock, cluster = [], Clock(), Machines({"CPU": 0.0})
+    monkeypatch.setattr(desk.time, "time", lambda: 1e9 + clock.now_s)
+    searcher = DriverSearcher(
+        make_desk(FakeDriver(1, 1, scaling=[SMALL]), 1, room=cluster, clock=clock, tell_waits=told.append)
+    )
+    for _ in range(3):
+        assert searcher.suggest("a") is None
+        clock.now_s += desk.LOOK_S
+    ((waits,),) = told
+    assert (waits.what, waits.since_s) == ("the next task, of rung 0", 1e9)
+    assert waits.why == "for 1 CPUs beside what runs; nodes: 1, with no CPUs"
+    cluster.machines.append({"CPU": 1.0})
+    assert isinstance(searcher.suggest("a"), dict)
+    for _ in range(2):
+        searcher.suggest("b")
+        clock.now_s += desk.LOOK_S
+    assert told.pop() == []
+    clock.now_s += desk.STARTS_S
+    searcher.suggest("b")
+    (waits,) = told.pop()
+    assert (waits.what, waits.since_s) == ("t0-r0-a0", 1e9 + 3 * desk.LOOK_S)
+    assert waits.why == "for a process with 1 CPUs to start; nodes: 2, with 1 CPUs, others may hold them"
+    searcher.started("a")
+    clock.now_s += desk.LOOK_S
+    searcher.suggest("b")
+    assert told.pop() == []
+
+
 def test_a_node_that_is_drained_is_no_room(monkeypatch) -> None:
     nodes = [
         {"NodeID": "stays", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},

@@ -16,13 +16,13 @@ from ray.tune.search import Searcher
 
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.sweep.requests import Request
-from bfm.sweep.state import CANCEL, ENQUEUE, STOP
+from bfm.sweep.state import CANCEL, ENQUEUE, STOP, STORAGE
 from bfm.sweep.task import Wait
 from bfm.training.task import Account
 from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Live, SweepEvent
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher
 from ray_jobs.signals import Interrupted, Signals
-from ray_jobs.trial import FATAL, LEAVES, LOST, NODE, ROW, YIELDED, slot_resources
+from ray_jobs.trial import FATAL, LEAVES, LOST, NODE, PAUSED, ROW, YIELDED, slot_resources
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_desk, make_task
 
 
@@ -335,6 +335,17 @@ def test_a_paused_sweep_lets_its_tasks_yield_and_then_tells_why() -> None:
     searcher.suggest("d")
     assert isinstance(searcher.desk.failure, PausedError)
     assert len(driver.yields) == 2
+
+
+def test_a_full_disk_pauses_at_its_first_loss_and_is_nobodys_strike() -> None:
+    driver, searcher, _, _ = stopping()
+    searcher.desk._signals.received = None
+    searcher.may_end("a", {PAUSED: "paused: /runs/x is full", NODE: "node0"})
+    for trial in "bc":
+        assert searcher.may_end(trial, YIELD)
+    searcher.suggest("d")
+    assert str(searcher.desk.failure) == "paused: /runs/x is full"
+    assert (driver.losses, driver.faults) == ({"t0-r0-a0": "paused: /runs/x is full"}, [STORAGE])
 
 
 def looked_after(*tasks: int):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+from bfm.errors import PausedError
 from bfm.events.verified import Verification
 from bfm.files import Store
-from ray_jobs.trial import train_here
+from ray_jobs.trial import pauses_where_full, train_here
 from tests.training.common import CPU, STAGE_1
 
 
@@ -47,3 +52,27 @@ def test_who_waits_for_the_sums_of_a_large_log_is_watched_and_does_not_stand_sti
         assigned_at_s=time.time(),
     )
     assert (row["status"], row["verified_shards"]) == ("ok", "watched: ['a'], moves: 1")
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_the_storages_or_somebody_elses(tmp_path, monkeypatch) -> None:
+    runs = tmp_path / "runs"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(PausedError) as paused, pauses_where_full(str(runs)):
+            Store(runs).put("ledger/1", b"x")
+    assert str(paused.value).startswith(
+        f"paused: {runs}: No space left on device; free some of that disk, or have fewer"
+    )
+    with pytest.raises(PausedError), pauses_where_full(str(runs)):
+        raise RuntimeError(f"a worker failed: OSError: [Errno 28] No space left on device: '{runs}/trials/t0'")
+    with pytest.raises(OSError, match="No space left"), pauses_where_full(str(runs)):
+        full()
+    with pytest.raises(OSError, match="No space left"), pauses_where_full("s3://bucket/runs"):
+        full()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(PausedError, match="No space left"), pauses_where_full(str(runs)):
+        full()

@@ -11,15 +11,17 @@ from rich.console import Console
 from bfm.files import Store
 from bfm.report.standing import watch
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger
-from bfm.sweep.live import live_figures
+from bfm.sweep.live import Waits, live_figures, tell_waits
 from bfm.sweep.requests import Request, put_request
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import CANCEL, ENQUEUE
 from bfm.training.journal import Journal
 from bfm.training.records import StepRecord
 from bfm.training.task import Account
+from tests.sweep.serial import run_serial
 from tests.sweep.world import PlantedCosts, execute, make_spec
 
 RECORD = StepRecord(
@@ -44,7 +46,7 @@ RECORD = StepRecord(
 def driver(tmp_path):
     store = Store(tmp_path)
     ledger = Ledger(store, Lease.acquire(store, heartbeat_s=None))
-    driver = SweepDriver.start(make_spec(scaling={"slots": 3}), ledger, PlantedCosts())
+    driver = SweepDriver.start(FeasibleSet(make_spec(scaling={"slots": 3}), PlantedCosts()), ledger)
     yield driver
     driver.close()
 
@@ -86,6 +88,21 @@ def test_what_waits_is_told_with_the_reason(driver, tmp_path):
     text = status_text(read_sweep(str(tmp_path)))
     assert "waiting\n  t00000 rung 0: was lost" in text
     assert "last requests\n  enqueue N 1,234, asked for by ann@desk" in text
+
+
+def test_what_a_driver_has_no_room_for_is_told_until_another_one_drives(driver, tmp_path):
+    store = Store(tmp_path)
+    tell_waits(store, driver.epoch, [Waits("the next task, of rung 1", "for 4 CPUs", 1000.0)])
+    status = live_figures(store, driver.state, clock=lambda: 1090.0)
+    assert status["waiting"] == [
+        {"what": "the next task, of rung 1", "why": "for 4 CPUs; waits for 1m30s", "waited_s": 90.0}
+    ]
+    assert "the next task, of rung 1: for 4 CPUs; waits for" in status_text(read_sweep(str(tmp_path)))
+    tell_waits(store, driver.epoch - 1, [Waits("t00001", "for 4 CPUs", 1000.0)])
+    assert live_figures(store, driver.state)["waiting"] == []
+    tell_waits(store, driver.epoch, [Waits("t00001", "for 4 CPUs", 1000.0)])
+    driver.close()
+    assert live_figures(store, driver.state)["waiting"] == []
 
 
 def test_a_finished_sweep_names_its_best_checkpoint(driver, tmp_path):

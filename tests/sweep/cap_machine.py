@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 
 

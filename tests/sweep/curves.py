@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.metric import Selection
-from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.sweep.simulator.table import Curve, TableArena
+from tests.sweep.serial import run_serial
 
 RUNGS = (10**9, 4 * 10**9, 16 * 10**9)
 TABLE_POLICIES = ("frontier", "asha-promote", "asha-stop", "isoflop-window", "random", "grid")
@@ -53,7 +53,7 @@ def begin(
 ) -> SweepDriver:
     """A driver without files over curves."""
     arena = TableArena(curves, spec.budget.ladder_flops, cooldown)
-    return SweepDriver(spec, MemoryLedger(records), make_policy(spec, arena), arena, **more)
+    return SweepDriver(spec, MemoryLedger(records), arena, **more)
 
 
 def sweep(

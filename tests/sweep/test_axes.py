@@ -91,9 +91,9 @@ def test_a_space_has_its_free_parameters_as_axes():
         "window": {"value": 64},
     }
     spec = make_spec(parameters=parameters)
-    arena = SpaceArena(spec, FeasibleSet(spec, PlantedCosts()))
+    arena = SpaceArena(FeasibleSet(spec, PlantedCosts()))
     assert [(axis.name, axis.is_log) for axis in arena.axes.numbers] == [("learning_rate", True)]
     assert [(axis.name, set(axis.levels)) for axis in arena.axes.choices] == [("depth", {None, 2, 4})]
     assert arena.axes.size.is_log
-    again = SpaceArena(spec, FeasibleSet(spec, PlantedCosts()))
+    again = SpaceArena(FeasibleSet(spec, PlantedCosts()))
     assert again.axes == arena.axes

@@ -3,8 +3,8 @@
 import pytest
 
 from bfm.errors import PausedError
-from bfm.sweep.driver import run_serial
 from bfm.training.task import Account
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 
 FULL = "OSError: [Errno 28] No space left on device"

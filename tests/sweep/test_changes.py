@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bfm.errors import UserError
-from bfm.sweep.driver import run_serial
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Finished
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 
 RATE = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}

@@ -11,13 +11,13 @@ from hypothesis.stateful import initialize, rule
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
 from bfm.files import Store
-from bfm.sweep.driver import run_serial
 from bfm.sweep.ledger import read_ledger, read_state
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from tests.sweep.cap_machine import CapMachine
+from tests.sweep.serial import run_serial
 from tests.sweep.world import GRID, execute, first_tries, in_memory, make_spec, rows_of, start, unbroken
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.model.flops import FLOPS_VERSION
-from bfm.sweep.driver import run_serial
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
 from tests.report.planted import page_of
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, import_runs, in_memory, make_spec, planted_loss
 
 POLICIES = ["frontier", "asha-promote", "asha-stop", "random", "isoflop-window"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.sweep.driver import run_serial
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.training.config import TrainConfig
+from tests.sweep.serial import run_serial
 from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
 
 TIERS = {"tiers": [{"workers": 1}, {"from_rung_flops": "4e9", "micro_groups": 2}]}

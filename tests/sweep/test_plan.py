@@ -8,13 +8,13 @@ import json
 import pytest
 
 from bfm.errors import InfeasibleError, UserError
-from bfm.sweep.driver import run_serial
 from bfm.sweep.machine import Machine
 from bfm.sweep.plan import check_held, plan, render
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.status import summarise
 from bfm.units import format_count
+from tests.sweep.serial import run_serial
 from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
 
 HERE = Machine(cores=2, gpus=0, memory_gib=16.0)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.sweep.driver import run_serial
 from bfm.sweep.policies.allotment import allot
 from bfm.sweep.state import SweepState
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 
 

@@ -39,8 +39,6 @@ def test_a_named_card_has_a_share_of_its_peak_and_says_so():
     [
         ("h1000", None, None, "--gpu"),
         ("h100", 1e12, None, "--throughput"),
-        (None, 0.0, None, "--throughput"),
-        (None, 1e12, -1.0, "--price-per-hour"),
         (None, None, 2.0, "--price-per-hour"),
     ],
 )

@@ -10,11 +10,11 @@ import pytest
 
 from bfm.errors import InfeasibleError
 from bfm.sweep.arena import OPTUNA
-from bfm.sweep.driver import run_serial
 from bfm.sweep.proposer import Proposer
 from bfm.sweep.space import FeasibleSet
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
+from tests.sweep.serial import run_serial
 from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec
 
 LOG = {"distribution": "log_uniform_values"}
@@ -27,7 +27,7 @@ FOUR_AXES = {
 
 
 def proposer(spec):
-    return Proposer(spec, FeasibleSet(spec, PlantedCosts()))
+    return Proposer(FeasibleSet(spec, PlantedCosts()))
 
 
 def first(spec, state, number):

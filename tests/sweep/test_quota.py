@@ -6,11 +6,11 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.sweep.driver import run_serial
 from bfm.sweep.ledger import read_state
 from bfm.sweep.quota import evictions
 from bfm.sweep.state import SweepState
 from bfm.sweep.task import Task
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec, start
 
 GIB = 1 << 30

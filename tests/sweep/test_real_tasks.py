@@ -14,13 +14,15 @@ from bfm.report.digits import gap_text
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import read_sweep, status_text
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
+from tests.sweep.serial import run_serial
 
 SPACE = {
     "name": "toy",
@@ -49,7 +51,7 @@ SPACE = {
 def test_a_sweep_of_real_models(toy_shards, tmp_path):
     spec, store = from_dict(SPACE), Store(tmp_path / "toy")
     costs = Costs.on(toy_shards, Protocol.load(toy_shards), spec.data.evaluation_queries)
-    driver = SweepDriver.start(spec, Ledger(store, Lease.acquire(store)), costs)
+    driver = SweepDriver.start(FeasibleSet(spec, costs), Ledger(store, Lease.acquire(store)))
 
     def execute(task):
         row = run_rung(RungTask.from_task(dataclasses.asdict(task)), toy_shards, EngineFactory(), store)

@@ -8,7 +8,6 @@ import pytest
 
 from bfm.files import Store
 from bfm.sweep.arena import ASKED
-from bfm.sweep.driver import run_serial
 from bfm.sweep.lease import HEARTBEAT_S, STALE_S, Holder, Lease, driver_of
 from bfm.sweep.ledger import read_state
 from bfm.sweep.requests import FOLDER, Request, new_requests, put_request, request_words, wait_for_answer
@@ -16,6 +15,7 @@ from bfm.sweep.state import CANCEL, ENQUEUE, STOP, SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from bfm.training.task import Account
 from tests.sweep.curves import begin, crossing, table_spec
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, first_tries, in_memory, make_spec, mortal_lease, rows_of, start
 
 OWN = {"params": 1234, "learning_rate": 5e-3}

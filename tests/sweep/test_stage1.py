@@ -15,16 +15,18 @@ from bfm.events.protocol import Protocol
 from bfm.files import Store, parent_store
 from bfm.sweep.changes import check_changes
 from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
 from bfm.sweep.machine import Machine
 from bfm.sweep.plan import plan
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.sweep.stage1 import _stands_at, with_stage1
 from bfm.sweep.task import Task
 from bfm.training.checkpoint import load_checkpoint, read_meta
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
+from tests.sweep.serial import run_serial
 from tests.training.common import CPU, STAGE_1
 
 SEED = 3
@@ -70,7 +72,7 @@ def swept(trunk, toy_shards, tmp_path_factory):
     """A whole sweep over the shared trunk: (spec, state, store)."""
     spec = with_stage1(space(trunk), toy_shards.hash)
     store = Store(tmp_path_factory.mktemp("sweep"))
-    driver = SweepDriver.start(spec, MemoryLedger(()), costs_on(toy_shards, spec))
+    driver = SweepDriver.start(FeasibleSet(spec, costs_on(toy_shards, spec)), MemoryLedger(()))
 
     def execute(task):
         row = run_rung(RungTask.from_task({**task.as_dict(), "scaling": {"micro_groups": 4}}), toy_shards, CPU, store)

@@ -9,8 +9,8 @@ import pyarrow.csv
 
 from bfm.laws.frontier import Results
 from bfm.report.tables import spend_text
-from bfm.sweep.driver import run_serial
 from bfm.sweep.status import life_text, summarise
+from tests.sweep.serial import run_serial
 from tests.sweep.test_quota import GIB, sized
 from tests.sweep.world import execute, import_runs, in_memory, make_spec
 

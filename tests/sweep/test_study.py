@@ -6,12 +6,12 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.sweep.driver import run_serial
 from bfm.sweep.lease import Lease
 from bfm.sweep.ledger import Ledger, read_state
 from bfm.sweep.recipe.evidence import read_evidence
 from bfm.sweep.state import SweepState
 from bfm.sweep.study import StoredSweep, by_axis, is_study, joined, read_sweeps, study_folders
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, make_spec, start
 
 

@@ -10,17 +10,19 @@ from dataclasses import replace
 
 from bfm.files import Store
 from bfm.sweep.costs import ConfigCost
-from bfm.sweep.driver import SweepDriver, run_serial
+from bfm.sweep.driver import SweepDriver
 from bfm.sweep.imports import read_runs
 from bfm.sweep.lease import STALE_S, Holder, Lease
 from bfm.sweep.ledger import Ledger, MemoryLedger
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.simulator.run import simulated_row
+from bfm.sweep.space import FeasibleSet
 from bfm.sweep.spec import from_dict
 from bfm.sweep.state import SweepState
 from bfm.sweep.status import import_words
 from bfm.sweep.task import Task
 from bfm.training.config import TrainConfig
+from tests.sweep.serial import run_serial
 
 EVENTS_PER_GROUP = 100.0
 GRID = {"params": {"values": [500, 1000, 3000]}, "learning_rate": {"values": [0.001, 0.004, 0.09]}}
@@ -117,12 +119,12 @@ def mortal_ledger(store: Store) -> Ledger:
 
 def start(spec: SweepSpec, store: Store) -> SweepDriver:
     """A driver over the planted world that may die without a trace."""
-    return SweepDriver.start(spec, mortal_ledger(store), PlantedCosts())
+    return SweepDriver.start(FeasibleSet(spec, PlantedCosts()), mortal_ledger(store))
 
 
 def in_memory(spec: SweepSpec, records=(), **options) -> SweepDriver:
     """A driver without files; go on from `records`."""
-    return SweepDriver.start(spec, MemoryLedger(records), PlantedCosts(), **options)
+    return SweepDriver.start(FeasibleSet(spec, PlantedCosts()), MemoryLedger(records), **options)
 
 
 def import_runs(driver: SweepDriver, path, protocol_hash: str | None = None) -> str:
@@ -153,6 +155,6 @@ def unbroken(spec: SweepSpec) -> tuple[SweepDriver, list[int]]:
             super().append(records)
             batches.append(len(self.records))
 
-    driver = SweepDriver.start(spec, Recording(), PlantedCosts())
+    driver = SweepDriver.start(FeasibleSet(spec, PlantedCosts()), Recording())
     run_serial(driver, execute)
     return driver, batches

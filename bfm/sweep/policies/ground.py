@@ -16,7 +16,7 @@ from bfm.sweep.arena import Arena, Config, Proposal
 from bfm.sweep.metric import Metric
 from bfm.sweep.policy import Start
 from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial, metric_value
+from bfm.sweep.state import SweepState, Trial, comparable_value
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class View:
         row, metric = trial.rows.get(rung), metric or self.spec.metric
         if row is None:
             return None
-        value = metric_value(row, metric.name, self.spec.budget.tolerance)
+        value = comparable_value(row, metric.name, self.spec.budget.tolerance)
         return None if value is None else metric.loss(value)
 
     def losses(self, rung: int) -> dict[str, float]:

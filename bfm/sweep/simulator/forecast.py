@@ -89,7 +89,7 @@ def _run(spec: SweepSpec, law: Law, fleet: Fleet, optimum: Sequence[float], poli
     method = "random" if policy == "random" else "grid" if policy == "grid" else spec.method
     seeds = tuple(seed + 1000 * place for place in range(len(spec.seeds)))
     spec = replace(spec, method=method, seeds=seeds, scheduler=replace(spec.scheduler, type=policy))
-    arena = SpaceArena(spec, FeasibleSet(spec, LawCosts()))
+    arena = SpaceArena(FeasibleSet(spec, LawCosts()))
     state, timeline = simulate(spec, arena, partial(law_row, law), fleet, np.random.default_rng(seed))
     rungs = []
     for rung, flops in enumerate(spec.budget.ladder_flops):

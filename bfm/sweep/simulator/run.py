@@ -18,7 +18,6 @@ from bfm.errors import UserError
 from bfm.sweep.arena import Arena
 from bfm.sweep.driver import SweepDriver
 from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.policies import make_policy
 from bfm.sweep.settings import SweepSpec
 from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster, Fleet
 from bfm.sweep.state import SweepState
@@ -101,7 +100,7 @@ def simulate(
     (bfm.sweep.breaker): workers that are taken away while their tasks start look like broken ones.
     """
     cluster, timeline = Cluster(fleet, rng), Timeline()
-    driver = SweepDriver(spec, MemoryLedger(), make_policy(spec, arena), arena, settle=cluster.account)
+    driver = SweepDriver(spec, MemoryLedger(), arena, settle=cluster.account)
     while True:
         answer = _fill(driver, cluster, timeline)
         if isinstance(answer, Finished):

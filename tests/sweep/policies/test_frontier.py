@@ -13,7 +13,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
-from bfm.sweep.driver import run_serial
 from bfm.sweep.metric import Constraint, Metric
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.policies.ground import View
@@ -21,6 +20,7 @@ from bfm.sweep.state import SweepState
 from bfm.sweep.task import Finished, Task, Wait
 from tests.sweep.cap_machine import CapMachine
 from tests.sweep.curves import RUNGS, begin, crossing, curve, reached, reasons_of, sweep, table_spec, tasks_of
+from tests.sweep.serial import run_serial
 from tests.sweep.world import GRID, execute, first_tries, in_memory, make_spec, rows_of, unbroken
 
 POLICIES = ("frontier", "asha-promote", "asha-stop", "isoflop-window", "random")

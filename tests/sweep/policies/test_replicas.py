@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.sweep.driver import run_serial
 from bfm.sweep.policies.beliefs import Beliefs
 from bfm.sweep.policies.replicas import REPLICA, kept_flops
 from bfm.sweep.winner import winner
+from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 
 GRID = {"params": {"values": [1000, 1100, 3000]}, "learning_rate": {"values": [0.003, 0.0031]}}
