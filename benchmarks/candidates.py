@@ -21,14 +21,14 @@ import optuna
 from common import machine, publish
 from frontier import PLANTED_LAWS
 
-from bfm.sweep.proposer import Proposer
+from bfm.sweep.policies.proposer import Proposer
+from bfm.sweep.policies.space_arena import SpaceArena
 from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.forecast import best_losses
 from bfm.sweep.simulator.law import Law, LawCosts, law_row
 from bfm.sweep.simulator.run import simulate
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.spec import from_dict
+from bfm.sweep.space.space import FeasibleSet
+from bfm.sweep.space.spec import from_dict
 
 LOG = {"distribution": "log_uniform_values"}
 SPACE = {

@@ -33,14 +33,14 @@ from coverage_laws import LAWS, Answer
 from bfm.errors import UserError
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.ledger.task import Task
+from bfm.sweep.policies.space_arena import SpaceArena
 from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.law import Law, LawCosts
 from bfm.sweep.simulator.run import simulate, simulated_row
-from bfm.sweep.space import Feasible, FeasibleSet
-from bfm.sweep.space_arena import SpaceArena
-from bfm.sweep.spec import from_dict
-from bfm.sweep.task import Task
+from bfm.sweep.space.settings import SweepSpec
+from bfm.sweep.space.space import Feasible, FeasibleSet
+from bfm.sweep.space.spec import from_dict
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
 

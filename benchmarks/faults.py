@@ -25,9 +25,9 @@ import yaml
 from common import ROOT, machine, publish
 
 from bfm.files import Store
-from bfm.sweep.ledger import has_begun, read_ledger
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task
+from bfm.sweep.ledger.ledger import has_begun, read_ledger
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Task
 from bfm.training.journal import read_account
 
 RUNG_FLOPS = 2e11

@@ -25,17 +25,17 @@ import numpy as np
 from common import ROOT, machine, publish
 
 from bfm.files import Store
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, MemoryLedger, read_state
-from bfm.sweep.proposer import POOL_SIZE, Proposer
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, MemoryLedger, read_state
+from bfm.sweep.ledger.task import Task
+from bfm.sweep.policies.proposer import POOL_SIZE, Proposer
 from bfm.sweep.simulator.contest import Contest, Entry, Standing, contest_spec, enter
 from bfm.sweep.simulator.fleet import Fleet, parse_schedule
 from bfm.sweep.simulator.forecast import forecast
 from bfm.sweep.simulator.law import LAWS, Law
 from bfm.sweep.simulator.table import Curve, TableArena, read_curves
-from bfm.sweep.spec import resolve
-from bfm.sweep.task import Task
+from bfm.sweep.space.spec import resolve
 from bfm.training.schedule import rule_learning_rate
 from bfm.units import parse_count
 

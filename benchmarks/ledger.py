@@ -26,9 +26,9 @@ from common import machine, publish
 from bfm.doors.tensorboard import SweepWriter
 from bfm.files import Store
 from bfm.report.console import Leaders, row_words
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, collector_paused, read_ledger
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, collector_paused, read_ledger
+from bfm.sweep.ledger.state import SweepState
 from bfm.training.config import TrainConfig
 from tests.buckets import s3_server
 from tests.sweep.world import make_spec

@@ -23,11 +23,11 @@ from common import machine, publish
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.spec import from_dict
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.ledger import MemoryLedger
+from bfm.sweep.space.costs import Costs
+from bfm.sweep.space.space import FeasibleSet
+from bfm.sweep.space.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask

@@ -33,13 +33,13 @@ from bfm.laws.result import Estimate
 from bfm.report.digits import estimate_text
 from bfm.report.law_fits import Fitted
 from bfm.report.study import Chapter, chapters, read_study
-from bfm.sweep.ledger import read_state
-from bfm.sweep.machine import Machine
-from bfm.sweep.on_log import open_space
-from bfm.sweep.plan import plan
+from bfm.sweep.ledger.ledger import read_state
+from bfm.sweep.ledger.study import is_study, list_sweeps
+from bfm.sweep.plan.machine import Machine
+from bfm.sweep.plan.plan import plan
 from bfm.sweep.recipe.verdicts import check_text
-from bfm.sweep.spec import resolve
-from bfm.sweep.study import is_study, list_sweeps
+from bfm.sweep.space.on_log import open_space
+from bfm.sweep.space.spec import resolve
 from bfm.units import format_flops
 from ray_jobs.study import SIGNALLED
 from ray_jobs.sweep import sweep_verb

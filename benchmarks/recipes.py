@@ -27,12 +27,12 @@ from bfm.files import Store
 from bfm.laws.frontier import metric_error, metric_value
 from bfm.laws.runs import from_rows
 from bfm.ranking.paired import paired_gap, read_scores
-from bfm.sweep.costs import Costs
 from bfm.sweep.recipe.choices import Power, Sizes, own_negatives, stage_settings, try_sizes
 from bfm.sweep.recipe.evidence import Evidence, read_evidence
 from bfm.sweep.recipe.recipe import Recipe, make_recipe
 from bfm.sweep.recipe.verdicts import range_text
-from bfm.sweep.space import Feasible
+from bfm.sweep.space.costs import Costs
+from bfm.sweep.space.space import Feasible
 from bfm.training.config import TrainConfig
 from bfm.training.single import train_single
 from bfm.units import format_count, format_flops

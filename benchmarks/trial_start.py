@@ -32,7 +32,7 @@ from ray.train.torch import TorchTrainer  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 from bfm.files import Store  # noqa: E402
-from bfm.sweep.task import Finished, Task, Wait  # noqa: E402
+from bfm.sweep.ledger.task import Finished, Task, Wait  # noqa: E402
 from bfm.training.config import TrainConfig  # noqa: E402
 from ray_jobs.room import ClusterRoom  # noqa: E402
 from ray_jobs.trial import Workplace  # noqa: E402

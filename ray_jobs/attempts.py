@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bfm.files import Store
-from bfm.sweep.task import Task
+from bfm.sweep.ledger.task import Task
 from bfm.training.journal import read_account, stop_task
 from bfm.training.task import Account
 from ray_jobs.pulse import Pulses

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from bfm.errors import PausedError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.live import Waits
-from bfm.sweep.requests import Request, request_words
-from bfm.sweep.state import CANCEL, NODE, STOP, STORAGE, WORKER
-from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.driver.live import Waits
+from bfm.sweep.driver.requests import Request, request_words
+from bfm.sweep.ledger.state import CANCEL, NODE, STOP, STORAGE, WORKER
+from bfm.sweep.ledger.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs import trial
 from ray_jobs.attempts import Attempts

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bfm.sweep.lease import Holder
+from bfm.sweep.ledger.lease import Holder
 from ray_jobs.preemption import Notice
 
 BEAT_S = 5.0

@@ -18,9 +18,9 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from bfm.errors import UserError
-from bfm.sweep.machine import Machine
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.task import Task
+from bfm.sweep.ledger.task import Task
+from bfm.sweep.plan.machine import Machine
+from bfm.sweep.space.settings import SweepSpec
 from ray_jobs.cluster_session import knock
 from ray_jobs.preemption import draining_nodes
 from ray_jobs.trial import slot_resources

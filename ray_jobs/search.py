@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from bfm.sweep.task import Task
+from bfm.sweep.ledger.task import Task
 from ray_jobs.desk import Desk, Live
 
 IDLE_LIMIT_S = 60.0

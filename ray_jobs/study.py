@@ -15,10 +15,10 @@ from pathlib import Path
 from bfm.errors import UserError
 from bfm.exits import exit_code
 from bfm.files import Store
-from bfm.sweep.on_log import open_space
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.spec import check_name, resolve
-from bfm.sweep.study import list_sweeps
+from bfm.sweep.ledger.study import list_sweeps
+from bfm.sweep.space.on_log import open_space
+from bfm.sweep.space.settings import SweepSpec
+from bfm.sweep.space.spec import check_name, resolve
 from ray_jobs.sweep import sweep_verb
 
 SIGNALLED = 128

@@ -29,19 +29,19 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.paired import Pairing
 from bfm.report.console import Display, Leaders, row_words
 from bfm.report.floors import Baselines, publish_floors, read_floor_scores
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.imports import read_runs
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, has_begun
-from bfm.sweep.live import tell_waits
-from bfm.sweep.machine import Machine
-from bfm.sweep.on_log import OpenedSpace, open_space
-from bfm.sweep.plan import check_held
-from bfm.sweep.requests import Request, new_requests, request_words
-from bfm.sweep.settings import TENSORBOARD, SweepSpec
-from bfm.sweep.spec import resolve
-from bfm.sweep.state import IMPORT
-from bfm.sweep.status import import_words
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.driver.live import tell_waits
+from bfm.sweep.driver.requests import Request, new_requests, request_words
+from bfm.sweep.driver.status import import_words
+from bfm.sweep.ledger.imports import read_runs
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, has_begun
+from bfm.sweep.ledger.state import IMPORT
+from bfm.sweep.plan.machine import Machine
+from bfm.sweep.plan.plan import check_held
+from bfm.sweep.space.on_log import OpenedSpace, open_space
+from bfm.sweep.space.settings import TENSORBOARD, SweepSpec
+from bfm.sweep.space.spec import resolve
 from bfm.training.journal import settle
 from bfm.units import format_flops
 from ray_jobs.attempts import Attempts
@@ -103,8 +103,8 @@ def run_sweep(
         spec: the checked search space; its name is the folder under `storage`.
         storage: path or URI that every node reaches.
         resume: auto goes on from a ledger if there is one, never refuses one, must demands one.
-        extend: more of the spec may differ from that of the ledger (bfm.sweep.changes).
-        runs: table of runs to import (bfm.sweep.imports).
+        extend: more of the spec may differ from that of the ledger (bfm.sweep.ledger.changes).
+        runs: table of runs to import (bfm.sweep.ledger.imports).
         progress: called in this process at every event.
         execute: what trains a task, instead of the shards' real training.
 

@@ -24,7 +24,7 @@ from ray.tune import PlacementGroupFactory, Trainable
 from bfm.disk import full_words
 from bfm.errors import CorruptError, InfeasibleError, PausedError, UserError
 from bfm.files import Store
-from bfm.sweep.machine import COORDINATOR_CPUS
+from bfm.sweep.plan.machine import COORDINATOR_CPUS
 from bfm.training.journal import YieldError
 from bfm.training.task import Account, RungTask
 from ray_jobs.group import coordinator

@@ -10,13 +10,13 @@ import yaml
 
 from bfm.events.protocol import Protocol
 from bfm.files import Store
-from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, read_state
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.spec import from_dict
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, read_state
+from bfm.sweep.space.costs import Costs
+from bfm.sweep.space.settings import SweepSpec
+from bfm.sweep.space.space import FeasibleSet
+from bfm.sweep.space.spec import from_dict
 from bfm.training.config import TrainConfig
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung

@@ -9,13 +9,13 @@ from functools import partial
 import pytest
 
 from bfm.files import Store
-from bfm.sweep import requests
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger
-from bfm.sweep.on_log import open_space
-from bfm.sweep.requests import new_requests
-from bfm.sweep.spec import resolve
+from bfm.sweep.driver import requests
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.driver.requests import new_requests
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger
+from bfm.sweep.space.on_log import open_space
+from bfm.sweep.space.spec import resolve
 from tests.ray_jobs.toys import planted_executor, write_space
 
 OWN = "params: 3210\nlearning_rate: 4e-3\n"

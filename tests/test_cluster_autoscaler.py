@@ -11,7 +11,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 
-from bfm.sweep.spec import resolve
+from bfm.sweep.space.spec import resolve
 from ray_jobs.room import bundles
 from tests.cluster_files import ROOT, load
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from bfm.sweep.spec import resolve
+from bfm.sweep.space.spec import resolve
 from ray_jobs.preemption import _GRACE_S, LOOK_S
 from ray_jobs.room import total_of
 from tests.cluster_files import CLUSTER, ROOT, image_of, load, of_kind, sources_of_the_image

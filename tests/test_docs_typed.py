@@ -16,7 +16,7 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_command
 
-from bfm.sweep.spec import resolve
+from bfm.sweep.space.spec import resolve
 from bfm.synth.log import write_synthetic
 from ray_jobs import sweep
 from tests.events.serial import prepare_serially

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bfm.sweep.measured import AXES
-from bfm.sweep.spec import from_dict, resolve
+from bfm.sweep.space.measured import AXES
+from bfm.sweep.space.spec import from_dict, resolve
 from bfm.training.config import TrainConfig
 from bfm.yaml import load_yaml
 

@@ -55,8 +55,8 @@ def init(
 def _space(location: str, flops: float | None, hours: float) -> str:
     from bfm.events.protocol import Protocol
     from bfm.events.shards import Shards
-    from bfm.sweep.machine import Machine
-    from bfm.sweep.propose import propose
+    from bfm.sweep.plan.machine import Machine
+    from bfm.sweep.space.propose import propose
 
     shards, machine = Shards.open(location), Machine.here()
     slots = machine.gpus or max(1, int(machine.cores))

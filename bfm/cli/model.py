@@ -62,9 +62,9 @@ def train(
     from bfm.files import Store
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words, validation_text
-    from bfm.sweep.costs import Costs
-    from bfm.sweep.machine import check_config
-    from bfm.sweep.tiers import tier_of_options
+    from bfm.sweep.plan.machine import check_config
+    from bfm.sweep.space.costs import Costs
+    from bfm.sweep.space.tiers import tier_of_options
     from bfm.training.config import TrainConfig, log_defaults
     from bfm.training.records import Record, Validation
     from bfm.training.single import TRIAL, train_single
@@ -236,7 +236,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """What this machine can do and what is missing."""
-    from bfm.sweep.doctor import examine
+    from bfm.sweep.plan.doctor import examine
 
     if loss:
         from bfm.objective.loss_check import check_losses, losses_text

@@ -32,10 +32,10 @@ def recipe(
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
     from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
-    from bfm.sweep.costs import Costs
-    from bfm.sweep.machine import check_config
+    from bfm.sweep.plan.machine import check_config
     from bfm.sweep.recipe.check import check_recipe
-    from bfm.sweep.tiers import Tier
+    from bfm.sweep.space.costs import Costs
+    from bfm.sweep.space.tiers import Tier
     from bfm.training.config import TrainConfig
     from bfm.training.engine import EngineFactory
     from bfm.training.records import Record, StepRecord

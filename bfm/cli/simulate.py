@@ -116,7 +116,7 @@ def _space(
     from bfm.report.console import Display
     from bfm.sweep.simulator.forecast import as_dict, forecast, render
     from bfm.sweep.simulator.law import law_named
-    from bfm.sweep.spec import resolve
+    from bfm.sweep.space.spec import resolve
 
     if law is None:
         raise UserError("a space needs a law", key="--law", fix="write --law paper")
@@ -147,7 +147,7 @@ def _ladder(text: str | None) -> tuple[int, ...]:
 
 
 def _policies(text: str) -> list[str]:
-    from bfm.sweep.settings import POLICIES
+    from bfm.sweep.space.settings import POLICIES
     from bfm.yaml import did_you_mean
 
     names = list(dict.fromkeys(_names(text)))

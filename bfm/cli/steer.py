@@ -11,7 +11,7 @@ from bfm.cli.common import Json, seed, show
 from bfm.errors import UserError
 
 if TYPE_CHECKING:
-    from bfm.sweep.study import StoredSweep
+    from bfm.sweep.ledger.study import StoredSweep
 
 app = typer.Typer()
 SweepDir = Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a sweep.")]
@@ -20,9 +20,9 @@ SweepDir = Annotated[str, typer.Argument(metavar="DIR", help="Folder or URI of a
 @app.command()
 def stop(sweep_dir: SweepDir, as_json: Json = False) -> None:
     """End a running sweep gracefully: its tasks leave their checkpoints, and the same `bfm sweep` goes on from them."""
-    from bfm.sweep.lease import driver_of
-    from bfm.sweep.state import STOP
-    from bfm.sweep.study import read_alone
+    from bfm.sweep.ledger.lease import driver_of
+    from bfm.sweep.ledger.state import STOP
+    from bfm.sweep.ledger.study import read_alone
 
     sweep = read_alone(sweep_dir)
     driver = driver_of(sweep.store)
@@ -38,9 +38,9 @@ def cancel(
     as_json: Json = False,
 ) -> None:
     """Train a trial no further: what runs of it ends, its rows stay, and it is never promoted."""
-    from bfm.sweep.requests import check_cancel
-    from bfm.sweep.state import CANCEL
-    from bfm.sweep.study import read_alone
+    from bfm.sweep.driver.requests import check_cancel
+    from bfm.sweep.ledger.state import CANCEL
+    from bfm.sweep.ledger.study import read_alone
 
     sweep = read_alone(sweep_dir)
     check_cancel(sweep.state, trial)
@@ -59,9 +59,9 @@ def enqueue(
 
     Settings that the file leaves out are the space's constants, else those of `bfm train`.
     """
-    from bfm.sweep.requests import own_request
-    from bfm.sweep.state import ENQUEUE
-    from bfm.sweep.study import read_alone
+    from bfm.sweep.driver.requests import own_request
+    from bfm.sweep.ledger.state import ENQUEUE
+    from bfm.sweep.ledger.study import read_alone
     from bfm.yaml import load_yaml
 
     sweep = read_alone(sweep_dir)
@@ -74,9 +74,9 @@ def enqueue(
 
 def _ask(sweep: StoredSweep, verb: str, asked: dict[str, Any], as_json: bool) -> None:
     """Put the request and say what came of it, as far as that is seen in time. Raises UserError for a refusal."""
-    from bfm.sweep.lease import driver_of
-    from bfm.sweep.ledger import read_state
-    from bfm.sweep.requests import put_request, request_words, wait_for_answer
+    from bfm.sweep.driver.requests import put_request, request_words, wait_for_answer
+    from bfm.sweep.ledger.lease import driver_of
+    from bfm.sweep.ledger.ledger import read_state
 
     request = put_request(sweep.store, verb, asked)
     running = driver_of(sweep.store) is not None

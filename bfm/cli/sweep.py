@@ -31,12 +31,12 @@ def plan(
     """
     import torch
 
-    from bfm.sweep.machine import Machine
-    from bfm.sweep.on_log import open_space
-    from bfm.sweep.plan import plan as make_plan
-    from bfm.sweep.plan import render
-    from bfm.sweep.price import bill, bill_text, price_of
-    from bfm.sweep.spec import resolve
+    from bfm.sweep.plan.machine import Machine
+    from bfm.sweep.plan.plan import plan as make_plan
+    from bfm.sweep.plan.plan import render
+    from bfm.sweep.plan.price import bill, bill_text, price_of
+    from bfm.sweep.space.on_log import open_space
+    from bfm.sweep.space.spec import resolve
     from bfm.training.single import measure_speed
 
     price = price_of(gpu, throughput, price_per_hour)
@@ -104,7 +104,7 @@ def status(
     """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
     from bfm.report import standing
     from bfm.report.sweep_view import read_sweep, status_text
-    from bfm.sweep.ledger import collector_paused
+    from bfm.sweep.ledger.ledger import collector_paused
 
     if watch:
         standing.watch(lambda: read_sweep(sweep_dir), status_text, every_s=every, as_json=as_json)
@@ -123,7 +123,7 @@ def report(
     from bfm.report.study import publish_study
     from bfm.report.sweep_report import publish_report, report_text
     from bfm.report.sweep_view import read_sweep
-    from bfm.sweep.study import is_study
+    from bfm.sweep.ledger.study import is_study
 
     if is_study(sweep_dir):
         files = publish_study(sweep_dir)
@@ -162,7 +162,7 @@ def export_optuna(
 def schema(kind: Annotated[str, typer.Argument(help="log, space or train.")]) -> None:
     """The JSON schema of a log's schema YAML, of a search space or of one configuration, for editors."""
     from bfm.events.schema import EventSchema
-    from bfm.sweep.spec import config_schema, json_schema
+    from bfm.sweep.space.spec import config_schema, json_schema
 
     schemas = {"log": EventSchema.model_json_schema, "space": json_schema, "train": config_schema}
     if kind not in schemas:

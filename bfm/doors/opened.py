@@ -18,7 +18,7 @@ from bfm.report.floors import shown_name, strongest
 from bfm.report.runs_file import runs_table
 from bfm.report.study import read_study
 from bfm.report.sweep_view import SweepView
-from bfm.sweep.study import by_axis, joined
+from bfm.sweep.ledger.study import by_axis, joined
 
 if TYPE_CHECKING:
     import pandas

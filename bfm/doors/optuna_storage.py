@@ -32,9 +32,8 @@ from bfm.errors import UserError
 from bfm.laws.frontier import goal_of, metric_value
 from bfm.report.floors import shown_name
 from bfm.report.sweep_view import SweepView
-from bfm.sweep.parameters import Parameter, read_parameters
-from bfm.sweep.state import SweepState, Trial
-from bfm.sweep.status import spec_of
+from bfm.sweep.ledger.state import SweepState, Trial, spec_of
+from bfm.sweep.space.parameters import Parameter, read_parameters
 
 JOURNALS, DATABASES = (".journal", ".log"), (".db", ".sqlite", ".sqlite3")
 Axes = dict[str, BaseDistribution]

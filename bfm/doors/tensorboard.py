@@ -38,7 +38,7 @@ from bfm.laws.frontier import (
 )
 from bfm.report.floors import Baselines, shown_name, strongest
 from bfm.report.tables import frontier_text
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.training.records import Record, StepRecord, Validation
 from bfm.training.watch import WATCHED
 from bfm.units import format_flops

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from bfm.laws.frontier import Compare, Row, best_row, gap_between, metric_value, no_answers
 from bfm.report.digits import gap_text, value_text
 from bfm.report.floors import is_above, strongest
-from bfm.sweep.crowding import crowding
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.plan.crowding import crowding
 from bfm.training.records import StepRecord, Validation
 from bfm.units import format_count, format_flops, format_seconds
 

@@ -13,10 +13,10 @@ from bfm.errors import UserError
 from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
-from bfm.sweep.costs import Costs
 from bfm.sweep.recipe.evidence import Swept, read_evidence
 from bfm.sweep.recipe.recipe import Recipe, make_recipe
 from bfm.sweep.recipe.verdicts import check_text, range_text
+from bfm.sweep.space.costs import Costs
 from bfm.training.config import TrainConfig
 from bfm.units import format_count, format_flops
 

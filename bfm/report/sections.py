@@ -17,8 +17,8 @@ from bfm.report.render import Cell, Facts, Table
 from bfm.report.sweep_data import engine_text, varied_choices, varied_fields
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import change_text, failed_rows, lost_tasks, point_text
+from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.recipe.verdicts import calibration_text
-from bfm.sweep.state import SweepState
 from bfm.units import format_count
 
 _NAMED = 3

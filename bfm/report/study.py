@@ -1,6 +1,6 @@
 """The page of a study, which shows the laws of its sweeps side by side, and its rows for a fit.
 
-Enters: the folder or URI of a study (bfm.sweep.study) or of one sweep. Leaves: rows for a fit, and
+Enters: the folder or URI of a study (bfm.sweep.ledger.study) or of one sweep. Leaves: rows for a fit, and
 <study>/report/index.html beside the sweeps' own reports.
 """
 
@@ -23,7 +23,7 @@ from bfm.report.render import render
 from bfm.report.sections import recipe_table
 from bfm.report.sweep_report import publish_report, read_recipe
 from bfm.report.sweep_view import SweepView
-from bfm.sweep.study import by_axis, joined, read_sweeps
+from bfm.sweep.ledger.study import by_axis, joined, read_sweeps
 
 
 def read_study(location: str) -> list[SweepView]:

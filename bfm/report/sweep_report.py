@@ -20,9 +20,8 @@ from bfm.report.runs_file import runs_parquet
 from bfm.report.sweep_data import sweep_data
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import failures_text, frontier_text
+from bfm.sweep.ledger.state import SweepState, spec_of
 from bfm.sweep.recipe.verdicts import checks_lines
-from bfm.sweep.state import SweepState
-from bfm.sweep.status import spec_of
 
 
 def publish_report(view: SweepView) -> list[str]:

@@ -12,9 +12,9 @@ from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.report.standing import standing_text
 from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
-from bfm.sweep.live import live_figures
-from bfm.sweep.status import life_text, summarise
-from bfm.sweep.study import StoredSweep, read_alone
+from bfm.sweep.driver.live import live_figures
+from bfm.sweep.driver.status import life_text, summarise
+from bfm.sweep.ledger.study import StoredSweep, read_alone
 
 if TYPE_CHECKING:
     from bfm.report.law_fits import Fitted
@@ -44,7 +44,7 @@ class SweepView(StoredSweep):
 
     @cached_property
     def live(self) -> dict[str, Any]:
-        """Who drives it, what runs and how far it is, what waits and why (bfm.sweep.live)."""
+        """Who drives it, what runs and how far it is, what waits and why (bfm.sweep.driver.live)."""
         return live_figures(self.store, self.state)
 
     @cached_property

@@ -22,7 +22,7 @@ from bfm.laws.frontier import (
 )
 from bfm.report.digits import UNPAIRED, gap_text, value_text
 from bfm.report.floors import Baselines, shown_name, strongest, sweep_verdict, verdict
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.units import format_count, format_flops, format_seconds, ruled
 
 _MARKS = (

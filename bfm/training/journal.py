@@ -49,7 +49,7 @@ class FencedError(Exception):
 
 
 class Named(Protocol):
-    """What is needed of a task: a RungTask, or a bfm.sweep.task.Task."""
+    """What is needed of a task: a RungTask, or a bfm.sweep.ledger.task.Task."""
 
     @property
     def task_id(self) -> str:

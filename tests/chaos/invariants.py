@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 
 from bfm.files import Store
-from bfm.sweep.ledger import read_ledger
-from bfm.sweep.spec import from_dict
-from bfm.sweep.state import Record, SweepState
+from bfm.sweep.ledger.ledger import read_ledger
+from bfm.sweep.ledger.state import Record, SweepState
+from bfm.sweep.space.spec import from_dict
 from bfm.training.checkpoint import load_checkpoint
 from tests.ray_jobs.one_machine import Cluster
 from tests.ray_jobs.toys import wait_for

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 
 from bfm.files import Store  # noqa: E402
-from bfm.sweep.ledger import has_begun, read_state  # noqa: E402
-from bfm.sweep.state import Record, SweepState  # noqa: E402
+from bfm.sweep.ledger.ledger import has_begun, read_state  # noqa: E402
+from bfm.sweep.ledger.state import Record, SweepState  # noqa: E402
 from tests.chaos.invariants import check_nothing_held, check_sweep  # noqa: E402
 from tests.chaos.sweeps import LADDER, Driver, one_place, unbroken  # noqa: E402
 from tests.helpers import make_shards  # noqa: E402

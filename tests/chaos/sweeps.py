@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from bfm.files import Store
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, has_begun, read_state
-from bfm.sweep.on_log import open_space
-from bfm.sweep.spec import resolve
-from bfm.sweep.state import SweepState
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, has_begun, read_state
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.space.on_log import open_space
+from bfm.sweep.space.spec import resolve
 from bfm.training.engine import EngineFactory
 from bfm.training.journal import read_account
 from bfm.training.rung import run_rung

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from bfm.files import Store
-from bfm.sweep.spec import resolve
+from bfm.sweep.space.spec import resolve
 from ray_jobs.cluster_session import local_ray, short_temp_folder
 from ray_jobs.sweep import run_sweep
 from tests.chaos.invariants import check_sweep

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from bfm.sweep.task import Finished, Task
+from bfm.sweep.ledger.task import Finished, Task
 from bfm.training.task import Account
 from tests.chaos.invariants import check_records
 from tests.sweep.world import execute, in_memory, make_spec, rows_of, unbroken

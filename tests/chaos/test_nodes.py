@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from bfm.files import Store
-from bfm.sweep.ledger import has_begun, read_ledger, read_state
+from bfm.sweep.ledger.ledger import has_begun, read_ledger, read_state
 from tests.chaos.invariants import check_nothing_held, check_nothing_runs, check_sweep
 from tests.chaos.sweeps import LADDER, Driver, decisions, is_in_the_middle, one_place, see_it_go_on
 from tests.ray_jobs.one_machine import Cluster, kill_tree, one_machine

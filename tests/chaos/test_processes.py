@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from bfm.files import Store
-from bfm.sweep.spec import resolve
+from bfm.sweep.space.spec import resolve
 from ray_jobs import desk, pulse
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.desk import HUNG

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bfm.files import Store
-from bfm.sweep.study import list_sweeps
+from bfm.sweep.ledger.study import list_sweeps
 from tests.report.planted_laws import BUDGETS, allocation_rows, share_rows
 from tests.sweep.world import mortal_ledger
 

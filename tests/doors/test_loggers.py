@@ -13,7 +13,7 @@ import pytest
 
 from bfm.doors.loggers import Told, Tracker, mlflow_log, open_logs, tracking, values_of, wandb_log
 from bfm.errors import UserError
-from bfm.sweep.spec import json_schema
+from bfm.sweep.space.spec import json_schema
 from tests.sweep.world import make_spec
 
 TOLD = Told("mine", "s3://bucket/mine", ("params", "window"))

@@ -11,7 +11,7 @@ import bfm
 from bfm.errors import UserError
 from bfm.laws.frontier import frontier
 from bfm.laws.result import LawFit
-from bfm.sweep.study import read_alone
+from bfm.sweep.ledger.study import read_alone
 from tests.doors.planted import write_study, write_sweep
 from tests.report.planted_laws import BUDGETS, allocation_rows
 

@@ -15,7 +15,7 @@ from bfm.doors.optuna_storage import export_sweep, open_storage
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.report.sweep_view import SweepView, read_sweep
-from bfm.sweep.ledger import read_ledger
+from bfm.sweep.ledger.ledger import read_ledger
 from tests.doors.planted import write_study
 from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec, start

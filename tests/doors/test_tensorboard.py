@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from bfm.doors.events_file import EventFile, flops_step, stored_events
 from bfm.doors.tensorboard import SweepWriter, TrialWriter
 from bfm.files import Store
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.training.records import StepRecord
 from tests.report.planted import VALIDATION, planted_sweep, state_of
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from bfm.sweep.requests import Request
-from bfm.sweep.task import Finished, Task, Wait
-from bfm.sweep.workers import GROW_LEFT_S
+from bfm.sweep.driver.requests import Request
+from bfm.sweep.driver.workers import GROW_LEFT_S
+from bfm.sweep.ledger.task import Finished, Task, Wait
 from bfm.training.task import Account
 from ray_jobs.desk import Desk
 from ray_jobs.room import Resources

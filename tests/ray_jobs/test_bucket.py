@@ -7,8 +7,8 @@ import ray
 import yaml
 
 from bfm.files import Store
-from bfm.sweep.ledger import read_state
-from bfm.sweep.spec import resolve
+from bfm.sweep.ledger.ledger import read_state
+from bfm.sweep.space.spec import resolve
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.prepare import prepare_shards
 from ray_jobs.sweep import run_sweep

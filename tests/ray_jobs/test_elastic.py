@@ -9,9 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bfm.files import Store
-from bfm.sweep import driver
-from bfm.sweep.ledger import read_ledger
-from bfm.sweep.spec import resolve
+from bfm.sweep.driver import driver
+from bfm.sweep.ledger.ledger import read_ledger
+from bfm.sweep.space.spec import resolve
 from bfm.training.engine import EngineFactory
 from bfm.training.records import StepRecord
 from bfm.training.rung import run_rung

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from bfm.sweep.lease import Holder
+from bfm.sweep.ledger.lease import Holder
 from ray_jobs import pulse
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.preemption import Notice

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
 from bfm.errors import CorruptError, PausedError, UserError
-from bfm.sweep.requests import Request
-from bfm.sweep.state import CANCEL, ENQUEUE, STOP, STORAGE
-from bfm.sweep.task import Wait
+from bfm.sweep.driver.requests import Request
+from bfm.sweep.ledger.state import CANCEL, ENQUEUE, STOP, STORAGE
+from bfm.sweep.ledger.task import Wait
 from bfm.training.task import Account
 from ray_jobs.desk import HUNG, LOOK_S, YIELD_LIMIT_S, Live, SweepEvent
 from ray_jobs.search import IDLE_LIMIT_S, START_LIMIT_S, DriverSearcher

@@ -7,7 +7,7 @@ import yaml
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.sweep.ledger import read_state
+from bfm.sweep.ledger.ledger import read_state
 from ray_jobs import study
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.study import study_verb

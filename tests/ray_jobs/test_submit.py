@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from bfm.files import Store
-from bfm.sweep.ledger import read_ledger
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.ledger import read_ledger
+from bfm.sweep.ledger.state import SweepState
 from tests.ray_jobs.toys import BIN, Head, child_environment, end_tree, free_port, wait_for, write_space
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

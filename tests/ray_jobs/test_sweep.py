@@ -23,14 +23,14 @@ from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep import machine
-from bfm.sweep.arena import ASKED
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import has_begun, read_ledger
-from bfm.sweep.machine import Machine
-from bfm.sweep.spec import resolve
-from bfm.sweep.state import SweepState
-from bfm.sweep.tiers import Tier
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import has_begun, read_ledger
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.plan import machine
+from bfm.sweep.plan.machine import Machine
+from bfm.sweep.policies.arena import ASKED
+from bfm.sweep.space.spec import resolve
+from bfm.sweep.space.tiers import Tier
 from ray_jobs import sweep
 from ray_jobs.cluster_session import local_ray
 from ray_jobs.room import check_fits, total_of

@@ -10,7 +10,7 @@ import numpy as np
 from bfm.laws.frontier import Gap, no_answers, unpaired
 from bfm.report.sweep_report import report_html
 from bfm.report.sweep_view import SweepView
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.training.records import Validation
 
 RUNGS = (1e11, 4e11, 1.6e12)

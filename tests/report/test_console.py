@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 from bfm.laws.frontier import Results
 from bfm.report.console import Display, Leaders, memorising_words, step_words, validation_text
-from bfm.sweep import crowding, machine
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.plan import crowding, machine
 from tests.report.planted import VALIDATION
 
 BAD = replace(

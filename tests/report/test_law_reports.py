@@ -21,7 +21,7 @@ from bfm.report.law_sections import answer_table, answers, law_parts
 from bfm.report.plots import Panel, finite
 from bfm.report.render import Table
 from bfm.report.sections import recipe_table
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from tests.report import planted_laws as planted
 from tests.report.planted import page_of, planted_sweep, state_of
 from tests.report.test_report_page import data_of, parsed
@@ -332,7 +332,7 @@ def planted_study(tmp_path, monkeypatch):
     ):
         spec = {"name": folder, "axis": axis, "budget": {"ladder_flops": [], "total_flops": 10**20}}
         states[str(tmp_path / folder)] = state_of(rows, spec=spec)
-    monkeypatch.setattr("bfm.sweep.study.read_state", lambda store: states.get(store.uri, SweepState()))
+    monkeypatch.setattr("bfm.sweep.ledger.study.read_state", lambda store: states.get(store.uri, SweepState()))
     return tmp_path
 
 

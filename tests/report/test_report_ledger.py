@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bfm.report.tables import lost_tasks
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from tests.report.planted import RUNGS, page_of, planted_sweep
 
 

@@ -23,7 +23,7 @@ from bfm.report.sweep_data import varied_choices, varied_fields
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, trials_in_order
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.units import format_count
 from tests.report.planted import compare, diverged, page_of, planted_sweep
 

@@ -19,7 +19,7 @@ from bfm.report.tables import (
     trials_in_order,
     trials_text,
 )
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
 from bfm.units import ruled
 from tests.report.planted import compare
 

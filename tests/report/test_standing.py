@@ -11,13 +11,13 @@ from rich.console import Console
 from bfm.files import Store
 from bfm.report.standing import watch
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger
-from bfm.sweep.live import Waits, live_figures, tell_waits
-from bfm.sweep.requests import Request, put_request
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.state import CANCEL, ENQUEUE
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.driver.live import Waits, live_figures, tell_waits
+from bfm.sweep.driver.requests import Request, put_request
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger
+from bfm.sweep.ledger.state import CANCEL, ENQUEUE
+from bfm.sweep.space.space import FeasibleSet
 from bfm.training.journal import Journal
 from bfm.training.records import StepRecord
 from bfm.training.task import Account

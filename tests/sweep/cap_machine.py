@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Finished, Task, Wait
+from bfm.sweep.space.settings import SweepSpec
 from bfm.training.task import Account
 from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec

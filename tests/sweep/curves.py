@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.metric import Selection
-from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.ledger import MemoryLedger
 from bfm.sweep.simulator.table import Curve, TableArena
+from bfm.sweep.space.metric import Selection
+from bfm.sweep.space.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from tests.sweep.serial import run_serial
 
 RUNGS = (10**9, 4 * 10**9, 16 * 10**9)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bfm.errors import CorruptError, InfeasibleError, UserError
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.rows import Row
-from bfm.sweep.task import Finished, Task
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.rows import Row
+from bfm.sweep.ledger.task import Finished, Task
 
 
 def run_serial(driver: SweepDriver, execute: Callable[[Task], Row]) -> str:

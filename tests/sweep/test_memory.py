@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.state import SweepState
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.space.space import FeasibleSet
 from bfm.training.config import TrainConfig
 from tests.sweep.serial import run_serial
 from tests.sweep.world import PlantedCosts, execute, in_memory, make_spec

@@ -13,12 +13,12 @@ from bfm.laws.frontier import Gap, unpaired
 from bfm.report.digits import gap_text
 from bfm.report.sweep_report import publish_report
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.costs import Costs
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger, read_state
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.spec import from_dict
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger, read_state
+from bfm.sweep.space.costs import Costs
+from bfm.sweep.space.space import FeasibleSet
+from bfm.sweep.space.spec import from_dict
 from bfm.training.engine import EngineFactory
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bfm.laws.runs import from_table, parse_columns
-from bfm.sweep.imports import read_runs
+from bfm.sweep.ledger.imports import read_runs
 from bfm.sweep.simulator.table import read_curves
 from tests.sweep.world import in_memory, make_spec, planted_loss
 from tests.tables.brought import FIRST_ID, KINDS

@@ -9,18 +9,18 @@ import uuid
 from dataclasses import replace
 
 from bfm.files import Store
-from bfm.sweep.costs import ConfigCost
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.imports import read_runs
-from bfm.sweep.lease import STALE_S, Holder, Lease
-from bfm.sweep.ledger import Ledger, MemoryLedger
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.driver.status import import_words
+from bfm.sweep.ledger.imports import read_runs
+from bfm.sweep.ledger.lease import STALE_S, Holder, Lease
+from bfm.sweep.ledger.ledger import Ledger, MemoryLedger
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Task
 from bfm.sweep.simulator.run import simulated_row
-from bfm.sweep.space import FeasibleSet
-from bfm.sweep.spec import from_dict
-from bfm.sweep.state import SweepState
-from bfm.sweep.status import import_words
-from bfm.sweep.task import Task
+from bfm.sweep.space.costs import ConfigCost
+from bfm.sweep.space.settings import SweepSpec
+from bfm.sweep.space.space import FeasibleSet
+from bfm.sweep.space.spec import from_dict
 from bfm.training.config import TrainConfig
 from tests.sweep.serial import run_serial
 

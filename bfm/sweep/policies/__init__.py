@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bfm.sweep.arena import Arena
+from bfm.sweep.policies.arena import Arena
 from bfm.sweep.policies.baselines import AshaPromote, AshaStop, FullLength, IsoflopWindow
 from bfm.sweep.policies.frontier import FrontierPolicy
-from bfm.sweep.policy import Policy
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.policies.policy import Policy
+from bfm.sweep.space.settings import SweepSpec
 
 _POLICIES: dict[str, Callable[[SweepSpec, Arena], Policy]] = {
     "frontier": FrontierPolicy,

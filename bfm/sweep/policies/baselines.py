@@ -12,12 +12,12 @@ from itertools import count, takewhile
 
 import numpy as np
 
-from bfm.sweep.arena import OPTUNA, Arena, Proposal
+from bfm.sweep.ledger.state import SweepState, Trial
+from bfm.sweep.ledger.task import Wait
+from bfm.sweep.policies.arena import OPTUNA, Arena, Proposal
 from bfm.sweep.policies.ground import Step, View, ascent_flops
-from bfm.sweep.policy import Decision, Stop
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial
-from bfm.sweep.task import Wait
+from bfm.sweep.policies.policy import Decision, Stop
+from bfm.sweep.space.settings import SweepSpec
 from bfm.units import format_count, format_flops
 
 _WINDOW = 3.0

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Proposal
-from bfm.sweep.metric import Metric
+from bfm.sweep.ledger.state import Trial
+from bfm.sweep.policies.arena import Arena, Proposal
 from bfm.sweep.policies.candidates import Ways
 from bfm.sweep.policies.ground import View
+from bfm.sweep.policies.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
 from bfm.sweep.policies.survival import Survival
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import Trial
-from bfm.sweep.surrogate import MAX_ROWS, Places, Prediction, Surrogate, draw_hypotheses
+from bfm.sweep.space.metric import Metric
+from bfm.sweep.space.settings import SweepSpec
 
 _WEIGHED_UP_TO = 48
 _GROWTH = 1.25

@@ -16,10 +16,10 @@ from itertools import count, islice
 
 import numpy as np
 
-from bfm.sweep.arena import Arena, Proposal
+from bfm.sweep.ledger.state import Trial
+from bfm.sweep.policies.arena import Arena, Proposal
 from bfm.sweep.policies.ground import Step, View, ascent_flops
-from bfm.sweep.state import Trial
-from bfm.sweep.surrogate import Places
+from bfm.sweep.policies.surrogate import Places
 
 _ROOM = 1024
 _STALE = 20_000

@@ -1,7 +1,7 @@
 """The frontier policy: spend where a rung's frontier is expected to fall most per FLOP.
 
 Curves cross: at equal C small models lead early and lose late, so no rank at one rung says who wins at the next. A
-surrogate (bfm.sweep.surrogate) predicts every paused trial and every new proposal at every rung above it. For each rung
+surrogate (surrogate.py) predicts every paused trial and every new proposal at every rung above it. For each rung
 the candidate is taken whose expected improvement of that rung's frontier is largest per FLOP of the whole way there:
 a large model that cannot look good early is started for what it is expected to be later.
 
@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfm.sweep.arena import Arena
+from bfm.sweep.ledger.state import SweepState, Trial
+from bfm.sweep.ledger.task import Wait
+from bfm.sweep.policies.arena import Arena
 from bfm.sweep.policies.beliefs import Beliefs
 from bfm.sweep.policies.candidates import Candidates, Ways
 from bfm.sweep.policies.ground import Step, View, ascent_flops
+from bfm.sweep.policies.policy import Decision, Start, Stop
 from bfm.sweep.policies.replicas import REPLICA, kept_flops, next_replica
-from bfm.sweep.policy import Decision, Start, Stop
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial
-from bfm.sweep.task import Wait
+from bfm.sweep.space.settings import SweepSpec
 from bfm.units import format_count, format_flops
 
 OPENING_ROWS = 4

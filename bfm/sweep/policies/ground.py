@@ -12,11 +12,11 @@ from functools import cached_property
 from itertools import accumulate, takewhile
 from typing import Any
 
-from bfm.sweep.arena import Arena, Config, Proposal
-from bfm.sweep.metric import Metric
-from bfm.sweep.policy import Start
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState, Trial, comparable_value
+from bfm.sweep.ledger.state import SweepState, Trial, comparable_value
+from bfm.sweep.policies.arena import Arena, Config, Proposal
+from bfm.sweep.policies.policy import Start
+from bfm.sweep.space.metric import Metric
+from bfm.sweep.space.settings import SweepSpec
 
 
 @dataclass(frozen=True)

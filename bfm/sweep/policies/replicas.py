@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-from bfm.sweep.arena import Proposal
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.winner import by_config
+from bfm.sweep.policies.arena import Proposal
 from bfm.sweep.policies.ground import View
-from bfm.sweep.policy import Start
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.state import SweepState
-from bfm.sweep.winner import by_config
+from bfm.sweep.policies.policy import Start
+from bfm.sweep.space.settings import SweepSpec
 
 REPLICA = "replica"
 _MOST = 3

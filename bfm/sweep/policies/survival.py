@@ -18,10 +18,10 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from bfm.sweep.ledger.state import Trial
 from bfm.sweep.policies.candidates import Ways
 from bfm.sweep.policies.ground import View
-from bfm.sweep.state import Trial
-from bfm.sweep.surrogate import Places, trend
+from bfm.sweep.policies.surrogate import Places, trend
 
 _STEEPNESS = 6.0
 """Prior standard deviation of a coefficient in log odds, over that of the surrogate in spreads of the loss."""

@@ -16,11 +16,11 @@ from bfm.events.protocol import Protocol
 from bfm.events.shards import Shards
 from bfm.files import Store
 from bfm.laws.frontier import metric_error, metric_value
-from bfm.sweep.lease import Lease
-from bfm.sweep.ledger import Ledger
+from bfm.sweep.ledger.lease import Lease
+from bfm.sweep.ledger.ledger import Ledger
+from bfm.sweep.ledger.state import Record, SweepState
 from bfm.sweep.recipe.evidence import Swept
 from bfm.sweep.recipe.recipe import Recipe
-from bfm.sweep.state import Record, SweepState
 from bfm.training.config import TrainConfig
 from bfm.training.records import Observer
 from bfm.training.single import train_single

@@ -20,10 +20,10 @@ from bfm.laws.frontier import Row, measured, metric_value
 from bfm.laws.joint_optimum import axis_at
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs, run_name
-from bfm.sweep.costs import CostModel
-from bfm.sweep.metric import Metric
 from bfm.sweep.recipe.evidence import Evidence, Fitted, Swept
-from bfm.sweep.space import Feasible, FeasibleSet, Rejection
+from bfm.sweep.space.costs import CostModel
+from bfm.sweep.space.metric import Metric
+from bfm.sweep.space.space import Feasible, FeasibleSet, Rejection
 from bfm.training.config import TrainConfig
 from bfm.units import format_flops
 

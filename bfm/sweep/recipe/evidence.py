@@ -1,7 +1,7 @@
 """What a recipe rests on: all rows of a folder's sweeps, one joint model of them, and the sweep that it goes on from.
 
-Enters: the folder of one sweep, or of a study (bfm.sweep.study), and a metric. Leaves: sweeps with their specs and
-rows, all of one evaluation protocol; the joint model of their rung rows, whichever axis a sweep was run for.
+Enters: the folder of one sweep, or of a study (bfm.sweep.ledger.study), and a metric. Leaves: sweeps with their specs
+and rows, all of one evaluation protocol; the joint model of their rung rows, whichever axis a sweep was run for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from bfm.laws.frontier import Row, by_rung, measured, metric_names, metric_value
 from bfm.laws.joint import Joint, fit_joint
 from bfm.laws.joint_optimum import Optima, optima_of
 from bfm.laws.runs import Runs, from_rows
-from bfm.sweep.metric import Metric
-from bfm.sweep.settings import SweepSpec
-from bfm.sweep.status import spec_of
-from bfm.sweep.study import by_axis, joined, of_sweep, read_sweeps
+from bfm.sweep.ledger.state import spec_of
+from bfm.sweep.ledger.study import by_axis, joined, of_sweep, read_sweeps
+from bfm.sweep.space.metric import Metric
+from bfm.sweep.space.settings import SweepSpec
 
 ALLOCATION = "allocation"
 

@@ -19,7 +19,7 @@ from bfm.laws.result import Estimate
 from bfm.laws.transform import from_loss
 from bfm.sweep.recipe.choices import Sizes
 from bfm.sweep.recipe.evidence import Fitted
-from bfm.sweep.space import Feasible
+from bfm.sweep.space.space import Feasible
 from bfm.units import format_count
 
 _VAGUE = 1e4

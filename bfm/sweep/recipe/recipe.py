@@ -18,7 +18,7 @@ from bfm.laws.frontier import Row, measured, metric_error, rung_rows
 from bfm.laws.joint_law import doubts
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
-from bfm.sweep.costs import CostModel
+from bfm.sweep.ledger.rows import without_nan
 from bfm.sweep.recipe.choices import (
     NEGATIVES,
     Choice,
@@ -33,7 +33,7 @@ from bfm.sweep.recipe.choices import (
 )
 from bfm.sweep.recipe.evidence import Evidence, Fitted, seed_noise
 from bfm.sweep.recipe.expectation import Expectation, expect
-from bfm.sweep.rows import without_nan
+from bfm.sweep.space.costs import CostModel
 from bfm.units import format_flops
 
 MANY_EPOCHS = 4.0

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.metric import Selection
-from bfm.sweep.settings import Budget, Data, Scaling, Scheduler, SweepSpec
+from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.run import Progress, Timeline, decision_times, run_all, simulate
 from bfm.sweep.simulator.table import UNKNOWN_SIZE, Curve, TableArena
-from bfm.sweep.state import SweepState
+from bfm.sweep.space.metric import Selection
+from bfm.sweep.space.settings import Budget, Data, Scaling, Scheduler, SweepSpec
 from bfm.units import aligned
 
 LOSS = Selection("loss")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.task import Task, Wait
+from bfm.sweep.ledger.task import Task, Wait
 from bfm.training.task import Account
 from bfm.units import parse_number
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.plan import task_flops
-from bfm.sweep.settings import Budget, SweepSpec
+from bfm.sweep.plan.plan import task_flops
+from bfm.sweep.policies.space_arena import SpaceArena
 from bfm.sweep.simulator.fleet import Fleet
 from bfm.sweep.simulator.law import Law, LawCosts, law_row
 from bfm.sweep.simulator.run import Progress, Timeline, decision_times, run_all, simulate
-from bfm.sweep.space import Feasible, FeasibleSet
-from bfm.sweep.space_arena import SpaceArena
+from bfm.sweep.space.settings import Budget, SweepSpec
+from bfm.sweep.space.space import Feasible, FeasibleSet
 from bfm.units import format_flops, format_seconds
 
 _OPTIMUM_DRAWS = 2000

@@ -16,9 +16,9 @@ from statistics import NormalDist
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.sweep.costs import ConfigCost
+from bfm.sweep.ledger.task import Task
 from bfm.sweep.simulator.run import simulated_row
-from bfm.sweep.task import Task
+from bfm.sweep.space.costs import ConfigCost
 from bfm.training.config import TrainConfig
 from bfm.training.schedule import rule_learning_rate
 

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.sweep.arena import Arena
-from bfm.sweep.driver import SweepDriver
-from bfm.sweep.ledger import MemoryLedger
-from bfm.sweep.settings import SweepSpec
+from bfm.sweep.driver.driver import SweepDriver
+from bfm.sweep.ledger.ledger import MemoryLedger
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Finished, Task, Wait
+from bfm.sweep.policies.arena import Arena
 from bfm.sweep.simulator.fleet import DONE, YIELDED, Cluster, Fleet
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.space.settings import SweepSpec
 
 Execute = Callable[[Task], dict[str, Any]]
 Progress = Callable[[str, float], None]
@@ -97,7 +97,7 @@ def simulate(
     """Run a sweep to its end.
 
     Raises UserError where a task needs more workers than there will ever be, PausedError where a real sweep would pause
-    (bfm.sweep.breaker): workers that are taken away while their tasks start look like broken ones.
+    (bfm.sweep.driver.breaker): workers that are taken away while their tasks start look like broken ones.
     """
     cluster, timeline = Cluster(fleet, rng), Timeline()
     driver = SweepDriver(spec, MemoryLedger(), arena, settle=cluster.account)

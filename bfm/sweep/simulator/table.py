@@ -23,13 +23,13 @@ import pyarrow.compute as pc
 
 from bfm.errors import UserError
 from bfm.laws.tables import read_table
-from bfm.sweep.arena import Proposal
-from bfm.sweep.axes import Axes
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Task
+from bfm.sweep.policies.arena import Proposal
 from bfm.sweep.simulator.run import simulated_row
-from bfm.sweep.space import Place
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task
-from bfm.sweep.tiers import Tier
+from bfm.sweep.space.axes import Axes
+from bfm.sweep.space.space import Place
+from bfm.sweep.space.tiers import Tier
 from bfm.tables.values import keys, plain
 
 _SIZE_NAMES = ("N", "n", "params")

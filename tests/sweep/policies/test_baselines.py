@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Task, Wait
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Task, Wait
 from tests.sweep.curves import RUNGS, begin, curve, reached, sweep, table_spec, tasks_of
 
 TOP = len(RUNGS) - 1

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from bfm.sweep.metric import Constraint, Metric
 from bfm.sweep.policies import beliefs
 from bfm.sweep.policies.beliefs import Beliefs
+from bfm.sweep.space.metric import Constraint, Metric
 from tests.sweep.curves import curve, sweep, table_spec
 
 LADDER = (10**8, 4 * 10**8, 16 * 10**8, 64 * 10**8)

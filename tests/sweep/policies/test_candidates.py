@@ -6,9 +6,9 @@ import random
 
 import numpy as np
 
+from bfm.sweep.ledger.task import Task
 from bfm.sweep.policies.candidates import Candidates
 from bfm.sweep.policies.ground import View
-from bfm.sweep.task import Task
 from bfm.units import GIB
 from tests.sweep.world import execute, in_memory, make_spec
 

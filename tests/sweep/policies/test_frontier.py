@@ -13,11 +13,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
-from bfm.sweep.metric import Constraint, Metric
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.task import Finished, Task, Wait
 from bfm.sweep.policies.frontier import default_shares
 from bfm.sweep.policies.ground import View
-from bfm.sweep.state import SweepState
-from bfm.sweep.task import Finished, Task, Wait
+from bfm.sweep.space.metric import Constraint, Metric
 from tests.sweep.cap_machine import CapMachine
 from tests.sweep.curves import RUNGS, begin, crossing, curve, reached, reasons_of, sweep, table_spec, tasks_of
 from tests.sweep.serial import run_serial

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bfm.sweep.ledger.winner import winner
 from bfm.sweep.policies.beliefs import Beliefs
 from bfm.sweep.policies.replicas import REPLICA, kept_flops
-from bfm.sweep.winner import winner
 from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from bfm.sweep.arena import Proposal
 from bfm.sweep.policies import survival
+from bfm.sweep.policies.arena import Proposal
 from bfm.sweep.policies.survival import Survival
 from tests.sweep.curves import begin, curve, sweep, table_spec, tasks_of
 

@@ -11,11 +11,11 @@ from bfm.errors import CorruptError, UserError
 from bfm.files import Store
 from bfm.report.sections import recipe_table
 from bfm.report.sweep_view import read_sweep, status_text
-from bfm.sweep.ledger import read_state
+from bfm.sweep.ledger.ledger import read_state
+from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.recipe.check import _check_measured, check_record
 from bfm.sweep.recipe.recipe import make_recipe
 from bfm.sweep.recipe.verdicts import calibration, checks_lines
-from bfm.sweep.state import SweepState
 from tests.sweep.recipe.planted_sizes import RUNGS, LogCosts, evidence, row, rows, sizes_sweep
 from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec, mortal_ledger, start

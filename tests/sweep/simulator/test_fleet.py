@@ -13,8 +13,8 @@ from bfm.errors import PausedError, UserError
 from bfm.sweep.simulator.fleet import Cluster, Fleet, parse_schedule
 from bfm.sweep.simulator.run import simulate
 from bfm.sweep.simulator.table import TableArena
-from bfm.sweep.space import Place
-from bfm.sweep.tiers import Tier
+from bfm.sweep.space.space import Place
+from bfm.sweep.space.tiers import Tier
 from tests.sweep.curves import curve, table_spec
 
 HOUR = 3600.0

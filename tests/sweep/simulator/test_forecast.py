@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from bfm.sweep.settings import Budget
 from bfm.sweep.simulator.fleet import Fleet, parse_schedule
 from bfm.sweep.simulator.forecast import as_dict, forecast, render
 from bfm.sweep.simulator.law import law_named
-from bfm.sweep.spec import from_dict
+from bfm.sweep.space.settings import Budget
+from bfm.sweep.space.spec import from_dict
 
 RATE = 1e11
 SPACE = {

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import UserError
-from bfm.sweep.arena import Proposal
+from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.policies.arena import Proposal
 from bfm.sweep.simulator.table import Curve, TableArena, read_curves
-from bfm.sweep.state import SweepState
 from tests.sweep.curves import RUNGS, begin, curve, reached, sweep, table_spec, tasks_of
 
 COLUMNS = {
