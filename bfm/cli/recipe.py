@@ -31,9 +31,9 @@ def recipe(
     from bfm.events.shards import Shards
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
-    from bfm.report.recipe_view import foretell, publish_recipe, recipe_text
     from bfm.sweep.plan.machine import check_config
     from bfm.sweep.recipe.check import check_recipe
+    from bfm.sweep.recipe.foretell import foretell, publish_recipe, recipe_text
     from bfm.sweep.space.costs import Costs
     from bfm.sweep.space.tiers import Tier
     from bfm.training.config import TrainConfig

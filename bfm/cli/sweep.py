@@ -103,15 +103,15 @@ def status(
 ) -> None:
     """Where a sweep stands, from its storage alone (running or not), beside what counting reaches without training."""
     from bfm.report import standing
-    from bfm.report.sweep_view import read_sweep, status_text
+    from bfm.report.sweep_view import read_sweep
     from bfm.sweep.ledger.ledger import collector_paused
 
     if watch:
-        standing.watch(lambda: read_sweep(sweep_dir), status_text, every_s=every, as_json=as_json)
+        standing.watch(lambda: read_sweep(sweep_dir), every_s=every, as_json=as_json)
         return
     with collector_paused():
         view = read_sweep(sweep_dir)
-        show_either(as_json, view.as_dict, lambda: status_text(view))
+        show_either(as_json, view.as_dict, lambda: standing.status_text(view))
 
 
 @app.command()

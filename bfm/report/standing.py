@@ -5,34 +5,35 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from bfm.report.sweep_view import SweepView
+from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
+from bfm.sweep.driver.status import life_text
 from bfm.sweep.ledger.state import SweepState
 from bfm.units import format_count, format_flops, format_seconds, ruled
-
-if TYPE_CHECKING:
-    from bfm.report.sweep_view import SweepView
 
 _RUNNING = ("running", "rung", "phase", "step", "C", "done", "loss", "events/s", "left", "on", "told")
 
 
-def standing_text(live: Mapping[str, Any], state: SweepState) -> str:
-    """Whether it runs, the spend, what is searched and the best checkpoint, then what runs and what waits."""
-    parts = ["\n".join([_driver_line(live["driver"], state), *_spend_lines(state), *_kept_lines(live)])]
-    if live["running"]:
-        parts.append(ruled(_RUNNING, [_running_cells(task) for task in live["running"]]))
-    if live["waiting"]:
-        parts.append("\n".join(["waiting", *(f"  {one['what']}: {one['why']}" for one in live["waiting"])]))
-    return "\n\n".join(parts)
+def status_text(view: SweepView) -> str:
+    """For a terminal: whether it runs, what runs and waits, the frontier so far, the spend per rung, the best trials,
+    failures, the last decisions."""
+    parts = [
+        _now_text(view.live, view.state),
+        frontier_text(view.results, view.floors, view.compare),
+        spend_text(view.results, view.state),
+    ]
+    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def watch(
     read: Callable[[], SweepView],
-    text: Callable[[SweepView], str],
     *,
     every_s: float,
     as_json: bool,
@@ -46,11 +47,11 @@ def watch(
     console = console or Console(highlight=False, soft_wrap=True)
     if as_json or not console.is_terminal:
         for view in _looks(read, every_s, sleep):
-            print(json.dumps(view.as_dict()) if as_json else f"{text(view)}\n", flush=True)
+            print(json.dumps(view.as_dict()) if as_json else f"{status_text(view)}\n", flush=True)
         return
     with Live(console=console, auto_refresh=False, transient=False) as shown:
         for view in _looks(read, every_s, sleep):
-            shown.update(Text(text(view)), refresh=True)
+            shown.update(Text(status_text(view)), refresh=True)
 
 
 def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float], None]) -> Iterator[SweepView]:
@@ -60,6 +61,16 @@ def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float
         if view.state.finished is not None and view.live["driver"] is None:
             return
         sleep(every_s)
+
+
+def _now_text(live: Mapping[str, Any], state: SweepState) -> str:
+    """Whether it runs, the spend, what is searched and the best checkpoint, then what runs and what waits."""
+    parts = ["\n".join([_driver_line(live["driver"], state), *_spend_lines(state), *_kept_lines(live)])]
+    if live["running"]:
+        parts.append(ruled(_RUNNING, [_running_cells(task) for task in live["running"]]))
+    if live["waiting"]:
+        parts.append("\n".join(["waiting", *(f"  {one['what']}: {one['why']}" for one in live["waiting"])]))
+    return "\n\n".join(parts)
 
 
 def _driver_line(driver: Mapping[str, Any] | None, state: SweepState) -> str:

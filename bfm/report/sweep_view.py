@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from bfm.laws.frontier import FrontierPoint, Gap, Results
 from bfm.ranking.paired import Pairing
 from bfm.report.floors import Baselines, read_floor_scores, read_floors
-from bfm.report.standing import standing_text
-from bfm.report.tables import failures_text, frontier_text, spend_text, trials_text
 from bfm.sweep.driver.live import live_figures
-from bfm.sweep.driver.status import life_text, summarise
+from bfm.sweep.driver.status import summarise
 from bfm.sweep.ledger.study import StoredSweep, read_alone
 
 if TYPE_CHECKING:
@@ -75,18 +73,6 @@ def read_sweep(sweep_dir: str) -> SweepView:
     """Read a sweep's ledger. Raises as `read_alone`."""
     sweep = read_alone(sweep_dir)
     return SweepView(sweep.store, sweep.state)
-
-
-def status_text(view: SweepView) -> str:
-    """For a terminal: whether it runs, what runs and waits, the frontier so far, the spend per rung, the best trials,
-    failures, the last decisions."""
-    parts = [
-        standing_text(view.live, view.state),
-        frontier_text(view.results, view.floors, view.compare),
-        spend_text(view.results, view.state),
-    ]
-    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def _point_dict(point: FrontierPoint) -> dict[str, Any]:

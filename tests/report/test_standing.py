@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from bfm.files import Store
-from bfm.report.standing import watch
-from bfm.report.sweep_view import read_sweep, status_text
+from bfm.report.standing import status_text, watch
+from bfm.report.sweep_view import read_sweep
 from bfm.sweep.driver.driver import SweepDriver
 from bfm.sweep.driver.live import Waits, live_figures, tell_waits
 from bfm.sweep.driver.requests import Request, put_request
@@ -128,12 +128,12 @@ def test_a_sweep_is_watched_until_it_has_ended(driver, tmp_path, capsys):
             run_serial(driver, execute)
             driver.close()
 
-    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=True, sleep=work)
+    watch(lambda: read_sweep(str(tmp_path)), every_s=2.0, as_json=True, sleep=work)
     looks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [look["finished"] is None for look in looks] == [True, True, True, False]
     assert naps == [2.0] * 3
-    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=False, sleep=pytest.fail)
+    watch(lambda: read_sweep(str(tmp_path)), every_s=2.0, as_json=False, sleep=pytest.fail)
     assert capsys.readouterr().out.startswith("finished: ")
     screen = Console(file=io.StringIO(), force_terminal=True, width=200, height=60)
-    watch(lambda: read_sweep(str(tmp_path)), status_text, every_s=2.0, as_json=False, console=screen, sleep=pytest.fail)
+    watch(lambda: read_sweep(str(tmp_path)), every_s=2.0, as_json=False, console=screen, sleep=pytest.fail)
     assert "finished: " in screen.file.getvalue()

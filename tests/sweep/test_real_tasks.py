@@ -11,8 +11,9 @@ from bfm.events.protocol import Protocol
 from bfm.files import Store
 from bfm.laws.frontier import Gap, unpaired
 from bfm.report.digits import gap_text
+from bfm.report.standing import status_text
 from bfm.report.sweep_report import publish_report
-from bfm.report.sweep_view import read_sweep, status_text
+from bfm.report.sweep_view import read_sweep
 from bfm.sweep.driver.driver import SweepDriver
 from bfm.sweep.ledger.lease import Lease
 from bfm.sweep.ledger.ledger import Ledger, read_state

@@ -10,7 +10,8 @@ import pytest
 from bfm.errors import CorruptError, UserError
 from bfm.files import Store
 from bfm.report.sections import recipe_table
-from bfm.report.sweep_view import read_sweep, status_text
+from bfm.report.standing import status_text
+from bfm.report.sweep_view import read_sweep
 from bfm.sweep.ledger.ledger import read_state
 from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.recipe.check import _check_measured, check_record
