@@ -22,7 +22,8 @@ from bfm.doors import loggers
 from bfm.errors import CorruptError, PausedError, UserError
 from bfm.files import Store
 from bfm.ranking.paired import Pairing
-from bfm.report.sweep_view import read_sweep, status_text
+from bfm.report.standing import status_text
+from bfm.report.sweep_view import read_sweep
 from bfm.sweep.ledger.lease import Lease
 from bfm.sweep.ledger.ledger import has_begun, read_ledger
 from bfm.sweep.ledger.state import SweepState
