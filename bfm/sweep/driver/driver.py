@@ -22,8 +22,8 @@ from bfm.sweep.ledger.ledger import Ledger, MemoryLedger, collector_paused
 from bfm.sweep.ledger.rows import Row, checked_row, without_nan
 from bfm.sweep.ledger.state import DRIVER, WORKER, Record, SweepState, Trial, counted_import
 from bfm.sweep.ledger.task import Finished, Task, Wait
-from bfm.sweep.policies import make_policy
 from bfm.sweep.policies.arena import Arena, Proposal
+from bfm.sweep.policies.by_name import make_policy
 from bfm.sweep.policies.policy import Start, Stop
 from bfm.sweep.policies.space_arena import SpaceArena
 from bfm.sweep.space.settings import SweepSpec
