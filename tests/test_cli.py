@@ -59,6 +59,9 @@ def test_train_then_more_equals_training_at_once_and_eval_agrees(bfm, config, to
     assert first["path_flops"] <= 1e8 < continued["path_flops"] == direct["path_flops"] <= 2e8
     assert continued["metrics"] == direct["metrics"]
     assert continued["task_flops"] < direct["task_flops"], "the first run was trained again"
+    code, _, err = bfm("train", config, *shards, "--flops", "1e8", "--out", tmp_path / "once")
+    assert code == 2
+    assert err.strip().endswith("past the trunk of 1e8; give more FLOPs, or another --out")
     code, out, err = bfm("eval", tmp_path / "once" / CHECKPOINT, *shards, "--json")
     assert code == 0, err
     evaluated = json.loads(out)

@@ -13,6 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from tests.doors.planted import write_sweep
+
 E, A, B, ALPHA, BETA = 1.7, 400.0, 400.0, 0.34, 0.28
 COLUMNS = "params=N,events=D,flops=C,loss=loss"
 
@@ -201,6 +203,9 @@ BAD = [
     ("surface", changed(), COLUMNS, ("--where", "N > 1e30"), "no row is left"),
     ("surface", changed(), COLUMNS, ("--where", "C < 2e18"), "one C"),
     ("isoflop", changed(), "params=N,loss=loss", (), "flops"),
+    ("isoflop", changed(), "params=N,flops=C", (), "the column loss"),
+    ("hull", changed(), "params=N,flops=C", (), "the column loss"),
+    ("surface", changed(), COLUMNS, ("--where", "depth > 3"), "there is no column depth"),
     ("share", changed(), COLUMNS, (), "share"),
     ("batch", changed(), COLUMNS, (), "batch"),
     ("negatives", changed(), COLUMNS, (), "negatives"),
@@ -235,6 +240,14 @@ def test_a_bad_table_is_one_line_and_exit_2(bfm, tmp_path, law, columns, roles, 
     assert out == ""
     assert err.strip().count("\n") == 0
     assert word in err
+
+
+def test_a_sweep_without_rows_is_told_so(bfm, tmp_path):
+    place = write_sweep(str(tmp_path / "begun"), [])
+    for more in ((), ("--metric", "all"), ("--metric", "nll")):
+        code, out, err = bfm("fit", "joint", place, *more)
+        assert (code, out) == (2, "")
+        assert "no row has a metric yet; let the sweep finish a rung" in err
 
 
 def test_two_ways_of_counting_c_are_refused(bfm, tmp_path):

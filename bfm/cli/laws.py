@@ -75,6 +75,8 @@ def _of_table(
         if where is not None:
             raise UserError("filters rows of a table", key="--where", fix="leave it out, or give report/runs.parquet")
         rows, known = law_rows(runs, law)
+        if not known:
+            raise UserError("no row has a metric yet", file=runs, fix="let the sweep finish a rung")
         return fit_metrics(law, rows, chosen_metrics(metric, known, known[:1]), runs, **options)
     table = from_table(runs, parse_columns(columns), where)
     known = list(table.metrics)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bfm.errors import UserError
+from bfm.files import Store
 from bfm.laws.fitting import fit_metrics
 from bfm.laws.frontier import frontier, metric_names
 from bfm.laws.result import LawFit
@@ -37,6 +38,11 @@ class OpenedSweep:
     def at(cls, location: str) -> OpenedSweep:
         """Raises UserError where there is neither a sweep nor a study, CorruptError where a ledger is damaged."""
         return cls(location, tuple(sweep for sweep in read_study(location) if sweep.has_begun))
+
+    def __repr__(self) -> str:
+        rungs = len({row["rung_flops"] for row in joined(self.sweeps)})
+        names = ", ".join(sweep.folder or Store(self.location).uri.rsplit("/", 1)[-1] for sweep in self.sweeps)
+        return f"OpenedSweep({names}: {len(joined(self.sweeps)):,} rows at {rungs} C, {self.location})"
 
     @cached_property
     def metrics(self) -> list[str]:

@@ -30,7 +30,7 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
     Intervals: percentiles over redraws of whole curves (column `curve`; without it, of runs), as points of one curve
     err together; `seed` is theirs. Raises UserError for one N only, and for hulls of fewer than three vertices.
     """
-    runs.require("approach 1", "params", "flops")
+    runs.require("approach 1", "params", "flops", "loss")
     if len(np.unique(runs["params"])) < 2:
         what = f"all {len(runs)} runs have N = {runs['params'][0]:g}"
         raise UserError(what, file=runs.source, key="params", fix="add curves of at least 2 other sizes")

@@ -98,7 +98,7 @@ def fit_isoflop(runs: Runs, *, curve: str = "valley") -> LawFit:
     """
     if curve not in CURVES:
         raise UserError(f"there is no curve {curve!r}", key="--curve", fix=f"one of {', '.join(CURVES)}")
-    runs.require("iso-FLOP", "params", "budget" if runs.has("budget") else "flops")
+    runs.require("iso-FLOP", "params", "budget" if runs.has("budget") else "flops", "loss")
     fit, refused = _fit(runs, skewed=curve == "valley")
     along, ratio = _along_line(fit)
     factor = inflation(ratio, fit.num - 2, fit.at.free)

@@ -81,6 +81,8 @@ def _expression(node: ast.expr, columns: Sequence[str]) -> Any:
             return ~_expression(operand, columns)
         case ast.Compare(ast.Name(name), [compared], [value]) if name in columns and type(compared) in _COMPARISONS:
             return _COMPARISONS[type(compared)](pc.field(name), _literal(value))
+        case ast.Compare(ast.Name(name), _, _) if name not in columns:
+            raise SyntaxError(f"there is no column {name}")
     raise SyntaxError(f"cannot read {ast.unparse(node)}")
 
 

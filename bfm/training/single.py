@@ -19,7 +19,7 @@ from bfm.ranking.baselines import baseline_scores
 from bfm.ranking.evaluate import evaluate
 from bfm.ranking.metrics import QueryScores, check_k, summarise
 from bfm.ranking.paired import paired_gap, read_scores
-from bfm.training.checkpoint import load_model
+from bfm.training.checkpoint import load_model, read_meta
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
 from bfm.training.engine import EngineFactory
@@ -28,6 +28,7 @@ from bfm.training.records import Observer
 from bfm.training.rung import run_rung
 from bfm.training.task import RungTask
 from bfm.training.watch import measure_floors
+from bfm.units import format_flops
 
 TRIAL = "run"
 SAVE_EVERY_S = 60.0
@@ -72,6 +73,10 @@ def train_single(
         validations=validations,
     )
     if store.exists(f"{task.name('trunk')}/meta.json"):
+        path_flops = read_meta(store, task.name("trunk"))["counters"]["path_flops"]
+        if path_flops > task.trunk_flops:
+            what = f"was trained to {format_flops(path_flops)} FLOPs and more, past the trunk of {format_flops(flops)}"
+            raise UserError(what, file=storage, key="--flops", fix="give more FLOPs, or another --out")
         task = dataclasses.replace(task, resume_from=task.name("trunk"))
     if run_group is not None:
         if validations:

@@ -30,6 +30,12 @@ def test_rows_are_those_of_the_ledger(study):
     assert opened.table().num_rows == len(stored)
 
 
+def test_a_notebook_shows_it_in_a_line(study):
+    shown = repr(bfm.open_sweep(study))
+    assert shown.startswith("OpenedSweep(allocation, share: ")
+    assert shown.endswith(f"rows at 4 C, {study})")
+
+
 def test_the_frontier_is_that_of_the_report(study):
     found = bfm.open_sweep(f"{study}/allocation").frontier("ndcg@10")
     points = frontier(read_alone(f"{study}/allocation").rows, "ndcg@10")

@@ -81,6 +81,6 @@ def test_an_export_appears_whole_or_not_at_all(shop, tmp_path, monkeypatch):
 
 
 def test_shards_without_a_schema_cannot_be_exported(toy_shards, shop, tmp_path):
-    with pytest.raises(UserError, match="of another run"):
+    with pytest.raises(UserError, match="give the shard set that it was trained on"):
         export_checkpoint(shop.checkpoint, str(toy_shards.path), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ class Expectation:
     """N with the law's interval for the best N."""
     predicted: Estimate
     fresh: Estimate | None
-    """Were every event seen once; None where the runs cannot tell."""
+    """Were every event seen once; None where the runs cannot tell, or tell nothing better."""
     notes: tuple[str, ...]
 
 
@@ -51,7 +51,8 @@ def expect(fitted: Fitted, variants: Sequence[Sizes], flops: float) -> Expectati
     fresh = None
     if fitted.joint.frame.repeats:
         (loss,), (half,) = _foretold(fitted, [point], flops, fresh=True)
-        fresh = _in_units(fitted.runs.metric, float(loss), float(half))
+        # No event is worth less the first time: where the rows say so they do not tell.
+        fresh = _in_units(fitted.runs.metric, float(loss), float(half)) if loss < loss_S[place] else None
     return Expectation(
         point=point,
         params=size,

@@ -45,6 +45,8 @@ def recipe_text(recipe: Recipe, check: Mapping[str, Any] | None) -> str:
     """For a terminal."""
     shape = recipe.shape
     size = range_text(recipe.params, format_count)
+    if not recipe.params.low <= recipe.params.estimate <= recipe.params.high:
+        size = format_count(recipe.params.estimate)
     widths = f"width {shape['width']}, depth {shape['depth']}, embedder {shape['embedder_kind']}"
     epochs = f"{recipe.epochs:.3g} epoch{'s' if recipe.epochs > 1 else ''} of this log"
     positions = f"{recipe.config['groups_per_step']} groups, {format_count(recipe.batch_events)} events"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.laws.frontier import Row, measured, metric_error, rung_rows
+from bfm.laws.frontier import Row, best_row, goal_of, measured, metric_error, metric_value, rung_rows
 from bfm.laws.joint_law import doubts
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
@@ -144,6 +144,7 @@ def _recipe(
     errors = [error for row in rows if math.isfinite(error := metric_error(row, metric))]
     noise = seed_noise([row for sweep in evidence.sweeps for row in sweep.rows], metric)
     epochs = cost.epochs(flops)
+    reached = metric_value(best_row(rows, metric), metric)
     flops_beyond = flops / max(float(row["rung_flops"]) for row in rows)
     params_beyond = cost.params / float(runs["params"].max())
     choice_notes = [choice.note for choice in choices if choice.note]
@@ -172,7 +173,7 @@ def _recipe(
         evaluation_noise=statistics.median(errors) if errors else math.nan,
         rests_on=_rests_on(evidence, runs, choices),
         notes=(*found.notes, *choice_notes, *_notes(evidence, found, noise, epochs)),
-        warnings=(*_warnings(metric, found, flops_beyond, params_beyond, epochs), *doubts(fitted.joint)),
+        warnings=(*_warnings(metric, found, reached, flops_beyond, params_beyond, epochs), *doubts(fitted.joint)),
         protocol_hash=next(iter(hashes), None),
     )
 
@@ -197,7 +198,10 @@ def _notes(evidence: Evidence, found: Expectation, noise: float, epochs: float) 
     return notes
 
 
-def _warnings(metric: str, found: Expectation, flops_beyond: float, params_beyond: float, epochs: float) -> list[str]:
+def _warnings(
+    metric: str, found: Expectation, reached: float, flops_beyond: float, params_beyond: float, epochs: float
+) -> list[str]:
+    """`reached`: the best value of the rows."""
     warnings = []
     if flops_beyond > FAR:
         warnings.append(f"C is {flops_beyond:.3g} times the highest rung: the prediction is far from what was run")
@@ -205,5 +209,11 @@ def _warnings(metric: str, found: Expectation, flops_beyond: float, params_beyon
         warnings.append(f"N is {params_beyond:.3g} times the largest fitted one")
     if epochs > MANY_EPOCHS:
         buys = "" if found.fresh is None else f"; fresh events would give {metric} {found.fresh.estimate:.4g}"
-        warnings.append(f"{epochs:.3g} epochs over this log{buys}: more data would serve better")
+        warnings.append(f"{epochs:.3g} epochs over this log{buys}")
+    if flops_beyond > 1 and not _is_better(metric, found.predicted.estimate, reached):
+        warnings.append(f"no better than the best row, {reached:.4g}: the rows do not tell that more FLOPs would help")
     return warnings
+
+
+def _is_better(metric: str, value: float, other: float) -> bool:
+    return value < other if goal_of(metric) == "minimize" else value > other

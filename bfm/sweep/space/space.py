@@ -114,9 +114,10 @@ class FeasibleSet:
         free = {parameter.name for parameter in self.spec.free_parameters}
         asked = config.as_dict()
         inside = self.spec.config({name: asked[name] for name in free}).as_dict()
-        for name, value in asked.items():
-            if value != inside[name]:
-                what = f"is {inside[name]!r} all over this space, not {value!r}"
+        # What was written first: what follows from it, such as the rate of a rule, is nobody's fault.
+        for name in (*(name for name in values if name in asked), *asked):
+            if asked[name] != inside[name]:
+                what = f"is {inside[name]!r} all over this space, not {asked[name]!r}"
                 raise UserError(what, key=name, fix="leave it out, or give it a range and go on with --extend")
         verdict = self.judge_config(config)
         if isinstance(verdict, Rejection):

@@ -13,6 +13,7 @@ from bfm.sweep.ledger.ledger import read_state
 from bfm.sweep.ledger.state import CANCEL, ENQUEUE, STOP, SweepState
 from bfm.sweep.ledger.task import Finished, Task, Wait
 from bfm.sweep.policies.arena import ASKED
+from bfm.sweep.space.spec import from_dict
 from bfm.training.task import Account
 from tests.sweep.curves import begin, crossing, table_spec
 from tests.sweep.serial import run_serial
@@ -133,6 +134,14 @@ def test_what_lies_outside_the_ranges_may_be_tried_but_not_outside_the_space():
     assert "steps" in ask(driver, ENQUEUE, config={"params": 1e11, "learning_rate": 1e-3}, seed=0)["refused"]
     run_serial(driver, execute)
     assert driver.state.finished
+
+
+def test_what_was_written_is_blamed_and_not_what_follows_from_it():
+    values = make_spec(method="optuna", scheduler={"type": "frontier"}).as_dict()
+    del values["parameters"]["learning_rate"]
+    driver = in_memory(from_dict(values))
+    refused = ask(driver, ENQUEUE, config={"params": 1234, "window": 8}, seed=0)["refused"]
+    assert refused.startswith("window: is ")
 
 
 def test_the_same_is_not_tried_twice():

@@ -126,6 +126,15 @@ def test_many_epochs_are_warned_of():
     assert any("what a repeated event is worth" in note for note in found.notes)
 
 
+def test_what_is_foretold_no_better_than_the_best_row_is_said():
+    lucky = rows(0)
+    lucky.append(row(999, len(RUNGS) - 1, lucky[-1]["config"]["params"], 1.0))
+    found = make_recipe(evidence(sizes_sweep(lucky)), LogCosts(), FAR, "nll")
+    assert any("no better than the best row, 1:" in warning for warning in found.warnings)
+    usual = make_recipe(evidence(sizes_sweep(rows(0))), LogCosts(), FAR, "nll")
+    assert not any("best row" in warning for warning in usual.warnings)
+
+
 def test_too_few_rows_are_refused_with_how_many_are_needed():
     few = [r for r in rows(0, rungs=2) if r["trial"].endswith(("0", "3"))]
     with pytest.raises(UserError, match=r"4 rows for 5 parameters of N, D; let the sweep make 10 rows"):
