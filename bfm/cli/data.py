@@ -46,7 +46,10 @@ def prepare(
     show(summary, as_json, _prepared_text)
 
 
-_TOLD = ("lines", "files", "repairs", "read_as", "left_out", "items_without_row", "item_rows_unreadable", "cuts")
+_TOLD = (
+    *("lines", "files", "repairs", "read_as", "left_out", "cuts"),
+    *("items_without_row", "item_keys_that_never_meet", "item_rows_unreadable"),
+)
 
 
 def _prepared_text(summary: dict[str, Any]) -> str:

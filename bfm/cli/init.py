@@ -20,6 +20,7 @@ app = typer.Typer()
 @app.command()
 def init(
     logs: Annotated[list[str] | None, typer.Argument(metavar="LOG...", help="Files, folders, globs or URIs.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text files that are not UTF-8, such as latin-1.")] = None,
     shards: Annotated[
         str | None, typer.Option("--space", metavar="SHARDS", help="Propose a space for this shard set.")
     ] = None,
@@ -42,7 +43,7 @@ def init(
     if shards is None:
         from bfm.events.guess import guess_schema
 
-        text, then = guess_schema(logs or []), f"bfm data prepare {out} {' '.join(logs or [])} --out shards"
+        text, then = guess_schema(logs or [], encoding), f"bfm data prepare {out} {' '.join(logs or [])} --out shards"
     else:
         text, then = _space(shards, flops, hours or 0.0), f"bfm plan {out}"
     if out is None:

@@ -109,7 +109,12 @@ def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks
     if repaired := checks.get("repairs"):
         told.append(f"repaired: values taken as missing: {counts_text(repaired)}")
     told += reading_lines(checks.get("read_as", {}), checks.get("left_out", {}))
-    if without := checks.get("items_without_row"):
+    if never := checks.get("item_keys_that_never_meet"):
+        told.append(
+            f"warning: no item of the log has a row in the item table: the log has keys such as {never[0]!r}, "
+            f"the table such as {never[1]!r}"
+        )
+    elif without := checks.get("items_without_row"):
         told.append(f"warning: {without:,} items of the log have no row in the item table")
     if unreadable := checks.get("item_rows_unreadable"):
         told.append(f"warning: {unreadable:,} rows of the item table could not be read")

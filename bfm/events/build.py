@@ -134,7 +134,7 @@ def _item_texts(job: Job, items: Items, losses: Losses) -> tuple[dict[str, pa.Ar
     if many:
         what = f"item fields that are not unique to the item: {many}; what varies per event should be a context field"
         conflicts["warning"] = what
-    misfits = dict[str, int]()
+    misfits = dict[str, Any]()
     if job.item_table is not None:
         names = [name for name in job.schema.item_fields if name not in texts]
         joined, misfits = join_item_table(job.schema, job.item_table, names, items, losses)

@@ -20,23 +20,27 @@ import pyarrow.compute as pc
 
 from bfm.errors import UserError
 from bfm.events.schema import RESERVED, TimeSpec
-from bfm.events.times import CLOCK_MS, times
+from bfm.events.written_times import setting, written_days, written_times
+from bfm.tables.dialect import ReadSpec, decimal_mark
 from bfm.tables.find import find_files
-from bfm.tables.pieces import make_pieces, read_piece, table_columns
-from bfm.tables.values import inexact, keys, numbers, plain
+from bfm.tables.pieces import ENCODING_KEY, make_pieces, read_piece, table_columns
+from bfm.tables.values import inexact, keys, numbers, plain, with_points
 from bfm.units import format_count
+from bfm.yaml import validate
 
 _ROWS = 200_000
 _WORDS: Mapping[str, str] = {
     "user": r"user|customer|client|household|account|member|visitor|buyer|card|session|person|reviewer",
     "item": r"item|product|sku|article|asin|stock|movie|track|song|merchant|mcc|listing|isbn|title_id|content|page",
-    "time": r"time|date|created|_at$|^at$|^ts$|when|day",
+    "time": r"time|date|created|_at$|^at$|^ts$|when|day|datum|^tag$|fecha",
 }
 """Of a column's name, in order of how much they say."""
 _SURE = 0.99
 """Share of rows from which on something holds of a column."""
 _USUAL = 0.95
 """Share of an item's rows that have its usual value of a field of the item."""
+_DAYS = {"sheet_days": "days of a spreadsheet", "days": "days since 1970"}
+_MARK_ROWS = 10_000
 _MOST_CATEGORIES = 1000
 _LONG_WORDS = 3.0
 _FEWEST_REPEATS = 1.2
@@ -49,6 +53,8 @@ class _Column:
     name: str
     values_E: pa.Array
     """Plain, as bfm.tables.values takes them."""
+    commas: bool = False
+    """Its numbers have decimal commas."""
 
     @cached_property
     def keys_E(self) -> pa.Array:
@@ -71,54 +77,62 @@ class _Column:
         """Rows that have a value."""
         return len(self.values_E) - int(self.keys_E.null_count)
 
+    @cached_property
+    def told_E(self) -> pa.Array:
+        """The values with decimal points."""
+        return with_points(self.values_E) if self.commas else self.values_E
+
     def named(self, role: str) -> int:
         """How much its name says that it is that: 0 for nothing."""
-        words = _WORDS[role].split("|")
-        found = [len(words) - place for place, word in enumerate(words) if re.search(word, self.name.lower())]
-        return max(found, default=0) + (len(words) if found and self.name.lower().endswith("id") else 0)
+        return _says(self.name, role)
 
     @cached_property
-    def is_time(self) -> bool:
-        """Nearly all of it are times between 1980 and 2100."""
-        found_E, _ = times(self.values_E, TimeSpec(column=self.name))
-        told = found_E.drop_null().to_numpy()
-        return len(told) >= _SURE * max(self.known, 1) > 0 and bool(
-            np.mean((told > CLOCK_MS[0]) & (told < CLOCK_MS[1])) >= _SURE and len(np.unique(told)) > 1
-        )
+    def written(self) -> list[TimeSpec]:
+        """How it can be read as times, the likeliest first; empty where it seems to hold none."""
+        return written_times(self.name, self.told_E)
+
+    @cached_property
+    def numbers_E(self) -> pa.Array:
+        """As numbers."""
+        return numbers(self.told_E)[0]
 
     @cached_property
     def is_number(self) -> bool:
         """Nearly all of it are numbers."""
-        found_E, _, _ = numbers(self.values_E)
-        return len(found_E.drop_null()) >= _SURE * max(self.known, 1) > 0
+        return len(self.numbers_E.drop_null()) >= _SURE * max(self.known, 1) > 0
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Nearly all of it are numbers, some with a fraction."""
+        return self.is_number and bool((self.numbers_E.drop_null().to_numpy(zero_copy_only=False) % 1 != 0).any())
 
     @cached_property
     def can_be_id(self) -> bool:
         """It repeats, and is no measured number."""
-        return self.known > _FEWEST_REPEATS * self.distinct > 1 and not inexact(self.values_E).any()
+        repeats = self.known > _FEWEST_REPEATS * self.distinct > 1
+        return repeats and not self.is_measured and not inexact(self.values_E).any()
 
 
-def guess_schema(logs: Sequence[str]) -> str:
-    """The text of a schema for files, folders, globs or URIs. Raises UserError where no column can be user, item, time.
+def guess_schema(logs: Sequence[str], encoding: str | None = None) -> str:
+    """The text of a schema for files, folders, globs or URIs; text that shows no encoding has this one.
 
     Fields of items are those that are the same at every row of an item; the others are of the event.
+
+    Raises UserError where a file cannot be read, or no column can be user, item, time.
     """
     found = find_files(list(logs))
-    columns, rows, understood = _read(found.paths)
+    columns, rows, understood = _read(found.paths, encoding)
     if rows == 0:
         raise UserError("has no rows", file=found.paths[0], fix="give a log with rows")
     doubts: list[str] = [f"first {format_count(rows)} rows of {found.paths[0]}{understood}"]
-    time = _choose("time", [column for column in columns if column.is_time], doubts)
-    if time is None:
-        fix = "write a schema by hand, with `position: COLUMN` where whole numbers order a user's events"
-        raise UserError("no column holds times between 1980 and 2100", file=found.paths[0], fix=fix)
+    time, spec = _time(columns, found.paths[0], doubts)
     left = [column for column in columns if column is not time]
-    user = _choose("user", [column for column in left if column.can_be_id and not column.is_time], doubts)
+    user = _choose("user", [column for column in left if column.can_be_id and not column.written], doubts)
     if user is None:
         names = ", ".join(column.name for column in columns)
         raise UserError(f"no column of {names} repeats as users do", file=found.paths[0], fix="write a schema by hand")
     left = [column for column in left if column is not user]
-    item = _choose("item", [column for column in left if column.can_be_id and not column.is_time], doubts)
+    item = _choose("item", [column for column in left if column.can_be_id and not column.written], doubts)
     if item is None:
         raise UserError("no column repeats as items do", file=found.paths[0], fix="write a schema by hand")
     left = [column for column in left if column is not item]
@@ -129,22 +143,68 @@ def guess_schema(logs: Sequence[str]) -> str:
             doubts.append(f"{column.name} is left out: it has one value, or another one at every row, or none")
             continue
         sides["item_fields" if _belongs_to(column, item) else "context_fields"].append(entry)
-    return "\n".join(_lines(user, time, item, sides, doubts)) + "\n"
+    return "\n".join(_lines(user, spec, item, sides, doubts, encoding)) + "\n"
 
 
-def _read(paths: Sequence[str]) -> tuple[list[_Column], int, str]:
+def _read(paths: Sequence[str], encoding: str | None) -> tuple[list[_Column], int, str]:
     """(columns of the first rows, how many rows, how the file was understood)."""
     tables: list[pa.Table] = []
-    columns = table_columns(paths[0])
-    pieces = make_pieces([paths[0]], columns, None)
-    for chunk in (chunk for piece in pieces for chunk in read_piece(piece, columns)):
-        tables.append(chunk.table)
-        if sum(map(len, tables)) >= _ROWS:
-            break
+    read = validate(ReadSpec, {"encoding": encoding}, file="--encoding")
+    try:
+        columns = table_columns(paths[0], read=read)
+        pieces = make_pieces([paths[0]], columns, None, read)
+        for chunk in (chunk for piece in pieces for chunk in read_piece(piece, columns)):
+            tables.append(chunk.table)
+            if sum(map(len, tables)) >= _ROWS:
+                break
+    except UserError as error:
+        if error.key == ENCODING_KEY:
+            fix = "name its encoding, e.g. `bfm init LOG... --encoding latin-1`"
+            raise UserError(error.what, file=error.file, fix=fix) from error
+        raise
     table = pa.concat_tables(tables, promote_options="permissive").slice(0, _ROWS)
-    words = pieces[0].words()
-    found = [_Column(name, plain(table[name])) for name in table.column_names]
+    words, how = pieces[0].words(), pieces[0].dialect
+    separator = how.separator if how else ""
+
+    def has_commas(values_E: pa.Array) -> bool:
+        return bool(separator) and decimal_mark(map(str, values_E[:_MARK_ROWS].to_pylist()), separator) == ","
+
+    columns_E = {name: plain(table[name]) for name in table.column_names}
+    found = [_Column(name, values_E, has_commas(values_E)) for name, values_E in columns_E.items()]
     return found, len(table), f", read as {words}" if words else ""
+
+
+def _time(columns: Sequence[_Column], path: str, doubts: list[str]) -> tuple[_Column, TimeSpec]:
+    """The column of the times and how to read it. Raises UserError where there is none."""
+    chosen = _choose("time", [column for column in columns if column.written], doubts)
+    if chosen is not None:
+        doubts += _doubts_of_format(chosen)
+        return chosen, chosen.written[0]
+    # Any number may count days: only a name says that it does.
+    named = sorted((column for column in columns if column.named("time")), key=lambda column: -column.named("time"))
+    for column in named:
+        for spec in written_days(column.name, column.told_E):
+            doubts.append(f"time: {column.name} holds numbers such as {_example(column)}, taken as {_DAYS[spec.unit]}")
+            return column, spec
+    what = "no column holds times between 1980 and 2100 in a format that is known"
+    if named:
+        what += f"; {named[0].name} has values such as {_example(named[0])!r}"
+    fix = (
+        "write a schema by hand, with `time: {column: COLUMN, format: '%d.%m.%Y'}` as the times are written, or "
+        "`position: COLUMN` where whole numbers order a user's events"
+    )
+    raise UserError(what, file=path, fix=fix)
+
+
+def _doubts_of_format(column: _Column) -> Iterator[str]:
+    spec, *others = column.written
+    if spec.format is not None:
+        also = f"; {' or '.join(repr(other.format) for other in others)} fits too" if others else ""
+        yield f"{column.name}: {_example(column)} is read as {spec.format!r}{also}"
+
+
+def _example(column: _Column) -> str:
+    return str(next(iter(column.keys_E.drop_null()), ""))
 
 
 def _choose(role: str, able: Sequence[_Column], doubts: list[str]) -> _Column | None:
@@ -201,10 +261,13 @@ def _kind(column: _Column) -> tuple[str | None, dict[str, Any]]:
         return None, {}
     if column.distinct >= column.known and not column.is_number:
         return ("text" if _words(column) >= _LONG_WORDS else None), {}
-    if column.is_time:
-        return "time", {}
+    if column.written:
+        return "time", {key: value for key, _, value in [setting(column.written[0]).partition(": ")] if key}
     if column.is_number:
-        is_code = column.named("user") or column.named("item") or column.name.lower().endswith(("id", "code"))
+        # Of product.price the product is no hint.
+        own = column.name.rpartition(".")[2]
+        named = _says(own, "user") or _says(own, "item") or own.lower().endswith(("id", "code"))
+        is_code = named and not column.is_measured
         return ("categorical" if is_code else "numeric"), {}
     if _words(column) >= _LONG_WORDS:
         return "text", {}
@@ -214,6 +277,12 @@ def _kind(column: _Column) -> tuple[str | None, dict[str, Any]]:
     return ("categorical" if column.distinct <= max(_MOST_CATEGORIES, 0.1 * column.known) else "text"), {}
 
 
+def _says(name: str, role: str) -> int:
+    words = _WORDS[role].split("|")
+    found = [len(words) - place for place, word in enumerate(words) if re.search(word, name.lower())]
+    return max(found, default=0) + (len(words) if found and name.lower().endswith("id") else 0)
+
+
 def _words(column: _Column) -> float:
     """Mean number of words of its different values."""
     texts = column.keys_E.drop_null().unique().to_pylist()[:1000]
@@ -221,19 +290,27 @@ def _words(column: _Column) -> float:
 
 
 def _lines(
-    user: _Column, time: _Column, item: _Column, sides: Mapping[str, Sequence[str]], doubts: Sequence[str]
+    user: _Column,
+    time: TimeSpec,
+    item: _Column,
+    sides: Mapping[str, Sequence[str]],
+    doubts: Sequence[str],
+    encoding: str | None,
 ) -> Iterator[str]:
     yield "# A first schema, proposed by `bfm init`: look at it, then `bfm data prepare` and `bfm data describe`."
     for doubt in doubts:
         yield f"# {doubt}"
     yield "name: log"
     yield f"user: {_quoted(user.name)}  # {_counted(user)}"
-    yield f"time: {_quoted(time.name)}"
+    column, how = _quoted(time.column), setting(time)
+    yield f"time: {{column: {column}, {how}}}" if how else f"time: {column}"
     yield f"item: {_quoted(item.name)}  # {_counted(item)}"
     for side, fields in sides.items():
         if fields:
             yield f"{side}:"
             yield from (f"  {field}" for field in fields)
+    if encoding is not None:
+        yield f"read: {{encoding: {encoding}}}"
 
 
 def _counted(column: _Column) -> str:

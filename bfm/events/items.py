@@ -9,6 +9,7 @@ row per (item, value), never per event. Keys compare as UTF-8 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,7 +110,7 @@ def choose_values(partials: list[pa.Table], items: Items) -> tuple[pa.Array, int
 
 def join_item_table(
     schema: EventSchema, path: str, names: list[str], items: Items, losses: Losses
-) -> tuple[dict[str, pa.Array], dict[str, int]]:
+) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """Values of the fields that an item table holds; of rows with one key, the first counts.
 
     Returns:
@@ -130,8 +131,22 @@ def join_item_table(
     found = pc.index_in(items.keys, value_set=keys)
     texts = {name: pa.concat_arrays(values).take(found) for name, values in texts_of.items()}
     used_twice = len(keys) - keys.null_count - pc.count_distinct(keys, mode="only_valid").as_py()
-    misfits = {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
+    misfits: dict[str, Any] = {"items_without_row": found.null_count, "item_rows_with_a_used_key": used_twice}
+    if found.null_count == len(found) and keys.null_count < len(keys):
+        misfits["item_keys_that_never_meet"] = _example_keys(items.keys, keys.drop_null())
     return texts, {**misfits, "item_rows_unreadable": unreadable}
+
+
+def _example_keys(log: pa.Array, table: pa.Array) -> list[str]:
+    """A key of the log and one of the item table; of two that differ in case or zeros at the front, where there are."""
+    place = pc.index_in(_bare(log), value_set=_bare(table))
+    number = pc.index(place.is_valid(), True).as_py()
+    pair = (log[0], table[0]) if number < 0 else (log[number], table[place[number].as_py()])
+    return [key.as_py().replace(SEPARATOR, ", ") for key in pair]
+
+
+def _bare(keys: pa.Array) -> pa.Array:
+    return pc.utf8_ltrim(pc.utf8_lower(keys), "0")
 
 
 def key_columns(schema: EventSchema, items: Items) -> dict[str, pa.Array]:

@@ -13,6 +13,7 @@ of files and workers leaves no trace but in the check of the raw order inside ti
 from __future__ import annotations
 
 import functools
+import json
 import pickle
 import shutil
 from collections import Counter
@@ -37,10 +38,12 @@ from bfm.events.schema import EventSchema, load_schema, schema_path
 from bfm.events.split import Split, time_split
 from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.events.ties import Ties, count_ties
+from bfm.events.written_times import setting, written_times
 from bfm.tables.pieces import Piece, require_columns, table_columns
 from bfm.tables.values import numbers, plain, to_mask
 
 PARTITION_ROWS = 1 << 18
+_EXAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -261,11 +264,25 @@ def choose_split(job: Job) -> Split:
     """
     partitions: list[PartitionFacts] = list(job.load("sort"))
     if not any(partition.events for partition in partitions):
-        example = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))["row"][0].as_py()
-        raise clean.nothing_usable(quarantined(partitions), f"check the schema's columns; a row: {example:.200}")
+        unusable = pq.read_table(min((job.shard_set / "quarantine").glob("*.parquet")))
+        raise clean.nothing_usable(quarantined(partitions), _unusable_fix(job.schema, unusable))
     if job.schema.split_by == "leave_one_out":
         return Split()
     return time_split(job.schema.split, functools.reduce(Histogram.merged, job.load("times")))
+
+
+def _unusable_fix(schema: EventSchema, unusable: pa.Table) -> str:
+    """What to do where every row is like these of the quarantine: rows as JSON and their reasons."""
+    fix = f"check the schema's columns; a row: {unusable['row'][0].as_py():.200}"
+    rows = unusable.filter(pc.equal(unusable["reason"], "unparsable time"))["row"].slice(0, _EXAMPLES).to_pylist()
+    if schema.time is None or not rows:
+        return fix
+    column = schema.time.column
+    values = [str(json.loads(row)[column]) for row in rows]
+    written = next(iter(written_times(column, pa.array(values, pa.large_string()))), None)
+    how = setting(written) if written else ""
+    say = f"write `time: {{column: {column}, {how}}}`" if how else "name its format, e.g. `format: '%d.%m.%Y'`"
+    return f"{column} holds {values[0]:.40}: {say}; or {fix}"
 
 
 def quarantined(partitions: list[PartitionFacts]) -> dict[str, int]:

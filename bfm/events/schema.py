@@ -94,9 +94,9 @@ class TimeSpec(_Strict):
     column: str
     format: Annotated[str, AfterValidator(_strptime)] | None = None
     """strptime format of text and of whole numbers, where it is not ISO 8601; %f after a mark is a fraction."""
-    unit: Literal["auto", "s", "ms", "us", "ns", "sheet_days"] = "auto"
+    unit: Literal["auto", "s", "ms", "us", "ns", "days", "sheet_days"] = "auto"
     """Unit of numbers; `auto` goes by each number's size (seconds below 1e11, then milliseconds, micro, nano);
-    `sheet_days` are those that spreadsheets count from 1899-12-30."""
+    `days` are those since 1970, `sheet_days` those that spreadsheets count from 1899-12-30."""
 
 
 class ItemPart(_Strict):

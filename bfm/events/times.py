@@ -22,12 +22,13 @@ _ISO = (
 )
 # Years 1 to 9999.
 _MIN_MS, _MAX_MS = -62_135_596_800_000, 253_402_300_799_999
-_UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6, "sheet_days": 1 / 86_400_000}
-_SHEET_EPOCH_MS = -2_209_161_600_000
+_UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6, "days": 1 / 86_400_000, "sheet_days": 1 / 86_400_000}
+_DAY_EPOCH_MS = {"days": 0, "sheet_days": -2_209_161_600_000}
 CLOCK_MS = 315_532_800_000, 4_102_444_800_000
 """1980 to 2100: times outside are taken for something else."""
 _LOOKS_LIKE = (
-    (1000, 20_000, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
+    (1000, 3_652, 29_219, "days since 1970: `time: {column: ..., unit: days}`; of a counter write `position: ...`"),
+    (1000, 29_220, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
     (1000, 19_000_101, 21_001_231, "written dates: `time: {column: ..., format: '%Y%m%d'}`"),
     (1, 190_001_010_000, 210_012_312_359, "written times: `time: {column: ..., format: '%Y%m%d%H%M'}`"),
     (1, 19_000_101_000_000, 21_001_231_235_959, "written times: `time: {column: ..., format: '%Y%m%d%H%M%S'}`"),
@@ -127,9 +128,9 @@ def _epoch(column: pa.Array, unit: str) -> tuple[pa.Array, np.ndarray]:
         exact = integers(column)
         divided = exact.fill_null(0).to_numpy(zero_copy_only=False) // np.maximum(per_ms, 1).astype(np.int64)
         ms = np.where((per_ms > 1) & to_mask(exact.is_valid()), divided, ms)
-    if unit == "sheet_days":
-        # What a sheet shows are seconds; its days are rounded.
-        ms = (ms + 500) // 1000 * 1000 + _SHEET_EPOCH_MS
+    if unit in _DAY_EPOCH_MS:
+        # Fractions of days are rounded; what is meant, and what a sheet shows, are seconds.
+        ms = (ms + 500) // 1000 * 1000 + _DAY_EPOCH_MS[unit]
     parsed, outside = _in_range(pc.if_else(values.is_valid(), pa.array(ms), None))
     return pc.if_else(pa.array(out_of_range), None, parsed), wrong | infinite | outside | out_of_range
 

@@ -131,7 +131,7 @@ def sniff(head: bytes, form: str, columns: Sequence[str], numbers: Collection[st
         sample = iter([rest[: rest.rfind("\n") + 1].encode()])
         for rows in read_rows(sample, separator, names, wanted):
             cells = itertools.chain(*(column.to_pylist() for column in rows.table.columns))
-            dialect = replace(dialect, decimal=_decimal_mark(cells, separator))
+            dialect = replace(dialect, decimal=decimal_mark(cells, separator))
     return dialect
 
 
@@ -179,20 +179,8 @@ def bad_byte(stream: Any, encoding: str) -> str:
     return "some value"
 
 
-def _header(text: str, separator: str) -> tuple[str, tuple[str, ...], str]:
-    """Separator, column names, and the text below the header; blank lines before it are passed over."""
-    stream = io.StringIO(text, newline="")
-    try:
-        for names in csv.reader(iter(stream.readline, ""), delimiter=separator):
-            if names and any(name.strip() for name in names):
-                return separator, tuple(names), stream.read()
-    except csv.Error as error:
-        raise UserError(f"has a header that cannot be read ({error})", fix="check the first line") from error
-    return separator, (), ""
-
-
-def _decimal_mark(cells: Iterable[str], separator: str) -> str | None:
-    """The mark that numbers show."""
+def decimal_mark(cells: Iterable[str], separator: str) -> str | None:
+    """The mark that numbers among texts show, None where none does."""
     comma = point = unclear = 0
     for cell in map(str.strip, cells):
         if _UNCLEAR.fullmatch(cell):
@@ -205,3 +193,15 @@ def _decimal_mark(cells: Iterable[str], separator: str) -> str | None:
         return "."
     # Who writes decimal commas separates by semicolons.
     return "," if comma or (unclear and separator == ";") else None
+
+
+def _header(text: str, separator: str) -> tuple[str, tuple[str, ...], str]:
+    """Separator, column names, and the text below the header; blank lines before it are passed over."""
+    stream = io.StringIO(text, newline="")
+    try:
+        for names in csv.reader(iter(stream.readline, ""), delimiter=separator):
+            if names and any(name.strip() for name in names):
+                return separator, tuple(names), stream.read()
+    except csv.Error as error:
+        raise UserError(f"has a header that cannot be read ({error})", fix="check the first line") from error
+    return separator, (), ""

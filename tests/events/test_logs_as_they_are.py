@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from decimal import Decimal
 
 import pandas as pd
@@ -91,6 +92,16 @@ def test_an_id_is_one_id_with_and_without_a_point(tmp_path):
     assert manifest.checks["items_without_row"] == 1
     assert "warning: 1 items of the log have no row in the item table" in told(manifest)
     assert "file a.csv: rows 120, missing item 1" in told(manifest)
+
+
+@pytest.mark.parametrize(("of_table", "pair"), [("107", ("00107", "107")), ("x", ("00100", "x"))])
+def test_items_that_never_meet_the_item_table_are_told_with_a_key_of_each_side(tmp_path, of_table, pair):
+    write_csv(tmp_path / "log.csv", [(n % USERS, f"00{100 + n * 7 % ITEMS}", START_S + n * DAY_S) for n in range(120)])
+    (tmp_path / "items.csv").write_text(f"item,brand\n{of_table},a\n200,b\n")
+    schema = SCHEMA + "items: {path: items.csv, key: item}\nitem_fields: {brand: categorical}\n"
+    text = told(prepared(tmp_path, schema=schema))
+    assert "no item of the log has a row in the item table" in text
+    assert f"the log has keys such as {pair[0]!r}, the table such as {pair[1]!r}" in text
 
 
 def test_ids_that_a_sheet_rounded_are_no_ids(tmp_path):
@@ -319,6 +330,7 @@ def test_a_name_is_taken_as_it_is_written(tmp_path, name):
     [
         (lambda n: f"2020{n // 28 + 1:02d}{n % 28 + 1:02d}", "format: '%Y%m%d'", "{column: time, format: '%Y%m%d'}"),
         (lambda n: str(44_000 + n + 0.25), "unit: sheet_days", "{column: time, unit: sheet_days}"),
+        (lambda n: str(18_500 + n), "unit: days", "{column: time, unit: days}"),
         (lambda n: str(438_000 + n), "write `position", "{column: time, unit: s}"),
         (lambda n: f"20200101{n % 24:02d}{n // 24:02d}30", "%H%M%S", "{column: time, format: '%Y%m%d%H%M%S'}"),
     ],
@@ -332,6 +344,20 @@ def test_numbers_that_are_no_epoch_are_refused_with_what_they_look_like(tmp_path
     assert manifest.events == len(ROWS)
     if "sheet" in time:
         assert pd.Timestamp(manifest.time_range[0], unit="ms") == pd.Timestamp("2020-06-18 06:00")
+    if "unit: days" in time:
+        assert pd.Timestamp(manifest.time_range[0], unit="ms") == pd.Timestamp("2020-08-26")
+
+
+@pytest.mark.parametrize("form", ["%d.%m.%Y", "%m/%d/%Y %H:%M"])
+def test_a_format_that_nobody_named_is_told_with_a_value(tmp_path, form):
+    rows = [(user, item, pd.Timestamp(time, unit="s").strftime(form)) for user, item, time in ROWS]
+    write_csv(tmp_path / "log.csv", rows)
+    with pytest.raises(UserError, match=r"unparsable time 120") as caught:
+        prepared(tmp_path)
+    how = f"{{column: time, format: '{form}'}}"
+    assert re.search(r"time holds \d\d[./]\d\d[./]\d{4}", str(caught.value))
+    assert f"write `time: {how}`" in str(caught.value)
+    assert prepared(tmp_path, schema=SCHEMA.replace("time: time", f"time: {how}")).events == len(ROWS)
 
 
 def test_fractions_of_seconds_in_a_format(tmp_path):

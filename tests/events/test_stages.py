@@ -267,7 +267,11 @@ def test_bad_rows_are_quarantined_with_reason_and_count(shop):
         ("user,time,item\n", "the log has no rows"),
         ("usr,time,item\n1,2,3\n", "has no column 'user'; did you mean 'usr'?"),
         ("user,time,item\n,5,3\n1,,3\n1,5,\n", "no row is usable (missing item 1, missing time 1, missing user 1)"),
-        ("user,time,item\n1,soon,3\n", 'unparsable time 1); check the schema\'s columns; a row: {"user": "1"'),
+        (
+            "user,time,item\n1,soon,3\n",
+            "unparsable time 1); time holds soon: name its format, e.g. `format: '%d.%m.%Y'`",
+        ),
+        ("user,time,item\n1,soon,3\n", 'or check the schema\'s columns; a row: {"user": "1"'),
         ("user,time,item\n" + "".join(f"1,{day}00000,a\n" for day in range(9)), "the log has a single item"),
         ("user,time,item\n" + "".join(f"{n},{n}00000,{n % 3}\n" for n in range(9)), "no user has two events"),
         ("user,time,item\n" + "1,5,3\n" * 9, "fewer than three distinct times"),
