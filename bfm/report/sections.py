@@ -14,7 +14,7 @@ from bfm.laws.frontier import FrontierPoint, Row, goal_of, rung_rows
 from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
 from bfm.report.floors import against_strongest, shown_name, strongest, sweep_verdict
 from bfm.report.render import Cell, Facts, Table
-from bfm.report.sweep_data import engine_text, varied_choices, varied_fields
+from bfm.report.sweep_data import engine_text
 from bfm.report.sweep_view import SweepView
 from bfm.report.tables import change_text, failed_rows, ladder_of, lost_tasks, point_text
 from bfm.sweep.ledger.state import SweepState
@@ -55,8 +55,9 @@ def _headline(view: SweepView) -> str:
     text = f"{_plural(len(trials), 'trial')} with {_plural(num_results, 'result')} on a ladder of C = {steps} FLOPs"
     if sizes:
         text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
-    if fields := [*varied_fields(rows), *varied_choices(rows)]:
-        text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
+    # N is told by its range.
+    if fields := [name.replace("_", " ") for name in view.swept if name != "params"]:
+        text += f", searching {_listed(fields)}"
     return f"{text}."
 
 

@@ -120,7 +120,16 @@ def planted_sweep(num_trials: int = 24, seed: int = 3) -> dict[str, Any]:
             rows.append(fake_row(int(best["trial"][1:]), rung, best["config"], rng))
     state = state_of(
         rows,
-        spec={"name": "quickstart", "budget": {"ladder_flops": list(RUNGS), "total_flops": 2.4e13}},
+        spec={
+            "name": "quickstart",
+            "parameters": {
+                "params": {"min": 5e3, "max": 2e6},
+                "embedder_share": {"min": 0.006, "max": 0.2},
+                "learning_rate": {"value": 0},
+                "groups_per_step": {"values": [1, 2, 4]},
+            },
+            "budget": {"ladder_flops": list(RUNGS), "total_flops": 2.4e13},
+        },
         finished="the space has no more points",
         spent_flops=sum(row["task_flops"] for row in rows) + 2e11,
         lost_flops=2e11,

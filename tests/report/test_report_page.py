@@ -104,6 +104,12 @@ def test_figures_are_drawn_from_what_the_rows_hold(sweep):
     }
 
 
+def test_the_first_sentence_says_what_the_space_searches(sweep):
+    """Not what differs: the rate of a trial may follow the rule."""
+    assert "learning_rate" in varied_fields(sweep["rows"])
+    assert "M, searching embedder share and groups per step." in page_of(sweep)
+
+
 def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):
     sweep["baselines"]["co_occurrence"]["coverage@10"] = 0.01
     assert "The best of the sweep is above every floor in nll" in page_of(sweep)
