@@ -311,7 +311,7 @@ def _spend(found: Sequence[Row], state: SweepState) -> dict[str, float]:
     if state.cap_flops:
         values["spend/share_of_cap"] = state.spent_flops / state.cap_flops
     for flops, here in by_rung(found).items():
-        values[f"spend/C={format_flops(flops)}"] = sum(float(row.get("task_flops") or 0.0) for row in here)
+        values[f"spend/C={format_flops(flops)}"] = float(state.trained_at(here[0]["rung"]))
     return values
 
 

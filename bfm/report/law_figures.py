@@ -296,7 +296,8 @@ def _correlation_panel(runs: Runs, fit: LawFit) -> Panel:
         ends = [value.low for _, value in points], [value.high for _, value in points]
         traces.append(trace | {"mode": "lines+markers", "error_y": bars(values, *ends, colour)})
     zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": {"color": MUTED, "width": 1}}
-    layout = {"xaxis": rung_axis(flops), "yaxis": linear_axis("", -1.1, 1.1), "shapes": [zero], "showlegend": True}
+    x_axis = rung_axis(flops, beside=[at for trace in traces for at in trace["x"]])
+    layout = {"xaxis": x_axis, "yaxis": linear_axis("", -1.1, 1.1), "shapes": [zero], "showlegend": True}
     return Panel(f"Spearman correlation of {fit.metric} with", traces, layout)
 
 

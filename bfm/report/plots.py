@@ -142,11 +142,12 @@ def linear_axis(label: str, low: float, high: float) -> dict[str, Any]:
     return {"type": "linear", "title": {"text": short(label)}, "range": [low, high], "nticks": 6}
 
 
-def rung_axis(rungs: Sequence[float], beyond: float | None = None) -> dict[str, Any]:
-    """A logarithmic C axis whose ticks are the rungs, and a place beyond them."""
-    last = max(rungs[-1], beyond or 0.0)
-    width = max(math.log10(last / rungs[0]), 0.6)
-    ends = [math.log10(rungs[0]) - 0.08 * width, math.log10(last) + 0.08 * width]
+def rung_axis(rungs: Sequence[float], beyond: float | None = None, beside: Sequence[float] = ()) -> dict[str, Any]:
+    """A logarithmic C axis whose ticks are the rungs, and a place beyond them; it shows what is drawn `beside` them."""
+    drawn = [*rungs, *beside]
+    first, last = min(drawn), max(*drawn, beyond or 0.0)
+    width = max(math.log10(last / first), 0.6)
+    ends = [math.log10(first) - 0.08 * width, math.log10(last) + 0.08 * width]
     ticks = [*rungs[:: math.ceil(len(rungs) / _MOST_TICKS)], *([] if beyond is None else [beyond])]
     axis = {"title": {"text": "C, training FLOPs of one trial"}, "type": "log", "range": ends}
     return axis | {"tickvals": ticks, "ticktext": [power_text(tick) for tick in ticks]}

@@ -14,9 +14,9 @@ from bfm.laws.frontier import FrontierPoint, Row, goal_of, rung_rows
 from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
 from bfm.report.floors import against_strongest, shown_name, strongest, sweep_verdict
 from bfm.report.render import Cell, Facts, Table
-from bfm.report.sweep_data import engine_text, varied_choices, varied_fields
+from bfm.report.sweep_data import engine_text
 from bfm.report.sweep_view import SweepView
-from bfm.report.tables import change_text, failed_rows, lost_tasks, point_text
+from bfm.report.tables import change_text, failed_rows, ladder_of, lost_tasks, point_text
 from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.recipe.verdicts import calibration_text
 from bfm.units import format_count
@@ -45,19 +45,19 @@ def lede(view: SweepView) -> str:
 
 
 def _headline(view: SweepView) -> str:
-    rows, spec = rung_rows(view.rows), view.state.spec
+    rows = rung_rows(view.rows)
     num_results = sum(map(len, view.results.finished.values()))
     trials = {str(row["trial"]) for row in rows}
     if not trials:
         return "No result is in the ledger yet."
-    ladder = list(view.results.by_rung) if spec is None else spec["budget"]["ladder_flops"]
-    steps = ", ".join(power_text(flops) for flops in ladder[:8])
+    steps = ", ".join(power_text(flops) for flops in ladder_of(view.results, view.state)[:8])
     sizes = [float(row["params"]) for row in rows if row.get("params")]
     text = f"{_plural(len(trials), 'trial')} with {_plural(num_results, 'result')} on a ladder of C = {steps} FLOPs"
     if sizes:
         text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
-    if fields := [*varied_fields(rows), *varied_choices(rows)]:
-        text += f", varying {_listed([field.replace('_', ' ') for field in fields])}"
+    # N is told by its range.
+    if fields := [name.replace("_", " ") for name in view.swept if name != "params"]:
+        text += f", searching {_listed(fields)}"
     return f"{text}."
 
 
@@ -131,19 +131,24 @@ def floor_table(view: SweepView) -> Table:
 
 
 def spend_table(view: SweepView) -> Table:
-    """FLOPs per rung, diverged and lost work, and what is left under the cap."""
-    state, entries = view.state, []
-    for flops, finished in view.results.finished.items():
-        entries.append((f"rung {power_text(flops)}", _plural(len(finished), "result"), sum(map(_spent, finished))))
-    if failed := failed_rows(view.rows):
-        entries.append(("without a result", str(len(failed)), sum(map(_spent, failed))))
-    in_rows = sum(spent for _, _, spent in entries)
-    spent_all, cap = float(state.spent_flops or in_rows), float(state.cap_flops or 0.0)
-    if spent_all - in_rows > 1e-3 * max(spent_all, 1.0):
-        entries.append(("lost, redone, probes", "", spent_all - in_rows))
-    if cap > spent_all:
-        entries.append(("left under the cap", "", cap - spent_all))
-    total = cap or spent_all or 1.0
+    """FLOPs per rung, work without a result, lost and redone work, and what is left under the cap."""
+    state, results, failed = view.state, view.results, failed_rows(view.rows)
+    failed_flops = Counter[int]()
+    for row in failed:
+        failed_flops[row["rung"]] += state.trained_flops[row["trial"], row["rung"]]
+    entries: list[tuple[str, str, float]] = []
+    for rung, flops in enumerate(ladder_of(results, state)):
+        num_results, trained_flops = len(results.finished.get(flops, [])), state.trained_at(rung) - failed_flops[rung]
+        if num_results or trained_flops:
+            entries.append((f"rung {power_text(flops)}", _plural(num_results, "result"), trained_flops))
+    if failed:
+        entries.append(("without a result", str(len(failed)), failed_flops.total()))
+    apart = {"lost": state.lost_flops, "redone for want of evicted trunks": state.redone_flops}
+    entries += [(what, "", flops) for what, flops in apart.items() if flops]
+    spent, cap = state.spent_flops, state.cap_flops or 0
+    if cap > spent:
+        entries.append(("left under the cap", "", cap - spent))
+    total = cap or spent or 1.0
     lines: list[list[Cell | str]] = [
         [what, count, power_text(flops), Cell(f"{flops / total:.0%}", kind="bar", share=flops / total)]
         for what, count, flops in entries
@@ -247,10 +252,6 @@ def provenance_facts(rows: Sequence[Row], known: Mapping[str, object]) -> Facts:
     pairs: list[tuple[str, object]] = [(name.replace("_", " "), _tally(rows, name)) for name in names]
     pairs.append(("engines", _counted(Counter(engine_text(row) for row in rung_rows(rows)))))
     return [*pairs, *known.items()]
-
-
-def _spent(row: Row) -> float:
-    return float(row.get("task_flops") or 0.0)
 
 
 def _settings(row: Row) -> str:

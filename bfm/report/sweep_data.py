@@ -87,7 +87,7 @@ def sweep_data(view: SweepView) -> dict[str, Any] | None:
     rows, rungs = rung_rows(view.rows), view.results.by_rung
     if not rows:
         return None
-    ladder = list(rungs)
+    ladder, fanned = list(rungs), _fanned(rows, rungs)
     trials = {trial: place for place, trial in enumerate(dict.fromkeys(str(row["trial"]) for row in rows))}
     places = {id(row): place for place, row in enumerate(rows)}
     return {
@@ -96,9 +96,9 @@ def sweep_data(view: SweepView) -> dict[str, Any] | None:
         "trial": [trials[str(row["trial"])] for row in rows],
         "label": [short(row["trial"]) for row in rows],
         "flops": [float(row["rung_flops"]) for row in rows],
-        "fanned": _fanned(rows, rungs),
+        "fanned": fanned,
         "failed": [row.get("status", "ok") != "ok" for row in rows],
-        "rungs": {"axis": rung_axis(ladder), "flops": ladder},
+        "rungs": {"axis": rung_axis(ladder, beside=fanned), "flops": ladder},
         "scales": {"size": SIZE_SCALE, "rung": RUNG_SCALE},
         "metrics": {metric: _metric_facts(view, metric, places) for metric in view.bests},
     }

@@ -13,6 +13,7 @@ from bfm.report.floors import Baselines, read_floor_scores, read_floors
 from bfm.sweep.driver.live import live_figures
 from bfm.sweep.driver.status import summarise
 from bfm.sweep.ledger.study import StoredSweep, read_alone
+from bfm.sweep.space.parameters import read_parameters
 
 if TYPE_CHECKING:
     from bfm.report.law_fits import Fitted
@@ -44,6 +45,12 @@ class SweepView(StoredSweep):
     def live(self) -> dict[str, Any]:
         """Who drives it, what runs and how far it is, what waits and why (bfm.sweep.driver.live)."""
         return live_figures(self.store, self.state)
+
+    @cached_property
+    def swept(self) -> tuple[str, ...]:
+        """The settings that its space searches; none where no space stands."""
+        parameters = read_parameters((self.state.spec or {}).get("parameters", ()))
+        return tuple(parameter.name for parameter in parameters if parameter.is_free)
 
     @cached_property
     def results(self) -> Results:

@@ -92,22 +92,30 @@ def trials_text(results: Results, compare: Compare = no_answers, limit: int = 20
     return "\n".join([text, *notes])
 
 
+def ladder_of(results: Results, state: SweepState) -> list[float]:
+    """C of the rungs by their index; of those that have rows where no spec names them."""
+    return list(results.by_rung) if state.spec is None else [*map(float, state.spec["budget"]["ladder_flops"])]
+
+
 def spend_text(results: Results, state: SweepState) -> str:
-    """FLOPs and seconds spent per rung, and the cap, for a terminal."""
+    """FLOPs spent per rung, what was lost and redone, and the cap, for a terminal; seconds are those of the rows."""
     lines = []
-    for flops, here in results.by_rung.items():
-        spent = sum(float(row.get("task_flops") or 0.0) for row in here)
+    for rung, flops in enumerate(ladder_of(results, state)):
+        here, trained_flops = results.by_rung.get(flops, []), state.trained_at(rung)
+        if not here and not trained_flops:
+            continue
         elapsed_s = sum(float(row.get("train_s") or 0.0) for row in here)
-        good = len(results.finished[flops])
-        lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(spent)])
+        good = len(results.finished.get(flops, []))
+        lines.append([f"C {format_flops(flops)}", str(good), str(len(here) - good), format_flops(trained_flops)])
         lines[-1].append(format_seconds(elapsed_s))
     table = ruled(["rung", "ok", "failed", "FLOPs", "training"], lines) if lines else ""
-    spent_flops, cap_flops, redone_flops = state.spent_flops, state.cap_flops, state.redone_flops
+    spent_flops, cap_flops = state.spent_flops, state.cap_flops
     if not spent_flops:
         return table
     under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
-    redone = f", {format_flops(redone_flops)} of them redone for want of evicted trunks" if redone_flops else ""
-    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{redone}".lstrip()
+    apart = {"lost": state.lost_flops, "redone for want of evicted trunks": state.redone_flops}
+    told = "".join(f", {format_flops(flops)} of them {what}" for what, flops in apart.items() if flops)
+    return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{told}".lstrip()
 
 
 def failures_text(rows: Sequence[Row], state: SweepState) -> str:

@@ -84,6 +84,7 @@ def _check_spend(records: list[Record], state: SweepState) -> None:
             assert 0 <= record["charged_flops"] <= reserved[record["task_id"]], record["task_id"]
     assert state.spent_flops == rows_flops + charged_flops
     assert state.lost_flops <= charged_flops
+    assert state.spent_flops == sum(state.trained_flops.values()) + state.lost_flops + state.redone_flops
 
 
 def _check_trunks(store: Store, state: SweepState) -> None:

@@ -89,6 +89,7 @@ def state_of(rows: list[dict[str, Any]], **known: Any) -> SweepState:
     for row in rows:
         state.rungs.setdefault(row["rung"], {})[row["trial"]] = row
         state.arrivals.append((row["trial"], row["rung"]))
+        state.trained_flops[row["trial"], row["rung"]] = row.get("task_flops", 0)
     return state
 
 
@@ -119,9 +120,19 @@ def planted_sweep(num_trials: int = 24, seed: int = 3) -> dict[str, Any]:
             rows.append(fake_row(int(best["trial"][1:]), rung, best["config"], rng))
     state = state_of(
         rows,
-        spec={"name": "quickstart", "budget": {"ladder_flops": list(RUNGS), "total_flops": 2.4e13}},
+        spec={
+            "name": "quickstart",
+            "parameters": {
+                "params": {"min": 5e3, "max": 2e6},
+                "embedder_share": {"min": 0.006, "max": 0.2},
+                "learning_rate": {"value": 0},
+                "groups_per_step": {"values": [1, 2, 4]},
+            },
+            "budget": {"ladder_flops": list(RUNGS), "total_flops": 2.4e13},
+        },
         finished="the space has no more points",
         spent_flops=sum(row["task_flops"] for row in rows) + 2e11,
+        lost_flops=2e11,
         losses=[{"trial": "t011", "rung": 1, "reason": "worker killed (signal 9)", "charged_flops": 2e11}],
         rejected=Counter({"fewer than 100 steps": 7, "share below s_min": 2}),
     )

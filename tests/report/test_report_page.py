@@ -18,6 +18,7 @@ from bfm.events.repeats import rule_facts
 from bfm.files import Store
 from bfm.laws.frontier import Results, frontier
 from bfm.report.digits import power_text
+from bfm.report.law_fits import sweep_laws
 from bfm.report.plots import log_ticks, plain, short, value_window
 from bfm.report.sweep_data import varied_choices, varied_fields
 from bfm.report.sweep_report import publish_report
@@ -25,6 +26,7 @@ from bfm.report.sweep_view import SweepView
 from bfm.report.tables import behind_text, trials_in_order
 from bfm.sweep.ledger.state import SweepState
 from bfm.units import format_count
+from tests.report import planted_laws
 from tests.report.planted import compare, diverged, page_of, planted_sweep
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -102,6 +104,29 @@ def test_figures_are_drawn_from_what_the_rows_hold(sweep):
         short("popularity"),
         short("co-occurrence"),
     }
+
+
+def test_the_first_sentence_says_what_the_space_searches(sweep):
+    """Not what differs: the rate of a trial may follow the rule."""
+    assert "learning_rate" in varied_fields(sweep["rows"])
+    assert "M, searching embedder share and groups per step." in page_of(sweep)
+
+
+def test_every_dot_of_a_figure_against_c_lies_on_its_axis(sweep):
+    """With two rungs half a decade apart the dots of a rung lie wide, and so do the ranking metrics of one."""
+    near = [row | {"rung_flops": (1e10, 3e10)[row["rung"]]} for row in sweep["rows"] if row["rung"] < 2]
+    rows = planted_laws.share_rows(budgets=(1e15, 3e15))
+    for row in rows:
+        row["metrics"] |= {name: row["metrics"]["recall@10"] for name in ("recall@5", "ndcg@10", "mrr@10")}
+    laws = [found for found in sweep_laws(rows, "embedder_share") if found.law == "agreement"]
+    data = data_of(page_of({"rows": near, "state": SweepState(), "baselines": {}}, laws=laws))
+    (variant,) = data["figures"]["law-agreement"]
+    shown = [(data["sweep"]["rungs"]["axis"], data["sweep"]["fanned"])]
+    shown += [(panel["layout"]["xaxis"], trace["x"]) for panel in variant["panels"] for trace in panel["traces"]]
+    assert len(shown) == 1 + 4
+    for axis, places in shown:
+        low, high = axis["range"]
+        assert all(low < math.log10(at) < high for at in places)
 
 
 def test_a_sweep_below_a_floor_is_called_so_in_the_first_lines(sweep):

@@ -130,7 +130,7 @@ def test_trials_come_by_rung_then_loss_with_failures_last(sweep):
 def test_spend_and_failures(sweep):
     text = spend_text(Results(sweep["rows"]), sweep["state"])
     assert "22       2" in text.splitlines()[2]
-    assert text.splitlines()[-1] == "spent 1.09e13 FLOPs of 2.4e13 (45%)"
+    assert text.splitlines()[-1] == "spent 1.09e13 FLOPs of 2.4e13 (45%), 2e11 of them lost"
     reasons = failures_text(sweep["rows"], sweep["state"])
     assert "t005 rung 0: diverged" in reasons
     assert "worker killed (signal 9)" in reasons

@@ -144,7 +144,7 @@ def _rung(state: SweepState, rung: int, rung_flops: int, selection: Metric, tole
         "oom": statuses["oom"],
         "off_budget": statuses["ok"] - len(comparable),
         "pending": len(state.pending(rung)),
-        "spent_flops": sum(row["task_flops"] for row in rows.values()),
+        "spent_flops": state.trained_at(rung),
         "best": _bests(comparable),
     }
 

@@ -116,6 +116,8 @@ class SweepState:
     open_tasks: dict[str, tuple[str, int]] = field(default_factory=dict)
     spent_flops: int = 0
     """Everything trained: task_flops of rows, and what lost and yielded tasks were charged."""
+    trained_flops: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(trial, rung) -> what all its tries trained, the lost and the redone part of it left out."""
     lost_flops: int = 0
     """The part of spent_flops that was lost: neither a row nor a checkpoint came of it."""
     redone_flops: int = 0
@@ -191,6 +193,10 @@ class SweepState:
         rows = {place: self.trials[place[0]].rows[place[1]] for place in self.arrivals if place not in self.evicted}
         return {place: row.get("checkpoint_bytes") or 0 for place, row in rows.items() if row.get("checkpoint")}
 
+    def trained_at(self, rung: int) -> int:
+        """FLOPs of `trained_flops` on the way to a rung."""
+        return sum(flops for (_, at), flops in self.trained_flops.items() if at == rung)
+
     def pending(self, rung: int) -> list[str]:
         """Trials that are reserved or owed at a rung."""
         return [trial for trial, at in self.attempts if at == rung]
@@ -249,8 +255,10 @@ class SweepState:
             raise CorruptError(f"task {record['task_id']} brought the row of another place")
         del self.attempts[trial, rung]
         self._place(row)
+        redone_flops = min(attempt.redone_flops, row["task_flops"])
         self.spent_flops += row["task_flops"]
-        self.redone_flops += min(attempt.redone_flops, row["task_flops"])
+        self.redone_flops += redone_flops
+        self.trained_flops[trial, rung] += row["task_flops"] - redone_flops
         self.eval_flops += row["eval_flops"]
         if row["status"] == "oom" and record.get("memory"):
             kind, needed_bytes = record["memory"]
@@ -269,12 +277,14 @@ class SweepState:
 
     def _suspend(self, record: Record) -> tuple[Attempt, int]:
         """A try ended without a row; the attempt, and how much further it got."""
-        _, attempt = self._close(record["task_id"])
+        place, attempt = self._close(record["task_id"])
         attempt.is_open = False
         gained = attempt.gain(record)
         attempt.progress, attempt.progress_flops = record["progress"], record["progress_flops"]
+        lost_flops = max(0, record["charged_flops"] - gained)
         self.spent_flops += record["charged_flops"]
-        self.lost_flops += max(0, record["charged_flops"] - gained)
+        self.lost_flops += lost_flops
+        self.trained_flops[place] += record["charged_flops"] - lost_flops
         return attempt, gained
 
     def _abandon(self, record: Record) -> None:
