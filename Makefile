@@ -26,8 +26,9 @@ quickstart: .venv/demo.stamp  ## a real log to a compute frontier
 	$(BIN)/bfm sweep search_spaces/quickstart.yaml --shards $(QUICKSTART)/shards --storage $(QUICKSTART) --name sweep
 	$(BIN)/bfm report $(QUICKSTART)/sweep
 
-test: .venv/dev.stamp  ## the fast tests
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS ?= 1
+test: .venv/dev.stamp  ## the fast tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: .venv/dev.stamp  ## real Ray clusters, several workers, killed processes
 	$(BIN)/python -m pytest -m slow

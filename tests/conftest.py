@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from tests.helpers import make_shards
 if not torch.cuda.is_available():
     # Read when triton is first imported, and many a module of torch imports it: kernels are interpreted on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Over several processes (`-n`) a file stays whole, and what may start a Ray cluster stays in one of them."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent)
+        may_start_ray = len(place.parts) == 1 or place.parts[0] in ("ray_jobs", "chaos")
+        item.add_marker(pytest.mark.xdist_group("ray" if may_start_ray else str(place)))
 
 
 @pytest.fixture(scope="session")
