@@ -205,6 +205,7 @@ BAD = [
     ("isoflop", changed(), "params=N,loss=loss", (), "flops"),
     ("isoflop", changed(), "params=N,flops=C", (), "the column loss"),
     ("hull", changed(), "params=N,flops=C", (), "the column loss"),
+    ("joint", changed(B=surface_table()["C"] / 1e9), f"{COLUMNS},budget=B", (), "within a factor of 2 of its budget"),
     ("surface", changed(), COLUMNS, ("--where", "depth > 3"), "there is no column depth"),
     ("share", changed(), COLUMNS, (), "share"),
     ("batch", changed(), COLUMNS, (), "batch"),

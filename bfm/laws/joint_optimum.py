@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bfm.errors import UserError
 from bfm.laws.cost import NEAR, Cost, cost_levels
 from bfm.laws.joint import Joint
 from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
@@ -109,7 +110,8 @@ class Optima:
 def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
     """Of the runs' budgets at a batch (default: the smallest of the runs).
 
-    Where a budget has no best size, axes have their optimum at the middle of its runs' N.
+    Where a budget has no best size, axes have their optimum at the middle of its runs' N. Raises UserError where no run
+    is near the C of its budget.
     """
     log_c_R, log_n_R = np.log(fit.columns["flops"]), np.log(fit.columns["params"])
     sizes, middle, refused = [], {}, {}
@@ -128,6 +130,9 @@ def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
             sizes.append((math.log(flops), *at))
         for name, found in places.items():
             found.append((math.log(flops), *_best_place(fit, name, flops, at, batch)))
+    if not middle:
+        what = "no run's C lies within a factor of 2 of its budget"
+        raise UserError(what, file=runs.source, key="budget", fix="give both in FLOPs")
     laws = {name: _law(fit, found) for name, found in places.items()}
     return Optima(_law(fit, sizes), laws, middle, refused)
 
