@@ -67,8 +67,10 @@ def test_idle_room_goes_to_the_task_that_runs_alone(tmp_path, toy_shards, monkey
     task = RungTask.from_task({**tasks[0], **short})
     run_rung(task, toy_shards, EngineFactory(), Store(tmp_path / "tiny"), observer(expected))
     # Later on rounding grows: two runs of one worker that sum in another order end 2 % apart in nll.
-    near = [step for step in expected if resized - 20 <= step <= resized + 80 and step in seen]
-    assert len(near) >= 25
+    near = [step for step in expected if resized - 40 <= step <= resized + 80 and step in seen]
+    # A point is written where C has grown by 2 %.
+    assert len(near) >= 5
+    assert min(near) <= resized <= max(near)
     np.testing.assert_allclose([seen[step] for step in near], [expected[step] for step in near], rtol=1e-4)
 
 
