@@ -40,9 +40,10 @@ class OpenedSweep:
         return cls(location, tuple(sweep for sweep in read_study(location) if sweep.has_begun))
 
     def __repr__(self) -> str:
-        rungs = len({row["rung_flops"] for row in joined(self.sweeps)})
+        rows = joined(self.sweeps)
+        rungs = len({row["rung_flops"] for row in rows})
         names = ", ".join(sweep.folder or Store(self.location).uri.rsplit("/", 1)[-1] for sweep in self.sweeps)
-        return f"OpenedSweep({names}: {len(joined(self.sweeps)):,} rows at {rungs} C, {self.location})"
+        return f"OpenedSweep({names}: {len(rows):,} rows at {rungs} C, {self.location})"
 
     @cached_property
     def metrics(self) -> list[str]:

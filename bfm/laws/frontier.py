@@ -78,6 +78,11 @@ def goal_of(metric: str) -> Goal:
     return "maximize" if name.startswith(("recall", "ndcg", "mrr", "coverage")) else "minimize"
 
 
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Whether a value of a metric is better than another."""
+    return value < other if goal_of(metric) == "minimize" else value > other
+
+
 def metric_value(row: Row, metric: str) -> float:
     """The row's value, NaN where it has none (diverged rows, metrics that were not asked for)."""
     return _number((row.get("metrics") or {}).get(metric))

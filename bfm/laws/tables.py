@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
+from bfm.tables.values import keys, plain
 from bfm.tables.whole import read_whole
 
 NUMBER = "number of the row"
@@ -58,6 +59,11 @@ def read_table(
     if table.num_rows == 0:
         raise UserError("no row is left", file=str(path), key="--where", fix="keep at least one row")
     return table
+
+
+def ids_of(table: pa.Table, column: str) -> pa.Array:
+    """A column as texts by the rule for ids: 7, 7.0 and `7.0` are one."""
+    return keys(plain(table[column]))[0]
 
 
 def _filter(table: pa.Table, where: str, path: str) -> pa.Table:

@@ -9,9 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from bfm.laws.frontier import Compare, Row, best_row, gap_between, metric_value, no_answers
+from bfm.laws.frontier import Compare, Row, best_row, gap_between, is_better, metric_value, no_answers
 from bfm.report.digits import gap_text, value_text
-from bfm.report.floors import is_above, strongest
+from bfm.report.floors import strongest
 from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.plan.crowding import crowding
 from bfm.training.records import StepRecord, Validation
@@ -89,7 +89,7 @@ def validation_text(validation: Validation) -> str:
         floor = strongest(validation.floors, metric)
         beside = ""
         if floor is not None:
-            beside = f" ({'above' if is_above(value, floor[1], metric) else 'BELOW'} {floor[0]} {floor[1]:.4g})"
+            beside = f" ({'above' if is_better(metric, value, floor[1]) else 'BELOW'} {floor[0]} {floor[1]:.4g})"
         parts.append(f"{metric} {value_text(value, validation.errors.get(metric, math.nan))}{beside}")
     best = "the best so far" if validation.is_best else f"best nll {best_words(validation)}"
     cooled = " cooled," if validation.phase == "cooldown" else ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, gap_between, goal_of, metric_value, no_answers
+from bfm.laws.frontier import Compare, Gap, Row, gap_between, goal_of, is_better, metric_value, no_answers
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import scores_object
 from bfm.report.digits import gap_text
@@ -71,7 +71,7 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
     # A floor as a row on the same queries. It has no errors, so an unpaired difference has none either.
     beside = {"floor": floor[0], "metrics": {metric: floor[1]}, "protocol_hash": row.get("protocol_hash")}
     gap = gap_between(row, beside, metric, compare)
-    side: Literal["above", "below"] = "above" if is_above(value, floor[1], metric) else "below"
+    side: Literal["above", "below"] = "above" if is_better(metric, value, floor[1]) else "below"
     return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
 
 
@@ -93,11 +93,6 @@ def strongest(baselines: Baselines, metric: str) -> tuple[str, float] | None:
         return None
     pick = min if goal_of(metric) == "minimize" else max
     return pick(known.items(), key=lambda entry: entry[1])
-
-
-def is_above(value: float, floor: float, metric: str) -> bool:
-    """Whether a value is better than a floor's."""
-    return value < floor if goal_of(metric) == "minimize" else value > floor
 
 
 def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:

@@ -119,10 +119,11 @@ def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str,
 
     Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
     """
-    found = load_checkpoint(*parent_store(checkpoint))
-    if (trained_on := found.meta["shards_hash"]) != shards.hash:
+    store, name = parent_store(checkpoint)
+    if (trained_on := read_meta(store, name)["shards_hash"]) != shards.hash:
         what = f"was trained on the shard set {trained_on[:12]}, not on {shards.hash[:12]}"
         raise UserError(what, file=checkpoint, key="--shards", fix="give the shard set that it was trained on")
+    found = load_checkpoint(store, name)
     config, seed = TrainConfig.from_dict(found.meta["config"]), int(found.meta["seed"])
     return TrainingData.of(shards).build_model(config, seed, found.state.weight).eval(), found.meta
 

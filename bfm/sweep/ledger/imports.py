@@ -17,14 +17,13 @@ from typing import Any
 
 from bfm.errors import UserError
 from bfm.files import canonical_json
-from bfm.laws.tables import read_table
+from bfm.laws.tables import ids_of, read_table
 from bfm.model.flops import FLOPS_VERSION
 from bfm.sweep.ledger.state import IMPORT, Record, SweepState
 from bfm.sweep.space.metric import METRICS
 from bfm.sweep.space.parameters import Parameter
 from bfm.sweep.space.settings import SweepSpec
 from bfm.sweep.space.space import FeasibleSet, Rejection
-from bfm.tables.values import keys, plain
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def read_runs(path: str | Path, spec: SweepSpec, feasible: FeasibleSet, protocol
     runs: list[Run] = []
     left_out: Counter[str] = Counter()
     if "config_id" in table.column_names:
-        ids = keys(plain(table["config_id"]))[0]
+        ids = ids_of(table, "config_id")
         table = table.set_column(table.column_names.index("config_id"), "config_id", ids)
     for values in table.to_pylist():
         # An empty cell of a column of texts is an empty text.

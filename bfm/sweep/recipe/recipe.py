@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bfm.errors import UserError
-from bfm.laws.frontier import Row, best_row, goal_of, measured, metric_error, metric_value, rung_rows
+from bfm.laws.frontier import Row, best_row, is_better, measured, metric_error, metric_value, rung_rows
 from bfm.laws.joint_law import doubts
 from bfm.laws.result import Estimate
 from bfm.laws.runs import Runs
@@ -210,10 +210,6 @@ def _warnings(
     if epochs > MANY_EPOCHS:
         buys = "" if found.fresh is None else f"; fresh events would give {metric} {found.fresh.estimate:.4g}"
         warnings.append(f"{epochs:.3g} epochs over this log{buys}")
-    if flops_beyond > 1 and not _is_better(metric, found.predicted.estimate, reached):
+    if flops_beyond > 1 and not is_better(metric, found.predicted.estimate, reached):
         warnings.append(f"no better than the best row, {reached:.4g}: the rows do not tell that more FLOPs would help")
     return warnings
-
-
-def _is_better(metric: str, value: float, other: float) -> bool:
-    return value < other if goal_of(metric) == "minimize" else value > other

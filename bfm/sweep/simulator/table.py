@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bfm.errors import UserError
-from bfm.laws.tables import read_table
+from bfm.laws.tables import ids_of, read_table
 from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.ledger.task import Task
 from bfm.sweep.policies.arena import Proposal
@@ -30,7 +30,6 @@ from bfm.sweep.simulator.run import simulated_row
 from bfm.sweep.space.axes import Axes
 from bfm.sweep.space.space import Place
 from bfm.sweep.space.tiers import Tier
-from bfm.tables.values import keys, plain
 
 _SIZE_NAMES = ("N", "n", "params")
 _FLOPS_SLACK = 1e-9
@@ -81,7 +80,7 @@ def read_curves(
         _check_numbers(table[name], name, str(path))
     if size is not None and pc.any(pc.less(table[size], 1)).as_py():
         raise UserError(f"{size} has values below 1", file=str(path), key=size, fix="write numbers of parameters")
-    ids = keys(plain(table["config_id"]))[0]
+    ids = ids_of(table, "config_id")
     if ids.null_count:
         raise UserError("config_id is empty in some rows", file=str(path), key="config_id", fix="fill it")
     for name in others:

@@ -21,7 +21,7 @@ from bfm.sweep.space.metric import Constraint, Metric
 from tests.sweep.cap_machine import CapMachine
 from tests.sweep.curves import RUNGS, begin, crossing, curve, reached, reasons_of, sweep, table_spec, tasks_of
 from tests.sweep.serial import run_serial
-from tests.sweep.world import GRID, execute, first_tries, in_memory, make_spec, rows_of, unbroken
+from tests.sweep.world import GRID, execute, first_tries, in_memory, make_spec, rows_of, spoilt, unbroken
 
 POLICIES = ("frontier", "asha-promote", "asha-stop", "isoflop-window", "random")
 
@@ -152,21 +152,8 @@ def test_half_is_for_the_top_and_the_rest_grows_with_the_rung():
 @given(bad=st.sets(st.integers(0, 40), min_size=1), kind=st.sampled_from(["nan", "diverged", "oom", "missing C"]))
 @settings(max_examples=6, deadline=None)
 def test_what_cannot_be_compared_is_never_the_reason_for_more(bad, kind):
-    def run(task):
-        row = execute(task)
-        if int(task.trial[1:]) in bad:
-            match kind:
-                case "nan":
-                    row["metrics"]["nll"] = math.nan
-                case "missing C":
-                    row["path_flops"] //= 2
-                    row["task_flops"] //= 2
-                case status:
-                    row |= {"status": status, "metrics": {}}
-        return row
-
     driver = in_memory(frontier_spec(budget={"total_flops": "60e9"}))
-    run_serial(driver, run)
+    run_serial(driver, spoilt(bad, kind))
     if kind != "missing C":
         for trial in driver.state.trials.values():
             if trial.number in bad:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bfm.sweep.ledger.state import SweepState
 from bfm.sweep.policies.allotment import allot
 from tests.sweep.serial import run_serial
-from tests.sweep.world import execute, in_memory, make_spec
+from tests.sweep.world import execute, in_memory, make_spec, spoilt
 
 
 @given(
@@ -73,20 +73,7 @@ def test_max_trials_bounds_proposals_and_the_rest_climbs():
 @given(bad=st.sets(st.integers(0, 60)), kind=st.sampled_from(["nan", "diverged", "oom", "missing C"]))
 @settings(max_examples=20, deadline=None)
 def test_what_cannot_be_compared_is_never_promoted(bad, kind):
-    def run(task):
-        row = execute(task)
-        if int(task.trial[1:]) in bad:
-            match kind:
-                case "nan":
-                    row["metrics"]["nll"] = math.nan
-                case "missing C":
-                    row["path_flops"] //= 2
-                    row["task_flops"] //= 2
-                case status:
-                    row |= {"status": status, "metrics": {}}
-        return row
-
-    driver = finish(make_spec(), run)
+    driver = finish(make_spec(), spoilt(bad, kind))
     for trial in driver.state.trials.values():
         if trial.number in bad:
             assert set(trial.rows) <= {0}
