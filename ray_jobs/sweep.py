@@ -289,7 +289,8 @@ def sweep_verb(
             elif event.kind in ("lost", "yielded", "growing", "quarantined", "waiting") and event.task is not None:
                 display.say(f"{event.kind} {event.task.task_id}" + (f": {event.reason}" if event.reason else ""))
             rows = len(state.arrivals) - sum(record["rows"] for record in state.imports)
-            words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running"
+            spent = f"{format_flops(state.spent_flops)} of {format_flops(spec.budget.total_flops)} FLOPs"
+            words = f"{state.num_proposals} trials  {rows} rows  {len(state.open_tasks)} running  {spent}"
             display.show(words, state.spent_flops / spec.budget.total_flops)
 
         try:

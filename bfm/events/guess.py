@@ -149,7 +149,7 @@ def guess_schema(logs: Sequence[str], encoding: str | None = None) -> str:
 def _read(paths: Sequence[str], encoding: str | None) -> tuple[list[_Column], int, str]:
     """(columns of the first rows, how many rows, how the file was understood)."""
     tables: list[pa.Table] = []
-    read = validate(ReadSpec, {"encoding": encoding}, file="--encoding")
+    read = validate(ReadSpec, {"encoding": encoding})
     try:
         columns = table_columns(paths[0], read=read)
         pieces = make_pieces([paths[0]], columns, None, read)

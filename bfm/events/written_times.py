@@ -23,10 +23,14 @@ _HEAD_ROWS = 1000
 _DATES = ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%d-%m-%Y", "%m-%d-%Y", "%Y-%m-%d", "%Y.%m.%d")
 # Short years with points or dashes would be versions and part numbers too.
 _SHORT_DATES = ("%d/%m/%y", "%m/%d/%y")
+# %b reads short and full names.
+_NAMED_DATES = ("%d-%b-%Y", "%d %b %Y", "%d/%b/%Y", "%b %d, %Y", "%b %d %Y", "%d-%b-%y")
 _CLOCKS = ("", " %H:%M", " %H:%M:%S", ", %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
 _FORMATS = (
-    *("".join(parts) for parts in itertools.product((*_DATES, *_SHORT_DATES), _CLOCKS)),
+    *("".join(parts) for parts in itertools.product((*_DATES, *_SHORT_DATES, *_NAMED_DATES), _CLOCKS)),
     *("%Y%m%d", "%Y%m%d%H%M", "%Y%m%d%H%M%S"),
+    # Web servers, mail, ctime, an API of messages.
+    *("%d/%b/%Y:%H:%M:%S %z", "%a, %d %b %Y %H:%M:%S %z", "%a %b %d %H:%M:%S %Y", "%a %b %d %H:%M:%S %z %Y"),
 )
 
 

@@ -61,7 +61,8 @@ def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_
         lines.append(["strongest", "", "", *[_strongest_name(baselines, metric) for metric in metrics]])
     text = ruled(["at most", "trials", "N", *metrics], [[_tight(cell) for cell in line] for line in lines])
     cells = [cell for line in lines for cell in line]
-    notes = [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
+    notes = [f"N: of the best {metrics[0]}"] if len(metrics) > 1 else []
+    notes += [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
     best = {metric: found[metric][-1].row for metric in metrics if found[metric]}
     return "\n".join([text, *notes, *filter(None, [sweep_verdict(best, baselines, compare)])])
 

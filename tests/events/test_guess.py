@@ -131,11 +131,15 @@ def test_a_number_within_a_product_is_numeric_and_its_id_is_categorical(tmp_path
 
 @pytest.mark.parametrize(
     "form",
-    ["%d.%m.%Y", "%m/%d/%Y %H:%M", "%d/%m/%Y %I:%M %p", "%d-%m-%Y %H:%M:%S", "%m/%d/%y", "%Y%m%d", "%Y%m%d%H%M"],
+    [
+        *("%d.%m.%Y", "%m/%d/%Y %H:%M", "%d/%m/%Y %I:%M %p", "%d-%m-%Y %H:%M:%S", "%m/%d/%y", "%Y%m%d", "%Y%m%d%H%M"),
+        *("%d-%b-%Y", "%b %d, %Y", "%d-%b-%y %H:%M", "%a %b %d %H:%M:%S %Y"),
+        *("%d/%b/%Y:%H:%M:%S %z", "%a, %d %b %Y %H:%M:%S %z"),
+    ],
 )
 def test_times_in_common_formats_are_proposed_with_their_format(tmp_path, form):
     table, days, _ = events()
-    write_csv(tmp_path / "log.csv", **{**table, "date": days.strftime(form)})
+    write_csv(tmp_path / "log.csv", ";", **{**table, "date": days.strftime(form.replace("%z", "+0200"))})
     text, schema = guessed(tmp_path / "log.csv")
     assert (schema.time.column, schema.time.format) == ("date", form)
     assert f"is read as '{form}'" in text

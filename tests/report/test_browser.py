@@ -259,7 +259,7 @@ def test_heads_sort_and_every_result_is_listed_when_asked_for(visit, sweep):
     assert known == sorted(known)
     assert column[len(known) :] == [""] * 2, "what diverged stands last"
     page.get_by_text("Every result at every rung").click()
-    assert page.locator("#every tbody tr").count() == len(sweep["rows"])
+    sync_api.expect(page.locator("#every tbody tr")).to_have_count(len(sweep["rows"]))
     assert page.locator("#every tbody small").count() > len(sweep["rows"])
 
 

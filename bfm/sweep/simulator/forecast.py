@@ -60,9 +60,13 @@ def forecast(
     seeds: Sequence[int],
     progress: Progress = lambda words, share: None,
 ) -> list[Forecast]:
-    """Run all. Raises UserError where the law does not tell the metric or the space has no feasible point."""
-    if [metric.name for metric in spec.metrics] != ["nll"] or spec.metric.constraints:
+    """Run all, without the space's further metrics: a law tells nll alone.
+
+    Raises UserError where a sweep selects by something else too, or the space has no feasible point.
+    """
+    if spec.metric.name != "nll" or spec.metric.constraints:
         raise UserError("a law tells nll alone", key="metric", fix="simulate with metric {name: nll}, no constraints")
+    spec = replace(spec, metric=replace(spec.metric, others=()))
     if "grid" in policies and spec.method != "grid":
         raise UserError("the space is no grid", key="--policy", fix="write method: grid and finite values in the space")
     run = partial(_run, spec, law, fleet, best_losses(spec, law))
@@ -111,6 +115,7 @@ def as_dict(
     return {
         "space": spec.name,
         "law": law,
+        "left_out": [metric.name for metric in spec.metric.others],
         "workers": [list(change) for change in fleet.schedule],
         "budget_flops": spec.budget.total_flops,
         "grid": _grid(spec, fleet, price_per_hour),
@@ -177,6 +182,8 @@ def render(result: dict[str, Any]) -> str:
     """For a terminal."""
     grid = result["grid"]
     lines = [f"{result['space']} under the law {result['law']!r}, cap {format_flops(result['budget_flops'])} FLOPs"]
+    if result["left_out"]:
+        lines.append(f"a law tells nll alone, so without {', '.join(result['left_out'])}")
     if grid is not None:
         lines.append(
             f"a grid of {grid['configurations']} configurations to the top: {format_flops(grid['flops'])} FLOPs, "

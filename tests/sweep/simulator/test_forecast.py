@@ -121,3 +121,12 @@ def test_an_option_that_would_do_nothing_is_refused(bfm, words, option):
     code, _, err = bfm("simulate", *words)
     assert (code, err.count("\n")) == (2, 1)
     assert option in err
+
+
+def test_further_metrics_are_left_out_and_named():
+    more = from_dict({**SPACE, "metric": {"name": "nll", "others": ["recall@10", "ndcg@10"]}})
+    fleet = Fleet(parse_schedule("4"), RATE)
+    made, result = run(fleet, more)
+    assert made.spent_flops == run(fleet)[0].spent_flops
+    assert result["left_out"] == ["recall@10", "ndcg@10"]
+    assert "a law tells nll alone, so without recall@10, ndcg@10" in render(result)
