@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize, sparse
+from scipy import optimize
 
 from bfm.laws.joint_form import Places
 
@@ -51,27 +51,26 @@ class Problem:
     errors: Errors
 
     def white(self, values: np.ndarray) -> np.ndarray:
-        """Values of shape R or R x P in units in which the rows' errors (but for `miss`) are independent and alike.
+        """Values of shape R x P in units in which the rows' errors (but for `miss`) are independent and alike.
 
         k rows of a trial have the covariance I + t 1 1^T; taking a part of their mean away makes it I.
         """
         scale_R = self.weight_R * np.exp(-self.errors.growth * self.places.log_c_R)
-        values = values * scale_R.reshape(-1, *([1] * (values.ndim - 1)))
+        values = values * scale_R[:, None]
         if self.errors.trial == 0:
             return values
-        rows = len(self.trial_R)
-        sums = sparse.csr_array((np.ones(rows), (self.trial_R, np.arange(rows)))) @ values
+        by_trial, first_T = np.argsort(self.trial_R, kind="stable"), np.cumsum(self.count_T) - self.count_T
+        sums = np.add.reduceat(values[by_trial], first_T, axis=0)
         part_T = (1 - 1 / np.sqrt(1 + self.count_T * self.errors.trial)) / self.count_T
-        sums *= part_T.reshape(-1, *([1] * (values.ndim - 1)))
-        return np.asarray(values - sums[self.trial_R])
+        return np.asarray(values - (sums * part_T[:, None])[self.trial_R])
 
     def residual(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(residuals of shape R + P, their gradient)."""
         with np.errstate(over="ignore", invalid="ignore"):
             loss_R, jacobian_RP = self.places.mean(theta_P)
-            weight_P = self.weight_P
-            rest = np.concatenate([self.white(loss_R - self.y_R), weight_P * (theta_P - self.mean_P)])
-            return rest, np.concatenate([self.white(jacobian_RP), np.diag(weight_P)])
+            weight_P, white = self.weight_P, self.white(np.column_stack([loss_R - self.y_R, jacobian_RP]))
+            rest = np.concatenate([white[:, 0], weight_P * (theta_P - self.mean_P)])
+            return rest, np.concatenate([white[:, 1:], np.diag(weight_P)])
 
     def outlying(self, theta_P: np.ndarray) -> np.ndarray:
         """`weight_R` for the residuals at theta: 1 up to five robust standard deviations."""
