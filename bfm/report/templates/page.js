@@ -127,11 +127,12 @@ const builders = {
     const step = { type: 'scatter', mode: 'lines', hoverinfo: 'skip', showlegend: false,
       x: [...points_.map(point => point.flops), end], line: { color: '@ink', width: 1.6, shape: 'hv' },
       y: [...points_.map(point => point.value), points_[points_.length - 1].value] };
-    const best = { type: 'scatter', mode: 'markers', x: held.map(point => point.flops),
-      y: held.map(point => point.value), text: texts, hoverinfo: 'text', showlegend: false,
-      error_y: bar(held.map(point => point.bar)),
-      marker: { size: 11, color: 'rgba(0,0,0,0)', line: { color: '@ink', width: 2 } } };
-    const dots = points(measured(chosen.metric), sweep.fanned, chosen.metric, chosen.colour);
+    const rows = held.map(point => point.row);
+    const plot = some => points(some, sweep.fanned, chosen.metric, chosen.colour);
+    const best = { ...plot(rows), text: texts, error_y: bar(held.map(point => point.bar)) };
+    // As large as the dots: of two points under a pointer plotly takes the smaller one, of equal ones the later.
+    best.marker = { ...best.marker, line: { color: '@ink', width: 2 }, opacity: 1, showscale: false };
+    const dots = plot(measured(chosen.metric).filter(row => !rows.includes(row)));
     const crosses = failed(sweep.fanned, chosen.metric);
     return { traces: [dots, step, best, crosses], floors: facts.floors,
       layout: { xaxis: sweep.rungs.axis, yaxis: facts.axis, showlegend: crosses.showlegend } };
