@@ -16,7 +16,7 @@ import numpy as np
 from common import machine, publish
 from real_laws import METRICS
 
-from bfm.laws.frontier import Row, by_rung, rung_rows
+from bfm.laws.frontier import by_rung, rung_rows
 from bfm.laws.joint import fit_joint
 from bfm.laws.runs import Runs, from_rows
 from bfm.laws.transform import to_loss
