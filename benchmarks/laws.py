@@ -161,8 +161,9 @@ def tables(external: Path) -> Iterator[tuple[str, Runs]]:
 def holdout_part(external: Path) -> str:
     """The runs with the most C of published tables, predicted from the others by the joint model."""
     lines = [
-        "| table | runs fitted | left out | C beyond | inside | median miss | median half width | CPU s a fit |",
-        "|---" * 8 + "|",
+        "| table | runs fitted | left out | C beyond | inside | median miss | median half width | CPU s a fit | "
+        "p of the surface's form |",
+        "|---" * 9 + "|",
     ]
     inside: list[np.ndarray] = []
     halves: list[float] = []
@@ -182,7 +183,8 @@ def holdout_part(external: Path) -> str:
         halves.append(float(np.median(half_R)))
         times = f"up to {flops_R[top_R].max() / flops_R[~top_R].max():.2g} times"
         words = f"{inside[-1].mean():.0%} | {np.median(miss_R):+.3f} | {halves[-1]:.3f}"
-        lines.append(f"| {name} | {len(kept)} | {len(left)} | {times} | {words} | {spent:.2f} |")
+        form_p = fit_surface(runs).details["form_p"]
+        lines.append(f"| {name} | {len(kept)} | {len(left)} | {times} | {words} | {spent:.2f} | {form_p:.0e} |")
     every = np.concatenate(inside)
     lines += [
         "",
@@ -191,7 +193,9 @@ def holdout_part(external: Path) -> str:
     ]
     title = (
         "# Prediction intervals on runs of more C than the law has seen\n\n"
-        "Each table's largest iso-FLOP level is left out; the largest factor of 4 in C where there are no levels."
+        "Each table's largest iso-FLOP level is left out; the largest factor of 4 in C where there are no levels.\n"
+        "The last column, of all runs of a table: small where E + A/N^alpha + B/D^beta misses what a quadratic in ln N "
+        "and ln D\nwould not."
     )
     return "\n".join([title, _written("holdout"), "", *lines, ""])
 

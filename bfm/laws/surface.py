@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws import intervals
@@ -49,6 +50,10 @@ _NO_FLOOR = 1e-4
 _FAR = math.log(4.0)
 _OUTLIER = 5.0
 _ILL_CONDITIONED = 1e4
+_REFUSED = 0.01
+"""p-value below which the form is said to miss the runs."""
+_EXACT = 1e-7
+"""Residuals below are rounding."""
 _LIMIT = 20.0
 """An interval search may try any log; exp of more says nothing further and overflows."""
 Quantity = Callable[[np.ndarray], float]
@@ -163,7 +168,7 @@ def fit_surface(
     parameters = _parameters(problem, interval)
     # Each parameter in units of its own error.
     condition = float(np.linalg.cond(jacobian_RP / np.maximum(np.linalg.norm(jacobian_RP, axis=0), 1e-300))) ** 2
-    outliers = _outliers(runs, y_R - log_loss_R)
+    outliers, form_p = _outliers(runs, y_R - log_loss_R), _form_p(problem, fit.theta_P)
     return LawFit(
         law="surface",
         metric=runs.metric,
@@ -184,10 +189,10 @@ def fit_surface(
         outliers=outliers,
         warnings=(
             *runs.warnings,
-            *_doubts(parameters, condition, outliers),
+            *_doubts(parameters, condition, form_p, outliers),
             *_in_common(runs, redrawn=bool(bootstrap) or skewed),
         ),
-        details={"condition_number": condition},
+        details={"condition_number": condition, "form_p": form_p},
     )
 
 
@@ -292,7 +297,9 @@ def _outliers(runs: Runs, error_R: np.ndarray) -> tuple[Outlier, ...]:
     )
 
 
-def _doubts(parameters: Mapping[str, Estimate], condition: float, outliers: tuple[Outlier, ...]) -> list[str]:
+def _doubts(
+    parameters: Mapping[str, Estimate], condition: float, form_p: float, outliers: tuple[Outlier, ...]
+) -> list[str]:
     notes, floor = [], parameters["E"]
     if not floor.low > 0.05 * floor.estimate or not math.isfinite(floor.high):
         ends = f"{floor.low:.3g} to {floor.high:.3g}"
@@ -306,10 +313,36 @@ def _doubts(parameters: Mapping[str, Estimate], condition: float, outliers: tupl
         value = parameters[name].estimate
         if not _EXPONENTS[0] * 1.001 < value < _EXPONENTS[1] * 0.999:
             notes.append(f"{name} is at its bound {value:g}: the runs do not show its term")
+    if form_p < _REFUSED:
+        notes.append(
+            f"the form misses a part of the loss that bends with N and D (p = {form_p:.1g}): no interval here holds "
+            "it, those of `fit joint` do"
+        )
     if outliers:
         named = ", ".join(outlier.run for outlier in outliers[:5])
         notes.append(f"{len(outliers)} outliers: {named}{', ...' if len(outliers) > 5 else ''}")
     return notes
+
+
+def _form_p(problem: _Problem, theta_P: np.ndarray) -> float:
+    """p-value of the form beside one whose ln L also bends with ln N and ln D (F test of a quadratic, outliers drawn
+    in); 1 where the runs cannot tell."""
+    log_loss_R, jacobian_RP = problem.log_loss(theta_P)
+    n_R, d_R, rest_R = (
+        problem.log_n_R - problem.center[0],
+        problem.log_d_R - problem.center[1],
+        problem.y_R - log_loss_R,
+    )
+    spread, free = 1.4826 * float(np.median(np.abs(rest_R))), len(rest_R) - 8
+    if free < 1 or spread < _EXACT:
+        return 1.0
+    known = np.linalg.qr(jacobian_RP)[0]
+    bends_R3 = np.stack([n_R**2, n_R * d_R, d_R**2], 1)
+    bends_R3 = np.linalg.qr(bends_R3 - known @ (known.T @ bends_R3))[0]
+    rest_R = np.clip(rest_R, -_OUTLIER * spread, _OUTLIER * spread)
+    rest_R = rest_R - known @ (known.T @ rest_R)
+    bent = float(((bends_R3.T @ rest_R) ** 2).sum())
+    return float(stats.f.sf(bent / 3 / ((float(rest_R @ rest_R) - bent) / free), 3, free))
 
 
 def _in_common(runs: Runs, redrawn: bool) -> list[str]:

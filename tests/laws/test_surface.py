@@ -121,6 +121,16 @@ def test_one_ratio_of_data_to_size_is_called_collinear():
     assert fit.parameters["a"].high - fit.parameters["a"].low > 0.3 or math.isinf(fit.parameters["a"].high)
 
 
+@pytest.mark.parametrize("bend", [0.0, 0.003])
+def test_a_form_that_misses_the_runs_is_doubted(bend):
+    params, events = grid()
+    log_n = np.log(params / params.mean())
+    loss = surface(params, events) * np.exp(0.003 * np.random.default_rng(0).standard_normal(len(params)))
+    fit = fit_surface(runs_of(params, events, loss * np.exp(bend * log_n * np.log(events / events.mean()))))
+    assert any("misses" in warning for warning in fit.warnings) == (bend > 0)
+    assert (fit.details["form_p"] < 0.01) == (bend > 0)
+
+
 def test_an_outlier_is_named_and_hardly_moves_the_fit():
     params, events = iso_flop()
     loss = surface(params, events) + 0.003 * np.random.default_rng(0).standard_normal(len(params))
