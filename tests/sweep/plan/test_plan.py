@@ -106,6 +106,8 @@ def test_what_no_named_memory_holds_and_what_repeats_the_log_is_warned_of():
     assert f"up to {top.epochs[1]:.2g} epochs" in epochs[0]
     larger = Machine(cores=2, gpus=1, memory_gib=16.0, gpu_memory_gib=made.rungs[-1].memory_gib + 1)
     assert not warned(larger, {"gpus": 1})[1]
+    assert any("no tier asks for a GPU" in line for line in warned(larger, {})[0].warnings)
+    assert not any("no tier asks for a GPU" in line for line in warned(larger, {"gpus": 1})[0].warnings)
     # A share of a GPU has its share of the memory.
     assert warned(larger, {"gpus": 0.5})[1]
     assert not warned(HERE, {"gpus": 1, "memory_gib": 24})[1]
