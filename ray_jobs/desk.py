@@ -121,6 +121,7 @@ class Desk:
         """Id of the task that was asked for a checkpoint, to go on with more workers."""
         self._paused: PausedError | None = None
         self._ends_at_s: float | None = None
+        self._told_to_yield: set[str] = set()
         self._ask_again_at_s = self._look_again_at_s = float("-inf")
 
     def peek(self, live: Sequence[Live]) -> Task | None:
@@ -215,7 +216,9 @@ class Desk:
         running = [one.task for one in live if one.is_running]
         if self._ends_at_s is None:
             self._ends_at_s = self.clock() + YIELD_LIMIT_S
-            for task in running:
+        for task in running:
+            if task.task_id not in self._told_to_yield:
+                self._told_to_yield.add(task.task_id)
                 self._guard(partial(self._running.ask_to_yield, task))
         if not running or self.clock() > self._ends_at_s:
             if self._signals.received is not None:

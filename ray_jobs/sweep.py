@@ -8,6 +8,7 @@ Ray runs the tasks and knows nothing else: the ledger is the truth, and the same
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ from ray_jobs.signals import Interrupted, signals_raise
 from ray_jobs.trial import Executor, Workplace, pauses_where_full
 from ray_jobs.tuning import quiet_session, run_tasks
 
+_log = logging.getLogger(__name__)
 RESUME = ("auto", "never", "must")
 Progress = Callable[[SweepEvent, SweepDriver], None]
 
@@ -247,7 +249,13 @@ def _curves(store: Store, driver: SweepDriver, floors: Baselines) -> Iterator[Ca
     writer = SweepWriter(f"{store.uri}/tensorboard/_sweep", floors)
     try:
         yield lambda: writer.update(driver.state)
-        writer.finish(driver.state.all_rows(), compare=Pairing(store, read_floor_scores(store)))
+        rows = driver.state.all_rows()
+        try:
+            writer.finish(rows, compare=Pairing(store, read_floor_scores(store)))
+        except (CorruptError, OSError) as error:
+            # As in `_row_line`: what scores say is told beside the results, and is none of them.
+            _log.warning("the frontier is drawn without comparisons: %s", error)
+            writer.finish(rows)
     finally:
         writer.close()
 

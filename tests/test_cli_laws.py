@@ -262,6 +262,16 @@ def test_two_ways_of_counting_c_are_refused(bfm, tmp_path):
     assert "more than one way" in err
 
 
+def test_a_setting_may_change_what_an_event_costs(bfm, tmp_path):
+    columns = surface_table()
+    both = {name: np.concatenate([values, values]) for name, values in columns.items()}
+    both["C"][COUNT:] *= 1.3
+    both["loss"][COUNT:] += 0.001
+    both["window"] = np.repeat(["short", "long"], COUNT)
+    found = fitted(bfm, "surface", write(tmp_path / "runs.csv", both), "--columns", f"{COLUMNS},setting=window")
+    assert found["runs"] == 2 * COUNT
+
+
 def test_runs_without_a_value_and_duplicates_are_said(bfm, tmp_path):
     columns = surface_table()
     columns = {name: np.concatenate([values, values[:2], values[:1]]) for name, values in columns.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from bfm.errors import UserError
 from bfm.laws.frontier import Row, goal_of, measured, metric_error, metric_value
 from bfm.laws.tables import NUMBER, read_table
+from bfm.laws.transform import has_loss
 from bfm.tables.values import keys, plain
 
 NUMBERS = (
@@ -189,6 +190,12 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     found = measured([{**row, "kind": "rung"} for row in rows if row.get("kind", "rung") == kind], metric)
     if not found:
         raise UserError(f"no {kind} row has {metric}", file=source, key="--metric", fix="let the sweep finish a rung")
+    told = [row for row in found if has_loss(metric, np.float64(metric_value(row, metric)))]
+    if not told:
+        what = f"no {kind} row has a {metric} that a law can take: all {len(found)} are 0 or beyond their range"
+        raise UserError(what, file=source, key="--metric", fix="fit another metric, or train models that score in it")
+    warnings = [f"{len(found) - len(told)} of {len(found)} rows have {metric} 0 or beyond its range: left out"]
+    warnings, found = warnings[: len(found) - len(told)], told
     if len({row.get("flops_version") for row in found}) > 1:
         _refuse_mixed(source, "rows of several versions of the objective and of C")
     searched = _searched(found)
@@ -228,7 +235,7 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             {name: np.array([metric_value(row, name) for row in found]) for name in sorted(names)},
             {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
             definitions,
-            _differing(found),
+            (*warnings, *_differing(found)),
             tuple(searched),
         )
     )
@@ -308,7 +315,8 @@ def _checked(runs: Runs, told: Sequence[str] = ()) -> Runs:
 def _check_cost(runs: Runs) -> None:
     """C / (N D) is one number for runs of one size and one setting; two of them are two ways to count C."""
     per_param_event = runs["flops"] / (runs["params"] * runs["events"])
-    settings = [runs[name].tolist() for name in ("params", "share", "negatives", "batch") if runs.has(name)]
+    names = dict.fromkeys(("params", "share", "negatives", "batch", *runs.settings))
+    settings = [runs[name].tolist() for name in names if runs.has(name)]
     same: dict[tuple[Any, ...], list[float]] = {}
     for key, ratio in zip(zip(*settings, strict=True), per_param_event.tolist(), strict=True):
         same.setdefault(key, []).append(ratio)

@@ -225,6 +225,21 @@ def test_budgets_of_unequal_seeds_are_named():
     assert from_rows(rows).warnings[0].startswith("budgets have 1 to 2 seeds")
 
 
+def test_rows_that_score_nothing_are_left_out_and_said():
+    rows = planted_laws.allocation_rows()
+    for row in rows:
+        row["metrics"] = {**row["metrics"], "recall@10": 0.1 + 1e-9 * row["path_flops"] ** 0.4}
+    rows[0]["metrics"]["recall@10"] = 0.0
+    runs = from_rows(rows, "recall@10")
+    assert len(runs) == len(rows) - 1
+    assert f"1 of {len(rows)} rows have recall@10 0 or beyond its range: left out" in runs.warnings
+    assert not from_rows(rows, "nll").warnings
+    for row in rows:
+        row["metrics"]["recall@10"] = 0.0
+    with pytest.raises(UserError, match="no rung row has a recall@10 that a law can take"):
+        from_rows(rows, "recall@10")
+
+
 def test_one_budget_has_its_optimum_and_a_constant_metric_is_one_line():
     rows = planted_laws.allocation_rows(planted_laws.BUDGETS[1:2], sizes=12)
     fit = joint_law(from_rows(rows))

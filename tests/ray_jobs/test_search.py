@@ -189,14 +189,15 @@ def test_a_task_survives_the_way_through_tune() -> None:
     assert type(task).from_dict(task.as_dict()) == task
 
 
-def stopping(num_tasks: int = 9, slots: int = 3):
-    """Three running tasks of a sweep that has received SIGTERM, and which of them were asked to yield."""
+def stopping(num_tasks: int = 9, slots: int = 3, late: str = ""):
+    """Three tasks of a sweep that has received SIGTERM, which run but for `late`, and which were asked to yield."""
     running = FakeRunning()
     driver, clock, signals = FakeDriver(num_tasks, slots), Clock(), Signals()
     searcher = DriverSearcher(make_desk(driver, slots, signals=signals, running=running, clock=clock))
     for trial in "abc":
         searcher.suggest(trial)
-        searcher.started(trial)
+        if trial not in late:
+            searcher.started(trial)
     signals.received = signal.SIGTERM
     return driver, searcher, clock, running.asked
 
@@ -309,6 +310,15 @@ def test_a_stopped_sweep_asks_its_tasks_once_and_ends_when_all_have_answered() -
     assert driver.yields == {"t0-r0-a0": Account(70, "progress", 60)}
     assert (list(driver.rows), list(driver.losses)) == (["t1-r0-a0"], ["t2-r0-a0"])
     assert driver.given == 3, "nothing new was begun"
+
+
+def test_a_task_that_starts_after_the_stop_is_asked_too() -> None:
+    _, searcher, _, asked = stopping(late="c")
+    assert searcher.suggest("d") is None
+    assert sorted(asked) == ["t0-r0-a0", "t1-r0-a0"]
+    searcher.started("c")
+    assert searcher.suggest("d") is None
+    assert asked[2:] == ["t2-r0-a0"]
 
 
 def test_a_task_that_does_not_answer_is_not_waited_for_for_ever() -> None:

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -149,6 +150,23 @@ def test_scores_that_cannot_be_read_end_no_sweep(tmp_path) -> None:
     words = sweep._row_line(row, "nll", other, Pairing(store))
     assert "nll 3 " in words
     assert "a-0.npz: truncated or altered" in words
+
+
+def test_scores_that_cannot_be_read_leave_a_finished_sweep_finished(tmp_path, caplog) -> None:
+    store = Store(tmp_path)
+    store.put("a-0.npz", b"altered")
+    task = {"from_rung": None, "seed": 0, "config": {"params": 2e3}}
+    rows = [
+        planted_executor()({**task, "trial": "t0", "rung": rung, "rung_flops": flops}, 0.0)
+        | {"kind": "rung", "trial": "t0", "rung": rung, "rung_flops": flops, "scores": "a-0.npz"}
+        for rung, flops in enumerate((1e8, 4e8))
+    ]
+    driver = SimpleNamespace(spec=SimpleNamespace(listeners=("tensorboard",)), state=SimpleNamespace())
+    driver.state.all_rows = lambda: rows
+    with sweep._curves(store, driver, {}):
+        pass
+    assert "a-0.npz: truncated or altered" in caplog.text
+    assert len(list((tmp_path / "tensorboard" / "_sweep").iterdir())) == 1
 
 
 def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_ray) -> None:

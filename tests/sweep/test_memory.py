@@ -104,3 +104,11 @@ def test_a_trial_that_a_new_tier_cannot_share_out_goes_on_with_as_many_workers_a
     config = TrainConfig(params=1000, groups_per_step=groups).as_dict()
     (place,) = FeasibleSet(spec, PlantedCosts()).places(config, 0, {})
     assert place.scaling["workers"] == workers
+
+
+def test_a_note_ahead_of_the_work_is_charged_no_more_than_was_reserved():
+    driver = in_memory(make_spec(scaling=TIERS))
+    task = driver.next_task()
+    row = execute(task) | {"status": "oom", "checkpoint": None, "metrics": {}, "task_flops": 5 * task.reserved_flops}
+    assert driver.report(task.task_id, row)
+    assert driver.state.spent_flops == task.reserved_flops

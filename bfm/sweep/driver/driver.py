@@ -138,6 +138,9 @@ class SweepDriver:
         if not self._is_open(task_id):
             return False
         task = self._open_task(task_id)
+        if row["status"] == "oom":
+            # What it noted before it died is ahead of the work, as in `_ended`.
+            row = {**row, "task_flops": min(row["task_flops"], task.reserved_flops)}
         probes = [without_nan(probe) for probe in row.get("probes", ())]
         checked = checked_row(row, task, self.spec.metric.name, needs_trunk=self.arena.climbs(task.config))
         record: Record = {"kind": "row", "task_id": task_id, "row": checked, "probes": probes}

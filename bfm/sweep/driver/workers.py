@@ -16,6 +16,8 @@ GROW_LEFT_S = 120.0
 """A running task that has less left to do takes no more workers: a group takes tens of seconds to start."""
 _LIKE = 4.0
 """Rows say something of sizes up to so many times theirs."""
+_TRAINED = 0.1
+"""A task that trained a smaller share of its C went on near its end: its seconds are those of saving and starting."""
 
 
 def worthwhile(
@@ -42,6 +44,8 @@ def _seconds(rows: Iterable[Mapping[str, Any]], params: float | None, flops: flo
     found: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row["status"] != "ok" or not row.get("train_s") or row.get("warm_start_s") is None:
+            continue
+        if row["task_flops"] < _TRAINED * row["path_flops"]:
             continue
         if params is None or params / _LIKE <= row["params"] <= params * _LIKE:
             found.setdefault(row["workers"], []).append((row["warm_start_s"], row["task_flops"] / row["train_s"]))

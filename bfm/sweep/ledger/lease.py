@@ -60,7 +60,9 @@ class Holder:
     def runs(self) -> bool:
         """Whether the process lives; only to be asked on its own machine."""
         try:
-            return abs(_started_at_s(self.pid) - self.started_at_s) < 2.0
+            # Where nobody reaps the dead, as in many containers, they keep their id.
+            is_dead = psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            return not is_dead and abs(_started_at_s(self.pid) - self.started_at_s) < 2.0
         except psutil.NoSuchProcess:
             return False
 
@@ -122,8 +124,8 @@ class Lease:
         while not self._stop.wait(self._heartbeat_s):
             try:
                 self.renew()
-            except OSError as error:
-                # A missed beat is not a lost lease; the next append shows whether the storage is really gone.
+            except (OSError, UserError) as error:
+                # A missed beat, one that was forbidden too, is no lost lease; the next append shows what is gone.
                 _log.warning("the sweep's heartbeat could not be written: %s", error)
 
 

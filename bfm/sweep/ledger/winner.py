@@ -23,27 +23,34 @@ def by_config(state: SweepState, rung: int, spec: SweepSpec) -> dict[ConfigKey, 
 
 
 def winner(state: SweepState, spec: SweepSpec) -> dict[str, Any] | None:
-    """The best configuration of the highest rung with rows; of those compared over seeds, where there are any."""
+    """The best configuration of the highest rung with rows.
+
+    Of those compared over seeds, where there are any: one with fewer is named if it is ahead of every seed of theirs.
+    """
     for rung in reversed(range(len(spec.budget.ladder_flops))):
         groups = by_config(state, rung, spec)
         if not groups:
             continue
         most = max(len(losses) for _, losses in groups.values())
-        trial, losses = min(
-            (group for group in groups.values() if len(group[1]) == most), key=lambda group: sum(group[1].values())
-        )
-        mean = sum(losses.values()) / most
-        spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses.values()) / (most - 1)) if most > 1 else None
+        compared = min((group for group in groups.values() if len(group[1]) == most), key=_mean)
+        leader = min(groups.values(), key=_mean)
+        trial, losses = leader if _mean(leader) < min(compared[1].values()) else compared
+        mean, seeds = _mean((trial, losses)), len(losses)
+        spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses.values()) / (seeds - 1)) if seeds > 1 else None
         return {
             "trial": trial.trial,
             "rung": rung,
             "metric": spec.metric.name,
             "value": spec.metric.loss(mean),
-            "seeds": most,
-            "error": None if spread is None else spread / math.sqrt(most),
+            "seeds": seeds,
+            "error": None if spread is None else spread / math.sqrt(seeds),
             "config": trial.config,
         }
     return None
+
+
+def _mean(group: tuple[Trial, Mapping[int, float]]) -> float:
+    return sum(group[1].values()) / len(group[1])
 
 
 def _keeps(row: Mapping[str, Any], spec: SweepSpec) -> bool:

@@ -222,7 +222,7 @@ def _warnings(
     if speeds and machine.gpus == 0 and any(tier.gpus for tiers in spec.scaling.tiers for tier in tiers):
         yield f"tiers ask for GPUs and there is none here: the speeds are those of {machine.cores:g} CPUs"
     if machine.gpus and not any(tier.gpus for tiers in spec.scaling.tiers for tier in tiers):
-        yield f"no tier asks for a GPU, and this machine has {machine.gpus}: tasks train on CPUs; write `gpus: 1` in a tier"
+        yield f"no tier asks for a GPU, and {machine.gpus} are here: tasks train on CPUs; write `gpus: 1` in a tier"
     for tiers in spec.scaling.tiers:
         if not any(map(machine.holds, tiers)):
             yield f"{machine.lack(tiers[0])}: it would not start here"

@@ -117,15 +117,15 @@ def choose_rate(fitted: Fitted, sizes: Swept, flops: float, batch: Power) -> Cho
         return Choice(RATE, 1.0, "the rule in (N, B)", note="the rate was not searched: the rule in (N, B) stands")
     best = sizes.top_runs(fitted.runs.metric)
     own = statistics.median(row["config"]["learning_rate"] / _rule_rate(row["config"]) for row in best)
-    found = _axis(RATE, fitted, flops, batch, best[0]["config"])
+    found = _axis(RATE, fitted, flops, batch, best[0])
     choice = _optimum(RATE, fitted, best, own, found)
     return dataclasses.replace(choice, source=f"the rule in (N, B) times {choice.value:.3g}: {choice.source}")
 
 
 def _axis(
-    name: str, fitted: Fitted, flops: float, batch: Power | None = None, config: Mapping[str, Any] | None = None
+    name: str, fitted: Fitted, flops: float, batch: Power | None = None, best: Row | None = None
 ) -> Estimate | str:
-    """The optimum of a setting at one C and its best N, or why there is none; of a rate, over a configuration's rule.
+    """The optimum of a setting at one C and its best N, or why there is none; of a rate, over the rule in (N, B).
 
     Where it is not told to move with C, that of the largest C with rows is kept: a slope of noise leads far astray.
     """
@@ -135,10 +135,11 @@ def _axis(
     exponent = fitted.best.axes[column].exponent()
     at = flops if exponent.low > 0 or exponent.high < 0 else max(fitted.best.budgets)
     params = fitted.size_at(at)
-    if batch is None or config is None:
+    if batch is None or best is None:
         return axis_at(fitted.joint, column, at, math.log(params))
     found = axis_at(fitted.joint, column, at, math.log(params), batch.at(params))
-    rule = _rule_rate({**config, "params": params})
+    groups = best["config"]["groups_per_step"] * batch.at(params) / best["batch_events"]
+    rule = _rule_rate({**best["config"], "params": params, "groups_per_step": max(1, round(groups))})
     return Estimate(*(end / rule for end in (found.estimate, found.low, found.high)))
 
 

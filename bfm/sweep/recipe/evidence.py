@@ -34,6 +34,8 @@ class Swept:
     spec: SweepSpec
     rows: tuple[Row, ...] = field(repr=False)
     """Rung rows and probe rows."""
+    name: str = ""
+    """Relative to its study; empty where it was asked for alone."""
 
     @property
     def axis(self) -> str | None:
@@ -90,8 +92,7 @@ class Evidence:
         """Those of all sweeps, trials named by their sweep where there are several."""
         if len(self.sweeps) == 1:
             return list(self.sweeps[0].rows)
-        named = [(sweep.folder.rstrip("/").rsplit("/", 1)[-1], sweep) for sweep in self.sweeps]
-        return [row for name, sweep in named for row in of_sweep(name, sweep.rows)]
+        return [row for sweep in self.sweeps for row in of_sweep(sweep.name, sweep.rows)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
-    swept = (Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group))) for group in by_axis(found))
+    swept = [
+        Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group)), group[0].folder)
+        for group in by_axis(found)
+    ]
     return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))
 
 

@@ -17,7 +17,8 @@ COUNTS = [1, 2, 4, 8]
 
 def row(workers: int, flops_per_s: float, params: int = 1000, start_s: float = 0.0) -> dict:
     seconds = {"train_s": 20.0, "warm_start_s": start_s}
-    return {"status": "ok", "workers": workers, "params": params, "task_flops": flops_per_s * 20, **seconds}
+    flops = {"task_flops": flops_per_s * 20, "path_flops": flops_per_s * 30}
+    return {"status": "ok", "workers": workers, "params": params, **flops, **seconds}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,12 @@ def test_only_rows_of_like_sizes_count() -> None:
     assert worthwhile([1, 2], slow, 1000, 1e6) == [1]
     assert worthwhile([1, 2], slow, 10_000, 1e6) == [2, 1]
     assert worthwhile([1, 2], slow, None, 1e6) == [1]
+
+
+@pytest.mark.parametrize("trained", [0.0, 1.0])
+def test_a_try_that_had_next_to_nothing_left_says_nothing_of_speed(trained) -> None:
+    resumed = {**row(2, 19), "task_flops": trained}
+    assert worthwhile([1, 2], [row(1, 10), resumed], 1000, 1e6) == [2, 1]
 
 
 def test_a_group_s_start_pays_for_long_tasks_only() -> None:

@@ -41,6 +41,19 @@ def test_a_dead_process_of_this_machine_does_not_block(store):
     assert Lease.acquire(store, heartbeat_s=None).epoch == 2
 
 
+def test_a_dead_process_that_nobody_reaps_does_not_block(store):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started_at_s = psutil.Process(child.pid).create_time() - psutil.boot_time()
+    holder = replace(Holder.this_process(), pid=child.pid, started_at_s=started_at_s)
+    assert holder.runs()
+    child.kill()
+    deadline_s = time.monotonic() + 5
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not holder.runs()
+    child.communicate()
+
+
 def test_a_process_id_that_is_used_again_is_not_the_holder(store):
     me = Holder.this_process()
     Lease.acquire(store, holder=replace(me, started_at_s=me.started_at_s - 1000), heartbeat_s=None)
@@ -137,6 +150,21 @@ def test_the_heartbeat_thread_beats_and_ends(store):
         time.sleep(0.01)
     assert json.loads(store.get("lease/000001-alive.json"))["at_s"] > 0
     lease.release()
+
+
+def test_a_forbidden_beat_is_a_missed_one(store, monkeypatch, caplog):
+    lease = Lease.acquire(store, heartbeat_s=None)
+    answers = iter([UserError("403"), OSError("gone")])
+
+    def renew(self):
+        if (answer := next(answers, None)) is not None:
+            raise answer
+        self._stop.set()
+
+    monkeypatch.setattr(Lease, "renew", renew)
+    lease._heartbeat_s = 0.001
+    lease._beat()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 
 def test_a_damaged_lease_is_named(store):

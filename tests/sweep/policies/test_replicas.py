@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bfm.sweep.ledger.winner import winner
@@ -65,3 +67,27 @@ def test_a_clear_leader_needs_no_replica_and_the_rest_is_spent(monkeypatch):
     monkeypatch.setattr(Beliefs, "noise", property(lambda self: 1e-12))
     run_serial(driver, execute)
     assert all(trial.source != REPLICA for trial in driver.state.trials.values())
+
+
+@pytest.mark.parametrize(("single", "named"), [(4.5, 3000), (5.006, 1000)])
+def test_one_seed_far_ahead_of_all_seeds_of_the_others_is_the_winner(single, named):
+    driver = in_memory(spec([0, 1]))
+    losses = {(1000, 0): 5.00, (1000, 1): 5.01, (1100, 0): 5.005, (1100, 1): 5.02, (3000, 0): single}
+
+    def measured(task):
+        row = execute(task)
+        if row["status"] == "ok":
+            row["metrics"]["nll"] = losses.get((task.config["params"], task.seed), 9.0)
+        return row
+
+    run_serial(driver, measured)
+    for params, seed in [(1000, 1), (1100, 1)]:
+        trial = next(one for one in driver.state.trials.values() if one.config["params"] == params)
+        top = driver.state.rungs[2]
+        first = next(row for name, row in top.items() if driver.state.trials[name].key == trial.key)
+        again = replace(trial, trial=f"{trial.trial}-{seed}", seed=seed)
+        driver.state.trials[again.trial] = again
+        top[again.trial] = {**first, "trial": again.trial, "metrics": {"nll": losses[params, seed]}}
+    best = winner(driver.state, driver.spec)
+    assert best["config"]["params"] == named
+    assert best["seeds"] == (1 if named == 3000 else 2)

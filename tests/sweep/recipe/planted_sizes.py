@@ -89,7 +89,7 @@ def sizes_sweep(found: list[dict[str, Any]], axis: str | None = ALLOCATION, **ch
         budget={"ladder_flops": [int(c) for c in RUNGS if c <= top], "total_flops": int(1e13)},
     )
     # Laws of an axis are fitted on rows; whether the space could have brought them is not asked here.
-    return Swept(FOLDER, dataclasses.replace(spec, axis=axis), tuple(found))
+    return Swept(FOLDER, dataclasses.replace(spec, axis=axis), tuple(found), axis or "all")
 
 
 def evidence(*sweeps: Swept) -> Evidence:

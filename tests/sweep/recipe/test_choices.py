@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from bfm.sweep.recipe.choices import choose_batch, choose_negatives, choose_share
+from bfm.sweep.recipe.choices import Power, choose_batch, choose_negatives, choose_rate, choose_share
 from bfm.sweep.recipe.evidence import Fitted, Swept
 from bfm.sweep.recipe.recipe import make_recipe
+from bfm.training.config import TrainConfig
 from tests.sweep.recipe.planted_sizes import RUNGS, LogCosts, best_size, evidence, planted, row, rows, sizes_sweep
+from tests.sweep.world import EVENTS_PER_GROUP
 
 BEST_SHARE = 0.05
 
@@ -107,3 +109,25 @@ def test_negatives_are_taken_where_a_second_stage_promises_more(sizes):
     assert (worse.negatives, worse.config["freeze_at_flops"]) == (0, None)
     assert any("promise no better value" in note for note in worse.notes)
     assert worse.rests_on["sizes"]["rows"] == "all rung rows of 2 sweeps"
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_rate_is_that_over_the_rule_at_the_batch_that_is_taken(groups):
+    """Everywhere twice the rule's: at the batches of the rows, and at another one that the recipe takes."""
+    rng, made = np.random.default_rng(0), []
+    for rung, flops in enumerate(RUNGS):
+        for number in range(24):
+            size, batch = best_size(flops) * 10 ** rng.uniform(-0.7, 0.7), int(rng.choice([1, 2, 4, 8]))
+            config = {"embedder_share": 0.1, "d_item": 8, "groups_per_step": batch}
+            rule = TrainConfig(params=size, **config).learning_rate
+            ratio = 10 ** rng.uniform(-0.6, 1.0)
+            value = planted(size, flops / (6 * size)) + 0.1 * math.log(ratio / 2) ** 2
+            config["learning_rate"] = rule * ratio
+            made.append(
+                row(100 * rung + number, rung, size, value, config=config, batch_events=batch * EVENTS_PER_GROUP)
+            )
+    swept = sizes_sweep(made, learning_rate={"distribution": "log_uniform_values", "min": 1e-5, "max": 1.0})
+    batch = Power(float(groups * EVENTS_PER_GROUP), 0.0)
+    choice = choose_rate(Fitted.to(evidence(swept), "nll"), swept, 4 * RUNGS[-1], batch)
+    assert choice.by_law, choice.note
+    assert choice.value == pytest.approx(2, rel=0.1)
