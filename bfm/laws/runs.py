@@ -190,12 +190,7 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
     found = measured([{**row, "kind": "rung"} for row in rows if row.get("kind", "rung") == kind], metric)
     if not found:
         raise UserError(f"no {kind} row has {metric}", file=source, key="--metric", fix="let the sweep finish a rung")
-    told = [row for row in found if has_loss(metric, np.float64(metric_value(row, metric)))]
-    if not told:
-        what = f"no {kind} row has a {metric} that a law can take: all {len(found)} are 0 or beyond their range"
-        raise UserError(what, file=source, key="--metric", fix="fit another metric, or train models that score in it")
-    warnings = [f"{len(found) - len(told)} of {len(found)} rows have {metric} 0 or beyond its range: left out"]
-    warnings, found = warnings[: len(found) - len(told)], told
+    found, warnings = _with_loss(found, metric, source)
     if len({row.get("flops_version") for row in found}) > 1:
         _refuse_mixed(source, "rows of several versions of the objective and of C")
     searched = _searched(found)
@@ -239,6 +234,17 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             tuple(searched),
         )
     )
+
+
+def _with_loss(rows: Sequence[Row], metric: str, source: str) -> tuple[list[Row], list[str]]:
+    """(the rows that a law can take, what is said of the others)."""
+    can_R = has_loss(metric, np.array([metric_value(row, metric) for row in rows]))
+    if not can_R.any():
+        what = f"no row has a {metric} that a law can take: all {len(rows)} are 0 or beyond its range"
+        raise UserError(what, file=source, key="--metric", fix="fit another metric, or train models that score in it")
+    left_out = int((~can_R).sum())
+    said = [f"{left_out} of {len(rows)} rows have {metric} 0 or beyond its range: left out"] if left_out else []
+    return [row for row, can in zip(rows, can_R, strict=True) if can], said
 
 
 def _differing(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -236,7 +236,7 @@ def test_rows_that_score_nothing_are_left_out_and_said():
     assert not from_rows(rows, "nll").warnings
     for row in rows:
         row["metrics"]["recall@10"] = 0.0
-    with pytest.raises(UserError, match="no rung row has a recall@10 that a law can take"):
+    with pytest.raises(UserError, match="no row has a recall@10 that a law can take"):
         from_rows(rows, "recall@10")
 
 
