@@ -93,9 +93,9 @@ LOW = "budget.ladder_flops=[1e10, 3.2e10, 1e11]"
 # Three decades, four or five sizes at each budget.
 SYNTHETIC = (
     "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]",
-    "budget.events_per_param=[100, 13000]",
+    "budget.events_per_param=[100, 8000]",
     "budget.total_flops=7e13",
-    "parameters.params={values: [7e2, 1.2e3, 2e3, 3.4e3, 5.8e3, 1e4, 1.7e4, 2.9e4]}",
+    "parameters.params={values: [7e2, 1.2e3, 2e3, 3.4e3, 5.8e3, 1e4, 1.7e4, 2.9e4, 5e4, 8.5e4]}",
 )
 OTHER_AXES = tuple(Planned(name, name) for name in ("embedder_share", "critical_batch", "negatives", "joint"))
 SWEEPS: Mapping[str, tuple[Planned, ...]] = {

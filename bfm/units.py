@@ -12,7 +12,8 @@ GIB = 1 << 30
 """Bytes."""
 _YEAR_S = 365.25 * 86_400
 _NUMBER_FIX = "write a number such as 1e17 or 64k"
-_SUFFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_SUFFIX = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9, "B": 9, "T": 12, "P": 15, "E": 18}
+"""Powers of ten."""
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([kKMGBTPE]?)\s*(?:FLOPs?)?")
 
 
@@ -27,7 +28,9 @@ def parse_number(value: object, *, file: str | None = None, key: str | None = No
         match = _NUMBER.fullmatch(value.strip())
         if match is None:
             raise UserError(f"{value!r} is not a number", file=file, key=key, fix=_NUMBER_FIX)
-        number = float(match[1].replace("_", "")) * _SUFFIX[match[2]]
+        digits, _, power = match[1].replace("_", "").lower().partition("e")
+        # One conversion: in floats 8.2 * 1e12 is no whole number.
+        number = float(f"{digits}e{int(power or 0) + _SUFFIX[match[2]]}")
     else:
         number = float(value)
     if not math.isfinite(number):

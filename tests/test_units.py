@@ -18,6 +18,8 @@ from bfm.units import aligned, format_count, format_flops, format_seconds, parse
         ("1.5G", 1.5e9),
         ("3e19 FLOPs", 3e19),
         ("1_000", 1e3),
+        ("8.2T", 8.2e12),
+        ("4.1e3M", 4.1e9),
     ],
 )
 def test_written_numbers_are_read(text, number):
@@ -46,6 +48,9 @@ def test_not_numbers_are_refused(value):
 
 def test_counts_refuse_fractions():
     assert parse_count("1e5") == 100_000
+    for tenth in range(1, 100):
+        for suffix, power in (("k", 3), ("M", 6), ("G", 9), ("T", 12), ("P", 15)):
+            assert parse_count(f"{tenth / 10}{suffix}") == tenth * 10 ** (power - 1)
     with pytest.raises(UserError, match="whole"):
         parse_count("1.5")
 

@@ -8,6 +8,7 @@ Shape legend: E rows that were read.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ _MARK_ROWS = 10_000
 _MOST_CATEGORIES = 1000
 _LONG_WORDS = 3.0
 _FEWEST_REPEATS = 1.2
+_LONGEST_NAME = 48
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,9 @@ def guess_schema(logs: Sequence[str], encoding: str | None = None) -> str:
         raise UserError("no column repeats as items do", file=found.paths[0], fix="write a schema by hand")
     left = [column for column in left if column is not item]
     sides: dict[str, list[str]] = {"item_fields": [], "context_fields": []}
+    taken: set[str] = set()
     for column in left:
-        entry = _field(column)
+        entry = _field(column, taken)
         if entry is None:
             doubts.append(f"{column.name} is left out: it has one value, or another one at every row, or none")
             continue
@@ -240,13 +243,17 @@ def _texts(column: _Column) -> pa.Array:
     return column.keys_E
 
 
-def _field(column: _Column) -> str | None:
-    """`name: kind`, None where it can be no field."""
+def _field(column: _Column, taken: set[str]) -> str | None:
+    """`name: kind` with a name that is none of those taken, which it joins; None where it can be no field."""
     kind, options = _kind(column)
     if kind is None:
         return None
-    name = re.sub(r"\W+", "_", column.name).strip("_").lower() or "field"
+    name = re.sub(r"[^A-Za-z0-9]+", "_", column.name).strip("_").lower()[:_LONGEST_NAME]
+    name = name if name[:1].isalpha() else f"field_{name}".strip("_")
     name = f"{name}_column" if name in RESERVED else name
+    if name in taken:
+        name = next(f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in taken)
+    taken.add(name)
     if name != column.name:
         options = {"column": _quoted(column.name), **options}
     if not options:

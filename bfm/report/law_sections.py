@@ -58,14 +58,14 @@ def answers(laws: Sequence[Fitted]) -> list[Answer]:
     return said
 
 
-def answer_table(chapters: Mapping[str, Sequence[Fitted]]) -> Table:
+def answer_table(chapters: Sequence[tuple[str, Sequence[Fitted]]]) -> Table:
     """One line per chapter, question and metric: what a recipe takes from it, or why it says nothing.
 
     The chapters of a study are told apart by their names; a sweep alone has none.
     """
     heads, lines = ["question", "by", "answer"], []
-    named = any(chapters)
-    for name, laws in chapters.items():
+    named = any(name for name, _ in chapters)
+    for name, laws in chapters:
         for answer in answers(laws):
             about = [Cell(answer.question, kind="text"), Cell(answer.metrics, kind="text")]
             lines.append([*([Cell(name)] if named else []), *about, Cell(answer.text, kind="wrap")])

@@ -105,7 +105,7 @@ def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any]
         None,
         name=name,
         lede=f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together.",
-        answers=answer_table({chapter.title: chapter.laws for chapter in told}),
+        answers=answer_table([(chapter.title, chapter.laws) for chapter in told]),
         recipe=recipe_table(recipe, checks),
         chapters=parts,
     )

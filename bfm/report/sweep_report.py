@@ -50,7 +50,7 @@ def report_html(view: SweepView, about: Mapping[str, Any]) -> str:
         name=name,
         standing="finished" if state.finished else "unfinished",
         lede=sections.lede(view),
-        answers=answer_table({"": view.laws}),
+        answers=answer_table([("", view.laws)]),
         rows_note=rows_note(view.laws),
         cards=sections.cards(view),
         best=sections.best_table(view),

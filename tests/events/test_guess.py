@@ -185,3 +185,16 @@ def test_an_encoding_that_files_do_not_show_is_given_and_stands_in_the_schema(tm
         guess_schema([str(tmp_path / "log.csv")], "latin-9x")
     text = guess_schema([str(tmp_path / "log.csv")], "latin-1")
     assert validate(EventSchema, parse_yaml(text, file="s.yaml"), file="s.yaml").read.encoding == "latin-1"
+
+
+def test_heads_in_any_language_become_names_that_a_schema_takes(tmp_path):
+    table, _, rng = events()
+    heads = ("gr\u00f6\u00dfe", "2nd price", "Shop", "shop", "\u4ef7\u683c", "sku-no", "x" * 80)
+    table |= {head: rng.integers(0, 5 + place, len(table["user"])) for place, head in enumerate(heads)}
+    write_csv(tmp_path / "log.csv", **table)
+    text, schema = guessed(tmp_path / "log.csv")
+    fields = {**schema.item_fields, **schema.context_fields}
+    assert len(fields) == len(heads)
+    assert {spec.column or name for name, spec in fields.items()} == set(heads)
+    (tmp_path / "s.yaml").write_text(text)
+    assert prepare_serially(tmp_path / "s.yaml", [tmp_path / "log.csv"], tmp_path / "shards").events == 2000

@@ -195,7 +195,7 @@ def test_metrics_that_say_the_same_stand_in_one_sentence():
 
 
 def test_one_table_says_what_a_recipe_takes_from_every_law():
-    table = "\n".join("|".join(line) for line in cells(answer_table({axis: laws_of(axis) for axis in ROWS})))
+    table = "\n".join("|".join(line) for line in cells(answer_table([(axis, laws_of(axis)) for axis in ROWS])))
     best = estimate_text(optima("embedder_share", "s_opt")[-1], lambda value: f"{100 * value:.3g} %")
     assert f"embedder_share|Embedder share|nll|best at {best} at C = 1e18, not told to move with C" in table
     assert re.search(r"at N = 1.6M B = \S+ \[.*\] costs 20 % more events and B = .* costs twice the least", table)

@@ -102,8 +102,8 @@ def bill(sweep: Plan, price: Price) -> Bill:
 
     flops = [rung.training_flops + rung.evaluation_flops for rung in sweep.rungs]
     top, most = sweep.rungs[-1], sweep.total_flops + sweep.evaluation_flops
-    grid_flops = max(rung.trials for rung in sweep.rungs) * (top.rung_flops + top.evaluation_flops / top.trials)
-    at_a_time = [max(1, min(sweep.slots, rung.trials)) for rung in sweep.rungs]
+    grid_flops = max(rung.trials for rung in sweep.rungs) * (top.rung_flops + top.evaluation_flops / max(1, top.trials))
+    at_a_time = [max(1, min(sweep.slots, rung.trials)) * rung.workers[0] for rung in sweep.rungs]
     return Bill(
         rungs=tuple(RungBill(place, hours(here), money(here)) for place, here in enumerate(flops)),
         worker_hours=hours(sum(flops)),

@@ -284,8 +284,8 @@ class _Model:
             here_M = rung_M == rung
             known_M = loss_M[here_M & finite_M]
             loss_M[here_M & ~finite_M] = known_M.max() if len(known_M) else anywhere
-            if (here_M & keeps_M).any():
-                best[rung] = float(loss_M[here_M & keeps_M].min())
+            if (here_M & keeps_M & finite_M).any():
+                best[rung] = float(loss_M[here_M & keeps_M & finite_M].min())
         held = frozenset(best)
         for rung in range(1, view.num_rungs):
             best[rung] = min(best.get(rung, math.inf), best.get(rung - 1, math.inf))

@@ -175,7 +175,7 @@ class Candidates:
             for name, column in self._table.items():
                 room = np.zeros((max(_ROOM, line), *column.shape[1:]), column.dtype)
                 self._table[name] = np.concatenate([column, room])
-        table, reaches = self._table, top in self.arena.rungs(config)
+        table, reaches = self._table, bool(steps) and steps[-1].rung == top
         table["subject"][line] = subject
         table["numbers"][line], table["codes"][line], table["id"][line] = self._coordinates(subject)
         for step in steps:

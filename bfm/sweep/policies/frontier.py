@@ -200,15 +200,15 @@ class FrontierPolicy:
     def _cheapest_to_the_top(self, view: View) -> float | None:
         """What bringing a paused trial to the top costs, or a running one beyond where it is meant to go.
 
-        None: something is there already, or on its way.
+        None: something is there already and has a value, or is on its way.
         """
-        top = view.num_rungs - 1
-        if view.state.rungs.get(top) or top in view.meant.values():
+        top, limits = view.num_rungs - 1, view.state.memory_limits
+        if view.losses(top) or top in view.meant.values():
             return None
         ways = self._candidates.trials_to(top).cost_M.tolist()
         for name, rung in view.meant.items():
             config = view.state.trials[name].config
-            if top in self.arena.rungs(config):
+            if top in self.arena.rungs(config) and self.arena.places(config, top, limits):
                 ways.append(ascent_flops(self.arena, config, rung, top))
         return min(ways, default=math.inf)
 

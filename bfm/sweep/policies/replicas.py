@@ -27,9 +27,11 @@ def kept_flops(spec: SweepSpec, state: SweepState) -> int:
     """What other decisions leave for replicas, those begun counted off; nothing with one seed."""
     if len(spec.seeds) == 1:
         return 0
-    top = spec.budget.ladder_flops[-1]
+    top, total = spec.budget.ladder_flops[-1], spec.budget.total_flops
     wanted = (len(spec.seeds) - 1) * _MOST * top
-    kept = min(wanted, math.floor(_LARGEST_SHARE * spec.budget.total_flops))
+    # What is kept must leave something to compare.
+    beyond = total - spec.ascent_flops(spec.cooldown_fractions[1], len(spec.budget.ladder_flops) - 1)
+    kept = min(wanted, math.floor(_LARGEST_SHARE * total), beyond)
     return max(0, kept - top * sum(trial.source == REPLICA for trial in state.trials.values()))
 
 

@@ -87,7 +87,9 @@ class Constraint:
     @property
     def text(self) -> str:
         """As YAML has it: coverage@10 >= 0.05."""
-        return f"{self.metric.name} {'>=' if self.metric.goal == 'maximize' else '<='} {self.bound:g}"
+        short = f"{self.bound:g}"
+        bound = short if float(short) == self.bound else repr(self.bound)
+        return f"{self.metric.name} {'>=' if self.metric.goal == 'maximize' else '<='} {bound}"
 
 
 def known(name: Any) -> Metric:

@@ -73,16 +73,16 @@ class Parameter:
         """The nearest multiple of the quantum inside the range; the value itself where there is none."""
         if self.quantum is None:
             return min(max(float(value), self.low), self.high)
-        first, last = math.ceil(self.low / self.quantum), math.floor(self.high / self.quantum)
+        first, last = _multiples(self.low, self.high, self.quantum)
         nearest = min(max(round(value / self.quantum), first), last) * self.quantum
-        return int(nearest) if self.is_whole else nearest
+        return int(nearest) if self.is_whole else min(max(nearest, self.low), self.high)
 
     def grid(self) -> tuple[Scalar, ...]:
         """All values in order; only where there are finitely many."""
         if self.values:
             return self.values
         quantum = self.quantum or 1.0
-        first, last = math.ceil(self.low / quantum), math.floor(self.high / quantum)
+        first, last = _multiples(self.low, self.high, quantum)
         return tuple(self.quantise(k * quantum) if self.quantum else k for k in range(first, last + 1))
 
     def contains(self, value: Any) -> bool:
@@ -210,7 +210,8 @@ def _range(name: str, raw: Mapping[str, Any]) -> Parameter:
     if "log" in distribution and low_number <= 0:
         raise UserError(f"the logarithm of {low_number:g}", key=f"{name}.min", fix="a log range begins above 0")
     quantum = _quantum(name, distribution, raw)
-    if quantum is not None and low_number > high_number // quantum * quantum:
+    first, last = _multiples(low_number, high_number, quantum or 1.0)
+    if quantum is not None and first > last:
         raise UserError(
             f"no multiple of {quantum:g} lies in the range", key=f"{name}.q", fix="lower q or widen the range"
         )
@@ -222,6 +223,11 @@ def _range(name: str, raw: Mapping[str, Any]) -> Parameter:
     if low_number == high_number:
         return Parameter(name, "constant", (low,))
     return Parameter(name, distribution, (), low_number, high_number, quantum)
+
+
+def _multiples(low: float, high: float, quantum: float) -> tuple[int, int]:
+    """The first and the last multiple in a range: 0.3 is three times 0.1, whatever floats say."""
+    return math.ceil(low / quantum - 1e-9), math.floor(high / quantum + 1e-9)
 
 
 def _quantum(name: str, distribution: str, raw: Mapping[str, Any]) -> float | None:

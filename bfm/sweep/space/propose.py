@@ -79,7 +79,7 @@ parameters:
 
 budget:
   ladder_flops: [{rungs}]
-  total_flops: {_plain(self.total_flops)}
+  total_flops: {_plain(_down(self.total_flops))}
 
 scheduler: {{type: frontier}}
 
@@ -96,6 +96,12 @@ def _plain(number: float) -> str:
     """Two digits, as YAML and people read them: 530, 2e+10 as 2e10."""
     rounded = float(f"{number:.2g}")
     return f"{rounded:.0f}" if rounded < 1e4 else f"{rounded:.2g}".replace("e+", "e")
+
+
+def _down(number: float) -> float:
+    """The largest number of two digits that is no larger: a cap is the user's."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return math.floor(number / unit * (1 + 1e-12)) * unit
 
 
 def middle_size(flops: float) -> float:

@@ -9,8 +9,10 @@ import pytest
 
 from bfm.sweep.policies import beliefs
 from bfm.sweep.policies.beliefs import Beliefs
+from bfm.sweep.policies.ground import View
 from bfm.sweep.space.metric import Constraint, Metric
 from tests.sweep.curves import curve, sweep, table_spec
+from tests.sweep.world import execute, in_memory, make_spec
 
 LADDER = (10**8, 4 * 10**8, 16 * 10**8, 64 * 10**8)
 RECALL = Metric("recall@10", "maximize")
@@ -77,3 +79,16 @@ def test_what_breaks_a_bound_is_not_the_first_to_climb_where_no_row_is(per_rung)
         for rung, trial in first.items():
             below = [row for at, row in state.trials[trial].rows.items() if at == rung - 1]
             assert all(row["metrics"]["recall@10"] >= 0.5 for row in below)
+
+
+def test_a_run_that_diverged_is_no_frontier():
+    """Beside a row that breaks a bound it would stand for that one's loss."""
+    space = {"metric": {"name": "nll", "constraints": ["recall@10 >= 0.2"]}, "scheduler": {"type": "frontier"}}
+    driver = in_memory(make_spec(**space))
+    for row in ({"metrics": {"nll": 3.0, "recall@10": 0.1}}, {"status": "diverged", "metrics": {}}):
+        task = driver.next_task()
+        driver.report(task.task_id, {**execute(task), **row})
+    model = Beliefs(driver.spec, driver.arena)._models[0]
+    model.take(View(driver.spec, driver.arena, driver.state, driver.spec.budget.total_flops))
+    assert model._fitted.held == frozenset()
+    assert model._fitted.best[1] == math.inf

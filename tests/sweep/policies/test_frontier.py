@@ -445,3 +445,37 @@ def test_every_decision_could_be_paid():
             assert state.spent_flops + whole <= spec.budget.total_flops
         state.apply(record)
     assert reached(driver)
+
+
+def two_rungs(total_flops, **changes):
+    """One ascent is 11e9 FLOPs at most; no rate diverges by itself."""
+    rates = {"distribution": "log_uniform_values", "min": 1e-4, "max": 5e-2}
+    return frontier_spec(
+        parameters={"params": {"distribution": "log_uniform_values", "min": 300, "max": 10000}, "learning_rate": rates},
+        budget={"ladder_flops": ["1e9", "1e10"], "total_flops": total_flops},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("status", ["diverged", "oom"])
+def test_a_top_run_without_a_value_leaves_what_is_kept_for_the_top(status):
+    driver, lost = in_memory(two_rungs(29e9)), []
+
+    def run(task):
+        row = execute(task)
+        if task.rung == 1 and not lost:
+            lost.append(task.trial)
+            row |= {"status": status, "metrics": {}, "checkpoint": None}
+        return row
+
+    run_serial(driver, run)
+    assert [row["status"] for row in driver.state.rungs[1].values()] == [status, "ok"]
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1], [0, 1, 2]])
+def test_what_is_kept_for_further_seeds_leaves_a_way_to_the_top(seeds):
+    spec = two_rungs(1.2e10, seeds=seeds)
+    assert spec.ascent_flops(spec.cooldown_fractions[1], 1) < 1.2e10
+    driver = in_memory(spec)
+    run_serial(driver, execute)
+    assert driver.state.rungs.get(1)

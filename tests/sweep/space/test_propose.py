@@ -59,3 +59,9 @@ def test_too_small_a_budget_is_refused_with_what_would_do(log):
     assert refused.value.key == "--flops"
     enough = float(refused.value.fix.split()[1])
     assert len(proposed(log, 1.05 * enough).ladder_flops) >= 2
+
+
+@pytest.mark.parametrize("flops", [1.26e12, 1.46e12, 1.999e12, 2e12, 1.4e12])
+def test_the_proposed_cap_is_no_more_than_was_given(log, tmp_path, flops):
+    _, opened = planned(tmp_path, proposed(log, flops).text())
+    assert 0.9 * flops < opened.spec.budget.total_flops <= flops

@@ -441,3 +441,22 @@ def test_the_json_schema_of_a_configuration_knows_every_key_and_refuses_what_is_
             TrainConfig.from_dict(values)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(values, schema)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "q", "multiples"),
+    [(0.0, 0.3, 0.1, 4), (0.05, 0.35, 0.05, 7), (0.85, 0.9, 0.1, 1), (0.1, 0.25, 0.1, 2)],
+)
+def test_a_range_of_steps_has_both_its_ends(low, high, q, multiples):
+    steps = {"distribution": "q_uniform", "min": low, "max": high, "q": q}
+    (made,) = [one for one in make_spec(parameters={"dropout": steps}).parameters if one.name == "dropout"]
+    grid = made.grid()
+    assert len(grid) == multiples
+    assert all(low <= value <= high for value in grid)
+    assert made.quantise(high) == grid[-1]
+
+
+def test_a_bound_keeps_its_digits():
+    for bound in ("3.14159265", "0.05", "3"):
+        (kept,) = make_spec(metric={"name": "nll", "constraints": [f"nll <= {bound}"]}).metric.constraints
+        assert kept.text == f"nll <= {bound}"
