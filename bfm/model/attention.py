@@ -12,6 +12,7 @@ N segments.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from bfm.ragged import begins
 # Head dimensions that the kernels take are multiples of this.
 _HEAD_MULTIPLE = 8
 _CAUSAL = 1
+_MOST_SEGMENTS = 65_535
+"""The kernels put them on an axis of the grid."""
 PACKED_LENGTH = 2048
 """Events of a window from which a CPU, too, is faster segment by segment, with users of ten events as with a single one
 (measured, one thread)."""
@@ -80,13 +83,30 @@ def _by_segment(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, segments: Segments,
 
 
 def _by_kernel(q_THP: Tensor, k_THP: Tensor, v_THP: Tensor, segments: Segments, scale: float) -> Tensor:
-    """All segments at once."""
-    tokens, width = (q_THP, k_THP, v_THP), q_THP.shape[-1]
+    """All segments at once, as far as a kernel takes so many."""
+    count, width = len(segments.bounds_N1) - 1, q_THP.shape[-1]
+    if count > _MOST_SEGMENTS:
+        outs, firsts = [], range(0, count, _MOST_SEGMENTS)
+        for first, (begin, end) in zip(
+            firsts, itertools.pairwise(segments.bounds_N1[[*firsts, count]].tolist()), strict=True
+        ):
+            own = Segments(segments.bounds_N1[first : first + _MOST_SEGMENTS + 1] - begin, segments.longest)
+            outs.append(_by_kernel(q_THP[begin:end], k_THP[begin:end], v_THP[begin:end], own, scale))
+        return torch.cat(outs)
+    tokens = (q_THP, k_THP, v_THP)
     if missing := -width % _HEAD_MULTIPLE:
         # Zeros change no product of queries and keys.
         tokens = (F.pad(q_THP, (0, missing)), F.pad(k_THP, (0, missing)), F.pad(v_THP, (0, missing)))
-    kernel = _Flash if q_THP.dtype in (torch.bfloat16, torch.float16) else _Efficient
-    return kernel.apply(*tokens, segments.bounds_N1, segments.longest, scale)[..., :width]
+    sizes, is_half = (segments.bounds_N1, segments.longest, scale), q_THP.dtype in (torch.bfloat16, torch.float16)
+    if is_half and _has_flash(q_THP.device):
+        return _Flash.apply(*tokens, *sizes)[..., :width]
+    return _Efficient.apply(*(part.float() for part in tokens), *sizes)[..., :width].to(q_THP.dtype)
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Whether a card has the flash kernel: Ampere and later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class _Flash(torch.autograd.Function):

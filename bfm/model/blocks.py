@@ -9,6 +9,7 @@ tokens or the queries.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     """
     if table.device.type == "cpu":
         return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
-    return F.embedding(index, table.view(len(table), -1)).view(*index.shape, *table.shape[1:])
+    return F.embedding(index, table.view(len(table), math.prod(table.shape[1:]))).view(*index.shape, *table.shape[1:])
 
 
 def add_rows(total_RD: Tensor, index_N: Tensor, rows_ND: Tensor) -> None:

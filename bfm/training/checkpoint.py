@@ -120,7 +120,11 @@ def load_model(checkpoint: str, shards: Shards) -> tuple[TwoPartModel, dict[str,
     Raises UserError where there is none or it is of another shard set, CorruptError where it is damaged.
     """
     store, name = parent_store(checkpoint)
-    if (trained_on := read_meta(store, name)["shards_hash"]) != shards.hash:
+    meta = read_meta(store, name)
+    if meta["flops_version"] != FLOPS_VERSION:
+        what = f"was trained by version {meta['flops_version']} of the objective, and this is {FLOPS_VERSION}"
+        raise UserError(what, file=checkpoint, fix="train it again, or use the bfm that trained it")
+    if (trained_on := meta["shards_hash"]) != shards.hash:
         what = f"was trained on the shard set {trained_on[:12]}, not on {shards.hash[:12]}"
         raise UserError(what, file=checkpoint, key="--shards", fix="give the shard set that it was trained on")
     found = load_checkpoint(store, name)

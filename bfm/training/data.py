@@ -5,7 +5,6 @@ In: an opened shard set. Out: models, cost formulas and window orders of any con
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from typing import cast
@@ -25,7 +24,8 @@ from bfm.model.two_part import ItemStore, TwoPartModel
 from bfm.ranking.baselines import best_neighbours
 from bfm.training.config import TrainConfig
 
-_KEPT: weakref.WeakKeyDictionary[Shards, TrainingData] = weakref.WeakKeyDictionary()
+_KEPT = "_training_data"
+"""Of a shard set, so that it goes with it: a dictionary here would hold both for ever."""
 
 
 class TrainingData:
@@ -38,9 +38,10 @@ class TrainingData:
     @classmethod
     def of(cls, shards: Shards) -> TrainingData:
         """The one instance of an opened shard set: a warm worker pays for it once."""
-        if shards not in _KEPT:
-            _KEPT[shards] = cls(shards)
-        return _KEPT[shards]
+        kept = vars(shards)
+        if _KEPT not in kept:
+            kept[_KEPT] = cls(shards)
+        return cast(TrainingData, kept[_KEPT])
 
     @cached_property
     def item_store(self) -> ItemStore:

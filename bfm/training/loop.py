@@ -72,6 +72,7 @@ class Trainer:
         *,
         observer: Callable[[StepRecord], None] | None = None,
         after_step: Callable[[], None] = lambda: None,
+        after_freeze: Callable[[], None] = lambda: None,
         micro_groups: int = 1,
         softmax: str = "auto",
         start: Checkpoint | None = None,
@@ -79,14 +80,15 @@ class Trainer:
         """Begin at step 0, or where a loaded checkpoint stands.
 
         Both are called on every worker after every step: `observer` with the record of a step, when the next one is
-        under way or a limit is reached; `after_step` at once, and may save.
+        under way or a limit is reached; `after_step` at once, and may save. `after_freeze` comes before the first step
+        of stage 2, whose cost can be told then.
         `softmax` is how the loss is computed (bfm.objective.methods); its value does not depend on it.
         Raises UserError where the workers do not divide the groups of a step, or `softmax` is impossible here.
         """
         _check_softmax(softmax, config, factory)
         self.softmax = softmax
         self.config, self.seed, self.data, self.factory = config, seed, data, factory
-        self.observer, self.after_step = observer, after_step
+        self.observer, self.after_step, self.after_freeze = observer, after_step, after_freeze
         own_groups = groups_per_worker(config, factory.world_size)
         self.micro_groups = max(m for m in range(1, micro_groups + 1) if own_groups % m == 0)
         self.micro_batches = own_groups // self.micro_groups
@@ -149,6 +151,7 @@ class Trainer:
                 if max(freeze_flops, self.counters.path_flops + self.catalogue_flops) >= until_flops:
                     return
                 self._freeze()
+                self.after_freeze()
             elif after_flops > until_flops:
                 return
             else:

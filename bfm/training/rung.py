@@ -44,8 +44,9 @@ _NOTHING_KEPT = {
     "model": None,
     "model_bytes": 0,
 }
-_BYTES_PER_NUMBER = 36
-"""Trunk and in-rung checkpoint (weight, its average, two moments), and the cooled weights."""
+_BYTES_PER_NUMBER, _BYTES_OF_AVERAGES, _BYTES_OF_BEST = 36, 12, 4
+"""The trunk's checkpoint, an in-rung one and the next of those, which stands before the last goes: each a weight and
+two moments, where there are averages a fourth number; and the best weights that validations have seen."""
 
 
 def run_rung(
@@ -113,6 +114,7 @@ class _RungRun:
             self.factory,
             observer=self._observe if self.observer is not None and self.factory.rank == 0 else None,
             after_step=self._after_step,
+            after_freeze=lambda: self._allow_next_step(self.trainer.flops_per_s),
             micro_groups=task.micro_groups,
             softmax=task.softmax,
             start=self._start(),
@@ -244,6 +246,9 @@ class _RungRun:
         # The trunk leads to every rung; a branch to its own alone (one run trained on to ever larger budgets).
         if meta["counters"]["phase"] != "trunk" and meta["rung_flops"] != self.task.rung_flops:
             return None
+        # That of a larger budget may be past this trunk's end, where a smaller one's checkpoint is not.
+        if meta["counters"]["phase"] == "trunk" and meta["counters"]["path_flops"] > self.task.trunk_flops:
+            return None
         try:
             found = resume(self.store, name, self.task.config, self.task.seed, self.data, cooled=True)
         except CorruptError:
@@ -355,7 +360,8 @@ class _RungRun:
             return
         cost = self.trainer.cost
         numbers = self.task.config.shape().params + cost.stem_params + cost.table_params
-        needed_bytes = _BYTES_PER_NUMBER * numbers
+        bytes_per_number = _BYTES_PER_NUMBER + _BYTES_OF_AVERAGES * self.task.config.averaging
+        needed_bytes = (bytes_per_number + _BYTES_OF_BEST * (self.task.validations > 0)) * numbers
         folder = self.store.path("")
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free

@@ -158,7 +158,9 @@ def measure_speed(config: TrainConfig, shards: Shards, measure_s: float) -> floa
         trainer.run_trunk(trainer.next_step_flops())
         begin_s, begin_flops = time.monotonic(), trainer.counters.path_flops
         while True:
-            trainer.run_trunk(trainer.counters.path_flops + trainer.next_step_flops())
+            # Far enough for a step, and at a freeze for stage 2 to begin.
+            ahead_flops = max(trainer.next_step_flops(), trainer.catalogue_flops + 1)
+            trainer.run_trunk(trainer.counters.path_flops + ahead_flops)
             elapsed_s = time.monotonic() - begin_s
             if elapsed_s > measure_s:
                 return (trainer.counters.path_flops - begin_flops) / elapsed_s

@@ -67,7 +67,8 @@ class ZeroEngine(Engine):
         else:
             self.engine.step()
             norm = math.nan if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm)
+        # Readings go to the host as one message, so all of them are on the device, NaN too.
+        return torch.as_tensor(norm, device=self.model.device)
 
     def close(self) -> None:
         """Frees hooks, partitions and buffers (an engine left alone leaks them all)."""

@@ -137,6 +137,29 @@ def test_the_kernels_are_given_what_makes_them_the_dense_form(monkeypatch, dtype
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_more_segments_than_a_kernel_takes_are_taken_in_turns(monkeypatch):
+    Kernels(monkeypatch)
+    segment_RL, tokens = make_segments(4, 24), make_tokens(4, 24, 2, 16, torch.float32)
+    segments, flat = Segments.of(segment_RL), [part.flatten(0, 1) for part in tokens]
+    whole_THP = attention._by_kernel(*flat, segments, 0.7)
+    for most in (1, 3, len(segments.bounds_N1) - 2):
+        monkeypatch.setattr(attention, "_MOST_SEGMENTS", most)
+        torch.testing.assert_close(attention._by_kernel(*flat, segments, 0.7), whole_THP)
+
+
+def test_cards_without_the_flash_kernel_attend_in_float32(monkeypatch):
+    kernels = Kernels(monkeypatch)
+    monkeypatch.setattr(kernels, "flash_forward", None)
+    monkeypatch.setattr(attention, "_has_flash", lambda device: False)
+    segment_RL, tokens = make_segments(4, 24), make_tokens(4, 24, 2, 16, torch.bfloat16)
+    out_THP = attention._by_kernel(*(part.flatten(0, 1) for part in tokens), Segments.of(segment_RL), 0.7)
+    assert out_THP.dtype == torch.bfloat16
+    (grad, *_) = torch.autograd.grad(out_THP.float().sum(), tokens)
+    assert grad.dtype == torch.bfloat16
+    (dense, *_) = value_and_gradients(tokens, dense_mask(segment_RL, torch.bfloat16))
+    torch.testing.assert_close(out_THP.view_as(dense), dense, rtol=5e-2, atol=5e-2)
+
+
 def test_torch_takes_the_calls_of_the_kernels():
     """Shapes and arguments, by torch's own description of the operations."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -60,6 +60,12 @@ def test_queries_alone_are_what_the_block_says_at_their_positions():
     torch.testing.assert_close(alone_QW, places.take(block(x_BLW, mask_LL, rotation)))
 
 
+def test_nothing_is_looked_up_in_an_empty_table_on_any_device():
+    for shape in ((0, 3), (0,)):
+        table, index = torch.empty(shape, device="meta"), torch.empty((2, 0), dtype=torch.long, device="meta")
+        assert look_up(table, index).shape == (2, 0, *shape[1:])
+
+
 def test_look_up_is_indexing_with_a_summed_gradient():
     table = torch.randn(6, 3, requires_grad=True)
     index = torch.tensor([[1, 1, 5], [0, 1, 5]], dtype=torch.int32)

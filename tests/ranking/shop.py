@@ -11,6 +11,7 @@ import torch
 
 from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.model.flops import FLOPS_VERSION
 from bfm.training.checkpoint import save_checkpoint
 from bfm.training.config import TrainConfig
 from bfm.training.data import TrainingData
@@ -97,6 +98,7 @@ def make_shop(folder: Path, num: int = 2400, schema: str = SCHEMA, repeats: bool
         "seed": 0,
         "counters": {"stage": 1, "phase": "cooldown", "path_flops": 0, "events": 0},
         "shards_hash": shards.hash,
+        "flops_version": FLOPS_VERSION,
     }
     weights = {name: values.detach() for name, values in _model(shards).named_parameters()}
     save_checkpoint(Store(folder), NAME, EngineState(weights), meta)

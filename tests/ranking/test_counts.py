@@ -13,6 +13,7 @@ from bfm.events.protocol import Protocol, query_targets
 from bfm.events.windows import eval_windows
 from bfm.files import Store
 from bfm.model.batch import make_query_batch
+from bfm.model.flops import FLOPS_VERSION
 from bfm.ranking.predictor import Predictor
 from bfm.ranking.queries import answer
 from bfm.ranking.ranks import rank_targets
@@ -102,6 +103,7 @@ def test_an_export_lists_what_evaluation_ranks(shop, tmp_path):
         "seed": 0,
         "counters": {"stage": 1, "phase": "cooldown", "path_flops": 0, "events": 0},
         "shards_hash": shop.shards.hash,
+        "flops_version": FLOPS_VERSION,
     }
     weights = {name: values.detach() for name, values in model.named_parameters()}
     save_checkpoint(Store(tmp_path), "counts", EngineState(weights), meta)

@@ -1,6 +1,8 @@
 """What a task may have trained is known before it trains it; a task that is asked to stop loses nothing."""
 
 import dataclasses
+import itertools
+import re
 import shutil
 import socket
 import threading
@@ -193,6 +195,19 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_training(toy_shards,
     with pytest.raises(OSError, match=r"1,000 bytes are free, the task's checkpoints need"):
         run_rung(task(), toy_shards, CPU, Store(tmp_path), seen.append)
     assert not seen
+
+
+def test_room_is_asked_for_the_most_that_stands_at_a_time(toy_shards, tmp_path, monkeypatch):
+    """Trunk, the last checkpoint inside the rung and the next one, of three numbers a weight or four; and the best."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    needed = {}
+    for averaging, validations in itertools.product((False, True), (0, 2)):
+        own = task(config=dataclasses.replace(STAGE_1, averaging=averaging), validations=validations)
+        with pytest.raises(OSError, match="bytes are free") as told:
+            run_rung(own, toy_shards, CPU, Store(tmp_path))
+        needed[averaging, validations] = int(re.search(r"need ([\d,]+)", str(told.value))[1].replace(",", ""))
+    weights = needed[False, 0] / 36
+    assert needed == {(a, v): (36 + 12 * a + 4 * (v > 0)) * weights for a, v in needed}
 
 
 def test_a_task_that_was_given_up_writes_nothing_more(tmp_path, hasty, monkeypatch):

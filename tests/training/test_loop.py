@@ -1,6 +1,9 @@
 """The trunk is a pure function of (configuration, seed), however it is cut, and never passes its limit."""
 
 import dataclasses
+import gc
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bfm.errors import CorruptError, DivergedError, UserError
+from bfm.events.shards import Shards
 from bfm.files import Store
+from bfm.training import single
 from bfm.training.checkpoint import resume
 from bfm.training.data import TrainingData
 from bfm.training.loop import COST_STEPS, Trainer, groups_per_worker
@@ -165,6 +170,51 @@ def test_freeze_keeps_the_embedder_and_counts_the_catalogue(toy_shards):
     stage2_flops = records[switch].path_flops - records[switch - 1].path_flops
     _, estimate_flops = before.planner.mean_flops(1, before.counters.cursor, before.objective, 1)
     assert stage2_flops - catalogue_flops == pytest.approx(estimate_flops, rel=0.05)
+
+
+def test_what_a_step_of_stage_2_costs_is_known_before_the_first(toy_shards):
+    told = []
+    dear = dataclasses.replace(STAGE_2, negatives=30)
+    trainer = Trainer(
+        dear, 3, TrainingData.of(toy_shards), CPU,
+        after_freeze=lambda: told.append((trainer.counters.stage, trainer.counters.step, trainer.next_step_flops())),
+    )  # fmt: skip
+    trainer.run_trunk(6e7)
+    ((stage, step, next_flops),) = told
+    _, records = train(dear, toy_shards, 6e7)
+    first = next(place for place, record in enumerate(records) if record.stage == 2)
+    assert (stage, step) == (2, first)
+    spent_flops = records[first].path_flops - records[first - 1].path_flops
+    assert next_flops == spent_flops - trainer.catalogue_flops
+
+
+@pytest.mark.parametrize("catalogue", [1, 3])
+def test_speed_is_measured_through_a_freeze(toy_shards, monkeypatch, catalogue):
+    """Also where embedding the catalogue takes as long as steps do."""
+    made = []
+
+    class Recorded(Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.catalogue_flops = catalogue * 10 * self.next_step_flops()
+            made.append(self)
+
+    monkeypatch.setattr(single, "Trainer", Recorded)
+    clock = iter(range(1000))
+    monkeypatch.setattr(single, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    speed = single.measure_speed(dataclasses.replace(STAGE_2, groups_per_step=1), toy_shards, 60.0)
+    assert made[0].counters.stage == 2
+    assert speed > 0
+
+
+def test_what_runs_share_goes_with_their_shards(toy_shards):
+    shards = Shards.open(str(toy_shards.path))
+    data = TrainingData.of(shards)
+    assert TrainingData.of(shards) is data
+    gone = weakref.ref(data)
+    del shards, data
+    gc.collect()
+    assert gone() is None
 
 
 def test_altered_frozen_embedder_is_refused(toy_shards, tmp_path):

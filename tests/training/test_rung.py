@@ -12,6 +12,7 @@ from bfm.files import Store
 from bfm.laws.frontier import unpaired
 from bfm.ranking.metrics import summarise
 from bfm.ranking.paired import Pairing, read_scores
+from bfm.training import checkpoint
 from bfm.training.checkpoint import load_checkpoint, load_model
 from bfm.training.loop import Trainer
 from bfm.training.row import code_version
@@ -206,6 +207,24 @@ def test_killed_task_goes_on_and_equals_the_unbroken_one(toy_shards, tmp_path, k
     assert not Store(tmp_path).exists(task("cut").name("progress") + "/meta.json")
 
 
+def test_a_checkpoint_past_the_trunk_of_a_smaller_budget_is_passed_over(toy_shards, tmp_path):
+    """One run trained to ever other budgets: the trunk that stands below is gone on from."""
+    store = Store(tmp_path)
+    first = run_rung(task("run", flops=C0), toy_shards, CPU, store)
+
+    def kill(record):
+        if record.path_flops > 0.9 * 0.8 * 2 * C0:
+            raise Killed
+
+    larger = task("run", flops=2 * C0, resume_from=first["checkpoint"])
+    with pytest.raises(Killed):
+        run_rung(larger, toy_shards, CPU, store, kill, save_every_s=0.0)
+    seen = []
+    between = task("run", flops=1.2 * C0, resume_from=first["checkpoint"])
+    assert run_rung(between, toy_shards, CPU, store, seen.append)["status"] == "ok"
+    assert seen[0].path_flops < 1.2 * C0
+
+
 @pytest.mark.parametrize("pattern", ["meta.json", "state-*.pt"])
 def test_a_damaged_checkpoint_inside_the_rung_is_passed_over(toy_shards, tmp_path, pattern):
     def kill(record):
@@ -246,3 +265,10 @@ def test_sweep_task_is_understood():
 def test_code_version_is_stable():
     assert code_version() == code_version()
     assert code_version().startswith("0.1.0+")
+
+
+def test_a_model_of_another_version_of_the_objective_is_refused(toy_shards, tmp_path, monkeypatch):
+    row = run_rung(task("old"), toy_shards, CPU, Store(tmp_path))
+    monkeypatch.setattr(checkpoint, "FLOPS_VERSION", checkpoint.FLOPS_VERSION + 1)
+    with pytest.raises(UserError, match=r"trained by version \d of the objective"):
+        load_model(str(tmp_path / row["model"]), toy_shards)
