@@ -8,6 +8,7 @@ This is the one module that knows DeepSpeed, and it is imported inside functions
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -116,6 +117,15 @@ class ZeroEngine(Engine):
             safe_set_full_optimizer_state(parameter, value, key)
 
 
+@functools.cache
+def _hosts_of(world: Any) -> Any:
+    """A group of the same processes, one for all tasks of a standing group.
+
+    What hosts tell each other must not wait for what their devices still have to do.
+    """
+    return dist.new_group(backend="gloo")
+
+
 class ZeroFactory(EngineFactory):
     """Builds ZeRO engines; joins the default process group, or makes one of a single process."""
 
@@ -130,8 +140,7 @@ class ZeroFactory(EngineFactory):
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # What hosts tell each other must not wait for what their devices still have to do.
-        self._hosts = dist.new_group(backend="gloo") if self.device.type == "cuda" else dist.group.WORLD
+        self._hosts = _hosts_of(dist.group.WORLD) if self.device.type == "cuda" else dist.group.WORLD
 
     @property
     def rank(self) -> int:
