@@ -104,7 +104,7 @@ def run(law: Law, source: Source, workers: int, seed: int) -> Result:
     """Regret: each rung's best row, its noise apart, above the best of a large random sample; summed."""
     spec = from_dict({**SPACE, "method": source.method, "seeds": [seed], "scaling": {"slots": workers}})
     arena = SpaceArena(FeasibleSet(spec, LawCosts()))
-    arena.proposer = source.proposer(spec, arena.feasible)
+    arena.proposer = source.proposer(arena.feasible)
     arena.proposer.optuna_draws = source.optuna_draws
     fleet, rng = Fleet(((0.0, workers),)), np.random.default_rng(seed)
     state, timeline = simulate(spec, arena, partial(law_row, law), fleet, rng)

@@ -25,7 +25,7 @@ from bfm.training.single import row_evaluation, train_single
 from bfm.units import format_flops, parse_number
 
 SEEDS = (0, 1, 2)
-CONFIG = {"params": 1e4, "embedder_share": 0.05, "d_item": 32}
+CONFIG = {"params": 1e4, "embedder_share": 0.05, "d_item": 32, "window": 256, "group_windows": 2}
 METRICS = ("nll", "recall@10", "ndcg@10", "mrr@10", "coverage@10")
 Job = tuple[str, str, float, int]
 """Name, shards, C, seed."""

@@ -258,14 +258,14 @@ def _times(decision_s: Sequence[float]) -> str:
 
 
 def _simulated() -> str:
-    """The README's example of a space under a law, TPE among its candidates."""
+    """The example of docs/spaces.md of a space under a law, TPE among its candidates."""
     spec = resolve(ROOT / "search_spaces" / "full_study.yaml", [])
     machines = {"startup_s": 120, "task_startup_s": 20, "preempted_per_hour": 0.05}
     fleet, begun_s = Fleet(parse_schedule("8,64@1h"), 4e14, **machines), time.perf_counter()
     (made,) = forecast(spec, LAWS["paper"], fleet, ["frontier"], [0])
     took_s = time.perf_counter() - begun_s
     times = _times(made.timeline.decision_s)
-    return f"`bfm simulate search_spaces/full_study.yaml` as in the README: {took_s:.0f} s; {times}."
+    return f"`bfm simulate search_spaces/full_study.yaml` as in docs/spaces.md: {took_s:.0f} s; {times}."
 
 
 def _replay(rows: int) -> str:

@@ -35,17 +35,24 @@ def test_whole_shards_are_read_once_per_machine(shards, monkeypatch):
 def test_who_waits_is_told_of_what_is_read_and_of_nothing_else(shards, monkeypatch):
     """So that a large log on a slow disk is told from a disk that is dead."""
     monkeypatch.setattr(verified, "_LOOK_S", 0.005)
-    come, told = threading.Event(), []
+    waits, come, told = threading.Event(), threading.Event(), []
 
     def read(folder, files, *, on_bytes):
+        waits.wait()
         on_bytes(1)
         come.wait()
 
     monkeypatch.setattr(verified, "check_files", read)
     waiting = threading.Thread(target=lambda: Verification(shards).result(lambda: told.append(1)))
     waiting.start()
-    time.sleep(0.2)
-    assert len(told) <= 1, "nothing more came"
+    time.sleep(0.1)
+    assert not told, "nothing came"
+    waits.set()
+    deadline_s = time.monotonic() + 10
+    while not told and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    time.sleep(0.1)
+    assert told == [1], "nothing more came"
     come.set()
     waiting.join(10)
     counted = []

@@ -62,6 +62,7 @@ def test_sizes_are_compared_at_what_their_events_really_cost():
     held, ratios = [], []
     for seed in range(8):
         fit = joint_law(allocation(seed))
+        assert len(fit.budgets) == len(LADDER)
         for budget in fit.budgets:
             best = best_size(budget.flops)
             held.append(budget.optima["N_opt"].low <= best <= budget.optima["N_opt"].high)

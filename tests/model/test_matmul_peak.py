@@ -12,6 +12,4 @@ def test_peak_is_measured_once_and_quickly():
     peak = matmul_peak("cpu")
     assert 1e8 < peak < 1e15
     assert time.process_time() - begin_s < 2.0 * torch.get_num_threads()
-    begin_s = time.perf_counter()
     assert matmul_peak("cpu") == peak
-    assert time.perf_counter() - begin_s < 0.01

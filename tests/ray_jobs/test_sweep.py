@@ -61,7 +61,7 @@ def no_ray(monkeypatch):
         ({"budgets": {}}, "budget"),
         ({"parameters": {"params": {"min": 5, "max": 1}}}, "params"),
         ({"budget": {"total_flops": "much"}}, "budget.total_flops"),
-        ({"budget": {"ladder_flops": [1e3, 2e3]}}, ""),
+        ({"budget": {"ladder_flops": [1e3, 2e3]}}, "100 steps"),
         ({"data": {"shards": "nowhere"}}, "nowhere"),
         ({"scaling": {"tiers": [{"cpus": 4000}]}}, "scaling.tiers.0"),
         ({"loggers": ["tensorboard", "wandb"]}, "loggers: wandb is not installed"),
@@ -279,7 +279,9 @@ def check_a_sweep_that_goes_well(tmp_path: Path, space: Path) -> None:
     done = rows(tmp_path / "well")
     assert len(done) == outcome.rows == len({(row["trial"], row["rung"]) for row in done})
     assert len({row["pid"] for row in done}) <= 2
-    assert sorted(row["warm_start_s"] for row in done)[len(done) // 2] < 0.5
+    # Two actors start once each; all other tasks find one that is warm.
+    cold_s, *_ = sorted((row["warm_start_s"] for row in done), reverse=True)
+    assert sorted(row["warm_start_s"] for row in done)[len(done) // 2] < cold_s / 2
     assert Counter(events) == {"opened": 1, "assigned": len(done), "row": len(done), "finished": 1}
     assert yaml.safe_load((tmp_path / "well" / "sweep.yaml").read_text())["name"] == "well"
     board = EventAccumulator(str(tmp_path / "well" / "tensorboard" / "_sweep")).Reload()

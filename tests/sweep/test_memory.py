@@ -44,7 +44,6 @@ def test_nothing_estimated_larger_is_tried_again_at_that_tier(policy, rungs):
     assert "ok" in order
     if "oom" in order:
         assert state.memory_limits
-        assert any(at == max(rungs) or at in rungs for at in state.rungs)
     for trial in state.trials.values():
         assert "oom" not in [row["status"] for row in trial.rows.values()][:-1]
     assert SweepState.fold(driver._ledger.records) == state

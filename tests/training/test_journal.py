@@ -164,8 +164,8 @@ class Slow(Store):
 def test_training_waits_for_a_storage_that_is_away(tmp_path):
     store = Slow(tmp_path)
     found = Journal(task(), store)
-    threading.Timer(0.2, store.open.set).start()
     begin_s = time.monotonic()
+    threading.Timer(0.2, store.open.set).start()
     found.allow(100, 0.0)
     assert time.monotonic() - begin_s > 0.15
     assert read_account(task(), store).spent_flops == 100

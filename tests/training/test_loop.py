@@ -85,9 +85,13 @@ def test_the_rows_of_later_are_not_decayed(toy_shards):
     trainer, _ = train(config, toy_shards, END[1])
     groups = trainer.engine.optimizer.param_groups
     decaying = [group for group in groups if "decay_per_repeat" in group]
-    shapes = {tuple(parameter.shape) for group in decaying for parameter in group["params"]}
+    # Groups hold flat vectors: what decays is as much as the tables of ids are.
+    named = trainer.engine.model.named_parameters()
+    tables = {name: values.numel() for name, values in named if name.endswith("table")}
+    later = sum(size for name, size in tables.items() if "later" in name)
     assert decaying[0]["weight_decay"] > 0
-    assert (2, config.d_item) not in shapes
+    assert later == 2 * config.d_item
+    assert sum(values.numel() for group in decaying for values in group["params"]) == sum(tables.values()) - later
 
 
 def test_the_mean_cost_of_steps_is_that_of_the_next_ones(toy_shards):

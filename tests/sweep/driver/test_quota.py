@@ -125,19 +125,22 @@ def test_the_frontier_policy_says_who_is_least_promising():
     assert len(told) > 2
 
 
-def test_a_trunk_in_use_stays_and_one_of_a_lost_task_too():
-    spec = make_spec(scheduler={"type": "asha-promote"}, scaling={"slots": 3}, storage={"checkpoints_gib": 0.5})
+def test_a_trunk_in_use_stays():
+    spec = make_spec(scheduler={"type": "asha-promote"}, scaling={"slots": 3}, storage={"checkpoints_gib": 2})
     driver = in_memory(spec)
-    running = []
+    running, in_use = [], 0
     for _ in range(60):
         while isinstance(task := driver.next_task(), Task):
             running.append(task)
         if not running:
             break
         task = running.pop(0)
-        for other in running:
-            assert other.from_rung is None or (other.trial, other.from_rung) not in driver.state.evicted
+        for other in (other for other in running if other.from_rung is not None):
+            assert (other.trial, other.from_rung) not in driver.state.evicted
+            in_use += 1
         driver.report(task.task_id, sized(task))
+    assert in_use > 10
+    assert len(driver.state.evicted) > 10
 
 
 def test_promoted_trials_do_not_repeat_their_probes():

@@ -301,11 +301,9 @@ def test_a_metric_to_maximise_is_maximised():
     driver = in_memory(spec)
     reason = run_serial(driver, execute)
     top = [row["metrics"]["recall@10"] for row in driver.state.rungs[2].values()]
-    entry = [driver.state.trials[name].rows[2]["metrics"]["recall@10"] for name in driver.state.rungs[2]]
     assert reason
     others = [row["metrics"]["recall@10"] for row in driver.state.rungs[0].values() if row["status"] == "ok"]
     assert max(top) > np.quantile(others, 0.8)
-    assert entry == top
 
 
 def test_what_is_kept_for_replicas_never_keeps_a_sweep_from_its_first_row():

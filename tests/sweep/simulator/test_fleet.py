@@ -359,7 +359,7 @@ def test_bad_schedules_are_users_errors(text):
 def test_figures_that_no_machine_has_are_users_errors(name, value):
     with pytest.raises(UserError) as caught:
         Fleet(**{name: value})
-    assert caught.value.key == "--throughput" if name == "flops_per_s" else f"--{name.replace('_', '-')}"
+    assert caught.value.key == ("--throughput" if name == "flops_per_s" else f"--{name.replace('_', '-')}")
     assert caught.value.fix
 
 
