@@ -103,7 +103,9 @@ def cluster_address() -> str:
     Raises UserError for an address of another kind, or one where nobody does.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "auto", "local"):
+    if address == "local":
+        return ""
+    if address in ("", "auto"):
         return address
     _, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():

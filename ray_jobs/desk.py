@@ -177,7 +177,7 @@ class Desk:
             self._paused = self._paused or PausedError(result[trial.PAUSED])
             self._lose(live, result[trial.PAUSED], node, fault=STORAGE)
         elif trial.FATAL in result:
-            if node is not None and self.quarantine.fatal(node, result["message"], self._usable()):
+            if node is not None and self.quarantine.fatal(node, result["message"], self._usable(live.task, node)):
                 self._lose(live, result["message"], node, fault=NODE)
             else:
                 self.failure = self.failure or trial.FATAL_ERRORS[result[trial.FATAL]](result["message"])
@@ -349,8 +349,11 @@ class Desk:
     def _nodes(self) -> list[Resources]:
         return [resources for node, resources in self._room.nodes().items() if node not in self.quarantine.nodes]
 
-    def _usable(self) -> list[str]:
-        return [node for node, resources in self._room.nodes().items() if any(resources.values())]
+    def _usable(self, task: Task, node: str) -> list[str]:
+        """The nodes that take tasks; none where without a node such a task would have no place."""
+        nodes = {name: resources for name, resources in self._room.nodes().items() if any(resources.values())}
+        others = [nodes[name] for name in nodes if name != node and name not in self.quarantine.nodes]
+        return list(nodes) if fits([task], [], others) else []
 
     def _close(self, live: Live) -> None:
         live.settled_at_s = self.clock()
@@ -360,8 +363,9 @@ class Desk:
     def _lose(self, live: Live, reason: str, node: str | None, *, retry: bool = True, fault: str = WORKER) -> None:
         task = live.task
         self._close(live)
-        if node is not None and retry and fault == WORKER and self.quarantine.lost(node, task.trial, self._usable()):
-            fault = NODE
+        if node is not None and retry and fault == WORKER:
+            spoils = self.quarantine.lost(node, task.trial, self._usable(task, node))
+            fault = NODE if spoils else fault
         self._guard(lambda: self.driver.lost(task.task_id, reason, retry=retry, fault=fault))
         self._on_event(SweepEvent("lost", task=task, reason=reason))
         if fault == NODE and node is not None:

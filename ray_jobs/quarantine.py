@@ -6,6 +6,7 @@ last node is never among them. It lasts as long as the driver: who starts it aga
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 _LOSSES = 2
@@ -38,10 +39,15 @@ class Quarantine:
 
     def fatal(self, node: str, what: str, live: Collection[str]) -> bool:
         """The same for what ends a sweep, unless it is one node's alone."""
-        return self._faults.setdefault(what, node) == node and self._shut(node, live)
+        return self._faults.setdefault(_kind(what), node) == node and self._shut(node, live)
 
     def _shut(self, node: str, live: Collection[str]) -> bool:
         if not set(live) - self.nodes - {node}:
             return False
         self.nodes.add(node)
         return True
+
+
+def _kind(what: str) -> str:
+    """A fault without what differs from one node to another: times, numbers, a storage's own words of the request."""
+    return re.sub(r"[0-9.]*[0-9]", "#", what.partition("<")[0])

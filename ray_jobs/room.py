@@ -30,6 +30,7 @@ _NAMES = ("GPU", "CPU")
 _SLACK = 1e-9
 ASK_LESS_S = 180.0
 _ANSWER_S = 1.0
+_AGAIN_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class ClusterRoom:
     def __init__(self, *, grows: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """`grows`: an autoscaler may listen."""
         self._grows, self._clock = grows, clock
-        self._asked: list[Resources] = []
+        self._asked: list[Resources] | None = None
+        """None: a driver before this one may have asked for machines that nobody needs any more."""
+        self._asked_s = clock()
         self._num_nodes, self._since_s = 0, clock()
 
     def nodes(self) -> dict[str, Resources]:
@@ -102,8 +105,10 @@ class ClusterRoom:
         if self._grows:
             wanted = [*tasks, *more[: self._at_most(len(more))]] if more else []
             bundled = [_present(bundle) for task in wanted for bundle in bundles(task.scaling)]
-            if bundled != self._asked:
-                self._asked = bundled
+            # A cluster keeps one request: that of another sweep takes this one's place.
+            again = bundled and self._clock() - self._asked_s > _AGAIN_S
+            if bundled != self._asked or again:
+                self._asked, self._asked_s = bundled, self._clock()
                 ray.autoscaler.sdk.request_resources(bundles=bundled)
 
     def free_orphans(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -37,7 +38,7 @@ from bfm.sweep.driver.status import import_words
 from bfm.sweep.ledger.imports import read_runs
 from bfm.sweep.ledger.lease import Lease
 from bfm.sweep.ledger.ledger import Ledger, has_begun
-from bfm.sweep.ledger.state import IMPORT
+from bfm.sweep.ledger.state import IMPORT, STOP
 from bfm.sweep.plan.machine import Machine
 from bfm.sweep.plan.plan import check_held
 from bfm.sweep.space.on_log import OpenedSpace, open_space
@@ -56,6 +57,7 @@ from ray_jobs.tuning import quiet_session, run_tasks
 
 _log = logging.getLogger(__name__)
 RESUME = ("auto", "never", "must")
+_RAY_TRAIN_WRITES = ("s3://", "gs://")
 Progress = Callable[[SweepEvent, SweepDriver], None]
 
 
@@ -122,6 +124,7 @@ def run_sweep(
     store = _sweep_store(storage, spec.name, resume, extend)
     logs = open_logs(spec.listeners, Told(spec.name, store.uri, spec.swept))
     opened = open_space(spec)
+    _check_groups(spec, store)
     joins = ray.is_initialized() or bool(cluster_address())
     if not joins:
         machine = Machine.here()
@@ -136,9 +139,12 @@ def run_sweep(
         if table is not None:
             words = "; ".join([import_words(driver.take_runs(table)), *table.told])
             tell(SweepEvent("imported", reason=words), driver)
-        for request in new_requests(store, driver.state.requests):
-            tell(SweepEvent("asked", reason=request_words(driver.take(request))), driver)
         try:
+            for request in new_requests(store, driver.state.requests):
+                record = driver.take(request)
+                tell(SweepEvent("asked", reason=request_words(record)), driver)
+                if record["verb"] == STOP and record["refused"] is None:
+                    raise Interrupted(signal.SIGTERM, f"`bfm stop` of {record['by']}")
             if driver.state.finished is None:
                 with pauses_where_full(store.uri):
                     _train(opened, store, driver, joins, progress, execute, logs)
@@ -147,6 +153,14 @@ def run_sweep(
             print(_outcome(driver, store, why).line(), file=sys.stderr)
             raise
         return _outcome(driver, store, driver.state.finished or "ended")
+
+
+def _check_groups(spec: SweepSpec, store: Store) -> None:
+    """Raises UserError where Ray Train, which starts groups of workers, cannot write its notes to a storage."""
+    several = any(tier.workers > 1 for tiers in spec.scaling.tiers for tier in tiers)
+    if several and not (store.is_local or store.uri.startswith(_RAY_TRAIN_WRITES)):
+        what = f"tiers of several workers need a storage that Ray Train writes to, and {store.uri} is none"
+        raise UserError(what, key="--storage", fix="name an s3:// or gs:// place, or tiers of one worker")
 
 
 def _sweep_store(storage: str, name: str, resume: str, extend: bool) -> Store:

@@ -110,6 +110,9 @@ def test_foretold_trained_compared_and_written_down(bfm, tmp_path, toy_shards):
     code, out, err = bfm("recipe", swept, "--flops", "1.2e8", "--check", "--json")
     assert json.loads(out)["check"] == check, "a check that stands is not trained again"
     assert read_state(Store(swept)).checks == [check]
+    code, out, err = bfm("recipe", swept, "--flops", "1.2e8", "--json")
+    assert json.loads(out) == checked, "what was checked stays checked"
+    assert json.loads((swept / "report" / "recipe.json").read_text()) == checked
     code, out, _ = bfm("status", swept)
     assert "of 1 measured values inside" in out
     code, out, err = bfm("report", swept)

@@ -32,7 +32,7 @@ def recipe(
     from bfm.model.matmul_peak import matmul_peak
     from bfm.report.console import Display, step_words
     from bfm.sweep.plan.machine import check_config
-    from bfm.sweep.recipe.check import check_recipe
+    from bfm.sweep.recipe.check import check_recipe, standing_check
     from bfm.sweep.recipe.foretell import foretell, publish_recipe, recipe_text
     from bfm.sweep.space.costs import Costs
     from bfm.sweep.space.tiers import Tier
@@ -41,9 +41,9 @@ def recipe(
     from bfm.training.records import Record, StepRecord
 
     made, sizes, place = foretell(folder, flops, metric, shards)
-    publish_recipe(folder, made, None)
-    record = None
-    if check:
+    record = standing_check(made, sizes, seed)
+    publish_recipe(folder, made, record)
+    if check and record is None:
         device = EngineFactory().device.type
         peak, tier = matmul_peak(device), Tier(gpus=float(device == "cuda"))
         opened = Shards.open(place)

@@ -7,6 +7,7 @@ counted, and none stops a sweep. Rows that are not taken are in the ledger all t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -64,10 +65,13 @@ def mlflow_log(told: Told) -> Log:
     # Its client prints the address of each run that ends; a sweep's stdout is data.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     package = _package("mlflow")
-    client, entities = package.MlflowClient(), package.entities
+    entities = package.entities
     runs: dict[str, str] = {}
+    # An address that is wrong is told of as one that is away.
+    connected = functools.cache(package.MlflowClient)
 
     def begun(row: Row) -> str:
+        client = connected()
         known = client.get_experiment_by_name(told.name)
         experiment = known.experiment_id if known else client.create_experiment(told.name)
         mine = f"tags.bfm_run = '{told.run_id(row)}'"
@@ -80,7 +84,7 @@ def mlflow_log(told: Told) -> Log:
         return str(run)
 
     def log(row: Row) -> None:
-        trial = str(row["trial"])
+        client, trial = connected(), str(row["trial"])
         if trial not in runs:
             runs[trial] = begun(row)
         values, now_ms = values_of(row), int(1000 * time.time())

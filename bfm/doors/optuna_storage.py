@@ -109,12 +109,21 @@ def _export(view: SweepView, storage: BaseStorage, metric: str, axes: Axes) -> E
     stored = study.get_trials(deepcopy=False)
     anew = len(stored) > len(wanted) or not all(map(_leads_to, stored, wanted))
     if anew:
+        _check_own(study, view)
         optuna.delete_study(study_name=name, storage=storage)
         study, stored = _study(storage, name, metric), []
     _describe(study, view, metric)
     changed = sum(_advance(storage, before, now) for before, now in zip(stored, wanted, strict=False))
     study.add_trials(wanted[len(stored) :])
     return Exported(name, len(wanted), len(wanted) - len(stored), changed, anew)
+
+
+def _check_own(study: optuna.Study, view: SweepView) -> None:
+    """Raises UserError for what is about to be written anew and is another sweep's."""
+    place = study.user_attrs.get("storage", view.store.uri)
+    if place != view.store.uri:
+        what = f"the study {study.study_name} there is that of another sweep ({place})"
+        raise UserError(what, key="FILE", fix="name a file of its own, or give the sweeps different names")
 
 
 def _study(storage: BaseStorage, name: str, metric: str) -> optuna.Study:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from bfm.errors import PausedError
+from bfm.errors import PausedError, UserError
 from bfm.files import Store
 from bfm.training.records import StepRecord
 from bfm.training.task import Account
@@ -138,7 +138,7 @@ class Journal:
         if thread is not None:
             thread.join(NOTE_S)
         exact = Account(spent_flops, self._noted.progress, self._noted.progress_flops)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             self._write(exact)
 
     def clear(self) -> None:

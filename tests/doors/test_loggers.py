@@ -85,6 +85,14 @@ def test_mlflow_has_a_run_per_trial_that_goes_on(tmp_path, monkeypatch):
     assert failed.data.metrics["N"] == 1010
 
 
+def test_a_wrong_address_of_mlflow_is_trouble_of_a_tool(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
+    log = mlflow_log(TOLD)
+    with pytest.raises(Exception, match=r"foo|registry|scheme"):
+        log(row())
+
+
 def test_values_are_finite_numbers():
     found = values_of(row(metrics={"nll": math.nan, "mrr@10": None, "ndcg@10": 0.2}))
     assert not {"nll", "mrr@10", "error/ndcg@10"} & found.keys()

@@ -16,7 +16,7 @@ from bfm.errors import UserError
 from bfm.files import Store
 from bfm.report.sweep_view import SweepView, read_sweep
 from bfm.sweep.ledger.ledger import read_ledger
-from tests.doors.planted import write_study
+from tests.doors.planted import write_study, write_sweep
 from tests.sweep.serial import run_serial
 from tests.sweep.world import execute, in_memory, make_spec, start
 
@@ -161,3 +161,25 @@ def test_the_verb_writes_a_study_per_metric(bfm, tmp_path):
     assert (code, out) == (0, f"share/nll: {counted}\nshare/recall@10: {counted}\n")
     code, _, err = bfm("export-optuna", f"{runs}/share", target, "--metric", "auc")
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_another_sweep_of_the_same_name_is_not_written_over(finished, tmp_path):
+    target = tmp_path / "sweep.journal"
+    study, _ = told(finished, target)
+    driver = in_memory(spec_of(seeds=[7]))
+    run_serial(driver, execute)
+    with pytest.raises(UserError, match=r"is that of another sweep \(.*\)"):
+        told(SweepView(Store(tmp_path / "another"), driver.state), target)
+    assert len(optuna.load_study(study_name=study.study_name, storage=open_storage(str(target))).trials) == len(
+        study.trials
+    )
+
+
+def test_a_sweep_without_rows_is_no_reason_to_export_none(bfm, tmp_path):
+    runs, target = write_study(str(tmp_path / "runs")), tmp_path / "all.journal"
+    write_sweep(f"{runs}/share", [])
+    code, out, err = bfm("export-optuna", runs, target, "--metric", "mrr@10", "--json")
+    assert (code, "no metric" in err) == (2, True)
+    code, out, err = bfm("export-optuna", runs, target, "--metric", "recall@10", "--json")
+    assert code == 0, err
+    assert "allocation/recall@10" in [study["study"] for study in json.loads(out)["studies"]]

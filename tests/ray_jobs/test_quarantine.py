@@ -37,6 +37,14 @@ def test_what_would_end_the_sweep_ends_it_when_a_second_node_says_so() -> None:
     assert quarantine.nodes == {"a", "b"}
 
 
+def test_two_nodes_say_the_same_where_a_storage_adds_its_own_words() -> None:
+    what = "s3://b/trials/t{}/a.npy: access refused (403 in {}ms, <Error><RequestId>{}</RequestId></Error>)"
+    quarantine = Quarantine()
+    assert quarantine.fatal("a", what.format("00001", 1.505, "19D2A"), NODES)
+    assert not quarantine.fatal("b", what.format("00007", 20.1, "7C11B"), NODES)
+    assert quarantine.fatal("b", "a damaged checkpoint", NODES)
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["row", "lost", "fatal"]), st.sampled_from(NODES), st.integers(0, 3))),
     st.integers(1, 3),

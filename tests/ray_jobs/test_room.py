@@ -16,7 +16,7 @@ from bfm.training.task import Account
 from ray_jobs import desk, room
 from ray_jobs.room import ClusterRoom, Holding, Resources, fits, total_of
 from ray_jobs.search import DriverSearcher
-from ray_jobs.trial import ROW, YIELDED
+from ray_jobs.trial import FATAL, NODE, ROW, YIELDED
 from tests.ray_jobs.fakes import CPU_SCALING, Clock, FakeDriver, FakeRunning, FakeTune, Machines, make_desk, make_task
 from tests.ray_jobs.toys import free_port
 
@@ -134,6 +134,40 @@ def test_the_autoscaler_is_asked_for_what_could_be_used_now(monkeypatch) -> None
     assert len(asked) == 3
 
 
+def test_a_request_is_made_again_and_an_old_one_is_taken_back(monkeypatch) -> None:
+    """A cluster keeps one request: another sweep's takes its place, and one of a dead driver would stand for ever."""
+    asked, clock = [], Clock()
+    monkeypatch.setattr(room.ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(len(bundles)))
+    monkeypatch.setattr(room.ray, "nodes", list)
+    cluster, small = ClusterRoom(grows=True, clock=clock), make_task(0, SMALL)
+    cluster.ask([], [])
+    assert asked == [0], "what an earlier driver has asked for"
+    for _ in range(5):
+        cluster.ask([], [small])
+        clock.now_s += 10.0
+    assert asked == [0, 1, 1]
+    for _ in range(9):
+        cluster.ask([])
+        clock.now_s += 10.0
+    assert asked == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("others", "shut"), [([{"CPU": 8.0}], False), ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}], True)]
+)
+def test_the_only_node_that_holds_a_task_is_not_shut(others, shut) -> None:
+    """The sweep ends with what is wrong, and does not wait for ever."""
+    gpu = {**SMALL, "gpus": 1.0}
+    driver, machines = FakeDriver(2, 1, scaling=[gpu]), Machines({"CPU": 8.0, "GPU": 1.0}, *others)
+    own = make_desk(driver, 1, room=machines)
+    searcher = DriverSearcher(own)
+    searcher.suggest("a")
+    searcher.started("a")
+    searcher.may_end("a", {FATAL: "CorruptError", "message": "a damaged shard", NODE: "node0"})
+    assert (own.quarantine.nodes == {"node0"}) == shut
+    assert (own.failure is None) == shut
+
+
 def test_a_request_that_brings_no_node_is_made_smaller(monkeypatch) -> None:
     asked, nodes, clock = [], ["head"], Clock()
     monkeypatch.setattr(room.ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(len(bundles)))
@@ -142,7 +176,7 @@ def test_a_request_that_brings_no_node_is_made_smaller(monkeypatch) -> None:
     for _ in range(6):
         cluster.ask([small] * 4, [small] * 4)
         clock.now_s += room.ASK_LESS_S
-    assert asked == [8, 6, 5], "what the cluster cannot hold brings nothing at all"
+    assert list(dict.fromkeys(asked)) == [8, 6, 5], "what the cluster cannot hold brings nothing at all"
     nodes.append("new")
     cluster.ask([small] * 5, [small] * 4)
     assert asked[-1] == 9

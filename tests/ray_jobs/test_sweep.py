@@ -34,10 +34,11 @@ from bfm.sweep.policies.arena import ASKED
 from bfm.sweep.space.spec import resolve
 from bfm.sweep.space.tiers import Tier
 from ray_jobs import sweep
-from ray_jobs.cluster_session import local_ray
+from ray_jobs.cluster_session import cluster_address, local_ray
 from ray_jobs.room import check_fits, total_of
 from ray_jobs.sweep import main, run_sweep
 from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
+from tests.sweep.world import make_spec
 
 
 def folded(path: Path) -> SweepState:
@@ -90,6 +91,8 @@ def test_what_is_no_head_s_address_is_one_line(tmp_path, toy_shards, no_ray, mon
 
 
 def test_a_port_that_is_none_is_one_line(tmp_path, toy_shards, no_ray, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert cluster_address() == "", "this machine's own"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
     assert main([str(write_space(tmp_path, toy_shards.path)), "--storage", str(tmp_path)]) == 2
     assert "bfm: RAY_ADDRESS: no cluster answers at 127.0.0.1:99999" in capsys.readouterr().err
@@ -139,6 +142,15 @@ def test_resume_must_and_never_mean_it(tmp_path, toy_shards, no_ray) -> None:
         run_sweep(spec, str(tmp_path / "elsewhere"), extend=True)
     with pytest.raises(UserError, match="auto, never, must"):
         run_sweep(spec, str(tmp_path), resume="perhaps")
+
+
+@pytest.mark.parametrize("uri", ["az://box/sweeps", "s3a://box/sweeps"])
+def test_groups_of_workers_need_a_storage_that_ray_train_knows(uri) -> None:
+    place = SimpleNamespace(uri=uri, is_local=False)
+    pair = make_spec(scaling={"tiers": [SINGLE, PAIR]}, parameters={"groups_per_step": {"value": 2}})
+    with pytest.raises(UserError, match="several workers need a storage that Ray Train writes to"):
+        sweep._check_groups(pair, place)
+    sweep._check_groups(pair, SimpleNamespace(uri="s3://box/sweeps", is_local=False))
 
 
 def test_scores_that_cannot_be_read_end_no_sweep(tmp_path) -> None:

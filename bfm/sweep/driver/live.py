@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bfm.errors import UserError
 from bfm.files import Store
 from bfm.sweep.driver.requests import new_requests
 from bfm.sweep.ledger.lease import driver_of
@@ -43,7 +44,7 @@ def tell_waits(store: Store, epoch: int, waits: Sequence[Waits]) -> None:
     try:
         data = json.dumps({"epoch": epoch, "waits": [asdict(one) for one in waits]}).encode()
         store.with_patience(0).put(WAITS, data)
-    except OSError as error:
+    except (OSError, UserError) as error:
         _log.warning("%s/%s could not be written: %s", store.uri, WAITS, error)
 
 

@@ -134,7 +134,7 @@ class Ledger:
             return
         try:
             self.store.delete_folder(folder)
-        except OSError as error:
+        except (OSError, UserError) as error:
             _log.warning("%s/%s could not be deleted: %s", self.store.uri, folder, error)
 
     def close(self) -> None:
