@@ -25,9 +25,10 @@ from bfm.files import Store
 from bfm.ranking.paired import Pairing
 from bfm.report.standing import status_text
 from bfm.report.sweep_view import read_sweep
+from bfm.sweep.driver.requests import put_request
 from bfm.sweep.ledger.lease import Lease
 from bfm.sweep.ledger.ledger import has_begun, read_ledger
-from bfm.sweep.ledger.state import SweepState
+from bfm.sweep.ledger.state import STOP, SweepState
 from bfm.sweep.plan import machine
 from bfm.sweep.plan.machine import Machine
 from bfm.sweep.policies.arena import ASKED
@@ -36,6 +37,7 @@ from bfm.sweep.space.tiers import Tier
 from ray_jobs import sweep
 from ray_jobs.cluster_session import cluster_address, local_ray
 from ray_jobs.room import check_fits, total_of
+from ray_jobs.signals import Interrupted
 from ray_jobs.sweep import main, run_sweep
 from tests.ray_jobs.toys import PAIR, SINGLE, child_environment, end_tree, planted_executor, wait_for, write_space
 from tests.sweep.world import make_spec
@@ -179,6 +181,16 @@ def test_scores_that_cannot_be_read_leave_a_finished_sweep_finished(tmp_path, ca
         pass
     assert "a-0.npz: truncated or altered" in caplog.text
     assert len(list((tmp_path / "tensorboard" / "_sweep").iterdir())) == 1
+
+
+def test_a_stop_that_comes_while_a_driver_starts_stops_it(tmp_path, toy_shards, no_ray) -> None:
+    spec = resolve(write_space(tmp_path, toy_shards.path))
+    request = put_request(Store(tmp_path / "tiny"), STOP, {"epoch": 1})
+    with pytest.raises(Interrupted, match="bfm stop"):
+        run_sweep(spec, str(tmp_path))
+    state = SweepState.fold(read_ledger(Store(tmp_path / "tiny")).records)
+    assert state.requests[request.id]["refused"] is None
+    assert not state.trials
 
 
 def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path, toy_shards, no_ray) -> None:
