@@ -90,7 +90,7 @@ def _allocations(copy: str, *overrides: str) -> Iterable[Planned]:
 
 
 LOW = "budget.ladder_flops=[1e10, 3.2e10, 1e11]"
-# Three decades, three to six sizes at each budget; 5e13 FLOPs, two hours and a half of two idle cores (`scaling.slots=2`).
+# Three decades, three to six sizes at each budget; 5e13 FLOPs, under three hours of two cores (`scaling.slots=2`).
 # `bfm data synth log --events 5e7 --users 1.5e5 --items 2e3 --seed 1`, then `bfm data prepare`.
 SYNTHETIC = (
     "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]",
