@@ -112,7 +112,7 @@ def known_curves(folder: Path) -> None:
         for depth in (4, 8, 12)
         for flops in (1e19, 4e19, 1.6e20)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "runs.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "curves.parquet")
     (folder / "mine.yaml").write_text("params: 1.5e3\nembedder_share: 0.15\n")
 
 
