@@ -152,13 +152,12 @@ def export_optuna(
     from bfm.report.study import read_study
 
     sweeps = [sweep for sweep in read_study(sweep_dir) if sweep.has_begun]
-    own = [own_metrics(view.state) for view in sweeps]
-    known = [list(dict.fromkeys([*metric_names(view.rows), *mine])) for view, mine in zip(sweeps, own, strict=True)]
+    known = [list(dict.fromkeys([*metric_names(view.rows), *own_metrics(view.state)])) for view in sweeps]
     # One that has no rows yet, or other metrics, is no reason to export none.
     asked = chosen_metrics(metric, list(dict.fromkeys(name for names in known for name in names)), [])
     storage, told = open_storage(target), []
-    for view, names, mine in zip(sweeps, known, own, strict=True):
-        wanted = mine if metric is None else [name for name in asked if name in names]
+    for view, names in zip(sweeps, known, strict=True):
+        wanted = own_metrics(view.state) if metric is None else [name for name in asked if name in names]
         told += export_sweep(view, storage, wanted)
     show({"studies": [done.as_dict() for done in told]}, as_json, lambda _: "\n".join(done.line() for done in told))
 

@@ -8,7 +8,7 @@ under its cap, and no decision of its policy sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bfm.errors import UserError
@@ -52,9 +52,8 @@ def check_recipe(
         ledger = Ledger(store, lease)
         folder = run_folder(recipe, seed)
         known = [check for check in SweepState.fold(ledger.replay.records).checks if check["folder"] == folder]
-        for check in known:
-            if check["metric"] == recipe.metric:
-                return check
+        if (answer := _answer(known, folder, recipe.metric)) is not None:
+            return answer
         trained = {**known[0], "task_flops": 0, "eval_flops": 0} if known else None
         row = trained or _train(recipe, sizes, shards, store.child(folder).uri, seed, observer)
         _check_measured(recipe, row, store.child(folder).uri)
@@ -67,9 +66,11 @@ def check_recipe(
 
 def standing_check(recipe: Recipe, sizes: Swept, seed: int) -> Record | None:
     """The answer that the ledger holds of the same run and metric already."""
-    known = read_state(Store(sizes.folder)).checks
-    folder = run_folder(recipe, seed)
-    return next((one for one in known if (one["folder"], one["metric"]) == (folder, recipe.metric)), None)
+    return _answer(read_state(Store(sizes.folder)).checks, run_folder(recipe, seed), recipe.metric)
+
+
+def _answer(checks: Iterable[Record], folder: str, metric: str) -> Record | None:
+    return next((one for one in checks if (one["folder"], one["metric"]) == (folder, metric)), None)
 
 
 def run_folder(recipe: Recipe, seed: int) -> str:
