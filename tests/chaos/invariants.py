@@ -10,7 +10,7 @@ import psutil
 
 from bfm.files import Store
 from bfm.sweep.ledger.ledger import read_ledger
-from bfm.sweep.ledger.state import Record, SweepState
+from bfm.sweep.ledger.state import NODE, Record, SweepState
 from bfm.sweep.space.spec import from_dict
 from bfm.training.checkpoint import load_checkpoint
 from tests.ray_jobs.one_machine import Cluster
@@ -108,6 +108,12 @@ def _litter(store: Store, trial: str) -> list[str]:
     checkpoints = f"trials/{trial}/checkpoints"
     progress = [name for name in store.folders(checkpoints) if name.endswith("-progress")]
     return progress + [name for name in store.folders(f"trials/{trial}") if name != checkpoints]
+
+
+def lost_work(state: SweepState) -> list[Record]:
+    """Losses that cost something. A node that is taken away as idle may take a task along that has not begun: it is
+    given out again, and no FLOP is lost."""
+    return [loss for loss in state.losses if loss["charged_flops"] or loss["fault"] != NODE]
 
 
 def check_nothing_runs(processes: Iterable[psutil.Process], within_s: float = 30) -> None:
