@@ -29,7 +29,6 @@ from bfm.laws.frontier import (
     Results,
     Row,
     by_rung,
-    frontiers,
     goal_of,
     metric_error,
     metric_value,
@@ -257,7 +256,7 @@ class SweepWriter:
         if not found:
             return
         self._last_step = len(found)
-        told = frontiers(found)
+        told = Results(found).frontiers()
         if not self._has_layout:
             self._has_layout = True
             self._file.summary(custom_scalars(_sweep_layout(list(told))))

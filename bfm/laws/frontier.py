@@ -115,7 +115,11 @@ def _apart(value: float, error: float, other_value: float, other_error: float) -
 
 def rung_rows(rows: Iterable[Row]) -> list[Row]:
     """Rung rows, diverged ones included, in ledger order; probes left out."""
-    return [row for row in rows if row.get("kind", "rung") == "rung"]
+    return _of_kind(rows, "rung")
+
+
+def _of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row.get("kind", "rung") == kind]
 
 
 def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
@@ -126,11 +130,6 @@ def metric_names(rows: Iterable[Row], *, headline: bool = True) -> list[str]:
     return sorted(names, key=_sort_key)
 
 
-def rung_ladder(rows: Iterable[Row]) -> list[float]:
-    """The rungs (C in FLOPs, ascending) that have rows."""
-    return sorted({float(row["rung_flops"]) for row in rung_rows(rows)})
-
-
 def by_rung(rows: Iterable[Row]) -> dict[float, list[Row]]:
     """Rung rows, diverged ones included, by C in FLOPs, ascending."""
     groups: dict[float, list[Row]] = {}
@@ -139,12 +138,12 @@ def by_rung(rows: Iterable[Row]) -> dict[float, list[Row]]:
     return {flops: groups[flops] for flops in sorted(groups)}
 
 
-def measured(rows: Iterable[Row], metric: str) -> list[Row]:
-    """Rung rows with a finite value of the metric.
+def measured(rows: Iterable[Row], metric: str, kind: str = "rung") -> list[Row]:
+    """Rung rows, or those of another kind, with a finite value of the metric.
 
     Raises UserError where rows of different evaluation protocols are mixed: their values do not compare.
     """
-    finished = filter(_is_ok, rung_rows(rows))
+    finished = filter(_is_ok, _of_kind(rows, kind))
     found = [row for row in finished if math.isfinite(metric_value(row, metric)) and row["rung_flops"] > 0]
     _check_protocols(found)
     return found
@@ -162,11 +161,6 @@ def frontier(rows: Sequence[Row], metric: str, compare: Compare = no_answers) ->
     Raises as `measured`.
     """
     return _frontier(_measured_by_rung(Results(rows).finished, [metric])[metric], metric, compare)
-
-
-def frontiers(rows: Sequence[Row], compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
-    """The frontier of every headline metric of the rows, losses first. Raises as `measured`."""
-    return Results(rows).frontiers(compare)
 
 
 @dataclass(frozen=True)
@@ -195,7 +189,7 @@ class Results:
         return _measured_by_rung(self.finished, self.metrics)
 
     def frontiers(self, compare: Compare = no_answers) -> dict[str, list[FrontierPoint]]:
-        """The frontier of every headline metric. Raises as `measured`."""
+        """The frontier of every headline metric, losses first. Raises as `measured`."""
         return {metric: _frontier(rungs, metric, compare) for metric, rungs in self._measured.items()}
 
     def bests(self, metric: str) -> dict[float, Row]:

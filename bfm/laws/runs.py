@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.frontier import Row, goal_of, measured, metric_error, metric_value
-from bfm.laws.tables import NUMBER, read_table
+from bfm.laws.frontier import Row, goal_of, measured, metric_value, numbers
+from bfm.laws.tables import NUMBER, ids_of, read_table
 from bfm.laws.transform import has_loss
-from bfm.tables.values import keys, plain
 
 NUMBERS = (
     "params",
@@ -157,7 +156,7 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
     metric, settings = "loss", [role for role, _ in columns if role in SETTINGS]
     for role, column in columns:
         if role in TEXTS:
-            values[role] = np.array([str(value) for value in keys(plain(table[column]))[0].to_pylist()])
+            values[role] = np.array(list(map(str, ids_of(table, column).to_pylist())))
             continue
         if role == SETTING:
             values[column] = _setting(table[column].to_pylist(), file, column)
@@ -187,7 +186,7 @@ def from_table(path: str | Path, columns: Sequence[tuple[str, str]], where: str 
 def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger", probes: bool = False) -> Runs:
     """Runs of a sweep's ledger: its rung rows, or its probe rows. Raises UserError as `from_table`."""
     kind = "probe" if probes else "rung"
-    found = measured([{**row, "kind": "rung"} for row in rows if row.get("kind", "rung") == kind], metric)
+    found = measured(rows, metric, kind)
     if not found:
         raise UserError(f"no {kind} row has {metric}", file=source, key="--metric", fix="let the sweep finish a rung")
     found, warnings = _with_loss(found, metric, source)
@@ -198,6 +197,7 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
         kinds = " and ".join(sorted(set(map(str, searched["copy"].tolist()))))
         what = f"rows of models with copy: {kinds}, which have laws of their own"
         raise UserError(what, file=source, key="copy", fix="fit each apart: name its sweep, or give --where on a table")
+    metrics = numbers(found, "metrics", sorted({name for row in found for name in row.get("metrics") or {}}))
     values = {
         "params": _column(found, "params"),
         "events": _column(found, "events"),
@@ -210,11 +210,10 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
         "seed": _column(found, "seed"),
         "negatives": np.array([float((row.get("config") or {}).get("negatives") or 0) for row in found]),
         **{name: values for name, values in searched.items() if name != "share"},
-        "loss": np.array([metric_value(row, metric) for row in found]),
+        "loss": metrics[metric],
     }
     values = {name: column for name, column in values.items() if column.dtype.kind != "f" or np.isfinite(column).any()}
     values["curve"] = np.array([str(row["trial"]) for row in found])
-    names = {name for row in found for name in row.get("metrics") or {}}
     definitions = {
         "C": _DEDUPLICATED + _without_deduplication(found),
         "N": "dense weights after the field tokens and before the final logits: embedder + contextualizer",
@@ -227,8 +226,8 @@ def from_rows(rows: Iterable[Row], metric: str = "nll", *, source: str = "ledger
             values,
             tuple(map(run_name, found)),
             metric,
-            {name: np.array([metric_value(row, name) for row in found]) for name in sorted(names)},
-            {name: np.array([metric_error(row, name) for row in found]) for name in sorted(names)},
+            metrics,
+            numbers(found, "errors", list(metrics)),
             definitions,
             (*warnings, *_differing(found)),
             tuple(searched),

@@ -16,7 +16,6 @@ from bfm.laws.frontier import (
     goal_of,
     measured,
     metric_names,
-    rung_ladder,
 )
 
 
@@ -112,4 +111,3 @@ def test_goals_and_order_of_metrics():
     assert metric_names(rows, headline=False)[-2:] == ["warm.recall@10", "basket.nll"]
     assert [goal_of(name) for name in ("nll", "basket.nll", "loss_sampled")] == ["minimize"] * 3
     assert goal_of("warm.recall@10") == "maximize"
-    assert rung_ladder(rows) == [1e9]
