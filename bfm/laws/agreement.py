@@ -57,8 +57,8 @@ def agreement(flops: float, first_R: np.ndarray, second_R: np.ndarray) -> Agreem
     )
 
 
-def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
-    """Whether the fitted metric and each of `metrics` (default: all others) prefer the same runs, and its trend in C.
+def fit_agreement(runs: Runs) -> LawFit:
+    """Whether the fitted metric and each other of the runs prefer the same runs, and its trend in C.
 
     Needs flops (or budget) and loss, and at least 4 runs of a budget. `details["agreement"]` holds, for each metric and
     budget, Spearman and Kendall with their intervals; parameters are `trend[METRIC]`, the change of Fisher's z of
@@ -66,7 +66,7 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
     missing.
     """
     runs.require("agreement", "budget" if runs.has("budget") else "flops", "loss")
-    others = [name for name in runs.metrics if name != runs.metric] if metrics is None else list(metrics)
+    others = [name for name in runs.metrics if name != runs.metric]
     if not others:
         fix = "name another metric of the table as metric=NAME"
         raise UserError("agreement needs two metrics", file=runs.source, key="--columns", fix=fix)
@@ -81,8 +81,7 @@ def fit_agreement(runs: Runs, metrics: Sequence[str] | None = None) -> LawFit:
         found = _agreements(first_R, second_R, budgets)
         if not found:
             warnings.append(f"{metric}: no budget has {MIN_RUNS} runs that differ in it and in {runs.metric}")
-        curve_R = both["curve"] if both.has("curve") else np.arange(len(both))
-        parameters[f"trend[{metric}]"] = _trend(found, first_R, second_R, budgets, curve_R)
+        parameters[f"trend[{metric}]"] = _trend(found, first_R, second_R, budgets, both.curves_R)
         details[metric] = [
             {"flops": a.flops, "spearman": a.spearman.as_dict(), "kendall": a.kendall.as_dict(), "runs": a.rows}
             for a in found

@@ -29,14 +29,13 @@ from bfm.laws.intervals import METHOD
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import Estimate, LawFit
 from bfm.laws.robust import RobustFit, coordinate, robust_fit
-from bfm.laws.runs import Runs
+from bfm.laws.runs import Runs, levels
 
 MIN_BATCHES = 4
 """Distinct batches of a group: a and b are its own, two are left to judge them."""
 _REFERENCE = 4.0
 """Two doublings above the smallest batch, where scaling is still all but linear: 256 in Zhang et al.'s tables."""
 _KEYS = ("params", "target", "budget")
-_SAME_SIZE = 0.02
 _LEAST = 1e-12
 _EDGE = 1e-4
 
@@ -107,8 +106,8 @@ def fit_batch(runs: Runs, *, reference_batch: float | None = None) -> LawFit:
 def _groups(runs: Runs) -> tuple[Runs, list[_Group], list[str]]:
     """Runs of the groups that have batches enough, sorted by group."""
     keys = [name for name in _KEYS if runs.has(name)]
-    levels = {name: size_levels(runs[name]) if name == "params" else runs[name] for name in keys}
-    rows = np.stack([levels[name] for name in keys], 1) if keys else np.zeros((len(runs), 1))
+    parts = [levels(runs[name]) if name == "params" else runs[name] for name in keys]
+    rows = np.stack(parts, 1) if keys else np.zeros((len(runs), 1))
     one_key = len(keys) > 0 and len(np.unique(rows[:, 0])) == len(np.unique(rows, axis=0))
     named = keys[:1] if one_key else keys
     warnings, groups, most = [], [], 0
@@ -133,17 +132,6 @@ def _groups(runs: Runs) -> tuple[Runs, list[_Group], list[str]]:
             fix=f"add {MIN_BATCHES - most} runs to the same target at other batches, a factor 2 or more apart",
         )
     return runs.select(np.concatenate(order)), groups, warnings
-
-
-def size_levels(values: np.ndarray) -> np.ndarray:
-    """Sizes within 2 % are one size."""
-    order = np.argsort(values, kind="stable")
-    number = np.concatenate([[0], np.cumsum(np.diff(np.log(values[order])) > _SAME_SIZE)])
-    levels = np.empty(len(values))
-    for level in np.unique(number):
-        members = order[number == level]
-        levels[members] = float(np.median(values[members]))
-    return levels
 
 
 def _fit(runs: Runs, groups: list[_Group]) -> RobustFit:

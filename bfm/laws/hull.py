@@ -42,7 +42,8 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
         what = f"the hull of {len(runs)} runs has {len(hull_H)} vertices, and a line needs {_LEAST}"
         raise UserError(what, file=runs.source, fix="add curves of smaller and larger models over a wider range of C")
     estimate = _parameters(x_R, n_R, d_R, hull_H)
-    curve_R = runs["curve"] if runs.has("curve") else np.arange(len(runs)).astype(str)
+    # As texts: their order decides which curves a seed draws.
+    curve_R = runs.curves_R.astype(str)
     draws = _redraw(x_R, y_R, n_R, d_R, curve_R, np.random.default_rng(seed))
     curves = len(np.unique(curve_R))
     return LawFit(

@@ -111,12 +111,11 @@ def curvature(residual_R: np.ndarray, delta: float, num_params: int) -> float:
     return inside if window == delta else inside * delta / window
 
 
-def huber(residual_R: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rho, rho', rho'') of Huber's loss: quadratic up to delta, linear beyond."""
+def huber(residual_R: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    """(rho, rho') of Huber's loss: quadratic up to delta, linear beyond."""
     size_R = np.abs(residual_R)
-    near_R = size_R <= delta
-    rho_R = np.where(near_R, 0.5 * residual_R**2, delta * (size_R - 0.5 * delta))
-    return rho_R, np.clip(residual_R, -delta, delta), near_R.astype(float)
+    rho_R = np.where(size_R <= delta, 0.5 * residual_R**2, delta * (size_R - 0.5 * delta))
+    return rho_R, np.clip(residual_R, -delta, delta)
 
 
 def _gradient(function: Callable[[np.ndarray], float], z_P: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from bfm.laws.joint_form import HEIGHT, LEFT, LOG_ALPHA, LOG_BETA, LOG_E, OPTIMU
 from bfm.laws.powerlaw import exponential
 from bfm.laws.reml import Errors, Problem, by_reml
 from bfm.laws.result import CONFIDENCE, Estimate
-from bfm.laws.runs import Runs
+from bfm.laws.runs import SAME, Runs
 from bfm.laws.transform import to_loss
 
 _SLOPE_SD = 0.5
@@ -37,8 +37,6 @@ _WIDE = 3.0
 _STARTS = (0.08, 0.16, 0.32, 0.64)
 _KEPT_STARTS = 4
 _ROUNDS = 4
-_SAME = 0.02
-"""Logs of a column that does not vary differ by less."""
 FEWEST = 4
 """Values of a number from which on it is an axis; fewer are choices."""
 _AGAIN = 1.2
@@ -104,9 +102,9 @@ class Joint:
         where = self.frame.places(columns, self._best_choices(rows))
         return where.growing(self.problem.errors.growth).at_best(self.theta_P)
 
-    def along(self, flops: float, log_n_R: np.ndarray, batch: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def along(self, flops: float, log_n_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(loss, its gradient) at `places`, as `Places.mean`."""
-        return self.places(flops, log_n_R, batch).mean(self.theta_P)
+        return self.places(flops, log_n_R).mean(self.theta_P)
 
     def predict(
         self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None
@@ -180,8 +178,7 @@ def fit_joint(runs: Runs) -> Joint:
     if len(y_R) < 2 * told:
         what = f"{len(y_R)} rows for {told} parameters of N, D{''.join(f', {name}' for name in (*axes, *choices))}"
         raise UserError(what, file=runs.source, fix=f"let the sweep make {2 * told} rows")
-    trials = runs["curve"] if runs.has("curve") else np.arange(len(y_R))
-    _, trial_R, count_T = np.unique(trials, return_inverse=True, return_counts=True)
+    _, trial_R, count_T = np.unique(runs.curves_R, return_inverse=True, return_counts=True)
     alike_R = np.ones(len(y_R))
     problem = Problem(places, y_R, trial_R, count_T, alike_R, *_prior(places, y_R), 1e-6 * float(y_R.var()), Errors())
     problem, theta_P = by_reml(problem, places, _first(problem))
@@ -202,7 +199,7 @@ def varying(runs: Runs, cost: Cost) -> tuple[dict[str, np.ndarray], tuple[str, .
     """
     flops_R = runs["flops"] if runs.has("flops") else runs["events"] * cost.per_event(runs["params"])
     columns = {"params": runs["params"], "events": runs["events"], "flops": flops_R}
-    if runs.has("batch") and np.ptp(np.log(runs["batch"])) > _SAME:
+    if runs.has("batch") and np.ptp(np.log(runs["batch"])) > SAME:
         columns["batch"] = runs["batch"]
     if runs.has("unique_events") and np.isfinite(runs["unique_events"]).all():
         columns["unique_events"] = runs["unique_events"]
@@ -243,7 +240,7 @@ def _follows(values_R: np.ndarray, columns: Mapping[str, np.ndarray]) -> bool:
     logs_RQ += [np.log(columns["batch"])] if "batch" in columns else []
     design_RQ, y_R = np.stack(logs_RQ, 1), np.log(values_R)
     rest_R = y_R - design_RQ @ np.linalg.lstsq(design_RQ, y_R, rcond=None)[0]
-    return float(np.std(rest_R)) < _SAME
+    return float(np.std(rest_R)) < SAME
 
 
 def _repeats(columns: Mapping[str, np.ndarray]) -> bool:

@@ -22,13 +22,11 @@ from bfm.laws.joint import Joint
 from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
 from bfm.laws.powerlaw import UNKNOWN, exponential, line
 from bfm.laws.result import Estimate
-from bfm.laws.runs import Runs
+from bfm.laws.runs import SAME, Runs
 
 _PLACES = 201
 _STEP = 0.05
 """Of differences in ln N."""
-_SAME = 0.02
-"""In ln C: one budget."""
 End = tuple[float, Estimate]
 """A place of an axis, and the loss there above its least."""
 
@@ -45,7 +43,7 @@ class PowerLaw:
 
     def own(self, flops: float) -> Estimate | None:
         """The optimum of one of the budgets, as it is at that budget alone; None where it has none."""
-        weight_K = np.isclose(self.log_c_K, math.log(flops), rtol=0, atol=_SAME).astype(float)
+        weight_K = np.isclose(self.log_c_K, math.log(flops), rtol=0, atol=SAME).astype(float)
         if weight_K.sum() != 1:
             return None
         return exponential(self._of(weight_K, self.covariance_KK))
@@ -107,8 +105,8 @@ class Optima:
         return self.middle[flops] if size is None else math.log(size.estimate)
 
 
-def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
-    """Of the runs' budgets at a batch (default: the smallest of the runs).
+def optima_of(fit: Joint, runs: Runs) -> Optima:
+    """Of the runs' budgets at the smallest batch of the runs.
 
     Where a budget has no best size, axes have their optimum at the middle of its runs' N. Raises UserError where no run
     is near the C of its budget.
@@ -121,15 +119,15 @@ def optima_of(fit: Joint, runs: Runs, batch: float | None = None) -> Optima:
         if len(near_R) == 0:
             continue
         middle[flops] = float(near_R.mean())
-        at = _best_size(fit, flops, near_R, batch) if np.ptp(log_n_R) > _SAME else None
+        at = _best_size(fit, flops, near_R) if np.ptp(log_n_R) > SAME else None
         if at is None:
             lies = "the loss has no minimum within a decade of its runs' N"
-            refused[flops] = lies if np.ptp(log_n_R) > _SAME else "all runs have one N"
+            refused[flops] = lies if np.ptp(log_n_R) > SAME else "all runs have one N"
             at = middle[flops], np.zeros(len(fit.theta_P))
         else:
             sizes.append((math.log(flops), *at))
         for name, found in places.items():
-            found.append((math.log(flops), *_best_place(fit, name, flops, at, batch)))
+            found.append((math.log(flops), *_best_place(fit, name, flops, at)))
     if not middle:
         what = "no run's C lies within a factor of 2 of its budget"
         raise UserError(what, file=runs.source, key="budget", fix="give both in FLOPs")
@@ -145,7 +143,7 @@ def _law(fit: Joint, found: Sequence[tuple[float, float, np.ndarray]]) -> PowerL
     return PowerLaw(fit.reach, log_c_K, log_x_K, slope_KP @ fit.covariance_PP @ slope_KP.T)
 
 
-def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None) -> tuple[float, np.ndarray] | None:
+def _best_size(fit: Joint, flops: float, near_R: np.ndarray) -> tuple[float, np.ndarray] | None:
     """(ln N*, its gradient by the parameters) near the runs of a budget; None without a minimum there.
 
     Between the runs, or else within a decade of them: further out what the form misses is not known, and there the
@@ -153,7 +151,7 @@ def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None
     """
     for beyond in (0.0, LENGTH):
         log_n_R = np.linspace(near_R.min() - beyond, near_R.max() + beyond, _PLACES)
-        place = int(np.argmin(fit.along(flops, log_n_R, batch)[0]))
+        place = int(np.argmin(fit.along(flops, log_n_R)[0]))
         if place not in (0, _PLACES - 1):
             break
     else:
@@ -161,7 +159,7 @@ def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None
     log_n = float(log_n_R[place])
     for _ in range(4):
         around_3 = log_n + _STEP * np.array([-1.0, 0.0, 1.0])
-        loss_3, jacobian_3P = fit.along(flops, around_3, batch)
+        loss_3, jacobian_3P = fit.along(flops, around_3)
         curvature = float(loss_3[2] - 2 * loss_3[1] + loss_3[0]) / _STEP**2
         if curvature <= 0:
             return None
@@ -171,7 +169,7 @@ def _best_size(fit: Joint, flops: float, near_R: np.ndarray, batch: float | None
 
 
 def _best_place(
-    fit: Joint, name: str, flops: float, size: tuple[float, np.ndarray], batch: float | None
+    fit: Joint, name: str, flops: float, size: tuple[float, np.ndarray], batch: float | None = None
 ) -> tuple[float, np.ndarray]:
     """(ln x*, its gradient by the parameters) of an axis at a size and its gradient."""
     log_n, slope_P = size

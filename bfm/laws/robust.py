@@ -111,7 +111,7 @@ def robust_fit(
     def objective(theta_P: np.ndarray) -> tuple[float, np.ndarray]:
         with np.errstate(over="ignore", invalid="ignore"):
             rest_M, jacobian_MP = rows(theta_P)
-            rho_M, psi_M, _ = huber(rest_M, current)
+            rho_M, psi_M = huber(rest_M, current)
             return float(rho_M.sum()), jacobian_MP.T @ psi_M
 
     region = Region(theta_P, objective, information_PP, edge)

@@ -46,6 +46,8 @@ _ELSEWHERE = ("params", "groups_per_step")
 _SECOND_STAGE = ("freeze_at_flops", "negatives_exponent")
 METRIC, SETTING = "metric", "setting"
 """The roles of further metrics of a table and of what else its runs differ in; both may be given several times."""
+SAME = 0.02
+"""Values of a column whose logs differ by less are one."""
 _SAME_COST = 0.05
 _DEDUPLICATED = (
     "training FLOPs, forward and backward, of the matmuls on the path that made a run; an item is embedded once per "
@@ -112,17 +114,24 @@ class Runs:
 
     def budgets(self) -> dict[float, np.ndarray]:
         """C of each iso-FLOP group, ascending, -> places of its runs: by `budget`, or by equal `flops` within 2 %."""
-        if "budget" in self.columns:
-            level = self.columns["budget"]
-        else:
-            order = np.argsort(self.columns["flops"], kind="stable")
-            ordered = np.log(self.columns["flops"][order])
-            group = np.concatenate([[0], np.cumsum(np.diff(ordered) > 0.02)])
-            level = np.empty(len(order))
-            for number in np.unique(group):
-                members = order[group == number]
-                level[members] = float(np.median(self.columns["flops"][members]))
-        return {float(flops): np.flatnonzero(level == flops) for flops in np.unique(level)}
+        level_R = self["budget"] if self.has("budget") else levels(self["flops"])
+        return {float(flops): np.flatnonzero(level_R == flops) for flops in np.unique(level_R)}
+
+    @property
+    def curves_R(self) -> np.ndarray:
+        """The training run of each run; each is its own where the table names none."""
+        return self["curve"] if self.has("curve") else np.arange(len(self))
+
+
+def levels(values_R: np.ndarray) -> np.ndarray:
+    """Each value's level: those that no gap of more than 2 % parts are one, their median."""
+    order = np.argsort(values_R, kind="stable")
+    number = np.concatenate([[0], np.cumsum(np.diff(np.log(values_R[order])) > SAME)])
+    level_R = np.empty(len(values_R))
+    for one in np.unique(number):
+        members = order[number == one]
+        level_R[members] = float(np.median(values_R[members]))
+    return level_R
 
 
 def parse_columns(text: str) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from bfm.laws.cost import PowerCost, cost_levels, power_cost_of, unbracketed
 from bfm.laws.powerlaw import exponential
 from bfm.laws.result import CONFIDENCE, BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.robust import RobustFit, robust_fit
-from bfm.laws.runs import Runs
+from bfm.laws.runs import Runs, levels
 from bfm.laws.transform import from_loss, to_loss, transform_name
 
 _ABOVE = 10.0
@@ -41,7 +41,6 @@ _ROUNDED = np.geomspace(1e-2, 1e-7, 6)
 """Deltas of asym_mae in units of the median loss; the first three are enough for draws."""
 _FEWEST = 7
 _SIZES = 3
-_SAME = 0.02
 _ONE_BUDGET = math.log(1.5)
 _EXPONENTS = (0.01, 4.0)
 """Bounds of alpha and beta."""
@@ -204,7 +203,7 @@ def _check(runs: Runs) -> None:
         fix = f"add {short} at other N and D (a grid of {_SIZES} N by {_SIZES} D is the least that is any use)"
         raise UserError(f"{len(runs)} runs are too few for the surface's 5 parameters", file=runs.source, fix=fix)
     for column, letter, other in (("params", "N", "D"), ("events", "D", "N")):
-        sizes = 1 + int((np.diff(np.sort(np.log(runs[column]))) > _SAME).sum())
+        sizes = len(np.unique(levels(runs[column])))
         if sizes < _SIZES:
             raise UserError(
                 f"all {len(runs)} runs stand at {sizes} {letter}, and the surface needs {_SIZES}",
@@ -225,7 +224,7 @@ def _bootstrap(
     runs: Runs, problem: _Problem, fit: RobustFit, draws: int, rng: np.random.Generator
 ) -> tuple[Interval, str]:
     """(percentiles over refits to training runs drawn with replacement, how they are called)."""
-    curve_R = runs["curve"] if runs.has("curve") else np.arange(len(runs))
+    curve_R = runs.curves_R
     members = [np.flatnonzero(curve_R == name) for name in np.unique(curve_R)]
     rough, theta_SP = replace(problem, deltas=problem.deltas[:3]), []
     for _ in range(draws):
@@ -347,7 +346,7 @@ def _form_p(problem: _Problem, theta_P: np.ndarray) -> float:
 
 def _in_common(runs: Runs, redrawn: bool) -> list[str]:
     """A doubt about noise that rows of one training run share."""
-    if redrawn or not runs.has("curve") or len(np.unique(runs["curve"])) == len(runs):
+    if redrawn or len(np.unique(runs.curves_R)) == len(runs):
         return []
     return [
         "rows of one training run err together, which the profile likelihood does not know: "

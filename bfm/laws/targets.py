@@ -9,8 +9,7 @@ import numpy as np
 from scipy import optimize
 
 from bfm.errors import UserError
-from bfm.laws.batch import size_levels
-from bfm.laws.runs import Runs
+from bfm.laws.runs import Runs, levels
 from bfm.laws.transform import from_loss, has_loss, to_loss, transform_name
 
 _HALF = 3
@@ -20,7 +19,7 @@ _Curve = tuple[np.ndarray, np.ndarray, float]
 """Log events and values of the steps of a smoothed curve, and its value half a window before its end."""
 
 
-def events_to_target(probes: Runs, metric: str | None = None, *, target: float | None = None) -> Runs:
+def events_to_target(probes: Runs) -> Runs:
     """One run per curve: events and steps at which it first has the target of its size.
 
     Needs the columns curve, params, batch, events and loss of probe rows (`from_rows(..., probes=True)`); the curves of
@@ -28,16 +27,15 @@ def events_to_target(probes: Runs, metric: str | None = None, *, target: float |
     go down. A curve is smoothed by a parabola through the 7 probes about each, then made decreasing (isotonic least
     squares), and interpolated linearly in log events. The target of a size is a value that every batch reaches: the
     worst of its curves' values half a window before their ends, so that all are read off whole windows and their
-    errors are alike; or `target`, in the metric's unit, for all sizes. Curves that do not reach it, or
-    had it at their first probe, are left out and said. `errors["steps"]` is what a unit of noise in the metric is in
-    log steps: 1 / the slope of the size's curves at its target (their median). Raises UserError where no curve is left.
+    errors are alike. Curves that had it at their first probe are left out and said. `errors["steps"]` is
+    what a unit of noise in the metric is in log steps: 1 / the slope of the size's curves at its target (their median).
+    Raises UserError where no curve is left.
     """
-    probes = probes if metric is None else probes.fitting(metric)
     probes.require("events to target", "curve", "params", "batch", "events", "loss")
     # A ranking metric can be 0 at the first probes.
     probes = probes.select(has_loss(probes.metric, probes["loss"]))
     loss_R, warnings = to_loss(probes.metric, probes["loss"]), list(probes.warnings)
-    size_R = size_levels(probes["params"])
+    size_R = levels(probes["params"])
     found: list[tuple[str, float, float, float, float]] = []
     errors: list[float] = []
     for size in np.unique(size_R):
@@ -53,24 +51,22 @@ def events_to_target(probes: Runs, metric: str | None = None, *, target: float |
         if not curves:
             continue
         wanted = max(late for _, _, late in curves.values())
-        wanted = wanted if target is None else float(to_loss(probes.metric, np.array([target]))[0])
         value = float(from_loss(probes.metric, wanted))
         slopes: list[float] = []
         for name, (log_events, fall, _) in curves.items():
-            if fall[-1] <= wanted < fall[0]:
-                log_reached = float(np.interp(-wanted, -fall, log_events))
-                slopes.append(-float(np.interp(log_reached, log_events, np.gradient(fall, log_events))))
-                found.append((name, float(size), batch[name], math.exp(log_reached), value))
-            else:
-                why = "at the first probe already" if fall[0] <= wanted else "never"
-                warnings.append(f"{name}: reaches {probes.metric} = {value:.4g} {why}: left out")
+            if fall[0] <= wanted:
+                warnings.append(f"{name}: reaches {probes.metric} = {value:.4g} at the first probe already: left out")
+                continue
+            log_reached = float(np.interp(-wanted, -fall, log_events))
+            slopes.append(-float(np.interp(log_reached, log_events, np.gradient(fall, log_events))))
+            found.append((name, float(size), batch[name], math.exp(log_reached), value))
         errors += [1 / float(np.median(slopes))] * len(slopes) if slopes else []
     if not found:
         raise UserError(
             f"no curve has {MIN_PROBES} probes on both sides of a target",
             file=probes.source,
             key="target",
-            fix="let the sweep probe its runs at about 20 C, or choose a target between their first and last values",
+            fix="let the sweep probe its runs at about 20 C",
         )
     return _runs(probes, found, errors, tuple(warnings))
 

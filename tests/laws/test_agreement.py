@@ -105,6 +105,6 @@ def test_trials_at_several_budgets_have_one_error():
 def test_too_few_runs_are_refused_with_what_is_missing():
     with pytest.raises(UserError, match="no budget has 4 runs"):
         fit_agreement(runs_of({1e15: 0.9}, count=3))
-    lone = runs_of({1e15: 0.9})
+    both = runs_of({1e15: 0.9})
     with pytest.raises(UserError, match="needs two metrics"):
-        fit_agreement(lone, [])
+        fit_agreement(replace(both, metrics={both.metric: both["loss"]}))

@@ -116,7 +116,7 @@ def test_maximised_metrics_give_the_same_events():
     runs = design("batch 2").draw(np.random.default_rng(2), 0.0)
     recall = np.exp(-runs["loss"])
     ranked = replace(runs, metric="recall@10", columns={**runs.columns, "loss": recall}, metrics={"recall@10": recall})
-    down, up = events_to_target(runs), events_to_target(ranked, "recall@10")
+    down, up = events_to_target(runs), events_to_target(ranked)
     assert up["events"] == pytest.approx(down["events"])
     assert up["target"] == pytest.approx(np.exp(-down["target"]))
 
@@ -134,16 +134,17 @@ def test_probe_rows_of_a_sweep():
             })  # fmt: skip
     runs = from_rows(rows, "nll", probes=True)
     for metric in ("nll", "recall@10"):
-        fit = fit_batch(events_to_target(runs, metric))
+        fit = fit_batch(events_to_target(runs.fitting(metric)))
         assert fit.metric == metric
         assert fit.parameters["gain_halving[params 1000]"].estimate == pytest.approx(1000, rel=1e-2)
 
 
-def test_curves_that_never_reach_a_given_target_are_said():
+def test_curves_that_begin_below_the_target_are_said_and_none_left_is_refused():
     runs = design("batch 2").draw(np.random.default_rng(2), 0.0)
-    easy = float(np.sort(np.unique(events_to_target(runs)["target"]))[0])
-    found = events_to_target(runs, target=easy - 0.3)
-    assert 0 < len(found) < 40
-    assert any("never" in warning for warning in found.warnings)
+    one = np.unique(runs["curve"])[0]
+    found = events_to_target(replace(runs, columns={**runs.columns, "loss": runs["loss"] - 3 * (runs["curve"] == one)}))
+    assert len(found) == 39
+    assert any("at the first probe already: left out" in warning for warning in found.warnings)
+    few = runs.select(np.concatenate([np.flatnonzero(runs["curve"] == name)[:6] for name in np.unique(runs["curve"])]))
     with pytest.raises(UserError, match="no curve has 7 probes on both sides of a target"):
-        events_to_target(runs, target=1.0)
+        events_to_target(few)
