@@ -21,7 +21,7 @@ from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws.frontier import goal_of
-from bfm.laws.result import CONFIDENCE, Estimate, LawFit
+from bfm.laws.result import CONFIDENCE, UNKNOWN, Estimate, LawFit
 from bfm.laws.runs import Runs
 
 MIN_RUNS = 4
@@ -137,7 +137,7 @@ def _trend(
 ) -> Estimate:
     """Slope of Fisher's z in log10 C over the budgets, weighted by its variances."""
     if len(found) < 2:
-        return Estimate(math.nan, -math.inf, math.inf)
+        return UNKNOWN
     slope, error = _slope(found)
     trials, rows_T = np.unique(curve_R, return_counts=True)
     if rows_T.max() > 1 and len(trials) >= _TRIALS:

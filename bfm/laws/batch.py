@@ -20,14 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws.intervals import METHOD
-from bfm.laws.powerlaw import exponential
-from bfm.laws.result import Estimate, LawFit
+from bfm.laws.powerlaw import line
+from bfm.laws.result import UNKNOWN, Estimate, LawFit
 from bfm.laws.robust import RobustFit, coordinate, robust_fit
 from bfm.laws.runs import Runs, levels
 
@@ -76,9 +77,8 @@ def fit_batch(runs: Runs, *, reference_batch: float | None = None) -> LawFit:
     values: dict[str, list[Estimate]] = {"overhead20": [], "gain_halving": []}
     for place, group in enumerate(groups):
         q = fit.region.interval(coordinate(2 * place + 1))
-        # Both fall as q rises.
         for name in values:
-            value = Estimate(*(_critical(name, end, group, reference) for end in (q.estimate, q.high, q.low)))
+            value = q.through_falling(partial(_critical, name, group, reference))
             values[name].append(value)
             parameters[f"{name}[{group.label}]"] = value
         warnings += _doubts(group, q.estimate, values["overhead20"][-1])
@@ -176,7 +176,7 @@ def _start(group: _Group, log_steps_R: np.ndarray) -> list[float]:
     return [float(rest_QR[best].mean()), float(q_Q[best])]
 
 
-def _critical(name: str, q: float, group: _Group, reference: float) -> float:
+def _critical(name: str, group: _Group, reference: float, q: float) -> float:
     """Critical batch of one definition: from infinite (q <= -1) down to its least (q >= 1)."""
     b_over_a = math.inf if q <= -1 else max(group.middle * (1 - q) / (1 + q), 0.0)
     return b_over_a / 5 + 1.2 * reference if name == "overhead20" else b_over_a
@@ -186,24 +186,21 @@ def _power_law(
     fit: RobustFit, groups: list[_Group], name: str, values: list[Estimate], reference: float
 ) -> tuple[dict[str, Estimate], list[str]]:
     """Least squares of log critical batch on log N over the groups where both ends of it are known."""
-    unknown = {"exponent": Estimate(math.nan, -math.inf, math.inf), "coefficient": Estimate(math.nan, 0.0, math.inf)}
     usable = [place for place, value in enumerate(values) if value.low > 0 and value.high < math.inf]
     usable = [place for place in usable if "params" in groups[place].key]
     log_size_G = np.log([groups[place].key["params"] for place in usable])
     if len(set(log_size_G.tolist())) < 2:
-        return unknown, [f"{name}: a power law in N needs groups of two sizes whose interval is finite"]
-    weights_2G = np.linalg.pinv(np.stack([log_size_G, np.ones(len(usable))], 1))
+        law = {"exponent": UNKNOWN, "coefficient": UNKNOWN.exp()}
+        return law, [f"{name}: a power law in N needs groups of two sizes whose interval is finite"]
+    slope_G, at_one_G = line(log_size_G)
 
-    def log_law(theta_P: np.ndarray) -> np.ndarray:
-        critical_G = [_critical(name, theta_P[2 * place + 1], groups[place], reference) for place in usable]
+    def weighted(weight_G: np.ndarray, theta_P: np.ndarray) -> float:
+        critical_G = [_critical(name, groups[place], reference, theta_P[2 * place + 1]) for place in usable]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return weights_2G @ np.log(critical_G)
+            return float(weight_G @ np.log(critical_G))
 
-    at_one = fit.region.interval(lambda theta_P: float(log_law(theta_P)[1]))
-    law = {
-        "exponent": fit.region.interval(lambda theta_P: float(log_law(theta_P)[0])),
-        "coefficient": exponential(at_one),
-    }
+    exponent, log_coefficient = (fit.region.interval(partial(weighted, weight_G)) for weight_G in (slope_G, at_one_G))
+    law = {"exponent": exponent, "coefficient": log_coefficient.exp()}
     left_out = len(values) - len(usable)
     return law, [f"{name}: {left_out} groups without a finite interval are not in its power law"] if left_out else []
 

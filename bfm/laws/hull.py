@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.powerlaw import exponential, line
-from bfm.laws.result import CONFIDENCE, Estimate, LawFit
+from bfm.laws.powerlaw import line
+from bfm.laws.result import Estimate, LawFit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss, transform_name
 
@@ -53,7 +53,8 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
         definitions={
             **runs.definitions,
             "fitted": f"log of {transform_name(runs.metric)}",
-            "D_exponent": "of D = D_coefficient C^D_exponent; D is " + _tokens_name(runs),
+            "D_exponent": "of D = D_coefficient C^D_exponent; D is "
+            + ("the runs' own" if runs.has("events") else "C / (6 N)"),
         },
         runs=len(runs),
         interval_method=f"percentiles of {len(draws)} bootstraps over {curves} curves",
@@ -120,19 +121,10 @@ def _redraw(
 
 
 def _estimates(estimate_4: np.ndarray, draws_B4: np.ndarray) -> dict[str, Estimate]:
-    tail = 50 * (1 - CONFIDENCE)
-    values = []
-    for number, drawn_B in zip(estimate_4, draws_B4.T, strict=True):
-        low, high = np.percentile(drawn_B, [tail, 100 - tail]) if len(drawn_B) else (-np.inf, np.inf)
-        values.append(Estimate(float(number), float(low), float(high)))
+    values = map(Estimate.of_draws, estimate_4.tolist(), draws_B4.T)
     return {
-        name: exponential(value) if name.endswith("coefficient") else value
-        for name, value in zip(_NAMES, values, strict=True)
+        name: value.exp() if name.endswith("coefficient") else value for name, value in zip(_NAMES, values, strict=True)
     }
-
-
-def _tokens_name(runs: Runs) -> str:
-    return "the runs' own" if runs.has("events") else "C / (6 N)"
 
 
 def _doubts(runs: Runs, hull_H: np.ndarray, curves: int, kept: int) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws.intervals import METHOD
-from bfm.laws.powerlaw import UNKNOWN, exponential, inflation, line, widen
-from bfm.laws.result import BudgetOptimum, Estimate, LawFit
+from bfm.laws.powerlaw import inflation, line
+from bfm.laws.result import UNKNOWN, BudgetOptimum, Estimate, LawFit
 from bfm.laws.robust import RobustFit, coordinate, robust_fit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss, transform_name
@@ -82,9 +82,7 @@ class _Fit:
     def optimum(self, runs: Runs, place: int) -> BudgetOptimum:
         """The best N and D of one budget."""
         group, n = self.groups[place], self.at.region.interval(coordinate(2 * self.num + place))
-        # D falls as N grows.
-        d = Estimate(*(group.log_events(end) for end in (n.estimate, n.high, n.low)))
-        values = {"N_opt": exponential(n), "D_opt": exponential(d)}
+        values = {"N_opt": n.exp(), "D_opt": n.through_falling(group.log_events).exp()}
         return BudgetOptimum(group.flops, True, values, from_loss(runs.metric, float(self.at.theta_P[place])))
 
 
@@ -109,7 +107,7 @@ def fit_isoflop(runs: Runs, *, curve: str = "valley") -> LawFit:
     return LawFit(
         law="isoflop",
         metric=runs.metric,
-        parameters=_laws(fit.groups, lambda quantity: widen(along(quantity), factor)),
+        parameters=_laws(fit.groups, lambda quantity: along(quantity).widened(factor)),
         definitions=_definitions(runs, curve),
         runs=len(runs),
         interval_method=f"{METHOD}; noise pooled over budgets",
@@ -231,7 +229,7 @@ def _along_line(fit: _Fit) -> tuple[Interval, float]:
 def _laws(groups: Sequence[_Group], interval: Interval) -> dict[str, Estimate]:
     """Exponents and coefficients of N* and D*; unknown with one budget."""
     if len(groups) < 2:
-        unknown = {"exponent": UNKNOWN, "coefficient": exponential(UNKNOWN)}
+        unknown = {"exponent": UNKNOWN, "coefficient": UNKNOWN.exp()}
         return {f"{letter}_{name}": value for letter in "ND" for name, value in unknown.items()}
     slope_K, intercept_K = line(np.log([group.flops for group in groups]))
 
@@ -243,9 +241,9 @@ def _laws(groups: Sequence[_Group], interval: Interval) -> dict[str, Estimate]:
 
     return {
         "N_exponent": along(slope_K),
-        "N_coefficient": exponential(along(intercept_K)),
+        "N_coefficient": along(intercept_K).exp(),
         "D_exponent": along(slope_K, events),
-        "D_coefficient": exponential(along(intercept_K, events)),
+        "D_coefficient": along(intercept_K, events).exp(),
     }
 
 

@@ -20,7 +20,6 @@ from scipy import stats
 from bfm.errors import UserError
 from bfm.laws.cost import Cost, cost_of
 from bfm.laws.joint_form import HEIGHT, LEFT, LOG_ALPHA, LOG_BETA, LOG_E, OPTIMUM, RIGHT, Frame, Places
-from bfm.laws.powerlaw import exponential
 from bfm.laws.reml import Errors, Problem, by_reml
 from bfm.laws.result import CONFIDENCE, Estimate
 from bfm.laws.runs import SAME, Runs
@@ -82,7 +81,7 @@ class Joint:
 
     def parameter(self, place: int) -> Estimate:
         """exp of the parameter at a place of theta, such as LOG_E or LOG_ALPHA."""
-        return exponential(self.of(float(self.theta_P[place]), np.eye(len(self.theta_P))[place]))
+        return self.of(float(self.theta_P[place]), np.eye(len(self.theta_P))[place]).exp()
 
     def places(
         self, flops: float, log_n_R: np.ndarray, batch: float | None = None, unique_events: float = math.inf

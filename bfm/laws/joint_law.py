@@ -22,7 +22,6 @@ from bfm.laws.cost import unbracketed
 from bfm.laws.joint import FEWEST, Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
 from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
-from bfm.laws.powerlaw import exponential
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, transform_name
@@ -109,14 +108,14 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
             middle = fit.frame.logs[column]
             exponent_now = math.exp(fit.theta_P[rate])
             gradient_P = unit[log] + exponent_now * middle * unit[rate]
-            found[name] = exponential(fit.of(float(fit.theta_P[log]) + exponent_now * middle, gradient_P))
+            found[name] = fit.of(float(fit.theta_P[log]) + exponent_now * middle, gradient_P).exp()
         found |= {name: fit.parameter(place) for name, place in (("alpha", LOG_ALPHA), ("beta", LOG_BETA))}
     found["E"] = fit.parameter(LOG_E)
     if places.repeats is not None:
         found["R_star"] = fit.parameter(places.repeats)
     if places.critical is not None:
-        log_batch = fit.of(float(fit.theta_P[places.critical]) + fit.frame.logs["batch"], unit[places.critical])
-        found["critical_batch"] = exponential(log_batch)
+        log_batch = float(fit.theta_P[places.critical]) + fit.frame.logs["batch"]
+        found["critical_batch"] = fit.of(log_batch, unit[places.critical]).exp()
     for name, axis, span in places.spans():
         law = best.axes[name]
         found |= {f"{name}_exponent": law.exponent(), f"{name}_coefficient": law.at(1.0)}
@@ -133,8 +132,7 @@ def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
     size, optima, reason = best.size.own(flops), {}, best.refused.get(flops, "")
     log_n = best.log_size(flops)
     if size is not None and fit.has_sizes:
-        ends = (size.estimate, size.high, size.low)
-        optima = {"N_opt": size, "D_opt": Estimate(*(fit.cost.events(end, flops) for end in ends))}
+        optima = {"N_opt": size, "D_opt": size.through_falling(lambda params: fit.cost.events(params, flops))}
         log_n_R, log_c_R = np.log(fit.columns["params"]), np.log(fit.columns["flops"])
         reason = unbracketed(log_n_R, log_c_R, math.log(flops), log_n)
     for name, law in best.axes.items():

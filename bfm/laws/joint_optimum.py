@@ -20,8 +20,8 @@ from bfm.errors import UserError
 from bfm.laws.cost import NEAR, Cost, cost_levels
 from bfm.laws.joint import Joint
 from bfm.laws.joint_form import DRIVERS, LENGTH, OPTIMUM, SLOPES
-from bfm.laws.powerlaw import UNKNOWN, exponential, line
-from bfm.laws.result import Estimate
+from bfm.laws.powerlaw import line
+from bfm.laws.result import UNKNOWN, Estimate
 from bfm.laws.runs import SAME, Runs
 
 _PLACES = 201
@@ -46,7 +46,7 @@ class PowerLaw:
         weight_K = np.isclose(self.log_c_K, math.log(flops), rtol=0, atol=SAME).astype(float)
         if weight_K.sum() != 1:
             return None
-        return exponential(self._of(weight_K, self.covariance_KK))
+        return self._of(weight_K, self.covariance_KK).exp()
 
     def exponent(self) -> Estimate:
         """Of the optimum in C; unknown with fewer than two budgets."""
@@ -55,9 +55,9 @@ class PowerLaw:
     def at(self, flops: float) -> Estimate:
         """The law at any C; unknown with fewer than two budgets."""
         if len(self.log_c_K) < 2:
-            return exponential(UNKNOWN)
+            return UNKNOWN.exp()
         slope_K, intercept_K = self._line()
-        return exponential(self._of(intercept_K + math.log(flops) * slope_K, self._scattered()))
+        return self._of(intercept_K + math.log(flops) * slope_K, self._scattered()).exp()
 
     def _of(self, weight_K: np.ndarray, covariance_KK: np.ndarray) -> Estimate:
         middle = float(weight_K @ self.log_x_K)
@@ -189,7 +189,7 @@ def axis_at(fit: Joint, name: str, flops: float, log_n: float, batch: float | No
 
     Beyond what was swept only the end that they tell is known, and nothing where the loss rises towards neither end.
     """
-    value = exponential(fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)))
+    value = fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)).exp()
     return known(value, rises(fit, name, flops, log_n))
 
 
@@ -198,7 +198,7 @@ def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
     (low, low_rise), (high, high_rise) = ends
     flat = not (low_rise.low > 0 or high_rise.low > 0)
     if flat or (value.low < low and value.high > high):
-        return Estimate(math.nan, 0.0, math.inf)
+        return UNKNOWN.exp()
     if value.estimate > high:
         return Estimate(math.nan, value.low, math.inf)
     return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value

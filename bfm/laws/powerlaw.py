@@ -10,11 +10,10 @@ import math
 import numpy as np
 from scipy import stats
 
-from bfm.laws.result import CONFIDENCE, Estimate
+from bfm.laws.result import CONFIDENCE
 
 _DOUBT = 0.05
 """Scatter about the line that chance alone gives less often than this widens the intervals."""
-UNKNOWN = Estimate(math.nan, -math.inf, math.inf)
 
 
 def line(x_K: np.ndarray, deviation_K: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -41,15 +40,3 @@ def inflation(ratio: float, own: int, free: float = math.inf) -> float:
         return 1.0
     level = 0.5 + CONFIDENCE / 2
     return max(1.0, math.sqrt(ratio) * float(stats.t.ppf(level, own) / stats.t.ppf(level, min(free, 1e6))))
-
-
-def widen(value: Estimate, factor: float) -> Estimate:
-    """The same estimate with both ends `factor` times as far away."""
-    middle = value.estimate
-    return Estimate(middle, middle + factor * (value.low - middle), middle + factor * (value.high - middle))
-
-
-def exponential(value: Estimate) -> Estimate:
-    """The estimate of exp(x); beyond the range of floats an end is infinite, or zero."""
-    with np.errstate(over="ignore"):
-        return Estimate(*(float(np.exp(end)) for end in (value.estimate, value.low, value.high)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 CONFIDENCE = 0.95
 
@@ -17,6 +19,15 @@ class Estimate:
     estimate: float
     low: float = math.nan
     high: float = math.nan
+
+    @classmethod
+    def of_draws(cls, estimate: float, draws: Sequence[float] | np.ndarray) -> Estimate:
+        """With percentiles of bootstrap draws; nothing is known without one."""
+        if len(draws) == 0:
+            return cls(estimate, -math.inf, math.inf)
+        tail = 50 * (1 - CONFIDENCE)
+        low, high = np.percentile(draws, [tail, 100 - tail])
+        return cls(estimate, float(low), float(high))
 
     @property
     def is_known(self) -> bool:
@@ -31,6 +42,28 @@ class Estimate:
     def overlaps(self, other: Estimate) -> bool:
         """Whether the two intervals have a point in common."""
         return self.low <= other.high and other.low <= self.high
+
+    def through_rising(self, rising: Callable[[float], float]) -> Estimate:
+        """The estimate of a quantity that rises with this one."""
+        return Estimate(rising(self.estimate), rising(self.low), rising(self.high))
+
+    def through_falling(self, falling: Callable[[float], float]) -> Estimate:
+        """The estimate of a quantity that falls as this one rises."""
+        return Estimate(falling(self.estimate), falling(self.high), falling(self.low))
+
+    def widened(self, factor: float) -> Estimate:
+        """With both ends `factor` times as far away."""
+        middle = self.estimate
+        return Estimate(middle, middle + factor * (self.low - middle), middle + factor * (self.high - middle))
+
+    def exp(self) -> Estimate:
+        """That of exp(x); beyond the range of floats an end is infinite, or zero."""
+        with np.errstate(over="ignore"):
+            return self.through_rising(lambda end: float(np.exp(end)))
+
+
+UNKNOWN = Estimate(math.nan, -math.inf, math.inf)
+"""Of a number of any sign, or the log of one above 0."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from scipy import stats
 from bfm.errors import UserError
 from bfm.laws import intervals
 from bfm.laws.cost import PowerCost, cost_levels, power_cost_of, unbracketed
-from bfm.laws.powerlaw import exponential
-from bfm.laws.result import CONFIDENCE, BudgetOptimum, Estimate, LawFit, Outlier
+from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.robust import RobustFit, robust_fit
 from bfm.laws.runs import Runs, levels
 from bfm.laws.transform import from_loss, to_loss, transform_name
@@ -122,6 +121,10 @@ class _Problem:
         alpha, beta = _exponents(theta_P)
         pull = theta_P[3] + theta_P[0] - theta_P[4] - theta_P[1] - math.log(power)
         return float((pull + beta * (log_paid - power * center_n - center_d)) / (alpha + power * beta) + center_n)
+
+    def log_events(self, log_paid: float, log_n: float) -> float:
+        """ln D where N^g D is exp(log_paid)."""
+        return log_paid - self.cost.power * log_n
 
     def _above(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fitted minus measured loss, times _ABOVE where above 0, and its derivatives."""
@@ -230,11 +233,9 @@ def _bootstrap(
     for _ in range(draws):
         places = np.concatenate([members[one] for one in rng.integers(len(members), size=len(members))])
         theta_SP.append(rough.at(places).solve(fit.theta_P).theta_P)
-    tail = 50 * (1 - CONFIDENCE)
 
     def interval(quantity: Quantity) -> Estimate:
-        low, high = np.percentile([quantity(theta_P) for theta_P in theta_SP], [tail, 100 - tail])
-        return Estimate(quantity(fit.theta_P), float(low), float(high))
+        return Estimate.of_draws(quantity(fit.theta_P), [quantity(theta_P) for theta_P in theta_SP])
 
     what = "runs" if len(members) == len(runs) else "whole training runs"
     return interval, f"percentiles of {draws} bootstrap draws of {what}"
@@ -255,8 +256,8 @@ def _parameters(problem: _Problem, interval: Interval) -> dict[str, Estimate]:
         "beta": lambda theta_P: theta_P[4],
     }
     a = interval(share)
-    b = Estimate(*(1 - power * value for value in (a.estimate, a.high, a.low)))
-    return {**{name: exponential(interval(log)) for name, log in logs.items()}, "a": a, "b": b}
+    b = a.through_falling(lambda of_n: 1 - power * of_n)
+    return {**{name: interval(log).exp() for name, log in logs.items()}, "a": a, "b": b}
 
 
 def _exponents(theta_P: np.ndarray) -> tuple[float, float]:
@@ -273,14 +274,14 @@ def _budgets(runs: Runs, problem: _Problem, theta_P: np.ndarray, interval: Inter
     for flops in cost_levels(runs, log_c_R):
         log_paid = math.log(flops / cost.scale)
         n = interval(partial(problem.log_best, log_paid))
-        d = Estimate(*(log_paid - cost.power * end for end in (n.estimate, n.high, n.low)))
+        d = n.through_falling(partial(problem.log_events, log_paid))
         there = replace(problem, log_n_R=np.array([n.estimate]), log_d_R=np.array([d.estimate]))
         best = from_loss(runs.metric, math.exp(float(there.log_loss(theta_P)[0][0])))
         reason = unbracketed(log_n_R, log_c_R, math.log(flops), n.estimate)
         vague_below = n.low == -math.inf and n.estimate < log_n_R.min() - _FAR
         if vague_below or (n.high == math.inf and n.estimate > log_n_R.max() + _FAR):
             n, d = replace(n, estimate=math.nan), replace(d, estimate=math.nan)
-        optima = {"N_opt": exponential(n), "D_opt": exponential(d)}
+        optima = {"N_opt": n.exp(), "D_opt": d.exp()}
         found.append(BudgetOptimum(flops, not reason, optima, best, reason))
     return tuple(found)
 

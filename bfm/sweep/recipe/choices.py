@@ -140,7 +140,7 @@ def _axis(
     found = axis_at(fitted.joint, column, at, math.log(params), batch.at(params))
     groups = best["config"]["groups_per_step"] * batch.at(params) / best["batch_events"]
     rule = _rule_rate({**best["config"], "params": params, "groups_per_step": max(1, round(groups))})
-    return Estimate(*(end / rule for end in (found.estimate, found.low, found.high)))
+    return found.through_rising(lambda rate: rate / rule)
 
 
 def _optimum(name: str, fitted: Fitted, best: Sequence[Row], own: float, found: Estimate | str) -> Choice:
