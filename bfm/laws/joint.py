@@ -124,8 +124,8 @@ class Joint:
 
     def shared_rates(self, name: str) -> float:
         """p-value of an axis whose two rates are the same at every C: small where they move with ln C."""
-        span = next(span for other, _, span in self.problem.places.spans() if other == name)
-        by_rates_R2 = self.problem.places.mean(self.theta_P)[1][:, [span.start + LEFT, span.start + RIGHT]]
+        first = self.problem.places.spans[name].start
+        by_rates_R2 = self.problem.places.mean(self.theta_P)[1][:, [first + LEFT, first + RIGHT]]
         return self._unneeded(by_rates_R2 * self.problem.places.log_c_R[:, None])
 
     def free_batches(self) -> float:
@@ -288,7 +288,8 @@ def _start(problem: Problem, alpha: float, beta: float) -> np.ndarray:
     c = np.linalg.lstsq(np.stack([*columns, *places.steps_RJ.T], 1), y_R, rcond=None)[0]
     theta_P[: LOG_E + 1] = np.log(np.maximum(c[:3], 0.02 * np.array([np.ptp(y_R), np.ptp(y_R), y_R.min()])))
     at = 3
-    for _, axis, span in places.spans():
+    for name, span in places.spans.items():
+        axis = places.axes[name]
         if c[at] > 0:
             middle = float(np.clip(-0.5 * c[at + 1] / c[at], axis.x_R.min(), axis.x_R.max()))
             theta_P[span.start + HEIGHT], theta_P[span.start + OPTIMUM] = math.log(c[at]), middle

@@ -20,7 +20,7 @@ Shape legend: R rows, P parameters, M functions of `miss`, Q drivers of an axis,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,12 +105,14 @@ class Places:
         """Number of parameters before those of the axes."""
         return LOG_BETA + 1 + (self.log_u_R is not None) + 2 * (self.log_batch_R is not None)
 
-    def spans(self) -> Iterator[tuple[str, Axis, slice]]:
-        """Every axis with the place of its parameters."""
-        first = self.first_axis
+    @property
+    def spans(self) -> dict[str, slice]:
+        """Axis -> the place of its parameters."""
+        found, first = {}, self.first_axis
         for name, axis in self.axes.items():
-            yield name, axis, slice(first, first + axis.size)
+            found[name] = slice(first, first + axis.size)
             first += axis.size
+        return found
 
     @property
     def first_step(self) -> int:
@@ -134,10 +136,11 @@ class Places:
 
     def at_best(self, theta_P: np.ndarray) -> Places:
         """The same places with every axis at its optimum."""
-        axes = {
-            name: replace(axis, x_R=axis.optimum(theta_P[span]), off_R=None if axis.off_R is None else 0 * axis.off_R)
-            for name, axis, span in self.spans()
-        }
+        axes = {}
+        for name, span in self.spans.items():
+            axis = self.axes[name]
+            off_R = None if axis.off_R is None else 0 * axis.off_R
+            axes[name] = replace(axis, x_R=axis.optimum(theta_P[span]), off_R=off_R)
         return replace(self, axes=axes)
 
     def mean(self, theta_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +151,8 @@ class Places:
         columns = [n_R, d_R, np.full(len(n_R), floor), -alpha * self.log_n_R * n_R, -beta * log_d_R * d_R]
         columns += [-beta * d_R * part_R for part_R in by_data]
         loss_R, parts = floor + n_R + d_R, [np.stack(columns, 1)]
-        for _, axis, span in self.spans():
-            added_R, jacobian_RA = axis.mean(theta_P[span], self.log_c_R)
+        for name, span in self.spans.items():
+            added_R, jacobian_RA = self.axes[name].mean(theta_P[span], self.log_c_R)
             loss_R = loss_R + added_R
             parts.append(jacobian_RA)
         jacobian_RP = np.concatenate([*parts, self.steps_RJ, self.miss_RM], 1)

@@ -116,11 +116,11 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
     if places.critical is not None:
         log_batch = float(fit.theta_P[places.critical]) + fit.frame.logs["batch"]
         found["critical_batch"] = fit.of(log_batch, unit[places.critical]).exp()
-    for name, axis, span in places.spans():
+    for name, span in places.spans.items():
         law = best.axes[name]
         found |= {f"{name}_exponent": law.exponent(), f"{name}_coefficient": law.at(1.0)}
         found |= {f"{name}_alpha": fit.parameter(span.start + RIGHT), f"{name}_beta": fit.parameter(span.start + LEFT)}
-        if axis.off_R is not None:
+        if places.axes[name].off_R is not None:
             found[f"{name}_at_zero"] = fit.of(float(fit.theta_P[span.stop - 1]), unit[span.stop - 1])
     steps = [f"{name}={value}" for name, values in fit.frame.choices.items() for value in values[1:]]
     for place, name in enumerate(steps, places.first_step):

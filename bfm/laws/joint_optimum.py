@@ -174,10 +174,10 @@ def _best_place(
     """(ln x*, its gradient by the parameters) of an axis at a size and its gradient."""
     log_n, slope_P = size
     places = fit.places(flops, np.array([log_n]), batch)
-    axis, span = next((axis, span) for other, axis, span in places.spans() if other == name)
+    axis, start = places.axes[name], places.spans[name].start
     gradient_P = np.zeros(len(fit.theta_P))
-    gradient_P[span.start + OPTIMUM] = 1.0
-    first = span.start + SLOPES
+    gradient_P[start + OPTIMUM] = 1.0
+    first = start + SLOPES
     gradient_P[first : first + axis.drivers_RQ.shape[1]] = axis.drivers_RQ[0]
     if "params" in DRIVERS.get(name, ()):
         gradient_P = gradient_P + fit.theta_P[first + DRIVERS[name].index("params")] * slope_P
