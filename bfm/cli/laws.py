@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -40,15 +41,14 @@ def fit(
 
     bfm fit surface published.csv --columns params=N,events=D,flops=C,loss=loss --json
     """
-    from bfm.laws.fitting import LAWS
+    from bfm.laws.fitting import law_named
     from bfm.report.law_text import law_text
 
-    if law not in LAWS:
-        raise UserError(f"there is no law {law!r}", key="LAW", fix=f"one of {', '.join(LAWS)}")
+    law_named(law)
     names = ("curve", "objective", "delta", "reference_batch", "bootstrap")
     given = zip(names, (curve, objective, delta, reference_batch, bootstrap), strict=True)
     options = {name: value for name, value in given if value is not None}
-    fits = _of_table(law, runs, columns, where, metric, options)
+    fits = _fits(law, runs, columns, where, metric, options)
     if len(fits) == 1:
         (only,) = fits.values()
         if isinstance(only, UserError):
@@ -60,12 +60,12 @@ def fit(
     _show_several(fits, as_json)
 
 
-def _of_table(
+def _fits(
     law: str, runs: str, columns: str | None, where: str | None, metric: str | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Metric -> its fit, or the UserError that says why there is none."""
-    from bfm.laws.fitting import fit_law, fit_metrics
-    from bfm.laws.runs import from_table, parse_columns
+    from bfm.laws.fitting import fit_metrics, runs_of_sweep
+    from bfm.laws.runs import Runs, from_table, parse_columns
     from bfm.report.study import law_rows
     from bfm.tables.find import is_table
 
@@ -77,16 +77,16 @@ def _of_table(
         rows, known = law_rows(runs, law)
         if not known:
             raise UserError("no row has a metric yet", file=runs, fix="let the sweep finish a rung")
-        return fit_metrics(law, rows, chosen_metrics(metric, known, known[:1]), runs, **options)
+        of_sweep = partial(runs_of_sweep, law, rows, source=runs)
+        return fit_metrics(law, chosen_metrics(metric, known, known[:1]), of_sweep, **options)
     table = from_table(runs, parse_columns(columns), where)
     known = list(table.metrics)
-    found: dict[str, Any] = {}
-    for name in chosen_metrics(metric, known, [table.metric]):
-        try:
-            found[name] = fit_law(law, table.fitting(name) if name in known else table, **options)
-        except UserError as error:
-            found[name] = error
-    return found
+
+    def of_table(name: str) -> Runs:
+        # Laws that need no loss are fitted to tables without a metric, too.
+        return table.fitting(name) if name in known else table
+
+    return fit_metrics(law, chosen_metrics(metric, known, [table.metric]), of_table, **options)
 
 
 def _show_several(fits: dict[str, Any], as_json: bool) -> None:

@@ -7,12 +7,12 @@ read is the ledger as it stands at that moment, without a lease: open it again t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bfm.errors import UserError
 from bfm.files import Store
-from bfm.laws.fitting import fit_metrics
+from bfm.laws.fitting import fit_metrics, runs_of_sweep
 from bfm.laws.frontier import frontier, metric_names
 from bfm.laws.result import LawFit
 from bfm.report.floors import shown_name, strongest
@@ -76,7 +76,8 @@ class OpenedSweep:
         found = {}
         for group in by_axis(self.sweeps):
             name = group[0].axis or _name(group[0])
-            found[name] = fit_metrics("joint", joined(group), [metric], self.location)[metric]
+            runs_of = partial(runs_of_sweep, "joint", joined(group), source=self.location)
+            found[name] = fit_metrics("joint", [metric], runs_of)[metric]
         return found
 
     def _check(self, metric: str) -> None:

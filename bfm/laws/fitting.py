@@ -5,7 +5,7 @@ Enters: rows of a sweep's ledger, or Runs. Leaves: LawFits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,18 +46,24 @@ LAWS: Mapping[str, Law] = {
 }
 
 
+def law_named(law: str) -> Law:
+    """Raises UserError where there is none of that name."""
+    if law not in LAWS:
+        raise UserError(f"there is no law {law!r}", key="LAW", fix=f"one of {', '.join(LAWS)}")
+    return LAWS[law]
+
+
 def fit_law(law: str, runs: Runs, **options: Any) -> LawFit:
     """One law on runs. Raises UserError where the law is unknown, takes no such option, or the runs lack what it needs.
 
     The options are those of the law's own function, in `LAWS`.
     """
-    if law not in LAWS:
-        raise UserError(f"there is no law {law!r}", key="LAW", fix=f"one of {', '.join(LAWS)}")
-    for name in options.keys() - set(LAWS[law].options):
-        others = [other for other, known in LAWS.items() if name in known.options]
+    known = law_named(law)
+    for name in options.keys() - set(known.options):
+        others = [other for other, one in LAWS.items() if name in one.options]
         key = f"--{name.replace('_', '-')}"
         raise UserError(f"{law} takes no such option", key=key, fix=f"leave it out; it is for {', '.join(others)}")
-    return LAWS[law].fit(runs, **options)
+    return known.fit(runs, **options)
 
 
 def runs_of_sweep(law: str, rows: Iterable[Row], metric: str, source: str) -> Runs:
@@ -68,13 +74,13 @@ def runs_of_sweep(law: str, rows: Iterable[Row], metric: str, source: str) -> Ru
 
 
 def fit_metrics(
-    law: str, rows: Sequence[Row], metrics: Sequence[str], source: str, **options: Any
+    law: str, metrics: Iterable[str], runs_of: Callable[[str], Runs], **options: Any
 ) -> dict[str, LawFit | UserError]:
-    """The same law per metric; where the runs cannot tell, the reason in its place."""
+    """The same law per metric, on its `runs_of`; where those cannot tell, the reason in its place."""
     found: dict[str, LawFit | UserError] = {}
     for metric in metrics:
         try:
-            found[metric] = fit_law(law, runs_of_sweep(law, rows, metric, source), **options)
+            found[metric] = fit_law(law, runs_of(metric), **options)
         except UserError as error:
             found[metric] = error
     return found
