@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.intervals import METHOD
 from bfm.laws.powerlaw import line
 from bfm.laws.result import UNKNOWN, Estimate, LawFit
-from bfm.laws.robust import RobustFit, coordinate, robust_fit
+from bfm.laws.robust import METHOD, RobustFit, coordinate, robust_fit
 from bfm.laws.runs import Runs, levels
 
 MIN_BATCHES = 4

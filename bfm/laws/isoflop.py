@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bfm.errors import UserError
-from bfm.laws.intervals import METHOD
 from bfm.laws.powerlaw import inflation, line
 from bfm.laws.result import UNKNOWN, BudgetOptimum, Estimate, LawFit
-from bfm.laws.robust import RobustFit, coordinate, robust_fit
+from bfm.laws.robust import METHOD, RobustFit, coordinate, robust_fit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss, transform_name
 from bfm.laws.valley import RATE, Valleys

@@ -25,10 +25,9 @@ import numpy as np
 from scipy import stats
 
 from bfm.errors import UserError
-from bfm.laws import intervals
 from bfm.laws.cost import PowerCost, cost_levels, power_cost_of, unbracketed
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
-from bfm.laws.robust import RobustFit, robust_fit
+from bfm.laws.robust import METHOD, RobustFit, robust_fit
 from bfm.laws.runs import Runs, levels
 from bfm.laws.transform import from_loss, to_loss, transform_name
 
@@ -163,7 +162,7 @@ def fit_surface(
     problem = _Problem(log_n_R, log_d_R, y_R, center, power_cost_of(runs), skewed, deltas)
     fit = problem.best()
     interval: Interval = fit.region.interval
-    method = intervals.METHOD
+    method = METHOD
     if bootstrap or skewed:
         interval, method = _bootstrap(runs, problem, fit, bootstrap or _ASYMMETRIC_DRAWS, np.random.default_rng(seed))
     log_loss_R, jacobian_RP = problem.log_loss(fit.theta_P)
