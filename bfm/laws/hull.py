@@ -6,7 +6,7 @@ ordinary least squares of log N and of log D on log C over its vertices, each ve
 a denser reading of the same curves is another answer; and a single lucky run stays on the hull. D is the runs' own, or
 C / (6 N) where they have none.
 
-Shape legend: R runs, H vertices of the hull.
+Shape legend: R runs, H vertices of the hull, B redraws, 2: N and D.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
         raise UserError(what, file=runs.source, key="params", fix="add curves of at least 2 other sizes")
     x_R, n_R = np.log(runs["flops"]), np.log(runs["params"])
     d_R = np.log(runs["events"]) if runs.has("events") else x_R - np.log(6) - n_R
+    logs_2R = np.stack([n_R, d_R])
     y_R = np.log(to_loss(runs.metric, runs["loss"]))
     hull_H = lower_hull(x_R, y_R)
     if len(hull_H) < _LEAST:
         what = f"the hull of {len(runs)} runs has {len(hull_H)} vertices, and a line needs {_LEAST}"
         raise UserError(what, file=runs.source, fix="add curves of smaller and larger models over a wider range of C")
-    estimate = _parameters(x_R, n_R, d_R, hull_H)
+    estimate_4 = _parameters(x_R[hull_H], logs_2R[:, hull_H])
     # As texts: their order decides which curves a seed draws.
     curve_R = runs.curves_R.astype(str)
-    draws = _redraw(x_R, y_R, n_R, d_R, curve_R, np.random.default_rng(seed))
+    draws_B4 = _redraw(x_R, y_R, logs_2R, curve_R, np.random.default_rng(seed))
     curves = len(np.unique(curve_R))
     return LawFit(
         law="hull",
         metric=runs.metric,
-        parameters=_estimates(estimate, draws),
+        parameters=_estimates(estimate_4, draws_B4),
         definitions={
             **runs.definitions,
             "fitted": f"log of {transform_name(runs.metric)}",
@@ -57,8 +58,8 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
             + ("the runs' own" if runs.has("events") else "C / (6 N)"),
         },
         runs=len(runs),
-        interval_method=f"percentiles of {len(draws)} bootstraps over {curves} curves",
-        warnings=runs.warnings + _doubts(runs, hull_H, curves, len(draws)),
+        interval_method=f"percentiles of {len(draws_B4)} bootstraps over {curves} curves",
+        warnings=runs.warnings + _doubts(runs, hull_H, curves, len(draws_B4)),
         details={
             "hull": [
                 {
@@ -92,21 +93,15 @@ def _left_turn(x_R: np.ndarray, y_R: np.ndarray, first: int, middle: int, last: 
     return float(along * (y_R[last] - y_R[first]) - rise * (x_R[last] - x_R[first]))
 
 
-def _parameters(x_R: np.ndarray, n_R: np.ndarray, d_R: np.ndarray, hull_H: np.ndarray) -> np.ndarray:
+def _parameters(x_H: np.ndarray, logs_2H: np.ndarray) -> np.ndarray:
     """Exponent and log coefficient of N, then of D, (4,)."""
-    slope_H, intercept_H = line(x_R[hull_H])
-    return np.array([weights_H @ y_R[hull_H] for y_R in (n_R, d_R) for weights_H in (slope_H, intercept_H)])
+    return np.array([weights_H @ log_H for log_H in logs_2H for weights_H in line(x_H)])
 
 
 def _redraw(
-    x_R: np.ndarray,
-    y_R: np.ndarray,
-    n_R: np.ndarray,
-    d_R: np.ndarray,
-    curve_R: np.ndarray,
-    rng: np.random.Generator,
+    x_R: np.ndarray, y_R: np.ndarray, logs_2R: np.ndarray, curve_R: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Parameters of redrawn curves, (draws, 4); draws whose hull is too short for a line are left out."""
+    """Parameters of redrawn curves, (B, 4); draws whose hull is too short for a line are left out."""
     # No point inside its own curve's hull can be on a hull of several curves.
     members = [np.flatnonzero(curve_R == name) for name in np.unique(curve_R)]
     members = [places[lower_hull(x_R[places], y_R[places])] for places in members]
@@ -114,9 +109,9 @@ def _redraw(
     for _ in range(_REDRAWS):
         chosen = np.unique(rng.integers(len(members), size=len(members)))
         places = np.concatenate([members[number] for number in chosen])
-        hull_H = lower_hull(x_R[places], y_R[places])
+        hull_H = places[lower_hull(x_R[places], y_R[places])]
         if len(hull_H) >= _LEAST:
-            draws.append(_parameters(x_R[places], n_R[places], d_R[places], hull_H))
+            draws.append(_parameters(x_R[hull_H], logs_2R[:, hull_H]))
     return np.array(draws).reshape(-1, 4)
 
 
