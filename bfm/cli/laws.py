@@ -45,10 +45,12 @@ def fit(
     from bfm.report.law_text import law_text
 
     law_named(law)
-    names = ("curve", "objective", "delta", "reference_batch", "bootstrap")
-    given = zip(names, (curve, objective, delta, reference_batch, bootstrap), strict=True)
-    options = {name: value for name, value in given if value is not None}
-    fits = _fits(law, runs, columns, where, metric, options)
+    options = {
+        "curve": curve, "objective": objective, "delta": delta, "reference_batch": reference_batch,
+        "bootstrap": bootstrap,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    fits = _fits(law, runs, columns, where, metric, given)
     if len(fits) == 1:
         (only,) = fits.values()
         if isinstance(only, UserError):
