@@ -148,7 +148,7 @@ def _trend(
             without += [_slope(left)[0]] if len(left) > 1 else []
         away = np.array(without) - np.mean(without)
         error = math.sqrt((len(without) - 1) / len(without) * float(away @ away))
-    return Estimate(slope, slope - _NORMAL * error, slope + _NORMAL * error)
+    return Estimate.around(slope, _NORMAL * error)
 
 
 def _slope(found: Sequence[Agreement]) -> tuple[float, float]:

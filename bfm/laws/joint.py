@@ -77,7 +77,7 @@ class Joint:
     def of(self, middle: float, gradient_P: np.ndarray) -> Estimate:
         """A quantity with the interval that the parameters' errors leave it."""
         half = self.reach * math.sqrt(max(float(gradient_P @ self.covariance_PP @ gradient_P), 0.0))
-        return Estimate(middle, middle - half, middle + half)
+        return Estimate.around(middle, half)
 
     def parameter(self, place: int) -> Estimate:
         """exp of the parameter at a place of theta, such as LOG_E or LOG_ALPHA."""

@@ -21,10 +21,11 @@ from bfm.errors import UserError
 from bfm.laws.cost import unbracketed
 from bfm.laws.joint import FEWEST, Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
-from bfm.laws.joint_optimum import Optima, PowerLaw, along_axis, known, optima_of, rises
+from bfm.laws.joint_optimum import Optima, along_axis, known, optima_of, rises
+from bfm.laws.powerlaw import PowerLaw
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.runs import Runs
-from bfm.laws.transform import from_loss, transform_name
+from bfm.laws.transform import from_loss, in_units, transform_name
 
 SYMBOLS = {"params": "N", "share": "s", "negatives": "K"}
 """Of axes; others go by their own name."""
@@ -197,9 +198,8 @@ def _outlook(fit: Joint, runs: Runs, best: Optima) -> list[dict[str, Any]]:
     for flops in _horizon(fit):
         where = fit.places(flops, np.log([best.size.at(flops).estimate]), unique_events=distinct)
         (loss,), (half,) = fit.foretell(where)
-        loss_3 = np.array([loss, loss - half, loss + half])
-        middle, *ends = from_loss(runs.metric, loss_3).tolist()
-        found.append({"flops": flops, "estimate": middle, "low": min(ends), "high": max(ends)})
+        value = in_units(runs.metric, Estimate.around(loss, half))
+        found.append({"flops": flops, "estimate": value.estimate, "low": value.low, "high": value.high})
     return found
 
 

@@ -21,6 +21,11 @@ class Estimate:
     high: float = math.nan
 
     @classmethod
+    def around(cls, middle: float, half: float) -> Estimate:
+        """With an interval of that half width."""
+        return cls(middle, middle - half, middle + half)
+
+    @classmethod
     def of_draws(cls, estimate: float, draws: Sequence[float] | np.ndarray) -> Estimate:
         """With percentiles of bootstrap draws; nothing is known without one."""
         if len(draws) == 0:

@@ -8,6 +8,7 @@ import numpy as np
 
 from bfm.errors import UserError
 from bfm.laws.frontier import goal_of
+from bfm.laws.result import Estimate
 
 Value = TypeVar("Value", float, np.ndarray)
 
@@ -33,6 +34,13 @@ def has_loss(metric: str, values: np.ndarray) -> np.ndarray:
 def from_loss(metric: str, loss: Value) -> Value:
     """The metric's own units; falling in `loss` where the metric is maximised."""
     return loss if goal_of(metric) == "minimize" else np.exp(-loss)
+
+
+def in_units(metric: str, loss: Estimate) -> Estimate:
+    """An estimate of the loss as one of the metric."""
+    if goal_of(metric) == "minimize":
+        return loss
+    return loss.through_falling(lambda end: float(from_loss(metric, end)))
 
 
 def transform_name(metric: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from bfm.laws.joint import labels
 from bfm.laws.result import Estimate
-from bfm.laws.transform import from_loss
+from bfm.laws.transform import in_units
 from bfm.sweep.recipe.choices import Sizes
 from bfm.sweep.recipe.evidence import Fitted
 from bfm.sweep.space.space import Feasible
@@ -51,12 +51,13 @@ def expect(fitted: Fitted, variants: Sequence[Sizes], flops: float) -> Expectati
     fresh = None
     if fitted.joint.frame.repeats:
         (loss,), (half,) = _foretold(fitted, [point], flops, fresh=True)
+        reached = in_units(fitted.runs.metric, Estimate.around(float(loss), float(half)))
         # No event is worth less the first time: where the rows say so they do not tell.
-        fresh = _in_units(fitted.runs.metric, float(loss), float(half)) if loss < loss_S[place] else None
+        fresh = reached if loss < loss_S[place] else None
     return Expectation(
         point=point,
         params=size,
-        predicted=_in_units(fitted.runs.metric, float(loss_S[place]), float(half_S[place])),
+        predicted=in_units(fitted.runs.metric, Estimate.around(float(loss_S[place]), float(half_S[place]))),
         fresh=fresh,
         notes=(*_edge_notes(sizes, place), *_size_notes(size)),
     )
@@ -89,12 +90,6 @@ def _foretold(
         numeric = fitted.runs[name].dtype.kind == "f"
         choices[name] = labels(np.array(values, float) if numeric else np.array([str(value) for value in values]))
     return fitted.joint.predict(columns, choices)
-
-
-def _in_units(metric: str, loss: float, half: float) -> Estimate:
-    """A prediction in the metric's units."""
-    low, high = sorted(from_loss(metric, np.array([loss - half, loss + half])).tolist())
-    return Estimate(from_loss(metric, loss), low, high)
 
 
 def _edge_notes(sizes: Sizes, place: int) -> list[str]:
