@@ -42,7 +42,7 @@ def fit_hull(runs: Runs, *, seed: int = 0) -> LawFit:
     if len(hull_H) < _LEAST:
         what = f"the hull of {len(runs)} runs has {len(hull_H)} vertices, and a line needs {_LEAST}"
         raise UserError(what, file=runs.source, fix="add curves of smaller and larger models over a wider range of C")
-    estimate_4 = _parameters(x_R[hull_H], logs_2R[:, hull_H])
+    estimate_4 = _parameters(x_R, logs_2R, hull_H)
     # As texts: their order decides which curves a seed draws.
     curve_R = runs.curves_R.astype(str)
     draws_B4 = _redraw(x_R, y_R, logs_2R, curve_R, np.random.default_rng(seed))
@@ -93,9 +93,9 @@ def _left_turn(x_R: np.ndarray, y_R: np.ndarray, first: int, middle: int, last: 
     return float(along * (y_R[last] - y_R[first]) - rise * (x_R[last] - x_R[first]))
 
 
-def _parameters(x_H: np.ndarray, logs_2H: np.ndarray) -> np.ndarray:
+def _parameters(x_R: np.ndarray, logs_2R: np.ndarray, hull_H: np.ndarray) -> np.ndarray:
     """Exponent and log coefficient of N, then of D, (4,)."""
-    return np.array([weights_H @ log_H for log_H in logs_2H for weights_H in line(x_H)])
+    return np.array([weights_H @ log_R[hull_H] for log_R in logs_2R for weights_H in line(x_R[hull_H])])
 
 
 def _redraw(
@@ -111,7 +111,7 @@ def _redraw(
         places = np.concatenate([members[number] for number in chosen])
         hull_H = places[lower_hull(x_R[places], y_R[places])]
         if len(hull_H) >= _LEAST:
-            draws.append(_parameters(x_R[hull_H], logs_2R[:, hull_H]))
+            draws.append(_parameters(x_R, logs_2R, hull_H))
     return np.array(draws).reshape(-1, 4)
 
 
