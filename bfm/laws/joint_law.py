@@ -42,7 +42,7 @@ _PRIOR = 0.7
 
 def joint_law(runs: Runs) -> LawFit:
     """What all rows say of everything that was varied. Raises UserError as `fit_joint`."""
-    return law_of(fit_joint(runs), runs)
+    return _law_of(fit_joint(runs), runs)
 
 
 def axis_law(runs: Runs, name: str) -> LawFit:
@@ -59,7 +59,7 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     if name not in fit.frame.axes:
         what = f"the {name} of the runs follows their N and batch"
         raise UserError(what, file=runs.source, key=name, fix="add runs that differ in it alone")
-    whole, optimum = law_of(fit, runs), f"{SYMBOLS.get(name, name)}_opt"
+    whole, optimum = _law_of(fit, runs), f"{SYMBOLS.get(name, name)}_opt"
     budgets = tuple(
         _of_axis(budget, optimum, runs[name][runs[name] > 0]) for budget in whole.budgets if optimum in budget.optima
     )
@@ -70,7 +70,7 @@ def axis_law(runs: Runs, name: str) -> LawFit:
     return replace(whole, law=name, parameters=own, budgets=budgets, warnings=warnings, details=details)
 
 
-def law_of(fit: Joint, runs: Runs) -> LawFit:
+def _law_of(fit: Joint, runs: Runs) -> LawFit:
     """A fitted model as a law."""
     best = optima_of(fit, runs)
     names = ("params", *fit.frame.axes)
@@ -87,11 +87,11 @@ def law_of(fit: Joint, runs: Runs) -> LawFit:
         residuals=tuple(rest_R.tolist()),
         outliers=_outliers(fit, runs, rest_R),
         warnings=(*runs.warnings, *doubts(fit)),
-        details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": noise_of(fit)},
+        details={"axes": views, "outlook": _outlook(fit, runs, best), "noise": _noise_of(fit)},
     )
 
 
-def noise_of(fit: Joint) -> dict[str, float]:
+def _noise_of(fit: Joint) -> dict[str, float]:
     """Standard deviations of the loss at the middle C (a row's own, its trial's, what the form misses) and growth."""
     errors, own = fit.problem.errors, math.sqrt(fit.problem.variance)
     found = {"row": own, "trial": own * math.sqrt(errors.trial), "miss": own * math.sqrt(errors.miss)}
@@ -215,7 +215,7 @@ def _outliers(fit: Joint, runs: Runs, rest_R: np.ndarray) -> tuple[Outlier, ...]
 
 def doubts(fit: Joint) -> list[str]:
     """One line per doubt about a fit."""
-    noise, found = noise_of(fit), []
+    noise, found = _noise_of(fit), []
     if noise["miss"] > 2 * noise["row"]:
         found.append(
             f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold "
@@ -265,7 +265,7 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         "data": data,
         **_batch_words(fit),
         **{name: f"steps of the loss beside {name}={values[0]}" for name, values in fit.frame.choices.items()},
-        "rows": chosen(runs),
+        "rows": _chosen(runs),
         "noise": _noise_words(fit),
     }
 
@@ -278,13 +278,13 @@ def _batch_words(fit: Joint) -> dict[str, str]:
 
 def _noise_words(fit: Joint) -> str:
     """The errors that intervals hold, and the one that they do not."""
-    noise = noise_of(fit)
+    noise = _noise_of(fit)
     parts = f"a row {noise['row']:.2g}, its trial {noise['trial']:.2g}, what the form misses {noise['miss']:.2g}"
     shared = "rows that answer the same queries share an error that is in no interval: others would move all alike"
     return f"standard deviations at the middle C: {parts}, growing as C^{noise['power_of_C']:.2f}; {shared}"
 
 
-def chosen(runs: Runs) -> str:
+def _chosen(runs: Runs) -> str:
     """How the rows came to be, as far as they show it."""
     if not (runs.has("curve") and runs.has("budget")):
         return f"all {len(runs)} as they were given"
