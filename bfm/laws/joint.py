@@ -101,9 +101,9 @@ class Joint:
         where = self.frame.places(columns, self._best_choices(rows))
         return where.growing(self.problem.errors.growth).at_best(self.theta_P)
 
-    def along(self, flops: float, log_n_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def along(self, flops: float, log_n_R: np.ndarray, batch: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(loss, its gradient) at `places`, as `Places.mean`."""
-        return self.places(flops, log_n_R).mean(self.theta_P)
+        return self.places(flops, log_n_R, batch).mean(self.theta_P)
 
     def predict(
         self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None

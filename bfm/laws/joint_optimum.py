@@ -146,7 +146,7 @@ def axis_at(fit: Joint, name: str, flops: float, log_n: float, batch: float | No
     Beyond what was swept only the end that they tell is known, and nothing where the loss rises towards neither end.
     """
     value = fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)).exp()
-    return known(value, rises(fit, name, flops, log_n))
+    return known(value, rises(fit, name, flops, log_n, batch))
 
 
 def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
@@ -160,24 +160,26 @@ def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
     return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value
 
 
-def rises(fit: Joint, name: str, flops: float, log_n: float) -> tuple[End, End]:
+def rises(fit: Joint, name: str, flops: float, log_n: float, batch: float | None = None) -> tuple[End, End]:
     """Both ends of the swept range of an axis (`params`: of N), and how much more the loss is there than at its best.
 
-    `log_n` is the size; of N itself, the best one.
+    `log_n` is the size; of N itself, the best one. `batch`: as in `Joint.places`.
     """
     swept_R = fit.columns[name][fit.columns[name] > 0]
     places_2 = np.array([swept_R.min(), swept_R.max()])
-    best_1, slope_1P = fit.along(flops, np.array([log_n]))
-    loss_2, slope_2P = along_axis(fit, name, flops, log_n, places_2)
+    best_1, slope_1P = fit.along(flops, np.array([log_n]), batch)
+    loss_2, slope_2P = along_axis(fit, name, flops, log_n, places_2, batch)
     low, high = (fit.of(float(loss_2[k] - best_1[0]), slope_2P[k] - slope_1P[0]) for k in (0, 1))
     return (float(places_2[0]), low), (float(places_2[1]), high)
 
 
-def along_axis(fit: Joint, name: str, flops: float, log_n: float, x_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def along_axis(
+    fit: Joint, name: str, flops: float, log_n: float, x_X: np.ndarray, batch: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(loss, its gradient) at one C along one axis, all else at its best; `params`: along N."""
     if name == "params":
-        return fit.along(flops, np.log(x_X))
-    places = fit.places(flops, np.full(len(x_X), log_n))
+        return fit.along(flops, np.log(x_X), batch)
+    places = fit.places(flops, np.full(len(x_X), log_n), batch)
     axis, off_X = places.axes[name], x_X == 0
     moved_X = np.where(off_X, 0.0, np.log(np.where(off_X, 1.0, x_X)) - fit.frame.logs[name])
     moved = replace(axis, x_R=moved_X, off_R=None if axis.off_R is None else off_X.astype(float))

@@ -11,7 +11,7 @@ import pytest
 from bfm.errors import UserError
 from bfm.laws.joint import fit_joint
 from bfm.laws.joint_form import LOG_ALPHA, LOG_BETA, LOG_E, Frame, rise
-from bfm.laws.joint_optimum import optima_of
+from bfm.laws.joint_optimum import optima_of, rises
 from bfm.laws.reml import Errors, Problem
 from bfm.laws.runs import Runs
 
@@ -157,6 +157,20 @@ def test_an_optimum_is_a_minimum_and_moves_as_its_gradient_says():
     doubled = replace(fit, covariance_PP=np.outer(direction_P, direction_P))
     slope_K = (moved[1] - moved[0]) / (2 * step)
     np.testing.assert_allclose(optima_of(doubled, runs).size.covariance_KK, np.outer(slope_K, slope_K), rtol=0.1)
+
+
+def test_what_the_ends_of_a_rate_cost_is_told_at_the_batch_that_is_asked_for():
+    """The best rate goes from the lower end of what was swept at B = 8 to its upper end at 512."""
+    rng = np.random.default_rng(6)
+    runs = planted(rng)
+    rates = {name: math.exp(rng.uniform(0, math.log(8))) for name in np.unique(runs["curve"])}
+    rate_R = np.array([rates[name] for name in runs["curve"]])
+    loss_R = runs["loss"] + 0.02 * (np.log(rate_R) - 0.5 * np.log(runs["batch"] / 8)) ** 2
+    columns = {**runs.columns, "learning_rate": rate_R, "loss": loss_R}
+    fit = fit_joint(replace(runs, columns=columns, settings=("share", "learning_rate")))
+    for batch, best in ((8.0, 0), (512.0, 1)):
+        ends = [rise for _, rise in rises(fit, "learning_rate", 1e17, math.log(best_size(1e17)), batch)]
+        assert ends[best].high < 0.03 < ends[1 - best].low, batch
 
 
 def test_noise_of_trials_and_rows_is_told_apart():
