@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from bfm.errors import UserError
 from bfm.laws.fitting import fit_law, runs_of_sweep
 from bfm.laws.frontier import Row, metric_names
-from bfm.laws.result import Estimate, LawFit
+from bfm.laws.result import LawFit
 from bfm.laws.runs import Runs
-from bfm.report.law_details import estimates
 
 _MOST_METRICS = 5
 
@@ -25,11 +24,6 @@ class Fitted:
     fit: LawFit | None
     refused: str = ""
     """Why there is no fit."""
-
-    @property
-    def outlook(self) -> list[tuple[float, Estimate]]:
-        """C, ascending to beyond the runs, and the metric of one run at the optimum there."""
-        return estimates(self.fit.details.get("outlook", ())) if self.fit else []
 
 
 def sweep_laws(rows: Sequence[Row], axis: str | None) -> list[Fitted]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,12 @@ def log_axis(
     return axis | {"tickvals": ticks, "ticktext": [text(tick) for tick in ticks]}
 
 
+def log_ends(axis: Mapping[str, Any]) -> tuple[float, float]:
+    """The ends of a logarithmic axis as they are read, not as their logarithms."""
+    low, high = axis["range"]
+    return 10.0**low, 10.0**high
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """A few round values within [low, high]."""
     decades = math.log10(high / low)
@@ -219,10 +225,12 @@ def diamonds(x: Any, y: Any, colours: Any, texts: Sequence[str], **more: Any) ->
     return dots(x, y, colours, texts, **more, marker=marker)
 
 
-def bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> dict[str, Any]:
-    """Error bars from lows to highs."""
-    above = [high - value for value, high in zip(values, highs, strict=True)]
-    below = [value - low for value, low in zip(values, lows, strict=True)]
+def bars(values: Iterable[Estimate], colour: str, axis: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Error bars over intervals, which end where a logarithmic axis ends."""
+    lowest, highest = (-math.inf, math.inf) if axis is None else log_ends(axis)
+    values = list(values)
+    above = [min(value.high, highest) - value.estimate for value in values]
+    below = [value.estimate - max(value.low, lowest) for value in values]
     known = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return known | {"color": colour, "thickness": 1.4, "width": 0}
 

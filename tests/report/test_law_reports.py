@@ -15,6 +15,7 @@ from bfm.events.repeats import rule_facts
 from bfm.laws.result import Estimate
 from bfm.report import study
 from bfm.report.digits import estimate_text
+from bfm.report.law_details import outlook
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
 from bfm.report.law_sections import answer_table, answers, law_parts
@@ -165,14 +166,14 @@ def test_what_is_foretold_stands_beside_the_floors():
 
 
 def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():
-    found = laws_of("allocation")[0]
-    flops, last = found.outlook[-1]
+    ((_, fit), *_) = told(laws_of("allocation"), "joint")
+    flops, last = outlook(fit)[-1]
     params = planted.planted_size(flops)
     events = flops / (planted.FLOPS_PER_PARAM_EVENT * params)
     truth = 1.7 + 400 / params**0.34 + 410 / events**0.28
     assert flops == pytest.approx(10 * max(planted.BUDGETS))
     assert last.low < truth < last.high
-    first = found.outlook[0][1]
+    first = outlook(fit)[0][1]
     assert (last.high - last.low) / last.estimate > (first.high - first.low) / first.estimate
 
 
