@@ -27,7 +27,6 @@ from bfm.report.law_details import (
     FittedAxis,
     agreements,
     asked_axes,
-    axis_words,
     estimates,
     outlook,
     ranked_metrics,
@@ -107,7 +106,7 @@ def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
         if file in [figure.name for figure in figures]:
             file += f"-{len(figures)}"
         variants = [Variant(axis.fit.metric, axis_sentence(axis), _axis_panels(runs, axis)) for runs, axis in known]
-        figures.append(Figure(file, axis_words(name).heading, caption, variants))
+        figures.append(Figure(file, known[0][1].words.heading, caption, variants))
     if batch:
         variants = [Variant(fit.metric, critical(fit), batch_panels(runs, fit)) for runs, fit in batch]
         figures.append(Figure("law-batch", "Critical batch size", _BATCH, variants))
@@ -129,7 +128,7 @@ def _outlook_sentence(fit: LawFit, baselines: Baselines) -> str:
     """What is foretold at the largest C, and the strongest floor."""
     flops, last = outlook(fit)[-1]
     floor = strongest(baselines, fit.metric)
-    beside = "" if floor is None else f"; the strongest floor is {floor[0]}, {floor[1]:.4g}"
+    beside = "" if floor is None else f"; the strongest floor is {floor.name}, {floor.value:.4g}"
     return f"Foretold at C = {power_text(flops)}: {fit.metric} {estimate_text(last, '{:.4g}'.format)}{beside}."
 
 
