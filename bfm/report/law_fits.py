@@ -39,9 +39,8 @@ def told(laws: Sequence[Fitted], law: str) -> list[tuple[Runs, LawFit]]:
 
 
 def _fitted(law: str, rows: Sequence[Row], metric: str) -> Fitted:
-    runs: Runs | None = None
     try:
         runs = runs_of_sweep(law, rows, metric, "")
         return Fitted(law, metric, runs, fit_law(law, runs))
     except UserError as error:
-        return Fitted(law, metric, runs, None, error.reason)
+        return Fitted(law, metric, None, None, error.reason)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ SIZE_SCALE = ("#4457d6", "#9b51c4", "#d9527f", "#ee7b4d", "#eda93a")
 RUNG_SCALE = ("#5fb3a6", "#3f9fb5", "#4a83cc", "#7f75dd", "#b45fc4")
 _MOST_TICKS = 7
 _LONGEST = 48
-_TURNS = re.compile("[\u202a-\u202e\u2066\u2067]")
 _LEAST, _MOST = 1e-300, 1e300
 Trace = dict[str, Any]
 Band = Sequence[tuple[float, Estimate]]
@@ -58,7 +56,7 @@ class Figure:
     name: str
     heading: str
     caption: str
-    variants: Sequence[Variant] = field(default_factory=tuple)
+    variants: Sequence[Variant]
 
     def as_dict(self) -> list[dict[str, Any]]:
         """JSON-able form of the variants."""
@@ -75,26 +73,6 @@ def short(name: object, longest: int = _LONGEST) -> str:
     text = str(name)
     cut = text if len(text) <= longest else f"{text[: longest - 13]}\u2026{text[-12:]}"
     return f"\u2068{plain(cut)}\u2069"
-
-
-def level(text: str) -> str:
-    """The text without the marks by which a name could turn the direction of all that follows it."""
-    return _TURNS.sub("", text)
-
-
-def finite(value: Any) -> Any:
-    """The same for a page: null for what JSON has no word for, and texts that keep their direction to themselves."""
-    if isinstance(value, str):
-        return level(value)
-    if isinstance(value, Mapping):
-        return {level(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def rung_colours(rungs: Sequence[float]) -> dict[float, str]:

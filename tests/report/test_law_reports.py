@@ -19,8 +19,8 @@ from bfm.report.law_details import outlook
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
 from bfm.report.law_sections import answer_table, answers, law_parts
-from bfm.report.plots import Panel, finite
-from bfm.report.render import Table
+from bfm.report.plots import Panel
+from bfm.report.render import Table, finite
 from bfm.report.sections import recipe_table
 from bfm.sweep.ledger.state import SweepState
 from tests.report import planted_laws as planted
