@@ -205,7 +205,7 @@ def recipe_table(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str,
             [
                 power_text(one["flops"]),
                 str(one["metric"]),
-                Cell(f"{foretold.estimate:.4g}"),
+                Cell(value_text(foretold.estimate)),
                 Cell(f"[{ends[0]}, {ends[1]}]"),
                 Cell("-" if measured is None else value_text(measured, math.nan if error is None else error)),
                 verdict,

@@ -298,6 +298,9 @@ def test_a_recipe_is_shown_as_predicted_and_as_measured():
     outside = recipe_table(recipe, [check | {"inside": False}])
     assert cells(outside)[0][-1] == "outside"
     assert len(cells(recipe_table(recipe, [check]))) == 1
+    # A prediction that is open on both sides has no estimate in JSON.
+    unknown = recipe | {"predicted": Estimate(3.2, -math.inf, math.inf).as_dict()}
+    assert cells(recipe_table(unknown, ()))[0][2:4] == ["-", "[open, open]"]
     assert not recipe_table(None, ())
 
 
