@@ -72,7 +72,7 @@ def main() -> None:
         for metric in METRICS:
             values = [evaluation["metrics"][metric] for evaluation in evaluations]
             floor = strongest(evaluations[0]["baselines"], metric)
-            beside = f" ({floor[0]} {floor[1]:.4f})" if floor else ""
+            beside = f" ({floor.name} {floor.value:.4f})" if floor else ""
             cells.append(f"{spread(values)}{beside}")
         lines.append(f"| {name} | {evaluations[0]['queries']:,} | {' | '.join(cells)} |")
     publish("floors", "\n".join([*lines, "", machine("torch"), ""]))

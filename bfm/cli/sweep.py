@@ -131,7 +131,7 @@ def report(
         return
     view = read_sweep(sweep_dir)
     files = publish_report(view)
-    show_either(as_json, lambda: {"frontier": view.frontiers(), "files": files}, lambda: report_text(view, files))
+    show_either(as_json, lambda: {"frontier": view.frontier_dicts(), "files": files}, lambda: report_text(view, files))
 
 
 @app.command("export-optuna")

@@ -15,7 +15,7 @@ from bfm.files import Store
 from bfm.laws.fitting import fit_metrics, runs_of_sweep
 from bfm.laws.frontier import frontier, metric_names
 from bfm.laws.result import LawFit
-from bfm.report.floors import shown_name, strongest
+from bfm.report.floors import strongest
 from bfm.report.runs_file import runs_table
 from bfm.report.study import read_study
 from bfm.report.sweep_view import SweepView
@@ -99,8 +99,8 @@ class OpenedSweep:
                 "change": None if point.change is None else point.change.value,
                 "change_error": None if point.change is None else point.change.error,
                 "within_error": [f"{prefix}{row['trial']}" for row, _ in point.rivals],
-                "floor": None if floor is None else floor[1],
-                "floor_of": None if floor is None else shown_name(floor[0]),
+                "floor": None if floor is None else floor.value,
+                "floor_of": None if floor is None else floor.name,
             }
             for point in frontier(sweep.rows, metric, sweep.compare)
         ]

@@ -135,7 +135,7 @@ class TrialWriter:
         self._validated[tag].add(validation.step)
         values = {f"{tag}/{metric}": value for metric, value in validation.metrics.items()}
         floors = {metric: strongest(validation.floors, metric) for metric in validation.metrics}
-        values |= {f"{tag}/{metric}_floor": floor[1] for metric, floor in floors.items() if floor is not None}
+        values |= {f"{tag}/{metric}_floor": floor.value for metric, floor in floors.items() if floor is not None}
         values |= {f"{tag}/nll_best": validation.best_nll, f"{tag}/epochs": validation.epochs}
         self._file.scalars(validation.step, values)
         by_c = {_against_c(metric, f"{tag}_{metric}"): value for metric, value in validation.metrics.items()}

@@ -89,7 +89,8 @@ def validation_text(validation: Validation) -> str:
         floor = strongest(validation.floors, metric)
         beside = ""
         if floor is not None:
-            beside = f" ({'above' if is_better(metric, value, floor[1]) else 'BELOW'} {floor[0]} {floor[1]:.4g})"
+            side = "above" if is_better(metric, value, floor.value) else "BELOW"
+            beside = f" ({side} {floor.name} {floor.value:.4g})"
         parts.append(f"{metric} {value_text(value, validation.errors.get(metric, math.nan))}{beside}")
     best = "the best so far" if validation.is_best else f"best nll {best_words(validation)}"
     cooled = " cooled," if validation.phase == "cooldown" else ""

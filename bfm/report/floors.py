@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bfm.files import Store, canonical_json
-from bfm.laws.frontier import Compare, Gap, Row, gap_between, goal_of, is_better, metric_value, no_answers
+from bfm.laws.frontier import Compare, FrontierPoint, Gap, Row, gap_between, goal_of, is_better, metric_value
 from bfm.ranking.metrics import QueryScores, summarise
 from bfm.ranking.paired import scores_object
 from bfm.report.digits import gap_text
+from bfm.report.words import joined_words
 
 Baselines = Mapping[str, Mapping[str, float]]
 _FILE, _SCORES_FILE = "floors.json", "floors/scores.json"
@@ -45,13 +46,19 @@ def read_floor_scores(store: Store) -> dict[str, str]:
     return {shown_name(floor): name for floor, name in names.items()}
 
 
+class Floor(NamedTuple):
+    """What counting reaches at a metric."""
+
+    name: str
+    """As it is shown."""
+    value: float
+
+
 @dataclass(frozen=True)
 class AgainstFloor:
     """A row's metric beside the strongest floor's."""
 
-    floor: str
-    """Its shown name."""
-    reference: float
+    floor: Floor
     gap: Gap
     """Row minus floor; its error is known only where it is paired."""
     side: Literal["below", "within error of", "above"]
@@ -60,7 +67,7 @@ class AgainstFloor:
     @property
     def words(self) -> str:
         """Which floor, its value and the difference."""
-        return f"{self.side} the strongest floor, {self.floor} {self.reference:.4g}: {gap_text(self.gap)}"
+        return f"{self.side} the strongest floor, {self.floor.name} {self.floor.value:.4g}: {gap_text(self.gap)}"
 
 
 def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Compare) -> AgainstFloor | None:
@@ -69,10 +76,10 @@ def against_strongest(row: Row, metric: str, baselines: Baselines, compare: Comp
     if floor is None or not math.isfinite(value):
         return None
     # A floor as a row on the same queries. It has no errors, so an unpaired difference has none either.
-    beside = {"floor": floor[0], "metrics": {metric: floor[1]}, "protocol_hash": row.get("protocol_hash")}
+    beside = {"floor": floor.name, "metrics": {metric: floor.value}, "protocol_hash": row.get("protocol_hash")}
     gap = gap_between(row, beside, metric, compare)
-    side: Literal["above", "below"] = "above" if is_better(metric, value, floor[1]) else "below"
-    return AgainstFloor(floor[0], floor[1], gap, "within error of" if gap.within_error else side)
+    side: Literal["above", "below"] = "above" if is_better(metric, value, floor.value) else "below"
+    return AgainstFloor(floor, gap, "within error of" if gap.within_error else side)
 
 
 def shown_name(floor: str) -> str:
@@ -86,16 +93,14 @@ def floors_at(baselines: Baselines, metric: str) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def strongest(baselines: Baselines, metric: str) -> tuple[str, float] | None:
-    """Name and value of the floor that is best at a metric; None where no floor has it."""
-    known = floors_at(baselines, metric)
-    if not known:
-        return None
+def strongest(baselines: Baselines, metric: str) -> Floor | None:
+    """The floor that is best at a metric; None where no floor has it."""
     pick = min if goal_of(metric) == "minimize" else max
-    return pick(known.items(), key=lambda entry: entry[1])
+    known = (Floor(*entry) for entry in floors_at(baselines, metric).items())
+    return pick(known, key=lambda floor: floor.value, default=None)
 
 
-def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
+def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: Compare) -> str:
     """Where a model is below the strongest floor, within error of it and above it, in one sentence.
 
     rows: metric -> the row that is held against the floors there. Empty without floors.
@@ -105,16 +110,17 @@ def verdict(model: str, rows: Mapping[str, Row], baselines: Baselines, compare: 
         found = against_strongest(row, metric, baselines, compare)
         if found is not None:
             gap = f": {gap_text(found.gap)}" if found.gap.paired else ""
-            words = f"{metric} ({metric_value(row, metric):.4g}, {found.floor} {found.reference:.4g}{gap})"
+            words = f"{metric} ({metric_value(row, metric):.4g}, {found.floor.name} {found.floor.value:.4g}{gap})"
             sides[found.side].append(words)
     parts: list[str] = []
     for side, found_there in sides.items():
         if found_there:
             floor = "it" if parts else "every floor" if side == "above" else "the strongest floor"
             parts.append(f"{'BELOW' if side == 'below' else side} {floor} in {', '.join(found_there)}")
-    return f"{model} is {' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))}." if parts else ""
+    return f"{model} is {joined_words(parts)}." if parts else ""
 
 
-def sweep_verdict(best: Mapping[str, Row], baselines: Baselines, compare: Compare = no_answers) -> str:
-    """The verdict on a sweep by the best row of each metric."""
+def sweep_verdict(frontiers: Mapping[str, Sequence[FrontierPoint]], baselines: Baselines, compare: Compare) -> str:
+    """The verdict on a sweep by the best row of each metric, which its frontier ends with."""
+    best = {metric: points[-1].row for metric, points in frontiers.items() if points}
     return verdict("The best of the sweep", best, baselines, compare)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bfm.laws.joint_law import SYMBOLS
@@ -52,10 +53,42 @@ def axis_words(name: str) -> AxisWords:
     return _AXES.get(name, AxisWords(plain.capitalize(), name, f"{name}_exponent", plain))
 
 
-def asked_axes(fit: LawFit) -> list[str]:
+@dataclass(frozen=True)
+class FittedAxis:
+    """An axis as the joint law of a metric tells it."""
+
+    fit: LawFit
+    name: str
+
+    @property
+    def words(self) -> AxisWords:
+        """How it is named."""
+        return axis_words(self.name)
+
+    @property
+    def view(self) -> Mapping[str, Any]:
+        """What is drawn of it: curves, adjusted, trend, ends (bfm.laws.joint_law)."""
+        return self.fit.details["axes"][self.name]
+
+    @cached_property
+    def optima(self) -> dict[float, Estimate]:
+        """C -> its optimum, at the budgets whose runs tell it."""
+        name = self.words.optimum
+        sure = [one for one in self.fit.budgets if name in one.optima and (one.bracketed or self.name != "params")]
+        values = {budget.flops: closed(budget.optima[name]) for budget in sure}
+        return {flops: value for flops, value in values.items() if value.is_known}
+
+    @property
+    def exponent(self) -> Estimate | None:
+        """How its optimum moves with C; None where fewer than two budgets tell it, or its interval is open."""
+        value = closed(self.fit.parameters.get(self.words.exponent, Estimate(math.nan)))
+        return value if value.is_known and len(self.optima) > 1 else None
+
+
+def asked_axes(fit: LawFit) -> list[FittedAxis]:
     """The axes in which runs of one C differ."""
-    curves = {name: view["curves"] for name, view in fit.details.get("axes", {}).items()}
-    return [name for name, of in curves.items() if any(one["x"][-1] > _ASKED * one["x"][0] for one in of)]
+    axes = [FittedAxis(fit, name) for name in fit.details.get("axes", ())]
+    return [axis for axis in axes if any(one["x"][-1] > _ASKED * one["x"][0] for one in axis.view["curves"])]
 
 
 def choices_of(fit: LawFit) -> list[str]:
@@ -63,18 +96,9 @@ def choices_of(fit: LawFit) -> list[str]:
     return list(dict.fromkeys(name.partition("=")[0] for name in fit.parameters if "=" in name))
 
 
-def told_optima(fit: LawFit, name: str) -> dict[float, Estimate]:
-    """C -> optimum of an axis, at the budgets whose runs tell it."""
-    optimum = axis_words(name).optimum
-    sure = [budget for budget in fit.budgets if optimum in budget.optima and (budget.bracketed or name != "params")]
-    values = {budget.flops: closed(budget.optima[optimum]) for budget in sure}
-    return {flops: value for flops, value in values.items() if value.is_known}
-
-
-def told_exponent(fit: LawFit, name: str) -> Estimate | None:
-    """How an axis' optimum moves with C; None where fewer than two budgets tell it, or its interval is open."""
-    value = closed(fit.parameters.get(axis_words(name).exponent, Estimate(math.nan)))
-    return value if value.is_known and len(told_optima(fit, name)) > 1 else None
+def outlook(fit: LawFit) -> list[tuple[float, Estimate]]:
+    """C, ascending to beyond the runs, and the metric of one run at the optimum there."""
+    return estimates(fit.details.get("outlook", ()))
 
 
 def estimates(points: Sequence[Mapping[str, Any]]) -> list[tuple[float, Estimate]]:
@@ -86,6 +110,34 @@ def estimate_of(point: Mapping[str, Any]) -> Estimate:
     """An end that is null is open (what is drawn with open ends is above 0)."""
     low, high = point["low"], point["high"]
     return Estimate(point["estimate"], 0.0 if low is None else low, math.inf if high is None else high)
+
+
+@dataclass(frozen=True)
+class CriticalBatch:
+    """A definition of the critical batch."""
+
+    name: str
+    words: str
+    """What such a batch costs."""
+    symbol: str
+    """Its mark in a figure."""
+    power_law: str
+    """In N, among the parameters: <power_law>_exponent, <power_law>_coefficient."""
+
+    @property
+    def exponent(self) -> str:
+        """Of its power law, among the parameters."""
+        return f"{self.power_law}_exponent"
+
+    def of(self, fit: LawFit, group: Mapping[str, Any]) -> Estimate:
+        """B of a group of a batch law."""
+        return fit.parameters[f"{self.name}[{group['group']}]"]
+
+
+CRITICAL = (
+    CriticalBatch("overhead20", "20 % more events", "diamond", "cbs"),
+    CriticalBatch("gain_halving", "twice the least events", "circle", "gain_halving"),
+)
 
 
 def hardest_groups(fit: LawFit) -> list[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bfm.laws.frontier import goal_of
-from bfm.laws.result import BudgetOptimum, Estimate, LawFit
+from bfm.laws.result import Estimate, LawFit
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, to_loss
 from bfm.report.digits import estimate_text, power_text
@@ -24,13 +24,12 @@ from bfm.report.floors import Baselines, floors_at, strongest
 from bfm.report.law_batch import batch_panels
 from bfm.report.law_details import (
     AxisWords,
+    FittedAxis,
     agreements,
     asked_axes,
-    axis_words,
     estimates,
+    outlook,
     ranked_metrics,
-    told_exponent,
-    told_optima,
 )
 from bfm.report.law_fits import Fitted, told
 from bfm.report.law_published import EXPONENTS, RANGES, SOURCE
@@ -54,6 +53,7 @@ from bfm.report.plots import (
     line,
     linear_axis,
     log_axis,
+    log_ends,
     plain,
     rung_axis,
     rung_colours,
@@ -93,17 +93,20 @@ _SHOWN = {"params": ("N", format_count), "events": ("D", format_count), "share":
 def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
     """The figures that the fits allow; the floors stand beside what is foretold."""
     joint, batch, agreed = (told(laws, law) for law in ("joint", "batch", "agreement"))
+    by_name: dict[str, list[tuple[Runs, FittedAxis]]] = {}
+    for runs, fit in joint:
+        for axis in asked_axes(fit):
+            by_name.setdefault(axis.name, []).append((runs, axis))
     figures: list[Figure] = []
-    for name in dict.fromkeys(name for _, fit in joint for name in asked_axes(fit)):
-        known = [(runs, fit) for runs, fit in joint if name in asked_axes(fit)]
+    for name, known in by_name.items():
         caption = _AXIS + _ZERO * bool((known[0][0][name] == 0).any())
         published = name in EXPONENTS or name in RANGES
-        caption += _PUBLISHED * (published and any(told_optima(fit, name) for _, fit in known))
+        caption += _PUBLISHED * (published and any(axis.optima for _, axis in known))
         file = f"law-{re.sub(r'[^a-z0-9]+', '_', name.lower())}"
         if file in [figure.name for figure in figures]:
             file += f"-{len(figures)}"
-        variants = [Variant(fit.metric, axis_sentence(fit, name), axis_panels(name, runs, fit)) for runs, fit in known]
-        figures.append(Figure(file, axis_words(name).heading, caption, variants))
+        variants = [Variant(axis.fit.metric, axis_sentence(axis), _axis_panels(runs, axis)) for runs, axis in known]
+        figures.append(Figure(file, known[0][1].words.heading, caption, variants))
     if batch:
         variants = [Variant(fit.metric, critical(fit), batch_panels(runs, fit)) for runs, fit in batch]
         figures.append(Figure("law-batch", "Critical batch size", _BATCH, variants))
@@ -111,50 +114,49 @@ def law_figures(laws: Sequence[Fitted], baselines: Baselines) -> list[Figure]:
         variants = [Variant(fit.metric, agreement(fit), [_correlation_panel(runs, fit)]) for runs, fit in agreed[:1]]
         figures.append(Figure("law-agreement", "Agreement against C", _AGREEMENT, variants))
     # Without a law of N* there is no best model to foretell.
-    foretold = [found for found in laws if found.outlook and found.fit and told_exponent(found.fit, "params")]
+    foretold = [(runs, fit) for runs, fit in joint if outlook(fit) and FittedAxis(fit, "params").exponent]
     if foretold:
         variants = [
-            Variant(found.metric, outlook_sentence(found, baselines), [_outlook_panel(found, baselines)])
-            for found in foretold
+            Variant(fit.metric, _outlook_sentence(fit, baselines), [_outlook_panel(runs, fit, baselines)])
+            for runs, fit in foretold
         ]
         figures.append(Figure("law-outlook", "Beyond the largest C", _OUTLOOK, variants))
     return figures
 
 
-def outlook_sentence(found: Fitted, baselines: Baselines) -> str:
+def _outlook_sentence(fit: LawFit, baselines: Baselines) -> str:
     """What is foretold at the largest C, and the strongest floor."""
-    flops, last = found.outlook[-1]
-    floor = strongest(baselines, found.metric)
-    beside = "" if floor is None else f"; the strongest floor is {floor[0]}, {floor[1]:.4g}"
-    return f"Foretold at C = {power_text(flops)}: {found.metric} {estimate_text(last, '{:.4g}'.format)}{beside}."
+    flops, last = outlook(fit)[-1]
+    floor = strongest(baselines, fit.metric)
+    beside = "" if floor is None else f"; the strongest floor is {floor.name}, {floor.value:.4g}"
+    return f"Foretold at C = {power_text(flops)}: {fit.metric} {estimate_text(last, '{:.4g}'.format)}{beside}."
 
 
-def axis_panels(name: str, runs: Runs, fit: LawFit) -> list[Panel]:
+def _axis_panels(runs: Runs, axis: FittedAxis) -> list[Panel]:
     """Curves per budget, and the optimum against C where it is told."""
-    curves, words = fit.details["axes"][name]["curves"], axis_words(name)
-    colours = rung_colours([curve["flops"] for curve in curves])
-    panels = [_valley_panel(runs, fit, name, colours)]
-    return panels + ([_optimum_panel(fit, words, name, colours)] if told_optima(fit, name) else [])
+    colours = rung_colours([curve["flops"] for curve in axis.view["curves"]])
+    panels = [_valley_panel(runs, axis, colours)]
+    return panels + ([_optimum_panel(axis, colours)] if axis.optima else [])
 
 
-def _valley_panel(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, str]) -> Panel:
+def _valley_panel(runs: Runs, axis: FittedAxis, colours: Mapping[float, str]) -> Panel:
     """A metric against what was varied, on a log scale; x = 0 stands apart at the left, without a curve."""
-    words, view, groups = axis_words(name), fit.details["axes"][name], runs.budgets()
-    adjusted_R, x_R = np.array(view["adjusted"], float), runs[name]
+    fit, curves, groups = axis.fit, axis.view["curves"], runs.budgets()
+    adjusted_R, x_R = np.array(axis.view["adjusted"], float), runs[axis.name]
     within = {
         curve["flops"]: [place for place in groups.get(curve["flops"], ()) if math.isfinite(adjusted_R[place])]
-        for curve in view["curves"]
+        for curve in curves
     }
-    shown = [curve for curve in view["curves"] if (x_R[within[curve["flops"]]] > 0).any()]
+    shown = [curve for curve in curves if (x_R[within[curve["flops"]]] > 0).any()]
     if not shown:
         return empty(with_goal(fit.metric), "no budget has runs of its own")
     every = np.concatenate([np.array(within[curve["flops"]]) for curve in shown])
-    axis, zero = _valley_axis(words, x_R[every])
-    budgets = {budget.flops: budget for budget in fit.budgets}
-    window = value_window(adjusted_R[every].tolist(), fit.metric, [one.best for one in fit.budgets])
+    x_axis, zero = _valley_axis(axis.words, x_R[every])
+    best = {budget.flops: budget.best for budget in fit.budgets}
+    window = value_window(adjusted_R[every].tolist(), fit.metric, [*best.values()])
     traces: list[Trace] = []
     for curve in shown:
-        flops, optimum = curve["flops"], told_optima(fit, name).get(curve["flops"])
+        flops, optimum = curve["flops"], axis.optima.get(curve["flops"])
         # Runs at 0 last: the legend shows the symbol of the first.
         here = np.array(sorted(within[flops], key=lambda place: x_R[place] == 0))
         texts = [_run_text(runs, place, fit.metric, adjusted_R[place]) for place in here]
@@ -165,9 +167,14 @@ def _valley_panel(runs: Runs, fit: LawFit, name: str, colours: Mapping[float, st
         traces.append(dots(x, y, colours[flops], texts, **more))
         traces.append(line(curve["x"], _seen(curve["value"], window), colours[flops]))
         if optimum is not None:
-            traces += _optimum_traces(optimum, budgets[flops], words, colours[flops], window, axis)
+            # The interval as a pale bar, and the optimum on it.
+            left, right = log_ends(x_axis)
+            height, reach = np.clip(best[flops], *window.edges), [max(optimum.low, left), min(optimum.high, right)]
+            traces.append(line(reach, [height] * 2, colours[flops], width=7, opacity=0.35))
+            texts = [_optimum_text(axis, flops)]
+            traces.append(diamonds([optimum.estimate], [height], colours[flops], texts))
     shapes, notes = _error_bars(fit, window)
-    layout = {"xaxis": axis, "yaxis": linear_axis("", *window.ends), "shapes": shapes, "annotations": notes}
+    layout = {"xaxis": x_axis, "yaxis": linear_axis("", *window.ends), "shapes": shapes, "annotations": notes}
     return Panel(with_goal(fit.metric), traces, layout | {"showlegend": True, "margin": {"r": 56}})
 
 
@@ -186,22 +193,9 @@ def _seen(values: Sequence[float], window: Window) -> list[float]:
     return [value if low <= value <= high else math.nan for value in values]
 
 
-def _optimum_traces(
-    optimum: Estimate, budget: BudgetOptimum, words: AxisWords, colour: str, window: Window, axis: Mapping[str, Any]
-) -> list[Trace]:
-    """The interval as a pale bar, and the optimum on it."""
-    left, right = (10.0**end for end in axis["range"])
-    best = float(np.clip(budget.best, *window.edges))
-    text = _optimum_text(words, budget.flops, optimum)
-    reach = [max(optimum.low, left), min(optimum.high, right)]
-    return [
-        line(reach, [best] * 2, colour, width=7, opacity=0.35),
-        diamonds([optimum.estimate], [best], colour, [text]),
-    ]
-
-
-def _optimum_text(words: AxisWords, flops: float, optimum: Estimate) -> str:
-    return f"{plain(words.symbol)}* = {estimate_text(optimum, words.text)}<br>at C = {power_text(flops)}"
+def _optimum_text(axis: FittedAxis, flops: float) -> str:
+    optimum = estimate_text(axis.optima[flops], axis.words.text)
+    return f"{plain(axis.words.symbol)}* = {optimum}<br>at C = {power_text(flops)}"
 
 
 def _run_text(runs: Runs, place: int, metric: str, adjusted: float) -> str:
@@ -225,19 +219,15 @@ def _error_bars(fit: LawFit, window: Window) -> tuple[list[dict[str, Any]], list
     return shapes, notes
 
 
-def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[float, str]) -> Panel:
+def _optimum_panel(axis: FittedAxis, colours: Mapping[float, str]) -> Panel:
     """The optimum of an axis against C on log scales, the law and its band over all C, and what is published of it."""
-    known, exponent, rungs = told_optima(fit, name), told_exponent(fit, name), list(colours)
+    name, words, known, exponent, rungs = axis.name, axis.words, axis.optima, axis.exponent, list(colours)
     power = "" if exponent is None else f" \u221d C^p, p = {estimate_text(exponent, '{:.3f}'.format)}"
-    band = estimates(fit.details["axes"][name]["trend"]) if exponent else []
-    y_axis = log_window([*known.values(), *(value for _, value in band)], words.text)
-    low_edge, high_edge = (10.0**end for end in y_axis["range"])
-    values = [value.estimate for value in known.values()]
-    lows = [max(value.low, low_edge) for value in known.values()]
-    highs = [min(value.high, high_edge) for value in known.values()]
-    texts = [_optimum_text(words, at, value) for at, value in known.items()]
+    band = estimates(axis.view["trend"]) if exponent else []
+    y_axis = _log_window([*known.values(), *(value for _, value in band)], words.text)
+    values, texts = [value.estimate for value in known.values()], [_optimum_text(axis, at) for at in known]
     marked = diamonds(list(known), values, [colours[at] for at in known], texts)
-    traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(values, lows, highs, INK)}]
+    traces = [*band_traces(band, rungs[-1], log=True), marked | {"error_y": bars(known.values(), INK, y_axis)}]
     shapes, notes = [], []
     if name in EXPONENTS and len(known) > 1:
         traces.append(_published_line(list(known.items()), rungs, EXPONENTS[name]))
@@ -255,7 +245,7 @@ def _optimum_panel(fit: LawFit, words: AxisWords, name: str, colours: Mapping[fl
     return Panel(f"{words.symbol}*{power or ' against C'}", traces, layout)
 
 
-def log_window(values: Sequence[Estimate], text: Callable[[float], str]) -> dict[str, Any]:
+def _log_window(values: Sequence[Estimate], text: Callable[[float], str]) -> dict[str, Any]:
     """A logarithmic y axis that shows estimates and their intervals."""
     middles = [value.estimate for value in values]
     # An open interval must not squeeze the optima into a corner: it leaves through the edge.
@@ -280,58 +270,54 @@ def _correlation_panel(runs: Runs, fit: LawFit) -> Panel:
     told_of = {name: points for name in ranked_metrics(fit) if (points := agreements(fit, name))}
     if not told_of:
         return empty(f"{fit.metric} and ranking", "no C has enough runs")
-    flops = sorted(runs.budgets())
-    step = math.log10(min((b / a for a, b in itertools.pairwise(flops)), default=2.0))
+    rungs = sorted(runs.budgets())
+    step = math.log10(min((b / a for a, b in itertools.pairwise(rungs)), default=2.0))
     traces = []
     for place, (name, colour) in enumerate(zip(told_of, rung_colours(range(len(told_of))).values(), strict=True)):
         # Side by side, so that the bars of several metrics at one C are all seen.
         shift = 10 ** (0.07 * step * (place - (len(told_of) - 1) / 2))
         points = told_of[name]
-        values = [value.estimate for _, value in points]
+        at, values = [flops * shift for flops, _ in points], [value for _, value in points]
         texts = [
-            f"{plain(name)}: {estimate_text(value, '{:+.2f}'.format)}<br>at C = {power_text(at)}"
-            for at, value in points
+            f"{plain(name)}: {estimate_text(value, '{:+.2f}'.format)}<br>at C = {power_text(flops)}"
+            for flops, value in points
         ]
-        trace = dots([at * shift for at, _ in points], values, colour, texts, name=short(name), showlegend=True)
-        ends = [value.low for _, value in points], [value.high for _, value in points]
-        traces.append(trace | {"mode": "lines+markers", "error_y": bars(values, *ends, colour)})
+        middles = [value.estimate for value in values]
+        trace = dots(at, middles, colour, texts, name=short(name), showlegend=True)
+        traces.append(trace | {"mode": "lines+markers", "error_y": bars(values, colour)})
     zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": {"color": MUTED, "width": 1}}
-    x_axis = rung_axis(flops, beside=[at for trace in traces for at in trace["x"]])
+    x_axis = rung_axis(rungs, beside=[at for trace in traces for at in trace["x"]])
     layout = {"xaxis": x_axis, "yaxis": linear_axis("", -1.1, 1.1), "shapes": [zero], "showlegend": True}
     return Panel(f"Spearman correlation of {fit.metric} with", traces, layout)
 
 
-def _outlook_panel(found: Fitted, baselines: Baselines) -> Panel:
+def _outlook_panel(runs: Runs, fit: LawFit, baselines: Baselines) -> Panel:
     """The best of each C, and what the law foretells: dashed beyond the last."""
-    runs, band = found.runs, found.outlook
-    assert runs is not None
-    best, (beyond, last) = _best(runs), band[-1]
-    rungs, values = [runs_at[0] for runs_at in best], [runs_at[1] for runs_at in best]
-    middles = [value.estimate for _, value in band]
-    reach = 3 * float(np.ptp([*values, *middles]) or 1.0)
+    band, metric = outlook(fit), fit.metric
+    beyond, last = band[-1]
+    best = _best_places(runs)
+    rungs, values = list(best), [float(runs["loss"][place]) for place in best.values()]
+    every, floors = [*values, *(value.estimate for _, value in band)], floors_at(baselines, metric)
+    reach = 3 * float(np.ptp(every) or 1.0)
     ends = [max(last.low, last.estimate - reach), min(last.high, last.estimate + reach)]
-    every, floors = [*values, *middles], floors_at(baselines, found.metric)
-    window = value_window(every, found.metric, [*every, *ends], [*floors.values()])
+    window = value_window(every, metric, [*every, *ends], [*floors.values()])
     texts = [
-        f"{short(name)}<br>{plain(found.metric)} {value:.4g} at C = {power_text(at)}" for at, value, _, name in best
+        f"{short(runs.names[place])}<br>{plain(metric)} {value:.4g} at C = {power_text(at)}"
+        for (at, place), value in zip(best.items(), values, strict=True)
     ]
-    errors = [0.0 if math.isnan(error) else 2 * error for _, _, error, _ in best]
     reached = dots(rungs, values, INK, texts, name="best run", showlegend=True)
-    sides = (
-        [value - error for value, error in zip(values, errors, strict=True)],
-        [value + error for value, error in zip(values, errors, strict=True)],
-    )
-    traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(values, *sides, MUTED)}]
+    errors_R = runs.errors.get(runs.metric, np.full(len(runs), math.nan))
+    errors = [2 * float(np.nan_to_num(errors_R[place])) for place in best.values()]
+    sides = [Estimate(value, value - error, value + error) for value, error in zip(values, errors, strict=True)]
+    traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(sides, MUTED)}]
     mark = {"color": PAPER, "line": {"color": INK, "width": 1.5}}
-    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(outlook_sentence(found, baselines))], showlegend=True)
+    foretold = diamonds([beyond], [last.estimate], PAPER, [plain(_outlook_sentence(fit, baselines))], showlegend=True)
     traces.append(foretold | {"name": "foretold", "marker": foretold["marker"] | mark})
     layout = {"xaxis": rung_axis(rungs, beyond), "yaxis": linear_axis("", *window.ends), "showlegend": True}
-    return Panel(with_goal(found.metric), traces, layout, floor_lines(floors, window))
+    return Panel(with_goal(metric), traces, layout, floor_lines(floors, window))
 
 
-def _best(runs: Runs) -> list[tuple[float, float, float, str]]:
-    """(C, value, standard error, name) of the best run of each budget."""
-    sign = 1.0 if goal_of(runs.metric) == "minimize" else -1.0
-    errors_R = runs.errors.get(runs.metric, np.full(len(runs), math.nan))
-    best = [(flops, places[np.argmin(sign * runs["loss"][places])]) for flops, places in runs.budgets().items()]
-    return [(at, float(runs["loss"][place]), float(errors_R[place]), runs.names[place]) for at, place in best]
+def _best_places(runs: Runs) -> dict[float, int]:
+    """C -> where its best run stands."""
+    pick = np.argmin if goal_of(runs.metric) == "minimize" else np.argmax
+    return {flops: places[pick(runs["loss"][places])] for flops, places in runs.budgets().items()}

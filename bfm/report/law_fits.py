@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from bfm.errors import UserError
 from bfm.laws.fitting import fit_law, runs_of_sweep
 from bfm.laws.frontier import Row, metric_names
-from bfm.laws.result import Estimate, LawFit
+from bfm.laws.result import LawFit
 from bfm.laws.runs import Runs
-from bfm.report.law_details import estimates
 
 _MOST_METRICS = 5
 
@@ -26,11 +25,6 @@ class Fitted:
     refused: str = ""
     """Why there is no fit."""
 
-    @property
-    def outlook(self) -> list[tuple[float, Estimate]]:
-        """C, ascending to beyond the runs, and the metric of one run at the optimum there."""
-        return estimates(self.fit.details.get("outlook", ())) if self.fit else []
-
 
 def sweep_laws(rows: Sequence[Row], axis: str | None) -> list[Fitted]:
     """The joint law of each metric, losses first, critical batches where the axis is batch, the metrics' agreement."""
@@ -45,9 +39,8 @@ def told(laws: Sequence[Fitted], law: str) -> list[tuple[Runs, LawFit]]:
 
 
 def _fitted(law: str, rows: Sequence[Row], metric: str) -> Fitted:
-    runs: Runs | None = None
     try:
         runs = runs_of_sweep(law, rows, metric, "")
         return Fitted(law, metric, runs, fit_law(law, runs))
     except UserError as error:
-        return Fitted(law, metric, runs, None, error.reason)
+        return Fitted(law, metric, None, None, error.reason)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.report.digits import estimate_text, power_text
-from bfm.report.law_details import agreements, asked_axes, axis_words, hardest_groups, ranked_metrics
+from bfm.report.law_details import CRITICAL, agreements, asked_axes, axis_words, hardest_groups, ranked_metrics
 from bfm.report.law_fits import Fitted, told
 from bfm.report.law_published import SOURCE, TEXTS
 from bfm.report.law_text import by_reason, differences_text, outliers_text, union
-from bfm.report.law_words import CRITICAL, rows_text, sentences
+from bfm.report.law_words import rows_text, sentences
 from bfm.report.render import Cell, Table
 from bfm.units import format_count
 
@@ -93,7 +93,7 @@ def law_parts(laws: Sequence[Fitted]) -> list[LawPart]:
 def _joint_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     """A table per axis, exponents and optima; then what else was fitted. A column per metric, one of published."""
     tables, shown = [], set()
-    for name in _axes(fits):
+    for name in dict.fromkeys(axis.name for fit in fits.values() for axis in asked_axes(fit)):
         words, sizes = axis_words(name), name == "params"
         exponents = [words.exponent, "D_exponent"] if sizes else [words.exponent]
         lines = [_parameter_line(fits, exponent) for exponent in exponents]
@@ -139,16 +139,13 @@ def _optima(budget: BudgetOptimum) -> dict[str, Estimate]:
 def _batch_tables(fits: Mapping[str, LawFit]) -> list[Table]:
     """Critical batches of each size by both definitions, and their exponents in N."""
     lines: list[list[Cell | str]] = []
-    for key, words in CRITICAL.items():
-        by_size = [
-            {group.get("params"): fit.parameters[f"{key}[{group['group']}]"] for group in hardest_groups(fit)}
-            for fit in fits.values()
-        ]
+    for one in CRITICAL:
+        by_size = [{group.get("params"): one.of(fit, group) for group in hardest_groups(fit)} for fit in fits.values()]
         for place, size in enumerate(union(by_size)):
             named = "" if size is None else f" at N = {format_count(size)}"
             cells = [_cell(values.get(size), format_count) for values in by_size]
-            lines.append([f"B, {words}{named}", *cells, "" if place else _published("batch", key)])
-    lines += [_parameter_line(fits, name) for name in ("cbs_exponent", "gain_halving_exponent")]
+            lines.append([f"B, {one.words}{named}", *cells, "" if place else _published("batch", one.name)])
+    lines += [_parameter_line(fits, one.exponent) for one in CRITICAL]
     lines.append(["runs", *(str(fit.runs) for fit in fits.values()), ""])
     note = "B in events (target positions) per step; a sequence of the paper holds 256. Its definition is not ours."
     return [Table("Critical batch", ["", *fits, SOURCE], lines, note)]
@@ -190,11 +187,6 @@ def _fits(laws: Sequence[Fitted], law: str) -> dict[str, LawFit]:
 
 def _refused(laws: Sequence[Fitted], law: str) -> dict[str, str]:
     return by_reason((one.metric, one.refused) for one in laws if one.law == law and one.fit is None)
-
-
-def _axes(fits: Mapping[str, LawFit]) -> list[str]:
-    """The axes that the runs of any metric ask about."""
-    return list(dict.fromkeys(name for fit in fits.values() for name in asked_axes(fit)))
 
 
 def _published(law: str, name: str) -> Cell:

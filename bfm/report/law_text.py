@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bfm.laws.compare import differences
 from bfm.laws.result import LawFit
 from bfm.report.digits import estimate_text
 from bfm.report.law_words import rows_text, sentences
+from bfm.report.words import first_words
 from bfm.units import format_flops, ruled
 
 _SHOWN = 5
@@ -34,7 +35,7 @@ def law_text(fit: LawFit) -> str:
 def outliers_text(fit: LawFit) -> str:
     """The runs that the fit gives least weight; empty where there is none."""
     names = [f"{o.run} ({o.residual:+.3g}{', ' + o.detail if o.detail else ''})" for o in fit.outliers]
-    return f"outliers: {listed(names)}" if names else ""
+    return f"outliers: {first_words(names, _SHOWN)}" if names else ""
 
 
 def _budgets(fit: LawFit) -> str:
@@ -62,7 +63,7 @@ def by_reason(refused: Iterable[tuple[str, str]]) -> dict[str, str]:
     for metric, reason in refused:
         unnamed = re.sub(rf"\b(of|has) {re.escape(metric)}(?![\w@.])", r"\1 it", reason)
         found.setdefault(unnamed, []).append(metric)
-    return {reason: listed(metrics) for reason, metrics in found.items()}
+    return {reason: first_words(metrics, _SHOWN) for reason, metrics in found.items()}
 
 
 def differences_text(fits: Mapping[str, LawFit]) -> str:
@@ -77,13 +78,7 @@ def differences_text(fits: Mapping[str, LawFit]) -> str:
             apart.setdefault(f"{one.first} and {one.second}", []).append(one.quantity.replace("_", " "))
     if not found:
         return ""
-    said = "; ".join(f"{pair} in {listed(quantities)}" for pair, quantities in apart.items())
+    said = "; ".join(f"{pair} in {first_words(quantities, _SHOWN)}" for pair, quantities in apart.items())
     unknown = sum(one.differs is None for one in found)
     open_ones = f" {unknown} of {len(found)} comparisons are open: an interval has no end." if unknown else ""
     return f"Apart by more than their intervals: {said or 'no answers of two metrics'}.{open_ones}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"

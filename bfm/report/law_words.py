@@ -1,34 +1,30 @@
 """What a law says in plain words: a LawFit in, one sentence per axis out (what, how sure, what would tell more).
 
-There is one function per kind of answer: an optimum that moves with C, one that is not told to, one whose law is open,
-none within the runs, and an axis that changes nothing.
+There is one function per kind of answer: an optimum with its power law, one whose law is open, none within the runs,
+and an axis that changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bfm.laws.frontier import goal_of
 from bfm.laws.result import Estimate, LawFit
 from bfm.report.digits import closed, estimate_text, value_text
 from bfm.report.law_details import (
-    AxisWords,
+    CRITICAL,
+    FittedAxis,
     agreements,
     asked_axes,
-    axis_words,
     choices_of,
     estimate_of,
     hardest_groups,
     ranked_metrics,
-    told_exponent,
-    told_optima,
 )
 from bfm.units import format_count, format_flops
 
-CRITICAL = {"overhead20": "20 % more events", "gain_halving": "twice the least events"}
-"""Definitions of a critical batch, in words."""
 _SURE = 0.1
 """Half width of an exponent's interval from which on more budgets are asked for."""
 _VAGUE = 100.0
@@ -44,75 +40,74 @@ def sentences(fit: LawFit) -> list[Said]:
         return [(f"{fit.metric} and ranking", agreement(fit))]
     if "groups" in fit.details:
         return [("Critical batch", critical(fit))]
-    said = [(axis_words(name).heading, axis_sentence(fit, name)) for name in asked_axes(fit)]
+    said = [(axis.words.heading, axis_sentence(axis)) for axis in asked_axes(fit)]
     if "axes" in fit.details and not said:
         said = [("Model size", "the runs of a budget do not differ in it: add others there.")]
-    said += [(name.replace("_", " ").capitalize(), choice(fit, name)) for name in choices_of(fit)]
+    said += [(name.replace("_", " ").capitalize(), _choice(fit, name)) for name in choices_of(fit)]
     if "critical_batch" in fit.parameters:
         batch = estimate_text(fit.parameters["critical_batch"], format_count)
         said.append(("Batch", f"a run at B = {batch} needs twice the events of one at a small batch."))
     if "R_star" in fit.parameters:
-        said.append(("Repeated events", repeats(fit.parameters["R_star"])))
+        said.append(("Repeated events", _repeats(fit.parameters["R_star"])))
     return said
 
 
-def axis_sentence(fit: LawFit, name: str) -> str:
+def axis_sentence(axis: FittedAxis) -> str:
     """Of one axis, without its name."""
-    words, told, exponent = axis_words(name), told_optima(fit, name), told_exponent(fit, name)
-    if not told:
-        return f"{flat(fit, name) if _is_flat(fit, name) else unbracketed(fit, name)}."
-    parts = [unmoved(words, told)]
-    if exponent is not None:
-        parts = [(moving if exponent.low > 0 or exponent.high < 0 else steady)(words, told, exponent)]
-        wide = exponent.high - exponent.low > 2 * _SURE
-        parts += ["budgets further apart would tell the exponent better"] if wide else []
-    if name != "params" and max(told) == max(budget.flops for budget in fit.budgets):
-        ends = fit.details["axes"][name]["ends"]
-        costs = [f"by {_amount(fit.metric, end)} at {words.text(end['x'])}" for end in ends]
+    fit, exponent = axis.fit, axis.exponent
+    if not axis.optima:
+        return f"{_flat(axis) if _is_flat(axis) else _unbracketed(axis)}."
+    parts = [_unmoved(axis) if exponent is None else _power(axis, exponent)]
+    if exponent is not None and exponent.high - exponent.low > 2 * _SURE:
+        parts.append("budgets further apart would tell the exponent better")
+    if axis.name != "params" and max(axis.optima) == max(budget.flops for budget in fit.budgets):
+        costs = [f"by {_amount(fit.metric, end)} at {axis.words.text(end['x'])}" for end in axis.view["ends"]]
         parts.append(f"{_loses(fit.metric)} {' and '.join(costs)}")
-    parts.append(f"bracketed at {len(told)} of {len(fit.budgets)} budgets")
-    return f"{'; '.join(filter(None, [*parts, unbracketed(fit, name)]))}."
+    parts.append(f"bracketed at {len(axis.optima)} of {len(fit.budgets)} budgets")
+    return f"{'; '.join(filter(None, [*parts, _unbracketed(axis)]))}."
 
 
-def moving(words: AxisWords, told: Mapping[float, Estimate], exponent: Estimate) -> str:
-    """An optimum whose interval of the exponent is on one side of 0."""
-    verb, top = "grows" if exponent.low > 0 else "falls", max(told)
+def _power(axis: FittedAxis, exponent: Estimate) -> str:
+    """An optimum that moves with C, where the interval of the exponent is on one side of 0, or may stay where it is."""
+    if not (exponent.low > 0 or exponent.high < 0):
+        return f"{_best(axis)}, not told to move with C (exponent {estimate_text(exponent, '{:.2f}'.format)})"
+    verb, top = "grows" if exponent.low > 0 else "falls", max(axis.optima)
     low, high = (f"{end:.2f}" if math.isfinite(end) else "open" for end in (exponent.low, exponent.high))
-    power = f"the best {words.symbol} {verb} as C^{exponent.estimate:.2f} (95 %: {low} to {high})"
-    return f"{power}, {words.text(told[top].estimate)} at C = {format_flops(top)}"
+    power = f"the best {axis.words.symbol} {verb} as C^{exponent.estimate:.2f} (95 %: {low} to {high})"
+    return f"{power}, {axis.words.text(axis.optima[top].estimate)} at C = {format_flops(top)}"
 
 
-def steady(words: AxisWords, told: Mapping[float, Estimate], exponent: Estimate) -> str:
-    """An optimum that may stay where it is."""
-    return f"{_best(words, told)}, not told to move with C (exponent {estimate_text(exponent, '{:.2f}'.format)})"
-
-
-def unmoved(words: AxisWords, told: Mapping[float, Estimate]) -> str:
+def _unmoved(axis: FittedAxis) -> str:
     """An optimum at one budget, or at several whose line is open."""
-    return f"{_best(words, told)}; how it moves with C is not told: bracket it at more budgets, further apart"
+    return f"{_best(axis)}; how it moves with C is not told: bracket it at more budgets, further apart"
 
 
-def flat(fit: LawFit, name: str) -> str:
+def _best(axis: FittedAxis) -> str:
+    top = max(axis.optima)
+    return f"best at {estimate_text(axis.optima[top], axis.words.text)} at C = {format_flops(top)}"
+
+
+def _flat(axis: FittedAxis) -> str:
     """An axis whose whole range changes less than the rows can tell."""
-    text, (low, high) = axis_words(name).text, fit.details["axes"][name]["ends"]
+    text, metric, (low, high) = axis.words.text, axis.fit.metric, axis.view["ends"]
     worst = max((low, high), key=lambda end: end["high"])
-    change = f"{_loses(fit.metric)} by at most {_amount(fit.metric, worst)}"
+    change = f"{_loses(metric)} by at most {_amount(metric, worst)}"
     return f"flat: from {text(low['x'])} to {text(high['x'])} {change}; runs further out would tell"
 
 
-def unbracketed(fit: LawFit, name: str) -> str:
+def _unbracketed(axis: FittedAxis) -> str:
     """The budgets that do not tell an optimum, by what to add there; empty where all do."""
-    told = told_optima(fit, name)
     by_side: dict[str, list[str]] = {}
-    for curve in fit.details["axes"][name]["curves"]:
-        if curve["flops"] not in told:
-            by_side.setdefault(_side(fit, curve), []).append(format_flops(curve["flops"]))
-    missing = {side: " and ".join(flops) for side, flops in by_side.items()}
-    symbol = axis_words(name).symbol
-    return "; ".join(f"not bracketed at C = {flops}: add {side} {symbol} there" for side, flops in missing.items())
+    for curve in axis.view["curves"]:
+        if curve["flops"] not in axis.optima:
+            by_side.setdefault(_side(axis.fit.metric, curve["value"]), []).append(format_flops(curve["flops"]))
+    return "; ".join(
+        f"not bracketed at C = {' and '.join(flops)}: add {side} {axis.words.symbol} there"
+        for side, flops in by_side.items()
+    )
 
 
-def choice(fit: LawFit, name: str) -> str:
+def _choice(fit: LawFit, name: str) -> str:
     """Of a setting that is no number, or has too few values for a valley."""
     steps = {key.partition("=")[2]: value for key, value in fit.parameters.items() if key.startswith(f"{name}=")}
     said = [f"{value_text(step.estimate, (step.high - step.low) / 2)} with {value}" for value, step in steps.items()]
@@ -122,7 +117,7 @@ def choice(fit: LawFit, name: str) -> str:
     return f"the loss changes by {', '.join(said)} beside {usual}{told}."
 
 
-def repeats(worth: Estimate) -> str:
+def _repeats(worth: Estimate) -> str:
     """What an event is worth that is seen again."""
     if not worth.is_known or worth.high > _VAGUE * worth.low:
         return "not told what they are worth: runs with more epochs would tell."
@@ -132,10 +127,11 @@ def repeats(worth: Estimate) -> str:
 def critical(fit: LawFit) -> str:
     """Of the largest size, by both definitions, and how it moves with N."""
     last = hardest_groups(fit)[-1]
-    values = {words: fit.parameters[f"{key}[{last['group']}]"] for key, words in CRITICAL.items()}
-    batches = " and ".join(f"B = {estimate_text(value, format_count)} costs {text}" for text, value in values.items())
+    batches = " and ".join(
+        f"B = {estimate_text(one.of(fit, last), format_count)} costs {one.words}" for one in CRITICAL
+    )
     size = f"at N = {format_count(last['params'])} " if "params" in last else ""
-    exponent = closed(fit.parameters.get("cbs_exponent", Estimate(math.nan)))
+    exponent = closed(fit.parameters.get(CRITICAL[0].exponent, Estimate(math.nan)))
     law = f"it moves as N^{estimate_text(exponent, '{:.2f}'.format)}"
     return f"{size}{batches}; {law if exponent.is_known else 'runs at more sizes would tell how it moves with N'}."
 
@@ -158,20 +154,14 @@ def rows_text(fit: LawFit) -> str:
     return " ".join(found)
 
 
-def _best(words: AxisWords, told: Mapping[float, Estimate]) -> str:
-    top = max(told)
-    return f"best at {estimate_text(told[top], words.text)} at C = {format_flops(top)}"
+def _is_flat(axis: FittedAxis) -> bool:
+    found = [budget.optima.get(axis.words.optimum) for budget in axis.fit.budgets]
+    return axis.name != "params" and all(value is None or (value.low, value.high) == (0, math.inf) for value in found)
 
 
-def _is_flat(fit: LawFit, name: str) -> bool:
-    found = [budget.optima.get(axis_words(name).optimum) for budget in fit.budgets]
-    return name != "params" and all(value is None or (value.low, value.high) == (0, math.inf) for value in found)
-
-
-def _side(fit: LawFit, curve: Mapping[str, Any]) -> str:
-    """Where the metric is still getting better at the end of a budget's runs."""
-    values = curve["value"]
-    best = min(values) if goal_of(fit.metric) == "minimize" else max(values)
+def _side(metric: str, values: Sequence[float]) -> str:
+    """Where the metric is still getting better at the end of a budget's curve."""
+    best = min(values) if goal_of(metric) == "minimize" else max(values)
     if best in (values[0], values[-1]) and values[0] != values[-1]:
         return "smaller" if best == values[0] else "larger"
     return "other"

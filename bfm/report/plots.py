@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import html
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ SIZE_SCALE = ("#4457d6", "#9b51c4", "#d9527f", "#ee7b4d", "#eda93a")
 RUNG_SCALE = ("#5fb3a6", "#3f9fb5", "#4a83cc", "#7f75dd", "#b45fc4")
 _MOST_TICKS = 7
 _LONGEST = 48
-_TURNS = re.compile("[\u202a-\u202e\u2066\u2067]")
 _LEAST, _MOST = 1e-300, 1e300
 Trace = dict[str, Any]
 Band = Sequence[tuple[float, Estimate]]
@@ -58,7 +56,7 @@ class Figure:
     name: str
     heading: str
     caption: str
-    variants: Sequence[Variant] = field(default_factory=tuple)
+    variants: Sequence[Variant]
 
     def as_dict(self) -> list[dict[str, Any]]:
         """JSON-able form of the variants."""
@@ -75,26 +73,6 @@ def short(name: object, longest: int = _LONGEST) -> str:
     text = str(name)
     cut = text if len(text) <= longest else f"{text[: longest - 13]}\u2026{text[-12:]}"
     return f"\u2068{plain(cut)}\u2069"
-
-
-def level(text: str) -> str:
-    """The text without the marks by which a name could turn the direction of all that follows it."""
-    return _TURNS.sub("", text)
-
-
-def finite(value: Any) -> Any:
-    """The same for a page: null for what JSON has no word for, and texts that keep their direction to themselves."""
-    if isinstance(value, str):
-        return level(value)
-    if isinstance(value, Mapping):
-        return {level(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def rung_colours(rungs: Sequence[float]) -> dict[float, str]:
@@ -123,6 +101,12 @@ def log_axis(
     ticks = log_ticks(10 ** ends[0], 10 ** ends[1])
     axis = {"title": {"text": short(label)}, "type": "log", "range": list(ends)}
     return axis | {"tickvals": ticks, "ticktext": [text(tick) for tick in ticks]}
+
+
+def log_ends(axis: Mapping[str, Any]) -> tuple[float, float]:
+    """The ends of a logarithmic axis as they are read, not as their logarithms."""
+    low, high = axis["range"]
+    return 10.0**low, 10.0**high
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -219,10 +203,12 @@ def diamonds(x: Any, y: Any, colours: Any, texts: Sequence[str], **more: Any) ->
     return dots(x, y, colours, texts, **more, marker=marker)
 
 
-def bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> dict[str, Any]:
-    """Error bars from lows to highs."""
-    above = [high - value for value, high in zip(values, highs, strict=True)]
-    below = [value - low for value, low in zip(values, lows, strict=True)]
+def bars(values: Iterable[Estimate], colour: str, axis: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Error bars over intervals, which end where a logarithmic axis ends."""
+    lowest, highest = (-math.inf, math.inf) if axis is None else log_ends(axis)
+    values = list(values)
+    above = [min(value.high, highest) - value.estimate for value in values]
+    below = [value.estimate - max(value.low, lowest) for value in values]
     known = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     return known | {"color": colour, "thickness": 1.4, "width": 0}
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
-from bfm.report.plots import Figure, finite, level
+from bfm.report.plots import Figure
 
 LIBRARY = "vendor/plotly-basic.min.js"
 """plotly.js with the traces that the page draws, as in npm's plotly.js-basic-dist-min 4.1.1, licence beside it.
 PyPI's plotly has the whole library alone: four times as large, and a browser reads it in six times the time."""
+_TURNS = re.compile("[\u202a-\u202e\u2066\u2067]")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,26 @@ def render(template: str, title: str, figures: Sequence[Figure], sweep: Mapping[
     return _environment().get_template(template).render(title=title, figures=figures, **frame, **parts)
 
 
+def finite(value: Any) -> Any:
+    """A value for a page: null for what JSON has no word for, and texts that keep their direction to themselves."""
+    if isinstance(value, str):
+        return _level(value)
+    if isinstance(value, Mapping):
+        return {_level(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _level(text: str) -> str:
+    """The text without the marks by which a name could turn the direction of all that follows it."""
+    return _TURNS.sub("", text)
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -87,7 +111,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _shown(value: object) -> object:
-    return level(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return _level(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def read_file(name: str) -> Markup:

@@ -12,13 +12,23 @@ from typing import Any
 from bfm.events.repeats import rule_words
 from bfm.laws.frontier import FrontierPoint, Row, goal_of, rung_rows
 from bfm.report.digits import UNPAIRED, gap_text, power_text, value_text
-from bfm.report.floors import against_strongest, shown_name, strongest, sweep_verdict
+from bfm.report.floors import shown_name, strongest, sweep_verdict
 from bfm.report.render import Cell, Facts, Table
 from bfm.report.sweep_data import engine_text
 from bfm.report.sweep_view import SweepView
-from bfm.report.tables import change_text, failed_rows, ladder_of, lost_tasks, point_text
+from bfm.report.tables import (
+    change_text,
+    failed_rows,
+    ladder_of,
+    lost_tasks,
+    point_text,
+    points_at,
+    size_words,
+    wasted_flops,
+)
+from bfm.report.words import first_words, joined_words, plural
 from bfm.sweep.ledger.state import SweepState
-from bfm.sweep.recipe.verdicts import calibration_text
+from bfm.sweep.recipe.verdicts import calibration_text, predicted
 from bfm.units import format_count
 
 _NAMED = 3
@@ -40,8 +50,7 @@ class Card:
 
 def lede(view: SweepView) -> str:
     """What was swept and what it cost, and whether anything is worth more than counting."""
-    best = {metric: point.row for metric, point in view.bests.items()}
-    return f"{_headline(view)} {sweep_verdict(best, view.floors, view.compare)}".strip()
+    return f"{_headline(view)} {sweep_verdict(view.frontiers, view.floors, view.compare)}".strip()
 
 
 def _headline(view: SweepView) -> str:
@@ -52,12 +61,12 @@ def _headline(view: SweepView) -> str:
         return "No result is in the ledger yet."
     steps = ", ".join(power_text(flops) for flops in ladder_of(view.results, view.state)[:8])
     sizes = [float(row["params"]) for row in rows if row.get("params")]
-    text = f"{_plural(len(trials), 'trial')} with {_plural(num_results, 'result')} on a ladder of C = {steps} FLOPs"
+    text = f"{plural(len(trials), 'trial')} with {plural(num_results, 'result')} on a ladder of C = {steps} FLOPs"
     if sizes:
         text += f", model sizes N from {format_count(min(sizes))} to {format_count(max(sizes))}"
     # N is told by its range.
     if fields := [name.replace("_", " ") for name in view.swept if name != "params"]:
-        text += f", searching {_listed(fields)}"
+        text += f", searching {joined_words(fields)}"
     return f"{text}."
 
 
@@ -65,10 +74,10 @@ def cards(view: SweepView) -> list[Card]:
     """Best value of each headline metric so far, against the strongest floor; spend against the cap."""
     found = []
     for metric, best in view.bests.items():
-        size = f"N {format_count(best.row['params'])}, " if best.row.get("params") else ""
-        error = f"\u00b1 {best.error:.2g}, " if math.isfinite(best.error) else ""
-        note = f"{error}{size}{best.row['trial']} at C = {power_text(float(best.row['rung_flops']))}"
-        floor = against_strongest(best.row, metric, view.floors, view.compare)
+        error = f"\u00b1 {best.error:.2g}" if math.isfinite(best.error) else ""
+        who = f"{best.row['trial']} at C = {power_text(best.row['rung_flops'])}"
+        note = ", ".join(filter(None, [error, size_words(best.row), who]))
+        floor = view.beside_floor(best.row, metric)
         side = "" if floor is None else {"above": "gain", "below": "loss"}.get(floor.side, "")
         value = value_text(best.value, best.error).split(" ")[0]
         found.append(Card(metric, value, note, "" if floor is None else floor.words, side))
@@ -83,46 +92,44 @@ def cards(view: SweepView) -> list[Card]:
 def best_table(view: SweepView) -> Table:
     """Best so far per rung and metric beside the strongest floor, what it brings against the rung below, who holds it
     and who is within error."""
-    told = view.points
-    points = {metric: {point.flops: point for point in told[metric]} for metric in told}
+    metrics = list(view.frontiers)
     lines: list[list[Cell | str]] = []
-    for flops, here in view.results.by_rung.items():
-        line: list[Cell | str] = [power_text(flops), str(len(here))]
-        for metric in told:
-            point = points[metric].get(flops)
-            line.append(Cell(point_text(point), "" if point is None else _point_remark(point, metric, view)))
-        lines.append(line)
-    if view.floors and told:
-        floors = [strongest(view.floors, metric) for metric in told]
-        cells = [Cell("-") if floor is None else Cell(value_text(floor[1]), floor[0]) for floor in floors]
+    for flops, here in view.results.by_rung.items() if metrics else ():
+        points = zip(metrics, points_at(view.frontiers, flops), strict=True)
+        cells = [
+            Cell(point_text(point), "" if point is None else _point_remark(point, metric, view))
+            for metric, point in points
+        ]
+        lines.append([power_text(flops), str(len(here)), *cells])
+    if view.floors and metrics:
+        floors = [strongest(view.floors, metric) for metric in metrics]
+        cells = [Cell("-") if floor is None else Cell(value_text(floor.value), floor.name) for floor in floors]
         lines.append(["strongest floor", "", *cells])
     note = (
         "A star: reached at a lower rung already. Within error: within two standard errors of the difference. "
         f"Differences are on the same queries, query by query ({UNPAIRED})."
     )
-    heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in told]]
-    return Table("The best value of each metric with at most C in one trial", heads, lines if told else [], note)
+    heads = ["C at most", "trials", *[f"{metric}, {goal_of(metric)[:3]}" for metric in metrics]]
+    return Table("The best value of each metric with at most C in one trial", heads, lines, note)
 
 
 def _point_remark(point: FrontierPoint, metric: str, view: SweepView) -> str:
-    size = f"N {format_count(point.row['params'])}" if point.row.get("params") else ""
     change = f"{change_text(point)} against the rung below" if point.change is not None else ""
     names = [str(row["trial"]) + ("" if gap.paired else "~") for row, gap in point.rivals]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    rivals = f"within error: {', '.join(names[:_NAMED])}{more}" if names else ""
-    floor = against_strongest(point.row, metric, view.floors, view.compare)
-    beside = "" if floor is None or point.carried else f"{gap_text(floor.gap)} to {floor.floor}"
-    return "; ".join(part for part in (str(point.row["trial"]), size, change, beside, rivals) if part)
+    rivals = f"within error: {first_words(names, _NAMED)}" if names else ""
+    floor = view.beside_floor(point.row, metric)
+    beside = "" if floor is None or point.carried else f"{gap_text(floor.gap)} to {floor.floor.name}"
+    return "; ".join(filter(None, [str(point.row["trial"]), size_words(point.row), change, beside, rivals]))
 
 
 def floor_table(view: SweepView) -> Table:
     """The floors without a model, on the same queries, the strongest marked, with the sweep's best beside them."""
     metrics = view.results.metrics or sorted({metric for values in view.floors.values() for metric in values})
-    best_floors = {metric: strongest(view.floors, metric) or ("", math.nan) for metric in metrics}
+    best_floors = [strongest(view.floors, metric) for metric in metrics]
     lines: list[list[Cell | str]] = []
     for floor, values in view.floors.items():
         name = shown_name(floor)
-        kinds = ["best" if best_floors[metric][0] == name else "" for metric in metrics]
+        kinds = ["best" if best and best.name == name else "" for best in best_floors]
         texts = [value_text(values.get(metric, math.nan)) for metric in metrics]
         lines.append([name, *[Cell(text, kind=kind) for text, kind in zip(texts, kinds, strict=True)]])
     if lines:
@@ -140,11 +147,10 @@ def spend_table(view: SweepView) -> Table:
     for rung, flops in enumerate(ladder_of(results, state)):
         num_results, trained_flops = len(results.finished.get(flops, [])), state.trained_at(rung) - failed_flops[rung]
         if num_results or trained_flops:
-            entries.append((f"rung {power_text(flops)}", _plural(num_results, "result"), trained_flops))
+            entries.append((f"rung {power_text(flops)}", plural(num_results, "result"), trained_flops))
     if failed:
         entries.append(("without a result", str(len(failed)), failed_flops.total()))
-    apart = {"lost": state.lost_flops, "redone for want of evicted trunks": state.redone_flops}
-    entries += [(what, "", flops) for what, flops in apart.items() if flops]
+    entries += [(what, "", flops) for what, flops in wasted_flops(state).items()]
     spent, cap = state.spent_flops, state.cap_flops or 0
     if cap > spent:
         entries.append(("left under the cap", "", cap - spent))
@@ -163,9 +169,9 @@ def failure_table(view: SweepView) -> Table:
     lines: list[list[Cell | str]] = [
         [
             str(row["trial"]),
-            Cell(power_text(float(row.get("rung_flops") or 0))),
+            Cell(power_text(row.get("rung_flops") or 0)),
             Cell(str(row["status"]), kind="text bad"),
-            Cell(f"at C = {power_text(float(row.get('path_flops') or 0))}; {_settings(row)}", kind="wrap"),
+            Cell(f"at C = {power_text(row.get('path_flops') or 0)}; {_settings(row)}", kind="wrap"),
         ]
         for row in failed_rows(view.rows)
     ]
@@ -193,14 +199,13 @@ def recipe_table(recipe: Mapping[str, Any] | None, checks: Sequence[Mapping[str,
         verdict = Cell("not trained")
         if measured is not None:
             verdict = Cell("inside") if one["inside"] else Cell("outside", kind="bad")
-        ends = [
-            "open" if one["predicted"].get(end) is None else f"{one['predicted'][end]:.4g}" for end in ("low", "high")
-        ]
+        foretold = predicted(one)
+        ends = ["open" if math.isnan(end) else f"{end:.4g}" for end in (foretold.low, foretold.high)]
         lines.append(
             [
-                power_text(float(one["flops"])),
+                power_text(one["flops"]),
                 str(one["metric"]),
-                Cell(f"{one['predicted']['estimate']:.4g}"),
+                Cell(value_text(foretold.estimate)),
                 Cell(f"[{ends[0]}, {ends[1]}]"),
                 Cell("-" if measured is None else value_text(measured, math.nan if error is None else error)),
                 verdict,
@@ -266,15 +271,7 @@ def _tally(rows: Sequence[Row], name: str) -> str:
 def _counted(found: Counter[str]) -> str:
     if len(found) == 1:
         return next(iter(found))
-    return "; ".join(f"{value} ({_plural(count, 'row')})" for value, count in found.most_common())
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    return "; ".join(f"{value} ({plural(count, 'row')})" for value, count in found.most_common())
 
 
 def _times(manifest: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float
 
 def _now_text(live: Mapping[str, Any], state: SweepState) -> str:
     """Whether it runs, the spend, what is searched and the best checkpoint, then what runs and what waits."""
-    parts = ["\n".join([_driver_line(live["driver"], state), *_spend_lines(state), *_kept_lines(live)])]
+    parts = ["\n".join([_driver_line(live["driver"], state), _spend_line(state), *_kept_lines(live)])]
     if live["running"]:
         parts.append(ruled(_RUNNING, [_running_cells(task) for task in live["running"]]))
     if live["waiting"]:
@@ -79,11 +79,11 @@ def _driver_line(driver: Mapping[str, Any] | None, state: SweepState) -> str:
     return f"finished: {state.finished}" if state.finished else "nobody runs it; the same command goes on"
 
 
-def _spend_lines(state: SweepState) -> list[str]:
+def _spend_line(state: SweepState) -> str:
     cap_flops = state.cap_flops or 0
     spent = f"spent {format_flops(state.spent_flops)} of {format_flops(cap_flops)} FLOPs"
     left_flops = cap_flops - state.spent_flops - state.reserved_flops
-    return [f"{spent}, {format_flops(state.reserved_flops)} reserved, {format_flops(max(0, left_flops))} left"]
+    return f"{spent}, {format_flops(state.reserved_flops)} reserved, {format_flops(max(0, left_flops))} left"
 
 
 def _kept_lines(live: Mapping[str, Any]) -> list[str]:

@@ -81,27 +81,24 @@ def publish_study(location: str) -> list[str]:
     sweeps, store = read_study(location), Store(location)
     files = [file for sweep in sweeps if sweep.has_begun for file in publish_report(sweep)]
     folder = store.child("report")
-    folder.put("index.html", study_html(store.uri.rsplit("/", 1)[-1], sweeps, read_recipe(store)).encode())
+    folder.put("index.html", _study_html(store.uri.rsplit("/", 1)[-1], sweeps, read_recipe(store)).encode())
     return [f"{folder.uri}/index.html", *files]
 
 
-def study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any] | None = None) -> str:
+def _study_html(name: str, sweeps: Sequence[SweepView], recipe: Mapping[str, Any] | None) -> str:
     """The study's page: every answer in one table, then a chapter per axis."""
     checks = [check for sweep in sweeps for check in sweep.state.checks]
-    told = chapters(sweeps)
-    figures = [
-        [replace(figure, name=f"chapter-{place}-{figure.name}") for figure in law_figures(chapter.laws, chapter.floors)]
-        for place, chapter in enumerate(told)
-    ]
     begun, results = sum(sweep.has_begun for sweep in sweeps), sum(len(sweep.state.arrivals) for sweep in sweeps)
-    parts = [
-        {"chapter": chapter, "figures": drawn, "laws": law_parts(chapter.laws), "rows_note": rows_note(chapter.laws)}
-        for chapter, drawn in zip(told, figures, strict=True)
-    ]
+    told, figures, parts = chapters(sweeps), [], []
+    for place, chapter in enumerate(told):
+        laws = chapter.laws
+        drawn = [replace(one, name=f"chapter-{place}-{one.name}") for one in law_figures(laws, chapter.floors)]
+        figures += drawn
+        parts.append({"chapter": chapter, "figures": drawn, "laws": law_parts(laws), "rows_note": rows_note(laws)})
     return render(
         "study.html",
         f"{name}: scaling laws",
-        [figure for of_chapter in figures for figure in of_chapter],
+        figures,
         None,
         name=name,
         lede=f"{begun} of {len(sweeps)} sweeps begun, {results} results. Sweeps of one axis are fitted together.",

@@ -14,7 +14,7 @@ from typing import Any
 
 from bfm.laws.frontier import FrontierPoint, Results, Row, goal_of, metric_error, metric_value, rung_rows
 from bfm.report.digits import power_text, value_text
-from bfm.report.floors import AgainstFloor, against_strongest, floors_at
+from bfm.report.floors import AgainstFloor, floors_at
 from bfm.report.plots import (
     RUNG_SCALE,
     SIZE_SCALE,
@@ -28,7 +28,8 @@ from bfm.report.plots import (
     with_goal,
 )
 from bfm.report.sweep_view import SweepView
-from bfm.report.tables import behind_text, change_text, trials_in_order
+from bfm.report.tables import behind_text, change_text, size_words, trials_in_order
+from bfm.report.words import plural
 from bfm.units import format_count, format_seconds
 
 _LOG_FROM = 4.0
@@ -64,7 +65,7 @@ def columns_of(view: SweepView) -> list[Column]:
         _numbers("N", [row.get("params") for row in rows], format_count),
         _numbers("s", [row.get("embedder_share") for row in rows], "{:.2%}".format),
         *[_metric(view, rows, metric) for metric in view.results.metrics],
-        *[_numbers(_words(name), [_config(row, name) for row in rows], "{:.4g}".format) for name in fields],
+        *[_numbers(name.replace("_", " "), [_config(row, name) for row in rows], "{:.4g}".format) for name in fields],
         *[_choices(name, rows) for name in varied_choices(rows)],
         _numbers("D", [row.get("events") for row in rows], format_count),
         _numbers("D/N", [_ratio(row.get("events"), row.get("params")) for row in rows], "{:.3g}".format),
@@ -106,15 +107,15 @@ def sweep_data(view: SweepView) -> dict[str, Any] | None:
 
 def _metric_facts(view: SweepView, metric: str, places: Mapping[int, int]) -> dict[str, Any]:
     """The frontier of a metric, its floors, the best of each rung, and the axis that shows them."""
-    points, floors = view.points[metric], floors_at(view.floors, metric)
+    points, floors = view.frontiers[metric], floors_at(view.floors, metric)
     window = _window(view.results, metric, points, [*floors.values()])
-    beside = [against_strongest(point.row, metric, view.floors, view.compare) for point in points]
+    beside = [view.beside_floor(point.row, metric) for point in points]
     return {
         "label": short(metric),
         "goal": goal_of(metric),
         "axis": linear_axis(with_goal(metric), *window.ends),
         "edges": window.edges,
-        "said": frontier_sentence(metric, points[-1], beside[-1]),
+        "said": _frontier_sentence(metric, points[-1], beside[-1]),
         "floors": floor_lines(floors, window),
         "frontier": [
             {
@@ -135,12 +136,11 @@ def _metric_facts(view: SweepView, metric: str, places: Mapping[int, int]) -> di
     }
 
 
-def frontier_sentence(metric: str, best: FrontierPoint, floor: AgainstFloor | None) -> str:
+def _frontier_sentence(metric: str, best: FrontierPoint, floor: AgainstFloor | None) -> str:
     """The best value of a metric, who has it, and how it stands beside the strongest floor."""
-    size = f", N {format_count(best.row['params'])}" if best.row.get("params") else ""
-    at = f"{best.row['trial']}{size}, at C = {power_text(float(best.row['rung_flops']))}"
+    who = [str(best.row["trial"]), size_words(best.row), f"at C = {power_text(best.row['rung_flops'])}"]
     beside = "" if floor is None else f", {floor.words}"
-    return f"Best {metric}: {value_text(best.value, best.error)} ({at}){beside}."
+    return f"Best {metric}: {value_text(best.value, best.error)} ({', '.join(filter(None, who))}){beside}."
 
 
 def _window(results: Results, metric: str, points: Sequence[FrontierPoint], floors: Sequence[float]) -> Window:
@@ -173,8 +173,7 @@ def engine_text(row: Row) -> str:
     name = row.get("engine") or "-"
     if name == "zero" and row.get("zero_stage") is not None:
         name = f"ZeRO-{row['zero_stage']}"
-    workers = int(row.get("workers") or 1)
-    return f"{name}, {workers} worker{'s' if workers > 1 else ''}"
+    return f"{name}, {plural(int(row.get('workers') or 1), 'worker')}"
 
 
 def _metric(view: SweepView, rows: Sequence[Row], metric: str) -> Column:
@@ -205,9 +204,9 @@ def _choices(name: str, rows: Sequence[Row]) -> Column:
     """Values by their place in the alphabet, which name the ticks."""
     texts = [str(_config(row, name)) for row in rows]
     names = sorted(set(texts))
-    axis = linear_axis(_words(name), -0.5, len(names) - 0.5)
+    axis = linear_axis(name.replace("_", " "), -0.5, len(names) - 0.5)
     named = {"tickvals": [*range(len(names))], "ticktext": [*map(short, names)]}
-    return Column(_words(name), texts, [float(names.index(text)) for text in texts], axis=axis | named)
+    return Column(name.replace("_", " "), texts, [float(names.index(text)) for text in texts], axis=axis | named)
 
 
 def _fanned(rows: Sequence[Row], rungs: Mapping[float, Sequence[Row]]) -> list[float]:
@@ -227,10 +226,6 @@ def _fanned(rows: Sequence[Row], rungs: Mapping[float, Sequence[Row]]) -> list[f
 def _config(row: Row, name: str) -> object:
     value = (row.get("config") or {}).get(name)
     return str(value) if isinstance(value, bool) else value
-
-
-def _words(field: str) -> str:
-    return field.replace("_", " ")
 
 
 def _ratio(upper: object, lower: object) -> float:

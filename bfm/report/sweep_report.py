@@ -26,7 +26,7 @@ from bfm.sweep.recipe.verdicts import checks_lines
 
 def publish_report(view: SweepView) -> list[str]:
     """Write report/ into the sweep's storage; returns the locations of its files, index.html first."""
-    html = report_html(view, {**_data(view.state), "recipe": read_recipe(view.store)})
+    html = report_html(view, recipe=read_recipe(view.store), **_data(view.state))
     folder = view.store.child("report")
     # The page stands only where all that it names stands.
     folder.put("runs.parquet", runs_parquet(view.rows))
@@ -34,14 +34,20 @@ def publish_report(view: SweepView) -> list[str]:
     return [f"{folder.uri}/{name}" for name in ("index.html", "runs.parquet")]
 
 
-def report_html(view: SweepView, about: Mapping[str, Any]) -> str:
+def report_html(
+    view: SweepView,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    protocol: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
+) -> str:
     """The page: first what the sweep answers, then the frontier, the laws, and all that they rest on.
 
-    about: manifest, protocol, provenance {name: value}, recipe (recipe.json), each of which may be missing.
+    recipe: recipe.json; manifest, protocol: of the sweep's shards; provenance: what else is known of them, by name.
     """
     state, spec = view.state, view.state.spec or {}
     name = str(spec.get("name") or "sweep")
-    manifest, protocol = about.get("manifest"), about.get("protocol")
     return render(
         "sweep.html",
         f"{name}: compute frontier",
@@ -55,14 +61,16 @@ def report_html(view: SweepView, about: Mapping[str, Any]) -> str:
         cards=sections.cards(view),
         best=sections.best_table(view),
         laws=law_parts(view.laws),
-        recipe=sections.recipe_table(about.get("recipe"), state.checks),
+        recipe=sections.recipe_table(recipe, state.checks),
         floors=sections.floor_table(view),
         spend=sections.spend_table(view),
         failures=[sections.failure_table(view), sections.refusal_table(state)],
         events=sections.event_facts(manifest) if manifest else [],
-        protocol=sections.protocol_facts(protocol, _scored(spec)) if protocol else [],
-        provenance=sections.provenance_facts(view.rows, about.get("provenance") or {}),
-        settings=yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True) if spec else "",
+        protocol=sections.protocol_facts(protocol, (spec.get("data") or {}).get("evaluation_queries"))
+        if protocol
+        else [],
+        provenance=sections.provenance_facts(view.rows, provenance or {}),
+        settings=yaml.safe_dump(spec, sort_keys=False, allow_unicode=True) if spec else "",
     )
 
 
@@ -88,17 +96,3 @@ def _data(state: SweepState) -> dict[str, Any]:
         return {"manifest": shards.manifest.as_dict(), "protocol": {**protocol.info, "hash": protocol.hash}}
     except (UserError, CorruptError) as error:
         return {"provenance": {"shards": str(error)}}
-
-
-def _scored(spec: Mapping[str, Any]) -> int | None:
-    """How many validation queries the rows were scored on; None: all."""
-    return (spec.get("data") or {}).get("evaluation_queries")
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences of any kind as dicts and lists, which YAML prints without tags."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bfm.laws.frontier import FrontierPoint, Gap, Results
+from bfm.laws.frontier import FrontierPoint, Gap, Results, Row
 from bfm.ranking.paired import Pairing
-from bfm.report.floors import Baselines, read_floor_scores, read_floors
+from bfm.report.floors import AgainstFloor, Baselines, against_strongest, read_floor_scores, read_floors
 from bfm.sweep.driver.live import live_figures
 from bfm.sweep.driver.status import summarise
 from bfm.sweep.ledger.study import StoredSweep, read_alone
@@ -25,21 +25,25 @@ class SweepView(StoredSweep):
 
     def as_dict(self) -> dict[str, Any]:
         """What `bfm status --json` prints."""
-        return {**summarise(self.state), **self.live, "frontier": self.frontiers(), "floors": self.floors}
+        return {**summarise(self.state), **self.live, "frontier": self.frontier_dicts(), "floors": self.floors}
 
-    def frontiers(self) -> dict[str, list[dict[str, Any]]]:
-        """Per metric, the best value reachable at each rung, who reached it, the change, and who is within error."""
-        return {metric: [_point_dict(point) for point in points] for metric, points in self.points.items()}
+    def frontier_dicts(self) -> dict[str, list[dict[str, Any]]]:
+        """JSON-able form of the frontiers: each point, who reached it, the change, and who is within error."""
+        return {metric: [_point_dict(point) for point in points] for metric, points in self.frontiers.items()}
 
     @cached_property
-    def points(self) -> dict[str, list[FrontierPoint]]:
+    def frontiers(self) -> dict[str, list[FrontierPoint]]:
         """The frontier of each headline metric, losses first, C ascending; without a value there is none."""
         return self.results.frontiers(self.compare)
 
     @property
     def bests(self) -> dict[str, FrontierPoint]:
         """The best of each metric that has a value."""
-        return {metric: points[-1] for metric, points in self.points.items() if points}
+        return {metric: points[-1] for metric, points in self.frontiers.items() if points}
+
+    def beside_floor(self, row: Row, metric: str) -> AgainstFloor | None:
+        """A row beside the strongest floor at a metric; None where either has no value."""
+        return against_strongest(row, metric, self.floors, self.compare)
 
     @cached_property
     def live(self) -> dict[str, Any]:

@@ -40,19 +40,15 @@ def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_
     Under it, what it brings against the rung below, and how many more are within error of it. Below stand the floors,
     the name of the strongest at each metric, and whether the sweep's best is below it.
     """
-    found = results.frontiers(compare)
-    if not found:
+    frontiers = results.frontiers(compare)
+    if not frontiers:
         return "no results yet"
-    metrics = list(found)
-    points = {metric: {point.flops: point for point in found[metric]} for metric in metrics}
-    lines: list[list[str]] = []
+    metrics, lines = list(frontiers), []
     for flops, finished in results.finished.items():
-        cells = [point_text(points[metric].get(flops)) for metric in metrics]
-        holder = points[metrics[0]].get(flops)
-        size = format_count(holder.row["params"]) if holder and holder.row.get("params") else "-"
-        lines.append([f"C {format_flops(flops)}", str(len(finished)), size, *cells])
-        at = [points[metric].get(flops) for metric in metrics]
-        told = {"change": [change_text(point) for point in at], "within error": [_more_text(point) for point in at]}
+        points = points_at(frontiers, flops)
+        size = format_count(points[0].row["params"]) if points[0] and points[0].row.get("params") else "-"
+        lines.append([f"C {format_flops(flops)}", str(len(finished)), size, *map(point_text, points)])
+        told = {"change": [*map(change_text, points)], "within error": [*map(_more_text, points)]}
         lines += [[f"  {name}", "", "", *cells] for name, cells in told.items() if any(cells)]
     for name, values in baselines.items():
         cells = [value_text(values.get(metric, math.nan)) for metric in metrics]
@@ -63,8 +59,7 @@ def frontier_text(results: Results, baselines: Baselines, compare: Compare = no_
     cells = [cell for line in lines for cell in line]
     notes = [f"N: of the best {metrics[0]}"] if len(metrics) > 1 else []
     notes += [note for mark, note in _MARKS if any(cell.endswith(mark) for cell in cells)]
-    best = {metric: found[metric][-1].row for metric in metrics if found[metric]}
-    return "\n".join([text, *notes, *filter(None, [sweep_verdict(best, baselines, compare)])])
+    return "\n".join(filter(None, [text, *notes, sweep_verdict(frontiers, baselines, compare)]))
 
 
 def trials_text(results: Results, compare: Compare = no_answers, limit: int = 20) -> str:
@@ -114,9 +109,14 @@ def spend_text(results: Results, state: SweepState) -> str:
     if not spent_flops:
         return table
     under = f" of {format_flops(cap_flops)} ({spent_flops / cap_flops:.0%})" if cap_flops else ""
-    apart = {"lost": state.lost_flops, "redone for want of evicted trunks": state.redone_flops}
-    told = "".join(f", {format_flops(flops)} of them {what}" for what, flops in apart.items() if flops)
+    told = "".join(f", {format_flops(flops)} of them {what}" for what, flops in wasted_flops(state).items())
     return f"{table}\nspent {format_flops(spent_flops)} FLOPs{under}{told}".lstrip()
+
+
+def wasted_flops(state: SweepState) -> dict[str, int]:
+    """What was spent without a gain, by how."""
+    apart = {"lost": state.lost_flops, "redone for want of evicted trunks": state.redone_flops}
+    return {what: flops for what, flops in apart.items() if flops}
 
 
 def failures_text(rows: Sequence[Row], state: SweepState) -> str:
@@ -199,6 +199,16 @@ def trials_in_order(results: Results) -> list[Row]:
     return sorted(highest.values(), key=place)
 
 
+def points_at(frontiers: Mapping[str, Sequence[FrontierPoint]], flops: float) -> list[FrontierPoint | None]:
+    """The point of each metric's frontier at a rung; None where it has none yet."""
+    return [next((point for point in points if point.flops == flops), None) for points in frontiers.values()]
+
+
+def size_words(row: Row) -> str:
+    """N of a row; empty where it has none."""
+    return f"N {format_count(row['params'])}" if row.get("params") else ""
+
+
 def point_text(point: FrontierPoint | None) -> str:
     """A frontier value with its error; a star where it was reached at a lower rung."""
     if point is None:
@@ -233,4 +243,4 @@ def _tight(cell: str) -> str:
 
 def _strongest_name(baselines: Baselines, metric: str) -> str:
     floor = strongest(baselines, metric)
-    return floor[0] if floor else "-"
+    return floor.name if floor else "-"

@@ -152,4 +152,4 @@ def view_of(sweep: dict[str, Any], **known: Any) -> SweepView:
 
 
 def page_of(sweep: dict[str, Any], about: dict[str, Any] | None = None, **known: Any) -> str:
-    return report_html(view_of(sweep, **known), about or {})
+    return report_html(view_of(sweep, **known), **(about or {}))

@@ -15,11 +15,12 @@ from bfm.events.repeats import rule_facts
 from bfm.laws.result import Estimate
 from bfm.report import study
 from bfm.report.digits import estimate_text
+from bfm.report.law_details import outlook
 from bfm.report.law_figures import law_figures
 from bfm.report.law_fits import sweep_laws, told
 from bfm.report.law_sections import answer_table, answers, law_parts
-from bfm.report.plots import Panel, finite
-from bfm.report.render import Table
+from bfm.report.plots import Panel
+from bfm.report.render import Table, finite
 from bfm.report.sections import recipe_table
 from bfm.sweep.ledger.state import SweepState
 from tests.report import planted_laws as planted
@@ -165,14 +166,14 @@ def test_what_is_foretold_stands_beside_the_floors():
 
 
 def test_the_outlook_is_the_planted_law_at_its_optimum_and_its_band_opens():
-    found = laws_of("allocation")[0]
-    flops, last = found.outlook[-1]
+    ((_, fit), *_) = told(laws_of("allocation"), "joint")
+    flops, last = outlook(fit)[-1]
     params = planted.planted_size(flops)
     events = flops / (planted.FLOPS_PER_PARAM_EVENT * params)
     truth = 1.7 + 400 / params**0.34 + 410 / events**0.28
     assert flops == pytest.approx(10 * max(planted.BUDGETS))
     assert last.low < truth < last.high
-    first = found.outlook[0][1]
+    first = outlook(fit)[0][1]
     assert (last.high - last.low) / last.estimate > (first.high - first.low) / first.estimate
 
 
@@ -297,6 +298,9 @@ def test_a_recipe_is_shown_as_predicted_and_as_measured():
     outside = recipe_table(recipe, [check | {"inside": False}])
     assert cells(outside)[0][-1] == "outside"
     assert len(cells(recipe_table(recipe, [check]))) == 1
+    # A prediction that is open on both sides has no estimate in JSON.
+    unknown = recipe | {"predicted": Estimate(3.2, -math.inf, math.inf).as_dict()}
+    assert cells(recipe_table(unknown, ()))[0][2:4] == ["-", "[open, open]"]
     assert not recipe_table(None, ())
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from bfm.laws.fitting import fit_law, runs_of_sweep
 from bfm.laws.result import BudgetOptimum, Estimate, LawFit
+from bfm.report.law_details import FittedAxis
 from bfm.report.law_text import law_text
 from bfm.report.law_words import axis_sentence, rows_text, sentences
 from tests.report import planted_laws as planted
@@ -47,7 +48,7 @@ def test_an_optimum_that_moves_with_c():
     fit = law([grown(1e7), grown(6.3e7)])
     said = "the best N grows as C^0.45 (95 %: 0.44 to 0.46), 63M at C = 1e11; bracketed at 2 of 2 budgets."
     assert sentences(fit) == [("Model size", said)]
-    falls = axis_sentence(law([grown(1e7), grown(1e6)], Estimate(-0.5, -0.7, -0.3)), "params")
+    falls = axis_sentence(FittedAxis(law([grown(1e7), grown(1e6)], Estimate(-0.5, -0.7, -0.3)), "params"))
     assert falls.startswith("the best N falls as C^-0.50 (95 %: -0.70 to -0.30), 1M at C = 1e11; budgets further apart")
 
 
@@ -63,7 +64,7 @@ def test_a_choice_is_a_step_of_the_loss():
 
 def test_an_optimum_that_is_not_told_to_move():
     fit = law([grown(0.02), grown(0.021)], Estimate(0.0, -0.01, 0.01), "share")
-    assert axis_sentence(fit, "share") == (
+    assert axis_sentence(FittedAxis(fit, "share")) == (
         "best at 2.1 % [1.89 %, 2.31 %] at C = 1e11, not told to move with C (exponent 0.00 [-0.01, 0.01]); the loss "
         "rises by 0.0040 \u00b1 0.0030 at 2 % and by 0.30 \u00b1 0.10 at 40 %; bracketed at 2 of 2 budgets."
     )
@@ -80,29 +81,32 @@ def test_an_optimum_that_is_not_told_to_move():
     ],
 )
 def test_a_budget_that_brackets_nothing_says_what_to_add(fit, side):
-    said = axis_sentence(fit, "params")
+    said = axis_sentence(FittedAxis(fit, "params"))
     assert "how it moves with C is not told: bracket it at more budgets, further apart" in said
     assert said.endswith(f"bracketed at 1 of 2 budgets; not bracketed at C = 1e11: add {side} N there.")
 
 
 def test_no_budget_tells_an_optimum():
-    assert axis_sentence(law([None, None]), "params") == "not bracketed at C = 1e10 and 1e11: add larger N there."
+    assert (
+        axis_sentence(FittedAxis(law([None, None]), "params"))
+        == "not bracketed at C = 1e10 and 1e11: add larger N there."
+    )
     beyond = law([Estimate(math.nan, 0.3, math.inf)], name="share")
-    assert axis_sentence(beyond, "share") == "not bracketed at C = 1e10: add larger s there."
+    assert axis_sentence(FittedAxis(beyond, "share")) == "not bracketed at C = 1e10: add larger s there."
 
 
 def test_an_axis_that_changes_nothing_is_flat_within_its_error():
     flat = law([OPEN, OPEN], name="share", ends=((0.001, -0.002, 0.004), (0.004, 0.001, 0.007)))
     said = "flat: from 2 % to 40 % the loss rises by at most 0.0040 \u00b1 0.0030; runs further out would tell."
-    assert axis_sentence(flat, "share") == said
+    assert axis_sentence(FittedAxis(flat, "share")) == said
     ranked = replace(flat, metric="recall@10")
-    assert "recall@10 falls by at most 0.40 \u00b1 0.30 %" in axis_sentence(ranked, "share")
+    assert "recall@10 falls by at most 0.40 \u00b1 0.30 %" in axis_sentence(FittedAxis(ranked, "share"))
 
 
 def test_one_budget_tells_an_optimum_and_no_law():
     one = law([grown(1e7)], Estimate(math.nan, -math.inf, math.inf))
     said = "best at 10M [9M, 11M] at C = 1e10; how it moves with C is not told: bracket it at more budgets, further"
-    assert axis_sentence(one, "params").startswith(said)
+    assert axis_sentence(FittedAxis(one, "params")).startswith(said)
 
 
 def test_sizes_that_do_not_differ_ask_nothing():

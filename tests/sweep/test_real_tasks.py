@@ -80,7 +80,7 @@ def test_a_sweep_of_real_models(toy_shards, tmp_path):
 
 def _tells_paired_differences(folder, state):
     view = read_sweep(str(folder))
-    low, high = view.frontiers()["nll"]
+    low, high = view.frontier_dicts()["nll"]
     rows = [state.rungs[rung][point["trial"]] for rung, point in enumerate((low, high))]
     change = high["change"]
     assert change["paired"]
