@@ -166,10 +166,10 @@ def test_what_the_ends_of_a_rate_cost_is_told_at_the_batch_that_is_asked_for():
     rates = {name: math.exp(rng.uniform(0, math.log(8))) for name in np.unique(runs["curve"])}
     rate_R = np.array([rates[name] for name in runs["curve"]])
     loss_R = runs["loss"] + 0.02 * (np.log(rate_R) - 0.5 * np.log(runs["batch"] / 8)) ** 2
-    columns = {**runs.columns, "learning_rate": rate_R, "loss": loss_R}
-    fit = fit_joint(replace(runs, columns=columns, settings=("share", "learning_rate")))
+    columns = {**runs.columns, "rate": rate_R, "loss": loss_R}
+    fit = fit_joint(replace(runs, columns=columns, settings=("share", "rate")))
     for batch, best in ((8.0, 0), (512.0, 1)):
-        ends = [rise for _, rise in rises(fit, "learning_rate", 1e17, math.log(best_size(1e17)), batch)]
+        ends = [rise for _, rise in rises(fit, "rate", 1e17, math.log(best_size(1e17)), batch)]
         assert ends[best].high < 0.03 < ends[1 - best].low, batch
 
 
