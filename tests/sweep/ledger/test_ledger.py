@@ -272,7 +272,7 @@ def contest(store, round_number, pool):
 
 
 @pytest.mark.parametrize("place", ["local", "object store"])
-@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_of_twenty_drivers_that_start_at_once_one_wins(place, rounds, tmp_path, request):
     store = Store(tmp_path if place == "local" else request.getfixturevalue("s3"))
     last = None
