@@ -89,7 +89,6 @@ def _allocations(copy: str, *overrides: str) -> Iterable[Planned]:
         yield Planned("allocation", name, (*overrides, f"seeds=[{seed}]"), copy)
 
 
-LOW = "budget.ladder_flops=[1e10, 3.2e10, 1e11]"
 # Three decades, three to six sizes at each budget; 5e13 FLOPs, under three hours of two cores (`scaling.slots=2`).
 # `bfm data synth log --events 5e7 --users 1.5e5 --items 2e3 --seed 1`, then `bfm data prepare`.
 SYNTHETIC = (
@@ -101,7 +100,7 @@ SYNTHETIC = (
 OTHER_AXES = tuple(Planned(name, name) for name in ("embedder_share", "critical_batch", "negatives", "joint"))
 SWEEPS: Mapping[str, tuple[Planned, ...]] = {
     "complete_journey": (*OTHER_AXES, *_allocations("pointer"), *_allocations("none")),
-    "online_retail": (*_allocations("pointer"), *_allocations("none", LOW)),
+    "online_retail": (*_allocations("pointer"), *_allocations("none")),
     "synthetic": (Planned("allocation", "allocation", SYNTHETIC),),
 }
 
