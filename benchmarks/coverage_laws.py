@@ -45,7 +45,7 @@ def joint(runs: Runs, places: Places) -> Answer:
     for times in (4, 10):
         columns = {name: np.array([value]) for name, value in {**places[times], "flops": flops[times]}.items()}
         (loss,), (half,) = fit.predict(columns)
-        found[f"a run at {times} C"] = Estimate(loss, loss - half, loss + half)
+        found[f"a run at {times} C"] = Estimate.around(loss, half)
     return found
 
 

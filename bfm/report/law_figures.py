@@ -308,7 +308,7 @@ def _outlook_panel(runs: Runs, fit: LawFit, baselines: Baselines) -> Panel:
     reached = dots(rungs, values, INK, texts, name="best run", showlegend=True)
     errors_R = runs.errors.get(runs.metric, np.full(len(runs), math.nan))
     errors = [2 * float(np.nan_to_num(errors_R[place])) for place in best.values()]
-    sides = [Estimate(value, value - error, value + error) for value, error in zip(values, errors, strict=True)]
+    sides = [Estimate.around(value, error) for value, error in zip(values, errors, strict=True)]
     traces = [*band_traces(band, rungs[-1], log=False), reached | {"error_y": bars(sides, MUTED)}]
     mark = {"color": PAPER, "line": {"color": INK, "width": 1.5}}
     foretold = diamonds([beyond], [last.estimate], PAPER, [plain(_outlook_sentence(fit, baselines))], showlegend=True)
