@@ -29,9 +29,9 @@ from common import RESULTS, ROOT, machine, publish
 from bfm.errors import UserError
 from bfm.files import Store
 from bfm.laws.frontier import Row, rung_rows
-from bfm.laws.result import Estimate
+from bfm.laws.result import Estimate, LawFit
 from bfm.report.digits import estimate_text
-from bfm.report.law_fits import Fitted
+from bfm.report.law_details import agreements, ranked_metrics
 from bfm.report.study import Chapter, chapters, read_study
 from bfm.sweep.ledger.ledger import read_state
 from bfm.sweep.ledger.study import is_study, list_sweeps
@@ -83,25 +83,34 @@ class Planned:
         ]
 
 
-def _allocations(copy: str, *overrides: str) -> Iterable[Planned]:
-    """Three seeds: where the valley is as flat as a seed's noise, one seed tells no exponent."""
-    for seed, name in enumerate(("allocation", "allocation_seed1", "allocation_seed2")):
-        yield Planned("allocation", name, (*overrides, f"seeds=[{seed}]"), copy)
+def _allocations(seeds: Iterable[int], *overrides: str, copy: str = "pointer") -> Iterable[Planned]:
+    """A sweep a seed: where the valley is as flat as a seed's noise, one seed tells no exponent."""
+    for seed in seeds:
+        yield Planned(
+            "allocation", f"allocation_seed{seed}" if seed else "allocation", (*overrides, f"seeds=[{seed}]"), copy
+        )
 
 
-# Three decades, three to six sizes at each budget; 5e13 FLOPs, under three hours of two cores (`scaling.slots=2`).
+TO_1E11 = "budget.ladder_flops=[1e10, 3.2e10, 1e11]"
+TO_1E12 = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12]"
+TO_1E13 = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]"
+# Three to six sizes at each budget; 5e13 FLOPs to 1e13, under three hours of two cores (`scaling.slots=2`).
 # `bfm data synth log --events 5e7 --users 1.5e5 --items 2e3 --seed 1`, then `bfm data prepare`.
 SYNTHETIC = (
-    "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]",
     "budget.events_per_param=[100, 8000]",
     "budget.total_flops=7e13",
     "parameters.params={values: [7e2, 1.2e3, 2e3, 3.4e3, 5.8e3, 1e4, 1.7e4, 2.9e4, 5e4, 8.5e4]}",
 )
 OTHER_AXES = tuple(Planned(name, name) for name in ("embedder_share", "critical_batch", "negatives", "joint"))
 SWEEPS: Mapping[str, tuple[Planned, ...]] = {
-    "complete_journey": (*OTHER_AXES, *_allocations("pointer"), *_allocations("none")),
-    "online_retail": (*_allocations("pointer"), *_allocations("none")),
-    "synthetic": (Planned("allocation", "allocation", SYNTHETIC),),
+    "complete_journey": (
+        *OTHER_AXES,
+        *_allocations(range(3)),
+        *_allocations(range(3, 12), TO_1E11),
+        *_allocations(range(3), copy="none"),
+    ),
+    "online_retail": (*_allocations(range(3)), *_allocations(range(3), copy="none")),
+    "synthetic": (*_allocations(range(1), TO_1E13, *SYNTHETIC), *_allocations(range(1, 3), TO_1E12, *SYNTHETIC)),
 }
 
 
@@ -228,21 +237,32 @@ def _seeds(rows: Iterable[Row]) -> Iterable[str]:
 
 
 def laws(chapter: Chapter) -> Iterable[str]:
-    """Lines of a table: every law of an axis on every metric."""
+    """Lines of a table: every law of an axis on every metric, and how the loss orders runs beside ranking metrics."""
     for found in chapter.laws:
-        if found.law != "agreement":
-            yield f"| {chapter.title} | {found.law} | {found.metric} | {_said(found)} |"
+        said = f"refused: {found.refused}" if found.fit is None else _said(found.fit)
+        yield f"| {chapter.title} | {found.law} | {found.metric} | {said} |"
 
 
-def _said(found: Fitted) -> str:
-    if found.fit is None:
-        return f"refused: {found.refused}"
+def _said(fit: LawFit) -> str:
+    told = _agreed(fit) if fit.law == "agreement" else _known(fit)
+    return f"{fit.runs} runs; {'; '.join(told) or 'nothing identifiable'}".replace("|", "/")
+
+
+def _agreed(fit: LawFit) -> Iterable[str]:
+    for metric in ranked_metrics(fit):
+        by_budget = [
+            f"at {flops:.3g} {estimate_text(value, '{:+.2f}'.format)}" for flops, value in agreements(fit, metric)
+        ]
+        trend = estimate_text(fit.parameters[f"trend[{metric}]"], "{:+.2f}".format)
+        yield f"Spearman with {metric} {', '.join(by_budget)}, its z per factor 10 in C {trend}"
+
+
+def _known(fit: LawFit) -> Iterable[str]:
+    """Parameters, then the optima of each budget."""
     told = [
-        f"{name} {estimate_text(value, '{:.4g}'.format)}"
-        for name, value in found.fit.parameters.items()
-        if value.is_known
+        f"{name} {estimate_text(value, '{:.4g}'.format)}" for name, value in fit.parameters.items() if value.is_known
     ]
-    for budget in found.fit.budgets:
+    for budget in fit.budgets:
         known = {name: value for name, value in budget.optima.items() if value.is_known}
         optima = [f"{name} {estimate_text(value, '{:.4g}'.format)}" for name, value in known.items()]
         if {"N_opt", "D_opt"} <= set(known):
@@ -251,7 +271,7 @@ def _said(found: Fitted) -> str:
             optima.append(f"D/N {estimate_text(ratio, '{:.4g}'.format)}")
         if optima:
             told.append(f"at {budget.flops:.3g}: {', '.join(optima)}")
-    return f"{found.fit.runs} runs; {'; '.join(told) or 'nothing identifiable'}".replace("|", "/")
+    return told
 
 
 def main() -> None:
