@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,8 @@ def agreement(flops: float, first_R: np.ndarray, second_R: np.ndarray) -> Agreem
 def fit_agreement(runs: Runs) -> LawFit:
     """Whether the fitted metric and each other of the runs prefer the same runs, and its trend in C.
 
-    Needs flops (or budget) and loss, and at least 4 runs of a budget. `details["agreement"]` holds, for each metric and
+    Needs flops (or budget) and loss, and at least 4 runs of a budget, those of one configuration counted once, with
+    the mean over its seeds. `details["agreement"]` holds, for each metric and
     budget, Spearman and Kendall with their intervals; parameters are `trend[METRIC]`, the change of Fisher's z of
     Spearman per factor 10 in C by weighted least squares over the budgets. Raises UserError that says which runs are
     missing.
@@ -74,7 +75,7 @@ def fit_agreement(runs: Runs) -> LawFit:
     details: dict[str, Any] = {}
     warnings = list(runs.warnings)
     for metric in others:
-        both = runs.fitting(metric)
+        both = _over_seeds(runs.fitting(metric))
         first_R = both.metrics[runs.metric]
         turn = 1.0 if goal_of(metric) == goal_of(runs.metric) else -1.0
         second_R, budgets = turn * both["loss"], both.budgets()
@@ -107,6 +108,29 @@ def fit_agreement(runs: Runs) -> LawFit:
         warnings=tuple(warnings),
         details={"agreement": details},
     )
+
+
+def _over_seeds(runs: Runs) -> Runs:
+    """Runs of one C that differ in their seed alone as one run: their means, under the name of what they share."""
+    if not runs.has("seed") or len(np.unique(runs["seed"])) == 1:
+        return runs
+    names = [
+        name for name in dict.fromkeys(("params", "batch", "share", "negatives", *runs.settings)) if runs.has(name)
+    ]
+    # A batch's events are a mean over its own steps, which another seed fills a little otherwise.
+    texts = [[f"{value:.3g}" if isinstance(value, float) else value for value in runs[name].tolist()] for name in names]
+    named = [", ".join(key) for key in zip(*texts, strict=True)] or [""] * len(runs)
+    groups: dict[tuple[float, str], list[int]] = {}
+    for flops, places in runs.budgets().items():
+        for place in places:
+            groups.setdefault((flops, named[place]), []).append(int(place))
+    first = runs.select(np.array([places[0] for places in groups.values()]))
+
+    def means(values_R: np.ndarray) -> np.ndarray:
+        return np.array([values_R[places].mean() for places in groups.values()])
+
+    columns = {**first.columns, "loss": means(runs["loss"]), "curve": np.array([name for _, name in groups])}
+    return replace(first, columns=columns, metrics={name: means(values) for name, values in runs.metrics.items()})
 
 
 def _spearman_variance(spearman: float, runs: int) -> float:
@@ -153,7 +177,8 @@ def _trend(
 
 def _slope(found: Sequence[Agreement]) -> tuple[float, float]:
     """(slope, its standard error were the budgets' runs separate)."""
-    short = np.array([6 / (one.rows * (one.rows**2 - 1)) for one in found])
+    # As far short of +-1 at every budget as the fewest runs can tell: a perfect order is no trend however many have it.
+    short = max(6 / (one.rows * (one.rows**2 - 1)) for one in found)
     z = np.arctanh(np.clip([one.spearman.estimate for one in found], short - 1, 1 - short))
     weight = np.array([1 / _spearman_variance(one.spearman.estimate, one.rows) for one in found])
     x = np.log10([one.flops for one in found])

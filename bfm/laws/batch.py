@@ -78,6 +78,9 @@ def fit_batch(runs: Runs, *, reference_batch: float | None = None) -> LawFit:
         q = fit.region.interval(coordinate(2 * place + 1))
         for name in values:
             value = q.through_falling(partial(_critical, name, group, reference))
+            if value.high == math.inf and value.low <= _critical(name, group, reference, 1.0):
+                # From the least that it can be to no end: the runs say nothing of it.
+                value = UNKNOWN.exp()
             values[name].append(value)
             parameters[f"{name}[{group.label}]"] = value
         warnings += _doubts(group, q.estimate, values["overhead20"][-1])

@@ -16,7 +16,12 @@ from scipy.optimize import nnls
 from bfm.laws.runs import Runs
 
 _CONSTANT = 0.02
+_POWERS = np.linspace(0.6, 1.6, 21)
+"""Of N, where N itself leaves more of C / D open than _MISFIT."""
+_MISFIT = 0.03
 _FEWEST = 3
+_MEANT, _MOST = 0.5, 20
+"""Least share of the runs in budgets that were meant, and most such budgets: learning curves meet by accident, too."""
 _SAME = 0.1
 """In ln C: one budget."""
 NEAR = math.log(2.0) + 1e-6
@@ -25,7 +30,8 @@ NEAR = math.log(2.0) + 1e-6
 
 @dataclass(frozen=True)
 class Cost:
-    """C / D = base + root N^.5 + line N (1 - s) + embedder N s + negative K: what a model's matmuls come to.
+    """C / D = base + root N^.5 + line N^p (1 - s) + embedder N^p s + negative K: what a model's matmuls come to, p = 1
+    unless the runs say otherwise.
 
     `middle` are the share and K at which sizes are compared: those of the middle run.
     """
@@ -34,12 +40,16 @@ class Cost:
     middle: Mapping[str, float]
     words: str
     """How it was found."""
+    power: float = 1.0
+    misfit: float = 0.0
+    """Root mean square of the runs' C / D beside it, relative."""
 
     def per_event(self, params: Any, share: Any = None, negatives: Any = None) -> Any:
         """C / D, of numbers or arrays; at the middle share and K where they are left out."""
         share = self.middle.get("share", 0.0) if share is None else share
         negatives = self.middle.get("negatives", 0.0) if negatives is None else negatives
-        return sum(weight * term for weight, term in zip(self.weight_T, _terms(params, share, negatives), strict=True))
+        terms = _terms(params, share, negatives, self.power)
+        return sum(weight * term for weight, term in zip(self.weight_T, terms, strict=True))
 
     def events(self, params: Any, flops: Any) -> Any:
         """D that C pays for at N, of numbers or arrays."""
@@ -47,10 +57,9 @@ class Cost:
 
     def slope(self, params: float) -> float:
         """Power of N with which an event's cost grows there."""
-        base, root, line, embedder, negatives = self.weight_T * np.array(
-            _terms(params, self.middle.get("share", 0.0), self.middle.get("negatives", 0.0))
-        )
-        return float((0.5 * root + line + embedder) / (base + root + line + embedder + negatives))
+        share, negatives = (self.middle.get(name, 0.0) for name in ("share", "negatives"))
+        part_T = self.weight_T * np.array(_terms(params, share, negatives, self.power))
+        return float(part_T @ (0.0, 0.5, self.power, self.power, 0.0) / part_T.sum())
 
     def dearer(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Cost of an event of rows over that of the same sizes at the middle share and K."""
@@ -59,15 +68,16 @@ class Cost:
         return np.asarray(self.per_event(params_R, **varied) / self.per_event(params_R))
 
 
-def _terms(params: Any, share: Any, negatives: Any) -> tuple[Any, ...]:
-    one = np.ones_like(np.asarray(params, float))
-    return one, np.sqrt(params), params * (1 - share), params * share, negatives * one
+def _terms(params: Any, share: Any, negatives: Any, power: float) -> tuple[Any, ...]:
+    one, grown = np.ones_like(np.asarray(params, float)), params**power
+    return one, np.sqrt(params), grown * (1 - share), grown * share, negatives * one
 
 
 def cost_of(runs: Runs) -> Cost:
     """6 N D without a column flops; else the terms, none below 0, that fit C / D best by relative error.
 
-    Shares and K are terms where they differ and C tells them.
+    Shares and K are terms where they differ and C tells them. Another power of N than the first is taken where that
+    leaves less than half as much open.
     """
     if not runs.has("flops"):
         return Cost(np.array([0.0, 0.0, 6.0, 6.0, 0.0]), {}, "C = 6 N D (the runs give no C)")
@@ -76,15 +86,26 @@ def cost_of(runs: Runs) -> Cost:
         name: runs[name] for name in ("share", "negatives") if name in runs.settings and runs[name].dtype.kind == "f"
     }
     middle: dict[str, float] = {name: float(np.median(values)) for name, values in varied.items()}
-    terms_RT = np.stack(_terms(runs["params"], varied.get("share", 0.0), varied.get("negatives", 0.0)), 1)
-    weight_T = nnls(terms_RT / paid_R[:, None], np.ones(len(runs)))[0]
-    if "share" not in varied:
-        weight_T[3] = weight_T[2]
-    apart = float(np.sqrt(np.mean((terms_RT @ weight_T / paid_R - 1) ** 2)))
-    names = ("", " N^.5", " N" if "share" not in varied else " N (1 - s)", " N s", " K")
-    shown = weight_T * (1, 1, 1, "share" in varied, 1)
-    parts = " + ".join(f"{weight:.4g}{name}" for weight, name in zip(shown, names, strict=True) if weight > 0)
-    return Cost(weight_T, middle, f"C = ({parts}) D (fitted to the runs' C, within {apart:.1%})")
+    settings = (runs["params"], varied.get("share", 0.0), varied.get("negatives", 0.0))
+
+    def fitted(power: float) -> Cost:
+        terms_RT = np.stack(_terms(*settings, power), 1)
+        weight_T = nnls(terms_RT / paid_R[:, None], np.ones(len(runs)))[0]
+        if "share" not in varied:
+            weight_T[3] = weight_T[2]
+        misfit = float(np.sqrt(np.mean((terms_RT @ weight_T / paid_R - 1) ** 2)))
+        size = " N" if power == 1 else f" N^{power:.3g}"
+        names = ("", " N^.5", size if "share" not in varied else f"{size} (1 - s)", f"{size} s", " K")
+        shown = weight_T * (1, 1, 1, "share" in varied, 1)
+        parts = " + ".join(f"{weight:.4g}{name}" for weight, name in zip(shown, names, strict=True) if weight > 0)
+        words = f"C = ({parts}) D (fitted to the runs' C, within {misfit:.1%})"
+        return Cost(weight_T, middle, words, power, misfit)
+
+    first = fitted(1.0)
+    if first.misfit <= _MISFIT:
+        return first
+    best = min(map(fitted, _POWERS), key=lambda cost: cost.misfit)
+    return best if best.misfit < first.misfit / 2 else first
 
 
 @dataclass(frozen=True)
@@ -117,13 +138,14 @@ def power_cost_of(runs: Runs) -> PowerCost:
 
 
 def cost_levels(runs: Runs, log_c_R: np.ndarray) -> list[float]:
-    """The C to give optima at: iso-FLOP groups of three runs or more; without two such, unless all runs are one, powers
-    of ten and the top."""
+    """The C to give optima at: iso-FLOP groups of three runs or more, if most runs are in one; without two such, unless
+    all runs are one, powers of ten and the top."""
     if runs.has("budget") or runs.has("flops"):
         groups = runs.budgets()
         close = {c: np.ptp(log_c_R[places]) < _SAME or runs.has("budget") for c, places in groups.items()}
         found = [flops for flops, places in groups.items() if len(places) >= _FEWEST and close[flops]]
-        if len(found) > 1 or (found and len(groups) == 1):
+        meant = len(found) <= _MOST and sum(len(groups[flops]) for flops in found) >= _MEANT * len(runs)
+        if (meant or runs.has("budget")) and (len(found) > 1 or len(groups) == 1):
             return found
     low, top = log_c_R.min() / math.log(10), float(np.exp(log_c_R.max()))
     powers = [10.0**power for power in range(math.ceil(low), math.floor(math.log10(top)) + 1)]

@@ -31,6 +31,8 @@ _SIDES = (math.log(0.3), 1.0)
 """Prior mean and standard deviation of the log rates of an axis' sides: near a parabola over a decade or two."""
 _REPEATS = (math.log(15.0), 2.0)
 """Prior of ln R*: Muennighoff et al. (2023) found 15, and the interval is a factor 50 either way."""
+_PRIOR = 0.7
+"""Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 _WIDE = 3.0
 """Prior standard deviation of logs: a factor of 400 either way."""
 _STARTS = (0.08, 0.16, 0.32, 0.64)
@@ -82,6 +84,10 @@ class Joint:
     def parameter(self, place: int) -> Estimate:
         """exp of the parameter at a place of theta, such as LOG_E or LOG_ALPHA."""
         return self.of(float(self.theta_P[place]), np.eye(len(self.theta_P))[place]).exp()
+
+    def tells(self, place: int) -> bool:
+        """Whether the rows tell the parameter at a place of theta: what is hardly surer than its prior, they do not."""
+        return bool(math.sqrt(self.covariance_PP[place, place]) <= _PRIOR * self.problem.sd_P[place])
 
     def places(
         self, flops: float, log_n_R: np.ndarray, batch: float | None = None, unique_events: float = math.inf

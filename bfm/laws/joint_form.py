@@ -6,9 +6,10 @@ D' are the events that count: U + U R* (1 - exp(-(D / U - 1) / R*)) of D events 
 al. 2023), over 1 + batch / critical. x is the log of an axis (embedder share, rate, negatives, any other number that
 was searched); x* is linear in the logs of what moves it. rise(u) = u^2 + O(u^3) has two sides, e^(-left u) and
 e^(right u): a x^right + b x^-left (arXiv 2606.05257) told from its lowest point. Rows at 0 of an axis have a step in
-its place, which goes with C^g, too; and so have the values of what is no number, the same at every C. `miss` is what
-the form leaves: a sum of smooth functions, each with a coefficient of mean 0 whose size the fit finds (bfm.laws.reml),
-so that a law that holds is left alone and one that does not is followed.
+its place, which goes with C^g, too; beyond the largest C at which the axis was swept both may fall, and do not grow.
+The values of what is no number have steps, the same at every C. `miss` is what the form leaves: a sum of smooth
+functions, each with a coefficient of mean 0 whose size the fit finds (bfm.laws.reml), so that a law that holds is left
+alone and one that does not is followed.
 
 Parameters theta: ln of A / N0^alpha, ln of B / D0^beta, ln E, ln alpha, ln beta; [ln R*]; [ln of the critical batch
 over the rows' own and its slope]; per axis ln h, g, ln left, ln right, x* at the centre, its slopes, [the step at 0];
@@ -47,6 +48,10 @@ class Axis:
     drivers_RQ: np.ndarray
     off_R: np.ndarray | None
     """1 where the number is 0; None where no row has that."""
+    log_c_R: np.ndarray
+    """ln C less the centre's."""
+    log_top: float
+    """Of the largest C at which the axis was swept: what it adds may fall beyond, and does not grow."""
 
     @property
     def size(self) -> int:
@@ -57,9 +62,10 @@ class Axis:
         """x* at every row, of the axis' own parameters."""
         return np.asarray(theta_A[OPTIMUM] + self.drivers_RQ @ theta_A[SLOPES : SLOPES + self.drivers_RQ.shape[1]])
 
-    def mean(self, theta_A: np.ndarray, log_c_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mean(self, theta_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(what the axis adds to L, its gradient by the axis' own parameters)."""
         on_R = 1.0 if self.off_R is None else 1 - self.off_R
+        log_c_R = self.log_c_R if theta_A[GROWTH] < 0 else np.minimum(self.log_c_R, self.log_top)
         grown_R = np.exp(np.clip(theta_A[GROWTH] * log_c_R, -50, 50))
         height_R = on_R * grown_R * math.exp(np.clip(theta_A[HEIGHT], -50, 50))
         parts = rise(self.x_R - self.optimum(theta_A), math.exp(theta_A[LEFT]), math.exp(theta_A[RIGHT]))
@@ -152,7 +158,7 @@ class Places:
         columns += [-beta * d_R * part_R for part_R in by_data]
         loss_R, parts = floor + n_R + d_R, [np.stack(columns, 1)]
         for name, span in self.spans.items():
-            added_R, jacobian_RA = self.axes[name].mean(theta_P[span], self.log_c_R)
+            added_R, jacobian_RA = self.axes[name].mean(theta_P[span])
             loss_R = loss_R + added_R
             parts.append(jacobian_RA)
         jacobian_RP = np.concatenate([*parts, self.steps_RJ, self.miss_RM], 1)
@@ -181,7 +187,8 @@ class Frame:
 
     logs: Mapping[str, float]
     """Mean natural log of every column that varies, of its values above 0."""
-    axes: tuple[str, ...]
+    axes: Mapping[str, float]
+    """Axis -> the largest ln C, less the centre's, of the rows where it is above 0."""
     with_zeros: tuple[str, ...]
     """Axes of which some rows have 0."""
     choices: Mapping[str, tuple[str, ...]]
@@ -204,11 +211,13 @@ class Frame:
         varying = {name: values for name, values in columns.items() if name != "unique_events"}
         logs = {name: float(np.log(values[values > 0]).mean()) for name, values in varying.items()}
         zeros = tuple(name for name in axes if (columns[name] == 0).any())
+        log_c_R = np.log(columns["flops"]) - logs["flops"]
+        swept = {name: float(log_c_R[columns[name] > 0].max()) for name in axes}
         where = [np.log(columns[name]) - logs[name] for name in ("params", "events")]
         # What rows miss that see events again is no miss of fresh events at the same N and D.
         where += [np.log(np.maximum(columns["events"] / columns["unique_events"], 1.0))] if repeats else []
         ordered = {name: _by_count(values) for name, values in (choices or {}).items()}
-        return cls(logs, axes, zeros, ordered, repeats, _knots(np.stack(where, 1)))
+        return cls(logs, swept, zeros, ordered, repeats, _knots(np.stack(where, 1)))
 
     def places(self, columns: Mapping[str, np.ndarray], choices: Mapping[str, np.ndarray] | None = None) -> Places:
         """Of columns in their own units; those that the fitted rows hold fixed are left aside, choices that are not
@@ -219,10 +228,10 @@ class Frame:
             values = columns[name]
             logs[name] = np.where(values > 0, np.log(np.where(values > 0, values, 1.0)) - centre, 0.0)
         axes = {}
-        for name in self.axes:
+        for name, top in self.axes.items():
             drivers = [logs[driver] for driver in DRIVERS.get(name, ("flops",)) if driver in logs]
             off_R = (columns[name] == 0).astype(float) if name in self.with_zeros else None
-            axes[name] = Axis(logs[name], np.stack(drivers, 1), off_R)
+            axes[name] = Axis(logs[name], np.stack(drivers, 1), off_R, logs["flops"], top)
         log_u_R = None
         if self.repeats:
             unique_R = np.minimum(columns.get("unique_events", columns["events"]), columns["events"])

@@ -21,9 +21,9 @@ from bfm.errors import UserError
 from bfm.laws.cost import unbracketed
 from bfm.laws.joint import FEWEST, Joint, fit_joint
 from bfm.laws.joint_form import LEFT, LOG_A, LOG_ALPHA, LOG_B, LOG_BETA, LOG_E, RIGHT
-from bfm.laws.joint_optimum import Optima, along_axis, known, optima_of, rises
+from bfm.laws.joint_optimum import Optima, along_axis, ends_of, known, optima_of
 from bfm.laws.powerlaw import PowerLaw
-from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
+from bfm.laws.result import UNKNOWN, BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.runs import Runs
 from bfm.laws.transform import from_loss, in_units, transform_name
 
@@ -34,10 +34,10 @@ _PICTURE, _OUTLOOK = 60, 16
 BEYOND = 10.0
 """The outlook goes to so many times the largest C."""
 _POWER = ("exponent", "coefficient")
+_COSTLY = 0.05
+"""Relative misfit of the cost from which on it is named."""
 _REFUSED = 0.01
 """p-value below which what the form leaves out is named."""
-_PRIOR = 0.7
-"""Share of its prior's width from which on a parameter is the prior's and not the rows'."""
 
 
 def joint_law(runs: Runs) -> LawFit:
@@ -113,19 +113,22 @@ def _parameters(fit: Joint, best: Optima) -> dict[str, Estimate]:
         found |= {name: fit.parameter(place) for name, place in (("alpha", LOG_ALPHA), ("beta", LOG_BETA))}
     found["E"] = fit.parameter(LOG_E)
     if places.repeats is not None:
-        found["R_star"] = fit.parameter(places.repeats)
-    if places.critical is not None:
+        found["R_star"] = fit.parameter(places.repeats) if fit.tells(places.repeats) else UNKNOWN.exp()
+    if places.critical is not None and not fit.tells(places.critical):
+        found["critical_batch"] = UNKNOWN.exp()
+    elif places.critical is not None:
         log_batch = float(fit.theta_P[places.critical]) + fit.frame.logs["batch"]
         found["critical_batch"] = fit.of(log_batch, unit[places.critical]).exp()
     for name, span in places.spans.items():
         law = best.axes[name]
         found |= {f"{name}_exponent": law.exponent(), f"{name}_coefficient": law.at(1.0)}
-        found |= {f"{name}_alpha": fit.parameter(span.start + RIGHT), f"{name}_beta": fit.parameter(span.start + LEFT)}
+        for side, place in (("alpha", span.start + RIGHT), ("beta", span.start + LEFT)):
+            found[f"{name}_{side}"] = fit.parameter(place) if fit.tells(place) else UNKNOWN.exp()
         if places.axes[name].off_R is not None:
             found[f"{name}_at_zero"] = fit.of(float(fit.theta_P[span.stop - 1]), unit[span.stop - 1])
     steps = [f"{name}={value}" for name, values in fit.frame.choices.items() for value in values[1:]]
     for place, name in enumerate(steps, places.first_step):
-        found[name] = fit.of(float(fit.theta_P[place]), unit[place])
+        found[name] = fit.of(float(fit.theta_P[place]), unit[place]) if fit.tells(place) else UNKNOWN
     return found
 
 
@@ -139,7 +142,7 @@ def _budget(fit: Joint, best: Optima, flops: float) -> BudgetOptimum:
     for name, law in best.axes.items():
         value = law.own(flops)
         if value is not None:
-            optima[f"{SYMBOLS.get(name, name)}_opt"] = known(value, rises(fit, name, flops, log_n))
+            optima[f"{SYMBOLS.get(name, name)}_opt"] = known(value, ends_of(fit, name, flops, log_n))
     best_loss = float(fit.along(flops, np.array([log_n]))[0][0])
     return BudgetOptimum(flops, not reason, optima, from_loss(fit.metric, best_loss), reason)
 
@@ -165,14 +168,14 @@ def _view(fit: Joint, runs: Runs, best: Optima, name: str, rest_R: np.ndarray) -
         x_X = np.geomspace(swept.min(), swept.max(), _PICTURE)
         value_X = from_loss(runs.metric, along_axis(fit, name, flops, best.log_size(flops), x_X)[0])
         curves.append({"flops": flops, "x": x_X.tolist(), "value": value_X.tolist()})
-    law, top = best.size if name == "params" else best.axes[name], max(best.budgets)
-    ends = rises(fit, name, top, best.log_size(top))
+    law = best.size if name == "params" else best.axes[name]
+    top = max((flops for flops in best.budgets if law.own(flops) is not None), default=max(best.budgets))
     return {
         "symbol": SYMBOLS.get(name, name),
         "curves": curves,
         "adjusted": [value if math.isfinite(value) else None for value in from_loss(runs.metric, adjusted_R).tolist()],
         "trend": _trend(fit, law),
-        "ends": [{"x": x, **rise.as_dict()} for x, rise in ends],
+        "ends": ends_of(fit, name, top, best.log_size(top)).as_dicts(),
     }
 
 
@@ -221,10 +224,9 @@ def doubts(fit: Joint) -> list[str]:
             f"the form misses more ({noise['miss']:.2g}) than a row's own error ({noise['row']:.2g}): intervals hold "
             "it, but E, A and B are the form's"
         )
-    deviation_P = np.sqrt(np.diag(fit.covariance_PP))
     if fit.has_sizes:
         for name, place in (("E", LOG_E), ("alpha", LOG_ALPHA), ("beta", LOG_BETA)):
-            if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
+            if not fit.tells(place):
                 found.append(f"the runs do not tell {name}: a wider range of N and D at more budgets would")
     for name in fit.frame.axes:
         found += _moving(fit, name)
@@ -233,10 +235,13 @@ def doubts(fit: Joint) -> list[str]:
             f"small batches cost here, which the form has not (p = {p:.2g}): optima at small batches do not hold; "
             "leave the smallest out"
         )
-    if fit.problem.places.repeats is not None:
-        place = fit.problem.places.repeats
-        if deviation_P[place] > _PRIOR * fit.problem.sd_P[place]:
-            found.append("the runs do not tell what a repeated event is worth: R* is its prior's")
+    if fit.problem.places.repeats is not None and not fit.tells(fit.problem.places.repeats):
+        found.append("the runs do not tell what a repeated event is worth: predictions of repeats are the prior's")
+    if fit.has_sizes and fit.cost.misfit > _COSTLY:
+        found.append(
+            f"C is that of N and D within {fit.cost.misfit:.0%} only: what a C pays for, and so the best sizes, are no "
+            "surer than that"
+        )
     return found
 
 
@@ -258,7 +263,7 @@ def _definitions(fit: Joint, runs: Runs) -> Mapping[str, str]:
         data = "U + U R* (1 - exp(-(D / U - 1) / R*)) of D events, U of them distinct; optima are those of fresh events"
     return {
         **runs.definitions,
-        "C of (N, D)": fit.cost.words,
+        **({"C of (N, D)": fit.cost.words} if fit.has_sizes else {}),
         "L": transform_name(runs.metric),
         "form": "E + A / N^alpha + B / D^beta, a valley in the log of " + (", ".join(fit.frame.axes) or "nothing else"),
         "varied": ", ".join([*varied, *fit.frame.choices]) or "N and D alone",

@@ -27,8 +27,35 @@ from bfm.laws.runs import SAME, Runs
 _PLACES = 201
 _STEP = 0.05
 """Of differences in ln N."""
-End = tuple[float, Estimate]
-"""A place of an axis, and the loss there above its least."""
+ASKED = 1.5
+"""Runs of one C whose values are nearer than this factor ask nothing of an axis."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The swept range of an axis, and the loss at its ends."""
+
+    low: float
+    high: float
+    low_rise: Estimate
+    high_rise: Estimate
+    """Above its least along the axis."""
+    fall: Estimate
+    """At the low end, above that at the high end."""
+
+    @property
+    def falls_towards(self) -> str:
+        """`high` or `low`, where the ends are told apart; else empty."""
+        return "high" if self.fall.low > 0 else "low" if self.fall.high < 0 else ""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the loss is told to rise towards neither end."""
+        return not (self.low_rise.low > 0 or self.high_rise.low > 0 or self.falls_towards)
+
+    def as_dicts(self) -> list[dict[str, float | None]]:
+        """JSON-able: both places with their rises."""
+        return [{"x": self.low, **self.low_rise.as_dict()}, {"x": self.high, **self.high_rise.as_dict()}]
 
 
 @dataclass(frozen=True)
@@ -64,14 +91,15 @@ class Optima:
 def optima_of(fit: Joint, runs: Runs) -> Optima:
     """Of the runs' budgets at the smallest batch of the runs.
 
-    Where a budget has no best size, axes have their optimum at the middle of its runs' N. Raises UserError where no run
-    is near the C of its budget.
+    Where a budget has no best size, axes have their optimum at the middle of its runs' N, and where its runs do not
+    differ in an axis none of that. Raises UserError where no run is near the C of its budget.
     """
     log_c_R, log_n_R = np.log(fit.columns["flops"]), np.log(fit.columns["params"])
     sizes, middle, refused = [], {}, {}
     places: dict[str, list[tuple[float, float, np.ndarray]]] = {name: [] for name in fit.frame.axes}
     for flops in cost_levels(runs, log_c_R):
-        near_R = log_n_R[np.abs(log_c_R - math.log(flops)) <= NEAR]
+        is_near_R = np.abs(log_c_R - math.log(flops)) <= NEAR
+        near_R = log_n_R[is_near_R]
         if len(near_R) == 0:
             continue
         middle[flops] = float(near_R.mean())
@@ -83,7 +111,9 @@ def optima_of(fit: Joint, runs: Runs) -> Optima:
         else:
             sizes.append((math.log(flops), *at))
         for name, found in places.items():
-            found.append((math.log(flops), *_best_place(fit, name, flops, at)))
+            values_R = fit.columns[name][is_near_R & (fit.columns[name] > 0)]
+            if len(values_R) and values_R.max() > ASKED * values_R.min():
+                found.append((math.log(flops), *_best_place(fit, name, flops, at)))
     if not middle:
         what = "no run's C lies within a factor of 2 of its budget"
         raise UserError(what, file=runs.source, key="budget", fix="give both in FLOPs")
@@ -146,31 +176,31 @@ def axis_at(fit: Joint, name: str, flops: float, log_n: float, batch: float | No
     Beyond what was swept only the end that they tell is known, and nothing where the loss rises towards neither end.
     """
     value = fit.of(*_best_place(fit, name, flops, (log_n, np.zeros(len(fit.theta_P))), batch)).exp()
-    return known(value, rises(fit, name, flops, log_n, batch))
+    return known(value, ends_of(fit, name, flops, log_n, batch))
 
 
-def known(value: Estimate, ends: tuple[End, End]) -> Estimate:
-    """An optimum as `axis_at` tells it, of the form's own and the rises at both ends of the swept range."""
-    (low, low_rise), (high, high_rise) = ends
-    flat = not (low_rise.low > 0 or high_rise.low > 0)
-    if flat or (value.low < low and value.high > high):
-        return UNKNOWN.exp()
-    if value.estimate > high:
+def known(value: Estimate, ends: Ends) -> Estimate:
+    """An optimum as `axis_at` tells it, of the form's own and what the ends of the swept range are like."""
+    if ends.is_flat or (value.low < ends.low and value.high > ends.high):
+        # Where the optimum is not told, its side is: it lies beyond the worse end.
+        sides = {"high": Estimate(math.nan, ends.low, math.inf), "low": Estimate(math.nan, 0.0, ends.high)}
+        return sides.get(ends.falls_towards, UNKNOWN.exp())
+    if value.estimate > ends.high:
         return Estimate(math.nan, value.low, math.inf)
-    return Estimate(math.nan, 0.0, value.high) if value.estimate < low else value
+    return Estimate(math.nan, 0.0, value.high) if value.estimate < ends.low else value
 
 
-def rises(fit: Joint, name: str, flops: float, log_n: float, batch: float | None = None) -> tuple[End, End]:
-    """Both ends of the swept range of an axis (`params`: of N), and how much more the loss is there than at its best.
+def ends_of(fit: Joint, name: str, flops: float, log_n: float, batch: float | None = None) -> Ends:
+    """Of an axis (`params`: of N) at one C.
 
     `log_n` is the size; of N itself, the best one. `batch`: as in `Joint.places`.
     """
     swept_R = fit.columns[name][fit.columns[name] > 0]
-    places_2 = np.array([swept_R.min(), swept_R.max()])
+    low, high = float(swept_R.min()), float(swept_R.max())
     best_1, slope_1P = fit.along(flops, np.array([log_n]), batch)
-    loss_2, slope_2P = along_axis(fit, name, flops, log_n, places_2, batch)
-    low, high = (fit.of(float(loss_2[k] - best_1[0]), slope_2P[k] - slope_1P[0]) for k in (0, 1))
-    return (float(places_2[0]), low), (float(places_2[1]), high)
+    loss_2, slope_2P = along_axis(fit, name, flops, log_n, np.array([low, high]), batch)
+    low_rise, high_rise = (fit.of(float(loss_2[k] - best_1[0]), slope_2P[k] - slope_1P[0]) for k in (0, 1))
+    return Ends(low, high, low_rise, high_rise, fit.of(float(loss_2[0] - loss_2[1]), slope_2P[0] - slope_2P[1]))
 
 
 def along_axis(

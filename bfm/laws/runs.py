@@ -314,6 +314,9 @@ def _checked(runs: Runs, told: Sequence[str] = ()) -> Runs:
                 key=name,
                 fix="correct them, or keep them out with --where",
             )
+    if runs.has("share") and (over_R := runs["share"] > 1).any():
+        what = f"{over_R.sum()} of {len(runs)} runs have a share above 1, first {runs.names[int(np.argmax(over_R))]}"
+        raise UserError(what, file=runs.source, key="share", fix="give the embedder's part of N, from 0 to 1")
     first: dict[tuple[Any, ...], int] = {}
     parts = [*runs.columns.values(), *runs.metrics.values()]
     for place, key in enumerate(zip(*(part.tolist() for part in parts), strict=True)):

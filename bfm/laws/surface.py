@@ -26,7 +26,7 @@ from scipy import stats
 
 from bfm.errors import UserError
 from bfm.laws.cost import PowerCost, cost_levels, power_cost_of, unbracketed
-from bfm.laws.result import BudgetOptimum, Estimate, LawFit, Outlier
+from bfm.laws.result import UNKNOWN, BudgetOptimum, Estimate, LawFit, Outlier
 from bfm.laws.robust import METHOD, RobustFit, robust_fit
 from bfm.laws.runs import Runs, levels
 from bfm.laws.transform import from_loss, to_loss, transform_name
@@ -51,6 +51,8 @@ _REFUSED = 0.01
 """p-value below which the form is said to miss the runs."""
 _EXACT = 1e-7
 """Residuals below are rounding."""
+_LEAST_POWER = 0.1
+"""Of N in the cost of an event: below, larger models are all but free, and none is the best."""
 _LIMIT = 20.0
 """An interval search may try any log; exp of more says nothing further and overflows."""
 Quantity = Callable[[np.ndarray], float]
@@ -166,7 +168,8 @@ def fit_surface(
     if bootstrap or skewed:
         interval, method = _bootstrap(runs, problem, fit, bootstrap or _ASYMMETRIC_DRAWS, np.random.default_rng(seed))
     log_loss_R, jacobian_RP = problem.log_loss(fit.theta_P)
-    parameters = _parameters(problem, interval)
+    has_best = problem.cost.power > _LEAST_POWER
+    parameters = _parameters(problem, interval) | ({} if has_best else {"a": UNKNOWN, "b": UNKNOWN})
     # Each parameter in units of its own error.
     condition = float(np.linalg.cond(jacobian_RP / np.maximum(np.linalg.norm(jacobian_RP, axis=0), 1e-300))) ** 2
     outliers, form_p = _outliers(runs, y_R - log_loss_R), _form_p(problem, fit.theta_P)
@@ -185,12 +188,13 @@ def fit_surface(
         interval_method=method,
         objective=float(np.abs(fit.residual_R).mean()) if skewed else fit.objective,
         objective_name=_ENVELOPE if skewed else f"sum of Huber's loss of ln residuals, delta {delta:g}",
-        budgets=_budgets(runs, problem, fit.theta_P, interval),
+        budgets=_budgets(runs, problem, fit.theta_P, interval) if has_best else (),
         residuals=tuple((y_R - log_loss_R).tolist()),
         outliers=outliers,
         warnings=(
             *runs.warnings,
             *_doubts(parameters, condition, form_p, outliers),
+            *([] if has_best else ["an event costs the runs the same at every N: no size is the best at a C"]),
             *_in_common(runs, redrawn=bool(bootstrap) or skewed),
         ),
         details={"condition_number": condition, "form_p": form_p},

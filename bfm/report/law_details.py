@@ -9,12 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from bfm.laws.joint_law import SYMBOLS
-from bfm.laws.result import Estimate, LawFit
+from bfm.laws.joint_optimum import ASKED
+from bfm.laws.result import BudgetOptimum, Estimate, LawFit
 from bfm.report.digits import closed
 from bfm.units import format_count
-
-_ASKED = 1.5
-"""Runs of one C whose values are nearer than this factor ask nothing of an axis."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,17 @@ class FittedAxis:
         return self.fit.details["axes"][self.name]
 
     @cached_property
+    def asked(self) -> dict[float, BudgetOptimum]:
+        """C -> its optima, at the budgets whose runs differ in the axis."""
+        name = self.words.optimum
+        return {one.flops: one for one in self.fit.budgets if self.name == "params" or name in one.optima}
+
+    @cached_property
     def optima(self) -> dict[float, Estimate]:
         """C -> its optimum, at the budgets whose runs tell it."""
         name = self.words.optimum
-        sure = [one for one in self.fit.budgets if name in one.optima and (one.bracketed or self.name != "params")]
-        values = {budget.flops: closed(budget.optima[name]) for budget in sure}
+        sure = {flops: one for flops, one in self.asked.items() if one.bracketed or self.name != "params"}
+        values = {flops: closed(one.optima[name]) for flops, one in sure.items() if name in one.optima}
         return {flops: value for flops, value in values.items() if value.is_known}
 
     @property
@@ -88,7 +92,7 @@ class FittedAxis:
 def asked_axes(fit: LawFit) -> list[FittedAxis]:
     """The axes in which runs of one C differ."""
     axes = [FittedAxis(fit, name) for name in fit.details.get("axes", ())]
-    return [axis for axis in axes if any(one["x"][-1] > _ASKED * one["x"][0] for one in axis.view["curves"])]
+    return [axis for axis in axes if any(one["x"][-1] > ASKED * one["x"][0] for one in axis.view["curves"])]
 
 
 def choices_of(fit: LawFit) -> list[str]:

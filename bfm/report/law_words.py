@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bfm.laws.frontier import goal_of
-from bfm.laws.result import Estimate, LawFit
-from bfm.report.digits import closed, estimate_text, value_text
+from bfm.laws.result import UNKNOWN, Estimate, LawFit
+from bfm.report.digits import estimate_text, value_text
 from bfm.report.law_details import (
     CRITICAL,
     FittedAxis,
@@ -27,8 +27,10 @@ from bfm.units import format_count, format_flops
 
 _SURE = 0.1
 """Half width of an exponent's interval from which on more budgets are asked for."""
+_FEW = 5
+"""So many C are listed one by one."""
 _VAGUE = 100.0
-"""Where the ends of what repeats are worth are a factor this far apart, they are the prior's."""
+"""Where the ends are a factor this far apart, nothing is told."""
 Said = tuple[str, str]
 """(what it is about, what is said of it)."""
 
@@ -45,8 +47,7 @@ def sentences(fit: LawFit) -> list[Said]:
         said = [("Model size", "the runs of a budget do not differ in it: add others there.")]
     said += [(name.replace("_", " ").capitalize(), _choice(fit, name)) for name in choices_of(fit)]
     if "critical_batch" in fit.parameters:
-        batch = estimate_text(fit.parameters["critical_batch"], format_count)
-        said.append(("Batch", f"a run at B = {batch} needs twice the events of one at a small batch."))
+        said.append(("Batch", _batch(fit.parameters["critical_batch"])))
     if "R_star" in fit.parameters:
         said.append(("Repeated events", _repeats(fit.parameters["R_star"])))
     return said
@@ -60,10 +61,11 @@ def axis_sentence(axis: FittedAxis) -> str:
     parts = [_unmoved(axis) if exponent is None else _power(axis, exponent)]
     if exponent is not None and exponent.high - exponent.low > 2 * _SURE:
         parts.append("budgets further apart would tell the exponent better")
-    if axis.name != "params" and max(axis.optima) == max(budget.flops for budget in fit.budgets):
+    if axis.name != "params" and max(axis.optima) == max(axis.asked):
         costs = [f"by {_amount(fit.metric, end)} at {axis.words.text(end['x'])}" for end in axis.view["ends"]]
         parts.append(f"{_loses(fit.metric)} {' and '.join(costs)}")
-    parts.append(f"bracketed at {len(axis.optima)} of {len(fit.budgets)} budgets")
+    told = "bracketed" if axis.name == "params" else "told"
+    parts.append(f"{told} at {len(axis.optima)} of {len(axis.asked)} budgets")
     return f"{'; '.join(filter(None, [*parts, _unbracketed(axis)]))}."
 
 
@@ -99,53 +101,85 @@ def _unbracketed(axis: FittedAxis) -> str:
     """The budgets that do not tell an optimum, by what to add there; empty where all do."""
     by_side: dict[str, list[str]] = {}
     for curve in axis.view["curves"]:
-        if curve["flops"] not in axis.optima:
+        if curve["flops"] in axis.asked and curve["flops"] not in axis.optima:
             by_side.setdefault(_side(axis.fit.metric, curve["value"]), []).append(format_flops(curve["flops"]))
     return "; ".join(
-        f"not bracketed at C = {' and '.join(flops)}: add {side} {axis.words.symbol} there"
-        for side, flops in by_side.items()
+        f"not bracketed at {_listed(flops)}: add {side} {axis.words.symbol} there" for side, flops in by_side.items()
     )
+
+
+def _listed(flops: Sequence[str]) -> str:
+    if len(flops) > _FEW:
+        return f"{len(flops)} C from {flops[0]} to {flops[-1]}"
+    return f"C = {' and '.join(flops)}"
 
 
 def _choice(fit: LawFit, name: str) -> str:
     """Of a setting that is no number, or has too few values for a valley."""
     steps = {key.partition("=")[2]: value for key, value in fit.parameters.items() if key.startswith(f"{name}=")}
-    said = [f"{value_text(step.estimate, (step.high - step.low) / 2)} with {value}" for value, step in steps.items()]
-    sure = any(step.low * step.high > 0 for step in steps.values())
+    known = {value: step for value, step in steps.items() if step.is_known}
+    if not known:
+        return "not told apart from what else these runs differ in."
+    said = [f"{value_text(step.estimate, (step.high - step.low) / 2)} with {value}" for value, step in known.items()]
+    sure = any(step.low * step.high > 0 for step in known.values())
     told = "" if sure else "; more runs of each would tell them apart"
     usual = fit.definitions[name].rpartition("=")[2]
     return f"the loss changes by {', '.join(said)} beside {usual}{told}."
 
 
+def _batch(batch: Estimate) -> str:
+    """At which batch every second event is lost."""
+    if _is_vague(batch):
+        return "not told what a large one costs: runs of larger batches would tell."
+    return f"a run at B = {estimate_text(batch, format_count)} needs twice the events of one at a small batch."
+
+
 def _repeats(worth: Estimate) -> str:
     """What an event is worth that is seen again."""
-    if not worth.is_known or worth.high > _VAGUE * worth.low:
+    if _is_vague(worth):
         return "not told what they are worth: runs with more epochs would tell."
     return f"from about R* = {estimate_text(worth)} epochs beyond the first on they teach little."
+
+
+def _is_vague(value: Estimate) -> bool:
+    return not value.is_known or value.high > _VAGUE * value.low
 
 
 def critical(fit: LawFit) -> str:
     """Of the largest size, by both definitions, and how it moves with N."""
     last = hardest_groups(fit)[-1]
+    values = {one.words: one.of(fit, last) for one in CRITICAL}
     batches = " and ".join(
-        f"B = {estimate_text(one.of(fit, last), format_count)} costs {one.words}" for one in CRITICAL
+        f"B = {estimate_text(value, format_count)} costs {words}"
+        if value.is_known
+        else f"which B costs {words} is open"
+        for words, value in values.items()
     )
     size = f"at N = {format_count(last['params'])} " if "params" in last else ""
-    exponent = closed(fit.parameters.get(CRITICAL[0].exponent, Estimate(math.nan)))
+    exponent = fit.parameters.get(CRITICAL[0].exponent, UNKNOWN)
     law = f"it moves as N^{estimate_text(exponent, '{:.2f}'.format)}"
-    return f"{size}{batches}; {law if exponent.is_known else 'runs at more sizes would tell how it moves with N'}."
+    is_told = math.isfinite(exponent.low) and math.isfinite(exponent.high)
+    return f"{size}{batches}; {law if is_told else 'runs at more sizes would tell how it moves with N'}."
 
 
 def agreement(fit: LawFit) -> str:
-    """Whether the loss prefers the runs that other metrics prefer, at the largest C that tells, else at the largest."""
+    """Whether the loss prefers the runs that other metrics prefer: at the largest C, and where that does not tell, at
+    the largest that does, too."""
     said = []
     for metric in ranked_metrics(fit):
         found = agreements(fit, metric)
-        for flops, value in ([one for one in found if one[1].low * one[1].high > 0] or found)[-1:]:
-            told = "the same runs" if value.low > 0 else "opposite runs" if value.high < 0 else "runs of no told order"
-            moved = f"Spearman {estimate_text(value, '{:+.2f}'.format)} at C = {format_flops(flops)}"
-            said.append(f"{metric} prefers {told} ({moved})")
+        told = [one for one in found if one[1].low * one[1].high > 0]
+        # The last of each, once.
+        shown = dict([*found[-1:], *told[-1:]])
+        said += (
+            [f"{metric} prefers {', '.join(_prefers(flops, value) for flops, value in shown.items())}"] if shown else []
+        )
     return f"{'; '.join(said)}."
+
+
+def _prefers(flops: float, value: Estimate) -> str:
+    runs = "the same runs" if value.low > 0 else "opposite runs" if value.high < 0 else "runs of no told order"
+    return f"{runs} at C = {format_flops(flops)} (Spearman {estimate_text(value, '{:+.2f}'.format)})"
 
 
 def rows_text(fit: LawFit) -> str:
@@ -155,8 +189,8 @@ def rows_text(fit: LawFit) -> str:
 
 
 def _is_flat(axis: FittedAxis) -> bool:
-    found = [budget.optima.get(axis.words.optimum) for budget in axis.fit.budgets]
-    return axis.name != "params" and all(value is None or (value.low, value.high) == (0, math.inf) for value in found)
+    found = [budget.optima[axis.words.optimum] for budget in axis.asked.values() if axis.name != "params"]
+    return bool(found) and all((value.low, value.high) == (0, math.inf) for value in found)
 
 
 def _side(metric: str, values: Sequence[float]) -> str:

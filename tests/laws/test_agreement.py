@@ -108,3 +108,25 @@ def test_too_few_runs_are_refused_with_what_is_missing():
     both = runs_of({1e15: 0.9})
     with pytest.raises(UserError, match="needs two metrics"):
         fit_agreement(replace(both, metrics={both.metric: both["loss"]}))
+
+
+def test_a_perfect_order_is_no_trend_however_many_runs_have_it():
+    counts = {1e9: 40, 1e10: 10, 1e11: 5}
+    rows = [row(f"t{c:g}-{k}", c, 50.0 - k, 0.01 * k) for c, count in counts.items() for k in range(count)]
+    trend = fit_agreement(from_rows(rows)).parameters["trend[recall@10]"]
+    assert trend.estimate == pytest.approx(0, abs=1e-9)
+    assert trend.low < 0 < trend.high
+
+
+def test_seeds_of_a_configuration_are_one_run():
+    """Their means agree entirely, and three of each are no more certainty than one."""
+    noise = np.random.default_rng(0)
+    rows = []
+    for k in range(6):
+        off = noise.standard_normal((3, 2))
+        off -= off.mean(0)
+        for seed in range(3):
+            made = row(f"t{k}-{seed}", 1e9, 5.0 - k + off[seed, 0], 0.1 * k + 0.1 * off[seed, 1], params=1000 * (k + 1))
+            rows.append({**made, "seed": seed})
+    (found,) = found_in(rows)
+    assert (round(found["spearman"]["estimate"], 12), found["runs"]) == (1.0, 6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from bfm.laws.cost import cost_of
+from bfm.laws.cost import cost_levels, cost_of
 from bfm.laws.joint_law import axis_law, joint_law
 from bfm.laws.runs import Runs
 
@@ -104,3 +104,32 @@ def test_a_rate_by_rule_at_three_sizes_is_no_choice():
     runs = table(params=params, events=events, flops=flops, rate=6e-3 * params**-0.1, loss=loss(params, events))
     fit = joint_law(replace(runs, settings=("rate",)))
     assert fit.definitions["varied"] == "N and D alone"
+
+
+def test_what_grows_faster_than_the_size_is_found():
+    """C as N^1.2 D: the best size goes with another power of C than 6 N D would have it."""
+    flops = np.repeat(LADDER, 9)
+    params = 700 * (flops / 1e10) ** 0.4 * np.tile(np.geomspace(0.2, 5, 9), 5)
+    events = flops / (6 * params**1.2)
+    fit = joint_law(table(params=params, events=events, flops=flops, loss=loss(params, events)))
+    assert fit.parameters["N_exponent"].estimate == pytest.approx(0.45 / (0.5 + 1.2 * 0.45), abs=0.02)
+    assert not any("within" in warning for warning in fit.warnings)
+
+
+def test_a_cost_that_n_and_d_do_not_tell_is_named():
+    runs = allocation()
+    flops = runs["flops"] * np.exp(0.3 * np.random.default_rng(0).standard_normal(len(runs)))
+    fit = joint_law(replace(runs, columns={**runs.columns, "flops": flops}))
+    assert any("C is that of N and D within" in warning for warning in fit.warnings)
+
+
+def test_where_learning_curves_happen_to_meet_is_no_budget():
+    """Rows every so many steps of curves that have no C in common."""
+    sizes, steps = np.geomspace(1e6, 3e7, 12), np.arange(1, 41)
+    params = np.repeat(sizes, 40)
+    events = np.tile(steps, 12) * 4e7 * np.repeat(np.random.default_rng(0).uniform(0.7, 1.4, 12), 40)
+    flops = 6 * params * events
+    levels = cost_levels(table(params=params, events=events, flops=flops, loss=flops), np.log(flops))
+    assert len(levels) < 6
+    assert levels[-1] == pytest.approx(flops.max())
+    assert levels[0] <= 10 * flops.min()

@@ -10,8 +10,8 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.laws.joint import fit_joint
-from bfm.laws.joint_form import LOG_ALPHA, LOG_BETA, LOG_E, Frame, rise
-from bfm.laws.joint_optimum import optima_of, rises
+from bfm.laws.joint_form import GROWTH, LOG_ALPHA, LOG_BETA, LOG_E, Frame, rise
+from bfm.laws.joint_optimum import ends_of, optima_of
 from bfm.laws.reml import Errors, Problem
 from bfm.laws.runs import Runs
 
@@ -169,8 +169,10 @@ def test_what_the_ends_of_a_rate_cost_is_told_at_the_batch_that_is_asked_for():
     columns = {**runs.columns, "rate": rate_R, "loss": loss_R}
     fit = fit_joint(replace(runs, columns=columns, settings=("share", "rate")))
     for batch, best in ((8.0, 0), (512.0, 1)):
-        ends = [rise for _, rise in rises(fit, "rate", 1e17, math.log(best_size(1e17)), batch)]
-        assert ends[best].high < 0.03 < ends[1 - best].low, batch
+        ends = ends_of(fit, "rate", 1e17, math.log(best_size(1e17)), batch)
+        rises = (ends.low_rise, ends.high_rise)
+        assert rises[best].high < 0.03 < rises[1 - best].low, batch
+        assert ends.falls_towards == ("low", "high")[best]
 
 
 def test_noise_of_trials_and_rows_is_told_apart():
@@ -247,3 +249,20 @@ def test_a_skewed_bowl_does_not_move_the_best_size():
         found = optima_of(fit_joint(runs), runs).size.exponent()
         held.append(found.low <= EXPONENT <= found.high)
     assert sum(held) >= 7
+
+
+def test_what_a_step_costs_does_not_grow_beyond_where_its_axis_was_swept():
+    """Rows at 0 are better by more and more: a prediction takes no more of it than the largest C with others shows."""
+    rng = np.random.default_rng(7)
+    runs = planted(rng)
+    off_R = rng.random(len(runs)) < 0.4
+    gain_R = 0.02 * (runs["flops"] / 1e15) ** 0.2
+    columns = {**runs.columns, "share": np.where(off_R, 0.0, runs["share"]), "loss": runs["loss"] - off_R * gain_R}
+    fit = fit_joint(replace(runs, columns=columns))
+    span = fit.problem.places.spans["share"]
+    assert fit.theta_P[span][-1] < 0 < fit.theta_P[span][GROWTH]
+    flops = np.array([1e17, 1e18, 1e22])
+    at = {name: np.full(3, float(runs[name].mean())) for name in ("params", "events", "batch")}
+    gained_3, _ = fit.frame.places({**at, "flops": flops, "share": np.zeros(3)}).axes["share"].mean(fit.theta_P[span])
+    assert gained_3[1] < gained_3[0] < 0
+    assert gained_3[2] == gained_3[1] == pytest.approx(-0.02 * 1e3**0.2, rel=0.3)

@@ -266,3 +266,55 @@ def test_rows_of_two_instruments_are_refused_and_a_rate_by_rule_is_no_axis():
     rows[3]["config"]["copy"] = "none"
     with pytest.raises(UserError, match="copy: none and pointer"):
         from_rows(rows)
+
+
+def test_the_side_of_an_optimum_far_outside_is_told_by_the_ends_alone():
+    """18 runs of a loss that falls with the share all the way: where its optimum lies is open, on which side is not."""
+    rng, flops = np.random.default_rng(1), np.repeat([1e15, 1e16, 1e17], 6)
+    params = np.sqrt(flops / 120)
+    share = np.tile(np.geomspace(0.01, 0.4, 6), 3)
+    loss = 1.7 + 400 / params**0.35 + 400 / (flops / 6 / params) ** 0.35 - 0.05 * np.log(share)
+    columns = {"params": params, "events": flops / 6 / params, "flops": flops, "share": share}
+    columns["loss"] = loss + NOISE * rng.standard_normal(18)
+    names = tuple(f"run {place}" for place in range(18))
+    runs = Runs("planted", columns, names, "nll", {"nll": columns["loss"]}, {}, {}, settings=("share",))
+    fit = axis_law(runs, "share")
+    assert len(fit.budgets) == 3
+    for budget in fit.budgets:
+        value = budget.optima["s_opt"]
+        assert not value.is_known
+        assert value.low >= 0.01
+        assert value.high == math.inf
+        assert "beyond the tested range" in budget.reason
+    assert not fit.parameters["alpha"].is_known
+
+
+def test_a_budget_whose_runs_have_one_rate_has_no_best_one():
+    runs = draw("share", SHARES, np.full(4, 0.02), sd=NOISE)
+    top = runs["flops"] == FLOPS[-1]
+    loss = np.where(top, runs["loss"][top][len(SHARES) // 2], runs["loss"])
+    share = np.where(top, 0.02, runs["share"])
+    fit = axis_law(changed(runs, share=share, loss=loss + 1e-4 * np.arange(len(loss)) * top), "share")
+    assert [budget.flops for budget in fit.budgets] == pytest.approx(FLOPS[:-1].tolist())
+
+
+def test_settings_that_change_together_are_not_told_apart():
+    runs = draw("share", SHARES, np.full(4, 0.02), sd=NOISE)
+    first = np.where(np.arange(len(runs)) % 2, "adam", "muon")
+    second = np.where(first == "adam", "cosine", "linear")
+    both = replace(
+        runs,
+        columns={**runs.columns, "optimizer": first, "schedule": second},
+        settings=("share", "optimizer", "schedule"),
+    )
+    steps = {name: value for name, value in joint_law(both).parameters.items() if "=" in name}
+    assert len(steps) == 2
+    assert not any(value.is_known for value in steps.values())
+
+
+def test_shares_are_parts_of_a_whole(tmp_path):
+    lines = [f"{1e6 * (k % 4 + 1)},{1e8 * (k + 1)},{10 * k},{3 - 0.01 * k}" for k in range(12)]
+    (tmp_path / "percent.csv").write_text("\n".join(["N,D,s,loss", *lines]))
+    columns = [("params", "N"), ("events", "D"), ("share", "s"), ("loss", "loss")]
+    with pytest.raises(UserError, match="11 of 12 runs have a share above 1, first row 2"):
+        from_table(tmp_path / "percent.csv", columns)

@@ -163,3 +163,18 @@ def test_an_optimum_below_all_runs_is_a_bound_and_no_point():
         size = budget.optima["N_opt"]
         assert not budget.bracketed
         assert not size.is_known or size.estimate > params.min() / 4
+
+
+def test_a_cost_that_no_size_changes_has_no_best_size():
+    """A table whose events cost the same at every N, for all that its C say: there is a surface and no optimum."""
+    grid = np.array([(n, d) for n in np.geomspace(1e6, 1e8, 6) for d in np.geomspace(1e8, 1e10, 5)])
+    params, events = grid.T
+    noise = np.random.default_rng(0).normal(size=(2, 30))
+    loss = 1.7 + 20 / params**0.3 + 400 / events**0.3 + 0.002 * noise[0]
+    columns = {"params": params, "events": events, "flops": 1e9 * events * np.exp(0.01 * noise[1]), "loss": loss}
+    names = tuple(f"run {place}" for place in range(30))
+    fit = fit_surface(Runs("planted", columns, names, "nll", {"nll": loss}, {}, {}))
+    assert fit.parameters["alpha"].low < 0.3 < fit.parameters["alpha"].high
+    assert fit.budgets == ()
+    assert not fit.parameters["a"].is_known
+    assert "no size is the best" in fit.warnings[-1]

@@ -200,7 +200,7 @@ def test_one_table_says_what_a_recipe_takes_from_every_law():
     best = estimate_text(optima("embedder_share", "s_opt")[-1], lambda value: f"{100 * value:.3g} %")
     assert f"embedder_share|Embedder share|nll|best at {best} at C = 1e18, not told to move with C" in table
     assert re.search(r"at N = 1.6M B = \S+ \[.*\] costs 20 % more events and B = .* costs twice the least", table)
-    assert "recall@10 prefers the same runs (Spearman +" in table
+    assert re.search(r"recall@10 prefers the same runs at C = \S+ \(Spearman \+", table)
     assert "the best N grows as C^0.45 (95 %: 0.44 to 0.45)" in table
 
 

@@ -66,7 +66,7 @@ def test_an_optimum_that_is_not_told_to_move():
     fit = law([grown(0.02), grown(0.021)], Estimate(0.0, -0.01, 0.01), "share")
     assert axis_sentence(FittedAxis(fit, "share")) == (
         "best at 2.1 % [1.89 %, 2.31 %] at C = 1e11, not told to move with C (exponent 0.00 [-0.01, 0.01]); the loss "
-        "rises by 0.0040 \u00b1 0.0030 at 2 % and by 0.30 \u00b1 0.10 at 40 %; bracketed at 2 of 2 budgets."
+        "rises by 0.0040 \u00b1 0.0030 at 2 % and by 0.30 \u00b1 0.10 at 40 %; told at 2 of 2 budgets."
     )
 
 

@@ -19,7 +19,7 @@ from bfm.laws.joint import Joint, fit_joint
 from bfm.laws.joint_optimum import Optima, optima_of
 from bfm.laws.runs import Runs, from_rows
 from bfm.sweep.ledger.state import spec_of
-from bfm.sweep.ledger.study import by_axis, joined, of_sweep, read_sweeps
+from bfm.sweep.ledger.study import by_axis, of_sweep, read_sweeps
 from bfm.sweep.space.metric import Metric
 from bfm.sweep.space.settings import SweepSpec
 
@@ -33,9 +33,7 @@ class Swept:
     folder: str
     spec: SweepSpec
     rows: tuple[Row, ...] = field(repr=False)
-    """Rung rows and probe rows."""
-    name: str = ""
-    """Relative to its study; empty where it was asked for alone."""
+    """Rung rows and probe rows; in a study their trials are named by their sweep, too."""
 
     @property
     def axis(self) -> str | None:
@@ -89,10 +87,8 @@ class Evidence:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Those of all sweeps, trials named by their sweep where there are several."""
-        if len(self.sweeps) == 1:
-            return list(self.sweeps[0].rows)
-        return [row for sweep in self.sweeps for row in of_sweep(sweep.name, sweep.rows)]
+        """Those of all sweeps."""
+        return [row for sweep in self.sweeps for row in sweep.rows]
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,9 @@ def read_evidence(folder: str) -> Evidence:
             file=folder,
             fix="make the recipe from sweeps over one shard set",
         )
+    rows = {sweep.folder: sweep.rows if len(found) == 1 else of_sweep(sweep.folder, sweep.rows) for sweep in found}
     swept = [
-        Swept(group[0].store.uri, spec_of(group[0].state), tuple(joined(group)), group[0].folder)
+        Swept(group[0].store.uri, spec_of(group[0].state), tuple(row for sweep in group for row in rows[sweep.folder]))
         for group in by_axis(found)
     ]
     return Evidence(folder, tuple(swept), tuple(sweep.folder for sweep in sweeps if sweep not in found))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bfm.sweep.ledger.study import of_sweep
 from bfm.sweep.recipe.evidence import ALLOCATION, Evidence, Swept
 from bfm.training.config import TrainConfig
 from tests.sweep.world import EVENTS_PER_GROUP, PlantedCosts, make_spec
@@ -89,7 +90,7 @@ def sizes_sweep(found: list[dict[str, Any]], axis: str | None = ALLOCATION, **ch
         budget={"ladder_flops": [int(c) for c in RUNGS if c <= top], "total_flops": int(1e13)},
     )
     # Laws of an axis are fitted on rows; whether the space could have brought them is not asked here.
-    return Swept(FOLDER, dataclasses.replace(spec, axis=axis), tuple(found), axis or "all")
+    return Swept(FOLDER, dataclasses.replace(spec, axis=axis), tuple(of_sweep(axis or "all", found)))
 
 
 def evidence(*sweeps: Swept) -> Evidence:
