@@ -30,8 +30,9 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/dev.stamp  ## the fast tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: .venv/dev.stamp  ## real Ray clusters, several workers, killed processes; ends with what took longest
-	$(BIN)/python -m pytest -m slow --durations 20
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --durations 20
 
 chaos: .venv/dev.stamp  ## processes, nodes and heads that are killed; prints what each cost
 	$(BIN)/python -m pytest -m slow -rP tests/chaos

@@ -1,11 +1,12 @@
 """Do recipes come true, and do they beat rules of thumb: trained at C that their rows do not reach.
 
-    python benchmarks/recipes.py NAME=STUDY SHARDS [--below 1e11] [--flops 3e11 1e12] [--metrics nll ndcg@10] --work DIR
+    python benchmarks/recipes.py NAME=STUDY SHARDS --work DIR [--below 1e11] [--flops 3e11 1e12] [--rules 3e11]
+        [--metrics nll ndcg@10]
 
 A recipe is made from the rows of a study up to `--below`, trained at every C of `--flops`, and held against its
-interval; beside it, at equal C and of equal settings otherwise, two rules: 20 events per parameter, and the best trial
-of the rows with N grown as C^0.5. Runs are kept under DIR, so a comparison that was cut off goes on. Writes
-results/recipes_NAME.md.
+interval; beside it, at equal C (those of `--rules`, or all) and of equal settings otherwise, two rules: 20 events per
+parameter, and the best trial of the rows with N grown as C^0.5. Runs are kept under DIR, so a comparison that was cut
+off goes on. Writes results/recipes_NAME.md.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def _cells(row: Mapping[str, Any], metric: str) -> str:
     return f"{metric_value(row, metric):.4g} ± {metric_error(row, metric):.2g}"
 
 
-def compared(bench: Bench, flops: float, metric: str) -> tuple[list[str], bool, float]:
+def compared(bench: Bench, flops: float, metric: str, beside_rules: bool) -> tuple[list[str], bool, float]:
     """Lines of one C and metric, whether the interval held, its width in the metric's own units."""
     recipe: Recipe = make_recipe(bench.evidence, bench.costs, flops, metric)
     own = bench.run(recipe.config, flops)
@@ -112,7 +113,7 @@ def compared(bench: Bench, flops: float, metric: str) -> tuple[list[str], bool, 
         f"{head} | recipe | {format_count(own['params'])} | {own['events'] / own['params']:.0f} | {foretold} | "
         f"{_cells(own, metric)} | {'inside' if inside else 'outside'} | |"
     ]
-    for name, point in bench.rules(flops, metric).items():
+    for name, point in bench.rules(flops, metric).items() if beside_rules else ():
         other = bench.run(point.config.as_dict(), flops)
         gap = paired_gap(*(read_scores(Store(row["folder"]), row["scores"]) for row in (own, other)), metric)
         shown = "" if gap is None else f"{gap.value:+.4f} ± {gap.error:.4f}"
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("shards")
     parser.add_argument("--below", type=float, default=1e11)
     parser.add_argument("--flops", type=float, nargs="+", default=[3e11, 1e12])
+    parser.add_argument("--rules", type=float, nargs="*", help="C of --flops at which rules are trained, too (all)")
     parser.add_argument("--metrics", nargs="+", default=["nll", "ndcg@10"])
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()
@@ -138,7 +140,8 @@ def main() -> None:
     held, widths = [], []
     for flops in arguments.flops:
         for metric in arguments.metrics:
-            found, inside, width = compared(bench, flops, metric)
+            beside_rules = arguments.rules is None or flops in arguments.rules
+            found, inside, width = compared(bench, flops, metric, beside_rules)
             lines += found
             held.append(inside)
             widths.append(f"{metric} at {format_flops(flops)}: {width:.3g}")

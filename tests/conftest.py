@@ -14,10 +14,14 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Over several processes (`-n`) a file stays whole, and what may start a Ray cluster stays in one of them."""
+    """Over several processes (`-n`) a file stays whole, and what may start a Ray cluster stays in one of them.
+
+    The slow files of this folder stand alone: they have minutes to spare, and those of the rooms fill a process.
+    """
     for item in items:
         place = item.path.relative_to(Path(__file__).parent)
-        may_start_ray = len(place.parts) == 1 or place.parts[0] in ("ray_jobs", "chaos")
+        alone = len(place.parts) == 1 and item.get_closest_marker("slow")
+        may_start_ray = not alone and (len(place.parts) == 1 or place.parts[0] in ("ray_jobs", "chaos"))
         item.add_marker(pytest.mark.xdist_group("ray" if may_start_ray else str(place)))
 
 
