@@ -42,6 +42,8 @@ def prepare(
         "quarantined": dict(manifest.rows_quarantined),
         **{name: manifest.checks.get(name, {}) for name in _TOLD},
         "seen_items": manifest.checks["seen_items"],
+        "time_range": list(manifest.time_range),
+        "has_clock": manifest.has_clock,
     }
     show(summary, as_json, _prepared_text)
 
@@ -54,11 +56,12 @@ _TOLD = (
 
 def _prepared_text(summary: dict[str, Any]) -> str:
     from bfm.events.account import account_lines
-    from bfm.events.describe import cut_lines
+    from bfm.events.describe import cut_lines, time_text
 
     lines = [
         f"{summary['events']:,} events of {summary['users']:,} users over {summary['items']:,} items "
         f"({summary['catalogue']:,} in the catalogue)",
+        f"times {time_text(summary['time_range'], summary['has_clock'])}",
         f"seen items {summary['seen_items']}",
         *(f"cut: {line}" for line in cut_lines(summary["cuts"])),
         *account_lines(summary["rows"], summary["events"], summary["quarantined"], summary),

@@ -37,7 +37,8 @@ class Reading:
     losses: Losses = field(default_factory=Losses)
     ties: Ties = field(default_factory=Ties)
     """In the raw order."""
-    guessed_times: TimeRange = None
+    guessed_times: dict[str, TimeRange] = field(default_factory=dict)
+    """By key of the schema."""
 
     def add(self, cleaned: Cleaned) -> None:
         """Count some more rows (their ties apart)."""
@@ -46,14 +47,15 @@ class Reading:
         self.columns |= cleaned.names
         self.reasons.update(cleaned.table[FAULT].drop_null().to_pylist())
         self.losses += cleaned.losses
-        self.guessed_times = merged([self.guessed_times, cleaned.guessed_times])
+        for key, found in cleaned.guessed_times.items():
+            self.guessed_times[key] = merged([self.guessed_times.get(key), found])
 
 
 def check_reading(readings: Sequence[Reading], columns: Sequence[str]) -> int:
     """Rows of a log that was read whole; `columns` are those that it needs.
 
-    Raises UserError where it has no rows, none of them has a column, or times whose unit was guessed are where no log
-    is.
+    Raises UserError where it has no rows, none of them has a column, or a file's times whose unit was guessed are where
+    no log is.
     """
     rows = sum(reading.rows for reading in readings)
     if rows == 0:
@@ -61,7 +63,12 @@ def check_reading(readings: Sequence[Reading], columns: Sequence[str]) -> int:
     # The columns of JSON are known at the end only.
     if present := set[str]().union(*(reading.columns for reading in readings)):
         require_columns(columns, sorted(present), "LOG")
-    check_clock(merged(reading.guessed_times for reading in readings))
+    by_file: dict[tuple[str, str], list[TimeRange]] = {}
+    for reading in readings:
+        for key, found in reading.guessed_times.items():
+            by_file.setdefault((reading.path, key), []).append(found)
+    for (path, key), ranges in by_file.items():
+        check_clock(merged(ranges), key, path or None)
     return rows
 
 

@@ -70,7 +70,8 @@ class Cleaned:
     losses: Losses
     raw: pa.Table
     """The rows as read; those that could not be read would follow."""
-    guessed_times: TimeRange = None
+    guessed_times: Mapping[str, TimeRange] = field(default_factory=dict)
+    """By key of the schema."""
     names: frozenset[str] = frozenset()
     """All columns of the rows, wanted or not."""
     lines: Lines = field(default_factory=Lines)
@@ -136,16 +137,21 @@ class Cleaner:
         item = item_key(raw, schema.item, faults)
         time = _order(raw, schema, faults)
         columns: dict[str, pa.Array] = {USER: user, TIME: time, ITEM: item}
+        guessed = {} if schema.time is None else {"time": _guessed(raw, time, schema.time)}
         for name in self.event_item_fields:
             spec = schema.item_fields[name]
-            columns[item_column(name)] = to_text(field_values(column_of(raw, spec.column), spec, name, losses))
+            values = field_values(column_of(raw, spec.column), spec, name, losses)
+            columns[item_column(name)] = to_text(values)
+            guessed |= {f"item_fields.{name}": _guessed(raw, values, spec)} if spec.kind == "time" else {}
         for name, spec in schema.context_fields.items():
-            columns[context_column(name)] = field_values(column_of(raw, spec.column), spec, name, losses)
+            values = field_values(column_of(raw, spec.column), spec, name, losses)
+            columns[context_column(name)] = values
+            guessed |= {f"context_fields.{name}": _guessed(raw, values, spec)} if spec.kind == "time" else {}
         columns[FAULT] = _first_fault(faults)
         present = [name for name in self.columns if name in raw.column_names]
         columns[RAW] = _raw_text(raw.select(present), to_mask(columns[FAULT].is_valid()))
         table = pa.table([columns[name] for name in self.target.names], schema=self.target)
-        return Cleaned(table, losses, raw, _guessed(raw, time, schema.time))
+        return Cleaned(table, losses, raw, guessed)
 
     def unreadable(self, chunk: RawChunk) -> pa.Table:
         """What could not be read as rows, as a cleaned table."""
@@ -242,8 +248,8 @@ def join_key(parts: list[pa.Array]) -> pa.Array:
 # ---------------------------------------------------------------- inside
 
 
-def _guessed(raw: pa.Table, time: pa.Array, spec: TimeSpec | None) -> TimeRange:
-    return None if spec is None else guessed_range(column_of(raw, spec.column), time, spec)
+def _guessed(raw: pa.Table, time: pa.Array, spec: TimeSpec) -> TimeRange:
+    return guessed_range(column_of(raw, spec.column), time, spec)
 
 
 def _first_fault(faults: Faults) -> pa.Array:

@@ -7,6 +7,7 @@ the manifest's `checks`; all others are computed here from the shards, in chunks
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 from bfm.events.protocol import PARTS, Protocol
 from bfm.events.shards import Shards
 from bfm.events.ties import Ties, count_ties, tie_facts
+from bfm.events.times import are_plausible
 from bfm.ragged import distinct
 from bfm.units import format_count
 
@@ -98,7 +100,7 @@ def format_description(description: dict[str, Any]) -> str:
     lines = [
         f"{d['name']}: {d['events']:,} events, {d['users']:,} users, {d['items']:,} items",
         f"rows read      {d['rows_read']:,}; quarantined: {quarantined or 'none'}",
-        f"time           {_time_text(d['time_range'], d['has_clock'])}",
+        f"time           {time_text(d['time_range'], d['has_clock'])}",
         "history        "
         + ", ".join(f"{name} {lengths[name]:,}" for name in _QUANTILES)
         + f", mean {lengths['mean']:.1f}; {lengths['users_with_one_event']:,} users with one event",
@@ -176,9 +178,11 @@ def _warnings(d: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _time_text(time_range: list[int], has_clock: bool) -> str:
+def time_text(time_range: Sequence[int], has_clock: bool) -> str:
+    """From when to when; what is before 1980 or after 2100 is doubted."""
     if not has_clock:
         return f"positions {time_range[0]:,} to {time_range[1]:,}"
     epoch = datetime.datetime(1970, 1, 1)
     first, last = (epoch + datetime.timedelta(milliseconds=value) for value in time_range)
-    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC ({(last - first).days:,} days)"
+    doubt = "" if are_plausible(*time_range) else ": is the unit right?"
+    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC ({(last - first).days:,} days){doubt}"

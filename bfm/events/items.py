@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from bfm.events.clean import Losses, column_of, field_values, item_key, join_key, to_text
 from bfm.events.encoding import KEY, Encoding
 from bfm.events.schema import EventSchema, ItemPart
+from bfm.events.times import TimeRange, check_clock, guessed_range, merged
 from bfm.ragged import begins
 from bfm.tables.pieces import read_file
 from bfm.tables.values import SEPARATOR, plain
@@ -115,18 +116,27 @@ def join_item_table(
 
     Returns:
         field -> large strings [I], and what did not fit together, for the manifest's checks.
+
+    Raises UserError where a field's times look like something else.
     """
     assert schema.items is not None
     columns = [*schema.items.key, *(schema.item_fields[name].column for name in names)]
     parts = [ItemPart(column=column) for column in schema.items.key]
     none = pa.array([], pa.large_string())
     keys_of, texts_of, unreadable = [none], {name: [none] for name in names}, 0
+    guessed: dict[str, TimeRange] = {}
     for chunk in read_file(path, list(dict.fromkeys(columns)), schema.number_columns, schema.read):
         unreadable += len(chunk.unreadable)
         keys_of.append(item_key(chunk.table, parts, []))
         for name in names:
             spec = schema.item_fields[name]
-            texts_of[name].append(to_text(field_values(column_of(chunk.table, spec.column), spec, name, losses)))
+            column = column_of(chunk.table, spec.column)
+            values = field_values(column, spec, name, losses)
+            texts_of[name].append(to_text(values))
+            if spec.kind == "time":
+                guessed[name] = merged([guessed.get(name), guessed_range(column, values, spec)])
+    for name, found_range in guessed.items():
+        check_clock(found_range, f"item_fields.{name}", path)
     keys = pa.concat_arrays(keys_of)
     found = pc.index_in(items.keys, value_set=keys)
     texts = {name: pa.concat_arrays(values).take(found) for name, values in texts_of.items()}

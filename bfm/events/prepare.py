@@ -40,7 +40,7 @@ from bfm.events.spread import SPREAD, gather, num_partitions, write_spread
 from bfm.events.ties import Ties, count_ties
 from bfm.events.written_times import setting, written_times
 from bfm.tables.pieces import Piece, require_columns, table_columns
-from bfm.tables.values import numbers, plain, to_mask
+from bfm.tables.values import are_numbers, numbers, plain, to_mask
 
 PARTITION_ROWS = 1 << 18
 _EXAMPLES = 10_000
@@ -281,6 +281,8 @@ def _unusable_fix(schema: EventSchema, unusable: pa.Table) -> str:
     values = [str(json.loads(row)[column]) for row in rows]
     written = next(iter(written_times(column, pa.array(values, pa.large_string()))), None)
     how = setting(written) if written else ""
+    if schema.time.unit != "auto" and are_numbers(pa.array(values, pa.large_string())):
+        return f"{column} holds {values[0]:.40}: no times in {schema.time.unit}; leave `unit` out, or {fix}"
     say = f"write `time: {{column: {column}, {how}}}`" if how else "name its format, e.g. `format: '%d.%m.%Y'`"
     return f"{column} holds {values[0]:.40}: {say}; or {fix}"
 

@@ -26,6 +26,8 @@ _UNIT_PER_MS = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6, "days": 1 / 86_400_0
 _DAY_EPOCH_MS = {"days": 0, "sheet_days": -2_209_161_600_000}
 CLOCK_MS = 315_532_800_000, 4_102_444_800_000
 """1980 to 2100: times outside are taken for something else."""
+_COUNTED_MS = 0, 31_622_400_000
+"""1970: where all that is no number of seconds comes to lie, days and written dates among it."""
 _LOOKS_LIKE = (
     (1000, 3_652, 29_219, "days since 1970: `time: {column: ..., unit: days}`; of a counter write `position: ...`"),
     (1000, 29_220, 80_000, "days of a spreadsheet: `time: {column: ..., unit: sheet_days}`"),
@@ -78,17 +80,27 @@ def merged(ranges: Iterable[TimeRange]) -> TimeRange:
     return (min(first for first, _ in known), max(last for _, last in known)) if known else None
 
 
-def check_clock(guessed: TimeRange) -> None:
-    """Raise UserError where times whose unit was guessed are all before 1980 or after 2100: they look like others."""
-    if guessed is None or (CLOCK_MS[0] <= guessed[1] and guessed[0] <= CLOCK_MS[1]):
+def check_clock(guessed: TimeRange, key: str = "time", file: str | None = None) -> None:
+    """Raise UserError where times whose unit was guessed look like something else: those of events where all are before
+    1980 or after 2100, those of a field (which may be dates of birth) where all are in 1970."""
+    if guessed is None:
         return
     first_ms, last_ms = guessed
-    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in (first_ms, last_ms))
+    if key == "time" and are_plausible(first_ms, last_ms):
+        return
+    if key != "time" and not (_COUNTED_MS[0] <= first_ms and last_ms <= _COUNTED_MS[1]):
+        return
+    first, last = (np.datetime64(ms, "ms").astype("datetime64[D]") for ms in guessed)
     fix = "name it, e.g. `time: {column: ..., unit: s}`; of a counter write `position: ...`"
     for per_ms, low, high, setting in _LOOKS_LIKE:
         if low <= first_ms / per_ms and last_ms / per_ms <= high:
             fix = f"these look like {setting}"
-    raise UserError(f"times from {first} to {last}, is the unit right?", key="time", fix=fix)
+    raise UserError(f"times from {first} to {last}, is the unit right?", file=file, key=key, fix=fix)
+
+
+def are_plausible(first_ms: int, last_ms: int) -> bool:
+    """Whether some of a log's times are where logs are."""
+    return CLOCK_MS[0] <= last_ms and first_ms <= CLOCK_MS[1]
 
 
 # ---------------------------------------------------------------- inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,19 +17,28 @@ from bfm.sweep.driver.status import life_text
 from bfm.sweep.ledger.state import SweepState
 from bfm.units import format_count, format_flops, format_seconds, ruled
 
+_URGENT = (0, 5, 1, 2, 4, 3)
+"""Which of `_parts` are cut last."""
+_FEWEST = 4
+"""Rows of a screen below which a part says nothing."""
 _RUNNING = ("running", "rung", "phase", "step", "C", "done", "loss", "events/s", "left", "on", "told")
 
 
 def status_text(view: SweepView) -> str:
     """For a terminal: whether it runs, what runs and waits, the frontier so far, the spend per rung, the best trials,
     failures, the last decisions."""
-    parts = [
+    return "\n\n".join(part for part in _parts(view) if part)
+
+
+def _parts(view: SweepView) -> list[str]:
+    return [
         _now_text(view.live, view.state),
         frontier_text(view.results, view.floors, view.compare),
         spend_text(view.results, view.state),
+        trials_text(view.results, view.compare),
+        failures_text(view.rows, view.state),
+        life_text(view.state),
     ]
-    parts += [trials_text(view.results, view.compare), failures_text(view.rows, view.state), life_text(view.state)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def watch(
@@ -51,7 +60,26 @@ def watch(
         return
     with Live(console=console, auto_refresh=False, transient=False) as shown:
         for view in _looks(read, every_s, sleep):
-            shown.update(Text(status_text(view)), refresh=True)
+            shown.update(Text(fitting(_parts(view), console.width, console.height)), refresh=True)
+
+
+def fitting(parts: Sequence[str], width: int, height: int) -> str:
+    """Parts in their order, cut to a screen: what comes first in `_URGENT` has half of what is left, and says how much
+    is missing."""
+    kept, left = dict[int, str](), height - 1
+    for place in _URGENT:
+        lines, shown, used = parts[place].splitlines(), list[str](), 0
+        room = left if place == _URGENT[-1] else max(left // 2, min(left, _FEWEST))
+        for line in lines:
+            used += max(1, -(-len(line) // width))
+            if used > room - 2:
+                shown.append(f"... {len(lines) - len(shown)} more lines without --watch")
+                break
+            shown.append(line)
+        if lines and room >= _FEWEST:
+            kept[place] = "\n".join(shown)
+            left -= min(used, room - 1) + 1
+    return "\n\n".join(kept[place] for place in sorted(kept))
 
 
 def _looks(read: Callable[[], SweepView], every_s: float, sleep: Callable[[float], None]) -> Iterator[SweepView]:

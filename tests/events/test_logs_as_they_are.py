@@ -16,6 +16,7 @@ import pytest
 
 from bfm.errors import UserError
 from bfm.events.account import account_lines
+from bfm.events.describe import time_text
 from bfm.events.shards import Shards
 from bfm.tables import dialect
 from tests.events.serial import prepare_serially
@@ -349,6 +350,54 @@ def test_numbers_that_are_no_epoch_are_refused_with_what_they_look_like(tmp_path
         assert pd.Timestamp(manifest.time_range[0], unit="ms") == pd.Timestamp("2020-06-18 06:00")
     if "unit: days" in time:
         assert pd.Timestamp(manifest.time_range[0], unit="ms") == pd.Timestamp("2020-08-26")
+
+
+def test_one_file_of_other_times_is_named(tmp_path):
+    write_csv(tmp_path / "a.csv")
+    write_csv(tmp_path / "b.csv", [(user, item, f"2020{n % 12 + 1:02d}23") for n, (user, item, _) in enumerate(ROWS)])
+    with pytest.raises(UserError, match=r"b\.csv: time: times from 1970-.* these look like written dates"):
+        prepared(tmp_path, tmp_path / "a.csv", tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize(
+    ("place", "write"),
+    [
+        ("context_fields", lambda n: f"2020{n % 12 + 1:02d}23"),
+        ("context_fields", lambda n: 44_000 + n),
+        ("item_fields", lambda n: 18_500 + n % 10),
+    ],
+)
+def test_fields_of_other_times_are_refused_too(tmp_path, place, write):
+    rows = [(*row, write(n * 7 % 10 if place == "item_fields" else n)) for n, row in enumerate(ROWS)]
+    write_csv(tmp_path / "log.csv", rows, header="user,item,time,day")
+    schema = f"{SCHEMA}{place}:\n  day: {{kind: time, column: day}}\n"
+    with pytest.raises(UserError, match=rf"{place}\.day: times from 1970-.*, is the unit right"):
+        prepared(tmp_path, schema=schema)
+
+
+def test_times_of_an_item_table_are_looked_at(tmp_path):
+    write_csv(tmp_path / "log.csv")
+    write_csv(tmp_path / "items.csv", [(f"i{n}", 44_000 + n) for n in range(ITEMS)], header="item,released")
+    table = "items: {path: items.csv, key: [item]}\nitem_fields:\n  released: {kind: time, column: released}\n"
+    with pytest.raises(UserError, match=r"item_fields\.released: times from 1970-.* days of a spreadsheet"):
+        prepared(tmp_path, schema=SCHEMA + table)
+
+
+def test_dates_of_birth_before_1980_are_times(tmp_path):
+    births = [(*row, -300_000_000 + 86_400 * n) for n, row in enumerate(ROWS)]
+    write_csv(tmp_path / "log.csv", births, header="user,item,time,born")
+    manifest = prepared(tmp_path, schema=f"{SCHEMA}context_fields:\n  born: {{kind: time, column: born}}\n")
+    assert not manifest.checks.get("repairs")
+
+
+def test_a_stated_unit_is_taken_and_doubted(tmp_path):
+    """Seconds called milliseconds are in 1970; milliseconds called seconds are no times at all."""
+    write_csv(tmp_path / "log.csv")
+    manifest = prepared(tmp_path, schema=SCHEMA.replace("time: time", "time: {column: time, unit: ms}"))
+    assert time_text(manifest.time_range, has_clock=True).endswith("days): is the unit right?")
+    write_csv(tmp_path / "log.csv", [(user, item, 1000 * time) for user, item, time in ROWS])
+    with pytest.raises(UserError, match=r"time holds 1600000000000: no times in s; leave `unit` out"):
+        prepared(tmp_path, schema=SCHEMA.replace("time: time", "time: {column: time, unit: s}"), out="out2")
 
 
 @pytest.mark.parametrize("form", ["%d.%m.%Y", "%m/%d/%Y %H:%M"])

@@ -6,10 +6,12 @@ import io
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from bfm.files import Store
-from bfm.report.standing import status_text, watch
+from bfm.report.standing import fitting, status_text, watch
 from bfm.report.sweep_view import read_sweep
 from bfm.sweep.driver.driver import SweepDriver
 from bfm.sweep.driver.live import Waits, live_figures, tell_waits
@@ -137,3 +139,19 @@ def test_a_sweep_is_watched_until_it_has_ended(driver, tmp_path, capsys):
     screen = Console(file=io.StringIO(), force_terminal=True, width=200, height=60)
     watch(lambda: read_sweep(str(tmp_path)), every_s=2.0, as_json=False, console=screen, sleep=pytest.fail)
     assert "finished: " in screen.file.getvalue()
+
+
+@given(st.lists(st.lists(st.integers(0, 150), max_size=30), min_size=6, max_size=6), st.integers(12, 60))
+def test_a_screen_holds_the_beginning_of_what_matters(lengths, height):
+    """Nothing is cropped in silence: parts fit, each begins with its first lines and says how many are missing."""
+    parts = ["\n".join(f"{place}{'x' * length}" for length in part) for place, part in enumerate(lengths)]
+    shown = fitting(parts, 80, height)
+    assert sum(max(1, -(-len(line) // 80)) for line in shown.splitlines()) < height
+    for part in shown.split("\n\n") if shown else []:
+        *kept, last = part.splitlines()
+        whole = parts[int((kept or [last])[0][0])].splitlines() if kept or last[0].isdigit() else None
+        if last.startswith("... "):
+            assert whole is None or (kept == whole[: len(kept)] and int(last.split()[1]) == len(whole) - len(kept))
+        else:
+            assert [*kept, last] == whole
+    assert not parts[0] or shown[0] in ("0", ".")
