@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from bfm.errors import UserError
+from bfm.events.account import line_account
 from bfm.events.clean import repairs
 from bfm.events.histories import Histories, Part
 from bfm.events.protocol import QueryTable
@@ -137,6 +138,7 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
     reading = histories.reading
     return {
         "rows": reading.rows,
+        "lines": dict(reading.lines),
         "unusable": dict(sorted(reading.reasons.items())),
         "read_as": histories.read_as,
         "left_out": dict(histories.left_out),
@@ -150,7 +152,7 @@ def _read_counts(histories: Histories) -> dict[str, Any]:
 
 def summary_text(summary: dict[str, Any]) -> str:
     """What was read and written, in lines; only what happened is said."""
-    lines = [f"{summary['users']:,} users from {summary['rows']:,} rows"]
+    lines = [f"{summary['users']:,} users from {summary['rows']:,} rows", *line_account(summary["lines"])]
     if summary["unusable"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary["unusable"].items())
         lines.append(f"rows left out: {reasons}")

@@ -12,8 +12,10 @@ changed, the study is written anew. Ledgers hold no time of day: a trial's durat
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -36,6 +38,8 @@ from bfm.sweep.ledger.state import SweepState, Trial, spec_of
 from bfm.sweep.space.parameters import Parameter, read_parameters
 
 JOURNALS, DATABASES = (".journal", ".log"), (".db", ".sqlite", ".sqlite3")
+_DISK = re.compile("readonly database|unable to open database|disk is full|disk I/O")
+"""What SQLite says of a disk that takes nothing."""
 Axes = dict[str, BaseDistribution]
 
 
@@ -77,6 +81,8 @@ def open_storage(target: str) -> BaseStorage:
             return JournalStorage(JournalFileBackend(target))
         return RDBStorage(f"sqlite:///{Path(target).absolute()}")
     except (SQLAlchemyError, ImportError, RuntimeError, json.JSONDecodeError) as error:
+        if _DISK.search(str(error)):
+            raise OSError(errno.EIO, _first_line(error), target) from error
         raise UserError(_first_line(error), file=target, fix="name a new file, or one that Optuna wrote") from error
 
 

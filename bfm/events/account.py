@@ -19,6 +19,8 @@ from bfm.tables.raw import Lines
 from bfm.tables.understood import read_as, reading_lines, short_names
 
 _MOST_FILES = 10
+_LITERAL = "with quotes as text"
+"""Lines that are counted as something else, too."""
 
 
 @dataclass
@@ -98,19 +100,23 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{what} {count:,}" for what, count in counts.items())
 
 
+def line_account(lines: Mapping[str, int]) -> list[str]:
+    """The lines of text, of what and how many, and those that had to be repaired; nothing where the format has none."""
+    if not lines:
+        return []
+    parts = {what: count for what, count in lines.items() if count and what != _LITERAL}
+    told = [f"lines: {sum(parts.values()):,} = {' + '.join(f'{count:,} {what}' for what, count in parts.items())}"]
+    if literal := lines.get(_LITERAL, 0):
+        told.append(f"repaired: quotes that nobody closes were taken as text in {literal:,} line{'s' * (literal > 1)}")
+    return told
+
+
 def account_lines(rows: int, events: int, quarantined: Mapping[str, int], checks: Mapping[str, Any]) -> list[str]:
     """The account of a preparation for people; what did not happen is not said."""
     out = sum(quarantined.values())
     reasons = f" ({counts_text(quarantined)})" if out else ""
     told = [f"rows: {rows:,} read = {events:,} events + {out:,} quarantined{reasons}"]
-    if lines := dict(checks.get("lines", {})):
-        literal = lines.pop("with quotes as text", 0)
-        parts = " + ".join(f"{count:,} {what}" for what, count in lines.items() if count)
-        told.append(f"lines: {sum(lines.values()):,} = {parts}")
-        if literal:
-            told.append(
-                f"repaired: quotes that nobody closes were taken as text in {literal:,} line{'s' * (literal > 1)}"
-            )
+    told += line_account(checks.get("lines", {}))
     for name, counts in checks.get("files", {}).items():
         told.append(f"file {name}: {counts_text(counts)}")
     if repaired := checks.get("repairs"):

@@ -64,7 +64,7 @@ class FrontierPoint:
     change: Gap | None
     """`value` minus that of the rung below; None at the lowest rung and where the value is carried."""
     rivals: tuple[tuple[Row, Gap], ...]
-    """Other rows of this rung, or of that of `row`, within error of it, with their difference from it."""
+    """Rows of other trials at this rung, or at that of `row`, within error of it, with their difference from it."""
 
     @property
     def carried(self) -> bool:
@@ -205,7 +205,8 @@ def _frontier(rungs: Mapping[float, _Rung], metric: str, compare: Compare) -> li
         best = best_row([*([] if below is None else [below]), *here.leaders(metric)], metric)
         rivals = here.rivals(best, metric, compare)
         if best is below:
-            rivals = at_its_rung + rivals
+            known = {best["trial"], *(row["trial"] for row, _ in at_its_rung)}
+            rivals = at_its_rung + tuple((row, gap) for row, gap in rivals if row["trial"] not in known)
         else:
             at_its_rung = rivals
         points.append(

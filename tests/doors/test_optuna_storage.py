@@ -147,6 +147,12 @@ def test_what_is_no_storage_is_one_line(tmp_path, name, content, reason):
         open_storage(str(tmp_path / name))
 
 
+def test_a_place_that_takes_nothing_is_no_mistake_in_a_name(tmp_path):
+    (tmp_path / "sweep.db").mkdir()
+    with pytest.raises(OSError, match="unable to open database file"):
+        open_storage(str(tmp_path / "sweep.db"))
+
+
 def test_the_verb_writes_a_study_per_metric(bfm, tmp_path):
     runs, target = write_study(str(tmp_path / "runs")), tmp_path / "all.journal"
     code, out, _ = bfm("export-optuna", runs, target, "--metric", "nll,recall@10", "--json")

@@ -111,3 +111,11 @@ def test_goals_and_order_of_metrics():
     assert metric_names(rows, headline=False)[-2:] == ["warm.recall@10", "basket.nll"]
     assert [goal_of(name) for name in ("nll", "basket.nll", "loss_sampled")] == ["minimize"] * 3
     assert goal_of("warm.recall@10") == "maximize"
+
+
+def test_a_trial_is_no_rival_of_itself_nor_named_twice():
+    """The best of the lower rung is carried to the upper one, where it and another trial have rows, too."""
+    rows = [row("t0", 1e9, 1.0), row("t1", 1e9, 1.01), row("t0", 4e9, 1.05), row("t1", 4e9, 1.02), row("t2", 4e9, 1.1)]
+    upper = frontier(rows, "nll")[-1]
+    assert upper.carried
+    assert [other["trial"] for other, _ in upper.rivals] == ["t1", "t2"]
