@@ -86,17 +86,20 @@ class Planned:
 def _allocations(seeds: Iterable[int], *overrides: str, copy: str = "pointer") -> Iterable[Planned]:
     """A sweep a seed: where the valley is as flat as a seed's noise, one seed tells no exponent."""
     for seed in seeds:
-        yield Planned(
-            "allocation", f"allocation_seed{seed}" if seed else "allocation", (*overrides, f"seeds=[{seed}]"), copy
-        )
+        name = f"allocation_seed{seed}" if seed else "allocation"
+        yield Planned("allocation", name, (*overrides, f"seeds=[{seed}]"), copy)
 
 
 TO_1E11 = "budget.ladder_flops=[1e10, 3.2e10, 1e11]"
-TO_1E12 = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12]"
-TO_1E13 = "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]"
-# Three to six sizes at each budget; 5e13 FLOPs to 1e13, under three hours of two cores (`scaling.slots=2`).
+# Between those of the space: neighbours differ by their shapes, too, which further seeds do not average.
+SIZES = (
+    "parameters.params={values: [5.8e2, 8.3e2, 9.1e2, 1e3, 1.4e3, 1.55e3, 1.75e3, 2.3e3, 2.6e3, 3e3, 3.9e3, 4.4e3, "
+    "5e3, 6.8e3, 7.6e3, 8.8e3, 1.15e4, 1.35e4, 1.5e4, 2e4, 2.4e4]}"
+)
+# Three decades, three to six sizes at each budget; 5e13 FLOPs, under three hours of two cores (`scaling.slots=2`).
 # `bfm data synth log --events 5e7 --users 1.5e5 --items 2e3 --seed 1`, then `bfm data prepare`.
 SYNTHETIC = (
+    "budget.ladder_flops=[1e10, 3.2e10, 1e11, 3.2e11, 1e12, 3.2e12, 1e13]",
     "budget.events_per_param=[100, 8000]",
     "budget.total_flops=7e13",
     "parameters.params={values: [7e2, 1.2e3, 2e3, 3.4e3, 5.8e3, 1e4, 1.7e4, 2.9e4, 5e4, 8.5e4]}",
@@ -106,11 +109,12 @@ SWEEPS: Mapping[str, tuple[Planned, ...]] = {
     "complete_journey": (
         *OTHER_AXES,
         *_allocations(range(3)),
-        *_allocations(range(3, 12), TO_1E11),
+        *_allocations(range(3, 7), TO_1E11),
+        Planned("allocation", "allocation_sizes", (TO_1E11, SIZES)),
         *_allocations(range(3), copy="none"),
     ),
     "online_retail": (*_allocations(range(3)), *_allocations(range(3), copy="none")),
-    "synthetic": (*_allocations(range(1), TO_1E13, *SYNTHETIC), *_allocations(range(1, 3), TO_1E12, *SYNTHETIC)),
+    "synthetic": (*_allocations(range(1), *SYNTHETIC),),
 }
 
 
