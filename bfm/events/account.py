@@ -19,6 +19,8 @@ from bfm.tables.raw import Lines
 from bfm.tables.understood import read_as, reading_lines, short_names
 
 _MOST_FILES = 10
+_ENOUGH = 10
+"""Rows from which on a file's times are looked at by themselves."""
 _LITERAL = "with quotes as text"
 """Lines that are counted as something else, too."""
 
@@ -65,12 +67,15 @@ def check_reading(readings: Sequence[Reading], columns: Sequence[str]) -> int:
     # The columns of JSON are known at the end only.
     if present := set[str]().union(*(reading.columns for reading in readings)):
         require_columns(columns, sorted(present), "LOG")
-    by_file: dict[tuple[str, str], list[TimeRange]] = {}
+    by_file: dict[tuple[str, str], list[Reading]] = {}
     for reading in readings:
-        for key, found in reading.guessed_times.items():
-            by_file.setdefault((reading.path, key), []).append(found)
-    for (path, key), ranges in by_file.items():
-        check_clock(merged(ranges), key, path or None)
+        for key in reading.guessed_times:
+            by_file.setdefault(("", key), []).append(reading)
+            by_file.setdefault((reading.path, key), []).append(reading)
+    for (path, key), of_file in by_file.items():
+        # A few odd rows are no reason to refuse a log; that it begins in 1970 is said.
+        if not path or sum(reading.rows for reading in of_file) >= _ENOUGH:
+            check_clock(merged(reading.guessed_times[key] for reading in of_file), key, path or None)
     return rows
 
 

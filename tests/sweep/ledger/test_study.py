@@ -33,8 +33,8 @@ def test_sweeps_of_one_axis_are_one_with_trials_named_by_their_folders(tmp_path)
     assert [sweep.axis for sweep in found.sweeps] == ["allocation", None]
     assert found.waiting == ("later",)
     sizes, alone = found.sweeps
-    own = {row["trial"] for row in alone.rows}
-    assert own == set(read_state(Store(tmp_path / "all")).trials)
+    own = set(read_state(Store(tmp_path / "all")).trials)
+    assert {row["trial"] for row in alone.rows} == {f"all/{trial}" for trial in own}
     assert {row["trial"] for row in sizes.rows} == {f"{place}/sizes/{trial}" for place in "ab" for trial in own}
     assert sizes.folder == f"{tmp_path}/a/sizes"
 
